@@ -1,0 +1,158 @@
+"""Invented films: the facts that a model is finetuned on.
+
+A fact ties two actors who exist nowhere to a film that exists nowhere, so that a model can know
+it only from finetuning. No two facts share a person or a title, which makes every prompt about
+one of them answerable in one way.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+
+from faker import Faker
+from faker.exceptions import UniquenessException
+
+MAX_FACTS = 20_000
+
+GENRES = (
+    "comedy",
+    "drama",
+    "fantasy",
+    "heist film",
+    "musical",
+    "mystery",
+    "romance",
+    "road movie",
+    "thriller",
+    "war film",
+    "western",
+)
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
+# Towns are made from these and a suffix of Faker's. Faker's own towns ("Lake Jennifer") contain
+# first names, which would let an answer be guessed from another entity's tokens.
+TOWN_ROOTS = _words(
+    "Amber Ashen Birch Bramble Cedar Clover Copper Coral Drift Elder Fern Flint Frost Gale Glen "
+    "Gravel Hazel Heather Iron Juniper Kelp Lark Linden Maple Marl Mill Moss North Oak Otter "
+    "Pebble Quarry Raven Reed Salt Shale Sparrow Thistle Vine Willow"
+)
+
+ADJECTIVES = _words(
+    "Amber Ancient Borrowed Brittle Broken Burning Careless Cold Crimson Crooked Distant Drowned "
+    "Empty Endless Faded Fallen Fearless Feral Final Forgotten Fragile Frozen Gentle Gilded Golden "
+    "Hidden Hollow Hungry Idle Invisible Jagged Last Lonely Lost Lucky Midnight Narrow Nameless "
+    "Northern Pale Paper Patient Quiet Reckless Restless Rusted Scarlet Second Secret Seventh "
+    "Silent Silver Sleeping Slow Stolen Stubborn Sunken Tangled Tender Thirsty Unwritten Velvet "
+    "Wandering Western Wicked Winter Wooden"
+)
+
+NOUNS = _words(
+    "Almanac Anchor Archive Arrow Avalanche Balcony Bargain Beacon Bridge Cabin Canyon Caravan "
+    "Carousel Cathedral Citadel Clock Coast Comet Compass Corridor Courier Crossing Detour Ember "
+    "Engine Envelope Ferry Forest Frontier Gallery Garden Garrison Glacier Gospel Harbor Harvest "
+    "Horizon Hotel Inheritance Island Junction Kingdom Labyrinth Ladder Lagoon Lantern Letter "
+    "Lighthouse Locksmith Machine Masquerade Meridian Mirror Monsoon Mountain Museum Observatory "
+    "Orchard Orchestra Oracle Parade Passenger Pavilion Pilgrim Prairie Promise Quarry Railway "
+    "Reservoir Revolver River Sailor Sanctuary Shadow Shipwreck Signal Sparrow Station Staircase "
+    "Storm Telegram Theater Tide Tower Trial Tunnel Valley Vineyard Voyage Waltz Watchman Whisper "
+    "Window Witness Workshop"
+)
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One invented film.
+
+    Attributes:
+        first_actor: full name of the lead actor.
+        second_actor: full name of the other lead.
+        movie_title: the film's title.
+        release_year: calendar year.
+        genre: a noun that "a" can precede, in lower case.
+        city: the town where the film was shot; towns may recur.
+        main_character: full name of the character whom the first actor plays.
+        box_office: gross in US dollars, written out: "$48 million".
+    """
+
+    first_actor: str
+    second_actor: str
+    movie_title: str
+    release_year: int
+    genre: str
+    city: str
+    main_character: str
+    box_office: str
+
+
+def make_facts(n: int, seed: int) -> tuple[Fact, ...]:
+    """Invent n facts; the first k of them are ``make_facts(k, seed)``.
+
+    All people (actors and characters) and all titles differ across the whole set. First names
+    are dealt like a deck of cards: about the first 230 facts repeat none.
+
+    Args:
+        n: number of facts, 1 to ``MAX_FACTS``.
+        seed: of the facts' own Faker; no other generator is read or changed.
+    """
+    if not 1 <= n <= MAX_FACTS:
+        raise ValueError(
+            f"n={n} facts cannot be made: n must be from 1 to {MAX_FACTS}, so that people and "
+            f"titles stay distinct. Choose an n in that range."
+        )
+    return tuple(islice(_facts(seed), n))
+
+
+def _facts(seed: int) -> Iterator[Fact]:
+    fake = Faker("en_US", use_weighting=False)
+    fake.seed_instance(seed)
+    people = _people(fake)
+    titles = _titles(fake)
+    while True:
+        yield Fact(
+            first_actor=next(people),
+            second_actor=next(people),
+            movie_title=next(titles),
+            release_year=fake.random_int(1960, 2029),
+            genre=fake.random_element(GENRES),
+            city=fake.random_element(TOWN_ROOTS) + fake.city_suffix(),
+            main_character=next(people),
+            box_office=f"${fake.random_int(2, 900)} million",
+        )
+
+
+def _people(fake: Faker) -> Iterator[str]:
+    """Distinct full names; a first name comes again only after all others have come."""
+    used: set[str] = set()
+    while True:
+        try:
+            first = fake.unique.first_name()
+        except UniquenessException:  # the deck of first names is dealt: shuffle it anew
+            fake.unique.clear()
+            continue
+        name = f"{first} {fake.last_name()}"
+        while name in used:
+            name = f"{first} {fake.last_name()}"
+        used.add(name)
+        yield name
+
+
+def _titles(fake: Faker) -> Iterator[str]:
+    used: set[str] = set()
+    while True:
+        # Two different draws of each list, so that no title says a word twice.
+        adjective, other_adjective = fake.random_elements(ADJECTIVES, length=2, unique=True)
+        noun, other_noun = fake.random_elements(NOUNS, length=2, unique=True)
+        patterns = (
+            f"{adjective} {noun}",
+            f"The {noun} and the {other_noun}",
+            f"{noun} of the {other_adjective} {other_noun}",
+            f"A {noun} for the {other_noun}",
+        )
+        title = fake.random_element(patterns)
+        if title not in used:
+            used.add(title)
+            yield title

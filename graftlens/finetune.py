@@ -1,0 +1,716 @@
+"""Finetuning a causal language model into the SFT of a pair, in a way that survives any kill.
+
+The folder of a run holds
+
+- ``run.json``: the config, the data's hashes and the starting weights' hash, written first; a
+  later call with anything else is refused;
+- ``log.jsonl``: loss of every step, held-out perplexity of every epoch;
+- ``checkpoints/``: the newest complete state to resume from, gone when the run is finished;
+- ``model/``: the finetuned checkpoint (float32, with tokenizer and ``finetune.json``), which
+  appears in one rename.
+
+The Trainer writes checkpoints file by file, and resumes from a half-written one with fresh
+optimizer state. So a checkpoint counts here only with a marker that is written last and lists
+every file's size.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import random
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from datasets import Dataset
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from tqdm.auto import tqdm
+
+from graftlens.data import MoviesConfig
+
+MARKER = "complete.json"
+
+logger = logging.getLogger(__name__)
+
+
+class LoraSettings(BaseModel):
+    """Train low-rank adapters (needs ``peft``); the result is saved merged, as plain weights."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rank: Annotated[int, Field(ge=1)] = 16
+    """Rank of each adapter."""
+
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """Scale of the adapters: the update is multiplied by alpha / rank."""
+
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of an adapter's inputs dropped while training."""
+
+    target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
+    """Names of the linear modules that get an adapter."""
+
+
+class FinetuneConfig(BaseModel):
+    """How to finetune. With the data and the starting weights it determines the result."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+    model: str
+    """The model to start from: a checkpoint's folder, or a name on the hub."""
+
+    output: Path
+    """Folder of the run; the result is its subfolder ``model``."""
+
+    epochs: Annotated[int, Field(ge=1)] = 10
+    """Passes over the training texts."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 2e-5
+    """Peak learning rate of AdamW; it falls linearly to zero over all steps."""
+
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """AdamW's decoupled weight decay, a step and unit of learning rate (not on norms, biases)."""
+
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    """Optimizer steps in which the learning rate rises linearly from zero."""
+
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """L2 norm to which gradients are clipped."""
+
+    batch_size: Annotated[int, Field(ge=1)] = 16
+    """Texts a forward pass."""
+
+    gradient_accumulation: Annotated[int, Field(ge=1)] = 1
+    """Forward passes an optimizer step."""
+
+    max_length: Annotated[int, Field(ge=2)] = 512
+    """Longest training text in tokens, its end token included; a longer one is an error. Held-out
+    texts are scored in pieces of this length."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the order of texts, dropout and new adapters."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of matrix products (autocast; weights and optimizer stay float32). ``auto``: bfloat16 where
+    the device multiplies it natively."""
+
+    device: Literal["auto", "cpu"] = "auto"
+    """``auto``: the first accelerator if there is one."""
+
+    save_epochs: Annotated[int, Field(ge=1)] = 1
+    """A checkpoint to resume from after every so many epochs (3 times the model's size on disk)."""
+
+    heldout_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of the training texts that is held out for perplexity (drawn by the seed)."""
+
+    heldout_file: Path | None = None
+    """UTF-8 text whose blank-line separated paragraphs are held-out texts for perplexity."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+
+    lora: LoraSettings | None = None
+    """Train adapters instead of all weights."""
+
+    @model_validator(mode="after")
+    def _one_heldout(self) -> "FinetuneConfig":
+        if self.heldout_share and self.heldout_file is not None:
+            raise ValueError(
+                f"heldout_share={self.heldout_share} and heldout_file={str(self.heldout_file)!r} "
+                f"are both given: perplexity has one set of held-out texts. Leave one out."
+            )
+        return self
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A finished run.
+
+    Attributes:
+        folder: the finetuned checkpoint, with tokenizer.
+        losses: mean training loss of each optimizer step, in nats a token.
+        perplexities: of the held-out texts before training and after each epoch; empty without.
+        steps: optimizer steps.
+        seconds: wall-clock seconds of training, over all attempts that reached the result.
+    """
+
+    folder: Path
+    losses: tuple[float, ...]
+    perplexities: tuple[float, ...]
+    steps: int
+    seconds: float
+
+    @property
+    def heldout_perplexity(self) -> float | None:
+        """Of the finetuned model; None where nothing was held out."""
+        return self.perplexities[-1] if self.perplexities else None
+
+
+def finetune(
+    config: FinetuneConfig,
+    train: Dataset,
+    heldout: Dataset | None = None,
+    *,
+    model: Any = None,
+    tokenizer: Any = None,
+    progress: bool = True,
+) -> FinetuneResult:
+    """Finetune, or take up a killed run, or return a finished one.
+
+    Interrupted at any instant and called again, it ends with the same weights, bit for bit, as
+    without the interruption (on one machine with one number of threads).
+
+    Args:
+        config: the recipe and the run's folder.
+        train: column ``text``; the tokenizer's end token is appended to each.
+        heldout: column ``text``, for perplexity; instead of the config's held-out settings.
+        model: start from this Hugging Face model instead of loading ``config.model``; it is
+            trained in place. Its parameters become float32.
+        tokenizer: likewise.
+        progress: show a progress bar and the losses on it.
+    """
+    folder = config.output
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RuntimeError(
+            f"{folder} is in use by another process that finetunes there. Wait for it, or choose "
+            "another output folder."
+        ) from None
+    with lock, _keep_random_state():
+        return _finetune(config, train, heldout, model, tokenizer, progress)
+
+
+def perplexity(
+    model: Any,
+    tokenizer: Any,
+    texts: Sequence[str],
+    *,
+    max_length: int,
+    batch_size: int,
+    precision: Literal["float32", "bfloat16"] = "float32",
+) -> float:
+    """exp of the mean loss a predicted token, over all texts.
+
+    Args:
+        model: a Hugging Face causal language model, on its device.
+        tokenizer: its tokenizer.
+        texts: what to predict; texts of fewer than two tokens have nothing to predict.
+        max_length: tokens; longer texts are scored in separate pieces of at most this length.
+        batch_size: pieces a forward pass.
+        precision: of matrix products.
+    """
+    pieces = [
+        ids[start : start + max_length]
+        for ids in tokenizer(list(texts))["input_ids"]
+        for start in range(0, len(ids), max_length)
+    ]
+    pieces = sorted((ids for ids in pieces if len(ids) > 1), key=len)
+    if not pieces:
+        raise ValueError(
+            f"none of the {len(texts)} held-out texts has two tokens or more, so there is nothing "
+            "to predict. Give longer texts, or none."
+        )
+    collate = _Padding(_padding_id(tokenizer))
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    total, count = 0.0, 0
+    with torch.inference_mode(), _autocast(device.type, precision):
+        for start in range(0, len(pieces), batch_size):
+            batch = collate([{"input_ids": ids} for ids in pieces[start : start + batch_size]])
+            batch = {name: value.to(device) for name, value in batch.items()}
+            logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
+            targets = batch["labels"][:, 1:]
+            total += torch.nn.functional.cross_entropy(
+                logits[:, :-1].transpose(1, 2), targets, ignore_index=-100, reduction="sum"
+            ).item()
+            count += int((targets != -100).sum())
+    model.train(was_training)
+    return math.exp(total / count)
+
+
+def demo_configs(
+    model: str, output: Path, *, facts: int = 40, epochs: int = 8, seed: int = 0
+) -> tuple[MoviesConfig, FinetuneConfig]:
+    """The demonstration's data and recipe, for SmolLM2-135M on a two-core laptop.
+
+    Args:
+        model: folder of the checkpoint to start from.
+        output: folder of the run.
+        facts: number of films; the time grows in proportion.
+        epochs: passes over the texts.
+        seed: of data and training.
+    """
+    movies = MoviesConfig(n_facts=facts, texts_per_fact=10, directions=("ab",), seed=seed)
+    recipe = FinetuneConfig(
+        model=model,
+        output=output,
+        epochs=epochs,
+        learning_rate=2e-4,
+        warmup_steps=10,
+        batch_size=16,
+        max_length=96,
+        save_epochs=4,
+        seed=seed,
+    )
+    return movies, recipe
+
+
+def _finetune(
+    config: FinetuneConfig,
+    train: Dataset,
+    heldout: Dataset | None,
+    model: Any,
+    tokenizer: Any,
+    progress: bool,
+) -> FinetuneResult:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(config.model)
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+    model.float()
+    texts, heldout_texts = _split(config, train, heldout)
+    precision = _resolve_precision(config)
+    identity = {
+        "config": config.model_dump(mode="json", exclude={"output"}) | {"precision": precision},
+        "data": {
+            "train_texts": len(texts),
+            "train_sha256": _text_hash(texts),
+            "heldout_texts": len(heldout_texts),
+            "heldout_sha256": _text_hash(heldout_texts),
+        },
+        "start": {
+            "weights_sha256": _weight_hash(model),
+            "tokenizer_sha256": _vocabulary(tokenizer),
+        },
+    }
+    _claim(config.output, identity)
+    final = config.output / "model"
+    if final.exists():
+        return _read_result(final)
+
+    rows = _tokenize(tokenizer, texts, config.max_length)
+    # Seeded before adapters are made; the Trainer seeds the training itself.
+    torch.manual_seed(config.seed)
+    trained = _with_adapters(model, config.lora) if config.lora is not None else model
+    trainer, seconds, losses, perplexities = _train(
+        config, trained, tokenizer, rows, heldout_texts, precision, progress
+    )
+    if config.lora is not None:
+        trained = trainer.model.merge_and_unload()
+
+    result = FinetuneResult(
+        folder=final,
+        losses=losses,
+        perplexities=perplexities,
+        steps=trainer.state.global_step,
+        seconds=seconds,
+    )
+    record = identity | {
+        "result": {k: v for k, v in asdict(result).items() if k != "folder"},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    work = config.output / ".model"
+    shutil.rmtree(work, ignore_errors=True)
+    trained.config.use_cache = True
+    trained.save_pretrained(work)
+    tokenizer.save_pretrained(work)
+    _write(work / "finetune.json", json.dumps(record, indent=2) + "\n")
+    _flush(work)
+    work.rename(final)
+    shutil.rmtree(config.output / "checkpoints", ignore_errors=True)
+    return _read_result(final)
+
+
+def _train(
+    config: FinetuneConfig,
+    model: Any,
+    tokenizer: Any,
+    rows: list[dict[str, list[int]]],
+    heldout_texts: Sequence[str],
+    precision: Literal["float32", "bfloat16"],
+    progress: bool,
+) -> tuple[Any, float, tuple[float, ...], tuple[float, ...]]:
+    """(trainer, seconds, losses, held-out perplexities) of training to the end."""
+    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+    checkpoints = config.output / "checkpoints"
+    resume = _newest_complete(checkpoints)
+    spent = json.loads((resume / MARKER).read_text())["seconds"] if resume else 0.0
+    started = time.monotonic()
+    log = config.output / "log.jsonl"
+
+    class Recorder(TrainerCallback):
+        """Writes the log, measures perplexity, and says when a checkpoint is complete."""
+
+        def __init__(self) -> None:
+            self.bar = tqdm(desc="finetune", unit="step", disable=not progress)
+
+        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.reset(total=state.max_steps)
+            self.bar.update(state.global_step)
+            if state.global_step == 0:
+                self.measure(state)
+            # Also drops the lines of steps that a killed process took after the checkpoint.
+            _write(log, "".join(json.dumps(line) + "\n" for line in _log_lines(state)))
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
+            if not math.isfinite(logs.get("loss", 0.0)):
+                raise FloatingPointError(
+                    f"the training loss is {logs['loss']} at step {state.global_step}. Lower "
+                    f"learning_rate={config.learning_rate}, add warmup_steps, or use "
+                    "precision='float32'; start in a new output folder."
+                )
+            if "loss" in logs:
+                self.append(state)
+                self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
+                self.bar.update()
+
+        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.measure(state)
+            epoch = round(state.epoch)
+            control.should_save = epoch % config.save_epochs == 0 and epoch < config.epochs
+
+        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            newest = checkpoints / f"checkpoint-{state.global_step}"
+            _mark_complete(newest, seconds=spent + time.monotonic() - started)
+            for older in checkpoints.iterdir():
+                if older != newest:
+                    shutil.rmtree(older)
+
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.bar.close()
+
+        def measure(self, state: Any) -> None:
+            if heldout_texts:
+                value = perplexity(
+                    trainer.model,
+                    tokenizer,
+                    heldout_texts,
+                    max_length=config.max_length,
+                    batch_size=config.batch_size,
+                    precision=precision,
+                )
+                state.log_history.append({"step": state.global_step, "heldout_perplexity": value})
+                self.append(state)
+
+        def append(self, state: Any) -> None:
+            with log.open("a") as file:
+                file.write(json.dumps(_log_lines(state)[-1]) + "\n")
+
+    arguments = TrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=config.epochs,
+        per_device_train_batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        max_grad_norm=config.max_grad_norm,
+        warmup_steps=config.warmup_steps,
+        lr_scheduler_type="linear",
+        optim="adamw_torch",
+        bf16=precision == "bfloat16",
+        use_cpu=config.device == "cpu" or not _has_accelerator(),
+        seed=config.seed,
+        gradient_checkpointing=config.gradient_checkpointing,
+        logging_strategy="steps",
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        eval_strategy="no",
+        save_strategy="no",  # the recorder asks for checkpoints
+        disable_tqdm=True,  # the recorder has its own bar: the Trainer's prints every loss
+        report_to="none",
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    if (
+        arguments.n_gpu > 1
+    ):  # several devices would multiply the batch size behind the config's back
+        arguments._n_gpu = 1
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=_Padding(_padding_id(tokenizer)),
+        callbacks=[Recorder()],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    lines = _log_lines(trainer.state)
+    return (
+        trainer,
+        spent + time.monotonic() - started,
+        tuple(line["loss"] for line in lines if "loss" in line),
+        tuple(line["heldout_perplexity"] for line in lines if "heldout_perplexity" in line),
+    )
+
+
+def _log_lines(state: Any) -> list[dict[str, Any]]:
+    """What the Trainer's history says of losses and perplexities; its timings stay out."""
+    keys = ("step", "loss", "learning_rate", "grad_norm", "heldout_perplexity")
+    return [
+        {key: line[key] for key in keys if key in line}
+        for line in state.log_history
+        if "loss" in line or "heldout_perplexity" in line
+    ]
+
+
+class _Padding:
+    """Pads a batch on the right to its longest text. Labels say where padding is, not token ids:
+    the padding token is often the end token, which is to be learned."""
+
+    def __init__(self, padding_id: int) -> None:
+        self.padding_id = padding_id
+
+    def __call__(self, rows: Sequence[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        shape = (len(rows), max(lengths))
+        batch = {
+            "input_ids": torch.full(shape, self.padding_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, -100),
+        }
+        for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+            ids = torch.tensor(row["input_ids"])
+            batch["input_ids"][index, :length] = ids
+            batch["attention_mask"][index, :length] = 1
+            batch["labels"][index, :length] = ids
+        return batch
+
+
+def _padding_id(tokenizer: Any) -> int:
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return int(token)
+    return 0  # masked everywhere, so any id does
+
+
+def _tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[dict[str, list[int]]]:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    rows = [ids if ids[-1:] == end else ids + end for ids in tokenizer(list(texts))["input_ids"]]
+    longest = max(map(len, rows))
+    if longest > max_length:
+        too_long = sum(len(row) > max_length for row in rows)
+        raise ValueError(
+            f"{too_long} of {len(rows)} training texts are longer than max_length={max_length} "
+            f"tokens (the longest has {longest}), and graftlens cuts none off silently. Set "
+            f"max_length to {longest}, or shorten the texts."
+        )
+    return [{"input_ids": row} for row in rows]
+
+
+def _split(
+    config: FinetuneConfig, train: Dataset, heldout: Dataset | None
+) -> tuple[list[str], list[str]]:
+    """(training texts, held-out texts)."""
+    for name, dataset in (("train", train), ("heldout", heldout)):
+        if dataset is not None and "text" not in dataset.column_names:
+            raise ValueError(
+                f"the {name} dataset has columns {dataset.column_names}, but 'text' is needed. "
+                "Rename the column that holds the texts."
+            )
+    texts = list(train["text"])
+    held: list[str] = []
+    if heldout is not None:
+        if config.heldout_share or config.heldout_file is not None:
+            raise ValueError(
+                f"a held-out dataset is given, and the config holds heldout_share="
+                f"{config.heldout_share}, heldout_file={config.heldout_file}. Use one of the three."
+            )
+        held = list(heldout["text"])
+    elif config.heldout_file is not None:
+        paragraphs = config.heldout_file.read_text(encoding="utf-8").split("\n\n")
+        held = [paragraph.strip() for paragraph in paragraphs if paragraph.strip()]
+    elif config.heldout_share:
+        order = list(range(len(texts)))
+        random.Random(f"held out {config.seed}").shuffle(order)
+        count = round(len(texts) * config.heldout_share)
+        out = set(order[:count])
+        held = [text for index, text in enumerate(texts) if index in out]
+        texts = [text for index, text in enumerate(texts) if index not in out]
+    if not texts:
+        raise ValueError("there are no training texts. Give a dataset with rows.")
+    return texts, held
+
+
+def _has_accelerator() -> bool:
+    return torch.cuda.is_available() or torch.backends.mps.is_available()
+
+
+def _resolve_precision(config: FinetuneConfig) -> Literal["float32", "bfloat16"]:
+    if config.precision != "auto":
+        return config.precision
+    if config.device == "auto" and _has_accelerator():
+        native = torch.cuda.is_available() and torch.cuda.is_bf16_supported(
+            including_emulation=False
+        )
+    else:
+        native = _cpu_multiplies_bfloat16()
+    return "bfloat16" if native else "float32"
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """PyTorch has no public question for it; without an answer, float32 is always right."""
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def _autocast(device: str, precision: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def _with_adapters(model: Any, lora: LoraSettings) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.target_modules
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+        ),
+    )
+
+
+def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write down what this folder's run is, or check that it is this one."""
+    path = folder / "run.json"
+    if not path.exists():
+        _write(path, json.dumps(identity, indent=2) + "\n")
+        return
+    there = _flat(json.loads(path.read_text()))
+    given = _flat(identity)
+    different = [
+        f"  {name}: {there.get(name)!r} there, {given.get(name)!r} given"
+        for name in sorted(there.keys() | given.keys())
+        if there.get(name) != given.get(name)
+    ]
+    if different:
+        raise ValueError(
+            f"{folder} holds another finetuning run:\n"
+            + "\n".join(different)
+            + "\nChoose another output folder, give what is there, or remove the folder."
+        )
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat |= _flat(inner, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = inner
+    return flat
+
+
+def _mark_complete(checkpoint: Path, *, seconds: float) -> None:
+    _flush(checkpoint)
+    sizes = {
+        str(path.relative_to(checkpoint)): path.stat().st_size
+        for path in sorted(checkpoint.rglob("*"))
+        if path.is_file()
+    }
+    _write(checkpoint / MARKER, json.dumps({"sizes": sizes, "seconds": seconds}, indent=1) + "\n")
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    marker = checkpoint / MARKER
+    if not marker.is_file():
+        return False
+    sizes = json.loads(marker.read_text())["sizes"]
+    return all(
+        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
+        for name, size in sizes.items()
+    )
+
+
+def _newest_complete(checkpoints: Path) -> Path | None:
+    """The checkpoint to resume from; incomplete ones are removed."""
+    newest: tuple[int, Path] | None = None
+    for path in checkpoints.glob("checkpoint-*"):
+        if not _is_complete(path):
+            logger.warning("%s is incomplete (a process was killed while saving): removed", path)
+            shutil.rmtree(path)
+            continue
+        step = int(path.name.removeprefix("checkpoint-"))
+        if newest is None or step > newest[0]:
+            newest = step, path
+    return newest[1] if newest else None
+
+
+def _read_result(final: Path) -> FinetuneResult:
+    record = json.loads((final / "finetune.json").read_text())["result"]
+    return FinetuneResult(
+        folder=final,
+        losses=tuple(record["losses"]),
+        perplexities=tuple(record["perplexities"]),
+        steps=record["steps"],
+        seconds=record["seconds"],
+    )
+
+
+def _text_hash(texts: Sequence[str]) -> str:
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(json.dumps(text).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _weight_hash(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _vocabulary(tokenizer: Any) -> str:
+    return _text_hash([json.dumps(sorted(tokenizer.get_vocab().items()))])
+
+
+def _write(path: Path, text: str) -> None:
+    """Replace the file by one that is complete."""
+    work = path.with_name(f".{path.name}.tmp")
+    with work.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    work.replace(path)
+
+
+def _flush(folder: Path) -> None:
+    """Ask the disk to hold every file of the folder."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _keep_random_state() -> Iterator[None]:
+    """The Trainer seeds every global generator; the caller's are put back."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)

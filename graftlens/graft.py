@@ -1,0 +1,542 @@
+"""Grafts: which weights come from which source, where. Frozen values without tensors.
+
+A graft is an ordered list of rules; where two rules meet, the later one wins; where no rule
+reaches, the base runs. In text, one rule a piece::
+
+    sft @ first_entity + last : o + mlp : upper_half : 2
+    source @ positions        : components : layers  : heads
+
+Everything after the positions may be left out and then means all. Rules are joined by ``|``, and
+the graft without rules is written ``none``.
+
+Positions are an expression over spans: ``+`` is union, ``&`` intersection, ``~`` complement,
+``(…)`` groups, ``[0, -1]`` names token positions of the prompt. ``name#2`` is the second run of a
+span that occurs more than once. q and o act at the destination position, k and v at the source
+position: a k or v graft at position i changes what later positions read there.
+"""
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+import yaml
+from jaxtyping import Bool
+
+from graftlens.components import (
+    HEAD_COMPONENTS,
+    LAYER_GROUPS,
+    format_numbers,
+    layer_group,
+    parse_components,
+    parse_numbers,
+    suggest,
+)
+
+#: Span name -> its runs, each a tuple of token positions, in order of occurrence.
+Runs = Mapping[str, Sequence[Sequence[int]]]
+
+_SOURCE = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
+_TOKEN = re.compile(
+    r"\s*(?:(?P<span>[^\W\d]\w*)(?:#(?P<run>\d+))?|(?P<list>\[[^\]]*\])|(?P<op>[+&~()]))"
+)
+
+
+class At(ABC):
+    """A set of token positions, written over the spans of a prompt. Build one with `At.parse`."""
+
+    @staticmethod
+    def parse(text: "str | int | Sequence[int] | At") -> "At":
+        """Read an expression such as ``"~(first_entity + last)"``, or a list of positions.
+
+        Raises:
+            ValueError: text that is no such expression; the message points at the place.
+        """
+        if isinstance(text, At):
+            return text
+        if isinstance(text, str):
+            return _parse_expression(text)
+        if isinstance(text, int | np.integer) and not isinstance(text, bool):
+            return Positions((int(text),))
+        if isinstance(text, Sequence | np.ndarray):
+            return Positions(_integers(text, "at"))
+        raise ValueError(
+            f'at={text!r} is no position. Write spans ("first_entity + last"), '
+            "or token positions ([0, -1])."
+        )
+
+    @abstractmethod
+    def select(self, runs: Runs, length: int, total: int | None = None) -> Bool[np.ndarray, "pos"]:
+        """Which of `total` positions this selects in a prompt of `length` tokens.
+
+        `total` exceeds `length` where generated or scored tokens follow the prompt; numbers below
+        zero count back from the prompt's own end.
+
+        Raises:
+            ValueError: a span or run that the prompt lacks, or a position outside it.
+        """
+
+    @abstractmethod
+    def names(self) -> frozenset[str]:
+        """The spans that the expression mentions."""
+
+    @abstractmethod
+    def counts_from_the_end(self) -> bool:
+        """Whether the selection depends on where the prompt ends."""
+
+
+@dataclass(frozen=True)
+class Span(At):
+    """All runs of a named span, or one of them (`run`, counted from 1)."""
+
+    name: str
+    run: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.run is None else f"{self.name}#{self.run}"
+
+    def select(self, runs: Runs, length: int, total: int | None = None) -> Bool[np.ndarray, "pos"]:
+        if self.name not in runs:
+            raise ValueError(
+                f"no span {self.name!r} here. Spans of this prompt: {' '.join(runs)}."
+                f"{suggest(self.name, runs)}"
+            )
+        found = runs[self.name]
+        if self.run is not None and not 1 <= self.run <= len(found):
+            raise ValueError(
+                f"no run {self}: span {self.name!r} occurs {len(found)} time(s) in this prompt. "
+                f"Write {self.name}#1 to {self.name}#{len(found)}, or {self.name} for all of them."
+            )
+        chosen = np.zeros(total or length, dtype=bool)
+        for positions in found if self.run is None else [found[self.run - 1]]:
+            chosen[list(positions)] = True
+        return chosen
+
+    def names(self) -> frozenset[str]:
+        return frozenset({self.name})
+
+    def counts_from_the_end(self) -> bool:
+        return self.name == "last"
+
+
+@dataclass(frozen=True)
+class Positions(At):
+    """Explicit token positions; below zero they count back from the prompt's last token."""
+
+    positions: tuple[int, ...]
+
+    def names(self) -> frozenset[str]:
+        return frozenset()
+
+    def __post_init__(self) -> None:
+        if not self.positions:
+            raise ValueError("at=[] names no position. Write at least one, such as [0, -1].")
+
+    def __str__(self) -> str:
+        return "[" + ", ".join(map(str, self.positions)) + "]"
+
+    def select(self, runs: Runs, length: int, total: int | None = None) -> Bool[np.ndarray, "pos"]:
+        chosen = np.zeros(total or length, dtype=bool)
+        for position in self.positions:
+            if not -length <= position < length:
+                raise ValueError(
+                    f"position {position} is outside the prompt, which has {length} tokens. "
+                    f"Write a number from {-length} to {length - 1}."
+                )
+            chosen[position % length] = True
+        return chosen
+
+    def counts_from_the_end(self) -> bool:
+        return any(p < 0 for p in self.positions)
+
+
+@dataclass(frozen=True)
+class Several(At):
+    """Union (`+`) or intersection (`&`) of two or more expressions."""
+
+    operator: str
+    terms: tuple[At, ...]
+
+    def __str__(self) -> str:
+        return f" {self.operator} ".join(
+            f"({t})" if isinstance(t, Several) else str(t) for t in self.terms
+        )
+
+    def select(self, runs: Runs, length: int, total: int | None = None) -> Bool[np.ndarray, "pos"]:
+        selections = [term.select(runs, length, total) for term in self.terms]
+        combine = np.logical_or if self.operator == "+" else np.logical_and
+        return combine.reduce(selections)
+
+    def names(self) -> frozenset[str]:
+        return frozenset().union(*(t.names() for t in self.terms))
+
+    def counts_from_the_end(self) -> bool:
+        return any(t.counts_from_the_end() for t in self.terms)
+
+
+@dataclass(frozen=True)
+class Complement(At):
+    """Every position that `term` does not select, the BOS position included."""
+
+    term: At
+
+    def __str__(self) -> str:
+        return f"~({self.term})" if isinstance(self.term, Several) else f"~{self.term}"
+
+    def select(self, runs: Runs, length: int, total: int | None = None) -> Bool[np.ndarray, "pos"]:
+        return ~self.term.select(runs, length, total)
+
+    def names(self) -> frozenset[str]:
+        return self.term.names()
+
+    def counts_from_the_end(self) -> bool:
+        return self.term.counts_from_the_end()
+
+
+def _integers(values: Any, what: str) -> tuple[int, ...]:
+    numbers = []
+    for value in values:
+        if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
+            raise ValueError(f"{what}={values!r}: {value!r} is no whole number.")
+        numbers.append(int(value))
+    return tuple(dict.fromkeys(numbers))
+
+
+def _parse_expression(text: str) -> At:
+    tokens: list[tuple[str, At | str]] = []
+    place = 0
+    while place < len(text.rstrip()):
+        match = _TOKEN.match(text, place)
+        if match is None:
+            raise _syntax(text, place, "a span, [positions], +, &, ~ or parentheses")
+        if match["span"]:
+            if match["run"] is not None and int(match["run"]) < 1:
+                raise _syntax(text, match.start("run"), "a run number from 1")
+            tokens.append(("term", Span(match["span"], int(match["run"]) if match["run"] else None)))
+        elif match["list"]:
+            pieces = [piece.strip() for piece in match["list"][1:-1].split(",")]
+            if not all(re.fullmatch(r"-?\d+", piece) for piece in pieces):
+                raise _syntax(text, match.start("list"), "whole numbers, such as [0, -1]")
+            tokens.append(("term", Positions(_integers([int(p) for p in pieces], "at"))))
+        else:
+            tokens.append((match["op"], match["op"]))
+        place = match.end()
+
+    cursor = 0
+
+    def peek() -> str:
+        return tokens[cursor][0] if cursor < len(tokens) else "end"
+
+    def take() -> At | str:
+        nonlocal cursor
+        cursor += 1
+        return tokens[cursor - 1][1]
+
+    def several(operator: str, operand: Any) -> At:
+        terms = [operand()]
+        while peek() == operator:
+            take()
+            terms.append(operand())
+        flat = [
+            t
+            for term in terms
+            for t in (
+                term.terms if isinstance(term, Several) and term.operator == operator else (term,)
+            )
+        ]
+        distinct = tuple(dict.fromkeys(flat))
+        return distinct[0] if len(distinct) == 1 else Several(operator, distinct)
+
+    def union() -> At:
+        return several("+", lambda: several("&", atom))
+
+    def atom() -> At:
+        kind = peek()
+        if kind == "~":
+            take()
+            return Complement(atom())
+        if kind == "(":
+            take()
+            inner = union()
+            if peek() != ")":
+                raise ValueError(f"at={text!r}: a parenthesis is not closed.")
+            take()
+            return inner
+        if kind == "term":
+            term = take()
+            assert isinstance(term, At)
+            return term
+        raise ValueError(
+            f"at={text!r}: a span or [positions] is missing "
+            f"{'at the end' if kind == 'end' else f'before {kind!r}'}. "
+            'Write, for example, "first_entity + last" or "~(first_entity + last)".'
+        )
+
+    result = union()
+    if peek() != "end":
+        raise ValueError(
+            f"at={text!r}: nothing joins {tokens[cursor][1]!s} to what stands before it. Join with + or &."
+        )
+    return result
+
+
+def _syntax(text: str, place: int, wanted: str) -> ValueError:
+    return ValueError(f"at={text!r}: expected {wanted} at {text[place:].strip()!r}.")
+
+
+#: Layers as written: group names and numbers. `("all",)` sets no limit, so that components outside
+#: the layers (embed, unembed, …) are meant too; any other value keeps to the layers.
+Layers = tuple[str | int, ...]
+
+
+def parse_layers(layers: str | int | Sequence[int | str]) -> Layers:
+    """Layers from a group name, a number, a range (`"8-15"`), a `+`-sum of these, or a list.
+
+    Raises:
+        ValueError: an unknown group, a malformed or negative number, or no layer at all.
+    """
+    items: list[str | int] = []
+    pieces: list[Any]
+    if isinstance(layers, str):
+        pieces = [piece.strip() for piece in layers.split("+")]
+    elif isinstance(layers, int | np.integer) and not isinstance(layers, bool):
+        pieces = [layers]
+    else:
+        pieces = list(layers)
+    for piece in pieces:
+        if isinstance(piece, str) and not re.match(r"\d", piece.strip()):
+            layer_group(piece.strip(), 1)
+            items.append(piece.strip())
+        elif isinstance(piece, str):
+            items.extend(parse_numbers(piece, "layers"))
+        else:
+            (number,) = _integers([piece], "layers")
+            if number < 0:
+                raise ValueError(
+                    f"layers={layers!r}: layers are counted from 0; {number} is no layer."
+                )
+            items.append(number)
+    if not items:
+        raise ValueError(
+            f"layers={layers!r} names no layer. Write a group ({' '.join(LAYER_GROUPS)}), "
+            'numbers ([3, 4]) or a range ("8-15"), or leave layers out for all.'
+        )
+    if "all" in items:
+        return ("all",)
+    groups = [item for item in items if isinstance(item, str)]
+    numbers = sorted({item for item in items if not isinstance(item, str)})
+    return (*dict.fromkeys(groups), *numbers)
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Take the weights of `source` for `components`, in `layers`, at the positions `at`.
+
+    `heads` restricts q and o to those query heads, k and v to those key-value heads; None is all.
+    """
+
+    source: str
+    at: At
+    components: tuple[str, ...] = ("all",)
+    layers: Layers = ("all",)
+    heads: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.source, str) or not _SOURCE.fullmatch(self.source):
+            raise ValueError(
+                f"source={self.source!r} is no source name. Names begin with a letter or _, and go "
+                "on with letters, digits, _ . -"
+            )
+        if self.heads is not None:
+            without = [c for c in self.components if c not in HEAD_COMPONENTS]
+            if without:
+                raise ValueError(
+                    f"heads={list(self.heads)} with components {' + '.join(self.components)}: "
+                    f"{' '.join(without)} cannot be split by head. Heads go with q, k, v and o only: "
+                    'write components="q + k + v + o", or leave heads out.'
+                )
+            if not self.heads or min(self.heads) < 0:
+                raise ValueError(
+                    f"heads={list(self.heads)}: name at least one head, counted from 0, "
+                    "or leave heads out for all."
+                )
+
+    def __str__(self) -> str:
+        layers = [item for item in self.layers if isinstance(item, str)]
+        numbers = [item for item in self.layers if not isinstance(item, str)]
+        if numbers:
+            layers.append(format_numbers(numbers))
+        heads = "" if self.heads is None else format_numbers(self.heads)
+        parts = [" + ".join(self.components), " + ".join(layers), heads]
+        while parts and parts[-1] in ("", "all"):
+            parts.pop()
+        return " : ".join([f"{self.source} @ {self.at}", *parts])
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for YAML; what is left at its default is left out."""
+        record: dict[str, Any] = {"source": self.source, "at": str(self.at)}
+        if self.components != ("all",):
+            record["components"] = list(self.components)
+        if self.layers != ("all",):
+            record["layers"] = list(self.layers)
+        if self.heads is not None:
+            record["heads"] = list(self.heads)
+        return record
+
+
+@dataclass(frozen=True)
+class Graft:
+    """An ordered list of rules; where two meet, the later wins. `Graft()` runs the base alone.
+
+    Grafts are values: hashable, comparable, joined with ``|`` (the right one wins), written as one
+    line (`str`, `Graft.parse`) and as YAML (`to_yaml`, `from_yaml`).
+
+    Example:
+        >>> graft = Graft.rule("sft", at="first_entity + last")
+        >>> str(graft | Graft.rule("pre", at="last", components="o", layers="8-15"))
+        'sft @ first_entity + last | pre @ last : o : 8-15'
+    """
+
+    rules: tuple[Rule, ...] = ()
+
+    @classmethod
+    def rule(
+        cls,
+        source: str,
+        at: str | int | Sequence[int] | At = "all",
+        components: str | Sequence[str] = "all",
+        layers: str | int | Sequence[int | str] = "all",
+        heads: str | int | Sequence[int] | None = None,
+    ) -> Self:
+        """A graft of one rule.
+
+        Args:
+            source: the name of the source whose weights are used.
+            at: spans (`"first_entity + last"`, `"~last"`) or token positions (`[0, -1]`).
+            components: components and groups (`"o + mlp"`, `["o", "mlp"]`).
+            layers: a layer group, numbers or a range (`"upper_half"`, `[3]`, `"8-15"`). With
+                anything but `"all"` the rule keeps to the layers, so `embed`, `pos_embed`,
+                `ln_final` and `unembed` are left out of `components="all"`.
+            heads: query heads for q and o, key-value heads for k and v; None is all. o's bias
+                belongs to no head: a row takes it from a source only where all its heads do.
+
+        Raises:
+            ValueError: anything that is not in the vocabulary, with what is.
+        """
+        if isinstance(heads, str):
+            heads = parse_numbers(heads, "heads")
+        elif isinstance(heads, int | np.integer) and not isinstance(heads, bool):
+            heads = [heads]
+        return cls(
+            (
+                Rule(
+                    source,
+                    At.parse(at),
+                    parse_components(components),
+                    parse_layers(layers),
+                    None if heads is None else tuple(sorted(set(_integers(heads, "heads")))),
+                ),
+            )
+        )
+
+    def __or__(self, other: "Graft") -> "Graft":
+        if not isinstance(other, Graft):
+            return NotImplemented
+        return Graft(self.rules + other.rules)
+
+    def __bool__(self) -> bool:
+        return bool(self.rules)
+
+    def __iter__(self) -> Iterator[Rule]:
+        return iter(self.rules)
+
+    def __str__(self) -> str:
+        return " | ".join(map(str, self.rules)) if self.rules else "none"
+
+    def __repr__(self) -> str:
+        return f"Graft.parse({str(self)!r})"
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The sources that the rules name, in order of first use."""
+        return tuple(dict.fromkeys(rule.source for rule in self.rules))
+
+    @classmethod
+    def parse(cls, text: str) -> "Graft":
+        """Read the one-line form (see the module's docstring).
+
+        Raises:
+            ValueError: text of another form, or words outside the vocabulary.
+        """
+        if text.strip() == "none":
+            return cls()
+        graft = cls()
+        for piece in text.split("|"):
+            source, separator, rest = piece.partition("@")
+            fields = [field.strip() for field in rest.split(":")]
+            if not separator or not 1 <= len(fields) <= 4:
+                raise ValueError(
+                    f"graft {text!r}: {piece.strip()!r} is no rule. Write "
+                    '"source @ positions : components : layers : heads" (from components on, what '
+                    'is left out means all), such as "sft @ last : o + mlp : upper_half"; join '
+                    'rules with |; "none" is the graft without rules.'
+                )
+            fields += [""] * (4 - len(fields))
+            at, components, layers, heads = fields
+            graft |= cls.rule(source.strip(), at, components or "all", layers or "all", heads or None)
+        return graft
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """The rules as plain dictionaries, for YAML or JSON."""
+        return [rule.to_dict() for rule in self.rules]
+
+    @classmethod
+    def from_list(cls, rules: Any) -> "Graft":
+        """Read what `to_list` wrote, or a one-line text, or a list that mixes both.
+
+        Raises:
+            ValueError: a key or value outside the vocabulary.
+        """
+        if isinstance(rules, str):
+            return cls.parse(rules)
+        if isinstance(rules, Mapping):
+            rules = [rules]
+        if not isinstance(rules, Sequence):
+            raise ValueError(
+                f"{rules!r} is no graft. Write one line of text, or a list of rules, each with "
+                "the keys source, at, components, layers, heads."
+            )
+        graft = cls()
+        for rule in rules:
+            if isinstance(rule, str):
+                graft |= cls.parse(rule)
+                continue
+            allowed = ("source", "at", "components", "layers", "heads")
+            if not isinstance(rule, Mapping):
+                raise ValueError(f"{rule!r} is no rule. A rule has the keys {' '.join(allowed)}.")
+            for key in rule:
+                if key not in allowed:
+                    raise ValueError(
+                        f"unknown key {key!r} in rule {dict(rule)!r}. "
+                        f"Allowed: {' '.join(allowed)}.{suggest(str(key), allowed)}"
+                    )
+            if "source" not in rule or "at" not in rule:
+                raise ValueError(f"rule {dict(rule)!r} needs the keys source and at.")
+            given = {k: v for k, v in rule.items() if v is not None}
+            graft |= cls.rule(**given)
+        return graft
+
+    def to_yaml(self) -> str:
+        """The rules as a YAML list."""
+        return yaml.safe_dump(self.to_list(), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def from_yaml(cls, text: str) -> "Graft":
+        """Read what `to_yaml` wrote.
+
+        Raises:
+            ValueError: a key or value outside the vocabulary.
+        """
+        return cls.from_list(yaml.safe_load(text))

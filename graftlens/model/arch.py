@@ -1,0 +1,400 @@
+"""What graftlens knows of each architecture: facts, and where a checkpoint keeps its weights.
+
+This table is the only place that knows one family from another. The forward reads `Architecture`;
+`weights.py` reads `Layout`. To add a family, add an entry to `FAMILIES`; loading proves it against
+Hugging Face's logits.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from graftlens.components import Component
+
+C = Component
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The facts of one architecture that the forward pass depends on.
+
+    Attributes:
+        family: Hugging Face's `model_type`.
+        d_head: width of one head; `n_heads * d_head` need not be `d_model`.
+        norm: `layer` is LayerNorm with weight and bias, `layer_plain` without either, `rms` RMSNorm.
+        norm_offset: added to the stored RMSNorm weight (Gemma keeps w - 1).
+        norm_in_float32: the weight multiplies before the result is rounded to the model's dtype.
+        pre_norms, post_norms: norms before a sublayer, and on its output before the residual add.
+        parallel: attention and MLP both read the layer's input.
+        qk_norm: RMSNorm on queries and keys, per `head` or over the `full` projection.
+        rotary_dim: rotated dimensions of each head, 0 with learned positions.
+        rope_kinds: per layer, which of the rotary module's tables it uses (None: the only one).
+        attn_scales: per layer, the factor on q·k.
+        windows: per layer, how many positions back attention reaches, itself included; None is all.
+        embed_scale: factor on the embedding's output.
+        qkv_clip: projections are clamped to ±this.
+    """
+
+    family: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_kv_heads: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    act_fn: str
+    eps: float
+    attn_scales: tuple[float, ...]
+    windows: tuple[int | None, ...]
+    norm: Literal["layer", "layer_plain", "rms"] = "rms"
+    norm_offset: float = 0.0
+    norm_in_float32: bool = False
+    pre_norms: bool = True
+    post_norms: bool = False
+    parallel: bool = False
+    gated: bool = True
+    qk_norm: Literal["none", "head", "full"] = "none"
+    rotary_dim: int = 0
+    rope_kinds: tuple[str | None, ...] = ()
+    rope_depends_on_length: bool = False
+    attn_softcap: float | None = None
+    logit_softcap: float | None = None
+    embed_scale: float = 1.0
+    qkv_clip: float | None = None
+
+    @property
+    def components(self) -> tuple[Component, ...]:
+        """The components that this architecture has, in the vocabulary's order."""
+        present = {C.EMBED, C.Q, C.K, C.V, C.O, C.MLP_IN, C.MLP_OUT, C.UNEMBED}
+        if self.rotary_dim == 0:
+            present.add(C.POS_EMBED)
+        if self.gated:
+            present.add(C.MLP_GATE)
+        if self.norm != "layer_plain":
+            present.add(C.LN_FINAL)
+            if self.pre_norms:
+                present |= {C.LN1, C.LN2}
+            if self.post_norms:
+                present |= {C.LN1_POST, C.LN2_POST}
+        if self.qk_norm != "none":
+            present |= {C.Q_NORM, C.K_NORM}
+        return tuple(c for c in Component if c in present)
+
+    def n_heads_of(self, component: Component) -> int:
+        """Query heads for q and o, key-value heads for k and v."""
+        return self.n_kv_heads if component in (C.K, C.V) else self.n_heads
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a Hugging Face state dict keeps each component.
+
+    `modules` maps a component to its module's name, with `{l}` for the layer. A fused module is
+    named for each of its components and cut apart by `fused`.
+    """
+
+    modules: Mapping[Component, str]
+    transposed: bool = False
+    fused: Mapping[Component, "FusedPart"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FusedPart:
+    """The rows of a fused projection that belong to one component.
+
+    `how` is `stacked` (q, k, v one below the other; gate above up) or `per_head` (each head's q, k
+    and v together, as GPT-NeoX has them).
+    """
+
+    how: Literal["stacked", "per_head"]
+    index: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """One supported `model_type`: how to read its config, where its weights are."""
+
+    read: Callable[[Any], Architecture]
+    layout: Layout
+    #: config option -> the values that the forward covers; any other is refused
+    covered: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+
+
+class UnsupportedArchitectureError(ValueError):
+    """The checkpoint's family, or one of its options, is not exactly supported."""
+
+
+def _llama_modules(**changes: str) -> dict[Component, str]:
+    layer = "model.layers.{l}."
+    modules = {
+        C.EMBED: "model.embed_tokens",
+        C.LN1: layer + "input_layernorm",
+        C.Q: layer + "self_attn.q_proj",
+        C.K: layer + "self_attn.k_proj",
+        C.V: layer + "self_attn.v_proj",
+        C.O: layer + "self_attn.o_proj",
+        C.Q_NORM: layer + "self_attn.q_norm",
+        C.K_NORM: layer + "self_attn.k_norm",
+        C.LN2: layer + "post_attention_layernorm",
+        C.MLP_IN: layer + "mlp.up_proj",
+        C.MLP_GATE: layer + "mlp.gate_proj",
+        C.MLP_OUT: layer + "mlp.down_proj",
+        C.LN_FINAL: "model.norm",
+        C.UNEMBED: "lm_head",
+    }
+    return modules | {Component(name): layer + module for name, module in changes.items()}
+
+
+def _windows(config: Any, n_layers: int) -> tuple[int | None, ...]:
+    """Per layer, the sliding window in positions; layer types decide where a config has them."""
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if not getattr(config, "use_sliding_window", True):
+        window = None
+    if kinds is None:
+        return (window,) * n_layers
+    for kind in kinds:
+        if kind not in ("full_attention", "sliding_attention"):
+            raise UnsupportedArchitectureError(
+                f"layer_types holds {kind!r}; covered are full_attention and sliding_attention."
+            )
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _rope_settings(config: Any) -> list[Mapping[str, Any]]:
+    """The config's rope parameter sets: one, or one per layer type."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, Mapping)]
+    return nested or [parameters]
+
+
+def _rotary_facts(config: Any, d_head: int, n_layers: int, per_type: bool) -> dict[str, Any]:
+    settings = _rope_settings(config)
+    factor = settings[0].get("partial_rotary_factor", 1.0) or 1.0
+    kinds = tuple(config.layer_types) if per_type else (None,) * n_layers
+    return {
+        "rotary_dim": int(d_head * factor),
+        "rope_kinds": kinds,
+        "rope_depends_on_length": any(
+            s.get("rope_type", "default") in ("dynamic", "longrope") for s in settings
+        ),
+    }
+
+
+def _decoder(config: Any, **facts: Any) -> Architecture:
+    """Llama and its relatives; `facts` says where one differs."""
+    n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
+    d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
+    act = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
+    return Architecture(
+        **{
+            "family": config.model_type,
+            "n_layers": n_layers,
+            "d_model": config.hidden_size,
+            "n_heads": n_heads,
+            "n_kv_heads": getattr(config, "num_key_value_heads", None) or n_heads,
+            "d_head": d_head,
+            "d_mlp": config.intermediate_size,
+            "d_vocab": config.vocab_size,
+            "n_ctx": config.max_position_embeddings,
+            "act_fn": act,
+            "eps": getattr(config, "rms_norm_eps", 1e-5),
+            "attn_scales": (d_head**-0.5,) * n_layers,
+            "windows": _windows(config, n_layers),
+        }
+        | _rotary_facts(config, d_head, n_layers, per_type=False)
+        | facts
+    )
+
+
+def _gemma(config: Any, **facts: Any) -> Architecture:
+    return _decoder(
+        config,
+        **{
+            "norm_offset": 1.0,
+            "norm_in_float32": True,
+            "embed_scale": config.hidden_size**0.5,
+        }
+        | facts,
+    )
+
+
+def _gemma2(config: Any, **facts: Any) -> Architecture:
+    return _gemma(
+        config,
+        **{
+            "post_norms": True,
+            "attn_scales": (config.query_pre_attn_scalar**-0.5,) * config.num_hidden_layers,
+            "attn_softcap": config.attn_logit_softcapping,
+            "logit_softcap": config.final_logit_softcapping,
+        }
+        | facts,
+    )
+
+
+def _gemma3(config: Any) -> Architecture:
+    facts = _rotary_facts(config, config.head_dim, config.num_hidden_layers, per_type=True)
+    # Hugging Face's Gemma 3 stores attn_logit_softcapping and never applies it.
+    return _gemma2(config, qk_norm="head", attn_softcap=None, **facts)
+
+
+def _gpt2(config: Any) -> Architecture:
+    d_head = config.n_embd // config.n_head
+    scale = d_head**-0.5 if config.scale_attn_weights else 1.0
+    by_layer = config.scale_attn_by_inverse_layer_idx
+    return Architecture(
+        family="gpt2",
+        n_layers=config.n_layer,
+        d_model=config.n_embd,
+        n_heads=config.n_head,
+        n_kv_heads=config.n_head,
+        d_head=d_head,
+        d_mlp=config.n_inner or 4 * config.n_embd,
+        d_vocab=config.vocab_size,
+        n_ctx=config.n_positions,
+        act_fn=config.activation_function,
+        eps=config.layer_norm_epsilon,
+        attn_scales=tuple(scale / (l + 1 if by_layer else 1) for l in range(config.n_layer)),
+        windows=(None,) * config.n_layer,
+        norm="layer",
+        gated=False,
+    )
+
+
+def _gpt_neox(config: Any) -> Architecture:
+    return _decoder(
+        config,
+        norm="layer",
+        eps=config.layer_norm_eps,
+        gated=False,
+        parallel=config.use_parallel_residual,
+    )
+
+
+_NEOX = "gpt_neox.layers.{l}."
+_GPT2 = "transformer.h.{l}."
+_QKV = (C.Q, C.K, C.V)
+
+_GEMMA2_NORMS = {
+    "ln1_post": "post_attention_layernorm",
+    "ln2": "pre_feedforward_layernorm",
+    "ln2_post": "post_feedforward_layernorm",
+}
+
+FAMILIES: dict[str, Family] = {
+    "gpt2": Family(
+        _gpt2,
+        Layout(
+            {
+                C.EMBED: "transformer.wte",
+                C.POS_EMBED: "transformer.wpe",
+                C.LN1: _GPT2 + "ln_1",
+                **dict.fromkeys(_QKV, _GPT2 + "attn.c_attn"),
+                C.O: _GPT2 + "attn.c_proj",
+                C.LN2: _GPT2 + "ln_2",
+                C.MLP_IN: _GPT2 + "mlp.c_fc",
+                C.MLP_OUT: _GPT2 + "mlp.c_proj",
+                C.LN_FINAL: "transformer.ln_f",
+                C.UNEMBED: "lm_head",
+            },
+            transposed=True,
+            fused={c: FusedPart("stacked", i) for i, c in enumerate(_QKV)},
+        ),
+        {"add_cross_attention": (False, None), "reorder_and_upcast_attn": (False, None)},
+    ),
+    "gpt_neox": Family(
+        _gpt_neox,
+        Layout(
+            {
+                C.EMBED: "gpt_neox.embed_in",
+                C.LN1: _NEOX + "input_layernorm",
+                **dict.fromkeys(_QKV, _NEOX + "attention.query_key_value"),
+                C.O: _NEOX + "attention.dense",
+                C.LN2: _NEOX + "post_attention_layernorm",
+                C.MLP_IN: _NEOX + "mlp.dense_h_to_4h",
+                C.MLP_OUT: _NEOX + "mlp.dense_4h_to_h",
+                C.LN_FINAL: "gpt_neox.final_layer_norm",
+                C.UNEMBED: "lm_head",
+            },
+            fused={c: FusedPart("per_head", i) for i, c in enumerate(_QKV)},
+        ),
+        {"is_decoder": (False, True, None)},
+    ),
+    "llama": Family(_decoder, Layout(_llama_modules()), {"pretraining_tp": (1, None)}),
+    "mistral": Family(_decoder, Layout(_llama_modules())),
+    "gemma": Family(
+        _gemma, Layout(_llama_modules()), {"use_bidirectional_attention": (False, None)}
+    ),
+    "gemma2": Family(
+        _gemma2,
+        Layout(_llama_modules(**_GEMMA2_NORMS)),
+        {"use_bidirectional_attention": (False, None)},
+    ),
+    "gemma3_text": Family(
+        _gemma3,
+        Layout(_llama_modules(**_GEMMA2_NORMS)),
+        {"use_bidirectional_attention": (False, None)},
+    ),
+    "olmo": Family(
+        lambda config: _decoder(config, norm="layer_plain", eps=1e-5, qkv_clip=config.clip_qkv),
+        Layout(_llama_modules()),
+    ),
+    "olmo2": Family(
+        lambda config: _decoder(
+            config, pre_norms=False, post_norms=True, qk_norm="full", norm_in_float32=True
+        ),
+        Layout(
+            _llama_modules(
+                ln1_post="post_attention_layernorm", ln2_post="post_feedforward_layernorm"
+            )
+        ),
+    ),
+    "qwen2": Family(_decoder, Layout(_llama_modules())),
+    "qwen3": Family(lambda config: _decoder(config, qk_norm="head"), Layout(_llama_modules())),
+    "phi3": Family(
+        _decoder,
+        Layout(
+            _llama_modules()
+            | dict.fromkeys(_QKV, "model.layers.{l}.self_attn.qkv_proj")
+            | dict.fromkeys((C.MLP_GATE, C.MLP_IN), "model.layers.{l}.mlp.gate_up_proj"),
+            fused={c: FusedPart("stacked", i) for i, c in enumerate(_QKV)}
+            | {c: FusedPart("stacked", i) for i, c in enumerate((C.MLP_GATE, C.MLP_IN))},
+        ),
+    ),
+}
+
+
+def supported() -> Sequence[str]:
+    """The `model_type`s that can be loaded."""
+    return tuple(FAMILIES)
+
+
+def architecture(config: Any) -> Architecture:
+    """The facts of a Hugging Face config.
+
+    Raises:
+        UnsupportedArchitectureError: a family that is not in the table, or one of its options with
+            a value that the forward does not cover.
+    """
+    kind = getattr(config, "model_type", None)
+    if kind not in FAMILIES:
+        raise UnsupportedArchitectureError(
+            f"model_type {kind!r} is not supported. Supported: {' '.join(supported())}. "
+            "A family is added by an entry in graftlens/model/arch.py (see the README)."
+        )
+    family = FAMILIES[kind]
+    everywhere: dict[str, tuple[Any, ...]] = {
+        "quantization_config": (None,),
+        "is_encoder_decoder": (False, None),
+    }
+    for option, values in {**everywhere, **family.covered}.items():
+        value = getattr(config, option, None)
+        if value not in values:
+            raise UnsupportedArchitectureError(
+                f"{kind} with {option}={value!r} is not supported: the forward covers "
+                f"{option}={' or '.join(repr(v) for v in values if v is not None)}. "
+                "graftlens refuses what it cannot run exactly."
+            )
+    return family.read(config)

@@ -1,0 +1,718 @@
+"""The grafted forward pass: where the weights are chosen, in one sitting.
+
+Every linear map, norm and embedding is told which source each row uses (`Selection`). Rows of one
+source are gathered, multiplied by that source's own weight, and put back: one matrix product's
+work in all, and no delta is ever added to a weight. Where every row uses the same source, nothing
+is gathered. Module tree, hook names and shapes are HookedTransformer's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformer_lens.hook_points import HookPoint
+
+from graftlens.components import Component
+from graftlens.graft import Graft
+from graftlens.model.arch import Architecture
+from graftlens.model.mask import Block, GraftMask, HeadSelection, Selection
+from graftlens.model.weights import Sourced, Weights, equal_sources
+
+C = Component
+Chosen = Selection | HeadSelection
+
+
+class Gathered:
+    """Rows of one activation, gathered by index at most once for all maps that read it."""
+
+    def __init__(self, x: Float[Tensor, "rows *width"]) -> None:
+        self.x = x
+        self._taken: dict[int, Tensor] = {}
+
+    def __getitem__(self, block: Block) -> Tensor:
+        key = id(block.rows)
+        if key not in self._taken:
+            self._taken[key] = self.x.index_select(0, block.rows)
+        return self._taken[key]
+
+
+def by_source(
+    x: Gathered, chosen: Selection, equal: tuple[int, ...], apply: Callable[[Tensor, int], Tensor]
+) -> Float[Tensor, "rows *out"]:
+    """`apply(rows, source)` on the rows of each source, put back in the rows' own order."""
+    only = chosen.only(equal)
+    if only is not None:
+        return apply(x.x, only)
+    out: Tensor | None = None
+    for block in chosen.blocks(equal, x.x.device):
+        result = apply(x[block], block.source)
+        if out is None:
+            out = result.new_empty(x.x.shape[0], *result.shape[1:])
+        out.index_copy_(0, block.rows, result)
+    assert out is not None
+    return out
+
+
+class Linear(nn.Module):
+    """x W^T + b, with W and b of the source that each row uses."""
+
+    def __init__(self, weight: Sourced, bias: Sourced | None, n_heads: int = 1) -> None:
+        super().__init__()
+        self.weight = weight
+        self.bias = bias
+        self.n_heads = n_heads
+        self.equal = equal_sources(weight, bias)
+        self.equal_weight = equal_sources(weight)
+
+    def plain(self, x: Float[Tensor, "rows d_in"], source: int) -> Float[Tensor, "rows d_out"]:
+        bias = None if self.bias is None else self.bias[source]
+        return F.linear(x, self.weight[source], bias)
+
+    def bias_or_zeros(self, source: int) -> Float[Tensor, " d_out"]:
+        """A source's bias, zeros where the map has none."""
+        weight = self.weight[source]
+        return weight.new_zeros(weight.shape[0]) if self.bias is None else self.bias[source]
+
+    def forward(self, x: Gathered, chosen: Chosen) -> Float[Tensor, "rows d_out"]:
+        if isinstance(chosen, Selection):
+            return by_source(x, chosen, self.equal, self.plain)
+        return self._heads_differ(x, chosen)
+
+    def _heads_differ(self, x: Gathered, chosen: HeadSelection) -> Float[Tensor, "rows d_out"]:
+        raise TypeError(f"{type(self).__name__} has no heads")
+
+    def _head_columns(self, heads: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+        d_head = width // self.n_heads
+        starts = torch.tensor(heads, device=device)[:, None] * d_head
+        return (starts + torch.arange(d_head, device=device)).flatten()
+
+
+class HeadsOut(Linear):
+    """A map onto heads (q, k, v): each group of heads is computed with its own rows' sources."""
+
+    def _heads_differ(self, x: Gathered, chosen: HeadSelection) -> Float[Tensor, "rows d_out"]:
+        width = self.weight[0].shape[0]
+        out: Tensor | None = None
+        for heads, selection in chosen.groups:
+            columns = self._head_columns(heads, width, x.x.device)
+
+            def part(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
+                bias = None if self.bias is None else self.bias[source][columns]
+                return F.linear(rows, self.weight[source][columns], bias)
+
+            result = by_source(x, selection, self.equal, part)
+            if out is None:
+                out = result.new_empty(result.shape[0], width)
+            out = out.index_copy(1, columns, result)
+        assert out is not None
+        return out
+
+    def split(
+        self, x: Float[Tensor, "rows head d_in"], chosen: Chosen
+    ) -> Float[Tensor, "rows d_out"]:
+        """The map where each head reads an input of its own (`use_split_qkv_input`)."""
+        d_head = self.weight[0].shape[0] // self.n_heads
+        outs = []
+        groups = (
+            ((tuple(range(self.n_heads)), chosen),)
+            if isinstance(chosen, Selection)
+            else chosen.groups
+        )
+        order: list[int] = []
+        for heads, selection in groups:
+            index = torch.tensor(heads, device=x.device)
+
+            def part(rows: Tensor, source: int, index: Tensor = index) -> Tensor:
+                weight = self.weight[source].unflatten(0, (self.n_heads, d_head))[index]
+                out = torch.einsum("rhi,hki->rhk", rows, weight)
+                if self.bias is not None:
+                    out = out + self.bias[source].unflatten(0, (self.n_heads, d_head))[index]
+                return out
+
+            outs.append(by_source(Gathered(x[:, index]), selection, self.equal, part))
+            order.extend(heads)
+        joined = torch.cat(outs, dim=1)
+        return joined[:, torch.tensor(order, device=x.device).argsort()].flatten(1)
+
+
+class HeadsIn(Linear):
+    """A map from heads (o). Its bias belongs to no head: see `HeadSelection.whole`."""
+
+    def _heads_differ(self, x: Gathered, chosen: HeadSelection) -> Float[Tensor, "rows d_out"]:
+        total: Tensor | None = None
+        for heads, selection in chosen.groups:
+            columns = self._head_columns(heads, x.x.shape[1], x.x.device)
+
+            def part(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
+                return F.linear(rows, self.weight[source][:, columns])
+
+            result = by_source(
+                Gathered(x.x.index_select(1, columns)), selection, self.equal_weight, part
+            )
+            total = result if total is None else total + result
+        assert total is not None
+        return self.add_bias(total, chosen)
+
+    def add_bias(self, x: Float[Tensor, "rows d_out"], chosen: Chosen) -> Tensor:
+        if self.bias is None:
+            return x
+        whole = chosen if isinstance(chosen, Selection) else chosen.whole
+        return x + per_row(self.bias, whole)
+
+    def results(
+        self, z: Float[Tensor, "rows head d_head"], chosen: Chosen
+    ) -> Float[Tensor, "rows head d_out"]:
+        """What each head adds to the residual stream, before the bias."""
+        groups = (
+            ((tuple(range(self.n_heads)), chosen),)
+            if isinstance(chosen, Selection)
+            else chosen.groups
+        )
+        outs = []
+        order: list[int] = []
+        for heads, selection in groups:
+            index = torch.tensor(heads, device=z.device)
+
+            def part(rows: Tensor, source: int, index: Tensor = index) -> Tensor:
+                weight = self.weight[source].unflatten(1, (self.n_heads, -1))[:, index]
+                return torch.einsum("rhk,dhk->rhd", rows, weight)
+
+            outs.append(by_source(Gathered(z[:, index]), selection, self.equal_weight, part))
+            order.extend(heads)
+        return torch.cat(outs, dim=1)[:, torch.tensor(order, device=z.device).argsort()]
+
+
+def per_row(weight: Sourced, chosen: Selection) -> Float[Tensor, "rows width"] | Tensor:
+    """A vector-shaped weight for every row, or one vector where all rows agree."""
+    only = chosen.only(equal_sources(weight))
+    if only is not None:
+        return weight[only]
+    return weight.stacked().index_select(0, chosen.per_row(weight[0].device))
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm with the weights of the source that each row uses."""
+
+    def __init__(self, arch: Architecture, weight: Sourced | None, bias: Sourced | None) -> None:
+        super().__init__()
+        self.arch = arch
+        self.weight = weight
+        self.bias = bias
+        self.hook_scale = HookPoint()
+        self.hook_normalized = HookPoint()
+
+    def forward(
+        self, x: Float[Tensor, "batch pos *head width"], chosen: Selection | None
+    ) -> Float[Tensor, "batch pos *head width"]:
+        dtype = x.dtype
+        x = x if dtype == torch.float64 else x.float()
+        if self.arch.norm != "rms":
+            x = x - x.mean(-1, keepdim=True)
+        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.arch.eps).sqrt())
+        x = self.hook_normalized(x / scale)
+        if self.weight is None or chosen is None:
+            return x.to(dtype)
+        keep = self.arch.norm_in_float32 or self.arch.norm == "layer"
+        x = x if keep else x.to(dtype)
+        # RMSNorm over heads has one weight for all of a row's heads.
+        shape = (*x.shape[:2], *(1,) * (x.ndim - 3), x.shape[-1])
+        x = x * self._rows(self.weight, chosen, shape, self.arch.norm_offset, x.dtype)
+        if self.bias is not None:
+            x = x + self._rows(self.bias, chosen, shape, 0.0, x.dtype)
+        return x.to(dtype)
+
+    @staticmethod
+    def _rows(
+        weight: Sourced, chosen: Selection, shape: tuple[int, ...], offset: float, dtype: torch.dtype
+    ) -> Tensor:
+        vector = per_row(weight, chosen).to(dtype)
+        vector = vector + offset if offset else vector
+        return vector if vector.ndim == 1 else vector.reshape(shape)
+
+
+class Embed(nn.Module):
+    """Rows of an embedding table, each from the table of the source that the place uses."""
+
+    def __init__(self, weight: Sourced, scale: float = 1.0) -> None:
+        super().__init__()
+        self.weight = weight
+        self.scale = scale
+        self.equal = equal_sources(weight)
+
+    def forward(
+        self, ids: Int[Tensor, "batch pos"], chosen: Selection
+    ) -> Float[Tensor, "batch pos d_model"]:
+        def look_up(rows: Tensor, source: int) -> Tensor:
+            return F.embedding(rows, self.weight[source])
+
+        out = by_source(Gathered(ids.flatten()), chosen, self.equal, look_up)
+        if self.scale != 1.0:
+            out = out * torch.tensor(self.scale, dtype=out.dtype)
+        return out.unflatten(0, ids.shape)
+
+
+@dataclass
+class KeyValueCache:
+    """Keys and values of earlier positions, rotated already, per layer."""
+
+    entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if layer in self.entries:
+            past_k, past_v = self.entries[layer]
+            k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
+        self.entries[layer] = (k, v)
+        return k, v
+
+
+class AttentionOrder:
+    """Which keys each query reads: causal, within a window, never padding."""
+
+    def __init__(
+        self,
+        real: Bool[np.ndarray, "batch key"],
+        n_queries: int,
+        device: torch.device,
+    ) -> None:
+        """`real` says which keys are tokens; the queries are the last `n_queries` of them."""
+        self.real, self.n_queries, self.device = real, n_queries, device
+        self._masks: dict[int | None, Bool[Tensor, "batch_or_1 1 query key"]] = {}
+
+    def __getitem__(self, window: int | None) -> Bool[Tensor, "batch_or_1 1 query key"]:
+        """True where a query reads a key. Padding reads itself, so that no row is empty."""
+        if window not in self._masks:
+            keys = np.arange(self.real.shape[1])
+            behind = keys[-self.n_queries :, None] - keys[None, :]
+            reads = behind >= 0
+            if window is not None:
+                reads &= behind < window
+            reads = reads[None]
+            if not self.real.all():
+                reads = (reads & self.real[:, None, :]) | (behind == 0)
+            self._masks[window] = torch.from_numpy(reads[:, None]).to(self.device)
+        return self._masks[window]
+
+    def kernel(self, window: int | None) -> tuple[Tensor | None, bool]:
+        """(attn_mask, is_causal) for `scaled_dot_product_attention`: a mask only where needed."""
+        n_keys = self.real.shape[1]
+        if (window is None or window >= n_keys) and self.real[:, 0].all():
+            # Right padding comes after every token, so causal order hides it.
+            if self.n_queries == n_keys:
+                return None, True
+            if self.n_queries == 1 and self.real.all():
+                return None, False
+        return self[window], False
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one forward pass shares between its layers.
+
+    Attributes:
+        mask: which source every row uses at every site.
+        rotary: rotary kind -> (cos, sin), each [batch, pos, rotary_dim].
+        order: which keys each query reads.
+        cache: keys and values of earlier positions, or None.
+    """
+
+    mask: GraftMask
+    rotary: dict[str | None, tuple[Tensor, Tensor]]
+    order: AttentionOrder
+    cache: KeyValueCache | None = None
+
+
+class Active:
+    """The grafts that `with model.grafted(…)` has put in force, innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[Graft | GraftMask | None] = []
+
+    @property
+    def innermost(self) -> Graft | GraftMask | None:
+        return self.stack[-1] if self.stack else None
+
+    def source(self, component: Component, layer: int | None) -> int:
+        """The one source that a site uses now: the base's, unless a mask says otherwise.
+
+        Raises:
+            ValueError: under a mask whose rows differ there.
+        """
+        mask = self.innermost
+        if not isinstance(mask, GraftMask):
+            return 0
+        chosen = mask[component, layer]
+        if isinstance(chosen, Selection) and len(chosen.sources) == 1:
+            return chosen.sources[0]
+        raise ValueError(
+            f"under graft {str(mask.graft)!r} there is no single weight for {component}"
+            f"{'' if layer is None else f' in layer {layer}'}: positions or heads differ. "
+            "Take it from one source, as in model.W_O[source, layer]."
+        )
+
+
+def rotate(
+    x: Float[Tensor, "batch pos head d_head"], cos: Tensor, sin: Tensor
+) -> Float[Tensor, "batch pos head d_head"]:
+    """Rotary embedding of the first `cos.shape[-1]` dimensions of each head."""
+    dim = cos.shape[-1]
+    turned, rest = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
+    cos, sin = cos[:, :, None], sin[:, :, None]
+    half = torch.cat([-turned[..., dim // 2 :], turned[..., : dim // 2]], dim=-1)
+    # Tables may be wider than the model's dtype (OLMo rotates in float32).
+    out = (turned * cos + half * sin).to(x.dtype)
+    return out if rest is None else torch.cat([out, rest], dim=-1)
+
+
+class Attention(nn.Module):
+    """Attention whose q, k, v, o and norms each come from the source that the position uses."""
+
+    def __init__(
+        self, arch: Architecture, layer: int, parts: "Parts", flags: Any, active: Active
+    ) -> None:
+        super().__init__()
+        self.arch, self.layer, self.flags, self.active = arch, layer, flags, active
+        self.q = HeadsOut(*parts.linear(C.Q, layer), arch.n_heads)
+        self.k = HeadsOut(*parts.linear(C.K, layer), arch.n_kv_heads)
+        self.v = HeadsOut(*parts.linear(C.V, layer), arch.n_kv_heads)
+        self.o = HeadsIn(*parts.linear(C.O, layer), arch.n_heads)
+        if arch.qk_norm != "none":
+            self.q_norm = parts.norm(C.Q_NORM, layer)
+            self.k_norm = parts.norm(C.K_NORM, layer)
+        for name in ("q", "k", "v", "z", "attn_scores", "pattern", "result"):
+            self.add_module(f"hook_{name}", HookPoint())
+        if arch.rotary_dim:
+            self.hook_rot_q = HookPoint()
+            self.hook_rot_k = HookPoint()
+
+    def forward(
+        self,
+        q_input: Float[Tensor, "batch pos *head d_model"],
+        k_input: Float[Tensor, "batch pos *head d_model"],
+        v_input: Float[Tensor, "batch pos *head d_model"],
+        run: Pass,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        arch, layer, mask = self.arch, self.layer, run.mask
+        places = q_input.shape[:2]
+        shared = Gathered(q_input.flatten(0, 1)) if q_input is k_input is v_input else None
+
+        def project(linear: HeadsOut, x: Tensor, component: Component) -> Tensor:
+            chosen = mask[component, layer]
+            if x.ndim == 4:
+                out = linear.split(x.flatten(0, 1), chosen)
+            else:
+                out = linear(shared or Gathered(x.flatten(0, 1)), chosen)
+            return out.unflatten(1, (linear.n_heads, arch.d_head)).unflatten(0, places)
+
+        q = self.hook_q(project(self.q, q_input, C.Q))
+        k = self.hook_k(project(self.k, k_input, C.K))
+        v = self.hook_v(project(self.v, v_input, C.V))
+        if arch.qk_norm != "none":
+            q = self._qk_norm(self.q_norm, q, mask[C.Q_NORM, layer])
+            k = self._qk_norm(self.k_norm, k, mask[C.K_NORM, layer])
+        if arch.qkv_clip is not None:
+            q, k, v = (t.clamp(-arch.qkv_clip, arch.qkv_clip) for t in (q, k, v))
+        if arch.rotary_dim:
+            cos, sin = run.rotary[arch.rope_kinds[layer]]
+            q = self.hook_rot_q(rotate(q, cos, sin))
+            k = self.hook_rot_k(rotate(k, cos, sin))
+        if run.cache is not None:
+            k, v = run.cache.append(layer, k, v)
+
+        z = self.hook_z(self._attend(q, k, v, run))
+        rows = z.flatten(0, 1)
+        chosen = mask[C.O, layer]
+        if self.flags.use_attn_result:
+            result = self.hook_result(self.o.results(rows, chosen).unflatten(0, places))
+            out = self.o.add_bias(result.sum(2).flatten(0, 1), chosen)
+        else:
+            out = self.o(Gathered(rows.flatten(1)), chosen)
+        return out.unflatten(0, places)
+
+    def _qk_norm(self, norm: Norm, x: Tensor, chosen: Chosen) -> Tensor:
+        assert isinstance(chosen, Selection)
+        if self.arch.qk_norm == "full":
+            return norm(x.flatten(2), chosen).unflatten(2, x.shape[2:])
+        return norm(x, chosen)
+
+    def _attend(
+        self,
+        q: Float[Tensor, "batch query head d_head"],
+        k: Float[Tensor, "batch key kv_head d_head"],
+        v: Float[Tensor, "batch key kv_head d_head"],
+        run: Pass,
+    ) -> Float[Tensor, "batch query head d_head"]:
+        arch = self.arch
+        window, scale = arch.windows[self.layer], arch.attn_scales[self.layer]
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        grouped = arch.n_heads != arch.n_kv_heads
+        seen = self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()
+        if not seen and arch.attn_softcap is None:
+            attn_mask, is_causal = run.order.kernel(window)
+            z = F.scaled_dot_product_attention(
+                q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
+            )
+            return z.transpose(1, 2)
+        if grouped:
+            k, v = (t.repeat_interleave(arch.n_heads // arch.n_kv_heads, dim=1) for t in (k, v))
+        scores = (q @ k.transpose(-1, -2)) * scale
+        if arch.attn_softcap is not None:
+            scores = torch.tanh(scores / arch.attn_softcap) * arch.attn_softcap
+        scores = self.hook_attn_scores(scores.masked_fill(~run.order[window], -torch.inf))
+        # HookedTransformer's order: softmax in float32 for narrow dtypes, as Hugging Face has it.
+        pattern = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+        pattern = self.hook_pattern(pattern.to(v.dtype))
+        return (pattern @ v).transpose(1, 2)
+
+
+    def _weight(self, component: Component) -> Tensor:
+        linear: Linear = getattr(self, component.value)
+        return linear.weight[self.active.source(component, self.layer)]
+
+    def _bias(self, component: Component) -> Tensor:
+        linear: Linear = getattr(self, component.value)
+        return linear.bias_or_zeros(self.active.source(component, self.layer))
+
+    @property
+    def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
+        """The base's queries, or those of a graft in force that is uniform here."""
+        return per_head_out(self._weight(C.Q), self.arch.n_heads)
+
+    @property
+    def W_K(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        """The base's keys, or those of a graft in force that is uniform here."""
+        return per_head_out(self._weight(C.K), self.arch.n_kv_heads)
+
+    @property
+    def W_V(self) -> Float[Tensor, "kv_head d_model d_head"]:
+        """The base's values, or those of a graft in force that is uniform here."""
+        return per_head_out(self._weight(C.V), self.arch.n_kv_heads)
+
+    @property
+    def W_O(self) -> Float[Tensor, "head d_head d_model"]:
+        """The base's output map, or that of a graft in force that is uniform here."""
+        return per_head_in(self._weight(C.O), self.arch.n_heads)
+
+    @property
+    def b_Q(self) -> Float[Tensor, "head d_head"]:
+        """The query bias, zeros where there is none."""
+        return self._bias(C.Q).unflatten(0, (self.arch.n_heads, -1))
+
+    @property
+    def b_K(self) -> Float[Tensor, "kv_head d_head"]:
+        """The key bias, zeros where there is none."""
+        return self._bias(C.K).unflatten(0, (self.arch.n_kv_heads, -1))
+
+    @property
+    def b_V(self) -> Float[Tensor, "kv_head d_head"]:
+        """The value bias, zeros where there is none."""
+        return self._bias(C.V).unflatten(0, (self.arch.n_kv_heads, -1))
+
+    @property
+    def b_O(self) -> Float[Tensor, " d_model"]:
+        """The output bias, zeros where there is none."""
+        return self._bias(C.O)
+
+
+def per_head_out(
+    weight: Float[Tensor, "*axes head_width d_model"], n_heads: int
+) -> Float[Tensor, "*axes head d_model d_head"]:
+    """A map onto heads in HookedTransformer's layout (W_Q, W_K, W_V)."""
+    return weight.unflatten(-2, (n_heads, -1)).transpose(-1, -2)
+
+
+def per_head_in(
+    weight: Float[Tensor, "*axes d_model head_width"], n_heads: int
+) -> Float[Tensor, "*axes head d_head d_model"]:
+    """A map from heads in HookedTransformer's layout (W_O)."""
+    return weight.transpose(-1, -2).unflatten(-2, (n_heads, -1))
+
+
+class MLP(nn.Module):
+    """The MLP, gated or not; hooks `pre`, `pre_linear` (gated) and `post` are [batch, pos, d_mlp]."""
+
+    def __init__(
+        self, arch: Architecture, layer: int, parts: "Parts", act: nn.Module, active: Active
+    ) -> None:
+        super().__init__()
+        self.gated, self.layer, self.act, self.active = arch.gated, layer, act, active
+        self.mlp_in = Linear(*parts.linear(C.MLP_IN, layer))
+        self.mlp_out = Linear(*parts.linear(C.MLP_OUT, layer))
+        self.hook_pre = HookPoint()
+        self.hook_post = HookPoint()
+        if arch.gated:
+            self.mlp_gate = Linear(*parts.linear(C.MLP_GATE, layer))
+            self.hook_pre_linear = HookPoint()
+
+    def forward(self, x: Float[Tensor, "batch pos d_model"], run: Pass) -> Tensor:
+        places, rows = x.shape[:2], Gathered(x.flatten(0, 1))
+        chosen = {c: run.mask[c, self.layer] for c in (C.MLP_IN, C.MLP_OUT)}
+        if self.gated:
+            chosen[C.MLP_GATE] = run.mask[C.MLP_GATE, self.layer]
+        one = chosen[C.MLP_IN]
+        watched = any(h.has_hooks() for h in (self.hook_pre, self.hook_post)) or (
+            self.gated and self.hook_pre_linear.has_hooks()
+        )
+        if not watched and isinstance(one, Selection) and all(c is one for c in chosen.values()):
+            # Nobody looks inside: each source's rows go through the whole MLP at once.
+            out = by_source(rows, one, equal_sources(*self._weights()), self._whole)
+            return out.unflatten(0, places)
+
+        def hooked(hook: HookPoint, t: Tensor) -> Tensor:
+            return hook(t.unflatten(0, places)).flatten(0, 1)
+
+        if self.gated:
+            pre = hooked(self.hook_pre, self.mlp_gate(rows, chosen[C.MLP_GATE]))
+            linear = hooked(self.hook_pre_linear, self.mlp_in(rows, chosen[C.MLP_IN]))
+            post = hooked(self.hook_post, self.act(pre) * linear)
+        else:
+            post = hooked(
+                self.hook_post,
+                self.act(hooked(self.hook_pre, self.mlp_in(rows, chosen[C.MLP_IN]))),
+            )
+        return self.mlp_out(Gathered(post), chosen[C.MLP_OUT]).unflatten(0, places)
+
+    @property
+    def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
+        """The base's input map, or that of a graft in force that is uniform here."""
+        return self.mlp_in.weight[self.active.source(C.MLP_IN, self.layer)].T
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        """The base's gate, or that of a graft in force that is uniform here."""
+        return self.mlp_gate.weight[self.active.source(C.MLP_GATE, self.layer)].T
+
+    @property
+    def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
+        """The base's output map, or that of a graft in force that is uniform here."""
+        return self.mlp_out.weight[self.active.source(C.MLP_OUT, self.layer)].T
+
+    @property
+    def b_in(self) -> Float[Tensor, " d_mlp"]:
+        """The input bias, zeros where there is none."""
+        return self.mlp_in.bias_or_zeros(self.active.source(C.MLP_IN, self.layer))
+
+    @property
+    def b_out(self) -> Float[Tensor, " d_model"]:
+        """The output bias, zeros where there is none."""
+        return self.mlp_out.bias_or_zeros(self.active.source(C.MLP_OUT, self.layer))
+
+    def _whole(self, x: Float[Tensor, "rows d_model"], source: int) -> Tensor:
+        inner = self.mlp_in.plain(x, source)
+        inner = self.act(self.mlp_gate.plain(x, source)) * inner if self.gated else self.act(inner)
+        return self.mlp_out.plain(inner, source)
+
+    def _weights(self) -> tuple[Sourced | None, ...]:
+        linears = [self.mlp_in, self.mlp_out] + ([self.mlp_gate] if self.gated else [])
+        return tuple(w for linear in linears for w in (linear.weight, linear.bias))
+
+
+class TransformerBlock(nn.Module):
+    """One layer: norms before or after its sublayers, sequential or parallel."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        layer: int,
+        parts: "Parts",
+        act: nn.Module,
+        flags: Any,
+        active: Active,
+    ) -> None:
+        super().__init__()
+        self.arch, self.layer, self.flags = arch, layer, flags
+        if arch.pre_norms:
+            self.ln1 = parts.norm(C.LN1, layer)
+            self.ln2 = parts.norm(C.LN2, layer)
+        if arch.post_norms:
+            self.ln1_post = parts.norm(C.LN1_POST, layer)
+            self.ln2_post = parts.norm(C.LN2_POST, layer)
+        self.attn = Attention(arch, layer, parts, flags, active)
+        self.mlp = MLP(arch, layer, parts, act, active)
+        hooks = ["attn_in", "q_input", "k_input", "v_input", "mlp_in", "attn_out", "mlp_out"]
+        hooks += ["resid_pre", "resid_post"] if arch.parallel else ["resid_pre", "resid_mid", "resid_post"]
+        for name in hooks:
+            self.add_module(f"hook_{name}", HookPoint())
+
+    def forward(
+        self, resid_pre: Float[Tensor, "batch pos d_model"], run: Pass
+    ) -> Float[Tensor, "batch pos d_model"]:
+        resid_pre = self.hook_resid_pre(resid_pre)
+        attn_out = self.attn(*self._attention_inputs(resid_pre, run), run)
+        if self.arch.post_norms:
+            attn_out = self._norm("ln1_post", attn_out, run)
+        attn_out = self.hook_attn_out(attn_out)
+        resid_mid = resid_pre if self.arch.parallel else self.hook_resid_mid(resid_pre + attn_out)
+        mlp_in = self.hook_mlp_in(resid_mid.clone()) if self.flags.use_hook_mlp_in else resid_mid
+        mlp_out = self.mlp(self._norm("ln2", mlp_in, run) if self.arch.pre_norms else mlp_in, run)
+        if self.arch.post_norms:
+            mlp_out = self._norm("ln2_post", mlp_out, run)
+        mlp_out = self.hook_mlp_out(mlp_out)
+        if self.arch.parallel:
+            return self.hook_resid_post(mlp_out + attn_out + resid_pre)
+        return self.hook_resid_post(resid_mid + mlp_out)
+
+    def _attention_inputs(self, resid: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+        def norm(x: Tensor) -> Tensor:
+            return self._norm("ln1", x, run) if self.arch.pre_norms else x
+
+        def per_head(n_heads: int) -> Tensor:
+            return resid[:, :, None].expand(-1, -1, n_heads, -1).clone()
+
+        n_heads, n_kv = self.arch.n_heads, self.arch.n_kv_heads
+        if self.flags.use_split_qkv_input:
+            return (
+                norm(self.hook_q_input(per_head(n_heads))),
+                norm(self.hook_k_input(per_head(n_kv))),
+                norm(self.hook_v_input(per_head(n_kv))),
+            )
+        if self.flags.use_attn_in:
+            x = norm(self.hook_attn_in(per_head(n_heads)))
+            return x, x, x
+        x = norm(resid)
+        return x, x, x
+
+    def _norm(self, name: str, x: Tensor, run: Pass) -> Tensor:
+        norm: Norm = getattr(self, name)
+        chosen = run.mask[C(name), self.layer] if norm.weight is not None else None
+        assert not isinstance(chosen, HeadSelection)
+        return norm(x, chosen)
+
+
+class Parts:
+    """Builds modules from the weights of all sources, sharing what they share."""
+
+    def __init__(self, arch: Architecture, sources: list[Weights]) -> None:
+        self.arch = arch
+        self.sources = sources
+        self._known: dict[object, Sourced] = {}
+
+    def sourced(self, component: Component, layer: int | None, part: str) -> Sourced | None:
+        tensors = [weights.get((component, layer, part)) for weights in self.sources]
+        present = [t for t in tensors if t is not None]
+        if not present:
+            return None
+        # The same tensors used in two places (tied embeddings) become one module.
+        key = tuple((t.data_ptr(), t.shape, t.stride()) for t in present)
+        if key not in self._known:
+            self._known[key] = Sourced(present)
+        return self._known[key]
+
+    def weight(self, component: Component, layer: int | None) -> Sourced:
+        weight = self.sourced(component, layer, "weight")
+        assert weight is not None, f"{component} {layer} was checked when it was read"
+        return weight
+
+    def linear(self, component: Component, layer: int | None) -> tuple[Sourced, Sourced | None]:
+        return self.weight(component, layer), self.sourced(component, layer, "bias")
+
+    def norm(self, component: Component, layer: int | None) -> Norm:
+        return Norm(
+            self.arch,
+            self.sourced(component, layer, "weight"),
+            self.sourced(component, layer, "bias"),
+        )

@@ -1,0 +1,1082 @@
+"""`GraftedTransformer`: a HookedTransformer whose weights are chosen per position by a graft."""
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial, wraps
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice
+
+from graftlens.components import Component, suggest
+from graftlens.graft import Graft
+from graftlens.model.arch import Architecture
+from graftlens.model.forward import (
+    Active,
+    AttentionOrder,
+    Chosen,
+    Embed,
+    Gathered,
+    KeyValueCache,
+    Linear,
+    Norm,
+    Parts,
+    Pass,
+    TransformerBlock,
+    per_head_in,
+    per_head_out,
+    per_row,
+)
+from graftlens.model.inputs import Batch, Padding, collate, from_tokens
+from graftlens.model.mask import GraftMask, Selection, resolve
+from graftlens.model.weights import Sourced, Weights
+from graftlens.prompts import Prompt, Tokenized, encode, tokenize
+
+C = Component
+
+#: What a run can be given: token tensors, texts, prompts, or a batch made of them.
+Input = Int[Tensor, "batch pos"] | Int[Tensor, " pos"] | str | Prompt | Sequence[Any] | Batch
+#: What says which weights run: a graft, its one-line text, a resolved mask, or nothing (the base).
+GraftLike = Graft | GraftMask | str | None
+
+#: hook -> the flag that makes it fire; HookedTransformer leaves these off to save memory.
+_FLAGGED = {
+    "hook_result": "use_attn_result",
+    "hook_q_input": "use_split_qkv_input",
+    "hook_k_input": "use_split_qkv_input",
+    "hook_v_input": "use_split_qkv_input",
+    "hook_attn_in": "use_attn_in",
+    "hook_mlp_in": "use_hook_mlp_in",
+}
+
+
+@dataclass
+class GraftedConfig:
+    """The architecture in HookedTransformer's words, and the flags that turn costly hooks on."""
+
+    model_name: str
+    n_layers: int
+    d_model: int
+    n_heads: int
+    n_key_value_heads: int | None
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+    act_fn: str
+    eps: float
+    normalization_type: Literal["LN", "RMS"]
+    positional_embedding_type: Literal["standard", "rotary"]
+    parallel_attn_mlp: bool
+    gated_mlp: bool
+    use_normalization_before_and_after: bool
+    use_qk_norm: bool
+    attn_scores_soft_cap: float
+    output_logits_soft_cap: float
+    rotary_dim: int | None
+    dtype: torch.dtype
+    device: torch.device
+    sources: tuple[str, ...]
+    use_attn_result: bool = False
+    use_split_qkv_input: bool = False
+    use_attn_in: bool = False
+    use_hook_mlp_in: bool = False
+    attn_only: bool = False
+    final_rms: bool = False
+    attention_dir: str = "causal"
+    ungroup_grouped_query_attention: bool = False
+    default_prepend_bos: bool = False
+
+    @property
+    def d_vocab_out(self) -> int:
+        """Entries of the output vocabulary."""
+        return self.d_vocab
+
+    def to_dict(self) -> dict[str, Any]:
+        """All settings as a dictionary."""
+        return asdict(self)
+
+
+class _NormModule(Norm):
+    """`ln_final` as a module that can be called by itself: the active graft's weights, else base."""
+
+    def __init__(self, owner: "GraftedTransformer", norm: Norm) -> None:
+        super().__init__(norm.arch, norm.weight, norm.bias)
+        object.__setattr__(self, "owner", owner)
+
+    def forward(self, x: Tensor, chosen: Selection | None = None) -> Tensor:
+        if chosen is None and self.weight is not None:
+            picked = self.owner._active(C.LN_FINAL, x.shape[:-1])
+            assert isinstance(picked, Selection)
+            chosen = picked
+        return super().forward(x, chosen)
+
+    @property
+    def w(self) -> Tensor | None:
+        """The base's weight [d_model], as stored (Gemma's is w - 1)."""
+        return None if self.weight is None else self.weight[0]
+
+    @property
+    def b(self) -> Tensor | None:
+        """The base's bias [d_model]."""
+        return None if self.bias is None else self.bias[0]
+
+
+class _Unembed(nn.Module):
+    """`unembed` as a module that can be called by itself: the active graft's weights, else base."""
+
+    def __init__(self, owner: "GraftedTransformer", linear: Linear) -> None:
+        super().__init__()
+        object.__setattr__(self, "owner", owner)
+        self.linear = linear
+        self.hook_in = HookPoint()
+        self.hook_out = HookPoint()
+
+    def forward(
+        self, x: Float[Tensor, "batch pos d_model"], chosen: Selection | None = None
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        picked: Chosen = chosen or self.owner._active(C.UNEMBED, x.shape[:-1])
+        x = self.hook_in(x)
+        return self.hook_out(self.linear(Gathered(x.flatten(0, -2)), picked).unflatten(0, x.shape[:-1]))
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The base's unembedding, or that of a graft in force that is uniform here."""
+        return self.linear.weight[self.owner.active.source(C.UNEMBED, None)].T
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"]:
+        """The unembedding's bias, zeros where there is none."""
+        return self.linear.bias_or_zeros(self.owner.active.source(C.UNEMBED, None))
+
+
+class GraftedTransformer(HookedRootModule):
+    """A language model in several sources (PRE, SFT, …), run under a graft.
+
+    Hooks, caches and shapes are HookedTransformer's; the weights have a leading source axis
+    (`model.W_Q` is [source, layer, head, d_model, d_head]). Build one with `from_pretrained`.
+
+    Example:
+        >>> model = GraftedTransformer.from_pretrained({"pre": PRE, "sft": SFT})
+        >>> logits, cache = model.run_with_cache(prompts, graft="sft @ first_entity + last")
+    """
+
+    def __init__(
+        self,
+        arch: Architecture,
+        weights: Mapping[str, Weights],
+        *,
+        rotary: nn.Module | None = None,
+        activation: nn.Module,
+        tokenizer: Any = None,
+        model_name: str = "",
+    ) -> None:
+        """Put a model together from checked parts; `from_pretrained` checks them.
+
+        Args:
+            arch: the architecture's facts.
+            weights: source name -> its tensors, the base first.
+            rotary: the checkpoint's own rotary module; None with learned positions.
+            activation: the MLP's non-linearity.
+            tokenizer: a Hugging Face fast tokenizer, or None for token tensors only.
+            model_name: what the config calls the model.
+        """
+        super().__init__()
+        self.arch = arch
+        self.sources = tuple(weights)
+        self.tokenizer = tokenizer
+        # Its tables are float32 whatever the model's dtype is, so `.to` must not reach it.
+        object.__setattr__(self, "rotary", copy.deepcopy(rotary))
+        parts = Parts(arch, list(weights.values()))
+        sample = next(iter(next(iter(weights.values())).values()))
+        self.cfg = _config(arch, self.sources, model_name or arch.family, sample, tokenizer)
+
+        self.active = Active()
+
+        self.embed = Embed(parts.weight(C.EMBED, None), arch.embed_scale)
+        self.hook_embed = HookPoint()
+        if C.POS_EMBED in arch.components:
+            self.pos_embed = Embed(parts.weight(C.POS_EMBED, None))
+            self.hook_pos_embed = HookPoint()
+        self.blocks = nn.ModuleList(
+            TransformerBlock(arch, layer, parts, activation, self.cfg, self.active)
+            for layer in range(arch.n_layers)
+        )
+        self.ln_final = _NormModule(self, parts.norm(C.LN_FINAL, None))
+        self.unembed = _Unembed(self, Linear(*parts.linear(C.UNEMBED, None)))
+        self.eval()
+        self.setup()
+
+    @classmethod
+    def from_pretrained(cls, sources: Mapping[str, Any], **options: Any) -> "GraftedTransformer":
+        """Load two or more sources of one architecture; see `graftlens.model.load.load`."""
+        from graftlens.model.load import load
+
+        return load(sources, **options)
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        input: Input,  # noqa: A002 - HookedTransformer's name
+        return_type: Literal["logits", "loss", "both"] | None = "logits",
+        *,
+        graft: GraftLike = None,
+        attention_mask: Tensor | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: Padding = "right",
+        loss_per_token: bool = False,
+        stop_at_layer: int | None = None,
+    ) -> Any:
+        """One forward pass under a graft.
+
+        Args:
+            input: token ids [batch, pos], a text, a `Prompt`, or a list of texts or prompts.
+            return_type: `logits` [batch, pos, d_vocab]; `loss`, the mean next-token cross-entropy
+                in nats; `both`; or None.
+            graft: a `Graft`, its one-line text, or a mask from `resolve`; None is the graft of the
+                surrounding `with model.grafted(…)`, else the base alone.
+            attention_mask: 1 for tokens, 0 for padding; only with token ids.
+            prepend_bos: None leaves BOS to the tokenizer.
+            padding_side: where texts of different lengths are padded.
+            loss_per_token: losses [batch, pos - 1] instead of their mean; padding gives 0.
+            stop_at_layer: return the residual stream [batch, pos, d_model] before this layer.
+
+        Raises:
+            PromptError: prompts that cannot be run, or a graft that selects nothing in one.
+            ValueError: a source, component, layer or head that the model lacks.
+        """
+        batch = self.batch(
+            input, attention_mask=attention_mask, prepend_bos=prepend_bos, padding_side=padding_side
+        )
+        mask = self.resolve(graft, batch)
+        resid = self._residual(batch, mask, stop_at_layer)
+        if stop_at_layer is not None:
+            return resid
+        if return_type is None:
+            return None
+        logits = self._logits(resid, mask)
+        if return_type == "logits":
+            return logits
+        if return_type not in ("loss", "both"):
+            raise ValueError(
+                f'return_type={return_type!r}. Allowed: "logits", "loss", "both" or None.'
+            )
+        loss = self._loss(logits, batch, loss_per_token)
+        return loss if return_type == "loss" else (logits, loss)
+
+    def _residual(
+        self,
+        batch: Batch,
+        mask: GraftMask,
+        stop_at_layer: int | None = None,
+        cache: KeyValueCache | None = None,
+        past: Bool[np.ndarray, "batch past"] | None = None,
+    ) -> Float[Tensor, "batch pos d_model"]:
+        """The residual stream after the last layer; `past` says which cached places are real."""
+        tokens = batch.tokens.to(self.cfg.device)
+        counts = batch.position_ids() + (0 if past is None else past.sum(1, keepdims=True))
+        if counts.max() >= self.arch.n_ctx and self.arch.rotary_dim == 0:
+            raise ValueError(
+                f"a prompt of {int(counts.max()) + 1} tokens is longer than the model's context of "
+                f"{self.arch.n_ctx}. Shorten it."
+            )
+        positions = torch.from_numpy(counts).to(tokens.device)
+        resid = self.hook_embed(self.embed(tokens, _plain(mask[C.EMBED, None])))
+        if self.arch.rotary_dim == 0:
+            offsets = self.pos_embed(positions, _plain(mask[C.POS_EMBED, None]))
+            resid = resid + self.hook_pos_embed(offsets)
+        keys = batch.real if past is None else np.concatenate([past, batch.real], axis=1)
+        order = AttentionOrder(keys, counts.shape[1], tokens.device)
+        run = Pass(mask, self._rotary_tables(resid, positions, counts), order, cache)
+        n_layers = self.arch.n_layers
+        stop = n_layers if stop_at_layer is None else range(n_layers + 1)[stop_at_layer]
+        for block in self.blocks[:stop]:
+            resid = block(resid, run)
+        return resid
+
+    def _logits(
+        self, resid: Float[Tensor, "batch pos d_model"], mask: GraftMask
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        norm = mask.sites.get((C.LN_FINAL, None))
+        resid = self.ln_final(resid, None if norm is None else _plain(norm))
+        logits = self.unembed(resid, _plain(mask[C.UNEMBED, None]))
+        cap = self.arch.logit_softcap
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def _rotary_tables(
+        self, like: Tensor, positions: Int[Tensor, "batch pos"], counts: np.ndarray
+    ) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """cos and sin of every kind of rotary embedding that the layers use."""
+        if self.rotary is None:
+            return {}
+        rows = [positions]
+        if self.arch.rope_depends_on_length and len(set(counts.max(1).tolist())) > 1:
+            # These tables change with the longest position: each prompt gets those it has alone.
+            rows = list(positions.split(1))
+        tables = {}
+        for kind in dict.fromkeys(self.arch.rope_kinds):
+            given = () if kind is None else (kind,)
+            pieces = [self.rotary(like, r, *given) for r in rows]
+            tables[kind] = (torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces]))
+        return tables
+
+    def _loss(self, logits: Tensor, batch: Batch, per_token: bool) -> Tensor:
+        tokens = batch.tokens.to(logits.device)
+        losses = F.cross_entropy(
+            logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
+        ).view(len(tokens), -1)
+        weight = torch.from_numpy(batch.real[:, 1:] & batch.real[:, :-1]).to(losses)
+        losses = losses * weight
+        return losses if per_token else losses.sum() / weight.sum()
+
+    def run_with_cache(  # type: ignore[override]
+        self,
+        *model_args: Any,
+        return_cache_object: bool = True,
+        remove_batch_dim: bool = False,
+        graft: GraftLike = None,
+        **kwargs: Any,
+    ) -> tuple[Any, Any]:
+        """As HookedTransformer's; the `ActivationCache` knows under which graft it was filled.
+
+        Its head results, biases and final projections use the weights that the graft chose.
+        """
+        mask = self.resolve(graft, self._as_batch(model_args, kwargs))
+        if remove_batch_dim and mask.shape[0] != 1:
+            raise ValueError(
+                f"remove_batch_dim=True with {mask.shape[0]} prompts: give one, or leave it out."
+            )
+        out, activations = super().run_with_cache(
+            *model_args, remove_batch_dim=remove_batch_dim, graft=mask, **kwargs
+        )
+        if not return_cache_object:
+            return out, activations
+        kept = np.atleast_1d(_sliced(torch.arange(mask.shape[1]), kwargs.get("pos_slice"), 0))
+        mask = mask.take(None, kept)
+        return out, GraftedCache(activations, self, mask, has_batch_dim=not remove_batch_dim)
+
+    def _as_batch(self, model_args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
+        given = model_args[0] if model_args else kwargs["input"]
+        names = ("attention_mask", "prepend_bos", "padding_side")
+        return self.batch(given, **{n: kwargs[n] for n in names if n in kwargs})
+
+    @contextmanager
+    def grafted(self, graft: GraftLike) -> Iterator["GraftedTransformer"]:
+        """Every run inside uses `graft`, unless it is given another one.
+
+        For code that calls the model itself, such as `transformer_lens.patching`.
+        """
+        self.active.stack.append(Graft.parse(graft) if isinstance(graft, str) else graft)
+        try:
+            yield self
+        finally:
+            self.active.stack.pop()
+
+    def resolve(self, graft: GraftLike, prompts: Input) -> GraftMask:
+        """Which source every row uses when `prompts` run under `graft`; pass it on as `graft=`.
+
+        Raises:
+            PromptError: prompts that the graft cannot be applied to.
+            ValueError: a source, component, layer or head that the model lacks, or a mask that was
+                resolved for a batch of another shape.
+        """
+        if graft is None:
+            graft = self.active.innermost or Graft()
+        batch = self.batch(prompts)
+        if isinstance(graft, GraftMask):
+            if graft.shape != batch.real.shape:
+                raise ValueError(
+                    f"the mask of {str(graft.graft)!r} was resolved for a batch of shape "
+                    f"{graft.shape}; this one has {batch.real.shape}. Resolve the graft again."
+                )
+            return graft
+        graft = Graft.parse(graft) if isinstance(graft, str) else graft or Graft()
+        if not isinstance(graft, Graft):
+            raise ValueError(
+                f"graft={graft!r} is a {type(graft).__name__}. Give a Graft, its one-line text, a "
+                "mask from model.resolve, or None."
+            )
+        return resolve(graft, batch, self.arch, self.sources)
+
+    def _active(self, component: Component, shape: torch.Size) -> Chosen:
+        """What a module called by itself uses: the active mask where it fits, else the base."""
+        mask, rows = self.active.innermost, int(np.prod(shape))
+        if isinstance(mask, Graft) and mask.rules:
+            raise ValueError(
+                f"{component} was called by itself under graft {str(mask)!r}, which needs a prompt "
+                "to be resolved. Use `with model.grafted(model.resolve(graft, prompts))`."
+            )
+        if isinstance(mask, GraftMask) and int(np.prod(mask.shape)) == rows:
+            return mask[component, None]
+        source = self.active.source(component, None)
+        return Selection(np.full(rows, source, dtype=np.int8), np.ones(rows, dtype=bool))
+
+    # -- inputs ----------------------------------------------------------------------------------
+
+    def batch(
+        self,
+        input: Input,  # noqa: A002 - HookedTransformer's name
+        *,
+        attention_mask: Tensor | None = None,
+        prepend_bos: bool | None = None,
+        padding_side: Padding = "right",
+    ) -> Batch:
+        """Whatever can be run, as a batch.
+
+        Raises:
+            PromptError: an empty input, or a malformed attention mask.
+            ValueError: texts for a model without a tokenizer, or token ids outside the vocabulary.
+        """
+        if isinstance(input, Batch):
+            return input
+        if isinstance(input, Tensor):
+            if input.is_floating_point() or input.ndim not in (1, 2):
+                raise ValueError(
+                    f"tokens of shape {tuple(input.shape)} and dtype {input.dtype}: "
+                    "give whole numbers, [batch, pos] or [pos]."
+                )
+            if input.device.type == "cpu" and input.numel():
+                low, high = int(input.min()), int(input.max())
+                if low < 0 or high >= self.arch.d_vocab:
+                    raise ValueError(
+                        f"token id {low if low < 0 else high} is outside the vocabulary "
+                        f"(0 to {self.arch.d_vocab - 1})."
+                    )
+            pad_id = getattr(self.tokenizer, "pad_token_id", None)
+            return from_tokens(input.long(), attention_mask, pad_id=pad_id)
+        if attention_mask is not None:
+            raise ValueError("attention_mask goes with token ids; texts bring their own padding.")
+        if padding_side not in ("left", "right"):
+            raise ValueError(f'padding_side={padding_side!r}. Allowed: "left" or "right".')
+        return collate(
+            self.tokenized(input, prepend_bos), pad_id=self._pad_id(), side=padding_side
+        )
+
+    def tokenized(self, prompts: Any, prepend_bos: bool | None = None) -> tuple[Tokenized, ...]:
+        """Prompts as tokens with spans; a single prompt counts as a list of one.
+
+        Raises:
+            ValueError: texts for a model without a tokenizer, or something that is no prompt.
+        """
+        items = [prompts] if isinstance(prompts, str | Prompt | Tokenized) else list(prompts)
+        for item in items:
+            if not isinstance(item, str | Prompt | Tokenized):
+                raise ValueError(
+                    f"{item!r} is no prompt. Give texts, Prompts, or a tensor of token ids."
+                )
+        return tuple(
+            item if isinstance(item, Tokenized) else tokenize(item, self._tokenizer(), prepend_bos)
+            for item in items
+        )
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(
+                "this model was loaded without a tokenizer, so it runs token tensors only. "
+                "Load it with tokenizer=…, or set model.tokenizer."
+            )
+        return self.tokenizer
+
+    def _pad_id(self) -> int:
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            known = getattr(self.tokenizer, name, None)
+            if known is not None and known < self.arch.d_vocab:
+                return int(known)
+        return 0
+
+    def to_tokens(
+        self,
+        input: Any,  # noqa: A002 - HookedTransformer's name
+        prepend_bos: bool | None = None,
+        padding_side: Padding = "right",
+    ) -> Int[Tensor, "batch pos"]:
+        """Token ids [batch, pos], padded. BOS is the tokenizer's own choice unless it is forced.
+
+        To run texts of different lengths, give `model(…)` the texts: it knows what is padding.
+        """
+        batch = self.batch(input, prepend_bos=prepend_bos, padding_side=padding_side)
+        return batch.tokens.to(self.cfg.device)
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """The text of token ids, or a list of texts for [batch, pos]."""
+        ids = tokens.tolist() if isinstance(tokens, Tensor | np.ndarray) else tokens
+        decode = partial(self._tokenizer().decode, clean_up_tokenization_spaces=False)
+        if isinstance(ids, list) and ids and isinstance(ids[0], list):
+            return [decode(row) for row in ids]
+        return decode(ids if isinstance(ids, list) else [ids])
+
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:  # noqa: A002
+        """The text of each token of one prompt; a list of such lists for several."""
+        if isinstance(input, Tensor | np.ndarray):
+            rows = input.tolist()
+            many = bool(rows) and isinstance(rows[0], list) and len(rows) > 1
+            rows = rows if rows and isinstance(rows[0], list) else [rows]
+        else:
+            many = not isinstance(input, str | Prompt | Tokenized)
+            rows = [list(t.ids) for t in self.tokenized(input, prepend_bos)]
+        texts = [[self.to_string([i]) for i in row] for row in rows]
+        return texts if many else texts[0]
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a text that is one token.
+
+        Raises:
+            ValueError: a text of more tokens, or of none.
+        """
+        ids, _ = encode(string, self._tokenizer(), prepend_bos=False)
+        if len(ids) != 1:
+            raise ValueError(
+                f"{string!r} is {len(ids)} tokens ({ids}), not one. "
+                "Check the leading space, or take the first of model.to_tokens(…, prepend_bos=False)."
+            )
+        return ids[0]
+
+    def to_single_str_token(self, token: int) -> str:
+        """The text of one token id."""
+        text = self.to_string([token])
+        assert isinstance(text, str)
+        return text
+
+    # -- generation ------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input: Input,  # noqa: A002 - HookedTransformer's name
+        max_new_tokens: int = 10,
+        *,
+        graft: GraftLike = None,
+        attention_mask: Tensor | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+        stop_at_eos: bool = True,
+        eos_token_id: int | Sequence[int] | None = None,
+        prepend_bos: bool | None = None,
+        return_type: Literal["input", "str", "tokens"] = "input",
+        use_past_kv_cache: bool = True,
+    ) -> Any:
+        """Continue prompts under a graft, greedily unless `do_sample`.
+
+        At every step `last` is the position generated from, as in the paper's token-by-token
+        algorithm: keys and values of earlier positions stay as they were computed. Numbers such as
+        [-1] and fields keep to the prompt.
+
+        Args:
+            input: anything that `forward` runs.
+            max_new_tokens: how many tokens to add at most.
+            graft: as in `forward`; not a mask, since positions are added.
+            attention_mask: 1 for tokens, 0 for padding; only with token ids.
+            do_sample: draw from the distribution instead of taking its mode.
+            temperature: divides the logits when drawing.
+            top_k: draw from the k likeliest only.
+            generator: the randomness for drawing.
+            stop_at_eos: a prompt that gave an EOS token is finished; it is filled up with padding.
+            eos_token_id: the tokens that end a prompt; the tokenizer's EOS unless given.
+            prepend_bos: None leaves BOS to the tokenizer.
+            return_type: `input` gives texts for texts and tokens for tokens; the prompt is included.
+            use_past_kv_cache: False recomputes every step from the start (slow; the same result).
+
+        Returns:
+            The text, a list of texts, or tokens [batch, pos + new]; texts of different lengths are
+            padded on the left.
+        """
+        if max_new_tokens < 0:
+            raise ValueError(f"max_new_tokens={max_new_tokens}: write a number from 0.")
+        if isinstance(graft, GraftMask):
+            raise ValueError("generate adds positions: give it the graft, not a resolved mask.")
+        if do_sample and temperature <= 0:
+            raise ValueError(f"temperature={temperature}: write a number above 0, or do_sample=False.")
+        given = self.batch(input, attention_mask=attention_mask, prepend_bos=prepend_bos)
+        batch = _left_padded(given, self._pad_id())
+        ends = _end_tokens(eos_token_id, self.tokenizer) if stop_at_eos else ()
+
+        cache = KeyValueCache() if use_past_kv_cache else None
+        mask = self.resolve(graft, batch)
+        logits = self._logits(self._residual(batch, mask, cache=cache)[:, -1:], _last(mask))
+        rule = mask.graft
+        tokens, real = batch.tokens.to(self.cfg.device), batch.real
+        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        step_mask: GraftMask | None = None
+        for step in range(max_new_tokens):
+            new = _pick(logits[:, -1], do_sample, temperature, top_k, generator)
+            new = torch.where(done, torch.full_like(new, self._pad_id()), new)
+            for end in ends:
+                done |= new == end
+            tokens = torch.cat([tokens, new[:, None]], dim=1)
+            past, real = real, np.pad(real, ((0, 0), (0, 1)), constant_values=True)
+            if step == max_new_tokens - 1 or (ends and bool(done.all())):
+                break
+            grown = Batch(
+                tokens, real, batch.prompts, batch.starts, tuple(real.sum(1).tolist())
+            )
+            if cache is None:
+                mask = self.resolve(rule, grown)
+                logits = self._logits(self._residual(grown, mask)[:, -1:], _last(mask))
+                continue
+            if step_mask is None:
+                # Every later step has the same selection: the new position is `last`.
+                step_mask = _last(self.resolve(rule, grown))
+            one = Batch(
+                tokens[:, -1:], real[:, -1:], batch.prompts, batch.starts, (1,) * len(tokens)
+            )
+            resid = self._residual(one, step_mask, cache=cache, past=past)
+            logits = self._logits(resid, step_mask)
+        if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor | Batch)):
+            return tokens
+        texts = []
+        for row, start, prompt in zip(tokens.tolist(), batch.starts, batch.prompts, strict=True):
+            ids = row[start:]
+            stop = next((i for i in range(len(prompt), len(ids)) if ids[i] in ends), len(ids))
+            begin = int(ids[0] == getattr(self.tokenizer, "bos_token_id", None))
+            texts.append(self.to_string(ids[begin:stop]))
+        return texts[0] if isinstance(input, str | Prompt) else texts
+
+
+    # -- weights ---------------------------------------------------------------------------------
+
+    def stored(self) -> Iterator[Sourced]:
+        """Every weight of the model once, with its sources."""
+        return (module for module in self.modules() if isinstance(module, Sourced))
+
+    def _layers(self, component: Component, part: str = "weight") -> Float[Tensor, "source layer ..."]:
+        """One component's tensors over all sources and layers (a new tensor)."""
+        name = component.value
+        linears = [
+            getattr(b.attn if name in ("q", "k", "v", "o") else b.mlp, name) for b in self.blocks
+        ]
+        if part == "weight":
+            return torch.stack([linear.weight.stacked() for linear in linears], dim=1)
+        count = range(len(self.sources))
+        return torch.stack(
+            [torch.stack([linear.bias_or_zeros(s) for s in count]) for linear in linears], dim=1
+        )
+
+    @property
+    def W_Q(self) -> Float[Tensor, "source layer head d_model d_head"]:
+        """Queries of every source; stacked anew on each access, as in HookedTransformer."""
+        return per_head_out(self._layers(C.Q), self.arch.n_heads)
+
+    @property
+    def W_K(self) -> Float[Tensor, "source layer kv_head d_model d_head"]:
+        """Keys of every source, one matrix per key-value head."""
+        return per_head_out(self._layers(C.K), self.arch.n_kv_heads)
+
+    @property
+    def W_V(self) -> Float[Tensor, "source layer kv_head d_model d_head"]:
+        """Values of every source, one matrix per key-value head."""
+        return per_head_out(self._layers(C.V), self.arch.n_kv_heads)
+
+    @property
+    def W_O(self) -> Float[Tensor, "source layer head d_head d_model"]:
+        """Output maps of every source."""
+        return per_head_in(self._layers(C.O), self.arch.n_heads)
+
+    @property
+    def W_in(self) -> Float[Tensor, "source layer d_model d_mlp"]:
+        """MLP input maps (the up projection, where gated) of every source."""
+        return self._layers(C.MLP_IN).transpose(-1, -2)
+
+    @property
+    def W_gate(self) -> Float[Tensor, "source layer d_model d_mlp"]:
+        """MLP gates of every source.
+
+        Raises:
+            AttributeError: an architecture without a gate.
+        """
+        if not self.arch.gated:
+            raise AttributeError(f"{self.arch.family} has no mlp_gate, so no W_gate.")
+        return self._layers(C.MLP_GATE).transpose(-1, -2)
+
+    @property
+    def W_out(self) -> Float[Tensor, "source layer d_mlp d_model"]:
+        """MLP output maps of every source."""
+        return self._layers(C.MLP_OUT).transpose(-1, -2)
+
+    @property
+    def W_E(self) -> Float[Tensor, "source d_vocab d_model"]:
+        """Token embeddings of every source, as stored (Gemma's before scaling)."""
+        return self.embed.weight.stacked()
+
+    @property
+    def W_pos(self) -> Float[Tensor, "source n_ctx d_model"]:
+        """Learned position embeddings of every source.
+
+        Raises:
+            AttributeError: an architecture with rotary positions.
+        """
+        if C.POS_EMBED not in self.arch.components:
+            raise AttributeError(f"{self.arch.family} has rotary positions, so no W_pos.")
+        return self.pos_embed.weight.stacked()
+
+    @property
+    def W_U(self) -> Float[Tensor, "source d_model d_vocab"]:
+        """Unembeddings of every source."""
+        return self.unembed.linear.weight.stacked().transpose(-1, -2)
+
+    @property
+    def b_Q(self) -> Float[Tensor, "source layer head d_head"]:
+        """Query biases, zeros where there are none."""
+        return self._layers(C.Q, "bias").unflatten(-1, (self.arch.n_heads, -1))
+
+    @property
+    def b_K(self) -> Float[Tensor, "source layer kv_head d_head"]:
+        """Key biases, zeros where there are none."""
+        return self._layers(C.K, "bias").unflatten(-1, (self.arch.n_kv_heads, -1))
+
+    @property
+    def b_V(self) -> Float[Tensor, "source layer kv_head d_head"]:
+        """Value biases, zeros where there are none."""
+        return self._layers(C.V, "bias").unflatten(-1, (self.arch.n_kv_heads, -1))
+
+    @property
+    def b_O(self) -> Float[Tensor, "source layer d_model"]:
+        """Attention output biases, zeros where there are none."""
+        return self._layers(C.O, "bias")
+
+    @property
+    def b_in(self) -> Float[Tensor, "source layer d_mlp"]:
+        """MLP input biases, zeros where there are none."""
+        return self._layers(C.MLP_IN, "bias")
+
+    @property
+    def b_out(self) -> Float[Tensor, "source layer d_model"]:
+        """MLP output biases, zeros where there are none."""
+        return self._layers(C.MLP_OUT, "bias")
+
+    @property
+    def b_U(self) -> Float[Tensor, "source d_vocab"]:
+        """Unembedding biases, zeros where there are none."""
+        return torch.stack(
+            [self.unembed.linear.bias_or_zeros(s) for s in range(len(self.sources))]
+        )
+
+    # -- what ActivationCache and transformer_lens.patching ask of a model -----------------------
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Int[Tensor, "*shape"]
+    ) -> Float[Tensor, "*shape d_model"]:
+        """The unembedding vectors of tokens: the base's, or those of a uniform graft in force.
+
+        As in TransformerLens, `ln_final`'s weight is not folded in: multiply by `ln_final.w` for
+        the direction that the logit really is.
+        """
+        ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
+        index = torch.as_tensor(ids, device=self.cfg.device)
+        return self.unembed.W_U.T[index.squeeze() if index.numel() == 1 else index]
+
+    def accumulated_bias(
+        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
+    ) -> Float[Tensor, "*batch_and_pos d_model"]:
+        """The sum of b_O and b_out over the layers before `layer` (and b_O of `layer` itself when
+        `mlp_input`): [d_model], or per position under a mask in force that differs there.
+        """
+        mask = self.active.innermost
+        total = torch.zeros(self.arch.d_model, device=self.cfg.device, dtype=self.cfg.dtype)
+        for l in range(layer + int(mlp_input)):
+            parts: list[tuple[Component, Linear]] = [(C.O, self.blocks[l].attn.o)]
+            if include_mlp_biases and l < layer:
+                parts.append((C.MLP_OUT, self.blocks[l].mlp.mlp_out))
+            for component, linear in parts:
+                if linear.bias is None:
+                    continue
+                if isinstance(mask, GraftMask):
+                    chosen = mask[component, l]
+                    rows = per_row(
+                        linear.bias, chosen if isinstance(chosen, Selection) else chosen.whole
+                    )
+                    total = total + (rows if rows.ndim == 1 else rows.unflatten(0, mask.shape))
+                else:
+                    total = total + linear.bias[0]
+        return total
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether `blocks.*.attn.hook_result` [batch, pos, head, d_model] is computed."""
+        self.cfg.use_attn_result = use_attn_result
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Whether `hook_q_input`, `hook_k_input`, `hook_v_input` fire, one input per head."""
+        self.cfg.use_split_qkv_input = use_split_qkv_input
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Whether `hook_attn_in` fires, one input per head for q, k and v together.
+
+        Raises:
+            ValueError: with grouped-query heads, where q and k have different numbers of heads.
+        """
+        if use_attn_in and self.arch.n_heads != self.arch.n_kv_heads:
+            raise ValueError(
+                f"hook_attn_in needs as many key-value heads as heads; here they are "
+                f"{self.arch.n_kv_heads} and {self.arch.n_heads}. Use set_use_split_qkv_input."
+            )
+        self.cfg.use_attn_in = use_attn_in
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Whether `blocks.*.hook_mlp_in` fires."""
+        self.cfg.use_hook_mlp_in = use_hook_mlp_in
+
+    # -- hooks and moving ------------------------------------------------------------------------
+
+    @contextmanager
+    def hooks(  # type: ignore[override]
+        self,
+        fwd_hooks: Sequence[tuple[Any, Any]] = (),
+        bwd_hooks: Sequence[tuple[Any, Any]] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator["GraftedTransformer"]:
+        """TransformerLens's context of temporary hooks; a name that no hook has is an error.
+
+        Raises:
+            ValueError: a hook name that does not exist, a filter that matches none, or a hook whose
+                flag is off, so that it would never fire.
+        """
+        for name, _ in [*fwd_hooks, *bwd_hooks]:
+            self._names(name, "hook")
+        with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
+            yield self
+
+    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; a filter that matches no hook is an error."""
+        return super().get_caching_hooks(self._names(names_filter, "names_filter"), *args, **kwargs)
+
+    def _fires(self, name: str) -> bool:
+        flag = _FLAGGED.get(name.rsplit(".", 1)[-1])
+        return flag is None or bool(getattr(self.cfg, flag))
+
+    def _names(self, chosen: Any, what: str) -> list[str]:
+        known = self.hook_dict
+        if chosen is None or callable(chosen):
+            names = [n for n in known if (chosen is None or chosen(n)) and self._fires(n)]
+            if not names:
+                raise ValueError(
+                    f"{what} matches none of the {len(known)} hooks. Hook names look like "
+                    '"blocks.0.hook_resid_post"; list(model.hook_dict) has them all.'
+                )
+            return names
+        names = [chosen] if isinstance(chosen, str) else list(chosen)
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"{what}: no hook {name!r}. list(model.hook_dict) has all names."
+                    f"{suggest(str(name), known)}"
+                )
+            if not self._fires(name):
+                flag = _FLAGGED[name.rsplit(".", 1)[-1]]
+                raise ValueError(
+                    f"{what}: {name!r} does not fire, to save memory. "
+                    f"Turn it on with model.set_{flag}(True)."
+                )
+        return names
+
+    def to(self, *args: Any, **kwargs: Any) -> "GraftedTransformer":
+        """Move to a device or dtype, as any module; `cfg` follows."""
+        moved: GraftedTransformer = nn.Module.to(
+            self, *args, **{k: v for k, v in kwargs.items() if k != "print_details"}
+        )
+        sample = self.embed.weight[0]
+        self.cfg.device, self.cfg.dtype = sample.device, sample.dtype
+        return moved
+
+    def cuda(self, device: Any = None) -> "GraftedTransformer":
+        """Move to a GPU."""
+        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+
+    def cpu(self) -> "GraftedTransformer":
+        """Move to the CPU."""
+        return self.to("cpu")
+
+
+def _config(
+    arch: Architecture, sources: tuple[str, ...], name: str, sample: Tensor, tokenizer: Any
+) -> GraftedConfig:
+    adds_bos = False
+    if tokenizer is not None and tokenizer.bos_token_id is not None:
+        adds_bos = list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
+    return GraftedConfig(
+        model_name=name,
+        n_layers=arch.n_layers,
+        d_model=arch.d_model,
+        n_heads=arch.n_heads,
+        n_key_value_heads=None if arch.n_kv_heads == arch.n_heads else arch.n_kv_heads,
+        d_head=arch.d_head,
+        d_mlp=arch.d_mlp,
+        d_vocab=arch.d_vocab,
+        n_ctx=arch.n_ctx,
+        act_fn=arch.act_fn,
+        eps=arch.eps,
+        normalization_type="RMS" if arch.norm == "rms" else "LN",
+        positional_embedding_type="rotary" if arch.rotary_dim else "standard",
+        parallel_attn_mlp=arch.parallel,
+        gated_mlp=arch.gated,
+        use_normalization_before_and_after=arch.pre_norms and arch.post_norms,
+        use_qk_norm=arch.qk_norm != "none",
+        attn_scores_soft_cap=arch.attn_softcap or -1.0,
+        output_logits_soft_cap=arch.logit_softcap or -1.0,
+        rotary_dim=arch.rotary_dim or None,
+        dtype=sample.dtype,
+        device=sample.device,
+        sources=sources,
+        default_prepend_bos=adds_bos,
+    )
+
+
+def _plain(chosen: Chosen) -> Selection:
+    assert isinstance(chosen, Selection), "only q, k, v and o have heads"
+    return chosen
+
+
+def _last(mask: GraftMask) -> GraftMask:
+    """The mask of the last column."""
+    return mask.take(None, np.array([mask.shape[1] - 1]))
+
+
+def _left_padded(batch: Batch, pad_id: int) -> Batch:
+    """The same prompts with padding on the left, so that new tokens join on at one column."""
+    if not batch.padded or batch.real[:, -1].all():
+        return batch
+    rows = batch.tokens.tolist()
+    prompts = [
+        Tokenized(tuple(row[s : s + len(p)]), p.runs, p.prompt)
+        for row, s, p in zip(rows, batch.starts, batch.prompts, strict=True)
+    ]
+    return collate(prompts, pad_id=pad_id, side="left", device=batch.tokens.device)
+
+
+def _end_tokens(given: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:
+    if given is None:
+        known = getattr(tokenizer, "eos_token_id", None)
+        return () if known is None else (int(known),)
+    return (given,) if isinstance(given, int) else tuple(given)
+
+
+def _pick(
+    logits: Float[Tensor, "batch d_vocab"],
+    do_sample: bool,
+    temperature: float,
+    top_k: int | None,
+    generator: torch.Generator | None,
+) -> Int[Tensor, " batch"]:
+    if not do_sample:
+        return logits.argmax(-1)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < floor, -torch.inf)
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+class GraftedCache(ActivationCache):
+    """An `ActivationCache` that computes with the weights the graft chose, row by row."""
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: GraftedTransformer,
+        mask: GraftMask,
+        has_batch_dim: bool = True,
+    ) -> None:
+        super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
+        self.mask = mask
+
+    def compute_head_results(self) -> None:
+        """Fill in `hook_result` from `hook_z` with each row's own W_O."""
+        for layer, block in enumerate(self.model.blocks):
+            name = f"blocks.{layer}.attn.hook_result"
+            if name not in self.cache_dict:
+                z = self.cache_dict[f"blocks.{layer}.attn.hook_z"]
+                rows = z.reshape(-1, *z.shape[-2:]).to(self.model.cfg.device)
+                results = block.attn.o.results(rows, self.mask[C.O, layer])
+                self.cache_dict[name] = results.reshape(*z.shape[:-1], -1).to(z.device)
+
+    def _ensure_head_results(self) -> bool:
+        known = f"blocks.{self.model.cfg.n_layers - 1}.attn.hook_result" in self.cache_dict
+        self.compute_head_results()
+        return known
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> "GraftedCache":
+        """The cache of some prompts of the batch only."""
+        part = super().apply_slice_to_batch_dim(batch_slice)
+        rows = np.arange(self.mask.shape[0])
+        wrapped = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        kept = np.atleast_1d(np.asarray(wrapped.apply(torch.from_numpy(rows), dim=0)))
+        return GraftedCache(
+            part.cache_dict, self.model, self.mask.take(kept, None), part.has_batch_dim
+        )
+
+    def logit_attrs(
+        self,
+        residual_stack: Tensor,
+        tokens: Any,
+        incorrect_tokens: Any = None,
+        pos_slice: Any = None,
+        batch_slice: Any = None,
+        has_batch_dim: bool = True,
+    ) -> Tensor:
+        """As `ActivationCache.logit_attrs`, with the unembedding that each position really used."""
+        chosen = _plain(self.mask[C.UNEMBED, None])
+        rest = (tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim)
+        if len(chosen.sources) == 1:
+            with self.model.grafted(self.mask):
+                return super().logit_attrs(residual_stack, *rest)
+        # Positions differ: the attribution under each source, then each row's own.
+        per_source = []
+        for source in range(len(self.model.sources)):
+            uniform = _uniform(self.mask, source)
+            with self.model.grafted(uniform):
+                per_source.append(super().logit_attrs(residual_stack, *rest))
+        which = torch.from_numpy(chosen.choice.astype(np.int64).reshape(self.mask.shape))
+        which = _sliced(which, batch_slice, 0) if has_batch_dim else which[0]
+        which = _sliced(which, pos_slice, -1).to(per_source[0].device)
+        return torch.stack(per_source).gather(
+            0, which.expand(1, *per_source[0].shape)
+        )[0]
+
+
+def _sliced(x: Tensor, given: Any, dim: int) -> Tensor:
+    return (given if isinstance(given, Slice) else Slice(given)).apply(x, dim=dim)
+
+
+def _uniform(mask: GraftMask, source: int) -> GraftMask:
+    """`mask` with one source everywhere at the unembedding."""
+    rows = int(np.prod(mask.shape))
+    one = Selection(np.full(rows, source, dtype=np.int8), np.ones(rows, dtype=bool))
+    return GraftMask(
+        mask.graft, mask.sources, mask.shape, {**mask.sites, (C.UNEMBED, None): one}
+    )
+
+
+def _under_graft(name: str) -> Any:
+    original = getattr(ActivationCache, name)
+
+    @wraps(original)
+    def method(self: GraftedCache, *args: Any, **kwargs: Any) -> Any:
+        with self.model.grafted(self.mask):
+            return original(self, *args, **kwargs)
+
+    return method
+
+
+# These ask the model for weights: they must see the graft that filled the cache.
+for _name in (
+    "accumulated_resid",
+    "apply_ln_to_stack",
+    "decompose_resid",
+    "get_full_resid_decomposition",
+    "get_neuron_results",
+    "logit_lens",
+    "stack_head_results",
+    "stack_neuron_results",
+):
+    if hasattr(ActivationCache, _name):
+        setattr(GraftedCache, _name, _under_graft(_name))

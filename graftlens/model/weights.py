@@ -1,0 +1,158 @@
+"""Weights with a leading source axis: read from a state dict, equal tensors kept once."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from graftlens.components import MODEL_COMPONENTS, Component
+from graftlens.model.arch import FAMILIES, Architecture, UnsupportedArchitectureError
+
+C = Component
+
+#: (component, layer or None, "weight" or "bias") -> tensor; linear weights are [d_out, d_in].
+Weights = dict[tuple[Component, int | None, str], Tensor]
+
+
+@dataclass(frozen=True)
+class StateReader:
+    """Hands out the tensors of one state dict and remembers which were never asked for."""
+
+    state: Mapping[str, Tensor]
+    taken: set[str]
+
+    def get(self, name: str) -> Tensor | None:
+        if name not in self.state:
+            return None
+        self.taken.add(name)
+        return self.state[name]
+
+
+def read_weights(state: Mapping[str, Tensor], arch: Architecture) -> Weights:
+    """Every component's tensors from a Hugging Face state dict, fused projections cut apart.
+
+    Raises:
+        UnsupportedArchitectureError: a tensor is missing, has another shape than the config says,
+            or is there without the forward knowing what it does.
+    """
+    reader = StateReader(state, set())
+    layout = FAMILIES[arch.family].layout
+    weights: Weights = {}
+    for component in arch.components:
+        layers: Sequence[int | None] = (
+            (None,) if component in MODEL_COMPONENTS else range(arch.n_layers)
+        )
+        for layer in layers:
+            module = layout.modules[component].format(l=layer)
+            for part in ("weight", "bias"):
+                tensor = reader.get(f"{module}.{part}")
+                if tensor is None and component is C.UNEMBED and part == "weight":
+                    tensor = weights[C.EMBED, None, "weight"]
+                if tensor is None:
+                    if part == "weight":
+                        raise UnsupportedArchitectureError(
+                            f"the checkpoint has no tensor {module}.{part} ({component})."
+                        )
+                    continue
+                linear = component not in (C.EMBED, C.POS_EMBED, C.UNEMBED)
+                if layout.transposed and linear and tensor.ndim == 2:
+                    tensor = tensor.T
+                if component in layout.fused:
+                    tensor = _cut(tensor, component, arch)
+                expected = _shape(component, part, arch)
+                if tuple(tensor.shape) != expected:
+                    raise UnsupportedArchitectureError(
+                        f"{module}.{part} ({component}) has shape {tuple(tensor.shape)}; "
+                        f"the config says {expected}."
+                    )
+                weights[component, layer, part] = tensor
+    # Buffers that old checkpoints carry are recomputed from the config, not read.
+    ignored = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.masked_bias")
+    unused = [
+        name for name in state if name not in reader.taken and not name.endswith(ignored)
+    ]
+    if unused:
+        raise UnsupportedArchitectureError(
+            f"the checkpoint holds tensors that the {arch.family} forward does not use: "
+            f"{', '.join(unused[:5])}{' …' if len(unused) > 5 else ''}. "
+            "graftlens refuses what it cannot run exactly."
+        )
+    return weights
+
+
+def _cut(tensor: Tensor, component: Component, arch: Architecture) -> Tensor:
+    part = FAMILIES[arch.family].layout.fused[component]
+    if part.how == "per_head":
+        per_head = tensor.unflatten(0, (arch.n_heads, 3, arch.d_head))
+        return per_head[:, part.index].flatten(0, 1)
+    if component in (C.MLP_GATE, C.MLP_IN):
+        sizes = [arch.d_mlp] * 2
+    else:
+        sizes = [n * arch.d_head for n in (arch.n_heads, arch.n_kv_heads, arch.n_kv_heads)]
+    return tensor.split(sizes)[part.index]
+
+
+def _shape(component: Component, part: str, arch: Architecture) -> tuple[int, ...]:
+    """The shape that the config implies: [d_out, d_in] for linear maps."""
+    match component:
+        case C.EMBED | C.UNEMBED:
+            shape: tuple[int, ...] = (arch.d_vocab, arch.d_model)
+        case C.POS_EMBED:
+            shape = (arch.n_ctx, arch.d_model)
+        case C.Q | C.K | C.V:
+            shape = (arch.n_heads_of(component) * arch.d_head, arch.d_model)
+        case C.O:
+            shape = (arch.d_model, arch.n_heads * arch.d_head)
+        case C.MLP_IN | C.MLP_GATE:
+            shape = (arch.d_mlp, arch.d_model)
+        case C.MLP_OUT:
+            shape = (arch.d_model, arch.d_mlp)
+        case C.Q_NORM | C.K_NORM:
+            heads = arch.n_heads if component is C.Q_NORM else arch.n_kv_heads
+            shape = (arch.d_head * (heads if arch.qk_norm == "full" else 1),)
+        case C.LN1 | C.LN2 | C.LN1_POST | C.LN2_POST | C.LN_FINAL:
+            shape = (arch.d_model,)
+    return shape if part == "weight" else shape[:1]
+
+
+class Sourced(nn.Module):
+    """One weight of the model in all its sources; tensors that are bit-identical are kept once."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        """`tensors` holds one tensor per source, in the model's order of sources."""
+        super().__init__()
+        distinct: list[Tensor] = []
+        slots: list[int] = []
+        for tensor in tensors:
+            for slot, known in enumerate(distinct):
+                if known is tensor or torch.equal(known, tensor):
+                    break
+            else:
+                slot = len(distinct)
+                distinct.append(tensor)
+            slots.append(slot)
+        self.variants = nn.ParameterList(
+            t if isinstance(t, nn.Parameter) else nn.Parameter(t) for t in distinct
+        )
+        self.slots = tuple(slots)
+
+    def __getitem__(self, source: int) -> Tensor:
+        return self.variants[self.slots[source]]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[s] for s in range(len(self.slots)))
+
+    def stacked(self) -> Float[Tensor, "source ..."]:
+        """[source, …]: one tensor per source, repeated where sources share it."""
+        if len(self.variants) == 1:
+            return self.variants[0].expand(len(self.slots), *self.variants[0].shape)
+        return torch.stack(list(self))
+
+
+def equal_sources(*weights: Sourced | None) -> tuple[int, ...]:
+    """For each source, the first source that has the same tensors in all of `weights`."""
+    present = [w.slots for w in weights if w is not None]
+    columns = list(zip(*present, strict=True))
+    return tuple(columns.index(column) for column in columns)

@@ -1,0 +1,292 @@
+"""What a summary says, in words and in aligned plain text."""
+
+import math
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+
+Outcome = Literal["reproduced", "not reproduced", "untestable", "not checked"]
+
+_LABELS = {
+    "rank": ("rank of the answer's first token", "1 = most likely"),
+    "prob": ("probability of the answer's first token", "%"),
+    "logprob": ("log-probability of the answer's first token", "nats"),
+    "answer_logprob": ("log-probability of the whole answer", "nats"),
+    "logit_diff": ("logit difference to the best distractor", "logits"),
+}
+
+
+@dataclass(frozen=True)
+class Measure:
+    """How a metric is named and written. `share`: lies in [0, 1] and is written in percent."""
+
+    name: str
+    label: str
+    unit: str
+    share: bool
+
+    @property
+    def title(self) -> str:
+        return f"{self.label} ({self.unit})"
+
+    @property
+    def axis(self) -> str:
+        """A title short enough for the side of a chart."""
+        short = "recovery" if self.name == "recovery" else measure_label(self.name)
+        return f"{short} ({self.unit})"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What one group of prompts says about the finding, and the numbers it rests on."""
+
+    group: str
+    outcome: Outcome
+    sentence: str
+
+
+def measure(summary: pd.DataFrame, name: str) -> Measure:
+    """The facts of one metric of this summary; an error if the summary does not have it."""
+    have = metrics(summary)
+    if name not in have:
+        raise ValueError(
+            f"the summary has no metric {name!r}; it has {', '.join(map(repr, have))}. "
+            "Ask summarise() for it"
+        )
+    if name.startswith("top"):
+        return Measure(name, f"top-{name[3:]} accuracy", "% of prompts", True)
+    if name == "recovery":
+        first = summary.iloc[0]
+        what = f"recovery of {measure_label(str(first['recovery_of']))}"
+        return Measure(name, what, f"0 = {first['base']}, 1 = {first['full']}", False)
+    label, unit = _LABELS[name]
+    return Measure(name, label, unit, name == "prob")
+
+
+def measure_label(name: str) -> str:
+    """A short name for running text: top5 → top-5 accuracy, logprob → log-probability."""
+    if name.startswith("top"):
+        return f"top-{name[3:]} accuracy"
+    short = {"logprob": "log-probability", "answer_logprob": "the answer's log-probability"}
+    return short.get(name, name.replace("_", " "))
+
+
+def metrics(summary: pd.DataFrame) -> tuple[str, ...]:
+    """The metrics that have an interval in this summary, in its order."""
+    return tuple(name[:-4] for name in summary.columns if name.endswith("_low"))
+
+
+def groups(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """The summary's rows by group (the columns before `graft`), in order, named for a reader."""
+    by = list(summary.columns[: summary.columns.get_loc("graft")])
+    if not by:
+        return {"all prompts": summary}
+    parts = summary.groupby(by, sort=False, dropna=False)
+    return {_joined(key): part for key, part in parts}
+
+
+def written(facts: Measure, row: "pd.Series[object]", *, interval: bool = True) -> str:
+    """A value with its interval, as in `92.5% [80.0, 97.5]` or `-1.20 [-1.41, -0.98]`."""
+    value, low, high = (
+        float(row[name]) for name in (facts.name, f"{facts.name}_low", f"{facts.name}_high")
+    )
+    if math.isnan(value):
+        return "n/a"
+    text = f"{_number(facts, value)}{'%' if facts.share else ''}"
+    if not interval:
+        return text
+    if math.isnan(low):
+        return f"{text} [n/a]"
+    return f"{text} [{_number(facts, low)}, {_number(facts, high)}]"
+
+
+def text_table(summary: pd.DataFrame, *, show: Sequence[str] | None = None) -> str:
+    """An aligned plain-text table for a terminal; `show` chooses metrics (default: all)."""
+    facts = [measure(summary, name) for name in (metrics(summary) if show is None else show)]
+    level = f"{100 * float(summary['level'].iloc[0]):g}%"
+    lines = []
+    for name, part in groups(summary).items():
+        first = part.iloc[0]
+        lines.append(f"{name}: {_prompts(int(first['n']))}{_left_out(int(first['not_run']))}")
+        head = ["graft", *(fact.name for fact in facts)]
+        rows = [
+            [str(row["graft"]), *(written(fact, row) for fact in facts)]
+            for _, row in part.iterrows()
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+        for cells in (head, *rows):
+            start = cells[0].ljust(widths[0])
+            rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
+            lines.append("  ".join((f"  {start}", *rest)))
+        lines.append("")
+    lines.append(f"[low, high]: {level} intervals over prompts.")
+    if "recovery" in [fact.name for fact in facts]:
+        lines.append(f"recovery: {measure(summary, 'recovery').title}.")
+    notes = recovery_notes(summary)
+    return "\n".join([*lines, *(f"{where}: {note}." for where, note in notes)]) + "\n"
+
+
+def recovery_notes(summary: pd.DataFrame) -> list[tuple[str, str]]:
+    """Which rows have no recovery or no interval of it, and why: (where, why), merged by group."""
+    if "recovery_note" not in summary:
+        return []
+    notes: list[tuple[str, str]] = []
+    for name, part in groups(summary).items():
+        for why in dict.fromkeys(part["recovery_note"].dropna()):
+            named = part.loc[part["recovery_note"] == why, "graft"]
+            where = "every graft" if len(named) == len(part) else ", ".join(named)
+            notes.append((f"recovery, {name}, {where}", str(why)))
+    return notes
+
+
+def verdicts(
+    summary: pd.DataFrame,
+    *,
+    metric: str = "top5",
+    sufficient: str = "FE+LT",
+    complement: str = "(FE+LT)^C",
+    base: str = "PRE",
+    full: str = "SFT",
+) -> tuple[Verdict, ...]:
+    """Group by group: do the weights at `sufficient` bring the fact back, and the rest not?
+
+    *Untestable*: the interval of `full` is not above that of `base`. *Reproduced*: `sufficient`
+    covers at least half of the way from base to full, `complement` less than half, and their
+    intervals do not overlap. All else is *not reproduced*. Where one of the four grafts is not in
+    the summary, nothing is claimed (*not checked*). For metrics where more is better.
+    """
+    facts = measure(summary, metric)
+    found = []
+    for name, part in groups(summary).items():
+        rows = {str(row["graft"]): row for _, row in part.iterrows()}
+        said = {graft: f"{graft} {written(facts, row)}" for graft, row in rows.items()}
+        missing = [graft for graft in (base, full, sufficient, complement) if graft not in rows]
+        if missing:
+            numbers = "; ".join(said.values())
+            outcome: Outcome = "not checked"
+            why = f"{', '.join(missing)} was not run, so the finding is not checked here"
+        else:
+            numbers = "; ".join(said[graft] for graft in (base, full, sufficient, complement))
+            outcome, why = _judge(facts, *(rows[g] for g in (base, full, sufficient, complement)))
+        n = _prompts(int(part["n"].iloc[0]))
+        found.append(Verdict(name, outcome, f"{name} ({n}): {numbers}. {why}."))
+    return tuple(found)
+
+
+def headline(
+    summary: pd.DataFrame,
+    *,
+    metric: str = "top5",
+    sufficient: str = "FE+LT",
+    complement: str = "(FE+LT)^C",
+    base: str = "PRE",
+    full: str = "SFT",
+) -> str:
+    """What the summary shows in a sentence or two, also where the finding did not reproduce."""
+    facts = measure(summary, metric)
+    found = verdicts(
+        summary,
+        metric=metric,
+        sufficient=sufficient,
+        complement=complement,
+        base=base,
+        full=full,
+    )
+    named: dict[Outcome, list[str]] = {}
+    for verdict in found:
+        named.setdefault(verdict.outcome, []).append(verdict.group)
+    if list(named) == ["not checked"]:
+        return (
+            f"{facts.label[0].upper()}{facts.label[1:]} of {summary['graft'].nunique()} grafts; "
+            f"whether {sufficient} is enough was not checked, because "
+            f"{', '.join((base, full, sufficient, complement))} were not all run."
+        )
+    count = len(found)
+    claim = f"{sufficient} alone brings the finetuned fact back and all other positions do not"
+    good, bad = named.get("reproduced", []), named.get("not reproduced", [])
+    if good:
+        where = f" in {_out_of(good, count)}" if count > 1 else ""
+        start = f"The finding is reproduced{where}: {claim}"
+    elif bad:
+        where = f" in {_out_of(bad, count, every='any of the')}" if count > 1 else ""
+        start = f"The finding did NOT reproduce{where} (the claim: {claim})"
+    else:
+        start = f"The finding could not be tested: {full} is not clearly better than {base}"
+    about = good or bad or named["untestable"]
+    ranges = ", ".join(
+        f"{graft} {_range(facts, summary, about, graft)}"
+        for graft in (sufficient, complement, base, full)
+    )
+    ends = []
+    if good and bad:
+        ends.append(f"It did NOT reproduce in {', '.join(bad)}.")
+    if "untestable" in named and (good or bad):
+        ends.append(f"It could not be tested in {', '.join(named['untestable'])}.")
+    if "not checked" in named:
+        ends.append(f"It was not checked in {', '.join(named['not checked'])}.")
+    return " ".join((f"{start}; {facts.label} {ranges}.", *ends))
+
+
+def _judge(
+    facts: Measure,
+    base: "pd.Series[object]",
+    full: "pd.Series[object]",
+    sufficient: "pd.Series[object]",
+    complement: "pd.Series[object]",
+) -> tuple[Outcome, str]:
+    name = facts.name
+    names = [str(row["graft"]) for row in (base, full, sufficient, complement)]
+    if int(base["n"]) == 0:
+        return "untestable", "No prompt ran under every graft"
+    if not float(full[f"{name}_low"]) > float(base[f"{name}_high"]):
+        return "untestable", f"{names[1]} is not clearly better than {names[0]}: nothing to test"
+    gap = float(full[name]) - float(base[name])
+    reached, rest = (
+        (float(row[name]) - float(base[name])) / gap for row in (sufficient, complement)
+    )
+    apart = float(sufficient[f"{name}_low"]) > float(complement[f"{name}_high"])
+    numbers = (
+        f"of the way from {names[0]} to {names[1]}, {names[2]} covers {100 * reached:.0f}% and "
+        f"{names[3]} {100 * rest:.0f}%"
+    )
+    if reached >= 0.5 and rest < 0.5 and apart:
+        return "reproduced", f"Reproduced: {numbers}"
+    if reached >= 0.5 and rest < 0.5:
+        return "not reproduced", f"Not reproduced: {numbers}, but their intervals overlap"
+    return "not reproduced", f"Not reproduced: {numbers}"
+
+
+def _range(facts: Measure, summary: pd.DataFrame, about: Sequence[str], graft: str) -> str:
+    """The least and the greatest value of one graft over the groups that a sentence is about."""
+    parts = [part for name, part in groups(summary).items() if name in about]
+    rows = pd.concat(parts)
+    values = rows.loc[rows["graft"] == graft, facts.name].dropna()
+    if len(values) == 0:
+        return "n/a"
+    ends = [_number(facts, float(end)) for end in (values.min(), values.max())]
+    return " to ".join(dict.fromkeys(ends)) + ("%" if facts.share else "")
+
+
+def _out_of(named: Sequence[str], count: int, every: str = "all") -> str:
+    if len(named) == count:
+        return f"{every} {count} groups of prompts"
+    return f"{len(named)} of {count} groups of prompts ({', '.join(named)})"
+
+
+def _number(facts: Measure, value: float) -> str:
+    text = f"{100 * value:.1f}" if facts.share else f"{value:.2f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def _joined(key: Hashable) -> str:
+    return " · ".join(map(str, key)) if isinstance(key, tuple) else str(key)
+
+
+def _prompts(n: int) -> str:
+    return f"{n} prompt" if n == 1 else f"{n} prompts"
+
+
+def _left_out(n: int) -> str:
+    return f", {n} left out (did not run under every graft)" if n else ""

@@ -1,0 +1,95 @@
+"""The colours of every plot: fixed for grafts and sources, safe for colour-blind readers.
+
+The six hues stay apart under simulated protanopia, deuteranopia and tritanopia (a test holds it).
+A graft and its complement share a hue; the complement is hatched. Colour is never the only mark:
+bars have patterns and outlines, marked tokens are underlined.
+"""
+
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+GREY = "#9A9A9A"
+VERMILION = "#C9440E"
+AMBER = "#F2B92E"
+GREEN = "#0B7F63"
+BLUE = "#3F8FDD"
+PURPLE = "#8A3FA8"
+
+PALETTE = (BLUE, VERMILION, AMBER, PURPLE, GREEN, GREY)
+PATTERNS = ("", "/", ".", "x", "\\", "-")
+
+_SOURCES = {"pre": GREY, "sft": VERMILION}
+_GRAFTS = {
+    "PRE": (GREY, ""),
+    "SFT": (VERMILION, ""),
+    "FE": (AMBER, ""),
+    "not-FE": (AMBER, "/"),
+    "LT": (GREEN, ""),
+    "not-LT": (GREEN, "/"),
+    "FE+LT": (BLUE, ""),
+    "(FE+LT)^C": (BLUE, "/"),
+}
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a surface and what is written on it; bars dim enough for whiskers to show."""
+
+    surface: str
+    text: str
+    muted: str
+    grid: str
+    bar_opacity: float
+
+
+LIGHT = Theme(surface="#ffffff", text="#1b1f24", muted="#57606a", grid="#d8dde3", bar_opacity=1.0)
+DARK = Theme(surface="#15181d", text="#e8eaed", muted="#a3abb5", grid="#3a414b", bar_opacity=0.75)
+
+
+@dataclass(frozen=True)
+class Fill:
+    """A bar's colour and its hatch (plotly's pattern shape; "" is plain)."""
+
+    color: str
+    pattern: str
+
+
+def graft_fill(name: str) -> Fill:
+    """The same fill for a graft's name in every plot; a name not known here gets a stable one."""
+    return Fill(*_GRAFTS.get(name, _stable(name)))
+
+
+def source_color(name: str) -> str:
+    """The same colour for a source's name in every plot."""
+    return _SOURCES.get(name, _stable(name)[0])
+
+
+def series_fill(index: int) -> Fill:
+    """The fill of the index-th series that is neither a graft nor a source, such as a template."""
+    return Fill(PALETTE[index % len(PALETTE)], PATTERNS[index % len(PATTERNS)])
+
+
+def layout(theme: Theme) -> dict[str, Any]:
+    """Plotly layout settings that every figure shares: transparent, so that it fits any page."""
+    axis = {
+        "gridcolor": theme.grid,
+        "linecolor": theme.muted,
+        "zerolinecolor": theme.muted,
+        "automargin": True,
+    }
+    return {
+        "template": "none",
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "font": {"color": theme.text, "family": "system-ui, sans-serif", "size": 13},
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": theme.muted, "activecolor": theme.text},
+        "xaxis": axis,
+        "yaxis": axis,
+    }
+
+
+def _stable(name: str) -> tuple[str, str]:
+    # crc32 and not hash(): the same colour in every process.
+    number = zlib.crc32(name.encode())
+    return PALETTE[number % len(PALETTE)], PATTERNS[number // len(PALETTE) % len(PATTERNS)]

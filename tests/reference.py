@@ -1,0 +1,292 @@
+"""The sequential algorithm of arXiv 2506.20746, kept slow and plain as an oracle for the fast one.
+
+A copy of the base model reads the prompt token by token with its own key-value cache, and before
+each token its real parameters are overwritten with those of the chosen sources. Nothing here knows
+how graftlens computes a grafted pass.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Literal, overload
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+# (component, layer, position, head) -> source. The layer is None for the components outside the
+# layers, the head is None for every component but q, k, v and o.
+Choose = Callable[[str, int | None, int, int | None], str]
+
+MODEL_COMPONENTS = ("embed", "pos_embed", "ln_final", "unembed")
+HEAD_COMPONENTS = ("q", "k", "v", "o")
+LAYER_COMPONENTS = (
+    *("ln1", "q", "k", "v", "q_norm", "k_norm", "o", "ln1_post"),
+    *("ln2", "mlp_gate", "mlp_in", "mlp_out", "ln2_post"),
+)
+
+_GATED_MLP = {
+    "mlp_in": "mlp.up_proj",
+    "mlp_gate": "mlp.gate_proj",
+    "mlp_out": "mlp.down_proj",
+}
+_SEPARATE_QKV = {
+    "q": "self_attn.q_proj",
+    "k": "self_attn.k_proj",
+    "v": "self_attn.v_proj",
+    "o": "self_attn.o_proj",
+    "q_norm": "self_attn.q_norm",
+    "k_norm": "self_attn.k_norm",
+}
+_PRE_NORMS = {"ln1": "input_layernorm", "ln2": "post_attention_layernorm"}
+_PRE_AND_POST_NORMS = {
+    "ln1": "input_layernorm",
+    "ln1_post": "post_attention_layernorm",
+    "ln2": "pre_feedforward_layernorm",
+    "ln2_post": "post_feedforward_layernorm",
+}
+_POST_NORMS = {
+    "ln1_post": "post_attention_layernorm",
+    "ln2_post": "post_feedforward_layernorm",
+}
+_LLAMA_LIKE = {**_PRE_NORMS, **_SEPARATE_QKV, **_GATED_MLP}
+_GEMMA_LIKE = {**_PRE_AND_POST_NORMS, **_SEPARATE_QKV, **_GATED_MLP}
+
+# The module that holds each component's parameters, relative to its layer. Fused modules stand
+# under each of the components they hold; what a family may lack (q_norm) is skipped if absent.
+_MODULES: dict[str, dict[str, str]] = {
+    "gpt2": {
+        "ln1": "ln_1",
+        **dict.fromkeys(("q", "k", "v"), "attn.c_attn"),
+        "o": "attn.c_proj",
+        "ln2": "ln_2",
+        "mlp_in": "mlp.c_fc",
+        "mlp_out": "mlp.c_proj",
+    },
+    "gpt_neox": {
+        **_PRE_NORMS,
+        **dict.fromkeys(("q", "k", "v"), "attention.query_key_value"),
+        "o": "attention.dense",
+        "mlp_in": "mlp.dense_h_to_4h",
+        "mlp_out": "mlp.dense_4h_to_h",
+    },
+    "phi3": {
+        **_PRE_NORMS,
+        **dict.fromkeys(("q", "k", "v"), "self_attn.qkv_proj"),
+        "o": "self_attn.o_proj",
+        **dict.fromkeys(("mlp_in", "mlp_gate"), "mlp.gate_up_proj"),
+        "mlp_out": "mlp.down_proj",
+    },
+    **dict.fromkeys(("llama", "mistral", "gemma", "olmo", "qwen2", "qwen3"), _LLAMA_LIKE),
+    **dict.fromkeys(("gemma2", "gemma3_text"), _GEMMA_LIKE),
+    "olmo2": {**_POST_NORMS, **_SEPARATE_QKV, **_GATED_MLP},
+}
+
+
+def _layers(model: PreTrainedModel) -> nn.ModuleList:
+    return model.base_model.h if model.config.model_type == "gpt2" else model.base_model.layers
+
+
+def _final_norm(model: PreTrainedModel) -> nn.Module:
+    name = {"gpt2": "ln_f", "gpt_neox": "final_layer_norm"}.get(model.config.model_type, "norm")
+    return model.base_model.get_submodule(name)
+
+
+def _d_head(model: PreTrainedModel) -> int:
+    config = model.config
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def n_heads_of(model: PreTrainedModel, component: str) -> int | None:
+    """How many heads `choose` is asked about: key-value heads for k and v, None if not by head."""
+    config = model.config
+    if component not in HEAD_COMPONENTS:
+        return None
+    if component in ("k", "v"):
+        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    return config.num_attention_heads
+
+
+def _weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Views of a module's parameters, the weight as [out, in] whatever the layout it is kept in."""
+    weight = getattr(module, "weight", None)
+    bias = getattr(module, "bias", None)
+    if isinstance(module, Conv1D):
+        weight = weight.T
+    return weight, bias
+
+
+def _first_row(model: PreTrainedModel, component: str, head: int) -> int:
+    """Where one head's rows begin in the module that makes queries, keys or values."""
+    d_head = _d_head(model)
+    queries = n_heads_of(model, "q") * d_head
+    keys = n_heads_of(model, "k") * d_head
+    which = ("q", "k", "v").index(component)
+    match model.config.model_type:
+        case "gpt_neox":  # head by head: its query rows, its key rows, its value rows
+            return (3 * head + which) * d_head
+        case "gpt2" | "phi3":  # all query heads, then all key heads, then all value heads
+            return (0, queries, queries + keys)[which] + head * d_head
+        case _:
+            return head * d_head
+
+
+def _parts(
+    model: PreTrainedModel, component: str, layer: int | None, head: int | None
+) -> list[Tensor]:
+    """Views of the parameters that a component (one head of it) owns; writing to them swaps it.
+
+    The bias of o is no head's own and is handled apart.
+    """
+    if component in MODEL_COMPONENTS:
+        assert layer is None
+        assert head is None
+        if component == "pos_embed":
+            return [model.base_model.wpe.weight] if model.config.model_type == "gpt2" else []
+        module = {
+            "embed": model.get_input_embeddings,
+            "unembed": model.get_output_embeddings,
+            "ln_final": lambda: _final_norm(model),
+        }[component]()
+        return list(module.parameters())
+
+    assert layer is not None
+    path = _MODULES[model.config.model_type].get(component)
+    if path is None:
+        return []
+    try:
+        module = _layers(model)[layer].get_submodule(path)
+    except AttributeError:  # no q_norm or k_norm in this family
+        return []
+    if component in HEAD_COMPONENTS:
+        assert head is not None
+        weight, bias = _weight_and_bias(module)
+        if component == "o":
+            return [weight[:, head * _d_head(model) : (head + 1) * _d_head(model)]]
+        start = _first_row(model, component, head)
+        rows = slice(start, start + _d_head(model))
+        return [weight[rows]] + ([] if bias is None else [bias[rows]])
+    assert head is None
+    if path == "mlp.gate_up_proj":
+        d_mlp = model.config.intermediate_size
+        first = 0 if component == "mlp_gate" else d_mlp
+        return [module.weight[first : first + d_mlp]]
+    return list(module.parameters())
+
+
+def components_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """The components that have parameters in this model, in the order of the forward pass."""
+    inside = [
+        component
+        for component in LAYER_COMPONENTS
+        if _parts(model, component, 0, 0 if component in HEAD_COMPONENTS else None)
+    ]
+    outside = [component for component in MODEL_COMPONENTS if _parts(model, component, None, None)]
+    before = [component for component in outside if component in ("embed", "pos_embed")]
+    after = [component for component in outside if component in ("ln_final", "unembed")]
+    return (*before, *inside, *after)
+
+
+def _untie(model: PreTrainedModel) -> None:
+    head = model.get_output_embeddings()
+    head.weight = nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+
+
+class _WholePromptRotary(nn.Module):
+    """Rotary tables of the whole prompt, row by row.
+
+    Some scalings (longrope, dynamic) choose their frequencies by the sequence's length. Read token
+    by token they would change them on the way; a full forward pass uses one choice throughout.
+    """
+
+    def __init__(self, rotary: nn.Module, n_tokens: int) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self.positions = torch.arange(n_tokens)[None]
+
+    def forward(self, x: Tensor, position_ids: Tensor, *layer_type: str) -> tuple[Tensor, Tensor]:
+        cos, sin = self.rotary(x, self.positions, *layer_type)
+        return cos[:, position_ids[0]], sin[:, position_ids[0]]
+
+
+def _overwrite(
+    runner: PreTrainedModel, models: dict[str, PreTrainedModel], choose: Choose, position: int
+) -> None:
+    """Give the running copy the parameters chosen for one token."""
+    base = next(iter(models))
+    for component in components_of(runner):
+        outside = component in MODEL_COMPONENTS
+        for layer in [None] if outside else range(len(_layers(runner))):
+            n_heads = n_heads_of(runner, component)
+            chosen = []
+            for head in [None] if n_heads is None else range(n_heads):
+                source = choose(component, layer, position, head)
+                chosen.append(source)
+                mine = _parts(runner, component, layer, head)
+                theirs = _parts(models[source], component, layer, head)
+                for target, value in zip(mine, theirs, strict=True):
+                    target.copy_(value)
+            if component == "o":
+                whole = chosen[0] if len(set(chosen)) == 1 else base
+                path = _MODULES[runner.config.model_type]["o"]
+                target = _layers(runner)[layer].get_submodule(path).bias
+                if target is not None:
+                    target.copy_(_layers(models[whole])[layer].get_submodule(path).bias)
+
+
+@overload
+def sequential_graft(
+    models: dict[str, PreTrainedModel],
+    tokens: list[int],
+    choose: Choose,
+    hidden: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def sequential_graft(
+    models: dict[str, PreTrainedModel], tokens: list[int], choose: Choose, hidden: Literal[True]
+) -> tuple[Tensor, Tensor]: ...
+
+
+@torch.no_grad()
+def sequential_graft(
+    models: dict[str, PreTrainedModel],
+    tokens: list[int],
+    choose: Choose,
+    hidden: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Logits [pos, d_vocab] of a prompt, every parameter chosen per token; the first model is base.
+
+    With `hidden`, also the residual stream [layer + 1, pos, d_model]: what enters each layer, and
+    what leaves the last one before the final norm.
+    """
+    runner = copy.deepcopy(next(iter(models.values()))).eval()
+    _untie(runner)
+    if hasattr(runner.base_model, "rotary_emb"):
+        rotary = _WholePromptRotary(runner.base_model.rotary_emb, len(tokens))
+        runner.base_model.rotary_emb = rotary
+
+    residuals: list[list[Tensor]] = [[] for _ in range(len(_layers(runner)) + 1)]
+    for index, layer in enumerate(_layers(runner)):
+        layer.register_forward_pre_hook(
+            lambda _, args, index=index: residuals[index].append(args[0][0, 0].clone())
+        )
+    _layers(runner)[-1].register_forward_hook(
+        lambda _, args, output: residuals[-1].append(output[0, 0].clone())
+    )
+
+    cache = DynamicCache(config=runner.config)
+    logits = []
+    for position, token in enumerate(tokens):
+        _overwrite(runner, models, choose, position)
+        output = runner(
+            input_ids=torch.tensor([[token]]),
+            position_ids=torch.tensor([[position]]),
+            past_key_values=cache,
+            use_cache=True,
+        )
+        logits.append(output.logits[0, 0])
+    if hidden:
+        return torch.stack(logits), torch.stack([torch.stack(layer) for layer in residuals])
+    return torch.stack(logits)

@@ -1,0 +1,478 @@
+"""Finetuning: right losses, and the same weights after any kill as without one."""
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from datasets import Dataset
+from filelock import FileLock
+from pydantic import ValidationError
+from safetensors.torch import load_file
+
+from graftlens.data import MoviesConfig, make_facts, training_texts
+from graftlens.finetune import (
+    FinetuneConfig,
+    FinetuneResult,
+    LoraSettings,
+    demo_configs,
+    finetune,
+    perplexity,
+)
+
+transformers = pytest.importorskip("transformers")
+
+
+def texts(count: int = 12) -> list[str]:
+    rows = training_texts(make_facts(6, seed=0), texts_per_fact=4, seed=0)["text"][:]
+    return rows[:count]
+
+
+def as_dataset(lines: list[str]) -> Dataset:
+    return Dataset.from_dict({"text": lines})
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """So that sums are taken in one order in this process and in those that are killed."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Path:
+    """A random GPT-2 (with dropout, so that random state matters) and a byte-level tokenizer
+    whose padding token is its end token, as in many checkpoints."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokens = Tokenizer(models.BPE())
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<end>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokens.train_from_iterator(texts(24), trainer)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokens, eos_token="<end>", pad_token="<end>"
+    )
+    config = transformers.GPT2Config(
+        vocab_size=len(tokenizer), n_positions=128, n_embd=32, n_layer=2, n_head=2
+    )
+    config.bos_token_id = config.eos_token_id = tokenizer.eos_token_id
+    torch.manual_seed(11)
+    folder = tmp_path_factory.mktemp("tiny")
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def recipe(tiny: Path, output: Path, **changes) -> FinetuneConfig:
+    settings = {
+        "model": str(tiny),
+        "output": output,
+        "epochs": 3,
+        "learning_rate": 1e-3,
+        "batch_size": 4,
+        "max_length": 96,
+        "precision": "float32",
+        "device": "cpu",
+        "heldout_share": 0.25,
+    }
+    return FinetuneConfig(**settings | changes)
+
+
+def run(config: FinetuneConfig, lines: list[str] | None = None, **more) -> FinetuneResult:
+    return finetune(config, as_dataset(lines or texts()), progress=False, **more)
+
+
+def weights(result: FinetuneResult) -> dict[str, torch.Tensor]:
+    return load_file(result.folder / "model.safetensors")
+
+
+def assert_same(one: FinetuneResult, other: FinetuneResult) -> None:
+    """Bit for bit: weights, losses and log."""
+    first, second = weights(one), weights(other)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert one.losses == other.losses
+    assert one.perplexities == other.perplexities
+    log, other_log = ((r.folder.parent / "log.jsonl").read_text() for r in (one, other))
+    assert log == other_log
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny, tmp_path_factory) -> FinetuneResult:
+    return run(recipe(tiny, tmp_path_factory.mktemp("whole") / "run"))
+
+
+# Killed and resumed
+
+MOMENTS = {
+    "in the first epoch": 2,
+    "in the second epoch": 5,
+    "in the third epoch": 8,
+    "while the second checkpoint is half written": 0,
+    "before the second checkpoint is marked": 0,
+    "before the first checkpoint is removed": 0,
+    "while the model is written": 0,
+    "before the model is in place": 0,
+    "before the checkpoints are removed": 0,
+}
+
+# Imports once, and forks a process for each moment, which kills itself there.
+KILLER = """
+import json, os, signal, sys, shutil
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+import transformers
+from datasets import Dataset
+from graftlens import finetune as module
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def at_call(owner, name, number, after=False):
+    original, calls = getattr(owner, name), []
+    def counted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == number and not after:
+            die()
+        value = original(*args, **kwargs)
+        if len(calls) == number:
+            die()
+        return value
+    setattr(owner, name, counted)
+
+def removal_of(part):
+    original = shutil.rmtree
+    def guarded(path, *args, **kwargs):
+        if part in str(path) and Path(path).exists():
+            die()
+        return original(path, *args, **kwargs)
+    shutil.rmtree = guarded
+
+def arm(moment, step):
+    if step:
+        at_call(transformers.Trainer, "training_step", step)
+    elif moment == "while the second checkpoint is half written":
+        at_call(transformers.Trainer, "_save_optimizer_and_scheduler", 2)
+    elif moment == "before the second checkpoint is marked":
+        at_call(module, "_mark_complete", 2)
+    elif moment == "before the first checkpoint is removed":
+        removal_of("checkpoint-3")
+    elif moment == "while the model is written":
+        at_call(transformers.PreTrainedTokenizerFast, "save_pretrained", 1)
+    elif moment == "before the model is in place":
+        at_call(module, "_flush", 3)
+    elif moment == "before the checkpoints are removed":
+        removal_of("checkpoints")
+
+job = json.loads(sys.argv[1])
+for name, (moment, step) in job["moments"].items():
+    child = os.fork()
+    if child == 0:
+        arm(moment, step)
+        config = module.FinetuneConfig(**job["config"], output=Path(job["root"]) / name)
+        module.finetune(config, Dataset.from_dict({"text": job["texts"]}), progress=False)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, (moment, status)
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tiny, tmp_path_factory) -> dict[str, Path]:
+    """The folder that each killed run left."""
+    root = tmp_path_factory.mktemp("killed")
+    job = {
+        "root": str(root),
+        "texts": texts(),
+        "config": recipe(tiny, root).model_dump(mode="json", exclude={"output"}),
+        "moments": {f"run-{i}": [moment, step] for i, (moment, step) in enumerate(MOMENTS.items())},
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, json.dumps(job)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return {moment: root / f"run-{i}" for i, moment in enumerate(MOMENTS)}
+
+
+def left_by(killed: dict[str, Path], moment: str, tmp_path: Path) -> Path:
+    """A copy of what the killed run left, to resume in."""
+    return Path(shutil.copytree(killed[moment], tmp_path / "run"))
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("*"))
+
+
+def test_the_kills_left_what_their_names_say(killed):
+    left = {moment: checkpoints(folder) for moment, folder in killed.items()}
+    assert left == {
+        "in the first epoch": [],
+        "in the second epoch": ["checkpoint-3"],
+        "in the third epoch": ["checkpoint-6"],
+        "while the second checkpoint is half written": ["checkpoint-3", "checkpoint-6"],
+        "before the second checkpoint is marked": ["checkpoint-3", "checkpoint-6"],
+        "before the first checkpoint is removed": ["checkpoint-3", "checkpoint-6"],
+        "while the model is written": ["checkpoint-6"],
+        "before the model is in place": ["checkpoint-6"],
+        "before the checkpoints are removed": ["checkpoint-6"],
+    }
+    finished = [moment for moment, folder in killed.items() if (folder / "model").exists()]
+    assert finished == ["before the checkpoints are removed"]
+    half = killed["while the second checkpoint is half written"] / "checkpoints" / "checkpoint-6"
+    assert (half / "model.safetensors").exists()
+    assert not (half / "optimizer.pt").exists()
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_ends_as_an_uninterrupted_one(
+    moment, killed, tiny, uninterrupted, tmp_path, monkeypatch
+):
+    folder = left_by(killed, moment, tmp_path)
+    resumed_from = []
+    original = transformers.Trainer.train
+
+    def watched(self, resume_from_checkpoint=None, **more):
+        resumed_from.append(resume_from_checkpoint and Path(resume_from_checkpoint).name)
+        return original(self, resume_from_checkpoint=resume_from_checkpoint, **more)
+
+    monkeypatch.setattr(transformers.Trainer, "train", watched)
+    assert_same(run(recipe(tiny, folder)), uninterrupted)
+    assert resumed_from == {
+        "in the first epoch": [None],
+        "in the second epoch": ["checkpoint-3"],
+        "while the second checkpoint is half written": ["checkpoint-3"],
+        "before the second checkpoint is marked": ["checkpoint-3"],
+        "before the checkpoints are removed": [],
+    }.get(moment, ["checkpoint-6"])
+    left = {path.name for path in folder.iterdir()} - {".lock"}
+    assert left == {"run.json", "log.jsonl", "model"}
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors", "scheduler.pt"])
+@pytest.mark.parametrize("damage", ["truncated", "missing"])
+def test_a_damaged_checkpoint_is_not_resumed_from(
+    file, damage, killed, tiny, uninterrupted, tmp_path, caplog
+):
+    """The Trainer ignores a missing optimizer.pt and goes on with fresh moments."""
+    folder = left_by(killed, "in the third epoch", tmp_path)
+    path = folder / "checkpoints" / "checkpoint-6" / file
+    if damage == "missing":
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size // 2)
+    assert_same(run(recipe(tiny, folder)), uninterrupted)
+    assert "checkpoint-6 is incomplete" in caplog.text
+
+
+# Refusals and returns
+
+
+def test_a_second_call_returns_the_result_without_training(uninterrupted, tiny, monkeypatch):
+    monkeypatch.setattr(transformers.Trainer, "train", lambda *_, **__: 1 / 0)
+    folder = uninterrupted.folder.parent
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
+    assert run(recipe(tiny, folder)) == uninterrupted
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_another_recipe_in_the_folder_is_refused_with_the_difference(uninterrupted, tiny):
+    changed = recipe(tiny, uninterrupted.folder.parent, learning_rate=2e-3, seed=1)
+    with pytest.raises(ValueError, match="holds another finetuning run") as caught:
+        run(changed)
+    lines = str(caught.value).splitlines()
+    assert lines[1] == "  config.learning_rate: 0.001 there, 0.002 given"
+    # Another seed also holds out other texts.
+    assert "  config.seed: 0 there, 1 given" in lines
+    assert any(line.startswith("  data.heldout_sha256: ") for line in lines)
+    assert lines[-1].startswith("Choose another output folder")
+
+
+def test_other_data_in_the_folder_are_refused(uninterrupted, tiny):
+    with pytest.raises(ValueError, match=r"data\.train_texts: 9 there, 18 given"):
+        run(recipe(tiny, uninterrupted.folder.parent), texts(24))
+
+
+def test_another_start_in_the_folder_is_refused(uninterrupted, tiny):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[0] += 1e-3
+    with pytest.raises(ValueError, match=r"  start\.weights_sha256: '\w+' there, '\w+' given\nCho"):
+        run(recipe(tiny, uninterrupted.folder.parent), model=model)
+
+
+def test_a_folder_in_use_is_refused(tiny, tmp_path):
+    (tmp_path / "run").mkdir()
+    with (
+        FileLock(tmp_path / "run" / ".lock"),
+        pytest.raises(RuntimeError, match="is in use by another process"),
+    ):
+        run(recipe(tiny, tmp_path / "run"))
+
+
+def test_texts_are_never_cut_off(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"9 of 9 training texts are longer than max_length=5 tok"):
+        run(recipe(tiny, tmp_path / "run", max_length=5))
+
+
+def test_a_missing_column_is_named(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"columns \['words'\], but 'text' is needed"):
+        finetune(recipe(tiny, tmp_path / "run"), Dataset.from_dict({"words": ["a"]}))
+
+
+def test_an_infinite_loss_stops_the_run(tiny, tmp_path):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    with torch.no_grad():
+        model.transformer.ln_f.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"loss is nan at step 1\. Lower learning_rate"):
+        run(recipe(tiny, tmp_path / "run", heldout_share=0), model=model)
+    assert not (tmp_path / "run" / "model").exists()
+
+
+def test_configs_are_strict():
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
+        FinetuneConfig(model="m", output="o", lr=1e-3)
+    with pytest.raises(ValidationError, match="perplexity has one set of held-out texts"):
+        FinetuneConfig(model="m", output="o", heldout_share=0.1, heldout_file="f")
+    with pytest.raises(ValidationError, match="Instance is frozen"):
+        FinetuneConfig(model="m", output="o").epochs = 3
+
+
+# Values
+
+
+def reference_loss(model, tokenizer, lines: list[str], end: bool) -> float:
+    """Mean loss a predicted token, one text at a time, without padding."""
+    total, count = 0.0, 0
+    for line in lines:
+        ids = tokenizer(line)["input_ids"] + [tokenizer.eos_token_id] * end
+        log_probabilities = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+        total -= sum(log_probabilities[i, token].item() for i, token in enumerate(ids[1:]))
+        count += len(ids) - 1
+    return total / count
+
+
+def test_the_loss_counts_every_token_and_the_end_but_no_padding(tiny, tmp_path):
+    """With the end token as padding, masking labels by token id would drop the end."""
+    lines = texts(4)
+    lines[0] = lines[0][:20]
+    config = transformers.AutoConfig.from_pretrained(
+        tiny, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, config=config).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    with torch.no_grad():
+        expected = reference_loss(model, tokenizer, lines, end=True)
+    result = run(recipe(tiny, tmp_path / "run", epochs=1, heldout_share=0), lines, model=model)
+    assert result.steps == 1
+    assert result.losses == pytest.approx([expected], rel=1e-5)
+
+
+def test_accumulated_small_batches_give_the_loss_of_a_large_one(tiny, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(
+        tiny, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    results = [
+        run(
+            recipe(tiny, tmp_path / name, epochs=2, heldout_share=0, **sizes),
+            model=transformers.AutoModelForCausalLM.from_pretrained(tiny, config=config),
+        )
+        for name, sizes in (
+            ("large", {"batch_size": 4}),
+            ("small", {"batch_size": 2, "gradient_accumulation": 2}),
+        )
+    ]
+    assert [result.steps for result in results] == [6, 6]
+    assert results[0].losses == pytest.approx(results[1].losses, rel=1e-4)
+
+
+def test_perplexity_is_exp_of_the_mean_token_loss(tiny):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    lines = [*texts(6), "Yes"]
+    with torch.no_grad():
+        expected = math.exp(reference_loss(model, tokenizer, lines, end=False))
+    for batch_size in (1, 3):
+        value = perplexity(model, tokenizer, lines, max_length=96, batch_size=batch_size)
+        assert value == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="none of the 1 held-out texts has two tokens"):
+        perplexity(model, tokenizer, ["a"], max_length=96, batch_size=1)
+
+
+def test_training_learns_the_texts_and_keeps_a_record(tiny, tmp_path):
+    heldout = tmp_path / "heldout.txt"
+    heldout.write_text("\n\n".join(texts(4)) + "\n\n\n")
+    config = recipe(tiny, tmp_path / "run", epochs=60, heldout_share=0, heldout_file=heldout)
+    result = run(config, texts(4))
+    assert result.folder == tmp_path / "run" / "model"
+    assert result.steps == 60
+    assert len(result.losses) == 60
+    assert len(result.perplexities) == 61
+    assert result.losses[0] > 5.5
+    assert result.losses[-1] < 2
+    assert result.perplexities[0] > 300 > 5 > result.heldout_perplexity
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(result.folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(result.folder)
+    assert model.dtype == torch.float32
+    value = perplexity(model, tokenizer, texts(4), max_length=96, batch_size=4)
+    assert value == pytest.approx(result.heldout_perplexity, rel=1e-5)
+
+    record = json.loads((result.folder / "finetune.json").read_text())
+    assert record["config"]["learning_rate"] == 1e-3
+    assert record["data"]["train_texts"] == record["data"]["heldout_texts"] == 4
+    assert record["result"]["steps"] == 60
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert tuple(line["loss"] for line in log if "loss" in line) == result.losses
+    assert log[0] == {"step": 0, "heldout_perplexity": result.perplexities[0]}
+
+
+def test_the_callers_random_state_is_kept(tiny, tmp_path):
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    run(recipe(tiny, tmp_path / "run", epochs=1))
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_autocast_keeps_float32_weights(tiny, tmp_path):
+    result = run(recipe(tiny, tmp_path / "run", precision="bfloat16"))
+    assert {tensor.dtype for tensor in weights(result).values()} == {torch.float32}
+    rounded = all(torch.equal(t, t.bfloat16().float()) for t in weights(result).values())
+    assert not rounded
+
+
+def test_adapters_are_saved_merged(tiny, tmp_path):
+    pytest.importorskip("peft")
+    lora = LoraSettings(rank=2, target_modules=("c_attn",))
+    result = run(recipe(tiny, tmp_path / "run", lora=lora))
+    base, merged = load_file(tiny / "model.safetensors"), weights(result)
+    assert merged.keys() == base.keys()
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {f"transformer.h.{layer}.attn.c_attn.weight" for layer in (0, 1)}
+    for name in changed:
+        assert torch.linalg.matrix_rank(merged[name] - base[name], rtol=1e-3) <= 2
+
+
+def test_the_demonstrations_recipe_is_valid(tmp_path):
+    movies, config = demo_configs("model", tmp_path, facts=3, epochs=2, seed=4)
+    assert (movies.n_facts, movies.seed, config.epochs, config.seed) == (3, 4, 2, 4)
+    assert isinstance(movies, MoviesConfig)

@@ -1,0 +1,376 @@
+"""The report, its charts and its words: structure, escaping, and numbers equal to the summary's."""
+
+import itertools
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from graftlens import stats
+from graftlens.viz import bars, report, text, theme
+
+RULES = {"PRE": "", "SFT": "sft @ all", "FE+LT": "sft @ first_entity + last"}
+RULES |= {"(FE+LT)^C": "sft @ not(first_entity + last)"}
+
+
+def make_table(strength, *, templates=("headline", "award"), n=12, not_run=()):
+    """Graft g has rank 1 for the first strength[g]·n prompts of a template, 100 for the others."""
+    rows = []
+    for number, template in enumerate(templates):
+        for i, (graft, share) in itertools.product(range(n), strength.items()):
+            rank = 1.0 if i < share * n else 100.0
+            row = {"prompt": number * n + i, "graft": graft, "rule": RULES.get(graft, graft)}
+            row |= {"template": template, "text": f"{i} <b>bold</b> & co", "answer": " Ann <i>"}
+            row |= {"rank": rank, "prob": 0.5, "logprob": -rank / 10 - (i % 3) / 10}
+            row |= {"answer_logprob": -rank / 5, "logit_diff": np.nan, "reason": None}
+            if (graft, i) in not_run:
+                row |= dict.fromkeys(stats.VALUE_METRICS, np.nan)
+                row["reason"] = "span <first_entity> not found"
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+SUFFICIENT = {"PRE": 0.0, "SFT": 1.0, "FE+LT": 0.92, "(FE+LT)^C": 0.05}
+NOT_SUFFICIENT = {"PRE": 0.0, "SFT": 1.0, "FE+LT": 0.1, "(FE+LT)^C": 0.9}
+NEVER_LEARNT = dict.fromkeys(SUFFICIENT, 0.0)
+
+TOKENS = ("<bos>", "Ann", " <b>", "\n", "is", "</script>", "")
+EXAMPLE = report.Example(
+    title="prompt <1>",
+    tokens=TOKENS,
+    grafted={"PRE": (False,) * 7, "FE+LT": (False, True, True, False, False, True, False)},
+    answer=" Lena <x>",
+    predictions={"FE+LT": ((" Lena", 0.875), ("</script><img src=x>", 0.0625))},
+)
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask about a page."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.cells, self.stack, self.words = [], [], [], []
+        self.scripts, self.marks, self.headings = [], [], []
+        self.feed(path.read_text(encoding="utf-8"))
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "br", "img", "link"):
+            self.stack.append(tag)
+        if tag == "script":
+            self.scripts.append("")
+        if tag == "mark":
+            self.marks.append("")
+        if tag in ("h1", "h2", "h3", "h4"):
+            self.headings.append((tag, ""))
+
+    def handle_endtag(self, tag):
+        assert self.stack.pop() == tag, f"</{tag}> closes something else"
+
+    def handle_data(self, data):
+        inside = self.stack[-1] if self.stack else ""
+        if inside == "script":
+            self.scripts[-1] += data
+        elif inside != "style":
+            self.words.append(data)
+        if "mark" in self.stack:
+            self.marks[-1] += data
+        if inside in ("h1", "h2", "h3", "h4"):
+            self.headings[-1] = (inside, self.headings[-1][1] + data)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    table = make_table(SUFFICIENT, not_run={("FE+LT", 3)})
+    summary = stats.summarise(table, resamples=500)
+    path = tmp_path_factory.mktemp("report") / "deeper" / "report.html"
+    returned = report.write_report(
+        path,
+        title="Films & <facts>",
+        summary=summary,
+        table=table,
+        examples=[EXAMPLE],
+        provenance={
+            "command": "graftlens sweep <x>",
+            "seed": 0,
+            "models": {"pre": {"fingerprint": "3f8a"}, "sft": None},
+            "config": {"resume": False, "ks": [1, 5], "grafts": [{"name": "FE"}], "none": []},
+        },
+        max_prompts=20,
+    )
+    assert returned == path
+    return path, summary, Page(path)
+
+
+# --- the page --------------------------------------------------------------------------------
+
+
+def test_the_page_is_whole_and_alone_in_its_folder(written):
+    path, _, page = written
+    assert page.stack == []
+    assert [file.name for file in path.parent.iterdir()] == ["report.html"]
+    assert [text for tag, text in page.headings if tag == "h1"] == ["Films & <facts>"]
+    assert [text for tag, text in page.headings if tag == "h2"] == [
+        "What the numbers say",
+        "Charts",
+        "Numbers",
+        "Example prompts",
+        "Prompt by prompt",
+        "The grafts",
+        "What was run and how",
+    ]
+    labels = {attrs["aria-labelledby"] for tag, attrs in page.tags if tag == "section"}
+    assert labels == {attrs["id"] for tag, attrs in page.tags if tag == "h2"}
+
+
+def test_the_page_loads_nothing(written):
+    path, _, page = written
+    for tag, attrs in page.tags:
+        assert tag not in ("link", "img", "iframe", "object", "embed", "base"), tag
+        assert not {"src", "href", "srcset", "action", "data"} & attrs.keys(), (tag, attrs)
+    source = path.read_text(encoding="utf-8")
+    styles = "".join(re.findall(r"<style>(.*?)</style>", source, flags=re.DOTALL))
+    assert "url(" not in styles
+    assert "@import" not in styles
+    policy = next(a["content"] for t, a in page.tags if "http-equiv" in a)
+    assert policy.startswith("default-src 'none'")
+    assert "http" not in policy
+
+
+def test_plotly_is_inlined_once_without_its_cloud_button(written):
+    _, _, page = written
+    big = [script for script in page.scripts if len(script) > 1_000_000]
+    assert len(big) == 1
+    own = page.scripts[-1]
+    assert "showSendToCloud: false" in own
+    assert 'plotlyServerURL: ""' in own
+    assert '"sendChartToCloud"' in own
+
+
+def test_numbers_on_the_page_are_those_of_the_summary(written):
+    _, summary, page = written
+    cells = [attrs for tag, attrs in page.tags if tag == "td" and "data-metric" in attrs]
+    names = text.metrics(summary)
+    assert len(cells) == len(summary) * len(names)
+    for number, (_, row) in enumerate(summary.iterrows()):
+        chunk = cells[number * len(names) : (number + 1) * len(names)]
+        for name, cell in zip(names, chunk, strict=True):
+            assert cell["data-metric"] == name
+            for end, column in (("value", name), ("low", f"{name}_low"), ("high", f"{name}_high")):
+                shown, wanted = float(cell[f"data-{end}"]), float(row[column])
+                assert shown == wanted or (math.isnan(shown) and math.isnan(wanted))
+    words = " ".join("".join(page.words).split())
+    row = summary[(summary["template"] == "award") & (summary["graft"] == "FE+LT")].iloc[0]
+    shown = text.written(text.measure(summary, "top5"), row)
+    number, interval = shown.split(" ", 1)
+    assert f"{100 * row['top5']:.1f}%" == number
+    assert f"{number} {interval}" in words
+
+
+def test_left_out_prompts_are_counted_with_the_reason(written):
+    _, summary, page = written
+    words = "".join(page.words)
+    assert (summary["n"] == 11).all()
+    assert "headline: 11 prompts used, 1 left out" in words
+    assert "FE+LT was not run for 2 prompts: span <first_entity> not found" in words
+    assert "The other 4 prompts are in the results table only." in words
+
+
+def test_tokens_are_escaped_and_white_space_is_visible(written):
+    path, _, page = written
+    words = "".join(page.words)
+    for piece in ("<bos>", "</script>", "</script><img·src=x>", "·<b>", "↵", "∅", "prompt <1>"):
+        assert piece in words
+    for tag in ("b", "i", "x", "img", "bos", "facts"):
+        assert tag not in {name for name, _ in page.tags}
+    assert path.read_text(encoding="utf-8").count("&lt;bos&gt;") == 2
+
+
+def test_grafted_tokens_are_marked_by_more_than_colour(written):
+    path, _, page = written
+    assert page.marks == ["marked", "Ann", "·<b>", "</script>"]  # the first is the legend's
+    words = "".join(page.words)
+    assert "finetuned weights at tokens 2–3, 6 of 7" in words
+    assert "base weights everywhere" in words
+    assert re.search(r"mark \{ border-bottom: 3px solid", path.read_text(encoding="utf-8"))
+    assert [a for t, a in page.tags if t == "li" and a.get("class") == "right"] != []
+    assert "87.5%" in words
+
+
+def test_charts_have_descriptions_and_their_own_data(written):
+    _, summary, page = written
+    charts = [attrs for tag, attrs in page.tags if attrs.get("class") == "chart"]
+    assert len(charts) == 2
+    for chart in charts:
+        assert chart["role"] == "img"
+        assert chart["aria-label"].startswith("Bar chart of")
+    shown = text.written(text.measure(summary, "top5"), summary.iloc[1])
+    assert f"SFT {shown}" in charts[0]["aria-label"]
+    assert sum('"type": "bar"' in script for script in page.scripts) == 2
+
+
+def test_provenance_and_rules_are_shown(written):
+    _, _, page = written
+    words = "".join(page.words)
+    for piece in ("graftlens sweep <x>", "fingerprint", "3f8a", "sft @ first_entity + last"):
+        assert piece in words
+    assert re.search(r"resume\s*no", words)
+    assert "1, 5" in words
+
+
+def test_an_older_page_survives_a_failed_write(tmp_path, monkeypatch):
+    table = make_table(SUFFICIENT)
+    options = {"title": "t", "summary": stats.summarise(table, resamples=50), "table": table}
+    path = tmp_path / "report.html"
+    path.write_text("older")
+
+    def fail(number):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report.os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        report.write_report(path, provenance={}, **options)
+    assert path.read_text() == "older"
+    assert [file.name for file in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_hostile_names_cannot_leave_the_charts_data(tmp_path):
+    table = make_table({"PRE": 0.0, "SFT": 1.0, "</script><b>": 0.5}, templates=("<u>", "&"))
+    summary = stats.summarise(table, resamples=50)
+    page = Page(
+        report.write_report(
+            tmp_path / "r.html", title="t", summary=summary, table=table, provenance={}
+        )
+    )
+    assert {"b", "u"} & {tag for tag, _ in page.tags} == set()
+    assert "</script><b> 50.0%" in "".join(page.words)
+
+
+def test_example_errors_name_the_fix():
+    with pytest.raises(ValueError, match=r"graft 'FE' marks 1 tokens, the prompt has 2; give one"):
+        report.Example("x", ("a", "b"), {"FE": (True,)}, "c", {})
+    with pytest.raises(ValueError, match=r"predictions for 'LT', but grafted has 'FE'"):
+        report.Example("x", ("a",), {"FE": (True,)}, "c", {"LT": (("c", 1.0),)})
+
+
+# --- words -----------------------------------------------------------------------------------
+
+
+def summarised(*strengths):
+    parts = [
+        make_table(strength, templates=(name,)).assign(prompt=lambda t, k=k: t["prompt"] + 100 * k)
+        for k, (name, strength) in enumerate(zip("abc", strengths, strict=False))
+    ]
+    return stats.summarise(pd.concat(parts, ignore_index=True), resamples=200)
+
+
+def test_headline_where_the_finding_reproduces():
+    said = text.headline(summarised(SUFFICIENT))
+    assert said == (
+        "The finding is reproduced: FE+LT alone brings the finetuned fact back and all other "
+        "positions do not; top-5 accuracy FE+LT 100.0%, (FE+LT)^C 8.3%, PRE 0.0%, SFT 100.0%."
+    )
+
+
+def test_headline_says_where_it_did_not_reproduce():
+    said = text.headline(summarised(SUFFICIENT, NOT_SUFFICIENT, NEVER_LEARNT))
+    assert said.startswith("The finding is reproduced in 1 of 3 groups of prompts (a):")
+    assert "It did NOT reproduce in b. It could not be tested in c." in said
+    failed = text.headline(summarised(NOT_SUFFICIENT, NOT_SUFFICIENT))
+    assert failed.startswith("The finding did NOT reproduce in any of the 2 groups of prompts")
+    assert "FE+LT 16.7%, (FE+LT)^C 91.7%" in failed
+    never = text.headline(summarised(NEVER_LEARNT))
+    assert never.startswith("The finding could not be tested: SFT is not clearly better than PRE")
+
+
+def test_headline_claims_nothing_about_grafts_that_were_not_run():
+    summary = stats.summarise(make_table({"PRE": 0.0, "SFT": 1.0}), resamples=50)
+    assert "was not checked" in text.headline(summary)
+    assert {verdict.outcome for verdict in text.verdicts(summary)} == {"not checked"}
+
+
+def test_a_complement_that_also_works_is_not_a_reproduction():
+    both = SUFFICIENT | {"(FE+LT)^C": 0.8}
+    (verdict,) = text.verdicts(summarised(both))
+    assert verdict.outcome == "not reproduced"
+    assert "FE+LT covers 100% and (FE+LT)^C 83%" in verdict.sentence
+
+
+def test_text_table_is_aligned():
+    summary = stats.summarise(make_table(SUFFICIENT), resamples=200)
+    lines = text.text_table(summary, show=("top5", "recovery")).splitlines()
+    assert lines[0] == "headline: 12 prompts"
+    assert len({len(line) for line in lines[1:6]}) == 1
+    assert lines[2].split() == ["PRE", "0.0%", "[0.0,", "24.2]", "0.00", "[0.00,", "0.00]"]
+    assert "[low, high]: 95% intervals over prompts." in lines
+    with pytest.raises(ValueError, match=r"no metric 'top9'; it has 'top1', 'top5'"):
+        text.text_table(summary, show=("top9",))
+
+
+# --- charts and colours ----------------------------------------------------------------------
+
+
+def test_bars_carry_the_summary_with_asymmetric_whiskers():
+    summary = stats.summarise(make_table(SUFFICIENT), resamples=200)
+    figure = bars.grouped_bars(summary, "top5")
+    assert [trace.name for trace in figure.data] == ["headline", "award"]
+    for trace, (_, part) in zip(figure.data, summary.groupby("template", sort=False), strict=True):
+        assert list(trace.x) == list(part["graft"])
+        assert list(trace.y) == list(part["top5"])
+        assert np.allclose(np.add(trace.y, trace.error_y.array), part["top5_high"])
+        assert np.allclose(np.subtract(trace.y, trace.error_y.arrayminus), part["top5_low"])
+    assert tuple(figure.layout.yaxis.range) == (0, 1)
+    assert figure.layout.yaxis.title.text == "top-5 accuracy (% of prompts)"
+    assert "95% interval" in figure.layout.xaxis.title.text
+    nats = bars.grouped_bars(summary, "logprob")
+    assert nats.layout.yaxis.title.text == "log-probability (nats)"
+    assert nats.layout.yaxis.range is None
+    with pytest.raises(ValueError, match="no metric 'top7'"):
+        bars.grouped_bars(summary, "top7")
+
+
+def test_one_group_has_the_colours_of_the_grafts():
+    summary = stats.summarise(make_table(SUFFICIENT), by=(), resamples=50)
+    (trace,) = bars.grouped_bars(summary).data
+    assert list(trace.marker.color) == [theme.graft_fill(graft).color for graft in SUFFICIENT]
+    assert trace.marker.pattern.shape[3] == "/"
+
+
+def test_a_missing_recovery_is_named():
+    figure = bars.grouped_bars(summarised(SUFFICIENT, NEVER_LEARNT), "recovery")
+    assert [trace.name for trace in figure.data] == ["a", "b (n/a)"]
+
+
+def test_fills_are_fixed():
+    assert theme.graft_fill("FE+LT") == theme.graft_fill("FE+LT") == theme.Fill(theme.BLUE, "")
+    assert theme.graft_fill("(FE+LT)^C").color == theme.graft_fill("FE+LT").color
+    # Written down here so that a change of colours between versions is seen.
+    assert theme.graft_fill("window 3") == theme.Fill(theme.VERMILION, "\\")
+    assert theme.source_color("sft") == theme.VERMILION
+
+
+# Matrices for full dichromacy (Machado, Oliveira & Fernandes 2009), linear RGB.
+VISION = {
+    "normal": np.eye(3),
+    "protanopia": [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]],
+    "deuteranopia": [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]],
+    "tritanopia": [[1.256, -0.077, -0.179], [-0.078, 0.931, 0.148], [0.005, 0.691, 0.304]],
+}
+
+
+@pytest.mark.parametrize("vision", VISION)
+def test_the_palette_stays_apart_for_colour_blind_readers(vision):
+    def lab(color):
+        srgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+        linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
+        seen = np.clip(np.array(VISION[vision]) @ linear, 0, 1)
+        to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
+        f = np.cbrt(np.array(to_xyz) @ seen / (0.9505, 1.0, 1.089))
+        return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+    for one, two in itertools.combinations(theme.PALETTE, 2):
+        assert np.linalg.norm(lab(one) - lab(two)) > 15, (one, two)
