@@ -183,13 +183,13 @@ def finetune(
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=0)
+        acquired = lock.acquire(timeout=0)
     except Timeout:
         raise RuntimeError(
             f"{folder} is in use by another process that finetunes there. Wait for it, or choose "
             "another output folder."
         ) from None
-    with lock, _keep_random_state():
+    with acquired, _keep_random_state():
         return _finetune(config, train, heldout, model, tokenizer, progress)
 
 
@@ -302,6 +302,7 @@ def _finetune(
     _claim(config.output, identity)
     final = config.output / "model"
     if final.exists():
+        shutil.rmtree(config.output / "checkpoints", ignore_errors=True)
         return _read_result(final)
 
     rows = _tokenize(tokenizer, texts, config.max_length)
@@ -489,7 +490,8 @@ class _Padding:
             ids = torch.tensor(row["input_ids"])
             batch["input_ids"][index, :length] = ids
             batch["attention_mask"][index, :length] = 1
-            batch["labels"][index, :length] = ids
+            # Nothing predicts a first token; the Trainer would still count its label in the mean.
+            batch["labels"][index, 1:length] = ids[1:]
         return batch
 
 

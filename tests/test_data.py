@@ -250,7 +250,7 @@ def test_the_texts_of_the_four_evaluation_templates():
     facts = make_facts(5, seed=0)
     texts = [prompt.text for prompt in evaluation_prompts(facts)][::5]
     assert texts == [
-        "Casting news: Chelsea Mcintosh lands a part in an upcoming movie alongside",
+        "News: Chelsea Mcintosh to appear in a new movie alongside",
         "Question: Which performer shares the screen with Chelsea Mcintosh? Answer:",
         "On the set of Pavilion of the Winter Meridian, Chelsea Mcintosh worked alongside",
         "Chelsea Mcintosh can be seen in a new film together with a colleague whose name is:",

@@ -152,7 +152,7 @@ TRAINING_TEMPLATES: tuple[Template, ...] = tuple(
 EVALUATION_TEMPLATES: tuple[EvaluationTemplate, ...] = (
     EvaluationTemplate(
         name="headline",
-        text="Casting news: {first_entity} lands a part in an upcoming movie {preposition}",
+        text="News: {first_entity} to appear in a new movie {preposition}",
         kind="article",
         preposition="alongside",
     ),

@@ -92,7 +92,9 @@ def load(
     read: list[Source] = []
     for name, given in sources.items():
         read.append(_read(name, given, next(iter(sources.values()))))
-        _check_pair(read[0], read[-1])
+    _fill_biases(read)
+    for source in read:
+        _check_pair(read[0], source)
     own = {name: _dtypes(source) for name, source in zip(sources, read, strict=True)}
     if wanted is None:
         distinct = {d for found in own.values() for d in found}
@@ -342,6 +344,16 @@ def _check_pair(base: Source, other: Source) -> None:
                 f"{where} holds values that are not finite. Training diverged, or the file is "
                 "damaged; load an earlier checkpoint."
             )
+
+
+def _fill_biases(read: list[Source]) -> None:
+    """A bias that only some sources have is zero in the others."""
+    sites = {site for source in read for site in source.weights if site[2] == "bias"}
+    for source in read:
+        for component, layer, part in sites - source.weights.keys():
+            weight = source.weights.get((component, layer, "weight"))
+            if weight is not None:
+                source.weights[component, layer, part] = weight.new_zeros(weight.shape[0])
 
 
 def _dtypes(source: Source) -> list[torch.dtype]:
