@@ -1,0 +1,60 @@
+"""graftlens: find out where a language model keeps what it learned in finetuning.
+
+The names here are loaded on first use, so that `import graftlens` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graftlens.components import Component
+    from graftlens.evaluate import evaluate, position_grafts
+    from graftlens.graft import At, Graft, Rule
+    from graftlens.model.grafted import GraftedTransformer
+    from graftlens.model.mask import GraftMask
+    from graftlens.prompts import Prompt, PromptError
+    from graftlens.stats import compare, summarise
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "At": "graftlens.graft",
+    "Component": "graftlens.components",
+    "Graft": "graftlens.graft",
+    "GraftMask": "graftlens.model.mask",
+    "GraftedTransformer": "graftlens.model.grafted",
+    "Prompt": "graftlens.prompts",
+    "PromptError": "graftlens.prompts",
+    "Rule": "graftlens.graft",
+    "compare": "graftlens.stats",
+    "evaluate": "graftlens.evaluate",
+    "position_grafts": "graftlens.evaluate",
+    "summarise": "graftlens.stats",
+}
+
+__all__ = [
+    "At",
+    "Component",
+    "Graft",
+    "GraftMask",
+    "GraftedTransformer",
+    "Prompt",
+    "PromptError",
+    "Rule",
+    "compare",
+    "evaluate",
+    "position_grafts",
+    "summarise",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'graftlens' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

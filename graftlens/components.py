@@ -81,6 +81,11 @@ def parse_components(words: str | Sequence[str]) -> tuple[str, ...]:
     """
     if isinstance(words, str):
         names = [word.strip() for word in words.split("+")]
+    elif not isinstance(words, Sequence):
+        raise ValueError(
+            f"components={words!r} is a {type(words).__name__}. "
+            'Write names, as "o + mlp" or ["o", "mlp"].'
+        )
     else:
         names = [str(word).strip() for word in words]
     if not names or not all(names):

@@ -19,7 +19,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import yaml
@@ -40,7 +40,7 @@ Runs = Mapping[str, Sequence[Sequence[int]]]
 
 _SOURCE = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 _TOKEN = re.compile(
-    r"\s*(?:(?P<span>[^\W\d]\w*)(?:#(?P<run>\d+))?|(?P<list>\[[^\]]*\])|(?P<op>[+&~()]))"
+    r"\s*(?:(?P<span>[^\s+&~()\[\]#]+)(?:#(?P<run>\d+))?|(?P<list>\[[^\]]*\])|(?P<op>[+&~()]))"
 )
 
 
@@ -199,7 +199,10 @@ def _integers(values: Any, what: str) -> tuple[int, ...]:
     numbers = []
     for value in values:
         if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
-            raise ValueError(f"{what}={values!r}: {value!r} is no whole number.")
+            raise ValueError(
+                f"{what}={values!r}: {value!r} is no whole number. "
+                "A list holds whole numbers; names and ranges go in one text."
+            )
         numbers.append(int(value))
     return tuple(dict.fromkeys(numbers))
 
@@ -209,12 +212,15 @@ def _parse_expression(text: str) -> At:
     place = 0
     while place < len(text.rstrip()):
         match = _TOKEN.match(text, place)
-        if match is None:
+        # Spans are named like a template's fields, in any script.
+        if match is None or (match["span"] and not match["span"].isidentifier()):
             raise _syntax(text, place, "a span, [positions], +, &, ~ or parentheses")
         if match["span"]:
             if match["run"] is not None and int(match["run"]) < 1:
                 raise _syntax(text, match.start("run"), "a run number from 1")
-            tokens.append(("term", Span(match["span"], int(match["run"]) if match["run"] else None)))
+            tokens.append(
+                ("term", Span(match["span"], int(match["run"]) if match["run"] else None))
+            )
         elif match["list"]:
             pieces = [piece.strip() for piece in match["list"][1:-1].split(",")]
             if not all(re.fullmatch(r"-?\d+", piece) for piece in pieces):
@@ -303,8 +309,13 @@ def parse_layers(layers: str | int | Sequence[int | str]) -> Layers:
         pieces = [piece.strip() for piece in layers.split("+")]
     elif isinstance(layers, int | np.integer) and not isinstance(layers, bool):
         pieces = [layers]
-    else:
+    elif isinstance(layers, Sequence | np.ndarray):
         pieces = list(layers)
+    else:
+        raise ValueError(
+            f"layers={layers!r} is a {type(layers).__name__}. "
+            'Write a group ("upper_half"), numbers ([3, 4]) or a range ("8-15").'
+        )
     for piece in pieces:
         if isinstance(piece, str) and not re.match(r"\d", piece.strip()):
             layer_group(piece.strip(), 1)
@@ -409,7 +420,7 @@ class Graft:
         components: str | Sequence[str] = "all",
         layers: str | int | Sequence[int | str] = "all",
         heads: str | int | Sequence[int] | None = None,
-    ) -> Self:
+    ) -> "Graft":
         """A graft of one rule.
 
         Args:
@@ -429,6 +440,11 @@ class Graft:
             heads = parse_numbers(heads, "heads")
         elif isinstance(heads, int | np.integer) and not isinstance(heads, bool):
             heads = [heads]
+        elif heads is not None and not isinstance(heads, Sequence | np.ndarray):
+            raise ValueError(
+                f"heads={heads!r} is a {type(heads).__name__}. "
+                'Write numbers ([0, 2]) or a range ("0-3").'
+            )
         return cls(
             (
                 Rule(
@@ -485,7 +501,9 @@ class Graft:
                 )
             fields += [""] * (4 - len(fields))
             at, components, layers, heads = fields
-            graft |= cls.rule(source.strip(), at, components or "all", layers or "all", heads or None)
+            graft |= cls.rule(
+                source.strip(), at, components or "all", layers or "all", heads or None
+            )
         return graft
 
     def to_list(self) -> list[dict[str, Any]]:
@@ -518,11 +536,13 @@ class Graft:
                 raise ValueError(f"{rule!r} is no rule. A rule has the keys {' '.join(allowed)}.")
             for key in rule:
                 if key not in allowed:
+                    quote = " Put a one-line rule in quotes." if "@" in str(key) else ""
                     raise ValueError(
                         f"unknown key {key!r} in rule {dict(rule)!r}. "
-                        f"Allowed: {' '.join(allowed)}.{suggest(str(key), allowed)}"
+                        f"Allowed: {' '.join(allowed)}.{suggest(str(key), allowed)}{quote}"
                     )
-            if "source" not in rule or "at" not in rule:
+            # A key left empty in YAML is null: for these two that must not mean all.
+            if rule.get("source") is None or rule.get("at") is None:
                 raise ValueError(f"rule {dict(rule)!r} needs the keys source and at.")
             given = {k: v for k, v in rule.items() if v is not None}
             graft |= cls.rule(**given)
@@ -539,4 +559,11 @@ class Graft:
         Raises:
             ValueError: a key or value outside the vocabulary.
         """
-        return cls.from_list(yaml.safe_load(text))
+        try:
+            rules = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"graft {text!r} is no YAML ({error}). Put a one-line rule in quotes: "
+                '"sft @ last : o".'
+            ) from None
+        return cls.from_list(rules)

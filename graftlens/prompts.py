@@ -60,11 +60,15 @@ class Prompt:
     template: str
     fields: Mapping[str, str] = field(default_factory=FrozenMap)
     answer: str | None = None
-    distractors: tuple[str, ...] = ()
+    distractors: Sequence[str] = ()
     name: str | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "fields", FrozenMap(self.fields))
+        if isinstance(self.distractors, str):
+            raise ValueError(
+                f"distractors={self.distractors!r} is one text. Write a list: [{self.distractors!r}]."
+            )
         object.__setattr__(self, "distractors", tuple(self.distractors))
         for key, value in self.fields.items():
             if not isinstance(value, str) or not value.strip():
@@ -74,9 +78,13 @@ class Prompt:
                 )
         for what, text in [("answer", self.answer), *(("distractor", d) for d in self.distractors)]:
             if text is not None and (not isinstance(text, str) or not text.strip()):
-                raise ValueError(f"{what}={text!r}: write a text that is not empty, or leave it out.")
+                raise ValueError(
+                    f"{what}={text!r}: write a text that is not empty, or leave it out."
+                )
         if not self.text:
-            raise ValueError("template='' gives an empty prompt. Write a text of one token or more.")
+            raise ValueError(
+                "template='' gives an empty prompt. Write a text of one token or more."
+            )
 
     @cached_property
     def _pieces(self) -> tuple[tuple[str, str | None], ...]:
@@ -205,9 +213,7 @@ def encode(
     return ids, offsets
 
 
-def tokenize(
-    prompt: "Prompt | str", tokenizer: Any, prepend_bos: bool | None = None
-) -> Tokenized:
+def tokenize(prompt: "Prompt | str", tokenizer: Any, prepend_bos: bool | None = None) -> Tokenized:
     """The tokens of a prompt, with its spans: each the tokens that share a character with a field.
 
     Args:

@@ -222,6 +222,7 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("*"))
 
 
+@pytest.mark.slow
 def test_the_kills_left_what_their_names_say(killed):
     left = {moment: checkpoints(folder) for moment, folder in killed.items()}
     assert left == {
@@ -242,6 +243,7 @@ def test_the_kills_left_what_their_names_say(killed):
     assert not (half / "optimizer.pt").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_ends_as_an_uninterrupted_one(
     moment, killed, tiny, uninterrupted, tmp_path, monkeypatch
@@ -267,6 +269,7 @@ def test_a_killed_run_ends_as_an_uninterrupted_one(
     assert left == {"run.json", "log.jsonl", "model"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["optimizer.pt", "model.safetensors", "scheduler.pt"])
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
 def test_a_damaged_checkpoint_is_not_resumed_from(
@@ -472,6 +475,31 @@ def test_adapters_are_saved_merged(tiny, tmp_path):
     assert changed == {f"transformer.h.{layer}.attn.c_attn.weight" for layer in (0, 1)}
     for name in changed:
         assert torch.linalg.matrix_rank(merged[name] - base[name], rtol=1e-3) <= 2
+
+
+def test_adapters_too_are_resumed_exactly(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("peft")
+    lora = LoraSettings(rank=2, dropout=0.2, target_modules=("c_attn",))
+    whole = run(recipe(tiny, tmp_path / "whole", lora=lora))
+    original, calls = transformers.Trainer.training_step, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        return 1 / 0 if len(calls) == 8 else original(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", failing)
+    with pytest.raises(ZeroDivisionError):
+        run(recipe(tiny, tmp_path / "cut", lora=lora))
+    assert checkpoints(tmp_path / "cut") == ["checkpoint-6"]
+    assert_same(run(recipe(tiny, tmp_path / "cut", lora=lora)), whole)
+    assert len(calls) == 8 + 3
+
+
+def test_recomputed_activations_change_nothing(tiny, tmp_path, uninterrupted):
+    result = run(recipe(tiny, tmp_path / "run", gradient_checkpointing=True))
+    assert result.losses == pytest.approx(uninterrupted.losses, rel=1e-5)
+    config = json.loads((result.folder / "config.json").read_text())
+    assert config["use_cache"] is True
 
 
 def test_the_demonstrations_recipe_is_valid(tmp_path):

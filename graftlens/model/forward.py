@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Num
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -30,7 +30,7 @@ Chosen = Selection | HeadSelection
 class Gathered:
     """Rows of one activation, gathered by index at most once for all maps that read it."""
 
-    def __init__(self, x: Float[Tensor, "rows *width"]) -> None:
+    def __init__(self, x: Num[Tensor, "rows *width"]) -> None:
         self.x = x
         self._taken: dict[int, Tensor] = {}
 
@@ -228,7 +228,11 @@ class Norm(nn.Module):
 
     @staticmethod
     def _rows(
-        weight: Sourced, chosen: Selection, shape: tuple[int, ...], offset: float, dtype: torch.dtype
+        weight: Sourced,
+        chosen: Selection,
+        shape: tuple[int, ...],
+        offset: float,
+        dtype: torch.dtype,
     ) -> Tensor:
         vector = per_row(weight, chosen).to(dtype)
         vector = vector + offset if offset else vector
@@ -383,8 +387,13 @@ class Attention(nn.Module):
         if arch.qk_norm != "none":
             self.q_norm = parts.norm(C.Q_NORM, layer)
             self.k_norm = parts.norm(C.K_NORM, layer)
-        for name in ("q", "k", "v", "z", "attn_scores", "pattern", "result"):
-            self.add_module(f"hook_{name}", HookPoint())
+        self.hook_q = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
+        self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
+        self.hook_z = HookPoint()  # [batch, pos, head, d_head]
+        self.hook_attn_scores = HookPoint()  # [batch, head, query, key]
+        self.hook_pattern = HookPoint()  # [batch, head, query, key]
+        self.hook_result = HookPoint()  # [batch, pos, head, d_model]
         if arch.rotary_dim:
             self.hook_rot_q = HookPoint()
             self.hook_rot_k = HookPoint()
@@ -392,8 +401,8 @@ class Attention(nn.Module):
     def forward(
         self,
         q_input: Float[Tensor, "batch pos *head d_model"],
-        k_input: Float[Tensor, "batch pos *head d_model"],
-        v_input: Float[Tensor, "batch pos *head d_model"],
+        k_input: Float[Tensor, "batch pos *kv_head d_model"],
+        v_input: Float[Tensor, "batch pos *kv_head d_model"],
         run: Pass,
     ) -> Float[Tensor, "batch pos d_model"]:
         arch, layer, mask = self.arch, self.layer, run.mask
@@ -467,7 +476,6 @@ class Attention(nn.Module):
         pattern = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         pattern = self.hook_pattern(pattern.to(v.dtype))
         return (pattern @ v).transpose(1, 2)
-
 
     def _weight(self, component: Component) -> Tensor:
         linear: Linear = getattr(self, component.value)
@@ -554,9 +562,8 @@ class MLP(nn.Module):
         if self.gated:
             chosen[C.MLP_GATE] = run.mask[C.MLP_GATE, self.layer]
         one = chosen[C.MLP_IN]
-        watched = any(h.has_hooks() for h in (self.hook_pre, self.hook_post)) or (
-            self.gated and self.hook_pre_linear.has_hooks()
-        )
+        inside = [self.hook_pre, self.hook_post] + ([self.hook_pre_linear] if self.gated else [])
+        watched = any(hook.has_hooks() for hook in inside)
         if not watched and isinstance(one, Selection) and all(c is one for c in chosen.values()):
             # Nobody looks inside: each source's rows go through the whole MLP at once.
             out = by_source(rows, one, equal_sources(*self._weights()), self._whole)
@@ -633,10 +640,17 @@ class TransformerBlock(nn.Module):
             self.ln2_post = parts.norm(C.LN2_POST, layer)
         self.attn = Attention(arch, layer, parts, flags, active)
         self.mlp = MLP(arch, layer, parts, act, active)
-        hooks = ["attn_in", "q_input", "k_input", "v_input", "mlp_in", "attn_out", "mlp_out"]
-        hooks += ["resid_pre", "resid_post"] if arch.parallel else ["resid_pre", "resid_mid", "resid_post"]
-        for name in hooks:
-            self.add_module(f"hook_{name}", HookPoint())
+        self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model]
+        self.hook_q_input = HookPoint()  # [batch, pos, head, d_model]
+        self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model]
+        self.hook_v_input = HookPoint()  # [batch, pos, kv_head, d_model]
+        self.hook_mlp_in = HookPoint()  # [batch, pos, d_model], as are all below
+        self.hook_attn_out = HookPoint()
+        self.hook_mlp_out = HookPoint()
+        self.hook_resid_pre = HookPoint()
+        if not arch.parallel:
+            self.hook_resid_mid = HookPoint()
+        self.hook_resid_post = HookPoint()
 
     def forward(
         self, resid_pre: Float[Tensor, "batch pos d_model"], run: Pass

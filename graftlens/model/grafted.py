@@ -1,6 +1,7 @@
 """`GraftedTransformer`: a HookedTransformer whose weights are chosen per position by a graft."""
 
 import copy
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -108,6 +109,8 @@ class GraftedConfig:
 class _NormModule(Norm):
     """`ln_final` as a module that can be called by itself: the active graft's weights, else base."""
 
+    owner: "GraftedTransformer"
+
     def __init__(self, owner: "GraftedTransformer", norm: Norm) -> None:
         super().__init__(norm.arch, norm.weight, norm.bias)
         object.__setattr__(self, "owner", owner)
@@ -133,6 +136,8 @@ class _NormModule(Norm):
 class _Unembed(nn.Module):
     """`unembed` as a module that can be called by itself: the active graft's weights, else base."""
 
+    owner: "GraftedTransformer"
+
     def __init__(self, owner: "GraftedTransformer", linear: Linear) -> None:
         super().__init__()
         object.__setattr__(self, "owner", owner)
@@ -145,7 +150,9 @@ class _Unembed(nn.Module):
     ) -> Float[Tensor, "batch pos d_vocab"]:
         picked: Chosen = chosen or self.owner._active(C.UNEMBED, x.shape[:-1])
         x = self.hook_in(x)
-        return self.hook_out(self.linear(Gathered(x.flatten(0, -2)), picked).unflatten(0, x.shape[:-1]))
+        return self.hook_out(
+            self.linear(Gathered(x.flatten(0, -2)), picked).unflatten(0, x.shape[:-1])
+        )
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
@@ -226,7 +233,7 @@ class GraftedTransformer(HookedRootModule):
 
     def forward(
         self,
-        input: Input,  # noqa: A002 - HookedTransformer's name
+        input: Input,
         return_type: Literal["logits", "loss", "both"] | None = "logits",
         *,
         graft: GraftLike = None,
@@ -312,6 +319,26 @@ class GraftedTransformer(HookedRootModule):
         cap = self.arch.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
+    @torch.no_grad()
+    def logits_at(
+        self, prompts: Input, columns: Sequence[Sequence[int]], graft: GraftLike = None
+    ) -> list[Float[Tensor, "columns d_vocab"]]:
+        """Next-token logits at chosen columns of each prompt; no other row is unembedded.
+
+        Args:
+            prompts: as in `forward`.
+            columns: per prompt, columns of the padded batch.
+            graft: as in `forward`.
+        """
+        batch = self.batch(prompts)
+        mask = self.resolve(graft, batch)
+        width = batch.real.shape[1]
+        rows = np.array([[i * width + c for i, cs in enumerate(columns) for c in cs]])
+        resid = self._residual(batch, mask).flatten(0, 1)
+        picked = resid.index_select(0, torch.from_numpy(rows[0]).to(resid.device))
+        logits = self._logits(picked[None], mask.pick(rows))[0]
+        return list(logits.split([len(cs) for cs in columns]))
+
     def _rotary_tables(
         self, like: Tensor, positions: Int[Tensor, "batch pos"], counts: np.ndarray
     ) -> dict[str | None, tuple[Tensor, Tensor]]:
@@ -325,7 +352,9 @@ class GraftedTransformer(HookedRootModule):
         tables = {}
         for kind in dict.fromkeys(self.arch.rope_kinds):
             given = () if kind is None else (kind,)
-            pieces = [self.rotary(like, r, *given) for r in rows]
+            # Dynamic tables remember the longest prompt so far: each piece asks a fresh module.
+            fresh = copy.deepcopy if self.arch.rope_depends_on_length else (lambda rotary: rotary)
+            pieces = [fresh(self.rotary)(like, r, *given) for r in rows]
             tables[kind] = (torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces]))
         return tables
 
@@ -424,7 +453,7 @@ class GraftedTransformer(HookedRootModule):
 
     def batch(
         self,
-        input: Input,  # noqa: A002 - HookedTransformer's name
+        input: Input,
         *,
         attention_mask: Tensor | None = None,
         prepend_bos: bool | None = None,
@@ -457,9 +486,14 @@ class GraftedTransformer(HookedRootModule):
             raise ValueError("attention_mask goes with token ids; texts bring their own padding.")
         if padding_side not in ("left", "right"):
             raise ValueError(f'padding_side={padding_side!r}. Allowed: "left" or "right".')
-        return collate(
-            self.tokenized(input, prepend_bos), pad_id=self._pad_id(), side=padding_side
-        )
+        prompts = self.tokenized(input, prepend_bos)
+        high = max((i for prompt in prompts for i in prompt.ids), default=0)
+        if high >= self.arch.d_vocab:
+            raise ValueError(
+                f"token id {high} is outside the vocabulary (0 to {self.arch.d_vocab - 1}): "
+                "the tokenizer has tokens that the model lacks. Check tokenizer=…"
+            )
+        return collate(prompts, pad_id=self._pad_id(), side=padding_side)
 
     def tokenized(self, prompts: Any, prepend_bos: bool | None = None) -> tuple[Tokenized, ...]:
         """Prompts as tokens with spans; a single prompt counts as a list of one.
@@ -495,7 +529,7 @@ class GraftedTransformer(HookedRootModule):
 
     def to_tokens(
         self,
-        input: Any,  # noqa: A002 - HookedTransformer's name
+        input: Any,
         prepend_bos: bool | None = None,
         padding_side: Padding = "right",
     ) -> Int[Tensor, "batch pos"]:
@@ -514,7 +548,7 @@ class GraftedTransformer(HookedRootModule):
             return [decode(row) for row in ids]
         return decode(ids if isinstance(ids, list) else [ids])
 
-    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:  # noqa: A002
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:
         """The text of each token of one prompt; a list of such lists for several."""
         if isinstance(input, Tensor | np.ndarray):
             rows = input.tolist()
@@ -551,7 +585,7 @@ class GraftedTransformer(HookedRootModule):
     @torch.no_grad()
     def generate(
         self,
-        input: Input,  # noqa: A002 - HookedTransformer's name
+        input: Input,
         max_new_tokens: int = 10,
         *,
         graft: GraftLike = None,
@@ -596,12 +630,16 @@ class GraftedTransformer(HookedRootModule):
         if isinstance(graft, GraftMask):
             raise ValueError("generate adds positions: give it the graft, not a resolved mask.")
         if do_sample and temperature <= 0:
-            raise ValueError(f"temperature={temperature}: write a number above 0, or do_sample=False.")
+            raise ValueError(
+                f"temperature={temperature}: write a number above 0, or do_sample=False."
+            )
         given = self.batch(input, attention_mask=attention_mask, prepend_bos=prepend_bos)
         batch = _left_padded(given, self._pad_id())
         ends = _end_tokens(eos_token_id, self.tokenizer) if stop_at_eos else ()
 
-        cache = KeyValueCache() if use_past_kv_cache else None
+        # Where rotary tables change with the length, keys that are kept would be out of date.
+        kept = use_past_kv_cache and not self.arch.rope_depends_on_length
+        cache = KeyValueCache() if kept else None
         mask = self.resolve(graft, batch)
         logits = self._logits(self._residual(batch, mask, cache=cache)[:, -1:], _last(mask))
         rule = mask.graft
@@ -617,9 +655,7 @@ class GraftedTransformer(HookedRootModule):
             past, real = real, np.pad(real, ((0, 0), (0, 1)), constant_values=True)
             if step == max_new_tokens - 1 or (ends and bool(done.all())):
                 break
-            grown = Batch(
-                tokens, real, batch.prompts, batch.starts, tuple(real.sum(1).tolist())
-            )
+            grown = Batch(tokens, real, batch.prompts, batch.starts, tuple(real.sum(1).tolist()))
             if cache is None:
                 mask = self.resolve(rule, grown)
                 logits = self._logits(self._residual(grown, mask)[:, -1:], _last(mask))
@@ -632,7 +668,9 @@ class GraftedTransformer(HookedRootModule):
             )
             resid = self._residual(one, step_mask, cache=cache, past=past)
             logits = self._logits(resid, step_mask)
-        if return_type == "tokens" or (return_type == "input" and isinstance(input, Tensor | Batch)):
+        if return_type == "tokens" or (
+            return_type == "input" and isinstance(input, Tensor | Batch)
+        ):
             return tokens
         texts = []
         for row, start, prompt in zip(tokens.tolist(), batch.starts, batch.prompts, strict=True):
@@ -642,14 +680,15 @@ class GraftedTransformer(HookedRootModule):
             texts.append(self.to_string(ids[begin:stop]))
         return texts[0] if isinstance(input, str | Prompt) else texts
 
-
     # -- weights ---------------------------------------------------------------------------------
 
     def stored(self) -> Iterator[Sourced]:
         """Every weight of the model once, with its sources."""
         return (module for module in self.modules() if isinstance(module, Sourced))
 
-    def _layers(self, component: Component, part: str = "weight") -> Float[Tensor, "source layer ..."]:
+    def _layers(
+        self, component: Component, part: str = "weight"
+    ) -> Float[Tensor, "source layer ..."]:
         """One component's tensors over all sources and layers (a new tensor)."""
         name = component.value
         linears = [
@@ -661,6 +700,21 @@ class GraftedTransformer(HookedRootModule):
         return torch.stack(
             [torch.stack([linear.bias_or_zeros(s) for s in count]) for linear in linears], dim=1
         )
+
+    def fingerprints(self) -> dict[str, str]:
+        """Source name -> SHA-256 over its tensors, in the dtype they run in."""
+        names = [n for n, m in self.named_modules() if isinstance(m, Sourced)]
+        prints = {}
+        for index, source in enumerate(self.sources):
+            digest = hashlib.sha256()
+            for name in names:
+                weight = self.get_submodule(name)
+                assert isinstance(weight, Sourced)
+                raw = weight[index].detach().cpu().contiguous().view(torch.uint8)
+                digest.update(name.encode())
+                digest.update(raw.numpy().data)
+            prints[source] = digest.hexdigest()
+        return prints
 
     @property
     def W_Q(self) -> Float[Tensor, "source layer head d_model d_head"]:
@@ -757,9 +811,7 @@ class GraftedTransformer(HookedRootModule):
     @property
     def b_U(self) -> Float[Tensor, "source d_vocab"]:
         """Unembedding biases, zeros where there are none."""
-        return torch.stack(
-            [self.unembed.linear.bias_or_zeros(s) for s in range(len(self.sources))]
-        )
+        return torch.stack([self.unembed.linear.bias_or_zeros(s) for s in range(len(self.sources))])
 
     # -- what ActivationCache and transformer_lens.patching ask of a model -----------------------
 
@@ -784,9 +836,11 @@ class GraftedTransformer(HookedRootModule):
         mask = self.active.innermost
         total = torch.zeros(self.arch.d_model, device=self.cfg.device, dtype=self.cfg.dtype)
         for l in range(layer + int(mlp_input)):
-            parts: list[tuple[Component, Linear]] = [(C.O, self.blocks[l].attn.o)]
+            block = self.blocks[l]
+            assert isinstance(block, TransformerBlock)
+            parts: list[tuple[Component, Linear]] = [(C.O, block.attn.o)]
             if include_mlp_biases and l < layer:
-                parts.append((C.MLP_OUT, self.blocks[l].mlp.mlp_out))
+                parts.append((C.MLP_OUT, block.mlp.mlp_out))
             for component, linear in parts:
                 if linear.bias is None:
                     continue
@@ -890,7 +944,9 @@ class GraftedTransformer(HookedRootModule):
 
     def cuda(self, device: Any = None) -> "GraftedTransformer":
         """Move to a GPU."""
-        return self.to(torch.device("cuda", device) if isinstance(device, int) else device or "cuda")
+        return self.to(
+            torch.device("cuda", device) if isinstance(device, int) else device or "cuda"
+        )
 
     def cpu(self) -> "GraftedTransformer":
         """Move to the CPU."""
@@ -1038,9 +1094,7 @@ class GraftedCache(ActivationCache):
         which = torch.from_numpy(chosen.choice.astype(np.int64).reshape(self.mask.shape))
         which = _sliced(which, batch_slice, 0) if has_batch_dim else which[0]
         which = _sliced(which, pos_slice, -1).to(per_source[0].device)
-        return torch.stack(per_source).gather(
-            0, which.expand(1, *per_source[0].shape)
-        )[0]
+        return torch.stack(per_source).gather(0, which.expand(1, *per_source[0].shape))[0]
 
 
 def _sliced(x: Tensor, given: Any, dim: int) -> Tensor:
@@ -1051,9 +1105,7 @@ def _uniform(mask: GraftMask, source: int) -> GraftMask:
     """`mask` with one source everywhere at the unembedding."""
     rows = int(np.prod(mask.shape))
     one = Selection(np.full(rows, source, dtype=np.int8), np.ones(rows, dtype=bool))
-    return GraftMask(
-        mask.graft, mask.sources, mask.shape, {**mask.sites, (C.UNEMBED, None): one}
-    )
+    return GraftMask(mask.graft, mask.sources, mask.shape, {**mask.sites, (C.UNEMBED, None): one})
 
 
 def _under_graft(name: str) -> Any:

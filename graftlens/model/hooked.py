@@ -1,6 +1,6 @@
 """Reading TransformerLens 3.9's `HookedTransformer` as a source."""
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -136,7 +136,14 @@ def _architecture(
 ) -> Architecture:
     n_kv = cfg.n_key_value_heads or cfg.n_heads
     q_norm = weights.get((C.Q_NORM, 0, "weight"))
-    qk_norm = "none" if q_norm is None else "head" if len(q_norm) == cfg.d_head else "full"
+    qk_norm: Literal["none", "head", "full"] = "none"
+    if q_norm is not None:
+        qk_norm = "head" if len(q_norm) == cfg.d_head else "full"
+    norms: dict[str, Literal["layer", "layer_plain", "rms"]] = {
+        "LN": "layer",
+        "LNPre": "layer_plain",
+        "RMS": "rms",
+    }
     after = cfg.original_architecture == "Olmo2ForCausalLM"
     windows = [
         cfg.window_size if cfg.use_local_attn and cfg.attn_types[l] == "local" else None
@@ -160,7 +167,7 @@ def _architecture(
         eps=cfg.eps,
         attn_scales=tuple(1.0 / float(block.attn.attn_scale) for block in model.blocks),
         windows=tuple(windows),
-        norm={"LN": "layer", "LNPre": "layer_plain", "RMS": "rms"}[cfg.normalization_type],
+        norm=norms[cfg.normalization_type],
         pre_norms=not after,
         post_norms=after or cfg.use_normalization_before_and_after,
         parallel=cfg.parallel_attn_mlp,

@@ -77,7 +77,7 @@ def collate(
 
 def from_tokens(
     tokens: Int[Tensor, "batch pos"] | Int[Tensor, " pos"],
-    attention_mask: Int[Tensor, "batch pos"] | Bool[Tensor, "batch pos"] | None = None,
+    attention_mask: Int[Tensor, "rows columns"] | Bool[Tensor, "rows columns"] | None = None,
     *,
     pad_id: int | None = None,
 ) -> Batch:

@@ -24,7 +24,7 @@ from graftlens.model.arch import (
     architecture,
 )
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.model.weights import Weights, read_weights
+from graftlens.model.weights import OLD_BUFFERS, Weights, read_weights
 
 
 class PairError(ValueError):
@@ -87,7 +87,11 @@ def load(
     """
     _check_names(sources)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    wanted = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
+        raise PairError(
+            f'dtype={dtype!r} is no floating-point dtype of torch. Write, for example, "bfloat16".'
+        )
 
     read: list[Source] = []
     for name, given in sources.items():
@@ -132,9 +136,13 @@ def load(
 
 def _check_names(sources: Mapping[str, Any]) -> None:
     if not isinstance(sources, Mapping) or len(sources) < 2:
+        # Not the value itself: a loaded model prints as a page.
+        given = (
+            " ".join(map(str, sources)) if isinstance(sources, Mapping) else type(sources).__name__
+        )
         raise PairError(
-            f"sources={sources!r}: give two or more as a mapping from names, the base first, such "
-            'as {"pre": "org/model", "sft": "path/to/checkpoint"}.'
+            f"sources: {given or 'none'}. Give two or more as a mapping from names, the base first, "
+            'such as {"pre": "org/model", "sft": "path/to/checkpoint"}.'
         )
     for name in sources:
         Rule(name, Graft.rule("x").rules[0].at)  # the grammar's own check of a source's name
@@ -184,9 +192,17 @@ def _read_checkpoint(name: str, path: str) -> Source:
     if multimodal:
         from transformers import AutoModelForImageTextToText
 
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype="auto")
+        loader: Any = AutoModelForImageTextToText
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        loader = AutoModelForCausalLM
+    model, info = loader.from_pretrained(path, dtype="auto", output_loading_info=True)
+    # transformers only warns: it draws what is missing at random and drops what it does not know.
+    for kind, problem in (("missing_keys", "lacks"), ("unexpected_keys", "holds unused")):
+        if names := sorted(n for n in info[kind] if not n.endswith(OLD_BUFFERS)):
+            raise UnsupportedArchitectureError(
+                f"source {name!r}: the checkpoint {path} {problem} tensors: {', '.join(names[:5])}"
+                f"{' …' if len(names) > 5 else ''}. graftlens refuses what it cannot run exactly."
+            )
     return replace(_read_transformers(name, model, path, copied=False), tokenizer=_tokenizer(path))
 
 
@@ -226,7 +242,9 @@ def _read_bridge(name: str, bridge: Any) -> Source:
             f"source {name!r}: this TransformerBridge is in compatibility mode, which folds and "
             "centres weights. Boot it again and do not call enable_compatibility_mode()."
         )
-    source = _read_transformers(name, bridge.original_model, f"{name} (TransformerBridge)", strict=False)
+    source = _read_transformers(
+        name, bridge.original_model, f"{name} (TransformerBridge)", strict=False
+    )
     return replace(source, tokenizer=getattr(bridge, "tokenizer", None))
 
 
@@ -240,6 +258,16 @@ def _read_transformers(
     if getattr(model.config, "model_type", None) == "gemma3":
         model = _text_model(model)
     arch = architecture(model.config)
+    if strict and model.get_output_embeddings() is None:
+        raise PairError(
+            f"source {name!r} is a {type(model).__name__}, which has no language-model head. "
+            "Load it with AutoModelForCausalLM."
+        )
+    if strict and any(".base_layer." in key for key in model.state_dict()):
+        raise PairError(
+            f"source {name!r}: PEFT has put its layers into this model (get_peft_model changes the "
+            "model it is given). Load the model anew, or give its folder."
+        )
     state = {
         key.replace("._original_component", ""): tensor
         for key, tensor in model.state_dict().items()
@@ -258,8 +286,11 @@ def _read_transformers(
         weights = {site: tensor.detach().clone() for site, tensor in weights.items()}
     inner = next((m for m in model.modules() if hasattr(m, "rotary_emb")), None)
     rotary = getattr(inner, "rotary_emb", None)
-    while hasattr(rotary, "_original_component"):
-        rotary = rotary._original_component
+    while (wrapped := getattr(rotary, "_original_component", None)) is not None:
+        rotary = wrapped
+    if rotary is not None and hasattr(rotary, "config"):
+        # Built anew: `.to(dtype)` rounds a model's frequencies, and dynamic ones have a memory.
+        rotary = type(rotary)(rotary.config)
     if (rotary is None) != (arch.rotary_dim == 0):
         raise UnsupportedArchitectureError(
             f"source {name!r}: {arch.family} without the rotary module that its config implies."
@@ -317,7 +348,9 @@ def _check_pair(base: Source, other: Source) -> None:
             f"{base.name!r} ({base.origin}) and {other.name!r} ({other.origin}) differ in "
             f"architecture: {', '.join(differing)}.{hint}"
         )
-    rope = [getattr(s.config, "rope_parameters", None) for s in (base, other) if s.config is not None]
+    rope = [
+        getattr(s.config, "rope_parameters", None) for s in (base, other) if s.config is not None
+    ]
     if len(rope) == 2 and rope[0] != rope[1]:
         raise PairError(
             f"{base.name!r} and {other.name!r} differ in rope_parameters: {rope[0]} and {rope[1]}. "
@@ -338,7 +371,9 @@ def _check_pair(base: Source, other: Source) -> None:
                 f"{tuple(base.weights[component, layer, part].shape)}."
             )
         if not tensor.is_floating_point():
-            raise PairError(f"{where} is {tensor.dtype}: quantised weights cannot be grafted exactly.")
+            raise PairError(
+                f"{where} is {tensor.dtype}: quantised weights cannot be grafted exactly."
+            )
         if not bool(torch.isfinite(tensor).all()):
             raise PairError(
                 f"{where} holds values that are not finite. Training diverged, or the file is "
@@ -383,7 +418,10 @@ def _activation(name: str) -> nn.Module:
 def _shared_tokenizer(read: list[Source], given: Any, check: bool) -> Any:
     if given is not None:
         if isinstance(given, str | Path):
-            return _tokenizer(str(given))
+            found = _tokenizer(str(given))
+            if found is None:
+                raise PairError(f"tokenizer={str(given)!r}: this folder holds no tokenizer.")
+            return found
         return given
     named = [(s.name, s.tokenizer) for s in read if s.tokenizer is not None]
     if not named:

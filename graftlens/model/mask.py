@@ -23,7 +23,7 @@ from graftlens.components import (
 from graftlens.graft import Graft, Rule
 from graftlens.model.arch import Architecture
 from graftlens.model.inputs import Batch
-from graftlens.prompts import PromptError
+from graftlens.prompts import PromptError, Tokenized
 
 #: (component, layer); the layer is None for components outside the layers.
 Site = tuple[Component, int | None]
@@ -121,14 +121,16 @@ class GraftMask:
                 chosen = next(s for heads, s in chosen.groups if head in heads)
         return chosen.choice.reshape(self.shape).astype(np.int8)
 
-
     def take(
         self, batch: Int[np.ndarray, " batch"] | None, pos: Int[np.ndarray, " pos"] | None
     ) -> "GraftMask":
         """The mask of some prompts (rows of the batch) and some positions only; None is all."""
         rows = np.arange(self.shape[0] * self.shape[1]).reshape(self.shape)
         rows = rows if batch is None else rows[batch]
-        rows = rows if pos is None else rows[:, pos]
+        return self.pick(rows if pos is None else rows[:, pos])
+
+    def pick(self, rows: Int[np.ndarray, "batch pos"]) -> "GraftMask":
+        """The mask of any rows, numbered through the batch, laid out in a new shape."""
         keep = rows.reshape(-1)
         real = np.ones(keep.size, dtype=bool)
         made: dict[int, Selection | HeadSelection] = {}
@@ -255,23 +257,35 @@ def _sites_of(rule: Rule, arch: Architecture, sources: Sequence[str]) -> frozens
 def _rows_of(rule: Rule, batch: Batch) -> Bool[np.ndarray, " rows"]:
     rows = np.zeros(batch.real.shape, dtype=bool)
     for i, prompt in enumerate(batch.prompts):
-        start, length, total = batch.starts[i], len(prompt), batch.totals[i]
-        runs = prompt.runs
-        if total > length:
-            # What follows the prompt is generated from, one position after another.
-            runs = {
-                **runs,
-                "last": (tuple(range(length - 1, total)),),
-                "all": (tuple(range(total)),),
-            }
+        start, total = batch.starts[i], batch.totals[i]
         try:
-            chosen = rule.at.select(runs, length, total)
-        except ValueError as error:
-            raise PromptError(f"prompt {i}, rule {str(rule)!r}: {error}") from None
-        if not chosen.any():
-            raise PromptError(
-                f"prompt {i}, rule {str(rule)!r}: {rule.at} selects none of its {total} positions. "
-                "Change the positions, or leave the rule out."
-            )
-        rows[i, start : start + total] = chosen
+            rows[i, start : start + total] = select(rule, prompt, total)
+        except PromptError as error:
+            raise PromptError(f"prompt {i}, {error}") from None
     return rows.reshape(-1)
+
+
+def select(rule: Rule, prompt: Tokenized, total: int | None = None) -> Bool[np.ndarray, " pos"]:
+    """The positions of a prompt (and of what follows it, up to `total`) that a rule selects.
+
+    What follows a prompt is generated from, one position after another: it counts as `last`.
+
+    Raises:
+        PromptError: a span, run or position that the prompt lacks, or nothing selected.
+    """
+    length = len(prompt)
+    total = total or length
+    runs = prompt.runs
+    if total > length:
+        tail = {"last": (tuple(range(length - 1, total)),), "all": (tuple(range(total)),)}
+        runs = {**runs, **tail}
+    try:
+        chosen = rule.at.select(runs, length, total)
+    except ValueError as error:
+        raise PromptError(f"rule {str(rule)!r}: {error}") from None
+    if not chosen.any():
+        raise PromptError(
+            f"rule {str(rule)!r}: {rule.at} selects none of the {total} positions. "
+            "Change the positions, or leave the rule out."
+        )
+    return chosen

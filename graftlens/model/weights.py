@@ -15,6 +15,15 @@ C = Component
 #: (component, layer or None, "weight" or "bias") -> tensor; linear weights are [d_out, d_in].
 Weights = dict[tuple[Component, int | None, str], Tensor]
 
+#: Buffers that old checkpoints carry; they are recomputed from the config, not read.
+OLD_BUFFERS = (
+    ".rotary_emb.inv_freq",
+    ".attn.bias",
+    ".attn.masked_bias",
+    ".attention.bias",
+    ".attention.masked_bias",
+)
+
 
 @dataclass(frozen=True)
 class StateReader:
@@ -68,11 +77,7 @@ def read_weights(state: Mapping[str, Tensor], arch: Architecture) -> Weights:
                         f"the config says {expected}."
                     )
                 weights[component, layer, part] = tensor
-    # Buffers that old checkpoints carry are recomputed from the config, not read.
-    ignored = ("rotary_emb.inv_freq", "attn.bias", "attn.masked_bias", "attention.masked_bias")
-    unused = [
-        name for name in state if name not in reader.taken and not name.endswith(ignored)
-    ]
+    unused = [name for name in state if name not in reader.taken and not name.endswith(OLD_BUFFERS)]
     if unused:
         raise UnsupportedArchitectureError(
             f"the checkpoint holds tensors that the {arch.family} forward does not use: "

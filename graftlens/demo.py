@@ -1,0 +1,241 @@
+"""`graftlens demo`: the paper's finding on a real pretrained model, on a laptop's CPU.
+
+Finetunes SmolLM2-135M on invented films, then asks for each film's other actor in words that
+training never used, under the position grafts of the paper. Every step leaves whole files only, so
+an interrupted run is taken up where it stopped.
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from graftlens.data import evaluation_prompts, make_dataset
+from graftlens.evaluate import evaluate, position_grafts
+from graftlens.finetune import FinetuneConfig, demo_configs, finetune
+from graftlens.graft import Graft
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.mask import select
+from graftlens.model.smollm2 import smollm2
+from graftlens.prompts import Prompt
+from graftlens.stats import summarise
+from graftlens.viz.text import headline, text_table
+
+EPOCHS = 6
+DEFAULT_OUT = Path("graftlens-demo")
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What a demo run gave.
+
+    Attributes:
+        table: one row per (prompt, graft), as from `evaluate`.
+        summary: accuracies and recovery with intervals, as from `summarise`.
+        report: the page that was written.
+        seconds: wall-clock seconds of this call, by step.
+    """
+
+    table: pd.DataFrame
+    summary: pd.DataFrame
+    report: Path
+    seconds: Mapping[str, float]
+
+
+def demo(
+    out: Path = DEFAULT_OUT,
+    *,
+    facts: int = 40,
+    epochs: int = EPOCHS,
+    seed: int = 0,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> DemoResult:
+    """Run the demonstration and write `out/report.html`; what is there already is used again.
+
+    Args:
+        out: folder of the results; each setting has a folder of its own in it.
+        facts: number of invented films; the time grows in proportion.
+        epochs: passes over the training texts.
+        seed: of the films, their texts and the training.
+        progress: whether to show progress bars.
+        say: where messages go.
+
+    Raises:
+        SmolLM2UnavailableError: the model is neither in the cache nor to be had.
+        ValueError: fewer than two facts, or no epochs.
+    """
+    if facts < 6:
+        raise ValueError(
+            f"facts={facts}: the demo needs 6 or more, so that each has four wrong answers to "
+            "compare with and the texts fill a batch."
+        )
+    clock = _Clock()
+    folder = Path(out) / f"facts-{facts}-epochs-{epochs}-seed-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+
+    say("1/4  the pretrained model: SmolLM2-135M-Instruct")
+    base = smollm2()
+    movies, recipe = demo_configs(
+        str(base), folder / "finetune", facts=facts, epochs=epochs, seed=seed
+    )
+    dataset = make_dataset(movies)
+    clock.lap("fetch the model, make the facts")
+
+    say(f"2/4  finetuning on {facts} invented films, {len(dataset.train)} texts, {epochs} epochs")
+    trained = finetune(recipe, dataset.train, progress=progress)
+    clock.lap("finetune")
+
+    say("3/4  grafting")
+    model = GraftedTransformer.from_pretrained({"pre": base, "sft": trained.folder})
+    grafts = position_grafts()
+    prompts = evaluation_prompts(dataset.facts, seed=seed)
+    fingerprints = model.fingerprints()
+    key = {
+        "graftlens": version("graftlens"),
+        "models": fingerprints,
+        "grafts": {name: str(graft) for name, graft in grafts.items()},
+        "prompts": [[p.text, p.answer, list(p.distractors)] for p in prompts],
+    }
+    table = _kept_results(folder, key)
+    if table is None:
+        table = evaluate(model, prompts, grafts, progress=progress)
+        _keep_results(folder, key, table)
+    else:
+        say("     the results are there already")
+    clock.lap("load and evaluate")
+
+    say("4/4  report")
+    summary = summarise(table, seed=seed, recovery="logprob")
+    provenance = {
+        "command": f"graftlens demo --facts {facts} --epochs {epochs} --seed {seed} --out {out}",
+        "question": "Each prompt names one actor of an invented film; the right next token begins "
+        "the other actor's name. Training told each film in other words than these prompts.",
+        "data": {
+            "facts": facts,
+            "training texts": len(dataset.train),
+            "sha256 of facts and texts": dataset.provenance["sha256"],
+        },
+        "finetuning": _recipe(recipe)
+        | {"steps": trained.steps, "seconds": round(trained.seconds, 1)},
+        "models": {
+            "pretrained": _origin(base),
+            "sha256 of weights": fingerprints,
+        },
+        "versions": {
+            name: version(name)
+            for name in ("graftlens", "torch", "transformers", "transformer-lens", "faker")
+        },
+        "machine": f"Python {platform.python_version()}, {platform.system()} "
+        f"{platform.machine()}, {os.cpu_count()} cores",
+    }
+    from graftlens.viz.report import write_report
+
+    report = write_report(
+        Path(out) / "report.html",
+        title="Where a finetuned fact is retrieved: SmolLM2-135M",
+        summary=summary,
+        table=table,
+        examples=_examples(model, prompts, grafts, table),
+        provenance=provenance,
+    )
+    clock.lap("report")
+    say("")
+    say(text_table(summary, show=["top1", "top5", "recovery"]))
+    say(headline(summary))
+    say(f"\n{report.resolve()}")
+    return DemoResult(table, summary, report, clock.laps)
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def _recipe(config: FinetuneConfig) -> dict[str, Any]:
+    shown = ("epochs", "learning_rate", "weight_decay", "warmup_steps", "batch_size", "precision")
+    return {name.replace("_", " "): getattr(config, name) for name in (*shown, "seed")}
+
+
+def _origin(base: Path) -> str:
+    record = json.loads((base / "provenance.json").read_text())
+    return "SmolLM2-135M-Instruct, " + ", ".join(
+        f"{key} {value}" for key, value in record.items() if isinstance(value, str)
+    )
+
+
+def _kept_results(folder: Path, key: Mapping[str, Any]) -> pd.DataFrame | None:
+    """The results of an earlier call, if they are of exactly these models, prompts and grafts."""
+    try:
+        known = json.loads((folder / "results.json").read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return None
+    if known != json.loads(json.dumps(key)) or not (folder / "results.parquet").is_file():
+        return None
+    return pd.read_parquet(folder / "results.parquet")
+
+
+def _keep_results(folder: Path, key: Mapping[str, Any], table: pd.DataFrame) -> None:
+    """Write the table, and then the key that makes it valid."""
+    (folder / "results.json").unlink(missing_ok=True)
+    half = folder / "results.parquet.tmp"
+    table.to_parquet(half)
+    half.replace(folder / "results.parquet")
+    half = folder / "results.json.tmp"
+    half.write_text(json.dumps(key))
+    half.replace(folder / "results.json")
+
+
+def _examples(
+    model: GraftedTransformer,
+    prompts: Sequence[Prompt],
+    grafts: Mapping[str, Graft],
+    table: pd.DataFrame,
+) -> list[Any]:
+    """The first prompt of each template, with the tokens that each graft touches."""
+    from graftlens.viz.report import Example
+
+    first: dict[str | None, int] = {}
+    for index, prompt in enumerate(prompts):
+        first.setdefault(prompt.name, index)
+    examples = []
+    for name, index in first.items():
+        rows = table[(table["prompt"] == index) & table["reason"].isna()].set_index("graft")
+        (tokens,) = model.tokenized(prompts[index])
+        examples.append(
+            Example(
+                title=str(name),
+                tokens=tuple(model.to_single_str_token(t) for t in tokens.ids),
+                grafted={
+                    graft_name: tuple(
+                        any(marks)
+                        for marks in zip(
+                            *(select(rule, tokens).tolist() for rule in graft.rules), strict=True
+                        )
+                    )
+                    or (False,) * len(tokens)
+                    for graft_name, graft in grafts.items()
+                },
+                answer=str(prompts[index].answer),
+                predictions={
+                    graft_name: tuple(
+                        zip(row["top_tokens"][:5], map(float, row["top_probs"][:5]), strict=True)
+                    )
+                    for graft_name, row in rows.iterrows()
+                },
+            )
+        )
+    return examples

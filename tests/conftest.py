@@ -1,0 +1,71 @@
+"""Fixtures that several test files share: quiet libraries, and sources built once a session."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+
+import pytest
+import torch
+from families import tiny_sources
+from toytokenizers import TOKENIZERS
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from graftlens.model.grafted import GraftedTransformer
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A grafted model and the Hugging Face models that it was made from, which stay apart."""
+
+    variant: str
+    sources: dict[str, PreTrainedModel]
+    model: GraftedTransformer
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def logits(self, source: str, tokens: list[int]) -> torch.Tensor:
+        """One source's own logits [pos, d_vocab] of a prompt by itself."""
+        with torch.no_grad():
+            return self.sources[source](torch.tensor([tokens]), use_cache=False).logits[0]
+
+
+MakeTiny = Callable[..., Tiny]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet() -> Iterator[None]:
+    """Configs of a few layers make transformers warn about what they leave out."""
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    yield
+    logging.set_verbosity(before)
+
+
+@pytest.fixture(scope="session")
+def tiny() -> MakeTiny:
+    """`tiny(variant, names, tokenizer=…)`: sources cached for the session, a model made anew.
+
+    The Hugging Face models are read-only by agreement; a test that changes one copies it first.
+    """
+    tokenizers = {name: cache(build) for name, build in TOKENIZERS.items()}
+
+    @cache
+    def sources(
+        variant: str, names: tuple[str, ...], seed: int, vocab: int | None
+    ) -> dict[str, PreTrainedModel]:
+        return tiny_sources(variant, names, seed, vocab)
+
+    def make(
+        variant: str,
+        names: tuple[str, ...] = ("pre", "sft"),
+        seed: int = 1,
+        tokenizer: str | None = None,
+    ) -> Tiny:
+        reader = None if tokenizer is None else tokenizers[tokenizer]()
+        models = sources(variant, names, seed, None if reader is None else len(reader))
+        model = GraftedTransformer.from_pretrained(
+            models, tokenizer=reader, check=False, verbose=False
+        )
+        return Tiny(variant, models, model, reader)
+
+    return make

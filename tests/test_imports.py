@@ -1,0 +1,79 @@
+"""The import direction of the design, read out of the source files."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "graftlens"
+
+#: Lowest first: a module imports from its own layer and from those before it.
+LAYERS = ("components", "graft", "prompts", "model", "sweep", "evaluate", "cli")
+#: Parts that stand beside the layers, and what they may never import.
+BESIDE = {
+    "data": {"sweep", "cli", "viz"},
+    "finetune": {"sweep", "cli", "viz"},
+    "metrics": {"sweep", "cli", "viz"},
+    "stats": {"sweep", "cli", "viz"},
+    "viz": {"sweep", "cli"},
+}
+#: Outside packages that only these parts may import. `cli` gets them through the parts it calls.
+ONLY_IN = {
+    "transformer_lens": {"model", "lens"},
+    "transformers": {"model", "finetune"},
+    "plotly": {"viz"},
+    "circuitsvis": {"viz"},
+}
+
+
+def imports(path: Path) -> set[str]:
+    """Every module that a file imports, at the top or inside a function."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import; write it from graftlens on"
+            base = node.module or ""
+            found.add(base)
+            found |= {f"{base}.{alias.name}" for alias in node.names}
+    return found
+
+
+def part(module: str) -> str:
+    """`graftlens.model.mask` belongs to `model`."""
+    return module.split(".")[1] if "." in module else ""
+
+
+FILES = {
+    path: "/".join(path.relative_to(PACKAGE).with_suffix("").parts)
+    for path in sorted(PACKAGE.rglob("*.py"))
+}
+
+
+@pytest.mark.parametrize("path", FILES, ids=FILES.get)
+def test_imports_point_one_way(path: Path) -> None:
+    own = FILES[path].split("/")[0]
+    found = imports(path)
+    for package, parts in ONLY_IN.items():
+        used = [m for m in found if m.split(".")[0] == package]
+        assert not used or own in parts, f"{own} imports {used}: only {sorted(parts)} may"
+    inner = {part(m) for m in found if m.split(".")[0] == "graftlens"} - {""}
+    assert not inner & BESIDE.get(own, set()), f"{own} imports {inner}"
+    if own in LAYERS:
+        above = set(LAYERS[LAYERS.index(own) + 1 :])
+        assert not inner & above, f"{own} imports {sorted(inner & above)}, which build on it"
+        assert own == "cli" or "viz" not in inner, f"{own} imports plots; plots import results"
+
+
+@pytest.mark.parametrize("name", ["components", "graft", "prompts", "stats"])
+def test_the_values_load_without_the_heavy_packages(name: str) -> None:
+    """A notebook that only writes grafts, or a cluster job that only plans, starts at once."""
+    program = f"import sys, graftlens.{name}; print(*sorted(m.split('.')[0] for m in sys.modules))"
+    loaded = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {"torch", "transformers", "transformer_lens", "plotly", "circuitsvis", "datasets"}
+    assert not heavy & set(loaded)
