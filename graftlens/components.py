@@ -20,7 +20,7 @@ class Component(StrEnum):
     V = "v"
     Q_NORM = "q_norm"
     K_NORM = "k_norm"
-    O = "o"  # noqa: E741 - the field's own name
+    O = "o"
     LN1_POST = "ln1_post"
     LN2 = "ln2"
     MLP_IN = "mlp_in"

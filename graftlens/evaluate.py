@@ -16,7 +16,7 @@ from graftlens.model.inputs import collate
 from graftlens.model.mask import resolve, select
 from graftlens.prompts import Prompt, PromptError, Tokenized, continuation, tokenize
 
-COLUMNS = [
+COLUMNS = (
     "prompt",
     "graft",
     "rule",
@@ -33,7 +33,7 @@ COLUMNS = [
     "answer_logprob",
     "logit_diff",
     "reason",
-]
+)
 
 
 def position_grafts(
@@ -157,7 +157,7 @@ def evaluate(
                     rows[scored.index, name] = row | numbers
                 bar.update(len(part))
     ordered = [rows[index, name] for index in range(len(prompts)) for name in parsed]
-    table = pd.DataFrame(ordered, columns=COLUMNS)
+    table = pd.DataFrame(ordered, columns=list(COLUMNS))
     whole = {"target_id": "Int64", "rank": "Int64"}
     real = dict.fromkeys(("prob", "logprob", "answer_logprob", "logit_diff"), "float64")
     return table.astype(whole | real)

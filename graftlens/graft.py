@@ -283,7 +283,8 @@ def _parse_expression(text: str) -> At:
     result = union()
     if peek() != "end":
         raise ValueError(
-            f"at={text!r}: nothing joins {tokens[cursor][1]!s} to what stands before it. Join with + or &."
+            f"at={text!r}: nothing joins {tokens[cursor][1]!s} to what stands before it. "
+            "Join with + or &."
         )
     return result
 
@@ -365,7 +366,8 @@ class Rule:
             if without:
                 raise ValueError(
                     f"heads={list(self.heads)} with components {' + '.join(self.components)}: "
-                    f"{' '.join(without)} cannot be split by head. Heads go with q, k, v and o only: "
+                    f"{' '.join(without)} cannot be split by head. "
+                    "Heads go with q, k, v and o only: "
                     'write components="q + k + v + o", or leave heads out.'
                 )
             if not self.heads or min(self.heads) < 0:

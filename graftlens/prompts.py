@@ -67,7 +67,8 @@ class Prompt:
         object.__setattr__(self, "fields", FrozenMap(self.fields))
         if isinstance(self.distractors, str):
             raise ValueError(
-                f"distractors={self.distractors!r} is one text. Write a list: [{self.distractors!r}]."
+                f"distractors={self.distractors!r} is one text. "
+                f"Write a list: [{self.distractors!r}]."
             )
         object.__setattr__(self, "distractors", tuple(self.distractors))
         for key, value in self.fields.items():
@@ -93,8 +94,8 @@ class Prompt:
             parsed = list(string.Formatter().parse(self.template))
         except ValueError as error:
             raise ValueError(
-                f"template {self.template!r} is malformed ({error}). Write {{field}} for a field and "
-                "double a brace that is meant as itself."
+                f"template {self.template!r} is malformed ({error}). Write {{field}} for a field "
+                "and double a brace that is meant as itself."
             ) from None
         pieces = []
         for literal, name, spec, conversion in parsed:
@@ -236,7 +237,8 @@ def tokenize(prompt: "Prompt | str", tokenizer: Any, prepend_bos: bool | None = 
             if not run:
                 raise PromptError(
                     f"no token of {prompt.text!r} covers the field {name!r} "
-                    f"({prompt.text[start:end]!r}): the tokenizer drops it. Change the field's text."
+                    f"({prompt.text[start:end]!r}): the tokenizer drops it. "
+                    "Change the field's text."
                 )
             found.append(run)
         runs[name] = tuple(found)

@@ -460,7 +460,7 @@ def test_weights_that_are_not_finite(
 
 
 def _rounded(model: PreTrainedModel) -> PreTrainedModel:
-    """The model in float32 with weights that bfloat16 can hold; `.to` would round its rotary too."""
+    """In float32, with weights that bfloat16 can hold; `.to` would round its rotary module too."""
     rounded = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in rounded.parameters():

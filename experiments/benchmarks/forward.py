@@ -143,7 +143,8 @@ def bench(name: str, pre: Path, sft: Path, batch: int, rounds: int) -> None:
     slow, fast = (statistics.median(one[k]) for k in ("sequential", "grafted"))
     print(
         f"\nPer prompt and graft: sequential (KV cache, one model per source) {slow:.4f} s, "
-        f"grafted (batch of {batch}) {fast / batch:.5f} s, {slow / (fast / batch):.1f} times as fast."
+        f"grafted (batch of {batch}) {fast / batch:.5f} s, "
+        f"{slow / (fast / batch):.1f} times as fast."
     )
 
 

@@ -21,7 +21,7 @@ class Architecture:
     Attributes:
         family: Hugging Face's `model_type`.
         d_head: width of one head; `n_heads * d_head` need not be `d_model`.
-        norm: `layer` is LayerNorm with weight and bias, `layer_plain` without either, `rms` RMSNorm.
+        norm: `layer` is LayerNorm with weight and bias, `layer_plain` without, `rms` RMSNorm.
         norm_offset: added to the stored RMSNorm weight (Gemma keeps w - 1).
         norm_in_float32: the weight multiplies before the result is rounded to the model's dtype.
         pre_norms, post_norms: norms before a sublayer, and on its output before the residual add.

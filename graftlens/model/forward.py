@@ -67,7 +67,6 @@ class Linear(nn.Module):
         self.bias = bias
         self.n_heads = n_heads
         self.equal = equal_sources(weight, bias)
-        self.equal_weight = equal_sources(weight)
 
     def plain(self, x: Float[Tensor, "rows d_in"], source: int) -> Float[Tensor, "rows d_out"]:
         bias = None if self.bias is None else self.bias[source]
@@ -86,10 +85,33 @@ class Linear(nn.Module):
     def _heads_differ(self, x: Gathered, chosen: HeadSelection) -> Float[Tensor, "rows d_out"]:
         raise TypeError(f"{type(self).__name__} has no heads")
 
-    def _head_columns(self, heads: tuple[int, ...], width: int, device: torch.device) -> Tensor:
+    def _columns(self, heads: Int[Tensor, " heads"], width: int) -> Int[Tensor, " columns"]:
+        """The columns of `width` that belong to some heads."""
         d_head = width // self.n_heads
-        starts = torch.tensor(heads, device=device)[:, None] * d_head
-        return (starts + torch.arange(d_head, device=device)).flatten()
+        within = torch.arange(d_head, device=heads.device)
+        return (heads[:, None] * d_head + within).flatten()
+
+    def _each_head(
+        self,
+        x: Float[Tensor, "rows head d_in"],
+        chosen: Chosen,
+        apply: Callable[[Tensor, int, Tensor | slice], Tensor],
+    ) -> Float[Tensor, "rows head d_out"]:
+        """`apply(rows, source, heads)` where every head reads an input of its own."""
+        everything = slice(None)
+        if isinstance(chosen, Selection):
+            return by_source(Gathered(x), chosen, self.equal, lambda r, s: apply(r, s, everything))
+        out: Tensor | None = None
+        for heads, selection in chosen.on(x.device):
+
+            def mine(rows: Tensor, source: int, heads: Tensor = heads) -> Tensor:
+                return apply(rows, source, heads)
+
+            part = by_source(Gathered(x[:, heads]), selection, self.equal, mine)
+            out = part.new_empty(*x.shape[:2], part.shape[2]) if out is None else out
+            out = out.index_copy(1, heads, part)
+        assert out is not None
+        return out
 
 
 class HeadsOut(Linear):
@@ -98,46 +120,33 @@ class HeadsOut(Linear):
     def _heads_differ(self, x: Gathered, chosen: HeadSelection) -> Float[Tensor, "rows d_out"]:
         width = self.weight[0].shape[0]
         out: Tensor | None = None
-        for heads, selection in chosen.groups:
-            columns = self._head_columns(heads, width, x.x.device)
+        for heads, selection in chosen.on(x.x.device):
+            columns = self._columns(heads, width)
 
             def part(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
                 bias = None if self.bias is None else self.bias[source][columns]
                 return F.linear(rows, self.weight[source][columns], bias)
 
             result = by_source(x, selection, self.equal, part)
-            if out is None:
-                out = result.new_empty(result.shape[0], width)
+            out = result.new_empty(result.shape[0], width) if out is None else out
             out = out.index_copy(1, columns, result)
         assert out is not None
         return out
 
     def split(
-        self, x: Float[Tensor, "rows head d_in"], chosen: Chosen
+        self, x: Float[Tensor, "rows head d_model"], chosen: Chosen
     ) -> Float[Tensor, "rows d_out"]:
         """The map where each head reads an input of its own (`use_split_qkv_input`)."""
-        d_head = self.weight[0].shape[0] // self.n_heads
-        outs = []
-        groups = (
-            ((tuple(range(self.n_heads)), chosen),)
-            if isinstance(chosen, Selection)
-            else chosen.groups
-        )
-        order: list[int] = []
-        for heads, selection in groups:
-            index = torch.tensor(heads, device=x.device)
 
-            def part(rows: Tensor, source: int, index: Tensor = index) -> Tensor:
-                weight = self.weight[source].unflatten(0, (self.n_heads, d_head))[index]
-                out = torch.einsum("rhi,hki->rhk", rows, weight)
-                if self.bias is not None:
-                    out = out + self.bias[source].unflatten(0, (self.n_heads, d_head))[index]
-                return out
+        def apply(rows: Tensor, source: int, heads: Tensor | slice) -> Tensor:
+            out = torch.einsum(
+                "rhi,hio->rho", rows, per_head_out(self.weight[source], self.n_heads)[heads]
+            )
+            if self.bias is not None:
+                out = out + self.bias[source].unflatten(0, (self.n_heads, -1))[heads]
+            return out
 
-            outs.append(by_source(Gathered(x[:, index]), selection, self.equal, part))
-            order.extend(heads)
-        joined = torch.cat(outs, dim=1)
-        return joined[:, torch.tensor(order, device=x.device).argsort()].flatten(1)
+        return self._each_head(x, chosen, apply).flatten(1)
 
 
 class HeadsIn(Linear):
@@ -145,15 +154,14 @@ class HeadsIn(Linear):
 
     def _heads_differ(self, x: Gathered, chosen: HeadSelection) -> Float[Tensor, "rows d_out"]:
         total: Tensor | None = None
-        for heads, selection in chosen.groups:
-            columns = self._head_columns(heads, x.x.shape[1], x.x.device)
+        for heads, selection in chosen.on(x.x.device):
+            columns = self._columns(heads, x.x.shape[1])
 
             def part(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
                 return F.linear(rows, self.weight[source][:, columns])
 
-            result = by_source(
-                Gathered(x.x.index_select(1, columns)), selection, self.equal_weight, part
-            )
+            mine = Gathered(x.x.index_select(1, columns))
+            result = by_source(mine, selection, self.equal, part)
             total = result if total is None else total + result
         assert total is not None
         return self.add_bias(total, chosen)
@@ -166,25 +174,14 @@ class HeadsIn(Linear):
 
     def results(
         self, z: Float[Tensor, "rows head d_head"], chosen: Chosen
-    ) -> Float[Tensor, "rows head d_out"]:
+    ) -> Float[Tensor, "rows head d_model"]:
         """What each head adds to the residual stream, before the bias."""
-        groups = (
-            ((tuple(range(self.n_heads)), chosen),)
-            if isinstance(chosen, Selection)
-            else chosen.groups
-        )
-        outs = []
-        order: list[int] = []
-        for heads, selection in groups:
-            index = torch.tensor(heads, device=z.device)
 
-            def part(rows: Tensor, source: int, index: Tensor = index) -> Tensor:
-                weight = self.weight[source].unflatten(1, (self.n_heads, -1))[:, index]
-                return torch.einsum("rhk,dhk->rhd", rows, weight)
+        def apply(rows: Tensor, source: int, heads: Tensor | slice) -> Tensor:
+            weight = per_head_in(self.weight[source], self.n_heads)[heads]
+            return torch.einsum("rhi,hio->rho", rows, weight)
 
-            outs.append(by_source(Gathered(z[:, index]), selection, self.equal_weight, part))
-            order.extend(heads)
-        return torch.cat(outs, dim=1)[:, torch.tensor(order, device=z.device).argsort()]
+        return self._each_head(z, chosen, apply)
 
 
 def per_row(weight: Sourced, chosen: Selection) -> Float[Tensor, "rows width"] | Tensor:
@@ -541,7 +538,7 @@ def per_head_in(
 
 
 class MLP(nn.Module):
-    """The MLP, gated or not; hooks `pre`, `pre_linear` (gated) and `post` are [batch, pos, d_mlp]."""
+    """The MLP, gated or not; `hook_pre`, `_pre_linear` and `_post` are [batch, pos, d_mlp]."""
 
     def __init__(
         self, arch: Architecture, layer: int, parts: "Parts", act: nn.Module, active: Active

@@ -107,7 +107,7 @@ class GraftedConfig:
 
 
 class _NormModule(Norm):
-    """`ln_final` as a module that can be called by itself: the active graft's weights, else base."""
+    """`ln_final`, which may be called by itself: a graft in force decides, else the base."""
 
     owner: "GraftedTransformer"
 
@@ -134,7 +134,7 @@ class _NormModule(Norm):
 
 
 class _Unembed(nn.Module):
-    """`unembed` as a module that can be called by itself: the active graft's weights, else base."""
+    """`unembed`, which may be called by itself: a graft in force decides, else the base."""
 
     owner: "GraftedTransformer"
 
@@ -367,7 +367,7 @@ class GraftedTransformer(HookedRootModule):
         losses = losses * weight
         return losses if per_token else losses.sum() / weight.sum()
 
-    def run_with_cache(  # type: ignore[override]
+    def run_with_cache(
         self,
         *model_args: Any,
         return_cache_object: bool = True,
@@ -570,7 +570,7 @@ class GraftedTransformer(HookedRootModule):
         if len(ids) != 1:
             raise ValueError(
                 f"{string!r} is {len(ids)} tokens ({ids}), not one. "
-                "Check the leading space, or take the first of model.to_tokens(…, prepend_bos=False)."
+                "Check the leading space, or take one of model.to_tokens(…, prepend_bos=False)."
             )
         return ids[0]
 
@@ -618,7 +618,7 @@ class GraftedTransformer(HookedRootModule):
             stop_at_eos: a prompt that gave an EOS token is finished; it is filled up with padding.
             eos_token_id: the tokens that end a prompt; the tokenizer's EOS unless given.
             prepend_bos: None leaves BOS to the tokenizer.
-            return_type: `input` gives texts for texts and tokens for tokens; the prompt is included.
+            return_type: `input` gives texts for texts, tokens for tokens; the prompt is included.
             use_past_kv_cache: False recomputes every step from the start (slow; the same result).
 
         Returns:
@@ -882,7 +882,7 @@ class GraftedTransformer(HookedRootModule):
     # -- hooks and moving ------------------------------------------------------------------------
 
     @contextmanager
-    def hooks(  # type: ignore[override]
+    def hooks(
         self,
         fwd_hooks: Sequence[tuple[Any, Any]] = (),
         bwd_hooks: Sequence[tuple[Any, Any]] = (),
@@ -900,9 +900,28 @@ class GraftedTransformer(HookedRootModule):
         with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
             yield self
 
-    def get_caching_hooks(self, names_filter: Any = None, *args: Any, **kwargs: Any) -> Any:
+    def get_caching_hooks(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> Any:
         """As in TransformerLens; a filter that matches no hook is an error."""
-        return super().get_caching_hooks(self._names(names_filter, "names_filter"), *args, **kwargs)
+        names = self._names(names_filter, "names_filter")
+        cached, *hooks = super().get_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
+        if pos_slice is None:
+            return cached, *hooks
+        kept = Slice.unwrap(pos_slice)
+
+        # TransformerLens guesses the axis from the name, and cuts heads at hook_rot_q and others.
+        def cut(tensor: Tensor, hook: HookPoint, save: Any) -> None:
+            per_pair = str(hook.name).endswith(("hook_attn_scores", "hook_pattern"))
+            save(kept.apply(tensor, dim=2 if per_pair else 1), hook=hook)
+
+        return cached, *([(name, partial(cut, save=save)) for name, save in h] for h in hooks)
 
     def _fires(self, name: str) -> bool:
         flag = _FLAGGED.get(name.rsplit(".", 1)[-1])
@@ -1070,6 +1089,28 @@ class GraftedCache(ActivationCache):
             part.cache_dict, self.model, self.mask.take(kept, None), part.has_batch_dim
         )
 
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: Any = None,
+        return_labels: bool = False,
+        **options: Any,
+    ) -> Any:
+        """As in TransformerLens; the bias is that of each row, so its positions are cut too."""
+        kept = Slice.unwrap(pos_slice)  # one position stays an axis until the end
+        columns = kept.apply(torch.arange(self.mask.shape[1]), dim=0).numpy()
+        with self.model.grafted(self.mask.take(None, columns)):
+            stack, labels = super().get_full_resid_decomposition(
+                layer, mlp_input, expand_neurons, apply_ln, kept, True, **options
+            )
+        given = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        if given.mode == "int":
+            stack = stack.squeeze(2 if self.has_batch_dim else 1)
+        return (stack, labels) if return_labels else stack
+
     def logit_attrs(
         self,
         residual_stack: Tensor,
@@ -1124,7 +1165,6 @@ for _name in (
     "accumulated_resid",
     "apply_ln_to_stack",
     "decompose_resid",
-    "get_full_resid_decomposition",
     "get_neuron_results",
     "logit_lens",
     "stack_head_results",

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from graftlens.components import Component
 from graftlens.model.arch import Architecture, UnsupportedArchitectureError
-from graftlens.model.load import PairError, Source
+from graftlens.model.load import PairError, Source, unaltered
 from graftlens.model.weights import Weights
 
 C = Component
@@ -87,7 +87,13 @@ def read_hooked(name: str, model: Any) -> Source:
         return model(tokens.to(cfg.device), return_type="logits").to(tokens.device)
 
     return Source(
-        name, f"{name} (HookedTransformer)", arch, weights, rotary, model.tokenizer, logits
+        name,
+        f"{name} (HookedTransformer)",
+        arch,
+        weights,
+        rotary,
+        unaltered(model.tokenizer),
+        logits,
     )
 
 
@@ -100,6 +106,9 @@ def _refuse_processed(name: str, model: Any) -> None:
             f"source {name!r}: normalization_type is {kind!r}, so the norms were folded into the "
             f"weights; grafting needs the raw ones. {fix}"
         )
+    attns = [block.attn for block in model.blocks]
+    if any(bool(a.b_Q.any()) for a in attns) and not any(bool(a.b_V.any()) for a in attns):
+        raise PairError(f"source {name!r}: value biases were folded into b_O. {fix}")
     for what, tensor, axis in (
         ("W_U is centred over the vocabulary", model.unembed.W_U, 1),
         ("W_E is centred over d_model", model.embed.W_E, 1),
@@ -121,12 +130,9 @@ def _rotary(model: Any) -> tuple[tuple[str | None, ...], RotaryTables | None]:
     kinds = []
     for block in model.blocks:
         cos, sin = block.attn.rotary_cos, block.attn.rotary_sin
-        for kind, (known_cos, known_sin) in tables.items():
-            if torch.equal(cos, known_cos) and torch.equal(sin, known_sin):
-                break
-        else:
-            kind = f"table {len(tables)}"
-            tables[kind] = (cos, sin)
+        same = [k for k, (c, s) in tables.items() if torch.equal(cos, c) and torch.equal(sin, s)]
+        kind = same[0] if same else f"table {len(tables)}"
+        tables[kind] = (cos, sin)
         kinds.append(kind)
     return tuple(kinds), RotaryTables(tables)
 
@@ -165,7 +171,8 @@ def _architecture(
         n_ctx=cfg.n_ctx,
         act_fn=cfg.act_fn,
         eps=cfg.eps,
-        attn_scales=tuple(1.0 / float(block.attn.attn_scale) for block in model.blocks),
+        # sqrt(d_head) there, d_head ** -0.5 elsewhere: rounded alike, so that the two compare equal.
+        attn_scales=tuple(round(float(b.attn.attn_scale) ** 2, 9) ** -0.5 for b in model.blocks),
         windows=tuple(windows),
         norm=norms[cfg.normalization_type],
         pre_norms=not after,

@@ -101,7 +101,7 @@ def from_tokens(
             ends = (tokens[:, -1] == pad_id).nonzero().flatten().tolist()
             if 0 < len(ends) < count:
                 raise PromptError(
-                    f"row {ends[0]} ends in the pad token {pad_id}, so its last position is unknown. "
+                    f"row {ends[0]} ends in the pad token {pad_id}, so where it ends is unknown. "
                     "Pass attention_mask (1 for tokens, 0 for padding), or prompts as text."
                 )
         real = np.ones((count, width), dtype=bool)

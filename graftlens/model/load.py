@@ -141,8 +141,8 @@ def _check_names(sources: Mapping[str, Any]) -> None:
             " ".join(map(str, sources)) if isinstance(sources, Mapping) else type(sources).__name__
         )
         raise PairError(
-            f"sources: {given or 'none'}. Give two or more as a mapping from names, the base first, "
-            'such as {"pre": "org/model", "sft": "path/to/checkpoint"}.'
+            f"sources: {given or 'none'}. Give two or more as a mapping from names, the base "
+            'first, such as {"pre": "org/model", "sft": "path/to/checkpoint"}.'
         )
     for name in sources:
         Rule(name, Graft.rule("x").rules[0].at)  # the grammar's own check of a source's name
@@ -245,7 +245,7 @@ def _read_bridge(name: str, bridge: Any) -> Source:
     source = _read_transformers(
         name, bridge.original_model, f"{name} (TransformerBridge)", strict=False
     )
-    return replace(source, tokenizer=getattr(bridge, "tokenizer", None))
+    return replace(source, tokenizer=unaltered(getattr(bridge, "tokenizer", None)))
 
 
 def _read_transformers(
@@ -329,6 +329,19 @@ def _tokenizer(path: str) -> Any:
     if folder.is_dir() and not any((folder / n).is_file() for n in names):
         return None
     return AutoTokenizer.from_pretrained(path)
+
+
+def unaltered(tokenizer: Any) -> Any:
+    """A TransformerLens model's tokenizer as its checkpoint has it, where that can be loaded.
+
+    TransformerLens reloads tokenizers so that they always put a BOS first, and takes it off again
+    in its own `to_tokens`. Here BOS is the tokenizer's own choice.
+    """
+    path = getattr(tokenizer, "name_or_path", "")
+    try:
+        return (_tokenizer(path) if path else None) or tokenizer
+    except (OSError, ValueError):
+        return tokenizer
 
 
 # -- checks ------------------------------------------------------------------------------------
@@ -430,8 +443,9 @@ def _shared_tokenizer(read: list[Source], given: Any, check: bool) -> Any:
     for name, other in named[1:]:
         if check and (difference := _tokenizers_differ(first, other)):
             raise PairError(
-                f"the tokenizers of {first_name!r} and {name!r} differ: {difference}. Grafting needs "
-                "the same tokens in both; pass tokenizer=… if you know which one is right."
+                f"the tokenizers of {first_name!r} and {name!r} differ: {difference}. "
+                "Grafting needs the same tokens in both; "
+                "pass tokenizer=… if you know which one is right."
             )
     return first
 

@@ -4,7 +4,7 @@ Rows are the places `[batch · pos]` of a batch, in that order. Index lists are 
 once per mask; the forward only looks them up.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -85,6 +85,17 @@ class HeadSelection:
 
     groups: tuple[tuple[tuple[int, ...], Selection], ...]
     whole: Selection
+    _indices: dict[torch.device, tuple[Int[Tensor, " heads"], ...]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def on(self, device: torch.device) -> Iterator[tuple[Int[Tensor, " heads"], Selection]]:
+        """Each group's heads as an index on `device`, with the group's selection."""
+        if device not in self._indices:
+            self._indices[device] = tuple(
+                torch.tensor(heads, device=device) for heads, _ in self.groups
+            )
+        return zip(self._indices[device], (s for _, s in self.groups), strict=True)
 
 
 @dataclass(frozen=True)
@@ -237,8 +248,8 @@ def _sites_of(rule: Rule, arch: Architecture, sources: Sequence[str]) -> frozens
         named = [c for c in outside if c in rule.components]
         if named:
             raise ValueError(
-                f"rule {str(rule)!r}: {' '.join(named)} stands outside the layers, so layers cannot "
-                "restrict it. Give it a rule of its own, without layers."
+                f"rule {str(rule)!r}: {' '.join(named)} stands outside the layers, so layers "
+                "cannot restrict it. Give it a rule of its own, without layers."
             )
         outside = []
     inside = [c for c in components if c not in MODEL_COMPONENTS]

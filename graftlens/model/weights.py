@@ -131,13 +131,10 @@ class Sourced(nn.Module):
         distinct: list[Tensor] = []
         slots: list[int] = []
         for tensor in tensors:
-            for slot, known in enumerate(distinct):
-                if known is tensor or torch.equal(known, tensor):
-                    break
-            else:
-                slot = len(distinct)
+            same = [i for i, d in enumerate(distinct) if d is tensor or torch.equal(d, tensor)]
+            if not same:
                 distinct.append(tensor)
-            slots.append(slot)
+            slots.append(same[0] if same else len(distinct) - 1)
         self.variants = nn.ParameterList(
             t if isinstance(t, nn.Parameter) else nn.Parameter(t) for t in distinct
         )

@@ -1,0 +1,490 @@
+"""The same names, shapes and values as TransformerLens's own models, in both supported versions.
+
+TransformerLens 3.9 still has `HookedTransformer`: there it is the oracle for hooks and caches, and
+a source to load from. `TransformerBridge` is a source in 3.9 and in 4.
+"""
+
+import copy
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformer_lens
+from families import N_CTX, NORM_EPS, WINDOW, save_checkpoint, tiny_pair
+from reference import sequential_graft
+from torch import Tensor
+from toytokenizers import gpt2_style
+from transformers import PreTrainedModel
+
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.load import PairError
+
+pytestmark = pytest.mark.compat
+
+needs_hooked = pytest.mark.skipif(
+    "HookedTransformer" not in dir(transformer_lens),
+    reason="TransformerLens 4 has no HookedTransformer; run this file with TransformerLens 3.9",
+)
+N = 11
+
+
+def _ids(seed: int = 0, n: int = N) -> list[int]:
+    return torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+TOKENS = torch.tensor([_ids(1), _ids(2)])
+
+
+def _close(ours: Tensor, theirs: Tensor, what: str = "", tolerance: float = 2e-5) -> None:
+    assert ours.shape == theirs.shape, (what, ours.shape, theirs.shape)
+    assert torch.equal(ours.isinf(), theirs.isinf()), what
+    ours, theirs = (x.nan_to_num(neginf=0.0) for x in (ours, theirs))
+    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp_min(1e-3), what
+
+
+# --- HookedTransformers of the tiny models -------------------------------------------------------
+
+
+def _sizes(model: PreTrainedModel) -> dict[str, Any]:
+    config = model.config
+    return {
+        "n_layers": config.num_hidden_layers,
+        "d_model": config.hidden_size,
+        "n_heads": config.num_attention_heads,
+        "d_head": getattr(config, "head_dim", None)
+        or config.hidden_size // config.num_attention_heads,
+        "d_vocab": config.vocab_size,
+        "n_ctx": N_CTX,
+        "eps": NORM_EPS,
+        "device": "cpu",
+        "original_architecture": type(model).__name__,
+        "default_prepend_bos": False,
+    }
+
+
+def _rotary(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
+    """A Llama-like architecture in HookedTransformer's words."""
+    config = model.config
+    values = {
+        "d_mlp": config.intermediate_size,
+        "n_key_value_heads": config.num_key_value_heads,
+        "act_fn": "silu",
+        "normalization_type": "RMS",
+        "positional_embedding_type": "rotary",
+        "rotary_base": 50,
+        "gated_mlp": True,
+        "final_rms": True,
+    }
+    return {**_sizes(model), **values, **options}
+
+
+def _neox(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
+    values = {
+        "d_mlp": 44,
+        "act_fn": model.config.hidden_act,
+        "normalization_type": "LN",
+        "positional_embedding_type": "rotary",
+        "rotary_base": 50,
+        "rotary_dim": 4,
+        "parallel_attn_mlp": model.config.use_parallel_residual,
+    }
+    return {**_sizes(model), **values, **options}
+
+
+def _windowed(n_layers: int, kinds: list[str]) -> dict[str, Any]:
+    repeated = (kinds * n_layers)[:n_layers]
+    return {"use_local_attn": True, "window_size": WINDOW, "attn_types": repeated}
+
+
+# variant -> (name of the converter, config options)
+HOOKED: dict[str, tuple[str, Callable[[PreTrainedModel], dict[str, Any]]]] = {
+    "gpt2": (
+        "convert_gpt2_weights",
+        lambda m: {
+            **_sizes(m),
+            "d_mlp": 40,
+            "act_fn": "gelu_new",
+            "normalization_type": "LN",
+            "positional_embedding_type": "standard",
+        },
+    ),
+    "neox-parallel": ("convert_neox_weights", _neox),
+    "neox-sequential": ("convert_neox_weights", _neox),
+    "llama": ("convert_llama_weights", _rotary),
+    "mistral-window": (
+        "convert_mistral_weights",
+        lambda m: _rotary(m, **_windowed(3, ["local"])),
+    ),
+    "gemma": (
+        "convert_gemma_weights",
+        lambda m: _rotary(m, act_fn="gelu_pytorch_tanh"),
+    ),
+    "gemma2": (
+        "convert_gemma_weights",
+        lambda m: _rotary(
+            m,
+            act_fn="gelu_pytorch_tanh",
+            attn_scale=7**0.5,
+            attn_scores_soft_cap=1.5,
+            output_logits_soft_cap=3.0,
+            use_normalization_before_and_after=True,
+            **_windowed(4, ["local", "global"]),
+        ),
+    ),
+    "qwen2": ("convert_qwen2_weights", _rotary),
+    "qwen3": ("convert_qwen3_weights", lambda m: _rotary(m, use_qk_norm=True)),
+    "phi3": ("convert_phi3_weights", _rotary),
+}
+EACH_HOOKED = pytest.mark.parametrize("variant", HOOKED)
+
+#: Hooks that only one of the two has, or that differ by design; the reason beside each.
+ONLY_HOOKED = {
+    "hook_attn_in": "grouped heads have no common attention input; split inputs are used instead",
+}
+ONLY_OURS = {
+    "unembed.hook_in": "as TransformerBridge has it",
+    "unembed.hook_out": "as TransformerBridge has it",
+}
+#: Values that HookedTransformer flattens to [batch · pos · head, …].
+FLATTENED = ("q_norm.hook_scale", "q_norm.hook_normalized") + (
+    "k_norm.hook_scale",
+    "k_norm.hook_normalized",
+)
+
+
+def _hooked(variant: str, model: PreTrainedModel, **changes: Any) -> Any:
+    """A HookedTransformer with the very weights of a Hugging Face model, unprocessed."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained import weight_conversions
+
+    converter, options = HOOKED[variant]
+    cfg = HookedTransformerConfig(**{**options(model), **changes})
+    hooked = HookedTransformer(cfg)
+    state = getattr(weight_conversions, converter)(model, cfg)
+    hooked.load_and_process_state_dict(
+        {name: tensor.detach().clone() for name, tensor in state.items()},
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=False,
+    )
+    return hooked.eval().requires_grad_(False)
+
+
+def _flags(model: Any, on: bool) -> None:
+    for flag in ("use_attn_result", "use_split_qkv_input", "use_hook_mlp_in"):
+        getattr(model, f"set_{flag}")(on)
+
+
+@needs_hooked
+@EACH_HOOKED
+@pytest.mark.parametrize("flags", [False, True], ids=["plain", "flags"])
+def test_every_hook_has_hookedtransformers_name_shape_and_value(variant: str, flags: bool) -> None:
+    pair = tiny_pair(variant, seed=1)
+    model = GraftedTransformer.from_pretrained(pair, verbose=False)
+    _flags(model, flags)
+    for source, hf in pair.items():
+        hooked = _hooked(variant, hf)
+        _flags(hooked, flags)
+        theirs, their_cache = hooked.run_with_cache(TOKENS)
+        with torch.no_grad():
+            _close(theirs, hf(TOKENS).logits, "the oracle itself")
+        ours, our_cache = model.run_with_cache(TOKENS, graft=f"{source} @ all")
+        _close(ours, theirs, "logits")
+        for name in their_cache.keys():
+            wanted, found = their_cache[name], our_cache[name]
+            if name.endswith(FLATTENED):
+                wanted = wanted.reshape(found.shape)
+            _close(found, wanted, name)
+        assert set(our_cache.keys()) - set(their_cache.keys()) <= set(ONLY_OURS)
+        missing = set(hooked.hook_dict) - set(model.hook_dict)
+        assert {name.rsplit(".", 1)[-1] for name in missing} <= set(ONLY_HOOKED)
+
+
+@needs_hooked
+@EACH_HOOKED
+def test_what_caches_compute_is_what_hookedtransformers_caches_do(variant: str) -> None:
+    pair = tiny_pair(variant, seed=1)
+    model = GraftedTransformer.from_pretrained(pair, verbose=False)
+    for source, hf in pair.items():
+        hooked = _hooked(variant, hf)
+        _, theirs = hooked.run_with_cache(TOKENS)
+        _, ours = model.run_with_cache(TOKENS, graft=f"{source} @ all")
+        calls: dict[str, Callable[[Any], Any]] = {
+            "accumulated": lambda c: c.accumulated_resid(return_labels=True),
+            "accumulated, normed": lambda c: c.accumulated_resid(apply_ln=True, return_labels=True),
+            "decomposed": lambda c: c.decompose_resid(return_labels=True),
+            "decomposed, at": lambda c: c.decompose_resid(2, pos_slice=-1, return_labels=True),
+            "heads": lambda c: c.stack_head_results(return_labels=True),
+            "heads, normed": lambda c: c.stack_head_results(apply_ln=True, return_labels=True),
+            "heads, rest": lambda c: c.stack_head_results(
+                2, incl_remainder=True, return_labels=True
+            ),
+            "whole": lambda c: c.get_full_resid_decomposition(
+                expand_neurons=False, return_labels=True
+            ),
+            "whole, neurons": lambda c: c.get_full_resid_decomposition(
+                2, expand_neurons=True, return_labels=True
+            ),
+            "neurons": lambda c: (c.get_neuron_results(1, neuron_slice=(3, 9)), []),
+            "attributions": lambda c: (
+                # A token for each prompt needs one position in 3.9.
+                c.logit_attrs(
+                    c.decompose_resid(pos_slice=-1),
+                    torch.tensor([5, 6]),
+                    torch.tensor([7, 8]),
+                    pos_slice=-1,
+                ),
+                [],
+            ),
+            "attributions, each": lambda c: (c.logit_attrs(c.decompose_resid(), TOKENS), []),
+            "normed for a layer": lambda c: (c.apply_ln_to_stack(c.decompose_resid(1), 1), []),
+        }
+        for what, call in calls.items():
+            (found, our_labels), (wanted, their_labels) = call(ours), call(theirs)
+            _close(found, wanted, what, 5e-5)
+            assert our_labels == their_labels, what
+
+
+@needs_hooked
+@EACH_HOOKED
+def test_weights_are_hookedtransformers_with_a_source_axis(variant: str) -> None:
+    pair = tiny_pair(variant, seed=1)
+    model = GraftedTransformer.from_pretrained(pair, verbose=False)
+    offset = variant.startswith("gemma")  # HookedTransformer scales the embedding beforehand
+    for index, hf in enumerate(pair.values()):
+        hooked = _hooked(variant, hf)
+        names = ["W_Q", "W_O", "W_in", "W_out", "W_U", "b_Q", "b_O", "b_in", "b_out", "b_U"]
+        names += [] if offset else ["W_E"]
+        names += ["W_gate"] if model.arch.gated else []
+        names += ["W_pos"] if variant == "gpt2" else []
+        for name in names:
+            _close(getattr(model, name)[index], getattr(hooked, name), name)
+        # HookedTransformer repeats grouped keys and values for each query head.
+        repeat = model.arch.n_heads // model.arch.n_kv_heads
+        for name in ("W_K", "W_V", "b_K", "b_V"):
+            ours = getattr(model, name)[index].repeat_interleave(repeat, dim=1)
+            _close(ours, getattr(hooked, name), name)
+
+
+@needs_hooked
+@pytest.mark.parametrize("variant", ["gpt2", "gemma2", "qwen3"])
+def test_interventions_have_hookedtransformers_effect(variant: str) -> None:
+    pair = tiny_pair(variant, seed=1)
+    model = GraftedTransformer.from_pretrained(pair, verbose=False)
+    hooked = _hooked(variant, pair["sft"])
+    for name, axis in [
+        ("blocks.1.attn.hook_z", 2),
+        ("blocks.1.attn.hook_pattern", 1),
+        ("blocks.0.attn.hook_q", 2),
+        ("blocks.2.mlp.hook_post", 1),
+        ("blocks.0.hook_resid_mid", 1),
+        ("blocks.1.ln1.hook_scale", 1),
+    ]:
+
+        def halve(value: Tensor, hook: Any, axis: int = axis) -> Tensor:
+            value = value.clone()
+            value.select(axis, 1).mul_(0.5)
+            return value
+
+        theirs = hooked.run_with_hooks(TOKENS, fwd_hooks=[(name, halve)])
+        ours = model.run_with_hooks(TOKENS, graft="sft @ all", fwd_hooks=[(name, halve)])
+        _close(ours, theirs, name)
+
+
+# --- HookedTransformer as a source ---------------------------------------------------------------
+
+
+def _digest(module: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode() + tensor.detach().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@needs_hooked
+@EACH_HOOKED
+def test_hookedtransformers_are_read_and_grafted_exactly(variant: str) -> None:
+    pair = tiny_pair(variant, seed=1)
+    options = {"final_rms": False} if "final_rms" in HOOKED[variant][1](pair["pre"]) else {}
+    hooked = {name: _hooked(variant, model, **options) for name, model in pair.items()}
+    before = {name: _digest(model) for name, model in hooked.items()}
+    model = GraftedTransformer.from_pretrained(hooked, verbose=False)
+    for name, source in hooked.items():
+        _close(model(TOKENS, graft=f"{name} @ all"), source(TOKENS), name)
+        assert _digest(source) == before[name]
+        for parameter in source.parameters():
+            parameter.data.zero_()
+    rules = "sft @ last | sft @ [2] : k + mlp_out | sft @ [5] : q : 1 : 1"
+
+    def choose(component: str, layer: int | None, position: int, head: int | None) -> str:
+        chosen = position == N - 1 or (position == 2 and component in ("k", "mlp_out"))
+        chosen |= (component, layer, position, head) == ("q", 1, 5, 1)
+        return "sft" if chosen else "pre"
+
+    theirs = sequential_graft(pair, TOKENS[0].tolist(), choose)
+    _close(model(TOKENS, graft=rules)[0], theirs, "grafted")
+
+
+@needs_hooked
+def test_a_hookedtransformer_beside_a_transformers_model() -> None:
+    pair = tiny_pair("gpt2", seed=1)
+    model = GraftedTransformer.from_pretrained(
+        {"pre": pair["pre"], "sft": _hooked("gpt2", pair["sft"])}, verbose=False
+    )
+    theirs = sequential_graft(
+        pair, TOKENS[0].tolist(), lambda c, l, p, h: "sft" if p == N - 1 else "pre"
+    )
+    _close(model(TOKENS, graft="sft @ last")[0], theirs)
+
+
+@needs_hooked
+@pytest.mark.parametrize("variant", ["gpt2", "llama", "neox-parallel", "gemma2"])
+@pytest.mark.parametrize(
+    "processing",
+    [
+        {"fold_ln": True},
+        {"center_writing_weights": True},
+        {"center_unembed": True},
+        {"fold_ln": True, "center_writing_weights": True, "center_unembed": True},
+    ],
+    ids=lambda p: "+".join(p),
+)
+def test_processed_hookedtransformers_are_refused(
+    variant: str, processing: dict[str, bool]
+) -> None:
+    if list(processing) == ["center_writing_weights"] and variant in ("llama", "gemma2"):
+        pytest.skip("TransformerLens does not centre the weights of RMSNorm models")
+    pair = tiny_pair(variant, seed=1)
+    hooked = {name: _hooked(variant, model, final_rms=False) for name, model in pair.items()}
+    off = dict.fromkeys(
+        (
+            *("fold_ln", "center_writing_weights", "center_unembed"),
+            "refactor_factored_attn_matrices",
+        ),
+        False,
+    )
+    hooked["sft"].process_weights_(**{**off, **processing})
+    with pytest.raises(PairError, match=r"'sft'.*from_pretrained_no_processing"):
+        GraftedTransformer.from_pretrained(hooked, verbose=False)
+
+
+@needs_hooked
+def test_folded_value_biases_are_refused() -> None:
+    """Value biases moved into o's bias: v and o would no longer be the checkpoint's own."""
+    pair = tiny_pair("gpt2", seed=1)
+    hooked = {name: _hooked("gpt2", model) for name, model in pair.items()}
+    state = hooked["sft"].state_dict()
+    hooked["sft"].load_and_process_state_dict(
+        state,
+        fold_ln=False,
+        center_writing_weights=False,
+        center_unembed=False,
+        fold_value_biases=True,
+    )
+    assert float(hooked["sft"].blocks[0].attn.b_V.abs().max()) == 0
+    with pytest.raises(PairError):
+        GraftedTransformer.from_pretrained(hooked, verbose=False)
+
+
+# --- TransformerBridge as a source ---------------------------------------------------------------
+
+BRIDGED = ("gpt2", "neox-parallel", "llama", "gemma2", "qwen3", "phi3", "mistral-window")
+
+
+def _bridges(variant: str, folder: Path) -> tuple[dict[str, PreTrainedModel], dict[str, Any]]:
+    from transformer_lens.model_bridge import TransformerBridge
+
+    tokenizer = gpt2_style()
+    pair = tiny_pair(variant, seed=1, vocab_size=len(tokenizer))
+    bridges = {}
+    for name, model in pair.items():
+        path = save_checkpoint(model, folder / name, tokenizer)
+        bridges[name] = TransformerBridge.boot_transformers(str(path), device="cpu")
+    return pair, bridges
+
+
+@pytest.mark.parametrize("variant", BRIDGED)
+def test_bridges_are_read_and_left_alone(variant: str, tmp_path: Path) -> None:
+    pair, bridges = _bridges(variant, tmp_path)
+    before = {name: _digest(bridge.original_model) for name, bridge in bridges.items()}
+    with torch.no_grad():
+        logits = {name: bridge(TOKENS) for name, bridge in bridges.items()}
+    model = GraftedTransformer.from_pretrained(bridges, verbose=False)
+    for name, bridge in bridges.items():
+        _close(model(TOKENS, graft=f"{name} @ all"), logits[name], name)
+        assert _digest(bridge.original_model) == before[name]
+        with torch.no_grad():
+            assert torch.equal(bridge(TOKENS), logits[name])
+            for parameter in bridge.original_model.parameters():
+                parameter.zero_()
+    theirs = sequential_graft(
+        pair, TOKENS[0].tolist(), lambda c, l, p, h: "sft" if p == N - 1 or c == "k" else "pre"
+    )
+    _close(model(TOKENS, graft="sft @ last | sft @ all : k")[0], theirs, "grafted")
+    # The tokenizer came along, without the BOS that TransformerLens makes it put first.
+    text = "Anders Lindqvist starred in"
+    ids = torch.tensor([gpt2_style()(text)["input_ids"]])
+    assert torch.equal(model.to_tokens(text), ids)
+    with torch.no_grad():
+        _close(model(text, graft="sft @ all"), pair["sft"](ids).logits)
+
+
+def test_a_bridge_beside_a_checkpoint_folder(tmp_path: Path) -> None:
+    pair, bridges = _bridges("llama", tmp_path)
+    model = GraftedTransformer.from_pretrained(
+        {"pre": str(tmp_path / "pre"), "sft": bridges["sft"]}, verbose=False
+    )
+    theirs = sequential_graft(
+        pair, TOKENS[0].tolist(), lambda c, l, p, h: "sft" if p == N - 1 else "pre"
+    )
+    _close(model(TOKENS, graft="sft @ last")[0], theirs)
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama"])
+@pytest.mark.parametrize("no_processing", [False, True])
+def test_compatibility_mode_is_refused(
+    variant: str, no_processing: bool, tmp_path: Path
+) -> None:
+    """Without processing the mode changes no weight, but it renames hooks: still boot anew."""
+    _, bridges = _bridges(variant, tmp_path)
+    bridges["sft"].enable_compatibility_mode(no_processing=no_processing)
+    with pytest.raises(PairError, match=r"'sft'.*compatibility mode.*Boot it again"):
+        GraftedTransformer.from_pretrained(bridges, verbose=False)
+
+
+def test_hooks_caches_and_patching_run_in_this_version() -> None:
+    """A short pass over what the other files test at length with one version only."""
+    from transformer_lens import patching
+
+    pair = tiny_pair("llama", seed=1)
+    model = GraftedTransformer.from_pretrained(pair, verbose=False)
+    tokens = TOKENS[:1]
+
+    def choose(component: str, layer: int | None, position: int, head: int | None) -> str:
+        return "sft" if position == N - 1 or (component == "o" and position == 3) else "pre"
+
+    graft = "sft @ last | sft @ [3] : o"
+    theirs, hidden = sequential_graft(pair, tokens[0].tolist(), choose, hidden=True)
+    logits, cache = model.run_with_cache(tokens, graft=graft)
+    _close(logits[0], theirs)
+    _close(cache.accumulated_resid()[:, 0], hidden)
+    whole = cache.get_full_resid_decomposition(expand_neurons=False)
+    _close(whole.sum(0)[0], hidden[-1])
+    _close(cache.get_full_resid_decomposition(expand_neurons=False, pos_slice=-1), whole[:, :, -1])
+    _, part = model.run_with_cache(tokens, graft=graft, pos_slice=[1, 9])
+    _close(part["rot_k", 1], cache["rot_k", 1][:, [1, 9]])
+    other = TOKENS[1:]
+    with model.grafted(graft):
+        found = patching.get_act_patch_resid_pre(
+            model, tokens, model.run_with_cache(other)[1], lambda x: x[0, -1, 17]
+        )
+    for p in range(N):
+        swapped = copy.copy(tokens[0].tolist())
+        swapped[p] = int(other[0, p])
+        wanted = sequential_graft(pair, swapped, choose)[-1, 17]
+        assert float(found[0, p]) == pytest.approx(float(wanted), abs=2e-4)
+    assert model.generate(tokens, 3, graft=graft).shape == (1, N + 3)

@@ -1,0 +1,70 @@
+"""What the README says is there and runs."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from graftlens.graft import Graft
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+def _blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", README, flags=re.S)
+
+
+def test_the_two_commands_are_one_line_each() -> None:
+    for name in ("demo", "tests"):
+        inside = README.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
+        (command,) = re.findall(r"```\n(.*?)\n```", inside, flags=re.S)
+        assert "\n" not in command
+        assert "-c constraints.txt" in command
+
+
+def test_the_grafts_shown_are_grafts() -> None:
+    (block,) = (b for b in _blocks() if b.startswith("from graftlens import Graft\n"))
+    lines = [line for line in block.splitlines()[2:] if line.strip()]
+    grafts = [eval(line, {"Graft": Graft}) for line in lines]
+    assert len(grafts) == 6
+    for graft in grafts:
+        assert Graft.parse(str(graft)) == graft
+    assert grafts[1] == grafts[-1], "the text form is the same graft"
+
+
+@pytest.mark.parametrize("path", re.findall(r"`((?:graftlens|tests|experiments)/[\w/.]*)`", README))
+def test_the_map_names_what_exists(path: str) -> None:
+    assert (ROOT / path).exists()
+
+
+def test_all_the_code_shown_compiles() -> None:
+    for block in _blocks():
+        compile(block, "README.md", "exec")
+
+
+def test_constraints_hold_every_dependency() -> None:
+    """`pip install -c constraints.txt` pins the whole of what pyproject asks for."""
+    pinned = {
+        line.split("==")[0].lower().replace("_", "-")
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if "==" in line
+    }
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    names = {re.split(r"[^\w-]", requirement)[0].lower() for requirement in wanted}
+    assert not names - pinned, f"not pinned: {sorted(names - pinned)}"
+
+
+def test_nothing_tracked_is_large() -> None:
+    """Checkpoints and results stay out of the repository."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, listed.stdout.split("\0")):
+        file = ROOT / name
+        assert not file.exists() or file.stat().st_size < 1_000_000, name
