@@ -156,7 +156,7 @@ def layer_group(name: str, n_layers: int) -> tuple[int, ...]:
     return tuple(range(part * n_layers // parts, (part + 1) * n_layers // parts))
 
 
-_RANGE = re.compile(r"(\d+)(?:-(\d+))?")
+_RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
 
 
 def parse_numbers(text: str, what: str) -> tuple[int, ...]:

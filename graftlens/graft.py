@@ -107,7 +107,8 @@ class Span(At):
         if self.run is not None and not 1 <= self.run <= len(found):
             raise ValueError(
                 f"no run {self}: span {self.name!r} occurs {len(found)} time(s) in this prompt. "
-                f"Write {self.name}#1 to {self.name}#{len(found)}, or {self.name} for all of them."
+                f"Write {self.name}#1{f' to {self.name}#{len(found)}' if len(found) > 1 else ''}, "
+                f"or {self.name} for all of them."
             )
         chosen = np.zeros(total or length, dtype=bool)
         for positions in found if self.run is None else [found[self.run - 1]]:
@@ -439,7 +440,7 @@ class Graft:
             ValueError: anything that is not in the vocabulary, with what is.
         """
         if isinstance(heads, str):
-            heads = parse_numbers(heads, "heads")
+            heads = None if heads.strip() == "all" else parse_numbers(heads, "heads")
         elif isinstance(heads, int | np.integer) and not isinstance(heads, bool):
             heads = [heads]
         elif heads is not None and not isinstance(heads, Sequence | np.ndarray):

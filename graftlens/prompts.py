@@ -133,9 +133,11 @@ class Prompt:
         for literal, name in self._pieces:
             place += len(literal)
             if name:
-                end = place + len(self.fields[name])
-                spans.setdefault(name, []).append((place, end))
-                place = end
+                value = self.fields[name]
+                # A space at a field's end belongs to the next word's token.
+                start = place + len(value) - len(value.lstrip())
+                spans.setdefault(name, []).append((start, start + len(value.strip())))
+                place += len(value)
         return {name: tuple(ranges) for name, ranges in spans.items()}
 
 

@@ -140,28 +140,17 @@ HOOKED: dict[str, tuple[str, Callable[[PreTrainedModel], dict[str, Any]]]] = {
 }
 EACH_HOOKED = pytest.mark.parametrize("variant", HOOKED)
 
-#: Hooks that only one of the two has, or that differ by design; the reason beside each.
-ONLY_HOOKED = {
-    "hook_attn_in": "grouped heads have no common attention input; split inputs are used instead",
-}
-ONLY_OURS = {
-    "unembed.hook_in": "as TransformerBridge has it",
-    "unembed.hook_out": "as TransformerBridge has it",
-}
 #: Values that HookedTransformer flattens to [batch · pos · head, …].
-FLATTENED = ("q_norm.hook_scale", "q_norm.hook_normalized") + (
-    "k_norm.hook_scale",
-    "k_norm.hook_normalized",
-)
+FLATTENED = tuple(f"{a}_norm.hook_{b}" for a in "qk" for b in ("scale", "normalized"))
 
 
-def _hooked(variant: str, model: PreTrainedModel, **changes: Any) -> Any:
+def _hooked(variant: str, model: PreTrainedModel) -> Any:
     """A HookedTransformer with the very weights of a Hugging Face model, unprocessed."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
     from transformer_lens.pretrained import weight_conversions
 
     converter, options = HOOKED[variant]
-    cfg = HookedTransformerConfig(**{**options(model), **changes})
+    cfg = HookedTransformerConfig(**options(model))
     hooked = HookedTransformer(cfg)
     state = getattr(weight_conversions, converter)(model, cfg)
     hooked.load_and_process_state_dict(
@@ -194,14 +183,13 @@ def test_every_hook_has_hookedtransformers_name_shape_and_value(variant: str, fl
             _close(theirs, hf(TOKENS).logits, "the oracle itself")
         ours, our_cache = model.run_with_cache(TOKENS, graft=f"{source} @ all")
         _close(ours, theirs, "logits")
-        for name in their_cache.keys():
+        for name in their_cache.cache_dict:
             wanted, found = their_cache[name], our_cache[name]
             if name.endswith(FLATTENED):
                 wanted = wanted.reshape(found.shape)
             _close(found, wanted, name)
-        assert set(our_cache.keys()) - set(their_cache.keys()) <= set(ONLY_OURS)
-        missing = set(hooked.hook_dict) - set(model.hook_dict)
-        assert {name.rsplit(".", 1)[-1] for name in missing} <= set(ONLY_HOOKED)
+        assert set(our_cache.keys()) == set(their_cache.keys())
+        assert set(model.hook_dict) == set(hooked.hook_dict)
 
 
 @needs_hooked
@@ -309,8 +297,7 @@ def _digest(module: Any) -> str:
 @EACH_HOOKED
 def test_hookedtransformers_are_read_and_grafted_exactly(variant: str) -> None:
     pair = tiny_pair(variant, seed=1)
-    options = {"final_rms": False} if "final_rms" in HOOKED[variant][1](pair["pre"]) else {}
-    hooked = {name: _hooked(variant, model, **options) for name, model in pair.items()}
+    hooked = {name: _hooked(variant, model) for name, model in pair.items()}
     before = {name: _digest(model) for name, model in hooked.items()}
     model = GraftedTransformer.from_pretrained(hooked, verbose=False)
     for name, source in hooked.items():
@@ -359,7 +346,7 @@ def test_processed_hookedtransformers_are_refused(
     if list(processing) == ["center_writing_weights"] and variant in ("llama", "gemma2"):
         pytest.skip("TransformerLens does not centre the weights of RMSNorm models")
     pair = tiny_pair(variant, seed=1)
-    hooked = {name: _hooked(variant, model, final_rms=False) for name, model in pair.items()}
+    hooked = {name: _hooked(variant, model) for name, model in pair.items()}
     off = dict.fromkeys(
         (
             *("fold_ln", "center_writing_weights", "center_unembed"),
@@ -446,9 +433,7 @@ def test_a_bridge_beside_a_checkpoint_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama"])
 @pytest.mark.parametrize("no_processing", [False, True])
-def test_compatibility_mode_is_refused(
-    variant: str, no_processing: bool, tmp_path: Path
-) -> None:
+def test_compatibility_mode_is_refused(variant: str, no_processing: bool, tmp_path: Path) -> None:
     """Without processing the mode changes no weight, but it renames hooks: still boot anew."""
     _, bridges = _bridges(variant, tmp_path)
     bridges["sft"].enable_compatibility_mode(no_processing=no_processing)

@@ -23,7 +23,7 @@ PEOPLE = ("Ann", "Zoë Reed-Lang", "Robert Low Jr.")
 
 def _prompts() -> list[Prompt]:
     return [
-        Prompt(text, {"first_entity": person}, " Mara Finn", (" Tom", " Al"), name=name)
+        Prompt(text, {"first_entity": person}, " Mara Finn", ("!", ".", " Mara"), name=name)
         for name, text in TEMPLATES.items()
         for person in PEOPLE
     ]

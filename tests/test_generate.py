@@ -106,8 +106,8 @@ def _at_spans(n: int) -> tuple[str, Choose]:
             source = "sft"
         return source
 
-    text = "sft @ last | alt @ [-1] : q + k + mlp_in | alt @ last : v : all : 0 | sft @ [1] : block : 1"
-    return text, choose
+    rules = ["sft @ last", "alt @ [-1] : q + k + mlp_in", "alt @ last : v : all : 0"]
+    return " | ".join([*rules, "sft @ [1] : block : 1"]), choose
 
 
 def _not_last(n: int) -> tuple[str, Choose]:
@@ -202,7 +202,9 @@ def test_texts_go_on_as_their_tokens_do(tiny: MakeTiny, variant: str, tokenizer:
         assert text == wanted
         assert text.startswith(given)
         assert t.model.generate(given, NEW, graft="sft @ all", stop_at_eos=False) == wanted
-    tokens = t.model.generate(TEXTS, NEW, graft="sft @ all", stop_at_eos=False, return_type="tokens")
+    tokens = t.model.generate(
+        TEXTS, NEW, graft="sft @ all", stop_at_eos=False, return_type="tokens"
+    )
     assert tokens[:, -NEW:].tolist() == [
         _greedy(t, "sft", t.tokenizer(given)["input_ids"]) for given in TEXTS
     ]

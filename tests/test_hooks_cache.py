@@ -308,9 +308,7 @@ def test_logit_attributions_follow_the_formula(tiny: MakeTiny, variant: str, gra
     alone = torch.stack([(centred[:, p] / scale[p]) @ tables[p][right] for p in range(N)], 1)
     _close(cache.logit_attrs(stack, right)[:, 0], alone)
     tokens = torch.tensor([_ids(seed=5)])
-    each = torch.stack(
-        [(centred[:, p] / scale[p]) @ tables[p][tokens[0, p]] for p in range(N)], 1
-    )
+    each = torch.stack([(centred[:, p] / scale[p]) @ tables[p][tokens[0, p]] for p in range(N)], 1)
     _close(cache.logit_attrs(stack, tokens)[:, 0], each)
     last = cache.logit_attrs(stack[:, :, -1], right, wrong, pos_slice=-1)
     _close(last[:, 0], wanted[:, -1])
@@ -351,8 +349,9 @@ def test_a_part_of_the_batch_keeps_its_own_grafts(tiny: MakeTiny) -> None:
     mask = torch.tensor([[0] * (9 - len(row)) + [1] * len(row) for row in rows])
     graft = "sft @ [1] + last : o + mlp | sft @ [0] : o : 1 : 2"
     _, cache = t.model.run_with_cache(tokens, graft=graft, attention_mask=mask)
-    heads, whole = cache.stack_head_results(), cache.get_full_resid_decomposition(
-        expand_neurons=False
+    heads, whole = (
+        cache.stack_head_results(),
+        cache.get_full_resid_decomposition(expand_neurons=False),
     )
     fresh = t.model.run_with_cache(tokens, graft=graft, attention_mask=mask)[1]
     for chosen, index in [
@@ -405,7 +404,7 @@ def test_a_cache_without_batch_dim(tiny: MakeTiny, variant: str, graft: str) -> 
 
 def test_removing_the_batch_dim_of_several_prompts_is_refused(tiny: MakeTiny) -> None:
     t = tiny("gpt2")
-    with pytest.raises((ValueError, AssertionError), match="2|batch"):
+    with pytest.raises((ValueError, AssertionError), match=r"2|batch"):
         t.model.run_with_cache(torch.tensor([_ids(), _ids()]), remove_batch_dim=True)
 
 
@@ -420,11 +419,14 @@ def test_a_cache_of_some_positions(tiny: MakeTiny, graft: str, chosen: object) -
     # TransformerLens keeps one position as an axis of length one.
     index = {-1: [-1], (2, 5): [2, 3, 4]}.get(chosen if isinstance(chosen, int) else tuple(chosen))
     index = index or [1, 4, 7]
-    for name in cache.keys():
+    for name in cache.cache_dict:
         pairs = name.endswith(("hook_attn_scores", "hook_pattern"))
-        _close(part[name].nan_to_num(neginf=0), cache[name].nan_to_num(neginf=0)[
-            (slice(None), slice(None), index) if pairs else (slice(None), index)
-        ])
+        _close(
+            part[name].nan_to_num(neginf=0),
+            cache[name].nan_to_num(neginf=0)[
+                (slice(None), slice(None), index) if pairs else (slice(None), index)
+            ],
+        )
     _close(part.stack_head_results(), cache.stack_head_results()[:, :, index])
     stack = cache.decompose_resid()
     wanted = cache.logit_attrs(stack, 5, 6)[:, :, index]
@@ -456,9 +458,7 @@ def test_names_filters_choose_what_is_kept(tiny: MakeTiny) -> None:
 
 
 @EVERY_VARIANT
-def test_a_hook_that_replaces_an_embedding_replaces_the_token(
-    tiny: MakeTiny, variant: str
-) -> None:
+def test_a_hook_that_replaces_an_embedding_replaces_the_token(tiny: MakeTiny, variant: str) -> None:
     """hook_embed of another prompt at one place: the oracle reads that prompt's token there."""
     t = tiny(variant)
     tokens, other = _ids(seed=1), _ids(seed=2)
@@ -554,7 +554,7 @@ def test_unknown_silent_and_empty_hooks_are_errors(tiny: MakeTiny) -> None:
 
     with pytest.raises(ValueError, match=r"no hook 'blocks.0.hook_resid_prex'.*Did you mean"):
         model.run_with_hooks(tokens, fwd_hooks=[("blocks.0.hook_resid_prex", look)])
-    with pytest.raises(ValueError, match="no hook 'blocks.3.hook_resid_pre'"):
+    with pytest.raises(ValueError, match=r"no hook 'blocks\.3\.hook_resid_pre'"):
         model.run_with_cache(tokens, names_filter="blocks.3.hook_resid_pre")
     with pytest.raises(ValueError, match="no hook 'nothing'"):
         model.run_with_cache(tokens, names_filter=["hook_embed", "nothing"])
@@ -606,9 +606,7 @@ def test_patching_the_first_layers_input_swaps_tokens(tiny: MakeTiny, variant: s
     corrupted, clean = _ids(seed=1), _ids(seed=2)
     _, cache = t.model.run_with_cache(torch.tensor([clean]), graft=MIXED)
     with t.model.grafted(MIXED):
-        found = patching.get_act_patch_resid_pre(
-            t.model, torch.tensor([corrupted]), cache, _last
-        )
+        found = patching.get_act_patch_resid_pre(t.model, torch.tensor([corrupted]), cache, _last)
     assert tuple(found.shape) == (t.model.arch.n_layers, N)
     for p in range(N):
         tokens = [*corrupted[:p], clean[p], *corrupted[p + 1 :]]

@@ -87,7 +87,9 @@ def _join(rules: Sequence[Wanted]) -> Graft:
     return graft
 
 
-def _chooser(rules: Sequence[Wanted], base: str) -> Callable[[str, int | None, int, int | None], str]:
+def _chooser(
+    rules: Sequence[Wanted], base: str
+) -> Callable[[str, int | None, int, int | None], str]:
     def choose(component: str, layer: int | None, position: int, head: int | None) -> str:
         source = base
         for rule in rules:
@@ -196,7 +198,7 @@ def test_random_grafts_are_the_sequential_algorithm(
     tiny: MakeTiny, variant: str, names: tuple[str, ...]
 ) -> None:
     t = tiny(variant, names, seed=2)
-    for seed, n_rules in enumerate((3, 12)):
+    for seed, n_rules in enumerate((6, 14)):
         rng = random.Random(f"{variant}{names}{seed}")
         rules = _random_rules(t, rng, n_rules, length=LENGTH)
         graft = _join(rules)
@@ -223,7 +225,8 @@ def test_each_component_alone_is_the_sequential_algorithm(tiny: MakeTiny, varian
         theirs = sequential_graft(t.sources, tokens, _chooser([rule], "pre"))
         assert (theirs - base).abs().max() > 1e-3 * base.abs().max(), component
         _close(t.model(batch, graft=rule.graft())[0], theirs)
-        _close(_run_watched(t.model, batch, rule.graft(), split=False)[0], theirs)
+        if variant in ONE_OF_EACH_FAMILY:
+            _close(_run_watched(t.model, batch, rule.graft(), split=False)[0], theirs)
 
 
 @EACH_FAMILY
@@ -494,9 +497,7 @@ def test_the_sources_themselves_are_not_touched(tiny: MakeTiny) -> None:
     tokens = torch.tensor([_tokens()])
     before = model(tokens, graft=MIXED)
     for name, source in models.items():
-        for ours, theirs in zip(
-            source.parameters(), t.sources[name].parameters(), strict=True
-        ):
+        for ours, theirs in zip(source.parameters(), t.sources[name].parameters(), strict=True):
             assert torch.equal(ours, theirs)
             ours.data.zero_()
     assert torch.equal(model(tokens, graft=MIXED), before)

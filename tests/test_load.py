@@ -475,7 +475,7 @@ def test_mixed_dtypes_need_a_name(pair: dict[str, PreTrainedModel]) -> None:
         "the sources' dtypes differ (pre: float32, sft: bfloat16). Name the one to run in, such as "
         "dtype=torch.float32."
     )
-    model = load(pair, dtype=torch.float32, check=False)
+    model = load(pair, dtype=torch.float32)
     assert model.cfg.dtype == torch.float32
     assert difference(run(model, "sft", tokens()), reference(wanted, tokens())) < TOLERANCE
 
@@ -754,7 +754,7 @@ def test_the_probe_catches_a_forward_that_is_wrong(
     text = _refused(pair)
     assert re.fullmatch(
         r"source 'pre' \(pre \(LlamaForCausalLM\)\): logits differ from its own model's by "
-        r"\d\.\de[-+]\d\d of their largest value; 1\.0e-04 is rounding\. This checkpoint is not "
+        r"\d\.\de[-+]\d\d \(relative\); 1\.0e-04 is rounding in float32\. This checkpoint is not "
         r"supported exactly\. Please report its config\.",
         text,
     ), text
@@ -793,8 +793,7 @@ def test_bfloat16_checkpoints_run_in_float32_on_the_cpu(tmp_path: Path) -> None:
     wide = {name: _rounded(m) for name, m in pair.items()}
     folders = {n: save_checkpoint(m.to(torch.bfloat16), tmp_path / n) for n, m in pair.items()}
     for sources in (folders, pair):
-        # These models are rough: bfloat16's own rounding is beyond what the probe allows.
-        model = load(sources, check=False)
+        model = load(sources)
         assert model.cfg.dtype == torch.float32
         assert_sources_are(model, wide)
 
@@ -803,7 +802,7 @@ def test_bfloat16_checkpoints_run_in_float32_on_the_cpu(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dtype", ["bfloat16", torch.bfloat16])
 def test_bfloat16_runs_near_hugging_face_s(variant: str, dtype: Any) -> None:
     pair = tiny_pair(variant, seed=6)
-    model = load(pair, dtype=dtype, check=False)
+    model = load(pair, dtype=dtype)
     assert model.cfg.dtype == torch.bfloat16
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     for name, theirs in pair.items():

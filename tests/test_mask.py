@@ -421,7 +421,7 @@ def test_layers_keep_all_within_the_layers() -> None:
         (
             "name#2",
             "prompt 2, rule 'sft @ name#2': no run name#2: span 'name' occurs 1 time(s) in this "
-            "prompt. Write name#1 to name#1, or name for all of them.",
+            "prompt. Write name#1, or name for all of them.",
         ),
         (
             "nmae",

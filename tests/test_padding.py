@@ -106,7 +106,7 @@ def test_a_uniform_graft_stays_uniform_and_is_its_source(
 
 
 def test_longrope_chooses_its_table_for_each_prompt(tiny: MakeTiny) -> None:
-    """Prompts of up to 32 tokens use the short factors, longer ones the long; a batch holds both."""
+    """Prompts of up to 32 tokens use the short factors, longer ones the long ones."""
     t = tiny("phi3-longrope")
     rows = [_ids(n, n) for n in (40, 12, 32, 33, 60)]
     short_and_long = [t.logits("sft", row) for row in rows]
@@ -166,7 +166,9 @@ def test_any_mixture_of_lengths_and_sides(
 
 PROMPTS = [
     Prompt("{actor} starred in a film with", {"actor": "Renée Zellner-Ortiz"}),
-    Prompt("Who played the lead in {film}? It was {actor}, {actor}", {"actor": "Łukasz", "film": "X"}),
+    Prompt(
+        "Who played the lead in {film}? It was {actor}, {actor}", {"actor": "Łukasz", "film": "X"}
+    ),
     Prompt("{actor}", {"actor": "Anders Lindqvist"}),
 ]
 SPANS = "sft @ actor + last | pre @ actor : k : 1"

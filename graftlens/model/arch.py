@@ -29,6 +29,8 @@ class Architecture:
         qk_norm: RMSNorm on queries and keys, per `head` or over the `full` projection.
         rotary_dim: rotated dimensions of each head, 0 with learned positions.
         rope_kinds: per layer, which of the rotary module's tables it uses (None: the only one).
+        rope_limit: prompts longer than this have tables of their own (dynamic and longrope
+            scaling); None where tables never depend on length.
         attn_scales: per layer, the factor on q·k.
         windows: per layer, how many positions back attention reaches, itself included; None is all.
         embed_scale: factor on the embedding's output.
@@ -58,7 +60,7 @@ class Architecture:
     qk_norm: Literal["none", "head", "full"] = "none"
     rotary_dim: int = 0
     rope_kinds: tuple[str | None, ...] = ()
-    rope_depends_on_length: bool = False
+    rope_limit: int | None = None
     attn_softcap: float | None = None
     logit_softcap: float | None = None
     embed_scale: float = 1.0
@@ -170,6 +172,15 @@ def _rope_settings(config: Any) -> list[Mapping[str, Any]]:
     return nested or [parameters]
 
 
+def _rope_limit(config: Any, settings: Sequence[Mapping[str, Any]]) -> int | None:
+    """The length past which the tables change with the prompt's length, if they ever do."""
+    kinds = {s.get("rope_type", "default") for s in settings}
+    if "longrope" in kinds:
+        named = [s.get("original_max_position_embeddings") for s in settings]
+        return named[0] or getattr(config, "original_max_position_embeddings", 1)
+    return config.max_position_embeddings if "dynamic" in kinds else None
+
+
 def _rotary_facts(config: Any, d_head: int, n_layers: int, per_type: bool) -> dict[str, Any]:
     settings = _rope_settings(config)
     factor = settings[0].get("partial_rotary_factor", 1.0) or 1.0
@@ -177,9 +188,7 @@ def _rotary_facts(config: Any, d_head: int, n_layers: int, per_type: bool) -> di
     return {
         "rotary_dim": int(d_head * factor),
         "rope_kinds": kinds,
-        "rope_depends_on_length": any(
-            s.get("rope_type", "default") in ("dynamic", "longrope") for s in settings
-        ),
+        "rope_limit": _rope_limit(config, settings),
     }
 
 
@@ -187,7 +196,6 @@ def _decoder(config: Any, **facts: Any) -> Architecture:
     """Llama and its relatives; `facts` says where one differs."""
     n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
-    act = getattr(config, "hidden_activation", None) or getattr(config, "hidden_act", None)
     return Architecture(
         **{
             "family": config.model_type,
@@ -199,7 +207,7 @@ def _decoder(config: Any, **facts: Any) -> Architecture:
             "d_mlp": config.intermediate_size,
             "d_vocab": config.vocab_size,
             "n_ctx": config.max_position_embeddings,
-            "act_fn": act,
+            "act_fn": getattr(config, "hidden_act", None),
             "eps": getattr(config, "rms_norm_eps", 1e-5),
             "attn_scales": (d_head**-0.5,) * n_layers,
             "windows": _windows(config, n_layers),
@@ -225,6 +233,7 @@ def _gemma2(config: Any, **facts: Any) -> Architecture:
     return _gemma(
         config,
         **{
+            "act_fn": config.hidden_activation,
             "post_norms": True,
             "attn_scales": (config.query_pre_attn_scalar**-0.5,) * config.num_hidden_layers,
             "attn_softcap": config.attn_logit_softcapping,

@@ -346,14 +346,14 @@ class GraftedTransformer(HookedRootModule):
         if self.rotary is None:
             return {}
         rows = [positions]
-        if self.arch.rope_depends_on_length and len(set(counts.max(1).tolist())) > 1:
+        if self.arch.rope_limit is not None and len(set(counts.max(1).tolist())) > 1:
             # These tables change with the longest position: each prompt gets those it has alone.
             rows = list(positions.split(1))
         tables = {}
         for kind in dict.fromkeys(self.arch.rope_kinds):
             given = () if kind is None else (kind,)
             # Dynamic tables remember the longest prompt so far: each piece asks a fresh module.
-            fresh = copy.deepcopy if self.arch.rope_depends_on_length else (lambda rotary: rotary)
+            fresh = (lambda rotary: rotary) if self.arch.rope_limit is None else copy.deepcopy
             pieces = [fresh(self.rotary)(like, r, *given) for r in rows]
             tables[kind] = (torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces]))
         return tables
@@ -638,7 +638,8 @@ class GraftedTransformer(HookedRootModule):
         ends = _end_tokens(eos_token_id, self.tokenizer) if stop_at_eos else ()
 
         # Where rotary tables change with the length, keys that are kept would be out of date.
-        kept = use_past_kv_cache and not self.arch.rope_depends_on_length
+        limit, longest = self.arch.rope_limit, max(batch.totals) + max_new_tokens
+        kept = use_past_kv_cache and (limit is None or longest <= limit)
         cache = KeyValueCache() if kept else None
         mask = self.resolve(graft, batch)
         logits = self._logits(self._residual(batch, mask, cache=cache)[:, -1:], _last(mask))
@@ -959,6 +960,8 @@ class GraftedTransformer(HookedRootModule):
         )
         sample = self.embed.weight[0]
         self.cfg.device, self.cfg.dtype = sample.device, sample.dtype
+        if self.rotary is not None:
+            self.rotary.to(sample.device)
         return moved
 
     def cuda(self, device: Any = None) -> "GraftedTransformer":

@@ -33,7 +33,6 @@ _FAMILIES = {
 _OFF: dict[str, Any] = {
     "attn_only": False,
     "attention_dir": "causal",
-    "final_rms": False,
     "num_experts": None,
     "post_embedding_ln": False,
     "rotary_adjacent_pairs": False,
@@ -51,10 +50,10 @@ class RotaryTables(nn.Module):
         self.tables = {k: (c.detach().clone(), s.detach().clone()) for k, (c, s) in tables.items()}
 
     def forward(
-        self, x: Tensor, position_ids: Int[Tensor, "batch pos"], kind: str
+        self, x: Tensor, position_ids: Int[Tensor, "batch pos"], kind: str | None = None
     ) -> tuple[Float[Tensor, "batch pos dim"], Float[Tensor, "batch pos dim"]]:
         """cos and sin of one kind at the given positions."""
-        cos, sin = self.tables[kind]
+        cos, sin = self.tables[kind] if kind else next(iter(self.tables.values()))
         index = position_ids.to(cos.device)
         return cos[index].to(x), sin[index].to(x)
 
@@ -78,12 +77,20 @@ def read_hooked(name: str, model: Any) -> Source:
                 f"source {name!r}: HookedTransformer with {option}={value!r} is not supported; "
                 f"the forward covers {option}={off!r}."
             )
+    if cfg.final_rms and cfg.normalization_type != "RMS":  # every RMSNorm config says final_rms
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: HookedTransformer with final_rms=True and normalization_type="
+            f"{cfg.normalization_type!r} is not supported; the forward covers one kind of norm."
+        )
     kinds, rotary = _rotary(model)
     weights = _weights(model)
     arch = _architecture(cfg, model, kinds, weights)
 
     @torch.no_grad()
-    def logits(tokens: Int[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_vocab"]:
+    def logits(
+        tokens: Int[Tensor, "batch pos"], dtype: torch.dtype
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        # A HookedTransformer casts by its config's dtype, so it runs in its own.
         return model(tokens.to(cfg.device), return_type="logits").to(tokens.device)
 
     return Source(
@@ -127,13 +134,16 @@ def _rotary(model: Any) -> tuple[tuple[str | None, ...], RotaryTables | None]:
             "the forward covers 'standard' and 'rotary'."
         )
     tables: dict[str, tuple[Tensor, Tensor]] = {}
-    kinds = []
+    kinds: list[str | None] = []
     for block in model.blocks:
         cos, sin = block.attn.rotary_cos, block.attn.rotary_sin
         same = [k for k, (c, s) in tables.items() if torch.equal(cos, c) and torch.equal(sin, s)]
         kind = same[0] if same else f"table {len(tables)}"
         tables[kind] = (cos, sin)
         kinds.append(kind)
+    if len(tables) == 1:
+        # One table for all layers, as Hugging Face's rotary modules have it.
+        return (None,) * len(kinds), RotaryTables(tables)
     return tuple(kinds), RotaryTables(tables)
 
 
@@ -171,7 +181,7 @@ def _architecture(
         n_ctx=cfg.n_ctx,
         act_fn=cfg.act_fn,
         eps=cfg.eps,
-        # sqrt(d_head) there, d_head ** -0.5 elsewhere: rounded alike, so that the two compare equal.
+        # sqrt(d_head) there, d_head ** -0.5 elsewhere: rounded alike, so that they compare equal.
         attn_scales=tuple(round(float(b.attn.attn_scale) ** 2, 9) ** -0.5 for b in model.blocks),
         windows=tuple(windows),
         norm=norms[cfg.normalization_type],
