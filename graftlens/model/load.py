@@ -325,10 +325,7 @@ def _read_transformers(
         if any(p.dtype != dtype for p in model.parameters()):
             # The caller's model stays as it is; our own may change, its tensors are read already.
             ours = (copy.deepcopy(model) if copied else model).to(dtype)
-            for module in ours.modules():
-                turner = getattr(module, "rotary_emb", None)
-                if hasattr(turner, "config") and not hasattr(turner, "_original_component"):
-                    module.rotary_emb = type(turner)(turner.config).to(_device_of(ours))
+            _renew_rotary(ours)
         was_training = ours.training
         try:
             ours.eval()
@@ -338,6 +335,14 @@ def _read_transformers(
             ours.train(was_training)
 
     return Source(name, origin, arch, weights, rotary, None, logits, model.config)
+
+
+def _renew_rotary(model: nn.Module) -> None:
+    """Undo the rounding that a cast does to rotary frequencies."""
+    for module in model.modules():
+        rotary: Any = getattr(module, "rotary_emb", None)
+        if hasattr(rotary, "config") and not hasattr(rotary, "_original_component"):
+            module.rotary_emb = type(rotary)(rotary.config).to(_device_of(model))
 
 
 def _device_of(module: nn.Module) -> torch.device:
