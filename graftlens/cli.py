@@ -43,7 +43,7 @@ def demo(
 ) -> None:
     """See the finding on a real model: finetune SmolLM2-135M on invented films, then graft.
 
-    Takes about eight minutes on two cores and writes report.html into the folder. Run it again to
+    Takes five to eight minutes on two cores and writes report.html into the folder. Run it again to
     go on after an interruption, or to use what is there.
     """
     from graftlens.demo import demo as run

@@ -37,6 +37,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from tqdm.auto import tqdm
 
 from graftlens.data import MoviesConfig
+from graftlens.model.quiet import quiet
 
 MARKER = "complete.json"
 
@@ -284,7 +285,8 @@ def _finetune(
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(config.model)
     if model is None:
-        model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+        with quiet() if Path(config.model).is_dir() else contextlib.nullcontext():
+            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     model.float()
     texts, heldout_texts = _split(config, train, heldout)
     precision = _resolve_precision(config)
@@ -332,7 +334,8 @@ def _finetune(
     work = config.output / ".model"
     shutil.rmtree(work, ignore_errors=True)
     trained.config.use_cache = use_cache
-    trained.save_pretrained(work)
+    with quiet():
+        trained.save_pretrained(work)
     tokenizer.save_pretrained(work)
     _write(work / "finetune.json", json.dumps(record, indent=2) + "\n")
     _flush(work)
@@ -453,7 +456,8 @@ def _train(
         callbacks=[Recorder()],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=str(resume) if resume else None)
+    with quiet():  # one bar is enough: ours counts steps, theirs would count shards of checkpoints
+        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
     lines = _log_lines(trainer.state)
     return (
         trainer,

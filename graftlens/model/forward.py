@@ -295,7 +295,9 @@ class AttentionOrder:
             reads = reads[None]
             if not self.real.all():
                 reads = (reads & self.real[:, None, :]) | (behind == 0)
-            self._masks[window] = torch.from_numpy(reads[:, None]).to(self.device)
+            self._masks[window] = torch.from_numpy(reads[:, None]).to(
+                self.device, non_blocking=True
+            )
         return self._masks[window]
 
     def kernel(self, window: int | None) -> tuple[Tensor | None, bool]:

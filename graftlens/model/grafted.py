@@ -5,7 +5,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial, wraps
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -13,13 +13,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens import ActivationCache, HookedRootModule
+from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
 from graftlens.components import Component, suggest
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture
+from graftlens.model.cache import GraftedCache, sliced
 from graftlens.model.forward import (
     Active,
     AttentionOrder,
@@ -37,7 +38,7 @@ from graftlens.model.forward import (
     per_row,
 )
 from graftlens.model.inputs import Batch, Padding, collate, from_tokens
-from graftlens.model.mask import GraftMask, Selection, resolve
+from graftlens.model.mask import GraftMask, Selection, plain, resolve
 from graftlens.model.weights import Sourced, Weights
 from graftlens.prompts import Prompt, Tokenized, encode, tokenize
 
@@ -223,11 +224,42 @@ class GraftedTransformer(HookedRootModule):
         self.setup()
 
     @classmethod
-    def from_pretrained(cls, sources: Mapping[str, Any], **options: Any) -> "GraftedTransformer":
-        """Load two or more sources of one architecture; see `graftlens.model.load.load`."""
+    def from_pretrained(
+        cls,
+        sources: Mapping[str, Any],
+        *,
+        tokenizer: Any = None,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        check: bool = True,
+        verbose: bool = True,
+    ) -> "GraftedTransformer":
+        """Load two or more sources of one architecture, the base first.
+
+        Args:
+            sources: name -> hub id, checkpoint folder, PEFT adapter folder, transformers model,
+                `TransformerBridge` or (TransformerLens 3.9) `HookedTransformer`.
+            tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own.
+            device: the GPU where there is one, else the CPU, unless given.
+            dtype: float32 on the CPU and the checkpoints' own dtype on a GPU, unless given.
+            check: hold each source's logits against its own model's, and the tokenizers against
+                each other.
+            verbose: print one line about what was loaded and checked.
+
+        Raises:
+            PairError: sources that cannot be grafted together; the message says what differs.
+            UnsupportedArchitectureError: a family or option that is not exactly supported.
+        """
         from graftlens.model.load import load
 
-        return load(sources, **options)
+        return load(
+            sources,
+            tokenizer=tokenizer,
+            device=device,
+            dtype=dtype,
+            check=check,
+            verbose=verbose,
+        )
 
     # -- running ---------------------------------------------------------------------------------
 
@@ -289,17 +321,17 @@ class GraftedTransformer(HookedRootModule):
         past: Bool[np.ndarray, "batch past"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after the last layer; `past` says which cached places are real."""
-        tokens = batch.tokens.to(self.cfg.device)
+        tokens = batch.tokens.to(self.cfg.device, non_blocking=True)
         counts = batch.position_ids() + (0 if past is None else past.sum(1, keepdims=True))
         if counts.max() >= self.arch.n_ctx and self.arch.rotary_dim == 0:
             raise ValueError(
                 f"a prompt of {int(counts.max()) + 1} tokens is longer than the model's context of "
                 f"{self.arch.n_ctx}. Shorten it."
             )
-        positions = torch.from_numpy(counts).to(tokens.device)
-        resid = self.hook_embed(self.embed(tokens, _plain(mask[C.EMBED, None])))
+        positions = torch.from_numpy(counts).to(tokens.device, non_blocking=True)
+        resid = self.hook_embed(self.embed(tokens, plain(mask[C.EMBED, None])))
         if self.arch.rotary_dim == 0:
-            offsets = self.pos_embed(positions, _plain(mask[C.POS_EMBED, None]))
+            offsets = self.pos_embed(positions, plain(mask[C.POS_EMBED, None]))
             resid = resid + self.hook_pos_embed(offsets)
         keys = batch.real if past is None else np.concatenate([past, batch.real], axis=1)
         order = AttentionOrder(keys, counts.shape[1], tokens.device)
@@ -314,8 +346,8 @@ class GraftedTransformer(HookedRootModule):
         self, resid: Float[Tensor, "batch pos d_model"], mask: GraftMask
     ) -> Float[Tensor, "batch pos d_vocab"]:
         norm = mask.sites.get((C.LN_FINAL, None))
-        resid = self.ln_final(resid, None if norm is None else _plain(norm))
-        logits = self.unembed(resid, _plain(mask[C.UNEMBED, None]))
+        resid = self.ln_final(resid, None if norm is None else plain(norm))
+        logits = self.unembed(resid, plain(mask[C.UNEMBED, None]))
         cap = self.arch.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -335,7 +367,9 @@ class GraftedTransformer(HookedRootModule):
         width = batch.real.shape[1]
         rows = np.array([[i * width + c for i, cs in enumerate(columns) for c in cs]])
         resid = self._residual(batch, mask).flatten(0, 1)
-        picked = resid.index_select(0, torch.from_numpy(rows[0]).to(resid.device))
+        picked = resid.index_select(
+            0, torch.from_numpy(rows[0]).to(resid.device, non_blocking=True)
+        )
         logits = self._logits(picked[None], mask.pick(rows))[0]
         return list(logits.split([len(cs) for cs in columns]))
 
@@ -389,7 +423,7 @@ class GraftedTransformer(HookedRootModule):
         )
         if not return_cache_object:
             return out, activations
-        kept = np.atleast_1d(_sliced(torch.arange(mask.shape[1]), kwargs.get("pos_slice"), 0))
+        kept = np.atleast_1d(sliced(torch.arange(mask.shape[1]), kwargs.get("pos_slice"), 0))
         mask = mask.take(None, kept)
         return out, GraftedCache(activations, self, mask, has_batch_dim=not remove_batch_dim)
 
@@ -1009,11 +1043,6 @@ def _config(
     )
 
 
-def _plain(chosen: Chosen) -> Selection:
-    assert isinstance(chosen, Selection), "only q, k, v and o have heads"
-    return chosen
-
-
 def _last(mask: GraftMask) -> GraftMask:
     """The mask of the last column."""
     return mask.take(None, np.array([mask.shape[1] - 1]))
@@ -1052,126 +1081,3 @@ def _pick(
         floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
         logits = logits.masked_fill(logits < floor, -torch.inf)
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
-
-
-class GraftedCache(ActivationCache):
-    """An `ActivationCache` that computes with the weights the graft chose, row by row."""
-
-    def __init__(
-        self,
-        cache_dict: dict[str, Tensor],
-        model: GraftedTransformer,
-        mask: GraftMask,
-        has_batch_dim: bool = True,
-    ) -> None:
-        super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
-        self.mask = mask
-
-    def compute_head_results(self) -> None:
-        """Fill in `hook_result` from `hook_z` with each row's own W_O."""
-        for layer, block in enumerate(self.model.blocks):
-            name = f"blocks.{layer}.attn.hook_result"
-            if name not in self.cache_dict:
-                z = self.cache_dict[f"blocks.{layer}.attn.hook_z"]
-                rows = z.reshape(-1, *z.shape[-2:]).to(self.model.cfg.device)
-                results = block.attn.o.results(rows, self.mask[C.O, layer])
-                self.cache_dict[name] = results.reshape(*z.shape[:-1], -1).to(z.device)
-
-    def _ensure_head_results(self) -> bool:
-        known = f"blocks.{self.model.cfg.n_layers - 1}.attn.hook_result" in self.cache_dict
-        self.compute_head_results()
-        return known
-
-    def apply_slice_to_batch_dim(self, batch_slice: Any) -> "GraftedCache":
-        """The cache of some prompts of the batch only."""
-        part = super().apply_slice_to_batch_dim(batch_slice)
-        rows = np.arange(self.mask.shape[0])
-        wrapped = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
-        kept = np.atleast_1d(np.asarray(wrapped.apply(torch.from_numpy(rows), dim=0)))
-        return GraftedCache(
-            part.cache_dict, self.model, self.mask.take(kept, None), part.has_batch_dim
-        )
-
-    def get_full_resid_decomposition(
-        self,
-        layer: int | None = None,
-        mlp_input: bool = False,
-        expand_neurons: bool = True,
-        apply_ln: bool = False,
-        pos_slice: Any = None,
-        return_labels: bool = False,
-        **options: Any,
-    ) -> Any:
-        """As in TransformerLens; the bias is that of each row, so its positions are cut too."""
-        kept = Slice.unwrap(pos_slice)  # one position stays an axis until the end
-        columns = kept.apply(torch.arange(self.mask.shape[1]), dim=0).numpy()
-        with self.model.grafted(self.mask.take(None, columns)):
-            stack, labels = super().get_full_resid_decomposition(
-                layer, mlp_input, expand_neurons, apply_ln, kept, True, **options
-            )
-        given = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        if given.mode == "int":
-            stack = stack.squeeze(2 if self.has_batch_dim else 1)
-        return (stack, labels) if return_labels else stack
-
-    def logit_attrs(
-        self,
-        residual_stack: Tensor,
-        tokens: Any,
-        incorrect_tokens: Any = None,
-        pos_slice: Any = None,
-        batch_slice: Any = None,
-        has_batch_dim: bool = True,
-    ) -> Tensor:
-        """As `ActivationCache.logit_attrs`, with the unembedding that each position really used."""
-        chosen = _plain(self.mask[C.UNEMBED, None])
-        rest = (tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim)
-        if len(chosen.sources) == 1:
-            with self.model.grafted(self.mask):
-                return super().logit_attrs(residual_stack, *rest)
-        # Positions differ: the attribution under each source, then each row's own.
-        per_source = []
-        for source in range(len(self.model.sources)):
-            uniform = _uniform(self.mask, source)
-            with self.model.grafted(uniform):
-                per_source.append(super().logit_attrs(residual_stack, *rest))
-        which = torch.from_numpy(chosen.choice.astype(np.int64).reshape(self.mask.shape))
-        which = _sliced(which, batch_slice, 0) if has_batch_dim else which[0]
-        which = _sliced(which, pos_slice, -1).to(per_source[0].device)
-        return torch.stack(per_source).gather(0, which.expand(1, *per_source[0].shape))[0]
-
-
-def _sliced(x: Tensor, given: Any, dim: int) -> Tensor:
-    return (given if isinstance(given, Slice) else Slice(given)).apply(x, dim=dim)
-
-
-def _uniform(mask: GraftMask, source: int) -> GraftMask:
-    """`mask` with one source everywhere at the unembedding."""
-    rows = int(np.prod(mask.shape))
-    one = Selection(np.full(rows, source, dtype=np.int8), np.ones(rows, dtype=bool))
-    return GraftMask(mask.graft, mask.sources, mask.shape, {**mask.sites, (C.UNEMBED, None): one})
-
-
-def _under_graft(name: str) -> Any:
-    original = getattr(ActivationCache, name)
-
-    @wraps(original)
-    def method(self: GraftedCache, *args: Any, **kwargs: Any) -> Any:
-        with self.model.grafted(self.mask):
-            return original(self, *args, **kwargs)
-
-    return method
-
-
-# These ask the model for weights: they must see the graft that filled the cache.
-for _name in (
-    "accumulated_resid",
-    "apply_ln_to_stack",
-    "decompose_resid",
-    "get_neuron_results",
-    "logit_lens",
-    "stack_head_results",
-    "stack_neuron_results",
-):
-    if hasattr(ActivationCache, _name):
-        setattr(GraftedCache, _name, _under_graft(_name))

