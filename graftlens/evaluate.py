@@ -1,8 +1,10 @@
 """Prompts × grafts → one table, a row each. Every graft sees the same prompts."""
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import pandas as pd
@@ -225,3 +227,17 @@ def _score(
             }
         )
     return results
+
+
+class _Module(ModuleType):
+    """`graftlens.evaluate` is this module and, called, its main function.
+
+    A package's attribute is the module once anything has imported it, and the function in
+    `from graftlens import evaluate` otherwise: both spellings must mean the same.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
+        return evaluate(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Module

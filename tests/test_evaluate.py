@@ -165,3 +165,13 @@ def test_metrics_by_hand() -> None:
     run = sequence_logprob(logits, torch.tensor([0, 1]))
     z2 = 1 + 2 * math.exp(3) + math.e
     assert float(run) == pytest.approx(2 - math.log(z) + 3 - math.log(z2))
+
+
+def test_both_spellings_are_the_function(llama: Tiny) -> None:
+    """Regression: once the module was imported, `from graftlens import evaluate` gave that."""
+    import graftlens
+    import graftlens.evaluate
+
+    one = graftlens.evaluate(llama.model, _prompts()[:1], ["sft @ last"], progress=False)  # type: ignore[operator]
+    two = evaluate(llama.model, _prompts()[:1], ["sft @ last"], progress=False)
+    pd.testing.assert_frame_equal(one, two)
