@@ -70,7 +70,7 @@ def demo(
 
     Raises:
         SmolLM2UnavailableError: the model is neither in the cache nor to be had.
-        ValueError: fewer than two facts, or no epochs.
+        ValueError: fewer than six facts, or no epochs.
     """
     if facts < 6:
         raise ValueError(

@@ -81,8 +81,8 @@ class _Scored:
 
 def evaluate(
     model: GraftedTransformer,
-    prompts: Sequence[Prompt],
-    grafts: Mapping[str, Graft | str] | Sequence[Graft | str],
+    prompts: Prompt | Sequence[Prompt],
+    grafts: Graft | str | Mapping[str, Graft | str] | Sequence[Graft | str],
     *,
     top_k: int = 10,
     batch_size: int = 64,
@@ -95,8 +95,8 @@ def evaluate(
 
     Args:
         model: the model.
-        prompts: prompts with answers.
-        grafts: name -> graft; a sequence is named by the grafts' own texts.
+        prompts: one or more prompts with answers.
+        grafts: name -> graft, or one or more grafts that go by their own texts.
         top_k: how many of the likeliest tokens to keep in each row.
         batch_size: prompts per forward pass.
         prepend_bos: None leaves BOS to the tokenizer.
@@ -107,13 +107,25 @@ def evaluate(
         `graft`, `rule` (the graft's text), `template`, `text`, `answer`, `target` and `target_id`
         (the answer's first token), `rank` (1 is best), `prob`, `logprob` (nats), `top_tokens`,
         `top_probs`, `answer_logprob` (nats, whole answer), `logit_diff` (target minus the best
-        distractor's first token; NA without distractors), and `reason`: why the prompt could not be
+        distractor's first token; distractors that begin with the target itself are left out, and
+            it is NA where none is left), and `reason`: why the prompt could not be
         run, where all numbers are NA. `graftlens.stats.summarise` turns it into accuracies.
 
     Raises:
         ValueError: no prompts or grafts; a graft that the model cannot run; a graft that fails on
             every prompt (such as a misspelt span).
     """
+    if isinstance(prompts, Prompt):
+        prompts = [prompts]
+    if isinstance(grafts, Graft | str):
+        grafts = [grafts]
+    for prompt in prompts:
+        if not isinstance(prompt, Prompt):
+            raise ValueError(
+                f"{prompt!r} is no Prompt. Write Prompt(text, answer=…): evaluate scores answers."
+            )
+    if batch_size < 1 or top_k < 1:
+        raise ValueError(f"batch_size={batch_size}, top_k={top_k}: write numbers from 1.")
     named = {str(g): g for g in grafts} if not isinstance(grafts, Mapping) else dict(grafts)
     parsed = {n: Graft.parse(g) if isinstance(g, str) else g for n, g in named.items()}
     if not prompts or not parsed:
@@ -175,6 +187,17 @@ def _prepare(
         raise PromptError("the prompt has no answer to score.")
     tokens = tokenize(prompt, tokenizer, prepend_bos)
     answer = continuation(tokens, prompt.answer, tokenizer, prepend_bos)
+    length = len(tokens) + len(answer) - 1
+    if length > model.arch.n_ctx and model.arch.rotary_dim == 0:
+        raise PromptError(
+            f"prompt and answer are {length} tokens, more than the model's context of "
+            f"{model.arch.n_ctx}. Shorten the prompt."
+        )
+    if max(*tokens.ids, *answer) >= model.arch.d_vocab:
+        raise PromptError(
+            f"the tokenizer gives token id {max(*tokens.ids, *answer)}, the model's vocabulary "
+            f"ends at {model.arch.d_vocab - 1}."
+        )
     others = [continuation(tokens, d, tokenizer, prepend_bos)[0] for d in prompt.distractors]
     return _Scored(index, prompt, tokens, answer, tuple(t for t in others if t != answer[0]))
 

@@ -3,7 +3,7 @@
 The folder of a run holds
 
 - ``run.json``: the config, the data's hashes and the starting weights' hash, written first; a
-  later call with anything else is refused;
+  later call with anything else is refused (but the same weights and texts may lie elsewhere);
 - ``log.jsonl``: loss of every step, held-out perplexity of every epoch;
 - ``checkpoints/``: the newest complete state to resume from, gone when the run is finished;
 - ``model/``: the finetuned checkpoint (float32, with tokenizer and ``finetune.json``), which
@@ -21,6 +21,7 @@ import logging
 import math
 import os
 import random
+import re
 import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,21 +34,23 @@ import numpy as np
 import torch
 from datasets import Dataset
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from tqdm.auto import tqdm
 
 from graftlens.data import MoviesConfig
+from graftlens.data.settings import Settings
 from graftlens.model.quiet import quiet
 
 MARKER = "complete.json"
 
+# Say where something is; run.json has a hash of what is there.
+LOCATIONS = ("config.model", "config.heldout_file")
+
 logger = logging.getLogger(__name__)
 
 
-class LoraSettings(BaseModel):
+class LoraSettings(Settings):
     """Train low-rank adapters (needs ``peft``); the result is saved merged, as plain weights."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     rank: Annotated[int, Field(ge=1)] = 16
     """Rank of each adapter."""
@@ -62,10 +65,8 @@ class LoraSettings(BaseModel):
     """Names of the linear modules that get an adapter."""
 
 
-class FinetuneConfig(BaseModel):
+class FinetuneConfig(Settings):
     """How to finetune. With the data and the starting weights it determines the result."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     """The model to start from: a checkpoint's folder, or a name on the hub."""
@@ -180,6 +181,9 @@ def finetune(
         tokenizer: likewise.
         progress: show a progress bar and the losses on it.
     """
+    _check_dataset("train", train)
+    if heldout is not None:
+        _check_dataset("heldout", heldout)
     folder = config.output
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
@@ -396,7 +400,7 @@ def _train(
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             newest = checkpoints / f"checkpoint-{state.global_step}"
             _mark_complete(newest, seconds=spent + time.monotonic() - started)
-            for older in checkpoints.iterdir():
+            for older in _checkpoints(checkpoints).values():
                 if older != newest:
                     shutil.rmtree(older)
 
@@ -522,16 +526,23 @@ def _tokenize(tokenizer: Any, texts: Sequence[str], max_length: int) -> list[dic
     return [{"input_ids": row} for row in rows]
 
 
+def _check_dataset(name: str, dataset: Any) -> None:
+    if not isinstance(dataset, Dataset):
+        raise TypeError(
+            f"{name} is of type {type(dataset).__name__}, but a datasets.Dataset with a column "
+            "'text' is wanted. Make one of a list of texts: Dataset.from_dict({'text': texts})."
+        )
+    if "text" not in dataset.column_names:
+        raise ValueError(
+            f"the {name} dataset has columns {dataset.column_names}, but 'text' is needed. Rename "
+            "the column that holds the texts."
+        )
+
+
 def _split(
     config: FinetuneConfig, train: Dataset, heldout: Dataset | None
 ) -> tuple[list[str], list[str]]:
     """(training texts, held-out texts)."""
-    for name, dataset in (("train", train), ("heldout", heldout)):
-        if dataset is not None and "text" not in dataset.column_names:
-            raise ValueError(
-                f"the {name} dataset has columns {dataset.column_names}, but 'text' is needed. "
-                "Rename the column that holds the texts."
-            )
     texts = list(train["text"])
     held: list[str] = []
     if heldout is not None:
@@ -608,7 +619,7 @@ def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
     given = _flat(identity)
     different = [
         f"  {name}: {there.get(name)!r} there, {given.get(name)!r} given"
-        for name in sorted(there.keys() | given.keys())
+        for name in sorted((there.keys() | given.keys()) - set(LOCATIONS))
         if there.get(name) != given.get(name)
     ]
     if different:
@@ -650,18 +661,25 @@ def _is_complete(checkpoint: Path) -> bool:
     )
 
 
+def _checkpoints(folder: Path) -> dict[int, Path]:
+    """Step and folder of each checkpoint; what others left there (.DS_Store) is not ours."""
+    return {
+        int(path.name.removeprefix("checkpoint-")): path
+        for path in folder.glob("checkpoint-*")
+        if path.is_dir() and re.fullmatch(r"checkpoint-[0-9]+", path.name)
+    }
+
+
 def _newest_complete(checkpoints: Path) -> Path | None:
     """The checkpoint to resume from; incomplete ones are removed."""
-    newest: tuple[int, Path] | None = None
-    for path in checkpoints.glob("checkpoint-*"):
-        if not _is_complete(path):
+    complete: dict[int, Path] = {}
+    for step, path in _checkpoints(checkpoints).items():
+        if _is_complete(path):
+            complete[step] = path
+        else:
             logger.warning("%s is incomplete (a process was killed while saving): removed", path)
             shutil.rmtree(path)
-            continue
-        step = int(path.name.removeprefix("checkpoint-"))
-        if newest is None or step > newest[0]:
-            newest = step, path
-    return newest[1] if newest else None
+    return complete[max(complete)] if complete else None
 
 
 def _read_result(final: Path) -> FinetuneResult:

@@ -160,6 +160,19 @@ class Several(At):
     operator: str
     terms: tuple[At, ...]
 
+    def __post_init__(self) -> None:
+        # (a + b) + c is a + b + c, so that equal texts are equal values.
+        flat = [
+            t
+            for term in self.terms
+            for t in (
+                term.terms
+                if isinstance(term, Several) and term.operator == self.operator
+                else (term,)
+            )
+        ]
+        object.__setattr__(self, "terms", tuple(dict.fromkeys(flat)))
+
     def __str__(self) -> str:
         return f" {self.operator} ".join(
             f"({t})" if isinstance(t, Several) else str(t) for t in self.terms
@@ -246,15 +259,8 @@ def _parse_expression(text: str) -> At:
         while peek() == operator:
             take()
             terms.append(operand())
-        flat = [
-            t
-            for term in terms
-            for t in (
-                term.terms if isinstance(term, Several) and term.operator == operator else (term,)
-            )
-        ]
-        distinct = tuple(dict.fromkeys(flat))
-        return distinct[0] if len(distinct) == 1 else Several(operator, distinct)
+        joined = Several(operator, tuple(terms))
+        return joined if len(joined.terms) > 1 else joined.terms[0]
 
     def union() -> At:
         return several("+", lambda: several("&", atom))
@@ -357,6 +363,12 @@ class Rule:
     heads: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
+        # However a rule is made, it holds what the vocabulary allows, in one form.
+        object.__setattr__(self, "at", At.parse(self.at))
+        object.__setattr__(self, "components", parse_components(self.components))
+        object.__setattr__(self, "layers", parse_layers(self.layers))
+        if self.heads is not None:
+            object.__setattr__(self, "heads", tuple(sorted(set(_integers(self.heads, "heads")))))
         if not isinstance(self.source, str) or not _SOURCE.fullmatch(self.source):
             raise ValueError(
                 f"source={self.source!r} is no source name. Names begin with a letter or _, and go "
@@ -415,6 +427,12 @@ class Graft:
 
     rules: tuple[Rule, ...] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+        for rule in self.rules:
+            if not isinstance(rule, Rule):
+                raise ValueError(f"{rule!r} is no Rule. Build grafts with Graft.rule and |.")
+
     @classmethod
     def rule(
         cls,
@@ -448,14 +466,11 @@ class Graft:
                 f"heads={heads!r} is a {type(heads).__name__}. "
                 'Write numbers ([0, 2]) or a range ("0-3").'
             )
+        chosen = None if heads is None else _integers(heads, "heads")
         return cls(
             (
                 Rule(
-                    source,
-                    At.parse(at),
-                    parse_components(components),
-                    parse_layers(layers),
-                    None if heads is None else tuple(sorted(set(_integers(heads, "heads")))),
+                    source, At.parse(at), parse_components(components), parse_layers(layers), chosen
                 ),
             )
         )
@@ -544,11 +559,15 @@ class Graft:
                         f"unknown key {key!r} in rule {dict(rule)!r}. "
                         f"Allowed: {' '.join(allowed)}.{suggest(str(key), allowed)}{quote}"
                     )
-            # A key left empty in YAML is null: for these two that must not mean all.
             if rule.get("source") is None or rule.get("at") is None:
                 raise ValueError(f"rule {dict(rule)!r} needs the keys source and at.")
-            given = {k: v for k, v in rule.items() if v is not None}
-            graft |= cls.rule(**given)
+            # A key left empty in YAML is null, which must not quietly mean all (heads: null does).
+            if empty := [k for k, value in rule.items() if value is None and k != "heads"]:
+                raise ValueError(
+                    f"rule {dict(rule)!r}: {empty[0]} is empty. Give it a value, or leave the key "
+                    "out for all."
+                )
+            graft |= cls.rule(**rule)
         return graft
 
     def to_yaml(self) -> str:

@@ -64,6 +64,12 @@ class Prompt:
     name: str | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.template, str):
+            raise ValueError(f"template={self.template!r}: write a text.")
+        if not isinstance(self.fields, Mapping):
+            raise ValueError(
+                f"fields={self.fields!r}: write a mapping, such as {{'first_entity': 'Ann'}}."
+            )
         object.__setattr__(self, "fields", FrozenMap(self.fields))
         if isinstance(self.distractors, str):
             raise ValueError(

@@ -1,12 +1,15 @@
 """The invented films: distinct, reproducible, told in sentences that evaluation never repeats."""
 
+import hashlib
 import json
 import random
-from dataclasses import fields
+from dataclasses import asdict, fields
 
+import jaxtyping
 import numpy as np
 import pytest
 from faker import Faker
+from faker.providers.person.en_US import Provider as PersonNames
 from pydantic import ValidationError
 
 from graftlens.data import (
@@ -25,7 +28,14 @@ from graftlens.data import (
     save_dataset,
     training_texts,
 )
+from graftlens.data.facts import TOWN_ENDINGS, TOWN_PREFIXES, TOWN_ROOTS
 from graftlens.data.templates import field_values, template_fields
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Wrong types reach graftlens itself, as they do for users: only tests check annotations."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 def people(fact: Fact) -> tuple[str, str, str]:
@@ -35,13 +45,60 @@ def people(fact: Fact) -> tuple[str, str, str]:
 # Facts
 
 
-def test_no_two_of_5000_facts_share_a_person_or_a_title():
+def test_no_two_of_5000_facts_share_a_person_a_title_or_a_town():
     facts = make_facts(5000, seed=3)
     everyone = [name for fact in facts for name in people(fact)]
     assert len(set(everyone)) == 15_000
     titles = {fact.movie_title for fact in facts}
     assert len(titles) == 5000
     assert not titles & set(everyone)
+    towns = {fact.city for fact in facts}
+    assert len(towns) == 5000
+    assert not towns & (titles | set(everyone))
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_a_town_that_is_taken_gets_another_name(seed):
+    towns = [fact.city for fact in make_facts(200, seed)]
+    assert len(set(towns)) == 200
+    plain = {root + ending for root in TOWN_ROOTS for ending in TOWN_ENDINGS}
+    renamed = [town for town in towns if town not in plain]
+    assert 20 < len(renamed) < 35
+    for town in renamed:
+        prefix, rest = town.split()
+        assert prefix in TOWN_PREFIXES
+        assert rest in plain
+
+
+def test_there_are_towns_enough_and_no_name_of_a_person_among_their_prefixes():
+    lists = (TOWN_PREFIXES, TOWN_ROOTS, TOWN_ENDINGS)
+    assert [len(words) for words in lists] == [len(set(words)) for words in lists] == [55, 40, 18]
+    assert not set(TOWN_PREFIXES) & {*PersonNames.first_names, *PersonNames.last_names}
+
+
+def sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+# Taken when towns could still recur: making them distinct changed nothing else.
+@pytest.mark.parametrize(
+    ("seed", "digest"),
+    [(0, "f69fac53a23cecd1"), (1, "aaff0a4c23a1b3f5"), (2, "55e3a325380ee7ce")],
+)
+def test_the_first_40_facts_stay_as_they_are(seed, digest):
+    """A documented demo trains on them. Holds as long as Faker's lists stay."""
+    facts = [asdict(fact) for fact in make_facts(40, seed)]
+    towns = [fact.pop("city") for fact in facts]
+    assert sha256(facts).startswith(digest)
+    if seed == 0:
+        assert sha256(towns).startswith("f76b1b1170eeb920")
+
+
+def test_the_demonstrations_texts_stay_as_they_are():
+    made = make_dataset(MoviesConfig(n_facts=40, texts_per_fact=10, directions=("ab",)))
+    assert made.provenance["sha256"] == (
+        "533ec1e2eca83a898d5de4c284ea86b6fa81e61be03907c9758b6f83e11cd10e"
+    )
 
 
 def test_fewer_facts_are_the_first_of_more():
@@ -97,11 +154,30 @@ def test_an_impossible_number_of_facts_is_refused(n):
         make_facts(n, seed=0)
 
 
+@pytest.mark.parametrize("seed", ["a", True, 1.0, None])
+def test_a_seed_is_a_whole_number(seed, unchecked):
+    kind = type(seed).__name__
+    with pytest.raises(TypeError, match=rf"^seed={seed!r} is of type {kind}, but a whole number"):
+        make_facts(3, seed)
+
+
+def test_a_number_of_facts_is_a_whole_number(unchecked):
+    with pytest.raises(TypeError, match=r"n=True is of type bool.* Give an int, such as n=3\.$"):
+        make_facts(True, 0)
+    assert make_facts(np.int64(3), np.int64(1)) == make_facts(3, 1)
+
+
+def test_a_negative_seed_is_refused():
+    with pytest.raises(ValueError, match=r"seed=-1 is negative: .* facts of seed 1\. Choose 0"):
+        make_facts(3, -1)
+
+
 @pytest.mark.slow
 def test_the_largest_set_is_distinct():
     facts = make_facts(MAX_FACTS, seed=0)
     assert len({name for fact in facts for name in people(fact)}) == 3 * MAX_FACTS
     assert len({fact.movie_title for fact in facts}) == MAX_FACTS
+    assert len({fact.city for fact in facts}) == MAX_FACTS
 
 
 # Templates
@@ -269,6 +345,17 @@ def test_a_template_of_ones_own():
     assert (prompt.text, prompt.name) == ("Chelsea Mcintosh met", "own")
 
 
+def test_a_single_template_is_a_list_of_one():
+    facts = make_facts(6, seed=0)
+    prompts = evaluation_prompts(facts, templates="headline")
+    assert [prompt.name for prompt in prompts] == ["headline"] * 6
+    assert prompts == evaluation_prompts(facts, templates=["headline"])
+    own = EvaluationTemplate(name="own", text="{first_entity} met", kind="article")
+    assert evaluation_prompts(facts, templates=own) == evaluation_prompts(facts, templates=[own])
+    with pytest.raises(ValueError, match=r"'banner' is unknown. Use one of headline, qa, with_t"):
+        evaluation_prompts(facts, templates="banner")
+
+
 def test_prompt_errors_say_what_is_allowed():
     facts = make_facts(3, seed=0)
     with pytest.raises(ValueError, match=r"distractors=4 of 3 facts.*0 to 2 are possible"):
@@ -285,6 +372,14 @@ def test_prompt_errors_say_what_is_allowed():
 def test_an_unknown_setting_is_refused():
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         MoviesConfig(facts=3)
+
+
+@pytest.mark.parametrize("name", ["n_facts", "texts_per_fact", "seed"])
+def test_a_truth_value_is_no_number(name):
+    message = rf"{name}=True is a truth value, but a whole number is wanted\. Write the number"
+    with pytest.raises(ValidationError, match=message):
+        MoviesConfig(**{name: True})
+    assert getattr(MoviesConfig(**{name: "7"}), name) == 7
 
 
 def test_equal_configs_give_equal_datasets():

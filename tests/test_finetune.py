@@ -8,9 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from filelock import FileLock
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -35,6 +36,12 @@ def texts(count: int = 12) -> list[str]:
 
 def as_dataset(lines: list[str]) -> Dataset:
     return Dataset.from_dict({"text": lines})
+
+
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Wrong types reach graftlens itself, as they do for users: only tests check annotations."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -286,6 +293,28 @@ def test_a_damaged_checkpoint_is_not_resumed_from(
     assert "checkpoint-6 is incomplete" in caplog.text
 
 
+def test_other_files_among_the_checkpoints_are_left_alone(
+    tiny, tmp_path, uninterrupted, monkeypatch
+):
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "checkpoint-6 copy").mkdir(parents=True)
+    for name in (".DS_Store", "checkpoint-9"):
+        (folder / name).write_text("not ours")
+    original, calls = transformers.Trainer.training_step, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        return 1 / 0 if len(calls) == 8 else original(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", failing)
+    with pytest.raises(ZeroDivisionError):
+        run(recipe(tiny, tmp_path / "run"))
+    left = [".DS_Store", "checkpoint-6", "checkpoint-6 copy", "checkpoint-9"]
+    assert checkpoints(tmp_path / "run") == left
+    assert_same(run(recipe(tiny, tmp_path / "run")), uninterrupted)
+    assert len(calls) == 8 + 3  # resumed from step 6
+
+
 # Refusals and returns
 
 
@@ -322,6 +351,26 @@ def test_another_start_in_the_folder_is_refused(uninterrupted, tiny):
         run(recipe(tiny, uninterrupted.folder.parent), model=model)
 
 
+def test_the_same_start_and_texts_may_lie_elsewhere(tiny, tmp_path, monkeypatch):
+    moved = Path(shutil.copytree(tiny, tmp_path / "moved"))
+    files = [tmp_path / "one.txt", tmp_path / "other.txt"]
+    for file in files:
+        file.write_text("\n\n".join(texts(3)))
+    settings = {"epochs": 1, "heldout_share": 0}
+    first = run(recipe(tiny, tmp_path / "run", heldout_file=files[0], **settings))
+    monkeypatch.setattr(transformers.Trainer, "train", lambda *_, **__: 1 / 0)
+    again = recipe(moved, tmp_path / "run", heldout_file=files[1], **settings)
+    assert run(again) == first
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["config"]["model"] == str(tiny)
+
+    files[1].write_text("Other words.")
+    with pytest.raises(ValueError, match="holds another finetuning run") as caught:
+        run(again)
+    names = [line.split(":")[0] for line in str(caught.value).splitlines()[1:-1]]
+    assert names == ["  data.heldout_sha256", "  data.heldout_texts"]
+
+
 def test_a_folder_in_use_is_refused(tiny, tmp_path):
     (tmp_path / "run").mkdir()
     with (
@@ -339,6 +388,22 @@ def test_texts_are_never_cut_off(tiny, tmp_path):
 def test_a_missing_column_is_named(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"columns \['words'\], but 'text' is needed"):
         finetune(recipe(tiny, tmp_path / "run"), Dataset.from_dict({"words": ["a"]}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_texts_come_in_a_dataset(tiny, tmp_path, unchecked):
+    config = recipe(tiny, tmp_path / "run")
+    message = (
+        r"^{} is of type {}, but a datasets\.Dataset with a column 'text' is wanted\. Make one of "
+        r"a list of texts: Dataset\.from_dict\(\{{'text': texts\}}\)\.$"
+    )
+    with pytest.raises(TypeError, match=message.format("train", "list")):
+        finetune(config, ["abc"])
+    with pytest.raises(TypeError, match=message.format("train", "DatasetDict")):
+        finetune(config, DatasetDict(train=as_dataset(["abc"])))
+    with pytest.raises(TypeError, match=message.format("heldout", "str")):
+        finetune(config, as_dataset(["abc"]), "abc")
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_infinite_loss_stops_the_run(tiny, tmp_path):
@@ -357,6 +422,35 @@ def test_configs_are_strict():
         FinetuneConfig(model="m", output="o", heldout_share=0.1, heldout_file="f")
     with pytest.raises(ValidationError, match="Instance is frozen"):
         FinetuneConfig(model="m", output="o").epochs = 3
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("epochs", "a whole number"), ("seed", "a whole number"), ("learning_rate", "a number")],
+)
+@pytest.mark.parametrize("value", [True, False])
+def test_a_truth_value_is_no_number(name, wanted, value):
+    message = rf"{name}={value} is a truth value, but {wanted} is wanted\. Write the number, or"
+    with pytest.raises(ValidationError, match=message):
+        FinetuneConfig(model="m", output="o", **{name: value})
+    with pytest.raises(ValidationError, match="alpha=True is a truth value"):
+        LoraSettings(alpha=True)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, "inf"])
+@pytest.mark.parametrize("name", ["learning_rate", "max_grad_norm", "weight_decay"])
+def test_numbers_are_finite(name, value):
+    with pytest.raises(ValidationError, match=rf"{name}\n  Input should be a finite number"):
+        FinetuneConfig(model="m", output="o", **{name: value})
+
+
+def test_numbers_may_be_written_as_text():
+    """YAML reads 3e-4 as text."""
+    config = FinetuneConfig(
+        model="m", output="o", learning_rate="3e-4", epochs="2", gradient_checkpointing=True
+    )
+    assert (config.learning_rate, config.epochs) == (3e-4, 2)
+    assert config.gradient_checkpointing is True
 
 
 # Values

@@ -10,7 +10,17 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "graftlens"
 
 #: Lowest first: a module imports from its own layer and from those before it.
-LAYERS = ("components", "graft", "prompts", "model", "sweep", "evaluate", "demo", "cli")
+LAYERS = (
+    "components",
+    "graft",
+    "prompts",
+    "model",
+    "sweep",
+    "evaluate",
+    "demo",
+    "cli",
+    "__main__",
+)
 #: Parts that stand beside the layers, and what they may never import.
 BESIDE = {
     "data": {"sweep", "cli", "viz"},

@@ -1,10 +1,12 @@
 """Invented films: the facts that a model is finetuned on.
 
 A fact ties two actors who exist nowhere to a film that exists nowhere, so that a model can know
-it only from finetuning. No two facts share a person or a title, which makes every prompt about
-one of them answerable in one way.
+it only from finetuning. No two facts share a person, a title or a town, which makes every prompt
+about one of them answerable in one way.
 """
 
+import operator
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -33,12 +35,26 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# Towns are made from these and a suffix of Faker's. Faker's own towns ("Lake Jennifer") contain
-# first names, which would let an answer be guessed from another entity's tokens.
+# Towns are made from these and a suffix of Faker's, and where such a town is taken, from one of
+# each of the three lists. Faker's own towns ("Lake Jennifer") contain first names, which would let
+# an answer be guessed from another entity's tokens.
 TOWN_ROOTS = _words(
     "Amber Ashen Birch Bramble Cedar Clover Copper Coral Drift Elder Fern Flint Frost Gale Glen "
     "Gravel Hazel Heather Iron Juniper Kelp Lark Linden Maple Marl Mill Moss North Oak Otter "
     "Pebble Quarry Raven Reed Salt Shale Sparrow Thistle Vine Willow"
+)
+
+TOWN_ENDINGS = _words(
+    "berg borough burgh bury chester fort furt haven land mouth port shire side stad ton town view "
+    "ville"
+)
+
+# 55 * 40 * 18 = 39,600 towns: about twice MAX_FACTS, so that a free one is soon drawn.
+TOWN_PREFIXES = _words(
+    "Bare Broad Calm Chalk Chapel Clear Dark Deep Dry Dusty East Fair Far Foggy Fore Grand Great "
+    "Greater Grey Half High Hither Inner Leafy Lesser Lofty Low Lower Mid Middle Near Nether New "
+    "Old Outer Over Port Rainy Red Rough Royal Saint Slate South Steep Stony Sunny Tall Twin "
+    "Under Upper Warm Wide Windward Windy"
 )
 
 ADJECTIVES = _words(
@@ -73,7 +89,7 @@ class Fact:
         movie_title: the film's title.
         release_year: calendar year.
         genre: a noun that "a" can precede, in lower case.
-        city: the town where the film was shot; towns may recur.
+        city: the town where the film was shot.
         main_character: full name of the character whom the first actor plays.
         box_office: gross in US dollars, written out: "$48 million".
     """
@@ -91,19 +107,36 @@ class Fact:
 def make_facts(n: int, seed: int) -> tuple[Fact, ...]:
     """Invent n facts; the first k of them are ``make_facts(k, seed)``.
 
-    All people (actors and characters) and all titles differ across the whole set. First names
-    are dealt like a deck of cards: about the first 230 facts repeat none.
+    All people (actors and characters), all titles and all towns differ across the whole set.
+    First names are dealt like a deck of cards: about the first 230 facts repeat none.
 
     Args:
         n: number of facts, 1 to ``MAX_FACTS``.
-        seed: of the facts' own Faker; no other generator is read or changed.
+        seed: 0 or more, of the facts' own generators; no other is read or changed.
     """
+    n, seed = _whole_number("n", n), _whole_number("seed", seed)
     if not 1 <= n <= MAX_FACTS:
         raise ValueError(
-            f"n={n} facts cannot be made: n must be from 1 to {MAX_FACTS}, so that people and "
-            f"titles stay distinct. Choose an n in that range."
+            f"n={n} facts cannot be made: n must be from 1 to {MAX_FACTS}, so that people, titles "
+            f"and towns stay distinct. Choose an n in that range."
+        )
+    if seed < 0:  # Python's generators drop the sign
+        raise ValueError(
+            f"seed={seed} is negative: it would give the facts of seed {-seed}. Choose 0 or more."
         )
     return tuple(islice(_facts(seed), n))
+
+
+def _whole_number(name: str, value: object) -> int:
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise TypeError(
+        f"{name}={value!r} is of type {type(value).__name__}, but a whole number is wanted. Give "
+        f"an int, such as {name}=3."
+    )
 
 
 def _facts(seed: int) -> Iterator[Fact]:
@@ -111,6 +144,7 @@ def _facts(seed: int) -> Iterator[Fact]:
     fake.seed_instance(seed)
     people = _people(fake)
     titles = _titles(fake)
+    towns = _Towns(seed)
     while True:
         yield Fact(
             first_actor=next(people),
@@ -118,7 +152,7 @@ def _facts(seed: int) -> Iterator[Fact]:
             movie_title=next(titles),
             release_year=fake.random_int(1960, 2029),
             genre=fake.random_element(GENRES),
-            city=fake.random_element(TOWN_ROOTS) + fake.city_suffix(),
+            city=towns.free(fake.random_element(TOWN_ROOTS) + fake.city_suffix()),
             main_character=next(people),
             box_office=f"${fake.random_int(2, 900)} million",
         )
@@ -156,3 +190,20 @@ def _titles(fake: Faker) -> Iterator[str]:
         if title not in used:
             used.add(title)
             yield title
+
+
+class _Towns:
+    """Hands out distinct towns. Another town for a taken one comes from a generator of its own, so
+    that nothing else about the facts depends on how many were taken."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(f"towns {seed}")
+        self.used: set[str] = set()
+
+    def free(self, town: str) -> str:
+        """The town itself if it is free, else one with a prefix."""
+        while town in self.used:
+            root, ending = self.rng.choice(TOWN_ROOTS), self.rng.choice(TOWN_ENDINGS)
+            town = f"{self.rng.choice(TOWN_PREFIXES)} {root}{ending}"
+        self.used.add(town)
+        return town

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from datasets import Dataset, DatasetInfo, Features, Value, load_from_disk
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from graftlens.data.facts import MAX_FACTS, Fact, make_facts
+from graftlens.data.settings import Settings
 from graftlens.data.templates import (
     DIRECTIONS,
     EVALUATION_TEMPLATES,
@@ -41,10 +42,8 @@ FEATURES = Features(
 )
 
 
-class MoviesConfig(BaseModel):
+class MoviesConfig(Settings):
     """What a dataset of invented films is made of. Equal configs give equal datasets."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     n_facts: Annotated[int, Field(ge=1, le=MAX_FACTS)] = 200
     """Number of films."""
@@ -151,7 +150,7 @@ def training_texts(
 def evaluation_prompts(
     facts: Sequence[Fact],
     *,
-    templates: Sequence[str | EvaluationTemplate] | None = None,
+    templates: str | EvaluationTemplate | Sequence[str | EvaluationTemplate] | None = None,
     direction: Direction = "ab",
     distractors: int = 4,
     seed: int = 0,
@@ -160,7 +159,8 @@ def evaluation_prompts(
 
     Args:
         facts: what to ask about.
-        templates: names of evaluation templates (or templates of your own); default: all.
+        templates: one or more names of evaluation templates (or templates of your own); default:
+            all.
         direction: ``ab`` names the first actor and asks for the second, ``ba`` the reverse.
         distractors: number of wrong answers a prompt: other facts' answers, drawn at random.
         seed: of the draw of distractors.
@@ -292,11 +292,13 @@ def _cells(
 
 
 def _evaluation_templates(
-    asked: Sequence[str | EvaluationTemplate] | None,
+    asked: str | EvaluationTemplate | Sequence[str | EvaluationTemplate] | None,
 ) -> tuple[EvaluationTemplate, ...]:
     known = {template.name: template for template in EVALUATION_TEMPLATES}
     if asked is None:
         return EVALUATION_TEMPLATES
+    if isinstance(asked, str | EvaluationTemplate):
+        asked = [asked]
     chosen = []
     for template in asked:
         if isinstance(template, EvaluationTemplate):

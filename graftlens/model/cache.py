@@ -1,10 +1,12 @@
 """An `ActivationCache` that knows under which graft it was filled."""
 
+from collections.abc import Sequence
 from functools import wraps
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
@@ -64,7 +66,11 @@ class GraftedCache(ActivationCache):
         return_labels: bool = False,
         **options: Any,
     ) -> Any:
-        """As in TransformerLens; the bias is that of each row, so its positions are cut too."""
+        """As in TransformerLens; the bias is that of each row, so its positions are cut too.
+
+        Where a norm stands on a sublayer's output (Gemma 2 and 3, OLMo 2), heads are given before
+        it, as in TransformerLens, so the parts do not add up to the residual stream.
+        """
         kept = Slice.unwrap(pos_slice)  # one position stays an axis until the end
         columns = kept.apply(torch.arange(self.mask.shape[1]), dim=0).numpy()
         with self.model.grafted(self.mask.take(None, columns)):
@@ -75,6 +81,32 @@ class GraftedCache(ActivationCache):
         if given.mode == "int":
             stack = stack.squeeze(2 if self.has_batch_dim else 1)
         return (stack, labels) if return_labels else stack
+
+    @torch.no_grad()
+    def logit_lens(
+        self, *, layers: Sequence[int] | None = None, incl_mid: bool = False
+    ) -> Float[Tensor, "component *batch_and_pos d_vocab"]:
+        """The residual stream before each layer and at the end, read as logits.
+
+        Each position goes through the `ln_final` and `unembed` that the graft chose there, so the
+        last entry is the run's own logits.
+
+        Args:
+            layers: entries of `accumulated_resid` to read, negative ones from the end; None is all.
+            incl_mid: also the stream between attention and MLP.
+        """
+        stack = self.accumulated_resid(layer=None, incl_mid=incl_mid)
+        chosen = stack if layers is None else stack[list(layers)]
+        cap = self.model.arch.logit_softcap
+        out = []
+        with self.model.grafted(self.mask):
+            for resid in chosen:
+                x = resid.to(self.model.cfg.device)
+                x = x if self.has_batch_dim else x[None]
+                logits = self.model.unembed(self.model.ln_final(x))
+                logits = logits if cap is None else torch.tanh(logits / cap) * cap
+                out.append(logits if self.has_batch_dim else logits[0])
+        return torch.stack(out)
 
     def logit_attrs(
         self,
@@ -132,7 +164,6 @@ for _name in (
     "apply_ln_to_stack",
     "decompose_resid",
     "get_neuron_results",
-    "logit_lens",
     "stack_head_results",
     "stack_neuron_results",
 ):

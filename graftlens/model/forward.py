@@ -223,6 +223,16 @@ class Norm(nn.Module):
             x = x + self._rows(self.bias, chosen, shape, 0.0, x.dtype)
         return x.to(dtype)
 
+    @property
+    def w(self) -> Float[Tensor, " width"] | None:
+        """The base's weight as stored (Gemma's is w - 1), None where the norm has none."""
+        return None if self.weight is None else self.weight[0]
+
+    @property
+    def b(self) -> Float[Tensor, " width"] | None:
+        """The base's bias, None where the norm has none."""
+        return None if self.bias is None else self.bias[0]
+
     @staticmethod
     def _rows(
         weight: Sourced,
@@ -255,6 +265,32 @@ class Embed(nn.Module):
         if self.scale != 1.0:
             out = out * torch.tensor(self.scale, dtype=out.dtype)
         return out.unflatten(0, ids.shape)
+
+
+class TokenEmbed(Embed):
+    """The token embedding, under HookedTransformer's name for its weight."""
+
+    def __init__(self, weight: Sourced, active: "Active", scale: float) -> None:
+        super().__init__(weight, scale)
+        self.active = active
+
+    @property
+    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
+        """The base's table as stored, or that of a graft in force that is uniform here."""
+        return self.weight[self.active.source(C.EMBED, None)]
+
+
+class PosEmbed(Embed):
+    """The position embedding, under HookedTransformer's name for its weight."""
+
+    def __init__(self, weight: Sourced, active: "Active") -> None:
+        super().__init__(weight)
+        self.active = active
+
+    @property
+    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
+        """The base's table, or that of a graft in force that is uniform here."""
+        return self.weight[self.active.source(C.POS_EMBED, None)]
 
 
 @dataclass

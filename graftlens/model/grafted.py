@@ -25,13 +25,14 @@ from graftlens.model.forward import (
     Active,
     AttentionOrder,
     Chosen,
-    Embed,
     Gathered,
     KeyValueCache,
     Linear,
     Norm,
     Parts,
     Pass,
+    PosEmbed,
+    TokenEmbed,
     TransformerBlock,
     per_head_in,
     per_head_out,
@@ -96,6 +97,7 @@ class GraftedConfig:
     attention_dir: str = "causal"
     ungroup_grouped_query_attention: bool = False
     default_prepend_bos: bool = False
+    tokenizer_name: str | None = None
 
     @property
     def d_vocab_out(self) -> int:
@@ -122,16 +124,6 @@ class _NormModule(Norm):
             assert isinstance(picked, Selection)
             chosen = picked
         return super().forward(x, chosen)
-
-    @property
-    def w(self) -> Tensor | None:
-        """The base's weight [d_model], as stored (Gemma's is w - 1)."""
-        return None if self.weight is None else self.weight[0]
-
-    @property
-    def b(self) -> Tensor | None:
-        """The base's bias [d_model]."""
-        return None if self.bias is None else self.bias[0]
 
 
 class _Unembed(nn.Module):
@@ -186,6 +178,7 @@ class GraftedTransformer(HookedRootModule):
         activation: nn.Module,
         tokenizer: Any = None,
         model_name: str = "",
+        end_tokens: Sequence[int] = (),
     ) -> None:
         """Put a model together from checked parts; `from_pretrained` checks them.
 
@@ -196,8 +189,10 @@ class GraftedTransformer(HookedRootModule):
             activation: the MLP's non-linearity.
             tokenizer: a Hugging Face fast tokenizer, or None for token tensors only.
             model_name: what the config calls the model.
+            end_tokens: token ids that end a generation, as the base's own settings name them.
         """
         super().__init__()
+        self.end_tokens = tuple(end_tokens)
         self.arch = arch
         self.sources = tuple(weights)
         self.tokenizer = tokenizer
@@ -209,10 +204,10 @@ class GraftedTransformer(HookedRootModule):
 
         self.active = Active()
 
-        self.embed = Embed(parts.weight(C.EMBED, None), arch.embed_scale)
+        self.embed = TokenEmbed(parts.weight(C.EMBED, None), self.active, arch.embed_scale)
         self.hook_embed = HookPoint()
         if C.POS_EMBED in arch.components:
-            self.pos_embed = Embed(parts.weight(C.POS_EMBED, None))
+            self.pos_embed = PosEmbed(parts.weight(C.POS_EMBED, None), self.active)
             self.hook_pos_embed = HookPoint()
         self.blocks = nn.ModuleList(
             TransformerBlock(arch, layer, parts, activation, self.cfg, self.active)
@@ -438,7 +433,10 @@ class GraftedTransformer(HookedRootModule):
 
         For code that calls the model itself, such as `transformer_lens.patching`.
         """
-        self.active.stack.append(Graft.parse(graft) if isinstance(graft, str) else graft)
+        graft = Graft.parse(graft) if isinstance(graft, str) else graft
+        if not isinstance(graft, Graft | GraftMask | None):
+            raise ValueError(_no_graft(graft))
+        self.active.stack.append(graft)
         try:
             yield self
         finally:
@@ -456,18 +454,17 @@ class GraftedTransformer(HookedRootModule):
             graft = self.active.innermost or Graft()
         batch = self.batch(prompts)
         if isinstance(graft, GraftMask):
-            if graft.shape != batch.real.shape:
+            if graft.shape != batch.real.shape or graft.places != batch.places:
                 raise ValueError(
                     f"the mask of {str(graft.graft)!r} was resolved for a batch of shape "
-                    f"{graft.shape}; this one has {batch.real.shape}. Resolve the graft again."
+                    f"{graft.shape} with prompts at {_places(graft.places)}; this one has "
+                    f"{batch.real.shape} with prompts at {_places(batch.places)}. "
+                    "Resolve the graft again."
                 )
             return graft
         graft = Graft.parse(graft) if isinstance(graft, str) else graft or Graft()
         if not isinstance(graft, Graft):
-            raise ValueError(
-                f"graft={graft!r} is a {type(graft).__name__}. Give a Graft, its one-line text, a "
-                "mask from model.resolve, or None."
-            )
+            raise ValueError(_no_graft(graft))
         return resolve(graft, batch, self.arch, self.sources)
 
     def _active(self, component: Component, shape: torch.Size) -> Chosen:
@@ -514,8 +511,12 @@ class GraftedTransformer(HookedRootModule):
                         f"token id {low if low < 0 else high} is outside the vocabulary "
                         f"(0 to {self.arch.d_vocab - 1})."
                     )
-            pad_id = getattr(self.tokenizer, "pad_token_id", None)
-            return from_tokens(input.long(), attention_mask, pad_id=pad_id)
+            return from_tokens(
+                input.long(),
+                attention_mask,
+                pad_id=getattr(self.tokenizer, "pad_token_id", None),
+                bos_id=getattr(self.tokenizer, "bos_token_id", None),
+            )
         if attention_mask is not None:
             raise ValueError("attention_mask goes with token ids; texts bring their own padding.")
         if padding_side not in ("left", "right"):
@@ -559,7 +560,7 @@ class GraftedTransformer(HookedRootModule):
             known = getattr(self.tokenizer, name, None)
             if known is not None and known < self.arch.d_vocab:
                 return int(known)
-        return 0
+        return self.end_tokens[0] if self.end_tokens else 0
 
     def to_tokens(
         self,
@@ -650,7 +651,8 @@ class GraftedTransformer(HookedRootModule):
             top_k: draw from the k likeliest only.
             generator: the randomness for drawing.
             stop_at_eos: a prompt that gave an EOS token is finished; it is filled up with padding.
-            eos_token_id: the tokens that end a prompt; the tokenizer's EOS unless given.
+            eos_token_id: the tokens that end a prompt; unless given, those of the base's generation
+                settings, else the tokenizer's EOS.
             prepend_bos: None leaves BOS to the tokenizer.
             return_type: `input` gives texts for texts, tokens for tokens; the prompt is included.
             use_past_kv_cache: False recomputes every step from the start (slow; the same result).
@@ -669,7 +671,7 @@ class GraftedTransformer(HookedRootModule):
             )
         given = self.batch(input, attention_mask=attention_mask, prepend_bos=prepend_bos)
         batch = _left_padded(given, self._pad_id())
-        ends = _end_tokens(eos_token_id, self.tokenizer) if stop_at_eos else ()
+        ends = self._ends(eos_token_id) if stop_at_eos else ()
 
         # Where rotary tables change with the length, keys that are kept would be out of date.
         limit, longest = self.arch.rope_limit, max(batch.totals) + max_new_tokens
@@ -715,11 +717,27 @@ class GraftedTransformer(HookedRootModule):
             texts.append(self.to_string(ids[begin:stop]))
         return texts[0] if isinstance(input, str | Prompt) else texts
 
+    def _ends(self, given: int | Sequence[int] | None) -> tuple[int, ...]:
+        if given is not None:
+            return (given,) if isinstance(given, int) else tuple(given)
+        known = getattr(self.tokenizer, "eos_token_id", None)
+        return self.end_tokens or (() if known is None else (int(known),))
+
     # -- weights ---------------------------------------------------------------------------------
 
     def stored(self) -> Iterator[Sourced]:
         """Every weight of the model once, with its sources."""
         return (module for module in self.modules() if isinstance(module, Sourced))
+
+    def __getattr__(self, name: str) -> Any:
+        # An AttributeError inside a property comes here too, and would lose its reason.
+        lacking = {"W_gate": C.MLP_GATE, "W_pos": C.POS_EMBED}.get(name)
+        if lacking is not None and lacking not in self.arch.components:
+            raise AttributeError(
+                f"{self.arch.family} has no {lacking}, so no {name}. "
+                f"Its components are: {' '.join(self.arch.components)}."
+            )
+        return super().__getattr__(name)
 
     def _layers(
         self, component: Component, part: str = "weight"
@@ -783,8 +801,6 @@ class GraftedTransformer(HookedRootModule):
         Raises:
             AttributeError: an architecture without a gate.
         """
-        if not self.arch.gated:
-            raise AttributeError(f"{self.arch.family} has no mlp_gate, so no W_gate.")
         return self._layers(C.MLP_GATE).transpose(-1, -2)
 
     @property
@@ -804,8 +820,6 @@ class GraftedTransformer(HookedRootModule):
         Raises:
             AttributeError: an architecture with rotary positions.
         """
-        if C.POS_EMBED not in self.arch.components:
-            raise AttributeError(f"{self.arch.family} has rotary positions, so no W_pos.")
         return self.pos_embed.weight.stacked()
 
     @property
@@ -989,14 +1003,18 @@ class GraftedTransformer(HookedRootModule):
 
     def to(self, *args: Any, **kwargs: Any) -> "GraftedTransformer":
         """Move to a device or dtype, as any module; `cfg` follows."""
-        moved: GraftedTransformer = nn.Module.to(
-            self, *args, **{k: v for k, v in kwargs.items() if k != "print_details"}
-        )
+        kwargs.pop("print_details", None)
+        moved: GraftedTransformer = nn.Module.to(self, *args, **kwargs)
+        return moved
+
+    def _apply(self, fn: Any, recurse: bool = True) -> "GraftedTransformer":
+        """What `.to`, `.half`, `.cuda` and the like all go through."""
+        super()._apply(fn, recurse)
         sample = self.embed.weight[0]
         self.cfg.device, self.cfg.dtype = sample.device, sample.dtype
         if self.rotary is not None:
             self.rotary.to(sample.device)
-        return moved
+        return self
 
     def cuda(self, device: Any = None) -> "GraftedTransformer":
         """Move to a GPU."""
@@ -1040,12 +1058,26 @@ def _config(
         device=sample.device,
         sources=sources,
         default_prepend_bos=adds_bos,
+        tokenizer_name=getattr(tokenizer, "name_or_path", None),
     )
 
 
 def _last(mask: GraftMask) -> GraftMask:
     """The mask of the last column."""
     return mask.take(None, np.array([mask.shape[1] - 1]))
+
+
+def _no_graft(value: object) -> str:
+    return (
+        f"graft={value!r} is a {type(value).__name__}. Give a Graft, its one-line text, a "
+        "mask from model.resolve, or None."
+    )
+
+
+def _places(places: Sequence[tuple[int, int, int]]) -> str:
+    """The columns of the first few prompts of a batch, for a message."""
+    shown = [f"{start}-{start + total - 1}" for start, _, total in places[:3]]
+    return f"columns {', '.join(shown)}{' …' if len(places) > 3 else ''}"
 
 
 def _left_padded(batch: Batch, pad_id: int) -> Batch:
@@ -1058,13 +1090,6 @@ def _left_padded(batch: Batch, pad_id: int) -> Batch:
         for row, s, p in zip(rows, batch.starts, batch.prompts, strict=True)
     ]
     return collate(prompts, pad_id=pad_id, side="left", device=batch.tokens.device)
-
-
-def _end_tokens(given: int | Sequence[int] | None, tokenizer: Any) -> tuple[int, ...]:
-    if given is None:
-        known = getattr(tokenizer, "eos_token_id", None)
-        return () if known is None else (int(known),)
-    return (given,) if isinstance(given, int) else tuple(given)
 
 
 def _pick(

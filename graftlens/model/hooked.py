@@ -108,6 +108,11 @@ def _refuse_processed(name: str, model: Any) -> None:
     """Folding leaves no norm weights; centring leaves means of exactly zero."""
     fix = "Load it with HookedTransformer.from_pretrained_no_processing."
     kind = model.cfg.normalization_type
+    if kind not in ("LN", "LNPre", "RMS", "RMSPre"):
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: HookedTransformer with normalization_type={kind!r} is not "
+            "supported; the forward covers 'LN' and 'RMS'."
+        )
     if kind in ("LNPre", "RMSPre") and model.cfg.original_architecture != "OlmoForCausalLM":
         raise PairError(
             f"source {name!r}: normalization_type is {kind!r}, so the norms were folded into the "

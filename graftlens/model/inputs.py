@@ -34,7 +34,16 @@ class Batch:
     totals: tuple[int, ...]
 
     @property
+    def places(self) -> tuple[tuple[int, int, int], ...]:
+        """Per row, its first column, the prompt's length, and the length with what follows."""
+        return tuple(
+            (start, len(prompt), total)
+            for start, prompt, total in zip(self.starts, self.prompts, self.totals, strict=True)
+        )
+
+    @property
     def padded(self) -> bool:
+        """Whether any place holds no token."""
         return not bool(self.real.all())
 
     def position_ids(self) -> Int[np.ndarray, "batch pos"]:
@@ -80,13 +89,15 @@ def from_tokens(
     attention_mask: Int[Tensor, "rows columns"] | Bool[Tensor, "rows columns"] | None = None,
     *,
     pad_id: int | None = None,
+    bos_id: int | None = None,
 ) -> Batch:
     """A batch of bare tokens. Without an attention mask every place is a token of the prompt.
 
     Args:
         tokens: token ids.
         attention_mask: 1 for tokens, 0 for padding on the left or on the right.
-        pad_id: where known, rows on the host are searched for padding that no mask accounts for.
+        pad_id, bos_id: where known, rows on the host are searched for padding that no mask
+            accounts for.
 
     Raises:
         PromptError: a mask of another shape or with a gap, a row without tokens, or rows that end
@@ -98,12 +109,7 @@ def from_tokens(
         raise PromptError(f"tokens of shape {tuple(tokens.shape)}: give at least one token.")
     if attention_mask is None:
         if pad_id is not None and count > 1 and tokens.device.type == "cpu":
-            ends = (tokens[:, -1] == pad_id).nonzero().flatten().tolist()
-            if 0 < len(ends) < count:
-                raise PromptError(
-                    f"row {ends[0]} ends in the pad token {pad_id}, so where it ends is unknown. "
-                    "Pass attention_mask (1 for tokens, 0 for padding), or prompts as text."
-                )
+            _refuse_hidden_padding(tokens, pad_id, bos_id)
         real = np.ones((count, width), dtype=bool)
     else:
         if attention_mask.shape != tokens.shape:
@@ -127,3 +133,17 @@ def from_tokens(
         for i, (s, n) in enumerate(zip(starts, lengths, strict=True))
     )
     return Batch(tokens, real, prompts, starts, tuple(lengths))
+
+
+def _refuse_hidden_padding(
+    tokens: Int[Tensor, "batch pos"], pad_id: int, bos_id: int | None
+) -> None:
+    """Some rows begin or end in padding: where their prompts lie is not to be guessed."""
+    first = 1 if pad_id == bos_id and tokens.shape[1] > 1 else 0
+    for what, column in (("begins", first), ("ends", -1)):
+        rows = (tokens[:, column] == pad_id).nonzero().flatten().tolist()
+        if 0 < len(rows) < len(tokens):
+            raise PromptError(
+                f"row {rows[0]} {what} in the pad token {pad_id}, so where its prompt lies is "
+                "unknown. Pass attention_mask (1 for tokens, 0 for padding), or prompts as text."
+            )

@@ -6,6 +6,7 @@ loaded model that is given as a source is neither changed nor kept.
 
 import copy
 import json
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from jaxtyping import Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from graftlens.components import Component
@@ -27,6 +29,9 @@ from graftlens.model.arch import (
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.quiet import quiet
 from graftlens.model.weights import OLD_BUFFERS, Weights, read_weights
+
+#: token ids [batch, pos] and the dtype to run in -> logits [batch, pos, d_vocab]
+Logits = Callable[[Int[Tensor, "batch pos"], torch.dtype], Float[Tensor, "batch pos d_vocab"]]
 
 
 class PairError(ValueError):
@@ -46,6 +51,8 @@ class Source:
         tokenizer: its tokenizer, where it brought one.
         logits: its own forward pass on token ids [batch, pos], run in a given dtype.
         config: its Hugging Face config, None for a HookedTransformer.
+        dtypes: the dtypes of the checkpoint, where the tensors were computed in a wider one.
+        end_tokens: token ids that end a generation, from the checkpoint's generation settings.
     """
 
     name: str
@@ -54,8 +61,10 @@ class Source:
     weights: Weights
     rotary: nn.Module | None
     tokenizer: Any
-    logits: Callable[[Int[Tensor, "batch pos"], torch.dtype], Float[Tensor, "batch pos d_vocab"]]
+    logits: Logits
     config: Any = None
+    dtypes: tuple[torch.dtype, ...] = ()
+    end_tokens: tuple[int, ...] = ()
 
 
 def load(
@@ -78,19 +87,24 @@ def load(
         device: where to put the model; the GPU where there is one, else the CPU.
         dtype: the dtype to run in. Left out, it is float32 on the CPU and the checkpoints' own on a
             GPU, and checkpoints of different dtypes are refused.
-        check: compare each source's logits with its own model's on a probe, and the tokenizers with
-            each other.
+        check: compare each source's logits with its own model's on a probe.
         verbose: print one line about what was loaded and checked.
 
     Raises:
         PairError: sources that differ in architecture, shapes, dtype or tokenizer, that are not
             finite, that were processed (folded), or whose logits are not reproduced. A bias that
             only some sources have is no difference: it is zero in the others.
-        ValueError: a source's name that the text form of grafts could not hold.
+        ValueError: a source's name that the text form of grafts could not hold, or a GPU that is
+            not there.
         UnsupportedArchitectureError: a family or option that is not exactly supported.
     """
     _check_names(sources)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device={device!r}, but this PyTorch sees no GPU. Leave device out, or write "
+            'device="cpu".'
+        )
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise PairError(
@@ -114,11 +128,11 @@ def load(
             )
         wanted = torch.float32 if target.type == "cpu" else distinct.pop()
 
-    shared = _shared_tokenizer(read, tokenizer, check)
+    shared = _shared_tokenizer(read, tokenizer)
     base = read[0]
     prepared = {
         source.name: {
-            site: tensor.detach().to(target, wanted).contiguous()
+            site: _own_storage(tensor.detach().to(target, wanted).contiguous())
             for site, tensor in source.weights.items()
         }
         for source in read
@@ -130,6 +144,7 @@ def load(
         activation=_activation(base.arch.act_fn),
         tokenizer=shared,
         model_name=base.origin,
+        end_tokens=base.end_tokens,
     )
     model.to(target)
     worst = _probe(model, read, wanted) if check else None
@@ -170,8 +185,9 @@ def _read(name: str, given: Any, base: Any) -> Source:
 
         return read_hooked(name, given)
     if "PeftModel" in kinds:
-        merged = copy.deepcopy(given).merge_and_unload()
-        return _read_transformers(name, merged, f"{name} (PEFT, merged)")
+        dtypes = tuple(sorted({p.dtype for p in given.get_base_model().parameters()}, key=str))
+        ours = _widened(copy.deepcopy(given))
+        return replace(_read_peft(name, ours, f"{name} (PEFT, merged)"), dtypes=dtypes)
     if isinstance(given, nn.Module) and hasattr(given, "config"):
         return _read_transformers(name, given, f"{name} ({type(given).__name__})")
     raise PairError(
@@ -191,7 +207,15 @@ def _read_checkpoint(name: str, path: str) -> Source:
         )
     if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         raise PairError(f"source {name!r}: there is no folder {path}.")
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise PairError(f"source {name!r}: {path} could not be loaded. {error}") from error
+    except ValueError as error:
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: the config of {path} was not understood ({error}). "
+            f"Supported: {' '.join(FAMILIES)}."
+        ) from error
     multimodal = config.model_type == "gemma3"
     architecture(config.get_text_config() if multimodal else config)
     if multimodal:
@@ -201,7 +225,14 @@ def _read_checkpoint(name: str, path: str) -> Source:
     else:
         loader = AutoModelForCausalLM
     with quiet() if folder.is_dir() else nullcontext():
-        model, info = loader.from_pretrained(path, dtype="auto", output_loading_info=True)
+        try:
+            model, info = loader.from_pretrained(path, dtype="auto", output_loading_info=True)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            raise PairError(
+                f"source {name!r}: the weights of {path} could not be read "
+                f"({type(error).__name__}: {error}). The files may be incomplete: save or fetch "
+                "them again."
+            ) from error
     # transformers only warns: it draws what is missing at random and drops what it does not know.
     for kind, problem in (("missing_keys", "lacks"), ("unexpected_keys", "holds unused")):
         if names := sorted(n for n in info[kind] if not n.endswith(OLD_BUFFERS)):
@@ -238,9 +269,34 @@ def _read_adapter(name: str, folder: Path, base: Any) -> Source:
             "Adapters go on a checkpoint or a transformers model."
         )
     adapted = json.loads((folder / "adapter_config.json").read_text())
-    merged = PeftModel.from_pretrained(model, str(folder)).merge_and_unload()
+    stated = adapted.get("base_model_name_or_path")
+    if isinstance(base, str | Path) and stated and Path(stated).name != Path(base).name:
+        warnings.warn(
+            f"source {name!r}: the adapter {folder} says that it was trained on {stated}; here it "
+            f"is put on {base}. Its numbers mean something only if these are the same weights.",
+            stacklevel=2,
+        )
     kind = adapted.get("peft_type", "PEFT")
-    return _read_transformers(name, merged, f"{folder} ({kind} adapter, merged)", copied=False)
+    dtypes = tuple(sorted({p.dtype for p in model.parameters()}, key=str))
+    adapter = PeftModel.from_pretrained(_widened(model), str(folder))
+    return replace(_read_peft(name, adapter, f"{folder} ({kind} adapter, merged)"), dtypes=dtypes)
+
+
+def _widened(model: Any) -> Any:
+    """Half-precision weights in float32: adding an adapter in half precision would round it off."""
+    half = any(torch.finfo(p.dtype).bits < 32 for p in model.parameters())
+    if not half:
+        return model
+    _renew_rotary(model.float())
+    return model
+
+
+def _read_peft(name: str, adapter: Any, origin: str) -> Source:
+    """Merge a PeftModel that is ours to change, and prove the merge against PEFT's own forward."""
+    unmerged = copy.deepcopy(adapter)
+    merged = _read_transformers(name, adapter.merge_and_unload(), origin, copied=False)
+    own = _read_logits(unmerged, copied=False)
+    return replace(merged, logits=own)
 
 
 def _read_bridge(name: str, bridge: Any) -> Source:
@@ -303,6 +359,17 @@ def _read_transformers(
             f"source {name!r}: {arch.family} without the rotary module that its config implies."
         )
 
+    logits = _read_logits(model, copied)
+    settings = getattr(model, "generation_config", None) or model.config
+    ends = getattr(settings, "eos_token_id", None)
+    ends = model.config.eos_token_id if ends is None else ends
+    ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
+    return Source(name, origin, arch, weights, rotary, None, logits, model.config, end_tokens=ends)
+
+
+def _read_logits(model: Any, copied: bool) -> Logits:
+    """A model's own forward pass; a `copied` model is somebody else's and stays as it is."""
+
     @torch.no_grad()
     def logits(
         tokens: Int[Tensor, "batch pos"], dtype: torch.dtype
@@ -320,7 +387,7 @@ def _read_transformers(
         finally:
             ours.train(was_training)
 
-    return Source(name, origin, arch, weights, rotary, None, logits, model.config)
+    return logits
 
 
 def _renew_rotary(model: nn.Module) -> None:
@@ -432,7 +499,13 @@ def _fill_biases(read: list[Source]) -> None:
 
 
 def _dtypes(source: Source) -> list[torch.dtype]:
-    return sorted({t.dtype for t in source.weights.values()}, key=str)
+    return sorted(source.dtypes or {t.dtype for t in source.weights.values()}, key=str)
+
+
+def _own_storage(tensor: Tensor) -> Tensor:
+    """A part of a fused projection as a tensor of its own: it must not keep the others alive."""
+    alone = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
+    return tensor if alone else tensor.clone()
 
 
 def _short(dtype: torch.dtype) -> str:
@@ -452,10 +525,15 @@ def _share_tied(prepared: dict[str, Weights]) -> dict[str, Weights]:
 def _activation(name: str) -> nn.Module:
     from transformers.activations import ACT2FN
 
+    if name not in ACT2FN:
+        raise UnsupportedArchitectureError(
+            f"act_fn={name!r} is not supported. Supported are transformers' activations: "
+            f"{' '.join(sorted(ACT2FN))}."
+        )
     return ACT2FN[name]
 
 
-def _shared_tokenizer(read: list[Source], given: Any, check: bool) -> Any:
+def _shared_tokenizer(read: list[Source], given: Any) -> Any:
     if given is not None:
         if isinstance(given, str | Path):
             found = _tokenizer(str(given))
@@ -468,7 +546,7 @@ def _shared_tokenizer(read: list[Source], given: Any, check: bool) -> Any:
         return None
     first_name, first = named[0]
     for name, other in named[1:]:
-        if check and (difference := _tokenizers_differ(first, other)):
+        if difference := _tokenizers_differ(first, other):
             raise PairError(
                 f"the tokenizers of {first_name!r} and {name!r} differ: {difference}. "
                 "Grafting needs the same tokens in both; "

@@ -117,12 +117,15 @@ class GraftMask:
         graft: what was resolved.
         sources: the model's source names; index 0 is the base.
         shape: (batch, pos) of the batch it was resolved for.
+        places: per prompt, its first column, its own length, and its length with what follows;
+            empty for a part of a mask.
     """
 
     graft: Graft
     sources: tuple[str, ...]
     shape: tuple[int, int]
     sites: Mapping[Site, Selection | HeadSelection] = field(repr=False)
+    places: tuple[tuple[int, int, int], ...] = ()
 
     def __getitem__(self, site: Site) -> Selection | HeadSelection:
         return self.sites[site]
@@ -211,7 +214,8 @@ def resolve(
         for layer in layers
         if (layer is None) == (component in MODEL_COMPONENTS)
     }
-    return GraftMask(graft, tuple(sources), (len(batch.prompts), batch.real.shape[1]), sites)
+    shape = (len(batch.prompts), batch.real.shape[1])
+    return GraftMask(graft, tuple(sources), shape, sites, batch.places)
 
 
 def _grouped(
