@@ -107,8 +107,8 @@ def evaluate(
         `graft`, `rule` (the graft's text), `template`, `text`, `answer`, `target` and `target_id`
         (the answer's first token), `rank` (1 is best), `prob`, `logprob` (nats), `top_tokens`,
         `top_probs`, `answer_logprob` (nats, whole answer), `logit_diff` (target minus the best
-        distractor's first token; distractors that begin with the target itself are left out, and
-            it is NA where none is left), and `reason`: why the prompt could not be
+        distractor's first token; one that begins with the target itself is left out, NA where
+        none is left), and `reason`: why the prompt could not be
         run, where all numbers are NA. `graftlens.stats.summarise` turns it into accuracies.
 
     Raises:
