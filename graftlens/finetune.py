@@ -270,7 +270,7 @@ def demo_configs(
         warmup_steps=10,
         batch_size=16,
         max_length=96,
-        save_epochs=3,
+        save_epochs=1,
         seed=seed,
     )
     return movies, recipe

@@ -511,11 +511,13 @@ class Graft:
             source, separator, rest = piece.partition("@")
             fields = [field.strip() for field in rest.split(":")]
             if not separator or not 1 <= len(fields) <= 4:
+                word = piece.strip()
+                hint = f" For all positions: {word + ' @ all'!r}." if word.isidentifier() else ""
                 raise ValueError(
                     f"graft {text!r}: {piece.strip()!r} is no rule. Write "
                     '"source @ positions : components : layers : heads" (from components on, what '
                     'is left out means all), such as "sft @ last : o + mlp : upper_half"; join '
-                    'rules with |; "none" is the graft without rules.'
+                    'rules with |; "none" is the graft without rules.' + hint
                 )
             fields += [""] * (4 - len(fields))
             at, components, layers, heads = fields

@@ -5,6 +5,7 @@ given, since keys and values of earlier positions stay as they were: what follow
 the prompt's own end, counts as `last`.
 """
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -15,6 +16,7 @@ from reference import sequential_graft
 from torch import Tensor
 
 from graftlens.graft import Graft
+from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt
 
 EVERY_VARIANT = pytest.mark.parametrize("variant", VARIANTS)
@@ -60,6 +62,7 @@ def test_uniform_grafts_give_hugging_faces_greedy_output(tiny: MakeTiny, variant
                 graft=Graft.rule(source),
                 attention_mask=mask,
                 use_past_kv_cache=cached,
+                stop_at_eos=False,
             )
             assert torch.equal(ours[:, : tokens.shape[1]], tokens)
             assert ours[:, tokens.shape[1] :].tolist() == theirs
@@ -69,7 +72,7 @@ def test_right_padded_tokens_come_back_padded_on_the_left(tiny: MakeTiny) -> Non
     t = tiny("llama")
     tokens = torch.tensor([[5, 6, 7, 8, 9], [11, 12, 0, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0]])
-    ours = t.model.generate(tokens, 4, graft="sft @ all", attention_mask=mask)
+    ours = t.model.generate(tokens, 4, graft="sft @ all", attention_mask=mask, stop_at_eos=False)
     assert ours[0].tolist() == [5, 6, 7, 8, 9, *_greedy(t, "sft", [5, 6, 7, 8, 9], 4)]
     assert ours[1].tolist() == [0, 0, 0, 11, 12, *_greedy(t, "sft", [11, 12], 4)]
 
@@ -81,7 +84,12 @@ def test_longrope_generates_across_its_boundary(tiny: MakeTiny, cached: bool) ->
     rows = [_ids(30, 1), _ids(32, 2), _ids(12, 3), _ids(40, 4)]
     tokens, mask = _left(rows)
     ours = t.model.generate(
-        tokens, NEW, graft="sft @ all", attention_mask=mask, use_past_kv_cache=cached
+        tokens,
+        NEW,
+        graft="sft @ all",
+        attention_mask=mask,
+        use_past_kv_cache=cached,
+        stop_at_eos=False,
     )
     assert ours[:, 40:].tolist() == [_greedy(t, "sft", row) for row in rows]
 
@@ -142,16 +150,21 @@ def test_position_grafts_give_the_sequential_algorithm_step_by_step(
     t = tiny(variant, ("pre", "sft", "alt"))
     rows = [_ids(n, n + 1) for n in (5, 9, 3)]
     tokens, mask = _left(rows)
-    ours = t.model.generate(tokens, NEW, graft=make(0)[0], attention_mask=mask)
+    ours = t.model.generate(tokens, NEW, graft=make(0)[0], attention_mask=mask, stop_at_eos=False)
     again = t.model.generate(
-        tokens, NEW, graft=make(0)[0], attention_mask=mask, use_past_kv_cache=False
+        tokens,
+        NEW,
+        graft=make(0)[0],
+        attention_mask=mask,
+        use_past_kv_cache=False,
+        stop_at_eos=False,
     )
     assert torch.equal(ours, again)
     for i, row in enumerate(rows):
         whole = [*row, *ours[i, tokens.shape[1] :].tolist()]
         logits = sequential_graft(t.sources, whole[:-1], make(len(row))[1])
         assert logits[len(row) - 1 :].argmax(-1).tolist() == whole[len(row) :]
-    plain = t.model.generate(tokens, NEW, attention_mask=mask)
+    plain = t.model.generate(tokens, NEW, attention_mask=mask, stop_at_eos=False)
     assert not torch.equal(ours, plain)
 
 
@@ -165,8 +178,8 @@ def test_the_prompts_own_end_stays_where_it_is(tiny: MakeTiny) -> None:
     def ends_there(component: str, layer: int | None, position: int, head: int | None) -> str:
         return "sft" if position == n - 1 else "pre"
 
-    there = t.model.generate(batch, 8, graft="sft @ [-1]")[0].tolist()
-    moving = t.model.generate(batch, 8, graft="sft @ last")[0].tolist()
+    there = t.model.generate(batch, 8, graft="sft @ [-1]", stop_at_eos=False)[0].tolist()
+    moving = t.model.generate(batch, 8, graft="sft @ last", stop_at_eos=False)[0].tolist()
     assert there[: n + 1] == moving[: n + 1]
     assert there != moving
     logits = sequential_graft(t.sources, there[:-1], ends_there)
@@ -176,10 +189,10 @@ def test_the_prompts_own_end_stays_where_it_is(tiny: MakeTiny) -> None:
 def test_grafts_in_force_hold_for_generation(tiny: MakeTiny) -> None:
     t = tiny("gpt2")
     batch = torch.tensor([_ids(6, 1)])
-    wanted = t.model.generate(batch, 5, graft="sft @ last + [2]")
+    wanted = t.model.generate(batch, 5, graft="sft @ last + [2]", stop_at_eos=False)
     with t.model.grafted("sft @ last + [2]"):
-        assert torch.equal(t.model.generate(batch, 5), wanted)
-    assert not torch.equal(t.model.generate(batch, 5), wanted)
+        assert torch.equal(t.model.generate(batch, 5, stop_at_eos=False), wanted)
+    assert not torch.equal(t.model.generate(batch, 5, stop_at_eos=False), wanted)
 
 
 # --- Texts ---------------------------------------------------------------------------------------
@@ -255,7 +268,7 @@ def test_an_eos_token_ends_its_prompt_and_no_other(tiny: MakeTiny) -> None:
     assert end not in theirs[0][:2]
     assert end not in theirs[1]
     ours = t.model.generate(tokens, 8, attention_mask=mask, eos_token_id=end)
-    assert ours[0, 9:].tolist() == [*theirs[0][:3], 0, 0, 0, 0, 0]
+    assert ours[0, 9:].tolist() == [*theirs[0][:3], *[end] * 5]
     assert ours[1, 9:].tolist() == theirs[1]
     alone = t.model.generate(tokens[:1], 8, attention_mask=mask[:1], eos_token_id=[end, 96])
     assert alone[0, 9:].tolist() == theirs[0][:3]
@@ -274,9 +287,9 @@ def test_a_text_ends_before_its_eos_token(tiny: MakeTiny) -> None:
 
 def test_no_new_tokens_is_the_prompt(tiny: MakeTiny) -> None:
     t = tiny("llama", tokenizer="llama3")
-    assert t.model.generate("The movie", 0) == "The movie"
+    assert t.model.generate("The movie", 0, stop_at_eos=False) == "The movie"
     tokens = torch.tensor([[5, 6]])
-    assert torch.equal(t.model.generate(tokens, 0), tokens)
+    assert torch.equal(t.model.generate(tokens, 0, stop_at_eos=False), tokens)
 
 
 def test_drawing_repeats_with_its_generator(tiny: MakeTiny) -> None:
@@ -297,7 +310,7 @@ def test_drawing_repeats_with_its_generator(tiny: MakeTiny) -> None:
     assert torch.equal(draw(1), draw(1, use_past_kv_cache=False))
     assert not torch.equal(draw(1), draw(2))
     assert not torch.equal(draw(1)[0], draw(1)[1])
-    greedy = t.model.generate(tokens, 10, graft="sft @ last")
+    greedy = t.model.generate(tokens, 10, graft="sft @ last", stop_at_eos=False)
     assert torch.equal(draw(1, top_k=1), greedy)
     assert torch.equal(draw(1, temperature=1e-4), greedy)
 
@@ -308,7 +321,14 @@ def test_drawn_tokens_follow_the_models_distribution(tiny: MakeTiny) -> None:
     many = torch.tensor([row] * 4000)
     generator = torch.Generator().manual_seed(0)
     drawn = t.model.generate(
-        many, 1, graft="sft @ all", do_sample=True, temperature=0.7, top_k=5, generator=generator
+        many,
+        1,
+        graft="sft @ all",
+        do_sample=True,
+        temperature=0.7,
+        top_k=5,
+        generator=generator,
+        stop_at_eos=False,
     )[:, -1]
     values, ids = (t.logits("sft", row)[-1] / 0.7).topk(5)
     for probability, token in zip(values.softmax(-1).tolist(), ids.tolist(), strict=True):
@@ -341,6 +361,31 @@ def test_a_resolved_mask_is_refused(tiny: MakeTiny) -> None:
 def test_generating_past_the_context_is_refused(tiny: MakeTiny) -> None:
     t = tiny("gpt2")
     tokens = torch.tensor([_ids(62, 1)])
-    assert t.model.generate(tokens, 3).shape == (1, 65)  # the last token is not read
+    assert t.model.generate(tokens, 3, stop_at_eos=False).shape == (
+        1,
+        65,
+    )  # the last token is not read
     with pytest.raises(ValueError, match="longer than the model's context of 64"):
-        t.model.generate(tokens, 4)
+        t.model.generate(tokens, 4, stop_at_eos=False)
+
+
+@pytest.mark.parametrize("ends", [None, "one", "two"])
+def test_it_ends_where_hugging_face_ends(tiny: MakeTiny, ends: str | None) -> None:
+    """Regression: without a tokenizer, or with several EOS tokens in the settings, it ran on."""
+    sources = copy.deepcopy(tiny("llama").sources)
+    rows = [_ids(5, seed) for seed in range(4)]
+    free = [_greedy(tiny("llama"), "pre", row, 8) for row in rows]
+    chosen = {None: 96, "one": free[0][2], "two": [free[1][3], free[2][1]]}[ends]
+    for model in sources.values():
+        model.generation_config.eos_token_id = chosen
+    model = GraftedTransformer.from_pretrained(sources, check=False, verbose=False)
+    for row in rows:
+        theirs = sources["pre"].generate(
+            torch.tensor([row]), do_sample=False, max_new_tokens=8, attention_mask=torch.ones(1, 5)
+        )
+        assert model.generate(torch.tensor([row]), 8).tolist() == theirs.tolist()
+    batch = torch.tensor(rows)
+    theirs = sources["pre"].generate(
+        batch, do_sample=False, max_new_tokens=8, attention_mask=torch.ones_like(batch)
+    )
+    assert model.generate(batch, 8).tolist() == theirs.tolist()

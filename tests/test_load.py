@@ -775,7 +775,8 @@ def test_one_line_says_what_was_loaded_and_checked(
     printed = capsys.readouterr().out
     assert re.fullmatch(
         r"graftlens: llama, 3 layers, d_model 24, sources pre sft \(base pre\); "
-        r"1 of 30 tensors shared; float32 on cpu; logits equal the sources' own within \de-0\d\n",
+        r"1 of 30 tensors are the same in all sources; float32 on cpu; "
+        r"logits equal the sources' own within \de-0\d\n",
         printed,
     ), printed
     load(pair, check=False)

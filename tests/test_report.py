@@ -43,6 +43,7 @@ EXAMPLE = report.Example(
     tokens=TOKENS,
     grafted={"PRE": (False,) * 7, "FE+LT": (False, True, True, False, False, True, False)},
     answer=" Lena <x>",
+    target=" Lena",
     predictions={"FE+LT": ((" Lena", 0.875), ("</script><img src=x>", 0.0625))},
 )
 
@@ -252,9 +253,9 @@ def test_hostile_names_cannot_leave_the_charts_data(tmp_path):
 
 def test_example_errors_name_the_fix():
     with pytest.raises(ValueError, match=r"graft 'FE' marks 1 tokens, the prompt has 2; give one"):
-        report.Example("x", ("a", "b"), {"FE": (True,)}, "c", {})
+        report.Example("x", ("a", "b"), {"FE": (True,)}, "c", "c", {})
     with pytest.raises(ValueError, match=r"predictions for 'LT', but grafted has 'FE'"):
-        report.Example("x", ("a",), {"FE": (True,)}, "c", {"LT": (("c", 1.0),)})
+        report.Example("x", ("a",), {"FE": (True,)}, "c", "c", {"LT": (("c", 1.0),)})
 
 
 # --- words -----------------------------------------------------------------------------------
@@ -271,8 +272,9 @@ def summarised(*strengths):
 def test_headline_where_the_finding_reproduces():
     said = text.headline(summarised(SUFFICIENT))
     assert said == (
-        "The finding is reproduced: FE+LT alone brings the finetuned fact back and all other "
-        "positions do not; top-5 accuracy FE+LT 100.0%, (FE+LT)^C 8.3%, PRE 0.0%, SFT 100.0%."
+        "The finding is reproduced: by top-5 accuracy, FE+LT alone brings the finetuned fact back "
+        "and all other positions do not; top-5 accuracy FE+LT 100.0%, (FE+LT)^C 8.3%, PRE 0.0%, "
+        "SFT 100.0%."
     )
 
 

@@ -1,5 +1,6 @@
 """An `ActivationCache` that knows under which graft it was filled."""
 
+import inspect
 from collections.abc import Sequence
 from functools import wraps
 from typing import Any
@@ -149,10 +150,16 @@ def _uniform(mask: GraftMask, source: int) -> GraftMask:
 
 def _under_graft(name: str) -> Any:
     original = getattr(ActivationCache, name)
+    signature = inspect.signature(original)
 
     @wraps(original)
     def method(self: GraftedCache, *args: Any, **kwargs: Any) -> Any:
-        with self.model.grafted(self.mask):
+        given = signature.bind(self, *args, **kwargs).arguments
+        rows, columns = (
+            np.atleast_1d(sliced(torch.arange(n), given.get(key), 0).numpy())
+            for n, key in zip(self.mask.shape, ("batch_slice", "pos_slice"), strict=True)
+        )
+        with self.model.grafted(self.mask.take(rows, columns)):
             return original(self, *args, **kwargs)
 
     return method

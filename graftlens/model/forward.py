@@ -6,7 +6,8 @@ work in all, and no delta is ever added to a weight. Where every row uses the sa
 is gathered. Module tree, hook names and shapes are HookedTransformer's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ from transformer_lens.hook_points import HookPoint
 from graftlens.components import Component
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture
-from graftlens.model.mask import Block, GraftMask, HeadSelection, Selection
+from graftlens.model.mask import Block, GraftMask, HeadSelection, Selection, uniform_source
 from graftlens.model.weights import Sourced, Weights, equal_sources
 
 C = Component
@@ -366,31 +367,55 @@ class Pass:
 
 
 class Active:
-    """The grafts that `with model.grafted(…)` has put in force, innermost last."""
+    """Which graft the model is under now: asked by whoever reads a weight without a position."""
 
-    def __init__(self) -> None:
+    def __init__(self, arch: Architecture, sources: tuple[str, ...]) -> None:
+        self.arch, self.sources = arch, sources
+        #: What `with model.grafted(…)` has put in force, innermost last.
         self.stack: list[Graft | GraftMask | None] = []
+        #: The masks of forward passes under way, so that hooks see what runs.
+        self.running: list[GraftMask] = []
 
     @property
     def innermost(self) -> Graft | GraftMask | None:
+        """The graft of the innermost `with model.grafted(…)`."""
         return self.stack[-1] if self.stack else None
 
+    @property
+    def current(self) -> Graft | GraftMask | None:
+        """The mask of the pass under way, else the graft in force."""
+        return self.running[-1] if self.running else self.innermost
+
+    @contextmanager
+    def run(self, mask: GraftMask) -> Iterator[None]:
+        """A forward pass under `mask`."""
+        self.running.append(mask)
+        try:
+            yield
+        finally:
+            self.running.pop()
+
     def source(self, component: Component, layer: int | None) -> int:
-        """The one source that a site uses now: the base's, unless a mask says otherwise.
+        """The one source that a site uses now; the base's where no graft is in force.
 
         Raises:
-            ValueError: under a mask whose rows differ there.
+            ValueError: under a graft by which positions or heads may differ there.
         """
-        mask = self.innermost
-        if not isinstance(mask, GraftMask):
-            return 0
-        chosen = mask[component, layer]
-        if isinstance(chosen, Selection) and len(chosen.sources) == 1:
-            return chosen.sources[0]
+        graft = self.current
+        source: int | None = 0
+        if isinstance(graft, Graft):
+            source = uniform_source(graft, (component, layer), self.arch, self.sources)
+        elif isinstance(graft, GraftMask):
+            chosen = graft[component, layer]
+            uniform = isinstance(chosen, Selection) and len(chosen.sources) == 1
+            source = chosen.sources[0] if uniform else None  # type: ignore[union-attr]
+        if source is not None:
+            return source
+        where = "" if layer is None else f" in layer {layer}"
         raise ValueError(
-            f"under graft {str(mask.graft)!r} there is no single weight for {component}"
-            f"{'' if layer is None else f' in layer {layer}'}: positions or heads differ. "
-            "Take it from one source, as in model.W_O[source, layer]."
+            f"under graft {str(getattr(graft, 'graft', graft))!r} there is no single weight for "
+            f"{component}{where}: positions or heads differ. "
+            "Choose a source yourself, as in model.W_O[source, layer]."
         )
 
 

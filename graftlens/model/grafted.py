@@ -39,7 +39,7 @@ from graftlens.model.forward import (
     per_row,
 )
 from graftlens.model.inputs import Batch, Padding, collate, from_tokens
-from graftlens.model.mask import GraftMask, Selection, plain, resolve
+from graftlens.model.mask import GraftMask, Selection, plain, resolve, uniform_source
 from graftlens.model.weights import Sourced, Weights
 from graftlens.prompts import Prompt, Tokenized, encode, tokenize
 
@@ -179,6 +179,7 @@ class GraftedTransformer(HookedRootModule):
         tokenizer: Any = None,
         model_name: str = "",
         end_tokens: Sequence[int] = (),
+        pad_token: int | None = None,
     ) -> None:
         """Put a model together from checked parts; `from_pretrained` checks them.
 
@@ -189,10 +190,11 @@ class GraftedTransformer(HookedRootModule):
             activation: the MLP's non-linearity.
             tokenizer: a Hugging Face fast tokenizer, or None for token tensors only.
             model_name: what the config calls the model.
-            end_tokens: token ids that end a generation, as the base's own settings name them.
+            end_tokens, pad_token: token ids that end a generation and that fill up after its end,
+                as the base's own settings name them.
         """
         super().__init__()
-        self.end_tokens = tuple(end_tokens)
+        self.end_tokens, self.pad_token = tuple(end_tokens), pad_token
         self.arch = arch
         self.sources = tuple(weights)
         self.tokenizer = tokenizer
@@ -202,7 +204,7 @@ class GraftedTransformer(HookedRootModule):
         sample = next(iter(next(iter(weights.values())).values()))
         self.cfg = _config(arch, self.sources, model_name or arch.family, sample, tokenizer)
 
-        self.active = Active()
+        self.active = Active(arch, self.sources)
 
         self.embed = TokenEmbed(parts.weight(C.EMBED, None), self.active, arch.embed_scale)
         self.hook_embed = HookPoint()
@@ -302,7 +304,8 @@ class GraftedTransformer(HookedRootModule):
             return logits
         if return_type not in ("loss", "both"):
             raise ValueError(
-                f'return_type={return_type!r}. Allowed: "logits", "loss", "both" or None.'
+                f'return_type={return_type!r}. Allowed: "logits", "loss", "both" or None. '
+                "A graft is given by name: graft=…"
             )
         loss = self._loss(logits, batch, loss_per_token)
         return loss if return_type == "loss" else (logits, loss)
@@ -316,6 +319,17 @@ class GraftedTransformer(HookedRootModule):
         past: Bool[np.ndarray, "batch past"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after the last layer; `past` says which cached places are real."""
+        with self.active.run(mask):
+            return self._run_layers(batch, mask, stop_at_layer, cache, past)
+
+    def _run_layers(
+        self,
+        batch: Batch,
+        mask: GraftMask,
+        stop_at_layer: int | None,
+        cache: KeyValueCache | None,
+        past: Bool[np.ndarray, "batch past"] | None,
+    ) -> Float[Tensor, "batch pos d_model"]:
         tokens = batch.tokens.to(self.cfg.device, non_blocking=True)
         counts = batch.position_ids() + (0 if past is None else past.sum(1, keepdims=True))
         if counts.max() >= self.arch.n_ctx and self.arch.rotary_dim == 0:
@@ -341,8 +355,9 @@ class GraftedTransformer(HookedRootModule):
         self, resid: Float[Tensor, "batch pos d_model"], mask: GraftMask
     ) -> Float[Tensor, "batch pos d_vocab"]:
         norm = mask.sites.get((C.LN_FINAL, None))
-        resid = self.ln_final(resid, None if norm is None else plain(norm))
-        logits = self.unembed(resid, plain(mask[C.UNEMBED, None]))
+        with self.active.run(mask):
+            resid = self.ln_final(resid, None if norm is None else plain(norm))
+            logits = self.unembed(resid, plain(mask[C.UNEMBED, None]))
         cap = self.arch.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 
@@ -469,12 +484,15 @@ class GraftedTransformer(HookedRootModule):
 
     def _active(self, component: Component, shape: torch.Size) -> Chosen:
         """What a module called by itself uses: the active mask where it fits, else the base."""
-        mask, rows = self.active.innermost, int(np.prod(shape))
-        if isinstance(mask, Graft) and mask.rules:
-            raise ValueError(
-                f"{component} was called by itself under graft {str(mask)!r}, which needs a prompt "
-                "to be resolved. Use `with model.grafted(model.resolve(graft, prompts))`."
-            )
+        mask, rows = self.active.current, int(np.prod(shape))
+        if isinstance(mask, Graft):
+            site = (component, None)
+            if uniform_source(mask, site, self.arch, self.sources) is None:
+                raise ValueError(
+                    f"{component} was called by itself under graft {str(mask)!r}, which needs a "
+                    "prompt to be resolved. "
+                    "Use `with model.grafted(model.resolve(graft, prompts))`."
+                )
         if isinstance(mask, GraftMask) and int(np.prod(mask.shape)) == rows:
             return mask[component, None]
         source = self.active.source(component, None)
@@ -560,7 +578,7 @@ class GraftedTransformer(HookedRootModule):
             known = getattr(self.tokenizer, name, None)
             if known is not None and known < self.arch.d_vocab:
                 return int(known)
-        return self.end_tokens[0] if self.end_tokens else 0
+        return 0
 
     def to_tokens(
         self,
@@ -672,6 +690,9 @@ class GraftedTransformer(HookedRootModule):
         given = self.batch(input, attention_mask=attention_mask, prepend_bos=prepend_bos)
         batch = _left_padded(given, self._pad_id())
         ends = self._ends(eos_token_id) if stop_at_eos else ()
+        # What fills up after the end: as Hugging Face chooses it.
+        known = (self.pad_token, getattr(self.tokenizer, "pad_token_id", None), *ends, 0)
+        filler = next(token for token in known if token is not None)
 
         # Where rotary tables change with the length, keys that are kept would be out of date.
         limit, longest = self.arch.rope_limit, max(batch.totals) + max_new_tokens
@@ -685,7 +706,7 @@ class GraftedTransformer(HookedRootModule):
         step_mask: GraftMask | None = None
         for step in range(max_new_tokens):
             new = _pick(logits[:, -1], do_sample, temperature, top_k, generator)
-            new = torch.where(done, torch.full_like(new, self._pad_id()), new)
+            new = torch.where(done, torch.full_like(new, filler), new)
             for end in ends:
                 done |= new == end
             tokens = torch.cat([tokens, new[:, None]], dim=1)
@@ -882,7 +903,7 @@ class GraftedTransformer(HookedRootModule):
         """The sum of b_O and b_out over the layers before `layer` (and b_O of `layer` itself when
         `mlp_input`): [d_model], or per position under a mask in force that differs there.
         """
-        mask = self.active.innermost
+        mask = self.active.current
         total = torch.zeros(self.arch.d_model, device=self.cfg.device, dtype=self.cfg.dtype)
         for l in range(layer + int(mlp_input)):
             block = self.blocks[l]
@@ -900,7 +921,7 @@ class GraftedTransformer(HookedRootModule):
                     )
                     total = total + (rows if rows.ndim == 1 else rows.unflatten(0, mask.shape))
                 else:
-                    total = total + linear.bias[0]
+                    total = total + linear.bias[self.active.source(component, l)]
         return total
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:

@@ -52,7 +52,8 @@ class Source:
         logits: its own forward pass on token ids [batch, pos], run in a given dtype.
         config: its Hugging Face config, None for a HookedTransformer.
         dtypes: the dtypes of the checkpoint, where the tensors were computed in a wider one.
-        end_tokens: token ids that end a generation, from the checkpoint's generation settings.
+        end_tokens, pad_token: token ids that end a generation and that fill up after its end, from
+            the checkpoint's generation settings.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Source:
     config: Any = None
     dtypes: tuple[torch.dtype, ...] = ()
     end_tokens: tuple[int, ...] = ()
+    pad_token: int | None = None
 
 
 def load(
@@ -145,6 +147,7 @@ def load(
         tokenizer=shared,
         model_name=base.origin,
         end_tokens=base.end_tokens,
+        pad_token=base.pad_token,
     )
     model.to(target)
     worst = _probe(model, read, wanted) if check else None
@@ -185,7 +188,8 @@ def _read(name: str, given: Any, base: Any) -> Source:
 
         return read_hooked(name, given)
     if "PeftModel" in kinds:
-        dtypes = tuple(sorted({p.dtype for p in given.get_base_model().parameters()}, key=str))
+        # The adapter's own tensors are float32 whatever the model's are.
+        dtypes = (given.get_base_model().get_input_embeddings().weight.dtype,)
         ours = _widened(copy.deepcopy(given))
         return replace(_read_peft(name, ours, f"{name} (PEFT, merged)"), dtypes=dtypes)
     if isinstance(given, nn.Module) and hasattr(given, "config"):
@@ -364,7 +368,19 @@ def _read_transformers(
     ends = getattr(settings, "eos_token_id", None)
     ends = model.config.eos_token_id if ends is None else ends
     ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
-    return Source(name, origin, arch, weights, rotary, None, logits, model.config, end_tokens=ends)
+    filler = getattr(settings, "pad_token_id", None)
+    return Source(
+        name,
+        origin,
+        arch,
+        weights,
+        rotary,
+        None,
+        logits,
+        model.config,
+        end_tokens=ends,
+        pad_token=model.config.pad_token_id if filler is None else filler,
+    )
 
 
 def _read_logits(model: Any, copied: bool) -> Logits:
@@ -444,7 +460,9 @@ def unaltered(tokenizer: Any) -> Any:
 def _check_pair(base: Source, other: Source) -> None:
     if base.arch != other.arch:
         ours, theirs = vars(base.arch), vars(other.arch)
-        differing = [f"{k} ({ours[k]!r} and {theirs[k]!r})" for k in ours if ours[k] != theirs[k]]
+        differing = [
+            f"{k} ({_brief(ours[k])} and {_brief(theirs[k])})" for k in ours if ours[k] != theirs[k]
+        ]
         hint = ""
         if base.arch.d_vocab != other.arch.d_vocab:
             hint = (
@@ -486,6 +504,13 @@ def _check_pair(base: Source, other: Source) -> None:
                 f"{where} holds values that are not finite. Training diverged, or the file is "
                 "damaged; load an earlier checkpoint."
             )
+
+
+def _brief(value: object) -> str:
+    """A fact for a message; of a tuple over layers only as much as shows what it is."""
+    if isinstance(value, tuple) and len(value) > 2:
+        return f"{value[0]!r}, … over {len(value)} layers"
+    return repr(value)
 
 
 def _fill_biases(read: list[Source]) -> None:
@@ -615,6 +640,9 @@ def _line(model: GraftedTransformer, worst: float | None) -> str:
     arch = model.arch
     stored = list(model.stored())
     shared = sum(len(weight.variants) == 1 for weight in stored)
+    same = f"{shared} of {len(stored)} tensors are the same in all sources"
+    if shared == len(stored):
+        same = "ALL SOURCES ARE IDENTICAL, so no graft can change anything"
     checked = (
         "logits not checked"
         if worst is None
@@ -623,6 +651,6 @@ def _line(model: GraftedTransformer, worst: float | None) -> str:
     return (
         f"graftlens: {arch.family}, {arch.n_layers} layers, d_model {arch.d_model}, "
         f"sources {' '.join(model.sources)} (base {model.sources[0]}); "
-        f"{shared} of {len(stored)} tensors shared; "
+        f"{same}; "
         f"{_short(model.cfg.dtype)} on {model.cfg.device}; {checked}"
     )

@@ -20,7 +20,7 @@ from graftlens.components import (
     layer_group,
     suggest,
 )
-from graftlens.graft import Graft, Rule
+from graftlens.graft import Graft, Rule, Span
 from graftlens.model.arch import Architecture
 from graftlens.model.inputs import Batch
 from graftlens.prompts import PromptError, Tokenized
@@ -216,6 +216,18 @@ def resolve(
     }
     shape = (len(batch.prompts), batch.real.shape[1])
     return GraftMask(graft, tuple(sources), shape, sites, batch.places)
+
+
+def uniform_source(
+    graft: Graft, site: Site, arch: Architecture, sources: Sequence[str]
+) -> int | None:
+    """The one source that a site uses in every prompt, or None where positions may differ."""
+    source: int | None = 0
+    for rule in graft.rules:
+        if site in _sites_of(rule, arch, sources):
+            everywhere = rule.at == Span("all") and rule.heads is None
+            source = sources.index(rule.source) if everywhere else None
+    return source
 
 
 def _grouped(

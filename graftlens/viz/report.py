@@ -29,6 +29,8 @@ class Example:
     tokens: tuple[str, ...]
     grafted: dict[str, tuple[bool, ...]]
     answer: str
+    target: str
+    """The answer's first token, which is what ranks and accuracies are about."""
     predictions: dict[str, tuple[tuple[str, float], ...]]
 
     def __post_init__(self) -> None:
@@ -229,7 +231,7 @@ def _examples(examples: Sequence[Example]) -> str:
         "<p class='legend'>Key: <mark>marked</mark> token: finetuned weights here; "
         "<span class='token'>plain</span> token: base weights. "
         "<span class='ws'>·</span> is a space, <span class='ws'>↵</span> a line break, "
-        "<span class='ws'>→</span> a tab. ✓ is the answer.</p>"
+        "<span class='ws'>→</span> a tab. ✓ is the answer's first token.</p>"
     )
     parts = []
     for example in examples:
@@ -242,8 +244,8 @@ def _examples(examples: Sequence[Example]) -> str:
                 for token, on in zip(example.tokens, marks, strict=True)
             )
             guesses = "".join(
-                f"<li{_right(token, example.answer)}><span class='token'>{_token(token)}</span> "
-                f"{100 * probability:.1f}%{_tick(token, example.answer)}</li>"
+                f"<li{_right(token == example.target)}><span class='token'>{_token(token)}</span> "
+                f"{100 * probability:.1f}%{_tick(token == example.target)}</li>"
                 for token, probability in example.predictions.get(graft, ())
             )
             guessed = (
@@ -279,17 +281,12 @@ def _where(marks: Sequence[bool]) -> str:
     return f"finetuned weights at token{plural} {said} of {len(marks)}"
 
 
-def _right(token: str, answer: str) -> str:
-    return " class='right'" if _begins(token, answer) else ""
+def _right(hit: bool) -> str:
+    return " class='right'" if hit else ""
 
 
-def _tick(token: str, answer: str) -> str:
-    return " <span aria-label='the answer'>✓</span>" if _begins(token, answer) else ""
-
-
-def _begins(token: str, answer: str) -> bool:
-    """Whether a token is the answer's first one, as far as the texts can tell."""
-    return bool(token.strip()) and answer.strip().startswith(token.strip())
+def _tick(hit: bool) -> str:
+    return " <span aria-label='the answer'>✓</span>" if hit else ""
 
 
 def _token(token: str) -> str:

@@ -204,7 +204,10 @@ def headline(
             f"{', '.join((base, full, sufficient, complement))} were not all run."
         )
     count = len(found)
-    claim = f"{sufficient} alone brings the finetuned fact back and all other positions do not"
+    claim = (
+        f"by {facts.label}, {sufficient} alone brings the finetuned fact back and all other "
+        "positions do not"
+    )
     good, bad = named.get("reproduced", []), named.get("not reproduced", [])
     if good:
         where = f" in {_out_of(good, count)}" if count > 1 else ""
