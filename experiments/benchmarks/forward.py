@@ -4,6 +4,7 @@ Everything is timed in one run, the contestants taking turns, so that a ratio co
 like; the absolute times are this machine's alone.
 
     python experiments/benchmarks/forward.py [--models smollm2 llama-1b] [--rounds 15]
+        [--batch N]
 """
 
 import argparse
@@ -152,6 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["smollm2", "llama-1b"])
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--batch", type=int, help="prompts a batch (default: 64, 16 for llama-1b)")
     options = parser.parse_args()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, "
@@ -161,7 +163,8 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             pre = smollm2() if name == "smollm2" else llama_1b(Path(scratch) / "pre")
             sft = perturbed(pre, Path(scratch) / "sft")
-            bench(name, pre, sft, 64 if name == "smollm2" else 16, options.rounds)
+            usual = 64 if name == "smollm2" else 16
+            bench(name, pre, sft, options.batch or usual, options.rounds)
 
 
 if __name__ == "__main__":
