@@ -1,5 +1,6 @@
 """What the README says is there and runs."""
 
+import ast
 import re
 import subprocess
 import tomllib
@@ -27,8 +28,8 @@ def test_the_two_commands_are_one_line_each() -> None:
 
 def test_the_grafts_shown_are_grafts() -> None:
     (block,) = (b for b in _blocks() if b.startswith("from graftlens import Graft\n"))
-    lines = [line for line in block.splitlines()[2:] if line.strip()]
-    grafts = [eval(line, {"Graft": Graft}) for line in lines]
+    shown = [node for node in ast.parse(block).body if isinstance(node, ast.Expr)]
+    grafts = [eval(ast.unparse(node), {"Graft": Graft}) for node in shown]
     assert len(grafts) == 6
     for graft in grafts:
         assert Graft.parse(str(graft)) == graft
