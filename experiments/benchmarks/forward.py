@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["smollm2", "llama-1b"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch", type=int, help="prompts a batch (default: 64, 16 for llama-1b)")
+    parser.add_argument("--batch", type=int, default=64, help="prompts a batch (default: 64)")
     options = parser.parse_args()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, "
@@ -163,8 +163,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             pre = smollm2() if name == "smollm2" else llama_1b(Path(scratch) / "pre")
             sft = perturbed(pre, Path(scratch) / "sft")
-            usual = 64 if name == "smollm2" else 16
-            bench(name, pre, sft, options.batch or usual, options.rounds)
+            bench(name, pre, sft, options.batch, options.rounds)
 
 
 if __name__ == "__main__":
