@@ -42,7 +42,7 @@ COLUMNS = (
 def position_grafts(
     source: str = "sft", entity: str = "first_entity", base: str | None = None
 ) -> dict[str, Graft]:
-    """The paper's position grafts (arXiv 2506.20746, section 4): where is the fact retrieved?
+    """The paper's position grafts (arXiv 2506.20746): where is the fact retrieved?
 
     `entity` (FE) is where enrichment would show, the last token (LT) where recall would; a
     complement grafts every other position, BOS included.
@@ -109,8 +109,8 @@ def evaluate(
         (the answer's first token), `rank` (1 is best), `prob`, `logprob` (nats), `top_tokens`,
         `top_probs`, `answer_logprob` (nats, whole answer), `logit_diff` (target minus the best
         distractor's first token; one that begins with the target itself is left out, NA where
-        none is left), and `reason`: why the prompt could not be
-        run, where all numbers are NA. `graftlens.stats.summarise` turns it into accuracies.
+        none is left), and `reason`: why the prompt could not be run, where all numbers are NA.
+        `graftlens.stats.summarise` turns it into accuracies.
 
     Raises:
         ValueError: no prompts or grafts; a graft that the model cannot run; a graft that fails on

@@ -463,7 +463,7 @@ class GraftedTransformer(HookedRootModule):
         Raises:
             PromptError: prompts that the graft cannot be applied to.
             ValueError: a source, component, layer or head that the model lacks, or a mask that was
-                resolved for a batch of another shape.
+                resolved for a batch of another shape or with prompts at other places.
         """
         if graft is None:
             graft = self.active.innermost or Graft()

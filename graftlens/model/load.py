@@ -255,7 +255,10 @@ def _read_adapter(name: str, folder: Path, base: Any) -> Source:
             f"source {name!r} is a PEFT adapter, which needs the package peft: "
             'pip install "graftlens[peft]".'
         ) from None
-    if isinstance(base, str | Path) and Path(base) == folder:
+    if isinstance(base, str | Path):
+        here = Path(base).expanduser()
+        base = str(here) if here.exists() else str(base)
+    if isinstance(base, str) and Path(base) == folder:
         raise PairError(
             f"source {name!r}, the base, is a PEFT adapter. Put the model that it adapts first: "
             '{"pre": base, "sft": adapter}.'
