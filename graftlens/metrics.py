@@ -1,47 +1,60 @@
 """What is measured of a next-token distribution. All logarithms are natural."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
-@dataclass(frozen=True)
-class NextToken:
-    """Measures of one target token under many distributions.
+@dataclass(frozen=True, eq=False)
+class NextTokens:
+    """What is kept of many next-token distributions.
 
     Attributes:
-        rank: 1 for the likeliest token; tokens with exactly the target's logit do not push it down.
-        logprob: in nats.
+        logits: of the tokens that were asked for.
+        logprobs: of the same tokens, in nats.
+        rank: of the first token asked for: 1 for the likeliest; tokens with exactly its logit do
+            not push it down.
         top_ids, top_logprobs: the k likeliest tokens, best first.
     """
 
-    rank: Int[Tensor, " prompt"]
-    logprob: Float[Tensor, " prompt"]
-    top_ids: Int[Tensor, "prompt k"]
-    top_logprobs: Float[Tensor, "prompt k"]
+    logits: Float[np.ndarray, "row target"]
+    logprobs: Float[np.ndarray, "row target"]
+    rank: Int[np.ndarray, " row"]
+    top_ids: Int[np.ndarray, "row k"]
+    top_logprobs: Float[np.ndarray, "row k"]
+
+    def rows(self, which: slice) -> "NextTokens":
+        """Some of the distributions."""
+        return NextTokens(*(getattr(self, f.name)[which] for f in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: Sequence["NextTokens"]) -> "NextTokens":
+        """One after another."""
+        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
 
 
-def next_token(
-    logits: Float[Tensor, "prompt d_vocab"], targets: Int[Tensor, " prompt"], k: int
-) -> NextToken:
-    """Rank, log-probability and the top k tokens, in float32.
+def next_tokens(
+    logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, "row target"], k: int
+) -> NextTokens:
+    """Measure distributions in float32 and bring what is kept to the host.
 
     Args:
-        logits: one distribution a prompt.
-        targets: the token to be measured.
+        logits: one distribution a row.
+        targets: the tokens to be measured in each row; `rank` is that of the first.
         k: how many of the likeliest tokens to keep; at most the vocabulary.
     """
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    own = logprobs.gather(1, targets[:, None])
-    top = logprobs.topk(min(k, logprobs.shape[1]), dim=-1)
-    return NextToken(
-        rank=(logprobs > own).sum(1) + 1,
-        logprob=own[:, 0],
-        top_ids=top.indices,
-        top_logprobs=top.values,
-    )
+    logits = logits.float()
+    wanted = logits.gather(1, targets)
+    rank = (logits > wanted[:, :1]).sum(1, dtype=torch.int32) + 1
+    # Five times as fast on a CPU as logsumexp, which would do.
+    logprobs = logits.log_softmax(-1)
+    top = logprobs.topk(min(k, logits.shape[1]), dim=-1)
+    kept = (wanted, logprobs.gather(1, targets), rank, top.indices, top.values)
+    return NextTokens(*(x.cpu().numpy() for x in kept))
 
 
 def sequence_logprob(

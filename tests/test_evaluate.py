@@ -11,7 +11,7 @@ from reference import sequential_graft
 
 from graftlens.evaluate import COLUMNS, evaluate, position_grafts
 from graftlens.graft import Graft
-from graftlens.metrics import next_token, sequence_logprob
+from graftlens.metrics import next_tokens, sequence_logprob
 from graftlens.prompts import Prompt
 
 TEMPLATES = {
@@ -57,7 +57,7 @@ def _choose(graft: Graft, positions: dict[str, set[int]], n: int) -> Callable[..
 
 def test_every_cell_is_what_the_sequential_algorithm_gives(llama: Tiny) -> None:
     prompts, grafts = _prompts(), position_grafts()
-    table = evaluate(llama.model, prompts, grafts, top_k=4, batch_size=4, progress=False)
+    table = evaluate(llama.model, prompts, grafts, top_k=4, row_budget=40, progress=False)
     assert list(table.columns) == list(COLUMNS)
     assert table[["prompt", "graft"]].values.tolist() == [
         [i, name] for i in range(len(prompts)) for name in grafts
@@ -156,10 +156,11 @@ def test_position_grafts_name_the_paper_s_places() -> None:
 
 def test_metrics_by_hand() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 0.0], [0.0, 3.0, 3.0, 1.0]])
-    found = next_token(logits, torch.tensor([2, 3]), k=9)
+    found = next_tokens(logits, torch.tensor([[2, 0], [3, 1]]), k=9)
     assert found.rank.tolist() == [2, 3], "a tie does not push the target down"
     z = math.exp(2) + 2 * math.e + 1
-    assert float(found.logprob[0]) == pytest.approx(1 - math.log(z))
+    assert found.logprobs[0].tolist() == pytest.approx([1 - math.log(z), 2 - math.log(z)])
+    assert found.top_logprobs[0, 0] == pytest.approx(2 - math.log(z))
     assert found.top_ids.shape == (2, 4), "no more than the vocabulary"
     assert found.top_ids[0, 0] == 0
     run = sequence_logprob(logits, torch.tensor([0, 1]))

@@ -22,6 +22,7 @@ from graftlens.components import Component
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture
 from graftlens.model.mask import Block, GraftMask, HeadSelection, Selection, uniform_source
+from graftlens.model.tree import TreeBatch, TreeGroup
 from graftlens.model.weights import Sourced, Weights, equal_sources
 
 C = Component
@@ -355,15 +356,33 @@ class Pass:
 
     Attributes:
         mask: which source every row uses at every site.
-        rotary: rotary kind -> (cos, sin), each [batch, pos, rotary_dim].
+        rotary: rotary kind -> (cos, sin), each [batch, pos, rotary_dim]; of a tree, tables that its
+            rows look their positions up in.
         order: which keys each query reads.
         cache: keys and values of earlier positions, or None.
+        tree: the rows of each layer, where the batch is a token tree.
     """
 
     mask: GraftMask
     rotary: dict[str | None, tuple[Tensor, Tensor]]
-    order: AttentionOrder
+    order: AttentionOrder | None = None
     cache: KeyValueCache | None = None
+    tree: TreeBatch | None = None
+
+    def rows(self, layer: int, resid: Tensor) -> tuple[Tensor, Tensor]:
+        """The residual rows that a layer goes on from, and those whose keys and values it makes.
+
+        They are the same but in a tree, where one row may go on in several ways, or be read only.
+        """
+        if self.tree is None:
+            return resid, resid
+        return self.tree[layer].split(resid)
+
+    def turned(self, layer: int, kind: str | None) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(cos, sin) of a layer's queries, and of its keys."""
+        if self.tree is None:
+            return self.rotary[kind], self.rotary[kind]
+        return self.tree[layer].turned(*self.rotary[kind])
 
 
 class Active:
@@ -461,21 +480,22 @@ class Attention(nn.Module):
     def forward(
         self,
         q_input: Float[Tensor, "batch pos *head d_model"],
-        k_input: Float[Tensor, "batch pos *kv_head d_model"],
-        v_input: Float[Tensor, "batch pos *kv_head d_model"],
+        k_input: Float[Tensor, "batch key_pos *kv_head d_model"],
+        v_input: Float[Tensor, "batch key_pos *kv_head d_model"],
         run: Pass,
     ) -> Float[Tensor, "batch pos d_model"]:
         arch, layer, mask = self.arch, self.layer, run.mask
         places = q_input.shape[:2]
-        shared = Gathered(q_input.flatten(0, 1)) if q_input is k_input is v_input else None
+        gathered: dict[int, Gathered] = {}
 
         def project(linear: HeadsOut, x: Tensor, component: Component) -> Tensor:
             chosen = mask[component, layer]
             if x.ndim == 4:
                 out = linear.split(x.flatten(0, 1), chosen)
             else:
-                out = linear(shared or Gathered(x.flatten(0, 1)), chosen)
-            return out.unflatten(1, (linear.n_heads, arch.d_head)).unflatten(0, places)
+                rows = gathered.setdefault(id(x), Gathered(x.flatten(0, 1)))
+                out = linear(rows, chosen)
+            return out.unflatten(1, (linear.n_heads, arch.d_head)).unflatten(0, x.shape[:2])
 
         q = self.hook_q(project(self.q, q_input, C.Q))
         k = self.hook_k(project(self.k, k_input, C.K))
@@ -486,13 +506,18 @@ class Attention(nn.Module):
         if arch.qkv_clip is not None:
             q, k, v = (t.clamp(-arch.qkv_clip, arch.qkv_clip) for t in (q, k, v))
         if arch.rotary_dim:
-            cos, sin = run.rotary[arch.rope_kinds[layer]]
-            q = self.hook_rot_q(rotate(q, cos, sin))
-            k = self.hook_rot_k(rotate(k, cos, sin))
+            of_queries, of_keys = run.turned(layer, arch.rope_kinds[layer])
+            q = self.hook_rot_q(rotate(q, *of_queries))
+            k = self.hook_rot_k(rotate(k, *of_keys))
         if run.cache is not None:
             k, v = run.cache.append(layer, k, v)
 
-        z = self.hook_z(self._attend(q, k, v, run))
+        if run.tree is None:
+            assert run.order is not None
+            z = self._attend(q, k, v, run.order)
+        else:
+            z = run.tree[layer].attend(q, k, v, self._attend)
+        z = self.hook_z(z)
         rows = z.flatten(0, 1)
         chosen = mask[C.O, layer]
         if self.flags.use_attn_result:
@@ -513,7 +538,7 @@ class Attention(nn.Module):
         q: Float[Tensor, "batch query head d_head"],
         k: Float[Tensor, "batch key kv_head d_head"],
         v: Float[Tensor, "batch key kv_head d_head"],
-        run: Pass,
+        order: AttentionOrder | TreeGroup,
     ) -> Float[Tensor, "batch query head d_head"]:
         arch = self.arch
         window, scale = arch.windows[self.layer], arch.attn_scales[self.layer]
@@ -521,7 +546,7 @@ class Attention(nn.Module):
         grouped = arch.n_heads != arch.n_kv_heads
         seen = self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()
         if not seen and arch.attn_softcap is None:
-            attn_mask, is_causal = run.order.kernel(window)
+            attn_mask, is_causal = order.kernel(window)
             z = F.scaled_dot_product_attention(
                 q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
             )
@@ -531,7 +556,7 @@ class Attention(nn.Module):
         scores = (q @ k.transpose(-1, -2)) * scale
         if arch.attn_softcap is not None:
             scores = torch.tanh(scores / arch.attn_softcap) * arch.attn_softcap
-        scores = self.hook_attn_scores(scores.masked_fill(~run.order[window], -torch.inf))
+        scores = self.hook_attn_scores(scores.masked_fill(~order[window], -torch.inf))
         # HookedTransformer's order: softmax in float32 for narrow dtypes, as Hugging Face has it.
         pattern = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         pattern = self.hook_pattern(pattern.to(v.dtype))
@@ -714,9 +739,9 @@ class TransformerBlock(nn.Module):
 
     def forward(
         self, resid_pre: Float[Tensor, "batch pos d_model"], run: Pass
-    ) -> Float[Tensor, "batch pos d_model"]:
-        resid_pre = self.hook_resid_pre(resid_pre)
-        attn_out = self.attn(*self._attention_inputs(resid_pre, run), run)
+    ) -> Float[Tensor, "batch pos_after d_model"]:
+        resid_pre, read = run.rows(self.layer, self.hook_resid_pre(resid_pre))
+        attn_out = self.attn(*self._attention_inputs(resid_pre, read, run), run)
         if self.arch.post_norms:
             attn_out = self._norm("ln1_post", attn_out, run)
         attn_out = self.hook_attn_out(attn_out)
@@ -730,9 +755,19 @@ class TransformerBlock(nn.Module):
             return self.hook_resid_post(mlp_out + attn_out + resid_pre)
         return self.hook_resid_post(resid_mid + mlp_out)
 
-    def _attention_inputs(self, resid: Tensor, run: Pass) -> tuple[Tensor, Tensor, Tensor]:
+    def _attention_inputs(
+        self, resid: Tensor, read: Tensor, run: Pass
+    ) -> tuple[Tensor, Tensor, Tensor]:
         def norm(x: Tensor) -> Tensor:
             return self._norm("ln1", x, run) if self.arch.pre_norms else x
+
+        if run.tree is not None:
+            x = norm(resid)
+            if read is resid:
+                return x, x, x
+            if self.arch.pre_norms:
+                read = self.ln1(read, run.tree[self.layer].key_norm)
+            return x, read, read
 
         def per_head(n_heads: int) -> Tensor:
             return resid[:, :, None].expand(-1, -1, n_heads, -1).clone()

@@ -2,11 +2,11 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -40,10 +40,12 @@ from graftlens.model.forward import (
 )
 from graftlens.model.inputs import Batch, Padding, collate, from_tokens
 from graftlens.model.mask import GraftMask, Selection, plain, resolve, uniform_source
-from graftlens.model.weights import Sourced, Weights
+from graftlens.model.tree import TreeBatch, TreeShape
+from graftlens.model.weights import Sourced, Weights, equal_sources
 from graftlens.prompts import Prompt, Tokenized, encode, tokenize
 
 C = Component
+T = TypeVar("T")
 
 #: What a run can be given: token tensors, texts, prompts, or a batch made of them.
 Input = Int[Tensor, "batch pos"] | Int[Tensor, " pos"] | str | Prompt | Sequence[Any] | Batch
@@ -180,6 +182,7 @@ class GraftedTransformer(HookedRootModule):
         model_name: str = "",
         end_tokens: Sequence[int] = (),
         pad_token: int | None = None,
+        hf_config: Any = None,
     ) -> None:
         """Put a model together from checked parts; `from_pretrained` checks them.
 
@@ -192,8 +195,10 @@ class GraftedTransformer(HookedRootModule):
             model_name: what the config calls the model.
             end_tokens, pad_token: token ids that end a generation and that fill up after its end,
                 as the base's own settings name them.
+            hf_config: the base's Hugging Face config, for checks against Hugging Face's forward.
         """
         super().__init__()
+        self.hf_config = hf_config
         self.end_tokens, self.pad_token = tuple(end_tokens), pad_token
         self.arch = arch
         self.sources = tuple(weights)
@@ -338,10 +343,7 @@ class GraftedTransformer(HookedRootModule):
                 f"{self.arch.n_ctx}. Shorten it."
             )
         positions = torch.from_numpy(counts).to(tokens.device, non_blocking=True)
-        resid = self.hook_embed(self.embed(tokens, plain(mask[C.EMBED, None])))
-        if self.arch.rotary_dim == 0:
-            offsets = self.pos_embed(positions, plain(mask[C.POS_EMBED, None]))
-            resid = resid + self.hook_pos_embed(offsets)
+        resid = self._embedded(tokens, positions, mask)
         keys = batch.real if past is None else np.concatenate([past, batch.real], axis=1)
         order = AttentionOrder(keys, counts.shape[1], tokens.device)
         run = Pass(mask, self._rotary_tables(resid, positions, counts), order, cache)
@@ -350,6 +352,72 @@ class GraftedTransformer(HookedRootModule):
         for block in self.blocks[:stop]:
             resid = block(resid, run)
         return resid
+
+    def _embedded(
+        self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], mask: GraftMask
+    ) -> Float[Tensor, "batch pos d_model"]:
+        resid = self.hook_embed(self.embed(tokens, plain(mask[C.EMBED, None])))
+        if self.arch.rotary_dim:
+            return resid
+        offsets = self.pos_embed(positions, plain(mask[C.POS_EMBED, None]))
+        return resid + self.hook_pos_embed(offsets)
+
+    @torch.no_grad()
+    def tree_logits(
+        self, tree: TreeBatch, keep: Callable[[Tensor, slice], T], rows: int = 256
+    ) -> list[T]:
+        """What `keep` makes of a token tree's logits, which are never all there at once.
+
+        Args:
+            tree: the trees to run.
+            keep: called with logits [row, d_vocab] and which of the final rows they are, in order.
+            rows: how many rows are unembedded at a time.
+
+        Raises:
+            ValueError: hooks are attached, which a tree's rows do not fit.
+        """
+        hooked = [name for name, hook in self.hook_dict.items() if hook.has_hooks()]
+        if hooked:
+            raise ValueError(
+                f"hooks are attached at {', '.join(hooked[:3])}{' …' if len(hooked) > 3 else ''}, "
+                "but a sweep's rows are no [batch, pos]: what a hook changed there would not mean "
+                "what it means in a run. Remove them (model.reset_hooks()), or run the grafts one "
+                "by one with model.run_with_hooks(…)."
+            )
+        shape = tree.shape
+        with self.active.run(shape.mask):
+            resid = self._embedded(tree.tokens, shape.positions, shape.mask)
+            run = Pass(shape.mask, self._tables_of_tree(resid, shape), tree=tree)
+            for block in self.blocks:
+                resid = block(resid, run)
+        final = resid.index_select(1, shape.final_rows)
+        kept = []
+        for start in range(0, final.shape[1], rows):
+            stop = min(start + rows, final.shape[1])
+            mask = shape.output_mask.pick(np.arange(start, stop)[None])
+            kept.append(keep(self._logits(final[:, start:stop], mask)[0], slice(start, stop)))
+        return kept
+
+    def _tables_of_tree(
+        self, like: Tensor, shape: TreeShape
+    ) -> dict[str | None, tuple[Tensor, Tensor]]:
+        """The rotary tables of every length that the tree has, one after another."""
+        if self.rotary is None:
+            return {}
+        found: dict[str | None, list[tuple[Tensor, Tensor]]] = {}
+        for total in shape.tables:
+            # 0 is what all texts share, where tables depend on the length those within its limit.
+            length = total or min(shape.longest, self.arch.rope_limit or shape.longest)
+            counts = np.arange(length)[None]
+            positions = torch.from_numpy(counts).to(like.device, non_blocking=True)
+            for kind, tables in self._rotary_tables(like, positions, counts).items():
+                missing = (0, 0, 0, shape.longest - length)
+                cos, sin = (F.pad(table, missing) for table in tables)
+                found.setdefault(kind, []).append((cos, sin))
+        return {
+            kind: (torch.cat([c for c, _ in parts], 1), torch.cat([s for _, s in parts], 1))
+            for kind, parts in found.items()
+        }
 
     def _logits(
         self, resid: Float[Tensor, "batch pos d_model"], mask: GraftMask
@@ -745,6 +813,16 @@ class GraftedTransformer(HookedRootModule):
         return self.end_tokens or (() if known is None else (int(known),))
 
     # -- weights ---------------------------------------------------------------------------------
+
+    def equal_sources(self, component: Component, layer: int | None) -> tuple[int, ...]:
+        """For each source, the first source with the same tensors of a component in a layer."""
+        block = self if layer is None else self.blocks[layer]
+        for owner in (block, getattr(block, "attn", None), getattr(block, "mlp", None)):
+            part = getattr(owner, component.value, None) if owner is not None else None
+            if part is not None:
+                part = getattr(part, "linear", part)
+                return equal_sources(part.weight, getattr(part, "bias", None))
+        raise ValueError(f"{self.arch.family} has no {component} in layer {layer}.")
 
     def stored(self) -> Iterator[Sourced]:
         """Every weight of the model once, with its sources."""

@@ -148,12 +148,54 @@ def load(
         model_name=base.origin,
         end_tokens=base.end_tokens,
         pad_token=base.pad_token,
+        hf_config=base.config,
     )
     model.to(target)
     worst = _probe(model, read, wanted) if check else None
     if verbose:
         print(_line(model, worst))
     return model
+
+
+def preview(
+    sources: Mapping[str, str | Path], tokenizer: str | Path | None = None
+) -> tuple[Architecture, Any]:
+    """The architecture and tokenizer that `load` would find, without reading any weight.
+
+    Args:
+        sources: name -> hub id, checkpoint folder or PEFT adapter folder, the base first.
+        tokenizer: where to load a tokenizer from; otherwise the sources' own.
+
+    Returns:
+        The architecture, and the tokenizer or None where no source brings one.
+
+    Raises:
+        PairError: a source that is not there, or sources whose architecture or tokenizers differ.
+        ValueError: a source's name that the text form of grafts could not hold.
+        UnsupportedArchitectureError: a family or option that is not exactly supported.
+    """
+    _check_names(sources)
+    read: list[Source] = []
+    for name, given in sources.items():
+        folder = Path(given).expanduser()
+        if (folder / "adapter_config.json").is_file():
+            if not read:
+                _read_adapter(name, folder, folder)  # says that the base cannot be one
+            continue
+        path = str(folder) if folder.exists() else str(given)
+        config = _config(name, path)
+        config = config.get_text_config() if config.model_type == "gemma3" else config
+        empty = Source(name, path, architecture(config), {}, None, _tokenizer(path), _unread)
+        read.append(replace(empty, config=config))
+    for source in read:
+        _check_pair(read[0], source)
+    return read[0].arch, _shared_tokenizer(read, tokenizer)
+
+
+def _unread(
+    tokens: Int[Tensor, "batch pos"], dtype: torch.dtype
+) -> Float[Tensor, "batch pos d_vocab"]:
+    raise AssertionError("a preview has no weights to run")
 
 
 def _check_names(sources: Mapping[str, Any]) -> None:
@@ -201,25 +243,10 @@ def _read(name: str, given: Any, base: Any) -> Source:
 
 
 def _read_checkpoint(name: str, path: str) -> Source:
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise PairError(
-            f"source {name!r}: folder {path} has no config.json, so it is no checkpoint. "
-            "Give the folder that save_pretrained wrote."
-        )
-    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise PairError(f"source {name!r}: there is no folder {path}.")
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise PairError(f"source {name!r}: {path} could not be loaded. {error}") from error
-    except ValueError as error:
-        raise UnsupportedArchitectureError(
-            f"source {name!r}: the config of {path} was not understood ({error}). "
-            f"Supported: {' '.join(FAMILIES)}."
-        ) from error
+    config = _config(name, path)
     multimodal = config.model_type == "gemma3"
     architecture(config.get_text_config() if multimodal else config)
     if multimodal:
@@ -245,6 +272,29 @@ def _read_checkpoint(name: str, path: str) -> Source:
                 f"{' …' if len(names) > 5 else ''}. graftlens refuses what it cannot run exactly."
             )
     return replace(_read_transformers(name, model, path, copied=False), tokenizer=_tokenizer(path))
+
+
+def _config(name: str, path: str) -> Any:
+    """A checkpoint's Hugging Face config, without its weights."""
+    from transformers import AutoConfig
+
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise PairError(
+            f"source {name!r}: folder {path} has no config.json, so it is no checkpoint. "
+            "Give the folder that save_pretrained wrote."
+        )
+    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        raise PairError(f"source {name!r}: there is no folder {path}.")
+    try:
+        return AutoConfig.from_pretrained(path)
+    except OSError as error:
+        raise PairError(f"source {name!r}: {path} could not be loaded. {error}") from error
+    except ValueError as error:
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: the config of {path} was not understood ({error}). "
+            f"Supported: {' '.join(FAMILIES)}."
+        ) from error
 
 
 def _read_adapter(name: str, folder: Path, base: Any) -> Source:

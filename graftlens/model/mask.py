@@ -186,7 +186,7 @@ def resolve(
             nothing selected), with the prompt's number.
         ValueError: a source, component, layer or head that the model does not have.
     """
-    plans = [_sites_of(rule, arch, sources) for rule in graft.rules]
+    plans = [sites_of(rule, arch, sources) for rule in graft.rules]
     places = [_rows_of(rule, batch) for rule in graft.rules]
     real = batch.real.reshape(-1)
     made: dict[object, Selection | HeadSelection] = {}
@@ -204,7 +204,7 @@ def resolve(
                 selected = slice(None) if heads is None else list(heads)
                 source = sources.index(graft.rules[i].source)
                 choice[selected] = np.where(places[i], np.int8(source), choice[selected])
-            made[key] = _grouped(choice, real, base)
+            made[key] = grouped(choice, real, base)
         return made[key]
 
     layers: list[int | None] = [None, *range(arch.n_layers)]
@@ -224,13 +224,13 @@ def uniform_source(
     """The one source that a site uses in every prompt, or None where positions may differ."""
     source: int | None = 0
     for rule in graft.rules:
-        if site in _sites_of(rule, arch, sources):
+        if site in sites_of(rule, arch, sources):
             everywhere = rule.at == Span("all") and rule.heads is None
             source = sources.index(rule.source) if everywhere else None
     return source
 
 
-def _grouped(
+def grouped(
     choice: Int8[np.ndarray, "heads rows"], real: Bool[np.ndarray, " rows"], base: int
 ) -> Selection | HeadSelection:
     distinct, group_of = np.unique(choice, axis=0, return_inverse=True)
@@ -245,7 +245,7 @@ def _grouped(
     return HeadSelection(groups, Selection(whole, real))
 
 
-def _sites_of(rule: Rule, arch: Architecture, sources: Sequence[str]) -> frozenset[Site]:
+def sites_of(rule: Rule, arch: Architecture, sources: Sequence[str]) -> frozenset[Site]:
     if rule.source not in sources:
         raise ValueError(
             f"rule {str(rule)!r}: no source {rule.source!r}. This model has: {' '.join(sources)}."

@@ -1,0 +1,433 @@
+"""Token trees: many grafts of one prompt in one forward pass, each distinct row computed once.
+
+A `TokenTree` says, for prompts of one structure, which rows each layer computes. It is made by the
+sweep's planner and holds no tensors and no tokens. `TreeBatch` lays trees of several prompts out
+one after another, [1, rows], as index tensors for the forward.
+
+A layer reads the residual rows that entered it in two ways. A *query row* is a row that goes on to
+the next layer; one residual row may go on as several, where grafts begin to differ. A *key row* is
+a row whose keys and values are read. Rows that nothing reads are not there: in the last layer only
+scored positions have query rows.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int8
+from torch import Tensor
+
+from graftlens.components import Component
+from graftlens.graft import Graft
+from graftlens.model.mask import GraftMask, HeadSelection, Selection, Site, grouped
+
+C = Component
+
+#: Components whose source is chosen per key row; ln1 is chosen for both kinds of row.
+KEY_SIDE = (C.LN1, C.K, C.K_NORM, C.V)
+#: Components whose source is chosen per query row.
+QUERY_SIDE = (
+    *(C.LN1, C.Q, C.Q_NORM, C.O, C.LN1_POST),
+    *(C.LN2, C.MLP_IN, C.MLP_GATE, C.MLP_OUT, C.LN2_POST),
+)
+INPUT_SIDE = (C.EMBED, C.POS_EMBED)
+OUTPUT_SIDE = (C.LN_FINAL, C.UNEMBED)
+
+
+class Choices:
+    """A numbered list of ways to choose sources for some components; a row names one by number.
+
+    Attributes:
+        slots: (component, head) of each entry of a choice; the head is None where a component is
+            chosen as a whole.
+    """
+
+    def __init__(self, slots: Sequence[tuple[Component, int | None]]) -> None:
+        self.slots = tuple(slots)
+        self._numbers: dict[bytes, int] = {}
+        self._known: list[Int8[np.ndarray, " slot"]] = []
+
+    def number(self, choice: Int8[np.ndarray, " slot"]) -> int:
+        """The number of a choice; a new one is added."""
+        key = choice.tobytes()
+        if key not in self._numbers:
+            self._numbers[key] = len(self._known)
+            self._known.append(choice.copy())
+        return self._numbers[key]
+
+    def selections(
+        self, numbers: Int[np.ndarray, " row"]
+    ) -> dict[Component, Selection | HeadSelection]:
+        """Per component, which source each row uses; components that agree share a selection."""
+        used, of_row = np.unique(numbers, return_inverse=True)
+        table = np.stack([self._known[n] for n in used], axis=1)
+        real = np.ones(len(numbers), dtype=bool)
+        made: dict[bytes, Selection | HeadSelection] = {}
+        chosen: dict[Component, Selection | HeadSelection] = {}
+        for component, places in self._places.items():
+            here = table[places]
+            key = here.tobytes()
+            if key not in made:
+                rows = here[:, of_row]
+                made[key] = (
+                    Selection(rows[0], real) if len(rows) == 1 else grouped(rows, real, base=0)
+                )
+            chosen[component] = made[key]
+        return chosen
+
+    @cached_property
+    def _places(self) -> dict[Component, list[int]]:
+        """Component -> its entries in a choice."""
+        places: dict[Component, list[int]] = {}
+        for place, (component, _) in enumerate(self.slots):
+            places.setdefault(component, []).append(place)
+        return places
+
+
+def slots_of(
+    side: Sequence[Component],
+    present: Sequence[Component],
+    by_head: Mapping[Component, int],
+) -> list[tuple[Component, int | None]]:
+    """The entries of a choice on one side; `by_head` gives the heads of components cut by head."""
+    return [
+        (component, head)
+        for component in side
+        if component in present
+        for head in (range(by_head[component]) if component in by_head else (None,))
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class Readers:
+    """Query rows that read the same list of key rows, each those that come before it.
+
+    Attributes:
+        keys: key rows of each group, one column a node of the tree; any row where `seen` is False.
+        queries: query rows of each group, -1 where a group has fewer.
+        seen: which of its group's keys each query row reads.
+    """
+
+    keys: Int[np.ndarray, "group node"]
+    queries: Int[np.ndarray, "group slot"]
+    seen: Bool[np.ndarray, "group slot node"]
+
+
+@dataclass(frozen=True, eq=False)
+class TreeLayer:
+    """The rows of one layer. `queries` and `keys` are numbers of residual rows that enter it."""
+
+    entering: int
+    queries: Int[np.ndarray, " query"]
+    query_nodes: Int[np.ndarray, " query"]
+    query_choices: Int[np.ndarray, " query"]
+    keys: Int[np.ndarray, " key"]
+    key_nodes: Int[np.ndarray, " key"]
+    key_choices: Int[np.ndarray, " key"]
+    readers: tuple[Readers, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class TokenTree:
+    """Which rows each layer computes for some grafts of one prompt; holds no tokens.
+
+    Attributes:
+        parents: per node, the node before it, -1 at the first; a node is one token in one place.
+        depths: per node, its position in the text.
+        totals: per node, the length of the text whose rotary tables it uses; 0 where all are one.
+        embed_nodes, embed_choices: per residual row that enters layer 0.
+        layers: the rows of each layer; equal neighbours are one object.
+        final_rows, final_choices, final_nodes: per row of logits, the residual row it is read from.
+        scored: the nodes that logits are wanted at.
+        outputs: [scored node, graft] -> row of logits.
+    """
+
+    parents: tuple[int, ...]
+    depths: Int[np.ndarray, " node"]
+    totals: Int[np.ndarray, " node"]
+    embed_nodes: Int[np.ndarray, " row"]
+    embed_choices: Int[np.ndarray, " row"]
+    layers: tuple[TreeLayer, ...]
+    final_rows: Int[np.ndarray, " final"]
+    final_choices: Int[np.ndarray, " final"]
+    final_nodes: Int[np.ndarray, " final"]
+    scored: tuple[int, ...]
+    outputs: Int[np.ndarray, "scored graft"]
+
+    @cached_property
+    def layer_rows(self) -> int:
+        """Query rows of all layers together: one row of a plain forward is one in every layer."""
+        return sum(len(layer.queries) for layer in self.layers)
+
+    @cached_property
+    def peak(self) -> int:
+        """The most rows that one layer holds."""
+        return max(max(len(l.queries), len(l.keys), l.entering) for l in self.layers)
+
+
+@dataclass(frozen=True)
+class Sides:
+    """The choices that the numbers in trees stand for, and the sources they choose from."""
+
+    sources: tuple[str, ...]
+    input: Choices
+    key: Choices
+    query: Choices
+    output: Choices
+
+
+class TreeGroup:
+    """Readers of one size on the device; stands where `AttentionOrder` does in a plain batch."""
+
+    def __init__(self, parts: Sequence[Readers], device: torch.device) -> None:
+        width = max(part.keys.shape[1] for part in parts)
+
+        def wide(x: np.ndarray, fill: Any) -> np.ndarray:
+            missing = width - x.shape[-1]
+            pad = [(0, 0)] * (x.ndim - 1) + [(0, missing)]
+            return np.pad(x, pad, constant_values=fill) if missing else x
+
+        queries = np.concatenate([part.queries for part in parts])
+        seen = np.concatenate([wide(part.seen, False) for part in parts])
+        filled = queries.reshape(-1) >= 0
+        self.full = bool(filled.all())
+
+        def there(x: np.ndarray) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
+
+        # A slot that no query fills reads any key, so that no row of the softmax is empty.
+        seen[:, :, 0] |= ~filled.reshape(queries.shape)
+        self.keys = there(np.concatenate([wide(part.keys, 0) for part in parts]))
+        self.queries = there(np.maximum(queries, 0))
+        self.rows = there(queries.reshape(-1)[filled])
+        self.filled = None if self.full else there(np.flatnonzero(filled))
+        self.seen = there(seen[:, None])
+
+    def __getitem__(self, window: int | None) -> Bool[Tensor, "group 1 slot node"]:
+        """True where a query reads a key; the planner has counted the window in."""
+        return self.seen
+
+    def kernel(self, window: int | None) -> tuple[Tensor, bool]:
+        """(attn_mask, is_causal) for `scaled_dot_product_attention`."""
+        return self.seen, False
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, TreeGroup], Tensor]
+
+
+class LayerRows:
+    """One layer of a `TreeBatch`: its index tensors, and how the forward uses them."""
+
+    def __init__(
+        self,
+        parts: Sequence[tuple[TreeLayer, int]],
+        sides: Sides,
+        places: Sequence[Int[np.ndarray, " _node"]],
+        device: torch.device,
+    ) -> None:
+        """`parts` are layers of trees, each with how many prompts have it; `places` says which row
+        of the rotary tables each of a tree's nodes uses.
+        """
+
+        def there(x: np.ndarray) -> Tensor:
+            return torch.from_numpy(x).to(device, non_blocking=True)
+
+        def laid_out(rows: str) -> Int[np.ndarray, " row"]:
+            out, start = [], 0
+            for layer, count in parts:
+                own = np.asarray(getattr(layer, rows), dtype=np.int64)
+                out.append((start + layer.entering * np.arange(count)[:, None] + own).reshape(-1))
+                start += layer.entering * count
+            return np.concatenate(out)
+
+        def repeated(rows: str) -> np.ndarray:
+            return np.concatenate([np.tile(getattr(layer, rows), count) for layer, count in parts])
+
+        def positions(rows: str) -> Tensor:
+            found = [
+                np.tile(place[getattr(layer, rows)], count)
+                for (layer, count), place in zip(parts, places, strict=True)
+            ]
+            return there(np.concatenate(found).astype(np.int64))
+
+        queries, keys = laid_out("queries"), laid_out("keys")
+        entering = sum(layer.entering * count for layer, count in parts)
+
+        def unless_all(rows: np.ndarray) -> Tensor | None:
+            return None if np.array_equal(rows, np.arange(entering)) else there(rows)
+
+        self.n_queries, self.n_keys = len(queries), len(keys)
+        # A residual row that goes on in two ways may be read in two ways that stand in other order.
+        self.same = np.array_equal(queries, keys) and len(np.unique(queries)) == len(queries)
+        self.queries = unless_all(queries)
+        self.keys = self.queries if self.same else unless_all(keys)
+        self.query_places = positions("query_nodes")
+        self.key_places = self.query_places if self.same else positions("key_nodes")
+        self.chosen = sides.query.selections(repeated("query_choices"))
+        of_keys = sides.key.selections(repeated("key_choices"))
+        self.key_norm = of_keys.pop(C.LN1, None)
+        self.chosen |= self._as_queries(of_keys) if self.same else of_keys
+        self.groups = [TreeGroup(readers, device) for readers in self._by_size(parts)]
+
+    def _as_queries(
+        self, of_keys: dict[Component, Selection | HeadSelection]
+    ) -> dict[Component, Selection | HeadSelection]:
+        """Where both kinds of row are the same, equal selections become one object, so that the
+        rows of a source are gathered once.
+        """
+        known = [s for s in self.chosen.values() if isinstance(s, Selection)]
+
+        def shared(chosen: Selection | HeadSelection) -> Selection | HeadSelection:
+            if isinstance(chosen, Selection):
+                for other in known:
+                    if np.array_equal(other.choice, chosen.choice):
+                        return other
+            return chosen
+
+        return {component: shared(chosen) for component, chosen in of_keys.items()}
+
+    @staticmethod
+    def _by_size(parts: Sequence[tuple[TreeLayer, int]]) -> Iterator[list[Readers]]:
+        sizes: dict[int, list[Readers]] = {}
+        queries = keys = 0
+        for layer, count in parts:
+            of_prompt = np.arange(count)[:, None, None]
+            for readers in layer.readers:
+                own = np.where(
+                    readers.queries < 0,
+                    -1,
+                    readers.queries + queries + len(layer.queries) * of_prompt,
+                )
+                sizes.setdefault(readers.queries.shape[1], []).append(
+                    Readers(
+                        (readers.keys + keys + len(layer.keys) * of_prompt).reshape(
+                            -1, readers.keys.shape[1]
+                        ),
+                        own.reshape(-1, readers.queries.shape[1]),
+                        np.tile(readers.seen, (count, 1, 1)),
+                    )
+                )
+            queries += len(layer.queries) * count
+            keys += len(layer.keys) * count
+        yield from sizes.values()
+
+    def split(self, resid: Float[Tensor, "1 row d_model"]) -> tuple[Tensor, Tensor]:
+        """The query rows and the key rows; one tensor where they are the same."""
+
+        def taken(rows: Tensor | None) -> Tensor:
+            return resid if rows is None else resid.index_select(1, rows)
+
+        queries = taken(self.queries)
+        return queries, queries if self.same else taken(self.keys)
+
+    def turned(self, cos: Tensor, sin: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+        """(cos, sin) of the query rows and of the key rows, looked up in [1, place, dim]."""
+        queries = (cos[:, self.query_places], sin[:, self.query_places])
+        if self.same:
+            return queries, queries
+        return queries, (cos[:, self.key_places], sin[:, self.key_places])
+
+    def attend(
+        self,
+        q: Float[Tensor, "1 query head d_head"],
+        k: Float[Tensor, "1 key kv_head d_head"],
+        v: Float[Tensor, "1 key kv_head d_head"],
+        attend: Attend,
+    ) -> Float[Tensor, "1 query head d_head"]:
+        """Attention of each group of query rows over the key rows that it reads."""
+        z = torch.empty_like(q)
+        for group in self.groups:
+            part = attend(q[0][group.queries], k[0][group.keys], v[0][group.keys], group)
+            rows = part.flatten(0, 1)
+            rows = rows if group.filled is None else rows.index_select(0, group.filled)
+            z[0].index_copy_(0, group.rows, rows)
+        return z
+
+
+class TreeShape:
+    """Trees of several prompts, one after another: all that does not depend on tokens.
+
+    Attributes:
+        positions: [1, row] positions of the rows that enter layer 0.
+        tables: the rotary tables that are needed: lengths of texts, 0 where all are one.
+        longest: the number of positions that each table has.
+        layers: the rows of each layer.
+        mask: which source each row of each site uses.
+        final_rows: rows after the last layer that are read as logits.
+        output_mask: which source each of these uses at `ln_final` and `unembed`.
+    """
+
+    def __init__(
+        self, trees: Sequence[tuple[TokenTree, int]], sides: Sides, device: torch.device
+    ) -> None:
+        """`trees` are trees, each with how many prompts have this structure."""
+        self.trees, self.device = tuple(trees), device
+
+        def there(x: np.ndarray) -> Tensor:
+            return torch.from_numpy(x.astype(np.int64)).to(device, non_blocking=True)
+
+        self.tables = sorted({int(t) for tree, _ in trees for t in np.unique(tree.totals)})
+        self.longest = max(int(tree.depths.max()) + 1 for tree, _ in trees)
+        places = [
+            np.searchsorted(self.tables, tree.totals) * self.longest + tree.depths
+            for tree, _ in trees
+        ]
+        self.positions = there(
+            np.concatenate([np.tile(tree.depths[tree.embed_nodes], n) for tree, n in trees])[None]
+        )
+        made: dict[tuple[int, ...], LayerRows] = {}
+        self.layers: list[LayerRows] = []
+        sites: dict[Site, Selection | HeadSelection] = {}
+        for index in range(len(trees[0][0].layers)):
+            parts = [(tree.layers[index], count) for tree, count in trees]
+            key = tuple(id(layer) for layer, _ in parts)
+            if key not in made:
+                made[key] = LayerRows(parts, sides, places, device)
+            self.layers.append(made[key])
+            sites |= {(c, index): chosen for c, chosen in made[key].chosen.items()}
+
+        def of_rows(choices: Choices, rows: str) -> dict[Site, Selection | HeadSelection]:
+            numbers = np.concatenate([np.tile(getattr(tree, rows), n) for tree, n in trees])
+            return {(c, None): chosen for c, chosen in choices.selections(numbers).items()}
+
+        sites |= of_rows(sides.input, "embed_choices")
+        self.mask = GraftMask(Graft(), sides.sources, (1, self.positions.shape[1]), sites)
+        finals, start = [], 0
+        for tree, count in trees:
+            width = len(tree.layers[-1].queries)
+            finals.append((start + width * np.arange(count)[:, None] + tree.final_rows).reshape(-1))
+            start += width * count
+        self.final_rows = there(np.concatenate(finals))
+        output = of_rows(sides.output, "final_choices")
+        self.output_mask = GraftMask(Graft(), sides.sources, (1, len(self.final_rows)), output)
+
+
+@dataclass(frozen=True, eq=False)
+class TreeBatch:
+    """Trees with their tokens, ready for the forward.
+
+    Attributes:
+        shape: the rows of every layer.
+        tokens: token ids of the rows that enter layer 0.
+    """
+
+    shape: "TreeShape"
+    tokens: Int[Tensor, "1 row"]
+
+    @classmethod
+    def of(
+        cls, shape: "TreeShape", tokens: Sequence[Int[np.ndarray, "_prompt _node"]]
+    ) -> "TreeBatch":
+        """`tokens` are those of each tree's nodes, for the prompts that have this structure."""
+        rows = [
+            ids[:, tree.embed_nodes].reshape(-1)
+            for (tree, _), ids in zip(shape.trees, tokens, strict=True)
+        ]
+        ids = torch.from_numpy(np.concatenate(rows).astype(np.int64)[None])
+        return cls(shape, ids.to(shape.device, non_blocking=True))
+
+    def __getitem__(self, layer: int) -> LayerRows:
+        return self.shape.layers[layer]

@@ -1,0 +1,41 @@
+"""How much memory a sweep may use, and what to do when it runs out."""
+
+import gc
+
+import psutil
+import torch
+
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.sweep.planner import row_bytes
+
+#: Rows a pass beyond which nothing gets faster; smaller passes lose less when memory runs out.
+ENOUGH_ROWS = {"cpu": 4096, "cuda": 65536}
+#: Share of the free memory that activations may take by the estimate.
+SHARE = 0.5
+
+
+def affordable_rows(model: GraftedTransformer) -> int:
+    """Token rows that a forward pass may hold, from the memory that is free now."""
+    device = torch.device(model.cfg.device)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+    else:
+        free = psutil.virtual_memory().available
+    per_row = row_bytes(model.arch, model.cfg.dtype.itemsize)
+    enough = ENOUGH_ROWS.get(device.type, ENOUGH_ROWS["cpu"])
+    return max(1, min(enough, int(SHARE * free / per_row)))
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the host."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return "can't allocate memory" in text or "out of memory" in text
+
+
+def free_memory(device: torch.device | str) -> None:
+    """Give back what a failed pass held."""
+    gc.collect()
+    if torch.device(device).type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,633 @@
+"""Which rows a sweep needs: every distinct (layer, position, everything upstream) once.
+
+All grafts of a prompt are laid over one another. Going up the layers, each (node, graft) gets the
+number of its residual row; two have the same number exactly if nothing that feeds the row differs:
+the sources of every component at this position and below, and the keys and values that it attends
+to. Numbers are made by sorting pairs of numbers, so they are exact, and vectorised over grafts.
+
+A row's *structure* is all that this depends on besides the grafts: where the spans lie, how answers
+and distractors branch. Prompts of equal structure share one plan.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from jaxtyping import Bool, Int, Int8
+
+from graftlens.components import HEAD_COMPONENTS, Component, expand_components
+from graftlens.graft import At, Graft, Rule
+from graftlens.model.arch import Architecture
+from graftlens.model.mask import Site, select, sites_of
+from graftlens.model.tree import (
+    INPUT_SIDE,
+    KEY_SIDE,
+    OUTPUT_SIDE,
+    QUERY_SIDE,
+    Choices,
+    Readers,
+    Sides,
+    TokenTree,
+    TreeLayer,
+    slots_of,
+)
+from graftlens.prompts import PromptError, Tokenized
+
+#: Layer rows of the trees that a planner keeps for prompts to come, some 100 bytes each.
+KEPT_ROWS = 4_000_000
+
+#: A site -> for each source, the first source with the same tensors there.
+EqualAt = Callable[[Component, int | None], tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Branches:
+    """A prompt with what may follow it, as a tree of tokens.
+
+    Attributes:
+        tokens: the token of each node; the prompt's own come first.
+        parents: the node before each, -1 at the first.
+        totals: per node, the length of its text where rotary tables depend on it, else 0.
+        columns: per node, its position in the prompt; those that follow it all count as the
+            position behind its end.
+        paths: per continuation, the nodes that predict its tokens.
+    """
+
+    tokens: tuple[int, ...]
+    parents: tuple[int, ...]
+    totals: tuple[int, ...]
+    columns: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(
+        cls,
+        prompt: Sequence[int],
+        continuations: Sequence[Sequence[int]],
+        rope_limit: int | None = None,
+    ) -> "Branches":
+        """Texts that begin alike share nodes, unless their length changes their rotary tables."""
+        nodes: dict[tuple[int, int, int], int] = {}
+        columns: list[int] = []
+        paths = []
+        for continuation in continuations:
+            text = [*prompt, *continuation[:-1]]
+            total = len(text) if rope_limit is not None and len(text) > rope_limit else 0
+            node, path = -1, []
+            for place, token in enumerate(text):
+                key = (node, token, total)
+                if key not in nodes:
+                    nodes[key] = len(nodes)
+                    columns.append(min(place, len(prompt)))
+                node = nodes[key]
+                if place >= len(prompt) - 1:
+                    path.append(node)
+            paths.append(tuple(path))
+        parents, tokens, totals = zip(*nodes, strict=True)
+        return cls(tokens, parents, totals, tuple(columns), tuple(paths))
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a plan depends on besides the grafts.
+
+    Attributes:
+        places: per column, which position expressions select it, as bytes.
+        runnable: numbers of the grafts that the prompt can run.
+    """
+
+    parents: tuple[int, ...]
+    totals: tuple[int, ...]
+    columns: tuple[int, ...]
+    scored: tuple[int, ...]
+    places: tuple[bytes, ...]
+    runnable: tuple[int, ...]
+
+
+class Planner:
+    """Plans the trees of one set of grafts; what prompts share is worked out once."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        sources: Sequence[str],
+        grafts: Sequence[Graft],
+        equal: EqualAt | None = None,
+    ) -> None:
+        """`equal` says which sources share tensors; without it, all count as different.
+
+        Raises:
+            ValueError: a graft that this architecture or these sources cannot run.
+        """
+        self.arch, self.sources, self.grafts = arch, tuple(sources), tuple(grafts)
+        self._equal = equal or (lambda component, layer: tuple(range(len(self.sources))))
+        first = {rule.at: rule for g in reversed(self.grafts) for rule in reversed(g.rules)}
+        number: dict[At, int] = {at: i for i, at in enumerate(first)}
+        #: per position expression, a rule that has it
+        self._first_at = tuple(first.values())
+        shapes: dict[tuple[object, ...], int] = {}
+        self._shapes: list[Rule] = []
+        #: per graft, per rule: its position expression and its shape (all but the positions)
+        self._rules: list[list[tuple[int, int]]] = []
+        for graft in self.grafts:
+            rules = []
+            for rule in graft.rules:
+                key = (rule.source, rule.components, rule.layers, rule.heads)
+                if key not in shapes:
+                    shapes[key] = len(self._shapes)
+                    self._shapes.append(rule)
+                rules.append((number[rule.at], shapes[key]))
+            self._rules.append(rules)
+        cut = {
+            component: arch.n_heads_of(component)
+            for rule in self._shapes
+            if rule.heads is not None
+            for component in expand_components(rule.components, arch.components, arch.family)
+            if component in HEAD_COMPONENTS
+        }
+        self.sides = Sides(
+            self.sources,
+            *(
+                Choices(slots_of(side, arch.components, cut))
+                for side in (INPUT_SIDE, KEY_SIDE, QUERY_SIDE, OUTPUT_SIDE)
+            ),
+        )
+        self._sites = [sites_of(rule, arch, self.sources) for rule in self._shapes]
+        self._masks = [self._mask_of(i) for i in range(len(self._shapes))]
+        self._equals = self._equal_tables()
+        self._numbered: dict[tuple[int, ...], tuple[np.ndarray, ...]] = {}
+        self._columns: dict[bytes, tuple[np.ndarray, ...]] = {}
+        self._trees: dict[tuple[Structure, int | None], tuple[Part, ...]] = {}
+
+    # -- structures --------------------------------------------------------------------------
+
+    def structure(self, prompt: Tokenized, branches: Branches) -> tuple[Structure, dict[int, str]]:
+        """A prompt's structure, and why it cannot run the grafts that it cannot run."""
+        places = np.zeros((len(self._first_at), len(prompt) + 1), dtype=bool)
+        failed: dict[Rule, str] = {}
+        for number, rule in enumerate(self._first_at):
+            try:
+                select(rule, prompt)
+                places[number] = select(rule, prompt, len(prompt) + 1)
+            except PromptError as error:
+                failed[rule] = str(error)
+        reasons: dict[int, str] = {}
+        if failed:
+            bad = {rule.at for rule in failed}
+            for index, graft in enumerate(self.grafts):
+                if wrong := [rule for rule in graft.rules if rule.at in bad]:
+                    reasons[index] = _why(wrong[0], prompt)
+        structure = Structure(
+            branches.parents,
+            branches.totals,
+            branches.columns,
+            tuple(sorted({node for path in branches.paths for node in path})),
+            tuple(column.tobytes() for column in places.T),
+            tuple(i for i in range(len(self.grafts)) if i not in reasons),
+        )
+        return structure, reasons
+
+    def parts(self, structure: Structure, peak: int | None = None) -> tuple["Part", ...]:
+        """The trees of a structure: one, or several of at most `peak` rows where it is too large.
+
+        Grafts that share most stay together. A single graft is never cut.
+        """
+        key = (structure, peak)
+        if key not in self._trees:
+            whole = self._cut(structure, np.array(structure.runnable, dtype=np.int64), peak)
+            self._trees[key] = tuple(whole)
+            kept = [sum(part.tree.layer_rows for part in parts) for parts in self._trees.values()]
+            while len(kept) > 1 and sum(kept) > KEPT_ROWS:
+                kept.pop(0)
+                del self._trees[next(iter(self._trees))]
+        return self._trees[key]
+
+    def cut(self, structure: Structure, part: "Part", peak: int) -> list["Part"]:
+        """Cut a tree into several of at most `peak` rows."""
+        return self._cut(structure, part.grafts, peak)
+
+    def _cut(
+        self, structure: Structure, grafts: Int[np.ndarray, " graft"], peak: int | None
+    ) -> list["Part"]:
+        if len(grafts) == 0:
+            return []
+        tree = self._tree(structure, grafts)
+        if peak is None or tree.peak <= peak or len(grafts) == 1:
+            return [Part(grafts, tree)]
+        # Rows are numbered by what they share, so neighbours in this order share most.
+        order = grafts[np.lexsort(tree.outputs[::-1])]
+        half = len(order) // 2
+        return [
+            part
+            for piece in (order[:half], order[half:])
+            for part in self._cut(structure, np.sort(piece), peak)
+        ]
+
+    # -- choices -----------------------------------------------------------------------------
+
+    def _mask_of(self, shape: int) -> tuple[Bool[np.ndarray, "layer slot"], ...]:
+        """Where a rule's shape applies: one array a side, sides outside the layers with one row."""
+        rule, sites = self._shapes[shape], self._sites[shape]
+
+        def applies(component: Component, head: int | None, layer: int | None) -> bool:
+            heads = rule.heads
+            return (component, layer) in sites and (heads is None or head is None or head in heads)
+
+        return tuple(
+            np.array(
+                [[applies(c, head, layer) for c, head in choices.slots] for layer in layers],
+                dtype=bool,
+            ).reshape(len(layers), len(choices.slots))
+            for choices, layers in self._sides_and_layers
+        )
+
+    @cached_property
+    def _sides_and_layers(self) -> list[tuple[Choices, Sequence[int | None]]]:
+        sides, layers = self.sides, range(self.arch.n_layers)
+        return [
+            (sides.input, [None]),
+            (sides.key, layers),
+            (sides.query, layers),
+            (sides.output, [None]),
+        ]
+
+    def _equal_tables(self) -> list[Int8[np.ndarray, "source layer slot"]]:
+        """Per side: the first source with the same tensors, so that equal choices are one."""
+        known: dict[Site, tuple[int, ...]] = {}
+
+        def first(component: Component, layer: int | None) -> tuple[int, ...]:
+            if (component, layer) not in known:
+                known[component, layer] = self._equal(component, layer)
+            return known[component, layer]
+
+        return [
+            np.array(
+                [[first(c, layer) for c, _ in choices.slots] for layer in layers], dtype=np.int8
+            )
+            .reshape(len(layers), len(choices.slots), len(self.sources))
+            .transpose(2, 0, 1)
+            for choices, layers in self._sides_and_layers
+        ]
+
+    def _numbers(self, shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
+        """Per side and layer, the number of the choice that these rules make, in this order."""
+        if shapes not in self._numbered:
+            numbers = []
+            for side, (choices, layers) in enumerate(self._sides_and_layers):
+                chosen = np.zeros((len(layers), len(choices.slots)), dtype=np.int8)
+                for shape in shapes:
+                    source = self.sources.index(self._shapes[shape].source)
+                    chosen[self._masks[shape][side]] = source
+                table = self._equals[side]
+                chosen = np.take_along_axis(table, chosen[None].astype(np.int64), axis=0)[0]
+                numbers.append(np.array([choices.number(row) for row in chosen], dtype=np.int64))
+            self._numbered[shapes] = tuple(numbers)
+        return self._numbered[shapes]
+
+    def _choices_at(self, active: bytes) -> tuple[Int[np.ndarray, "graft layer"], ...]:
+        """Per side, the numbers of the choices at a column that these expressions select."""
+        if active not in self._columns:
+            found = [
+                self._numbers(tuple(shape for at, shape in rules if active[at]))
+                for rules in self._rules
+            ]
+            self._columns[active] = tuple(np.stack(side) for side in zip(*found, strict=True))
+        return self._columns[active]
+
+    # -- the tree ----------------------------------------------------------------------------
+
+    def _tree(self, structure: Structure, grafts: Int[np.ndarray, " graft"]) -> TokenTree:
+        n_layers, n_nodes = self.arch.n_layers, len(structure.parents)
+        of_column = [self._choices_at(structure.places[c]) for c in structure.columns]
+        # [layer, node, graft] numbers of the choices on each side
+        inputs, keys, queries, outputs = (
+            np.stack([choices[side][grafts] for choices in of_column]).transpose(2, 0, 1)
+            for side in range(4)
+        )
+        lineage = _Lineage(structure.parents)
+        scored = np.array(structure.scored)
+
+        rows = _renumbered(np.arange(n_nodes)[:, None], inputs[0])
+        entering = [rows]
+        read: list[np.ndarray] = []
+        settled: tuple[int | None, int] | None = None
+        for layer in range(n_layers):
+            window = lineage.effective(self.arch.windows[layer])
+            if (
+                settled is not None
+                and settled[0] == window
+                and _same(layer, settled[1], keys, queries)
+            ):
+                # The last layer chose the same and told no rows apart, so this one tells none.
+                read.append(read[-1])
+                entering.append(rows)
+                continue
+            own = _renumbered(rows, keys[layer])
+            seen = lineage.accumulated(own, window)
+            after = _renumbered(seen, queries[layer])
+            read.append(own)
+            if after.max() == rows.max():
+                settled = (window, layer)  # as many as before: the same rows are told apart
+            else:
+                settled, rows = None, after
+            entering.append(rows)
+
+        wanted = _wanted(lineage, self.arch.windows, scored, n_nodes)
+        layers: list[TreeLayer] = []
+        last: tuple[object, ...] = ()
+        for layer in range(n_layers):
+            these = (
+                *map(id, (entering[layer], read[layer], entering[layer + 1])),
+                wanted[layer].tobytes(),
+                wanted[layer + 1].tobytes(),
+                lineage.effective(self.arch.windows[layer]),
+            )
+            if these == last and _same(layer, layer - 1, keys, queries):
+                layers.append(layers[-1])
+                continue
+            last = these
+            layers.append(
+                _layer(
+                    entering[layer],
+                    read[layer],
+                    entering[layer + 1],
+                    keys[layer],
+                    queries[layer],
+                    wanted[layer],
+                    wanted[layer + 1],
+                    lineage.within(self.arch.windows[layer]),
+                )
+            )
+
+        live = np.unique(rows[wanted[n_layers]])
+        finals = _renumbered(rows[scored], outputs[0][scored])
+        _, first = np.unique(finals, return_index=True)
+        node, graft = np.unravel_index(first, finals.shape)
+        embedded = np.flatnonzero(wanted[0])
+        _, first_embedded = np.unique(entering[0][embedded], return_index=True)
+        place, of_graft = np.unravel_index(first_embedded, (len(embedded), len(grafts)))
+        return TokenTree(
+            parents=structure.parents,
+            depths=lineage.depths,
+            totals=np.array(structure.totals),
+            embed_nodes=embedded[place],
+            embed_choices=inputs[0][embedded[place], of_graft],
+            layers=tuple(layers),
+            final_rows=np.searchsorted(live, rows[scored][node, graft]),
+            final_choices=outputs[0][scored[node], graft],
+            final_nodes=scored[node],
+            scored=structure.scored,
+            outputs=finals,
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some grafts of a structure, by number, and their tree."""
+
+    grafts: Int[np.ndarray, " graft"]
+    tree: TokenTree
+
+
+def _why(rule: Rule, prompt: Tokenized) -> str:
+    try:
+        select(rule, prompt)
+    except PromptError as error:
+        return str(error)
+    raise AssertionError(f"{rule} runs")
+
+
+def _same(a: int, b: int, *choices: Int[np.ndarray, "layer node graft"]) -> bool:
+    """Whether two layers make the same choices everywhere."""
+    return all(np.array_equal(c[a], c[b]) for c in choices)
+
+
+def _renumbered(
+    a: Int[np.ndarray, "node _"], b: Int[np.ndarray, "node graft"]
+) -> Int[np.ndarray, "node graft"]:
+    """Number the pairs (a, b) from 0 so that equal pairs, and only those, have equal numbers.
+
+    The order is that of a, then of b, so that rows which share much stay neighbours.
+    """
+    pairs = a * (int(b.max()) + 1) + b
+    _, numbers = np.unique(pairs, return_inverse=True)
+    return numbers.reshape(pairs.shape)
+
+
+class _Lineage:
+    """Which nodes come before which."""
+
+    def __init__(self, parents: Sequence[int]) -> None:
+        self.parents = parents
+        self.depths = np.zeros(len(parents), dtype=np.int64)
+        self.before = np.eye(len(parents), dtype=bool)
+        for node, parent in enumerate(parents):
+            if parent >= 0:
+                self.depths[node] = self.depths[parent] + 1
+                self.before[node] |= self.before[parent]
+
+    def effective(self, window: int | None) -> int | None:
+        """A window that reaches the first position from everywhere is none."""
+        return None if window is None or window > self.depths.max() else window
+
+    def within(self, window: int | None) -> Bool[np.ndarray, "node node"]:
+        """Which nodes each node reads: those before it and itself, as far back as the window."""
+        if window is None or self.effective(window) is None:
+            return self.before
+        return self.before & (self.depths[:, None] - self.depths[None, :] < window)
+
+    def accumulated(
+        self, own: Int[np.ndarray, "node graft"], window: int | None
+    ) -> Int[np.ndarray, "node graft"]:
+        """Number what each node reads: its own key row with those before it."""
+        if window is None:
+            out = np.empty_like(own)
+            high = 0
+            for node, parent in enumerate(self.parents):
+                before = 0 if parent < 0 else out[parent]
+                pairs = (before * (int(own[node].max()) + 1) + own[node])[None]
+                out[node] = np.unique(pairs, return_inverse=True)[1].reshape(-1) + high
+                high = int(out[node].max()) + 1
+            return out
+        reads = self.within(window)
+        out = np.empty_like(own)
+        high = 0
+        for node in range(len(self.parents)):
+            _, numbers = np.unique(own[reads[node]], axis=1, return_inverse=True)
+            out[node] = numbers.reshape(-1) + high
+            high = int(out[node].max()) + 1
+        return out
+
+
+def _wanted(
+    lineage: _Lineage,
+    windows: Sequence[int | None],
+    scored: Int[np.ndarray, " scored"],
+    n_nodes: int,
+) -> list[Bool[np.ndarray, " node"]]:
+    """Per layer, the nodes whose residual rows must enter it; last, those that must come out."""
+    out = np.zeros(n_nodes, dtype=bool)
+    out[scored] = True
+    wanted = [out]
+    for window in reversed(windows):
+        wanted.append(np.asarray(lineage.within(window)[wanted[-1]].any(axis=0)))
+    return wanted[::-1]
+
+
+def _layer(
+    entering: Int[np.ndarray, "node graft"],
+    own: Int[np.ndarray, "node graft"],
+    leaving: Int[np.ndarray, "node graft"],
+    key_choices: Int[np.ndarray, "node graft"],
+    query_choices: Int[np.ndarray, "node graft"],
+    read: Bool[np.ndarray, " node"],
+    written: Bool[np.ndarray, " node"],
+    within: Bool[np.ndarray, "node node"],
+) -> TreeLayer:
+    """The rows of one layer from the numbers of what enters it, is read in it and leaves it."""
+    there = np.unique(entering[read])
+    key_at, query_at = np.flatnonzero(read), np.flatnonzero(written)
+
+    def distinct(numbers: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The distinct numbers at some nodes, with the node and the first graft of each."""
+        ids, first = np.unique(numbers[at], return_index=True)
+        place, graft = np.unravel_index(first, (len(at), numbers.shape[1]))
+        return ids, at[place], graft
+
+    key_ids, key_nodes, key_grafts = distinct(own, key_at)
+    _, query_nodes, query_grafts = distinct(leaving, query_at)
+
+    # The rows that one graft was the first to need read that graft's own list of key rows.
+    readers, order = np.unique(query_grafts, return_inverse=True)
+    by_reader = np.argsort(order, kind="stable")
+    counts = np.bincount(order)
+    starts = np.cumsum(counts) - counts
+    slot = np.empty_like(order)
+    slot[by_reader] = np.arange(len(order)) - np.repeat(starts, counts)
+    lists = np.searchsorted(key_ids, own[key_at][:, readers].T)
+    sizes = 2 ** np.ceil(np.log2(counts)).astype(np.int64)
+    groups = []
+    for size in np.unique(sizes):
+        members = np.flatnonzero(sizes == size)
+        place = np.full(len(readers), -1)
+        place[members] = np.arange(len(members))
+        rows = np.flatnonzero(place[order] >= 0)
+        queries = np.full((len(members), int(size)), -1)
+        queries[place[order[rows]], slot[rows]] = rows
+        seen = np.zeros((len(members), int(size), len(key_at)), dtype=bool)
+        seen[place[order[rows]], slot[rows]] = within[query_nodes[rows]][:, key_at]
+        groups.append(Readers(lists[members], queries, seen))
+    return TreeLayer(
+        entering=len(there),
+        queries=np.searchsorted(there, entering[query_nodes, query_grafts]),
+        query_nodes=query_nodes,
+        query_choices=query_choices[query_nodes, query_grafts],
+        keys=np.searchsorted(there, entering[key_nodes, key_grafts]),
+        key_nodes=key_nodes,
+        key_choices=key_choices[key_nodes, key_grafts],
+        readers=tuple(groups),
+    )
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep computes. A row is one token position through all layers; in part of the
+    layers it counts as that part.
+
+    Attributes:
+        prompts, cells: how many prompts, and how many (prompt, graft) pairs that can be run.
+        structures: how many different structures the prompts have.
+        rows: token rows that the sweep needs.
+        rows_alone: token rows of the same cells run one by one.
+        rows_cut: rows that are computed again because a tree is larger than the budget.
+        logits: rows that are unembedded.
+        peak: the most rows that a forward pass holds at a time.
+        memory: bytes that the activations of such a pass take, estimated.
+    """
+
+    prompts: int
+    cells: int
+    structures: int
+    rows: float
+    rows_alone: float
+    rows_cut: float
+    logits: int
+    peak: int
+    memory: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer rows than one by one."""
+        return self.rows_alone / self.rows if self.rows else 1.0
+
+    def summary(self) -> str:
+        """The plan in a few lines, for people."""
+        again = (
+            f" ({self.rows_cut:,.0f} of them again, where trees are cut)" if self.rows_cut else ""
+        )
+        return (
+            f"{self.prompts:,} prompts, {self.cells:,} cells (prompt × graft), "
+            f"{self.structures:,} structures\n"
+            f"token rows needed:      {self.rows:,.1f}{again}\n"
+            f"rows if run one by one: {self.rows_alone:,.0f}\n"
+            f"ratio:                  {self.ratio:.1f}\n"
+            f"rows unembedded:        {self.logits:,}\n"
+            f"expected memory:        {self.memory / 2**20:,.0f} MiB of activations "
+            f"({self.peak:,} rows a pass at most)"
+        )
+
+
+def plan(
+    planner: Planner,
+    prompts: Sequence[tuple[Tokenized, Branches]],
+    row_budget: int | None = None,
+    item: int = 4,
+) -> SweepPlan:
+    """Count what a sweep of tokenized prompts needs.
+
+    Args:
+        planner: the grafts.
+        prompts: each prompt with what follows it.
+        row_budget: rows that a pass holds at most; larger trees are cut. None is no limit.
+        item: bytes of a number of the model's dtype.
+    """
+    counts: dict[Structure, int] = {}
+    for prompt, branches in prompts:
+        structure, _ = planner.structure(prompt, branches)
+        counts[structure] = counts.get(structure, 0) + 1
+    n_layers = planner.arch.n_layers
+    needed = again = alone = cells = logits = largest = together = 0
+    for structure, count in counts.items():
+        parts = planner.parts(structure, row_budget)
+        here = sum(part.tree.layer_rows for part in parts)
+        needed += count * here
+        if len(parts) > 1:
+            again += count * (here - sum(p.tree.layer_rows for p in planner.parts(structure)))
+        alone += count * len(structure.runnable) * len(structure.parents)
+        cells += count * len(structure.runnable)
+        logits += count * sum(len(part.tree.final_rows) for part in parts)
+        largest = max([largest, *(part.tree.peak for part in parts)])
+        together += count * sum(part.tree.peak for part in parts)
+    peak = max(largest, together if row_budget is None else min(row_budget, together))
+    return SweepPlan(
+        prompts=len(prompts),
+        cells=cells,
+        structures=len(counts),
+        rows=needed / n_layers,
+        rows_alone=float(alone),
+        rows_cut=again / n_layers,
+        logits=logits,
+        peak=peak,
+        memory=peak * row_bytes(planner.arch, item),
+    )
+
+
+def row_bytes(arch: Architecture, item: int) -> int:
+    """Bytes of activations that a row takes in a layer, about; `item` is the bytes of a number.
+
+    Counted: the residual stream with its norms and gathered copies, queries, keys, values with
+    their rotations and gathered lists, and the inside of the MLP.
+    """
+    heads = (arch.n_heads + 2 * arch.n_kv_heads) * arch.d_head
+    return item * (8 * arch.d_model + 4 * heads + (4 if arch.gated else 3) * arch.d_mlp)

@@ -1,0 +1,559 @@
+"""The sweep's planner and tree forward: equal to one by one, and not a row too many."""
+
+import warnings
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import MakeTiny, Tiny
+from families import VARIANTS
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from reference import sequential_graft
+
+from graftlens.components import HEAD_COMPONENTS, MODEL_COMPONENTS, Component
+from graftlens.evaluate import evaluate, position_grafts
+from graftlens.graft import Graft
+from graftlens.model.arch import Architecture
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.inputs import collate
+from graftlens.model.tree import TokenTree, TreeBatch, TreeShape
+from graftlens.prompts import Prompt, Tokenized
+from graftlens.sweep.planner import Branches, Planner
+from graftlens.sweep.scoring import Scorer, dry_plan, score
+
+SOURCES = ("pre", "sft", "task")
+PLACES = ("last", "all", "bos", "~last", "~bos", "[2]", "[1, 3]", "[-2]", "~[4]", "bos + last")
+
+
+@st.composite
+def grafts_of(draw: st.DrawFn, arch: Architecture, n_rules: int = 3) -> Graft:
+    """Any graft that `arch` can run: every component, group, layer and head, every place."""
+    graft = Graft()
+    for _ in range(draw(st.integers(0, n_rules))):
+        source, at = draw(st.sampled_from(SOURCES)), draw(st.sampled_from(PLACES))
+        layers = draw(
+            st.one_of(
+                st.just("all"),
+                st.lists(st.integers(0, arch.n_layers - 1), min_size=1, max_size=2),
+            )
+        )
+        if draw(st.booleans()):
+            components = draw(
+                st.lists(
+                    st.sampled_from([c for c in arch.components if c in HEAD_COMPONENTS]),
+                    min_size=1,
+                )
+            )
+            n_heads = min(arch.n_heads_of(c) for c in components)
+            heads = draw(st.one_of(st.none(), st.sets(st.integers(0, n_heads - 1), min_size=1)))
+            graft |= Graft.rule(source, at, components, layers, heads and sorted(heads))
+        else:
+            inside = [str(c) for c in arch.components if c not in MODEL_COMPONENTS]
+            outside = [str(c) for c in arch.components if c in MODEL_COMPONENTS]
+            known = [*inside, "attn", "mlp", "all", *(outside if layers == "all" else ())]
+            graft |= Graft.rule(
+                source, at, draw(st.lists(st.sampled_from(known), min_size=1, max_size=3)), layers
+            )
+    return graft
+
+
+def tree_logits(
+    model: GraftedTransformer,
+    planner: Planner,
+    prompts: Sequence[tuple[Tokenized, Branches]],
+    peak: int | None = None,
+) -> list[dict[tuple[int, int], torch.Tensor]]:
+    """Per prompt, (graft, node) -> its logits, all prompts in as few passes as `peak` allows."""
+    found: list[dict[tuple[int, int], torch.Tensor]] = [{} for _ in prompts]
+    jobs = []
+    for index, (prompt, branches) in enumerate(prompts):
+        structure, reasons = planner.structure(prompt, branches)
+        assert not reasons
+        jobs += [(index, part, branches) for part in planner.parts(structure, peak)]
+    passes = [jobs] if peak is None else [[job] for job in jobs]
+    for batch in passes:
+        shape = TreeShape(
+            [(part.tree, 1) for _, part, _ in batch], planner.sides, torch.device("cpu")
+        )
+        tree = TreeBatch.of(shape, [np.array([branches.tokens]) for _, _, branches in batch])
+        logits = torch.cat(model.tree_logits(tree, lambda logits, rows: logits.clone(), rows=7))
+        start = 0
+        for index, part, _ in batch:
+            for node, rows in zip(part.tree.scored, part.tree.outputs, strict=True):
+                for graft, row in zip(part.grafts.tolist(), rows.tolist(), strict=True):
+                    found[index][graft, node] = logits[start + row]
+            start += len(part.tree.final_rows)
+    return found
+
+
+def rows_by_brute_force(
+    model: GraftedTransformer, grafts: Sequence[Graft], prompt: Tokenized, branches: Branches
+) -> list[int]:
+    """How many different residual rows come out of each layer, counted one by one.
+
+    What a row is made of is written out whole: its input, its own components' sources, and the keys
+    and values that it reads. Which source is used comes from masks, which the planner never sees.
+    """
+    arch = model.arch
+    keys = (Component.LN1, Component.K, Component.K_NORM, Component.V)
+    numbers: dict[object, int] = {}
+    seen: list[set[int]] = [set() for _ in range(arch.n_layers + 1)]
+
+    def number(thing: object) -> int:
+        return numbers.setdefault(thing, len(numbers))
+
+    before: dict[int, list[int]] = {}
+    for node, parent in enumerate(branches.parents):
+        before[node] = [*before.get(parent, []), node]
+
+    for graft in grafts:
+        mask = model.resolve(graft, collate([prompt], continuations=[(0,)]))
+
+        def sources(
+            component: Component, layer: int | None, node: int, mask=mask
+        ) -> tuple[int, ...]:  # type: ignore[no-untyped-def]
+            heads = range(arch.n_heads_of(component)) if component in HEAD_COMPONENTS else [None]
+            column = branches.columns[node]
+            return tuple(int(mask.source_index(component, layer, h)[0, column]) for h in heads)
+
+        @cache
+        def entering(layer: int, node: int, sources=sources) -> int:  # type: ignore[no-untyped-def]
+            if layer == 0:
+                inputs = [c for c in (Component.EMBED, Component.POS_EMBED) if c in arch.components]
+                value: object = ("in", node, *(sources(c, None, node) for c in inputs))
+            else:
+                own = [
+                    sources(c, layer - 1, node)
+                    for c in arch.components
+                    if c not in MODEL_COMPONENTS and (c is Component.LN1 or c not in keys)
+                ]
+                reach = arch.windows[layer - 1]
+                near = before[node] if reach is None else before[node][-reach:]
+                read = [key(layer - 1, other) for other in near]
+                value = ("row", layer, node, entering(layer - 1, node), *own, *read)
+            seen[layer].add(number(value))
+            return number(value)
+
+        @cache
+        def key(layer: int, node: int, sources=sources, entering=entering) -> int:  # type: ignore[no-untyped-def]
+            own = [sources(c, layer, node) for c in keys if c in arch.components]
+            return number(("key", layer, node, entering(layer, node), *own))
+
+        for path in branches.paths:
+            for node in path:
+                entering(arch.n_layers, node)
+    return [len(rows) for rows in seen[1:]]
+
+
+ids = st.lists(st.integers(0, 96), min_size=6, max_size=11)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(
+    max_examples=5,
+    phases=[Phase.explicit, Phase.reuse, Phase.generate],
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_a_tree_is_the_grafts_one_by_one_and_no_row_too_many(
+    tiny: MakeTiny, variant: str, data: st.DataObject
+) -> None:
+    """Two prompts in one pass, answers and distractors as branches, any grafts."""
+    model = _model(tiny, variant)
+    grafts = data.draw(st.lists(grafts_of(model.arch), min_size=2, max_size=7))
+    prompts = []
+    for _ in range(2):
+        prompt = Tokenized.bare(data.draw(ids))
+        tails = data.draw(
+            st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=3), min_size=1, max_size=3)
+        )
+        prompts.append((prompt, tails, Branches.of(prompt.ids, tails, model.arch.rope_limit)))
+    planner = Planner(model.arch, model.sources, grafts, model.equal_sources)
+    peak = data.draw(st.sampled_from([None, 25]))
+    found = tree_logits(model, planner, [(p, b) for p, _, b in prompts], peak)
+    for (prompt, tails, branches), logits in zip(prompts, found, strict=True):
+        for index, graft in enumerate(grafts):
+            for tail, path in zip(tails, branches.paths, strict=True):
+                batch = collate([prompt], continuations=[tail[:-1]])
+                columns = range(len(prompt) - 1, len(prompt) - 1 + len(tail))
+                (alone,) = model.logits_at(batch, [columns], graft)
+                ours = torch.stack([logits[index, node] for node in path])
+                assert float((ours - alone).abs().max() / alone.abs().max()) < 1e-4
+        structure, _ = planner.structure(prompt, branches)
+        (part,) = planner.parts(structure)
+        expected = rows_by_brute_force(model, grafts, prompt, branches)
+        assert [len(layer.queries) for layer in part.tree.layers] == expected
+
+
+_MODELS: dict[str, GraftedTransformer] = {}
+
+
+def _model(tiny: MakeTiny, variant: str) -> GraftedTransformer:
+    if variant not in _MODELS:
+        _MODELS[variant] = tiny(variant, SOURCES).model
+    return _MODELS[variant]
+
+
+@pytest.mark.parametrize(
+    "variant", ["gpt2", "neox-parallel", "gemma2", "qwen3", "phi3-longrope", "mistral-window"]
+)
+def test_a_tree_is_the_sequential_algorithm(tiny: MakeTiny, variant: str) -> None:
+    """Against the paper's own loop, which knows nothing of masks, batches or trees."""
+    pair = tiny(variant, SOURCES)
+    rows = {
+        "none": lambda c, l, p, h: "pre",
+        "sft @ [1, 2] | task @ last": lambda c, l, p, h: (
+            "sft" if p in (1, 2) else "task" if p >= 6 else "pre"
+        ),
+        "sft @ ~bos : k + o : 1": lambda c, l, p, h: (
+            "sft" if p >= 1 and c in "ko" and l == 1 else "pre"
+        ),
+        "task @ all : mlp_in": lambda c, l, p, h: "task" if c == "mlp_in" else "pre",
+        "sft @ last : v : all : 1": lambda c, l, p, h: (
+            "sft" if p >= 6 and c == "v" and h == 1 else "pre"
+        ),
+    }
+    prompt, tails = Tokenized.bare([5, 9, 2, 44, 7, 31, 8]), [[3, 4, 6], [3, 9]]
+    branches = Branches.of(prompt.ids, tails, pair.model.arch.rope_limit)
+    planner = Planner(pair.model.arch, pair.model.sources, [Graft.parse(text) for text in rows])
+    (logits,) = tree_logits(pair.model, planner, [(prompt, branches)])
+    for index, choose in enumerate(rows.values()):
+        for tail, path in zip(tails, branches.paths, strict=True):
+            whole = sequential_graft(pair.sources, [*prompt.ids, *tail[:-1]], choose)
+            ours = torch.stack([logits[index, node] for node in path])
+            theirs = whole[len(prompt) - 1 :]
+            assert float((ours - theirs).abs().max() / theirs.abs().max()) < 1e-4
+
+
+def test_rows_that_split_keep_their_own_choices(tiny: MakeTiny) -> None:
+    """Regression: query rows and key rows of one residual row were taken for the same rows where
+    there were as many of each, though they stood in another order.
+    """
+    model = _model(tiny, "llama")
+    grafts = [
+        Graft(),
+        Graft.parse("sft @ ~last | task @ ~[4] : all : 0"),
+        Graft.parse("sft @ last : all : 0"),
+    ]
+    prompt = Tokenized.bare([67, 17, 57, 67, 12, 15, 26])
+    branches = Branches.of(prompt.ids, [(0,)])
+    planner = Planner(model.arch, model.sources, grafts)
+    (logits,) = tree_logits(model, planner, [(prompt, branches)])
+    for index, graft in enumerate(grafts):
+        alone = model(torch.tensor([prompt.ids]), graft=graft)[0, -1]
+        torch.testing.assert_close(logits[index, 6], alone, rtol=1e-4, atol=1e-4)
+
+
+# -- how many rows ---------------------------------------------------------------------------------
+
+
+def _tree(arch: Architecture, grafts: Sequence[Graft], n_tokens: int = 14) -> TokenTree:
+    """The plan of single-token answers; the first entity stands at positions 1 to 4."""
+    prompt = Tokenized(
+        tuple(range(n_tokens)),
+        {
+            "first_entity": ((1, 2, 3, 4),),
+            "bos": ((0,),),
+            "last": ((n_tokens - 1,),),
+            "all": (tuple(range(n_tokens)),),
+        },
+    )
+    branches = Branches.of(prompt.ids, [(50,)])
+    planner = Planner(arch, ("pre", "sft"), grafts)
+    structure, _ = planner.structure(prompt, branches)
+    (part,) = planner.parts(structure)
+    return part.tree
+
+
+def _deep(n_layers: int) -> Architecture:
+    return Architecture(
+        family="llama", n_layers=n_layers, d_model=8, n_heads=2, n_kv_heads=2, d_head=4, d_mlp=8,
+        d_vocab=97, n_ctx=64, act_fn="silu", eps=1e-5, attn_scales=(0.5,) * n_layers,
+        windows=(None,) * n_layers, rotary_dim=4, rope_kinds=(None,) * n_layers,
+    )  # fmt: skip
+
+
+def test_rows_of_a_last_token_sweep() -> None:
+    """The base's prefix once, then one row a graft and layer, from the layer where it differs."""
+    arch = _deep(16)
+    parts = ("q", "k", "v", "o", "mlp_in", "mlp_gate", "mlp_out")
+    grafts = [Graft.rule("sft", "last", c, [l]) for l in range(16) for c in parts]
+    tree = _tree(arch, grafts)
+    # Up to layer l, the grafts of layers 0 to l have gone their own way; the last layer needs the
+    # scored rows alone.
+    last = [7 * (l + 1) + (1 if l < 15 else 0) for l in range(16)]
+    assert [len(layer.queries) for layer in tree.layers] == [
+        13 * (l < 15) + n for l, n in enumerate(last)
+    ]
+    # In the layer of a graft of q, o or the MLP, keys and values are still the base's.
+    assert len(tree.layers[0].keys) == 13 + 3, "base, k and v"
+    assert len(tree.final_rows) == len(grafts)
+
+
+def test_a_graft_that_differs_nowhere_costs_nothing() -> None:
+    """Equal grafts, other words for the same, and rules that a later one covers share every row."""
+    arch = _deep(4)
+    one = _tree(arch, [Graft.rule("sft", "last", "attn")])
+    same = [
+        "sft @ last : attn",
+        "sft @ last : q + k + v + o",
+        "sft @ [-1] : attn",
+        "sft @ last : attn : 0-3",
+        "pre @ last : q | sft @ last : attn",
+    ]
+    tree = _tree(arch, [Graft.parse(text) for text in same])
+    assert [len(l.queries) for l in tree.layers] == [len(l.queries) for l in one.layers]
+    assert tree.outputs.tolist() == [[0] * len(same)]
+
+
+def test_equal_tensors_share_rows(tiny: MakeTiny) -> None:
+    """A component that finetuning did not change makes no rows."""
+    pair = tiny("llama", tokenizer="llama3")
+    changed = {n: p.clone() for n, p in pair.sources["sft"].state_dict().items()}
+    frozen = {
+        n: (pair.sources["pre"].state_dict()[n] if "mlp" in n else p) for n, p in changed.items()
+    }
+    import copy
+
+    sft = copy.deepcopy(pair.sources["sft"])
+    sft.load_state_dict(frozen)
+    model = GraftedTransformer.from_pretrained(
+        {"pre": pair.sources["pre"], "sft": sft},
+        tokenizer=pair.tokenizer,
+        check=False,
+        verbose=False,
+    )
+    prompt = {0: Prompt("Ann plays with", answer=" Mara")}
+    mlp = Scorer(model, {"PRE": Graft(), "mlp": Graft.parse("sft @ all : mlp")}).plan(prompt)
+    alone = Scorer(model, {"PRE": Graft()}).plan(prompt)
+    assert mlp.rows == alone.rows
+    both = Scorer(model, {"PRE": Graft(), "attn": Graft.parse("sft @ all : attn")}).plan(prompt)
+    assert both.rows > alone.rows
+
+
+def test_prompts_of_equal_structure_share_one_plan() -> None:
+    planner = Planner(_deep(3), ("pre", "sft"), [Graft(), Graft.parse("sft @ last")])
+    structures = set()
+    for tokens in ([3, 4, 5], [9, 9, 9]):
+        prompt = Tokenized.bare(tokens)
+        structures.add(planner.structure(prompt, Branches.of(prompt.ids, [(1, 2), (3,)]))[0])
+    assert len(structures) == 1
+    (structure,) = structures
+    assert planner.parts(structure) is planner.parts(structure)
+    longer = Tokenized.bare([1, 2, 3, 4])
+    assert planner.structure(longer, Branches.of(longer.ids, [(1, 2), (3,)]))[0] != structure
+
+
+def test_the_ratios_of_the_design() -> None:
+    """DESIGN's numbers count the base's prefix in every layer; the last layer's is not needed."""
+    arch = _deep(16)
+    parts = ("q", "k", "v", "o", "mlp_in", "mlp_gate", "mlp_out")
+    names = [*parts, "attn", "mlp", "q + k", "k + v", "q + o", "v + o", "o + mlp", "ln"]
+    windows = [list(range(a, b + 1)) for a in range(16) for b in range(a, 16)]
+    sweeps = {
+        7.5: [Graft.rule("sft", "last", c) for c in names],
+        21: [Graft.rule("sft", "last", c, [l]) for l in range(16) for c in parts],
+        7.3: [
+            Graft.rule("sft", at, "all", w)
+            for w in windows
+            for at in ("first_entity", "last", "first_entity + last")
+        ],
+    }
+    for ratio, grafts in sweeps.items():
+        tree = _tree(arch, grafts)
+        saved = 13 if ratio != 7.3 else 0
+        rows = (tree.layer_rows + saved) / 16
+        assert len(grafts) * 14 / rows >= 0.97 * ratio, (ratio, len(grafts) * 14 / rows)
+
+
+# -- scoring ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama(tiny: MakeTiny) -> Tiny:
+    return tiny("llama", SOURCES, tokenizer="llama3")
+
+
+def _prompts() -> dict[int, Prompt]:
+    people = ("Ann", "Zoë Reed-Lang", "Robert Low Jr.", "Bo")
+    return {
+        10 + i: Prompt(
+            f"{{first_entity}} plays {verb} with",
+            {"first_entity": person},
+            " Mara Finn",
+            (" Jo Low", " Mara Lee", " Q"),
+        )
+        for i, (person, verb) in enumerate(
+            (p, v) for p in people for v in ("chess", "a very long game of Go")
+        )
+    }
+
+
+def test_the_whole_table_is_the_grafts_one_by_one(llama: Tiny) -> None:
+    prompts, grafts = _prompts(), position_grafts() | {"o": Graft.parse("task @ last : o : 1")}
+    table = score(llama.model, prompts, grafts, distractors="whole", top_k=3)
+    assert table["prompt"].tolist() == [n for n in prompts for _ in grafts]
+    tokenizer = llama.tokenizer
+    assert tokenizer is not None
+    for (number, name), rows in table.groupby(["prompt", "graft"], sort=False):
+        prompt, row = prompts[number], rows.iloc[0]
+        ids = tokenizer(prompt.text)["input_ids"]
+        found = []
+        for text in (prompt.answer, *prompt.distractors):
+            whole = tokenizer(prompt.text + str(text))["input_ids"]
+            (tokens,) = llama.model.tokenized(prompt)
+            tail = whole[len(ids) :]
+            batch = collate([tokens], continuations=[tail[:-1]])
+            (logits,) = llama.model.logits_at(
+                batch, [range(len(ids) - 1, len(whole) - 1)], grafts[name]
+            )
+            logprobs = logits.log_softmax(-1)
+            found.append(sum(float(logprobs[i, t]) for i, t in enumerate(tail)))
+        assert row["answer_logprob"] == pytest.approx(found[0], abs=1e-3)
+        assert row["distractor_logprobs"] == pytest.approx(found[1:], abs=1e-3)
+
+
+@pytest.mark.parametrize("budget", [1, 17, 60, 300])
+def test_no_budget_changes_a_number(llama: Tiny, budget: int) -> None:
+    prompts, grafts = _prompts(), position_grafts()
+    done: list[int] = []
+    small = Scorer(llama.model, grafts, row_budget=budget).table(prompts, done.append)
+    pd.testing.assert_frame_equal(small, score(llama.model, prompts, grafts), rtol=1e-4)
+    assert sum(done) == len(prompts) * len(grafts)
+
+
+def test_first_tokens_only(llama: Tiny) -> None:
+    grafts = {"PRE": Graft(), "LT": Graft.parse("sft @ last")}
+    first = score(llama.model, _prompts(), grafts, answers="first")
+    whole = score(llama.model, _prompts(), grafts)
+    assert first["answer_logprob"].isna().all()
+    rest = [c for c in whole.columns if c != "answer_logprob"]
+    pd.testing.assert_frame_equal(first[rest], whole[rest], rtol=1e-4)
+
+
+def test_memory_that_runs_out_halves_the_budget(
+    llama: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, grafts = _prompts(), position_grafts()
+    expected = score(llama.model, prompts, grafts)
+    real = GraftedTransformer.tree_logits
+    sizes: list[int] = []
+
+    def limited(self: GraftedTransformer, tree: TreeBatch, *args: object) -> object:
+        sizes.append(tree.shape.positions.shape[1])
+        if max(len(l.query_places) for l in tree.shape.layers) > 120:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, tree, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GraftedTransformer, "tree_logits", limited)
+    said: list[str] = []
+    scorer = Scorer(llama.model, grafts, row_budget=1000, say=said.append)
+    pd.testing.assert_frame_equal(scorer.table(prompts), expected, rtol=1e-4)
+    assert said == [
+        f"Memory ran out: going on with at most {rows} token rows a pass."
+        for rows in (500, 250, 125)
+    ]
+    # Other errors are not hidden.
+    monkeypatch.setattr(
+        GraftedTransformer, "tree_logits", lambda *a: (_ for _ in ()).throw(RuntimeError("shape"))
+    )
+    with pytest.raises(RuntimeError, match="shape"):
+        scorer.table(prompts)
+
+
+def test_memory_that_never_suffices_is_an_error(
+    llama: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never(*args: object) -> None:
+        raise MemoryError("not enough")
+
+    monkeypatch.setattr(GraftedTransformer, "tree_logits", never)
+    with pytest.raises(MemoryError, match="not enough"):
+        Scorer(llama.model, position_grafts(), row_budget=200, say=lambda line: None).table(
+            _prompts()
+        )
+
+
+def test_what_cannot_run_has_its_reason_and_the_rest_its_numbers(llama: Tiny) -> None:
+    prompts = {
+        0: Prompt("{film} with", {"film": "It"}, " Al"),
+        1: Prompt("{first_entity} with", {"first_entity": "Ann"}, " Al"),
+        2: Prompt("{first_entity} with", {"first_entity": "Ann"}),
+    }
+    grafts = {
+        "F": Graft.parse("sft @ film"),
+        "LT": Graft.parse("sft @ last"),
+        "A": Graft.parse("sft @ ~all"),
+    }
+    table = score(llama.model, prompts, grafts).set_index(["prompt", "graft"])
+    assert "no span 'film'" in table.loc[(1, "F"), "reason"]
+    assert "selects none" in table.loc[(1, "A"), "reason"]
+    assert table.loc[2, "reason"].eq("the prompt has no answer to score.").all()
+    ran = table[table["reason"].isna()]
+    assert sorted(ran.index) == [(0, "F"), (0, "LT"), (1, "LT")]
+    alone = score(llama.model, {1: prompts[1]}, {"LT": grafts["LT"]})
+    assert ran.loc[(1, "LT"), "logprob"] == pytest.approx(alone["logprob"].iloc[0], rel=1e-5)
+    with pytest.raises(ValueError, match="'A' can be run on none of 2 prompts"):
+        evaluate(llama.model, list(prompts.values()), grafts, progress=False)
+
+
+def test_hooks_are_refused(llama: Tiny) -> None:
+    with (
+        llama.model.hooks(fwd_hooks=[("blocks.0.hook_resid_post", lambda x, hook: x)]),
+        pytest.raises(
+            ValueError, match=r"hooks are attached at blocks.0.hook_resid_post.*reset_hooks"
+        ),
+    ):
+        score(llama.model, _prompts(), {"LT": Graft.parse("sft @ last")})
+    score(llama.model, _prompts(), {"LT": Graft.parse("sft @ last")})
+
+
+def test_a_graft_in_force_changes_nothing_here(llama: Tiny) -> None:
+    grafts = {"PRE": Graft(), "LT": Graft.parse("sft @ last")}
+    expected = score(llama.model, _prompts(), grafts)
+    with llama.model.grafted("sft @ all"):
+        pd.testing.assert_frame_equal(score(llama.model, _prompts(), grafts), expected)
+
+
+def test_the_plan_in_words(llama: Tiny) -> None:
+    prompts = _prompts()
+    scorer = Scorer(llama.model, position_grafts(), answers="first", row_budget=4096)
+    found = scorer.plan(prompts)
+    lengths = [len(llama.model.tokenized(p)[0]) for p in prompts.values()]
+    assert found.rows_alone == 8 * sum(lengths)
+    assert found.cells == 8 * len(prompts)
+    text = found.summary()
+    for line in (
+        f"rows if run one by one: {found.rows_alone:,.0f}",
+        f"ratio:                  {found.ratio:.1f}",
+    ):
+        assert line in text
+    assert "MiB of activations" in text
+    dry = dry_plan(
+        llama.model.arch,
+        llama.tokenizer,
+        SOURCES,
+        list(prompts.values()),
+        list(position_grafts().values()),
+        answers="first",
+    )
+    assert (dry.rows, dry.rows_alone) == (found.rows, found.rows_alone)
+    cut = Scorer(llama.model, position_grafts(), answers="first", row_budget=20).plan(prompts)
+    assert cut.rows_cut > 0
+    assert cut.rows == pytest.approx(found.rows + cut.rows_cut)
+    assert "again, where trees are cut" in cut.summary()
+
+
+def test_half_precision(tiny: MakeTiny) -> None:
+    pair = tiny("llama", SOURCES, tokenizer="llama3")
+    expected = score(pair.model, _prompts(), position_grafts())
+    half = pair.model.to(torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        table = score(half, _prompts(), position_grafts())
+    assert np.abs(table["logprob"] - expected["logprob"]).max() < 0.3
