@@ -61,7 +61,9 @@ def bar_chart(summary: pd.DataFrame, metric: str) -> Chart:
     """`grouped_bars` with a caption and a description made from the same numbers."""
     facts = text.measure(summary, metric)
     level = f"{100 * float(summary['level'].iloc[0]):g}%"
-    caption = f"{_capital(facts.title)}; whiskers: {level} intervals over prompts."
+    caption = (
+        f"{_capital(facts.title)}; whiskers: {level} intervals over {text.resampled(summary)}."
+    )
     said = []
     for name, part in text.groups(summary).items():
         values = (f"{row['graft']} {text.written(facts, row)}" for _, row in part.iterrows())
@@ -199,16 +201,19 @@ def _numbers(summary: pd.DataFrame, table: pd.DataFrame) -> str:
         )
     level = f"{100 * float(first['level']):g}%"
     notes = [
-        f"Each cell: the value, below it its {level} interval over prompts. Intervals are those of "
-        f"a paired bootstrap ({int(first['resamples'])} resamples, seed {int(first['seed'])}); an "
-        "accuracy with fewer than 5 successes or failures has a Wilson interval instead.",
+        f"Each cell: the value, below it its {level} interval over {text.resampled(summary)}. "
+        f"Intervals are those of a paired bootstrap ({int(first['resamples'])} resamples, seed "
+        f"{int(first['seed'])}); an accuracy with fewer than 5 successes or failures has a Wilson "
+        "interval instead.",
         "A prompt is used only if it ran under every graft; the others are counted as left out.",
     ]
     if "recovery_of" in summary:
         notes.append(f"Recovery: {text.measure(summary, 'recovery').title}.")
     notes += [f"{where}: {why}." for where, why in text.recovery_notes(summary)]
     failed = table.loc[table["reason"].notna(), ["graft", "reason"]]
-    for (graft, reason), rows_left in failed.groupby(["graft", "reason"], sort=False):
+    for (graft, reason), rows_left in failed.groupby(
+        ["graft", "reason"], sort=False, observed=True
+    ):
         notes.append(f"{graft} was not run for {len(rows_left)} prompts: {reason}")
     return (
         "\n".join(parts)

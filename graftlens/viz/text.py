@@ -83,7 +83,7 @@ def groups(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
     by = list(summary.columns[: summary.columns.get_loc("graft")])
     if not by:
         return {"all prompts": summary}
-    parts = summary.groupby(by, sort=False, dropna=False)
+    parts = summary.groupby(by, sort=False, dropna=False, observed=True)
     return {_joined(key): part for key, part in parts}
 
 
@@ -121,11 +121,17 @@ def text_table(summary: pd.DataFrame, *, show: Sequence[str] | None = None) -> s
             rest = (cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))
             lines.append("  ".join((f"  {start}", *rest)))
         lines.append("")
-    lines.append(f"[low, high]: {level} intervals over prompts.")
+    lines.append(f"[low, high]: {level} intervals over {resampled(summary)}.")
     if "recovery" in [fact.name for fact in facts]:
         lines.append(f"recovery: {measure(summary, 'recovery').title}.")
     notes = recovery_notes(summary)
     return "\n".join([*lines, *(f"{where}: {note}." for where, note in notes)]) + "\n"
+
+
+def resampled(summary: pd.DataFrame) -> str:
+    """What the intervals are over: prompts, or prompts grouped by a unit such as the fact."""
+    unit = str(summary["unit"].iloc[0]) if "unit" in summary else "prompt"
+    return "prompts" if unit == "prompt" else f"prompts grouped by {unit}"
 
 
 def recovery_notes(summary: pd.DataFrame) -> list[tuple[str, str]]:
