@@ -1,0 +1,367 @@
+"""The paper's own algorithm, as fast as it goes: token by token through Hugging Face's model.
+
+Before each token the parameters of a Hugging Face model are swapped by pointer, and its own
+key-value cache carries on (arXiv 2506.20746 copies them). Nothing of graftlens' forward or masks is
+used, so that sweeps can be held against it; benchmarks compare with it.
+"""
+
+import copy
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from graftlens.components import (
+    HEAD_COMPONENTS,
+    MODEL_COMPONENTS,
+    Component,
+    expand_components,
+    layer_group,
+)
+from graftlens.graft import Graft, Rule
+from graftlens.model.arch import FAMILIES
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.mask import select
+from graftlens.model.quiet import quiet
+from graftlens.model.weights import Sourced
+from graftlens.prompts import Tokenized
+
+C = Component
+
+#: The rules that reach one position, in the graft's order.
+InForce = tuple[Rule, ...]
+#: Which source a component takes: one for each of its heads, or one where all agree.
+Choice = tuple[int, ...]
+
+
+class SequentialError(ValueError):
+    """Hugging Face's own classes cannot run this model; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Place:
+    """One parameter of the Hugging Face model, and what it is made of.
+
+    Attributes:
+        owner: the module's own parameters; putting one in here swaps it.
+        name: `weight` or `bias`.
+        layer: None outside the layers.
+        parts: the components that share the parameter, in their order in it.
+        transposed: kept as [d_in, d_out].
+    """
+
+    owner: dict[str, nn.Parameter | None]
+    name: str
+    layer: int | None
+    parts: tuple[tuple[Component, Sourced], ...]
+    transposed: bool
+
+
+class Sequential:
+    """A grafted model run by Hugging Face's classes, one token after another.
+
+    Its parameters are the grafted model's own tensors. Only projections that a graft mixes (by
+    head, or parts of a fused one) are assembled, once for each combination, and forgotten when they
+    exceed one source's size. Build it anew after moving or changing the model.
+    """
+
+    def __init__(self, model: GraftedTransformer) -> None:
+        """Point a Hugging Face model at the weights of `model`.
+
+        Raises:
+            SequentialError: a model without a Hugging Face config, or one that Hugging Face's
+                classes cannot be built from.
+        """
+        self.arch, self.sources, self.device = model.arch, model.sources, model.cfg.device
+        stored = [tensor for weight in model.stored() for tensor in weight.variants]
+        self._limit = sum(t.numel() * t.element_size() for t in stored) // len(self.sources)
+        self._assembled = 0
+        self._parameters: dict[tuple[int, tuple[Choice, ...]], nn.Parameter] = {}
+        self._chosen: dict[InForce, tuple[nn.Parameter, ...]] = {}
+        self._hf = _skeleton(model)
+        try:
+            self._places = tuple(_places(model, self._hf))
+        except AttributeError as error:
+            raise SequentialError(
+                f"Hugging Face's {type(self._hf).__name__} has not the modules that "
+                f"{self.arch.family} is known to have ({error}). Please report its config."
+            ) from error
+        self._now: tuple[nn.Parameter | None, ...] = (None,) * len(self._places)
+        self._put(())
+        unset = [name for name, p in self._hf.named_parameters() if p.is_meta]
+        if unset:
+            raise SequentialError(
+                f"Hugging Face's {type(self._hf).__name__} has parameters that the grafted model "
+                f"lacks: {', '.join(unset[:5])}. Please report its config."
+            )
+        self._hf.to(self.device)  # the buffers; the parameters are there
+        self._tables: _WholePromptTables | None = None
+        if self.arch.rope_limit is not None:
+            self._tables = _WholePromptTables(self._hf.base_model.rotary_emb)
+            self._hf.base_model.rotary_emb = self._tables
+
+    @torch.no_grad()
+    def logits(
+        self,
+        tokens: Tokenized,
+        graft: Graft,
+        continuation: Sequence[int] = (),
+        *,
+        at: Iterable[int] | None = None,
+        by_run: bool = False,
+    ) -> Float[Tensor, "pos d_vocab"]:
+        """Next-token logits of a prompt under a graft.
+
+        Args:
+            tokens: the prompt.
+            graft: which weights each position uses.
+            continuation: token ids that follow; their positions count as `last`.
+            at: positions whose logits are wanted, in rising order; the others are not unembedded.
+                None is all.
+            by_run: neighbouring positions with the same weights go through in one pass, which is
+                faster than the paper's loop and equal to it.
+
+        Raises:
+            PromptError: a rule that the prompt cannot satisfy.
+            ValueError: a source, component, layer or head that the model lacks.
+        """
+        from transformers import DynamicCache
+
+        ids = self._ids(tokens, continuation)
+        total = ids.shape[1]
+        selected = [(rule, select(rule, tokens, total)) for rule in graft.rules]
+        in_force = [tuple(r for r, chosen in selected if chosen[p]) for p in range(total)]
+        wanted = set(range(total) if at is None else at)
+        positions = torch.arange(total, device=self.device)[None]
+        cache = DynamicCache(config=self._hf.config)
+        rows: list[Tensor] = []
+        start = 0
+        while start < total:
+            end = start + 1
+            while by_run and end < total and in_force[end] == in_force[start]:
+                end += 1
+            self._put(in_force[start])
+            run: dict[str, Any] = {
+                "input_ids": ids[:, start:end],
+                "position_ids": positions[:, start:end],
+                "past_key_values": cache,
+                "use_cache": True,
+            }
+            kept = [p - start for p in range(start, end) if p in wanted]
+            if not kept:
+                self._hf.base_model(**run)
+            elif len(kept) == end - start:
+                rows.append(self._hf(**run).logits[0])
+            else:
+                keep = torch.tensor(kept, device=self.device)
+                rows.append(self._hf(**run, logits_to_keep=keep).logits[0])
+            start = end
+        return torch.cat(rows)
+
+    @torch.no_grad()
+    def whole(
+        self, tokens: Tokenized, source: str, continuation: Sequence[int] = ()
+    ) -> Float[Tensor, "pos d_vocab"]:
+        """One source's plain Hugging Face logits: a single forward pass, no cache.
+
+        Raises:
+            ValueError: a source that the model lacks.
+        """
+        ids = self._ids(tokens, continuation)
+        self._put(Graft.rule(source).rules)
+        logits: Tensor = self._hf(input_ids=ids, use_cache=False).logits[0]
+        return logits
+
+    def _ids(self, tokens: Tokenized, continuation: Sequence[int]) -> Int[Tensor, "1 pos"]:
+        """The token ids of a run that now begins."""
+        ids = torch.tensor([[*tokens.ids, *continuation]], device=self.device)
+        if self._tables is not None:
+            self._tables.begin(ids.shape[1])
+        if self._assembled > self._limit:
+            self._parameters.clear()
+            self._chosen.clear()
+            self._assembled = 0
+        return ids
+
+    # -- which parameter goes where --------------------------------------------------------------
+
+    def _put(self, rules: InForce) -> None:
+        """Swap in the parameters of a position; those that stay are not touched."""
+        parameters = self._chosen.get(rules)
+        if parameters is None:
+            chosen = self._sources_under(rules)
+            parameters = tuple(self._parameter(i, chosen) for i in range(len(self._places)))
+            self._chosen[rules] = parameters
+        if parameters is not self._now:
+            for place, new, old in zip(self._places, parameters, self._now, strict=True):
+                if new is not old:
+                    place.owner[place.name] = new
+            self._now = parameters
+
+    def _sources_under(self, rules: InForce) -> dict[tuple[Component, int | None], Choice]:
+        """The source of every component (and head) where these rules are in force."""
+        arch, n_layers = self.arch, self.arch.n_layers
+        chosen: dict[tuple[Component, int | None], Choice] = {
+            (c, layer): (0,) * (arch.n_heads_of(c) if c in HEAD_COMPONENTS else 1)
+            for c in arch.components
+            for layer in ((None,) if c in MODEL_COMPONENTS else range(n_layers))
+        }
+        for rule in rules:
+            source = _index(rule.source, self.sources, rule, "source")
+            # A rule with layers keeps to them; without, it also reaches what is outside.
+            layers: set[int | None] = {None} if rule.layers == ("all",) else set()
+            for item in rule.layers:
+                if isinstance(item, str):
+                    layers.update(layer_group(item, n_layers))
+                else:
+                    layers.add(_index(item, range(n_layers), rule, "layer"))
+            components = expand_components(rule.components, arch.components, arch.family)
+            for site in [s for s in chosen if s[0] in components and s[1] in layers]:
+                heads = list(chosen[site])
+                for head in range(len(heads)) if rule.heads is None else rule.heads:
+                    heads[_index(head, range(len(heads)), rule, f"{site[0]} head")] = source
+                chosen[site] = tuple(heads)
+        return chosen
+
+    def _parameter(
+        self, number: int, chosen: dict[tuple[Component, int | None], Choice]
+    ) -> nn.Parameter:
+        """The parameter for one place, assembled where no stored tensor is what is wanted."""
+        place = self._places[number]
+        choices = []
+        for component, weight in place.parts:
+            choice = chosen[component, place.layer]
+            if component is C.O and place.name == "bias" and len(set(choice)) > 1:
+                choice = (0,)  # o's bias belongs to no head: where heads differ it is the base's
+            # Sources whose tensors are equal are one.
+            slots = tuple(weight.slots[source] for source in choice)
+            choices.append(slots[:1] if len(set(slots)) == 1 else slots)
+        key = (number, tuple(choices))
+        if key not in self._parameters:
+            made = [
+                self._mixed(component, place.name, weight, choice)
+                for (component, weight), choice in zip(place.parts, choices, strict=True)
+            ]
+            tensor = made[0] if len(made) == 1 else self._fused(place, made)
+            if len(made) > 1 or len(choices[0]) > 1:
+                self._assembled += tensor.numel() * tensor.element_size()
+            # Parameters, because nn.Module takes nothing else for one; they share the storage.
+            self._parameters[key] = nn.Parameter(
+                tensor.T if place.transposed else tensor, requires_grad=False
+            )
+        return self._parameters[key]
+
+    def _mixed(self, component: Component, name: str, weight: Sourced, choice: Choice) -> Tensor:
+        """One component's tensor, [d_out, d_in] or [d_out], its heads each from its own source."""
+        variants = [tensor.detach() for tensor in weight.variants]
+        if len(choice) == 1:
+            return variants[choice[0]]
+        axis = 1 if component is C.O else 0
+        heads = [variants[slot].chunk(len(choice), axis)[h] for h, slot in enumerate(choice)]
+        return torch.cat(heads, axis)
+
+    def _fused(self, place: _Place, parts: list[Tensor]) -> Tensor:
+        """Several components' tensors as the one that Hugging Face keeps."""
+        fused = FAMILIES[self.arch.family].layout.fused
+        if fused[place.parts[0][0]].how == "stacked":
+            return torch.cat(parts)
+        heads = [part.unflatten(0, (self.arch.n_heads, self.arch.d_head)) for part in parts]
+        return torch.stack(heads, 1).flatten(0, 2)
+
+
+class _WholePromptTables(nn.Module):
+    """Rotary tables of a whole prompt, handed out by position.
+
+    Dynamic and longrope scaling choose their frequencies by the length that they have seen; read
+    token by token they would change on the way, where one forward pass has one choice throughout.
+    """
+
+    def __init__(self, rotary: nn.Module) -> None:
+        super().__init__()
+        self.rotary = rotary
+        self.total = 0
+        self.made: dict[str | None, tuple[Tensor, Tensor]] = {}
+
+    def begin(self, total: int) -> None:
+        """Another prompt, of `total` tokens."""
+        self.total = total
+        self.made.clear()
+
+    def forward(
+        self, x: Tensor, position_ids: Int[Tensor, "batch pos"], layer_type: str | None = None
+    ) -> tuple[Tensor, Tensor]:
+        if layer_type not in self.made:
+            # A copy each time: dynamic tables remember the longest prompt so far.
+            named = {} if layer_type is None else {"layer_type": layer_type}
+            every = torch.arange(self.total, device=x.device)[None]
+            self.made[layer_type] = copy.deepcopy(self.rotary)(x, every, **named)
+        cos, sin = self.made[layer_type]
+        return cos[:, position_ids[0]], sin[:, position_ids[0]]
+
+
+def _skeleton(model: GraftedTransformer) -> Any:
+    """Hugging Face's model without weights; its buffers are real, in float32."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
+    from transformers import AutoModelForCausalLM
+
+    if model.hf_config is None:
+        raise SequentialError(
+            "this model has no Hugging Face config (its base came from a HookedTransformer), so "
+            "Hugging Face's own classes cannot run it. Give the base as a checkpoint."
+        )
+    # Hugging Face's fused attention has no soft cap.
+    attention = "sdpa" if model.arch.attn_softcap is None else "eager"
+    try:
+        with quiet(), init_empty_weights(include_buffers=False):
+            skeleton = AutoModelForCausalLM.from_config(
+                copy.deepcopy(model.hf_config), attn_implementation=attention, dtype=torch.float32
+            )
+    except Exception as error:  # whatever a config can set off in transformers
+        raise SequentialError(
+            f"Hugging Face cannot build a model from this {model.arch.family} config "
+            f"({type(error).__name__}: {error})."
+        ) from error
+    return skeleton.eval()
+
+
+def _places(model: GraftedTransformer, skeleton: Any) -> Iterable[_Place]:
+    """Every parameter of the Hugging Face model that the grafted model has weights for."""
+    layout = FAMILIES[model.arch.family].layout
+    fused: dict[tuple[str, int | None], list[Component]] = {}
+    for component in model.arch.components:
+        inside = component not in MODEL_COMPONENTS
+        for layer in range(model.arch.n_layers) if inside else (None,):
+            name = layout.modules[component].format(l=layer)
+            fused.setdefault((name, layer), []).append(component)
+    for (name, layer), components in fused.items():
+        components.sort(key=lambda c: layout.fused[c].index if c in layout.fused else 0)
+        module = skeleton.get_submodule(name)
+        holders = [_holder(model, component, layer) for component in components]
+        tables = components[0] in (C.EMBED, C.POS_EMBED, C.UNEMBED)
+        for part in ("weight", "bias"):
+            weights = [w for h in holders if (w := getattr(h, part, None)) is not None]
+            if weights:
+                transposed = layout.transposed and not tables and weights[0][0].ndim == 2
+                parts = tuple(zip(components, weights, strict=True))
+                yield _Place(module._parameters, part, layer, parts, transposed)
+
+
+def _holder(model: GraftedTransformer, component: Component, layer: int | None) -> Any:
+    """The grafted model's module that holds a component's weights."""
+    if component is C.UNEMBED:
+        return model.unembed.linear
+    if layer is None:
+        return getattr(model, component.value)
+    block: Any = model.blocks[layer]
+    owners = (block, block.attn, block.mlp)
+    return next(getattr(o, component.value) for o in owners if hasattr(o, component.value))
+
+
+def _index(value: Any, known: Sequence[Any], rule: Rule, what: str) -> int:
+    if value not in known:
+        listed = " ".join(map(str, known))
+        raise ValueError(f"rule {str(rule)!r}: no {what} {value}. This model has: {listed}.")
+    return known.index(value)

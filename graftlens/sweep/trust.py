@@ -1,0 +1,460 @@
+"""The trust report of a sweep: is its table whole, and do its numbers hold against Hugging Face's?
+
+Compared with what was recorded are the sources by themselves in Hugging Face's own forward pass,
+and random cells by the sequential algorithm. The same cells in other batches give the noise floor:
+no difference below it means anything.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from graftlens.graft import Graft
+from graftlens.metrics import sequence_logprob
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.inputs import collate
+from graftlens.model.sequential import Sequential, SequentialError
+from graftlens.prompts import Prompt, PromptError
+from graftlens.sweep.scoring import Scored, prepare, score
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What the same numbers differ by in another shape of the computation, and what is allowed.
+
+    Attributes:
+        cells: how many were scored again: alone, in reverse order, in small batches.
+        nats: the largest difference of a log-probability between those.
+        hf_nats, hf_logits: Hugging Face's own, in one pass and token by token, of log-probabilities
+            and of logits relative to the largest.
+        bound_nats, bound_logits: the largest differences that count as rounding, for each token.
+    """
+
+    cells: int
+    nats: float
+    hf_nats: float
+    hf_logits: float
+    bound_nats: float = 1e-3
+    bound_logits: float = 1e-4
+
+
+@dataclass(frozen=True)
+class Check:
+    """One cell computed again by Hugging Face's model.
+
+    Attributes:
+        prompt, graft: the cell.
+        recorded: whether the table has it; else it was scored for the check.
+        differences: measure -> absolute difference in nats; `logits` is that of the model's plain
+            forward, relative to the largest logit.
+        ranks: the target's rank as recorded and as computed again; None where none is recorded.
+        problems: what is beyond the bound.
+    """
+
+    prompt: int
+    graft: str
+    recorded: bool
+    differences: Mapping[str, float]
+    ranks: tuple[int, int] | None
+    problems: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Refused:
+    """Cells that could not be run for one reason, with one of them."""
+
+    reason: str
+    count: int
+    prompt: int
+    graft: str
+
+
+@dataclass(frozen=True)
+class TrustReport:
+    """What was checked of a sweep and what came out.
+
+    Attributes:
+        dtype, device: what the model ran in and on.
+        rows: rows of the table.
+        rounding: the noise floor and the bounds; None where nothing could be run.
+        sources: prompts under one source throughout, against its own forward pass.
+        cells: random cells, against the sequential algorithm.
+        refused: reasons for cells without numbers, the commonest first.
+        problems: everything that is wrong, each with a cell.
+        unchecked: why no cell was computed again; empty where they were.
+    """
+
+    dtype: str
+    device: str
+    seed: int
+    rows: int
+    rounding: Rounding | None
+    sources: tuple[Check, ...]
+    cells: tuple[Check, ...]
+    refused: tuple[Refused, ...]
+    problems: tuple[str, ...]
+    unchecked: str
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong; of what was not checked (`unchecked`) it says nothing."""
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"ok": self.ok}
+
+    def text(self) -> str:
+        """The report for people, what is wrong first."""
+        verdict = "ok" if self.ok else f"NOT OK, {len(self.problems)} problem(s)"
+        lines = [f"trust report: {verdict} ({self.rows} rows, {self.dtype} on {self.device})"]
+        lines += [f"  !! {problem}" for problem in self.problems]
+        if self.unchecked:
+            lines.append(f"  NOT CHECKED against Hugging Face: {self.unchecked}")
+        if (r := self.rounding) is not None:
+            lines.append(
+                f"  rounding: up to {r.bound_nats:.1e} nats a token and {r.bound_logits:.1e} of "
+                f"the largest logit are allowed; {r.cells} cells in other batches differ by "
+                f"{r.nats:.1e} nats, Hugging Face with and without its cache by {r.hf_nats:.1e} "
+                f"nats and {r.hf_logits:.1e} of the largest logit"
+            )
+        if self.sources:
+            lines.append("  one source throughout = Hugging Face's own forward pass, at worst:")
+            for name in dict.fromkeys(c.graft for c in self.sources):
+                lines.append(f"    {name}: {_worst([c for c in self.sources if c.graft == name])}")
+        if self.cells:
+            lines.append(f"  random cells = the sequential algorithm: {_worst(self.cells)}")
+        for c in self.cells:
+            ranks = "" if c.ranks is None else ", rank {} and {}".format(*c.ranks)
+            lines.append(f"    prompt {c.prompt} under {c.graft!r}: {_worst([c])}{ranks}")
+        lines.append(f"  could not be run: {sum(r.count for r in self.refused)} cells")
+        lines += [
+            f"    {r.count} x {r.reason} (prompt {r.prompt} under {r.graft!r})"
+            for r in self.refused[:10]
+        ]
+        if len(self.refused) > 10:
+            lines.append(f"    and {len(self.refused) - 10} more reasons")
+        return "\n".join(lines)
+
+
+def trust_report(
+    model: GraftedTransformer,
+    prompts: Mapping[int, Prompt],
+    grafts: Mapping[str, Graft],
+    results: pd.DataFrame,
+    *,
+    seed: int,
+    cells: int = 6,
+    row_budget: int | None = None,
+    prepend_bos: bool | None = None,
+) -> TrustReport:
+    """Check a finished sweep. A difference is reported, never raised.
+
+    Args:
+        model: the model that the sweep ran.
+        prompts, grafts: all that were asked for, by number and by name.
+        results: the sweep's table with `prompt` and `graft`; of the other columns of `score`, those
+            that it lacks are not checked, and neither is a number that is NA.
+        seed: which cells are drawn.
+        cells: how many cells are computed again by the sequential algorithm.
+        row_budget, prepend_bos: as the sweep was run.
+    """
+    results = results.reset_index(drop=True)
+    numbers, names = list(prompts), list(grafts)
+    rows, problems = _places(results, numbers, names)
+    problems += _contradictions(results, prompts, grafts)
+    reasons = results.get("reason", pd.Series(index=results.index, dtype=object))
+    ran = (rows >= 0) & np.append(reasons.isna().to_numpy(bool), False)[rows]
+
+    ready: dict[int, Scored | None] = {}
+
+    def scored(number: int) -> Scored | None:
+        if number not in ready:
+            try:
+                ready[number] = prepare(
+                    number, prompts[number], model.tokenizer, model.arch, prepend_bos
+                )
+            except PromptError:
+                ready[number] = None
+        return ready[number]
+
+    drawn = [
+        (s, name)
+        for number, name in _draw(ran, numbers, grafts, cells, seed, scored)
+        if (s := scored(number)) is not None
+    ]
+    few = list({s.number: s for s, _ in drawn}.values())[:3]
+    some = {name: grafts[name] for name in list(dict.fromkeys(name for _, name in drawn))[:4]}
+    unchecked, sequential = "" if drawn else "no cell has numbers.", None
+    try:
+        sequential = Sequential(model) if drawn else None
+    except SequentialError as error:
+        unchecked = str(error)
+    rounding = _rounding(model, sequential, few, some, row_budget, prepend_bos) if drawn else None
+
+    def check(s: Scored, name: str, graft: Graft, source: str | None = None) -> Check:
+        """One cell, by one source's plain forward pass or by the sequential algorithm."""
+        assert sequential is not None
+        assert rounding is not None
+        recorded = False
+        if grafts.get(name) == graft:
+            place = numbers.index(s.number), names.index(name)
+            recorded = bool(ran[place])
+        if recorded:
+            record = results.iloc[int(rows[place])].to_dict()
+        else:
+            table = score(model, {s.number: s.prompt}, {name: graft}, prepend_bos=prepend_bos)
+            record = table.iloc[0].to_dict()
+        try:
+            found = _compared(model, sequential, s, graft, record, rounding, source)
+        except Exception as error:  # a report tells, and a sweep's end does not fail on it
+            found = {}, None, (f"could not be computed again: {error!r}.",)
+        return Check(s.number, name, recorded, *found)
+
+    alone: list[Check] = []
+    again: list[Check] = []
+    if rounding is not None and not rounding.nats <= rounding.bound_nats:
+        problems.append(f"cells differ by {rounding.nats:.1e} nats between batches.")
+    if sequential is not None:
+        for i, source in enumerate(model.sources):
+            same = (Graft.rule(source), *([Graft()] if i == 0 else []))
+            throughout = {name: graft for name, graft in grafts.items() if graft in same}
+            for name, graft in (throughout or {f"{source} @ all": same[0]}).items():
+                alone += [check(s, name, graft, source) for s in few]
+        again = [check(s, name, grafts[name]) for s, name in drawn]
+    problems += [
+        f"prompt {c.prompt} under {c.graft!r}: {p}" for c in alone + again for p in c.problems
+    ]
+    return TrustReport(
+        dtype=str(model.cfg.dtype).removeprefix("torch."),
+        device=str(model.cfg.device),
+        seed=seed,
+        rows=len(results),
+        rounding=rounding,
+        sources=tuple(alone),
+        cells=tuple(again),
+        refused=_refused(results, reasons),
+        problems=tuple(dict.fromkeys(problems)),
+        unchecked=unchecked,
+    )
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+
+def _places(
+    results: pd.DataFrame, prompts: Sequence[int], grafts: Sequence[str]
+) -> tuple[Int[np.ndarray, "prompt graft"], list[str]]:
+    """The row of each cell, -1 where there is none; and which are missing, doubled or foreign."""
+    p = pd.Index(prompts).get_indexer(pd.Index(results["prompt"]))
+    g = pd.Index(grafts, dtype=object).get_indexer(pd.Index(results["graft"].astype(object)))
+    known = (p >= 0) & (g >= 0)
+    cell = (p * len(grafts) + g)[known]
+    counts = np.bincount(cell, minlength=len(prompts) * len(grafts))
+    rows = np.full(counts.size, -1)
+    rows[cell] = np.flatnonzero(known)
+    problems = []
+    for what, odd in (("missing", counts == 0), ("there more than once", counts > 1)):
+        if odd.any():
+            i, j = divmod(int(np.argmax(odd)), len(grafts))
+            problems.append(
+                f"{odd.sum()} cell(s) are {what}, such as prompt {prompts[i]} under {grafts[j]!r}."
+            )
+    if not known.all():
+        problems.append(_such(results, "are of no prompt and graft that were asked for", ~known))
+    return rows.reshape(len(prompts), len(grafts)), problems
+
+
+def _contradictions(
+    results: pd.DataFrame, prompts: Mapping[int, Prompt], grafts: Mapping[str, Graft]
+) -> list[str]:
+    """Rows that contradict themselves or what was asked."""
+    wrong: dict[str, pd.Series] = {}
+    if "rule" in results:
+        rules = results["graft"].astype(object).map({n: str(g) for n, g in grafts.items()})
+        wrong["bear another graft's rule"] = results["rule"].astype(object) != rules
+    if "text" in results:
+        texts = results["prompt"].map({n: prompt.text for n, prompt in prompts.items()})
+        wrong["bear another prompt's text"] = results["text"].astype(object) != texts
+    if {"logprob", "prob", "reason"} <= {*results.columns}:
+        logprob, prob = (results[c].astype(float) for c in ("logprob", "prob"))
+        wrong["have neither numbers nor a reason"] = logprob.isna() & results["reason"].isna()
+        wrong["have a prob that is not exp(logprob)"] = (np.exp(logprob) - prob).abs() > 1e-6
+    return [_such(results, what, odd.to_numpy(bool)) for what, odd in wrong.items() if odd.any()]
+
+
+def _such(results: pd.DataFrame, what: str, odd: Bool[np.ndarray, " row"]) -> str:
+    row = results.iloc[int(np.argmax(odd))]
+    return f"{odd.sum()} row(s) {what}, such as prompt {row['prompt']} under {row['graft']!r}."
+
+
+def _refused(results: pd.DataFrame, reasons: pd.Series) -> tuple[Refused, ...]:
+    first = reasons[reasons.notna() & ~reasons.duplicated()]
+    example = {reason: results.loc[i] for i, reason in first.items()}
+    return tuple(
+        Refused(str(r), int(n), int(example[r]["prompt"]), str(example[r]["graft"]))
+        for r, n in reasons.value_counts().items()
+        if n
+    )
+
+
+def _draw(
+    ran: Bool[np.ndarray, "prompt graft"],
+    prompts: Sequence[int],
+    grafts: Mapping[str, Graft],
+    count: int,
+    seed: int,
+    scored: Callable[[int], Scored | None],
+) -> list[tuple[int, str]]:
+    """Random cells that ran, of as many grafts as there are; answers of one and several tokens."""
+    rng = np.random.default_rng(seed)
+    names = list(grafts)
+    plain = {Graft(), *(Graft.rule(s) for g in grafts.values() for s in g.sources)}
+    order = sorted(rng.permutation(len(names)).tolist(), key=lambda g: grafts[names[g]] in plain)
+    free, drawn = ran.copy(), list[tuple[int, str]]()
+    while len(drawn) < count and free.any():
+        for g in order:
+            tried = rng.permutation(np.flatnonzero(free[:, g]))[:16].tolist()
+            if not tried or len(drawn) == count:
+                continue
+            several = [p for p in tried if (s := scored(prompts[p])) and len(s.answer) > 1]
+            single = [p for p in tried if p not in several]
+            p = ((several or single) if len(drawn) % 2 == 0 else (single or several))[0]
+            free[p, g] = False
+            drawn.append((prompts[p], names[g]))
+    return drawn
+
+
+# -- comparing ---------------------------------------------------------------------------------
+
+
+def _rounding(
+    model: GraftedTransformer,
+    sequential: Sequential | None,
+    few: Sequence[Scored],
+    grafts: Mapping[str, Graft],
+    row_budget: int | None,
+    prepend_bos: bool | None,
+) -> Rounding:
+    prompts = {s.number: s.prompt for s in few}
+    backwards = dict(reversed(list(prompts.items())))
+    small = 2 * max(len(s.tokens) + len(s.answer) for s in few)
+    runs = [(prompts, row_budget), (backwards, row_budget), (prompts, small)]
+    runs += [({n: prompt}, row_budget) for n, prompt in prompts.items()]
+    tables = [
+        score(model, some, grafts, row_budget=budget, prepend_bos=prepend_bos)
+        for some, budget in runs
+    ]
+    groups = pd.concat(tables).groupby(["prompt", "graft"])[["logprob", "answer_logprob"]]
+    spread = (groups.max() - groups.min()).to_numpy(float)
+    nats, logits, largest = [0.0], [0.0], [1e-9]
+    if sequential is not None:
+        for s, source in [(s, source) for s in few for source in model.sources]:
+            once = sequential.whole(s.tokens, source).float()
+            again = sequential.logits(s.tokens, Graft.rule(source)).float()
+            both = [float(x[-1].log_softmax(-1)[s.answer[0]]) for x in (once, again)]
+            nats.append(abs(both[0] - both[1]))
+            largest.append(float(once.abs().max()))
+            logits.append(float((once - again).abs().max()) / largest[-1])
+    found = Rounding(
+        groups.ngroups, _largest(spread[~np.isnan(spread)]), _largest(nats), _largest(logits)
+    )
+    eps = torch.finfo(model.cfg.dtype).eps
+    if eps < 1e-6:
+        return found
+    # Half precision: five times the noise, and at least two roundings of the largest logit.
+    bound = _largest([5 * found.nats, 5 * found.hf_nats, 2 * eps * _largest(largest)])
+    relative = _largest([5 * found.hf_logits, bound / _largest(largest)])
+    return replace(found, bound_nats=bound, bound_logits=relative)
+
+
+def _compared(
+    model: GraftedTransformer,
+    sequential: Sequential,
+    s: Scored,
+    graft: Graft,
+    record: Mapping[str, Any],
+    rounding: Rounding,
+    source: str | None,
+) -> tuple[dict[str, float], tuple[int, int] | None, tuple[str, ...]]:
+    """A record's differences from Hugging Face's numbers, the ranks, and what is beyond rounding.
+
+    With `source` those are of one forward pass of that source, else of the sequential algorithm.
+    """
+    first, target = len(s.tokens) - 1, s.answer[0]
+
+    def logits(answer: Sequence[int]) -> Float[Tensor, "token d_vocab"]:
+        if source is not None:
+            return sequential.whole(s.tokens, source, answer[:-1])[first:].float().cpu()
+        at = range(first, first + len(answer))
+        return sequential.logits(s.tokens, graft, answer[:-1], at=at).float().cpu()
+
+    theirs = logits(s.answer)
+    batch = collate([s.tokens], continuations=[s.answer[:-1]], device=model.cfg.device)
+    columns = range(first, first + len(s.answer))
+    ours = model.logits_at(batch, [columns], graft)[0].float().cpu()
+    relative = float((ours - theirs).abs().max() / theirs.abs().max())
+    differences, problems = {"logits": relative}, []
+    if not relative <= rounding.bound_logits:
+        problems.append(f"the plain forward differs by {relative:.1e} of the largest logit.")
+
+    # measure -> what Hugging Face gives, what is recorded, how many tokens' rounding it may have
+    logprobs = theirs[0].log_softmax(-1)
+    whole = float(sequence_logprob(theirs, torch.tensor(s.answer)))
+    measures = {
+        "logprob": (float(logprobs[target]), record.get("logprob"), 1),
+        "answer_logprob": (whole, record.get("answer_logprob"), len(s.answer)),
+    }
+    if wrong := [d[0] for d in s.distractors if d[0] != target]:
+        margin = float(theirs[0, target] - theirs[0, wrong].max())
+        measures["logit_diff"] = (margin, record.get("logit_diff"), 2)
+    listed: Any = record.get("distractor_logprobs")
+    for i, ids in enumerate(s.distractors if np.ndim(listed) else ()):
+        value = float(sequence_logprob(logits(ids), torch.tensor(ids)))
+        measures[f"distractor_logprobs[{i}]"] = (value, listed[i], len(ids))
+    for name, (value, recorded, tokens) in measures.items():
+        if recorded is None or pd.isna(recorded):
+            continue
+        differences[name] = abs(float(recorded) - value)
+        if not differences[name] <= tokens * rounding.bound_nats:
+            problems.append(f"{name} is {recorded:.6g}, Hugging Face gives {value:.6g}.")
+
+    ranks, near = None, 2 * rounding.bound_nats
+    if not pd.isna(record.get("rank")):
+        others = torch.cat([logprobs[:target], logprobs[target + 1 :]]) - logprobs[target]
+        # Tokens nearer to the target than rounding may stand on either side of it.
+        best, rank, worst = (1 + int((others > shift).sum()) for shift in (near, 0.0, -near))
+        ranks = (int(record["rank"]), rank)
+        if not best <= ranks[0] <= worst:
+            problems.append(f"rank is {ranks[0]}, Hugging Face gives {rank}.")
+    top: Any = record.get("top_tokens")
+    if np.ndim(top):
+        ordered = logprobs.sort(descending=True)
+        for i, (token, prob) in enumerate(zip(top, record["top_probs"], strict=True)):
+            value = float(ordered.values[i])
+            close = ordered.indices[(ordered.values - value).abs() <= near].tolist()
+            texts = [model.to_single_str_token(t) for t in close]
+            if token not in texts or not abs(math.log(max(prob, 1e-300)) - value) <= near:
+                problems.append(
+                    f"top token {i + 1} is {token!r} with {prob:.6g}, Hugging Face gives "
+                    f"{texts[0]!r} with {math.exp(value):.6g}."
+                )
+    return differences, ranks, tuple(problems)
+
+
+def _largest(values: Iterable[float]) -> float:
+    """The largest; NaN if any is, so that nothing passes for being incomparable."""
+    return float(np.max(np.fromiter(values, float), initial=0.0))
+
+
+def _worst(checks: Sequence[Check]) -> str:
+    names = dict.fromkeys(name for check in checks for name in check.differences)
+    largest = {n: _largest(c.differences[n] for c in checks if n in c.differences) for n in names}
+    return ", ".join(f"{name} {value:.1e}" for name, value in largest.items()) or "nothing"
