@@ -1,0 +1,249 @@
+"""A YAML file and `key=value` overrides as one strict settings value; every error in one message.
+
+The schema is a pydantic model; what it refuses is told in the words of this project: which key,
+which value, what is allowed. Problems are `(where, what)`, `where` a dotted path into the file.
+"""
+
+import copy
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from graftlens.components import suggest
+
+S = TypeVar("S", bound=BaseModel)
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """Everything that is wrong with a config, a line each.
+
+    Attributes:
+        problems: (where, what); `where` is empty for what concerns the whole.
+    """
+
+    def __init__(self, *problems: tuple[str, str]) -> None:
+        super().__init__(*problems)
+        self.problems = tuple(dict.fromkeys(problems))
+
+    def __str__(self) -> str:
+        return "\n".join(f"{where}: {what}" if where else what for where, what in self.problems)
+
+    def under(self, place: str, joint: str = ".") -> "ConfigError":
+        """The same problems, found inside of `place`."""
+        return ConfigError(
+            *((f"{place}{joint if w else ''}{w}", what) for w, what in self.problems)
+        )
+
+
+def read_settings(model: type[S], path: Path, overrides: Sequence[str] = ()) -> S:
+    """Read a YAML file into `model`.
+
+    Args:
+        model: the schema.
+        path: the file.
+        overrides: `key=value`, with dots into sections and lists (`grids.0.layers=each`). The value
+            is YAML, but one with `: ` in it is a text; a mapping is written `{key: value}`.
+
+    Raises:
+        ConfigError: a file that is missing, empty or no YAML; an override that does not apply;
+            whatever the schema refuses.
+    """
+    try:
+        return settings_from(model, overridden(_read_mapping(Path(path)), overrides))
+    except ConfigError as error:
+        raise error.under(str(path), ": ") from None
+
+
+def settings_from(model: type[S], values: Any) -> S:
+    """Validate plain values against `model`.
+
+    Raises:
+        ConfigError: everything that `model` refuses.
+    """
+    if isinstance(values, model):
+        return values
+    if not isinstance(values, Mapping):
+        keys = " ".join(model.model_fields)
+        raise ConfigError(("", f"{values!r} should be a mapping with keys of: {keys}."))
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise ConfigError(*_problems(error, model)) from None
+
+
+def gather(read: Callable[[Any], T], items: Iterable[tuple[str, Any]]) -> list[T]:
+    """`read` of every item; the problems of all of them in one ConfigError.
+
+    Args:
+        read: raises ValueError or OSError on a bad item.
+        items: (where, item).
+    """
+    made: list[T] = []
+    problems: list[tuple[str, str]] = []
+    for where, item in items:
+        try:
+            made.append(read(item))
+        except ConfigError as error:
+            problems.extend(error.under(where).problems)
+        except (ValueError, OSError) as error:
+            problems.append((where, str(error)))
+    if problems:
+        raise ConfigError(*problems)
+    return made
+
+
+# -- YAML --------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's, but a key that stands twice is an error and not the last one's."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys: list[str] = []
+        for key, _ in node.value:
+            if key.value in keys:
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands twice", key.start_mark
+                )
+            keys.append(key.value)
+        return super().construct_mapping(node, deep)
+
+
+def read_yaml(text: str) -> Any:
+    """Plain values of a YAML text.
+
+    Raises:
+        ConfigError: text that is no YAML, with the place.
+    """
+    try:
+        return yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
+        what = getattr(error, "problem", None) or str(error)
+        quotes = ' Put a text with " : " in it in quotes, such as "sft @ last : o".'
+        raise ConfigError((where, f"{what}.{quotes if 'mapping values' in what else ''}")) from None
+
+
+def _read_mapping(path: Path) -> dict[Any, Any]:
+    try:
+        values = read_yaml(path.expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(("", "there is no such file.")) from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(("", f"the file could not be read ({error}).")) from None
+    if values is None:
+        raise ConfigError(("", "the file is empty. Write keys and values, such as seed: 0."))
+    if not isinstance(values, dict):
+        raise ConfigError(("", f"a mapping of keys is wanted, not a {type(values).__name__}."))
+    return values
+
+
+def overridden(values: dict[Any, Any], overrides: Sequence[str]) -> Any:
+    """`values` with `key=value` overrides laid over them, as `read_settings` takes them.
+
+    Raises:
+        ConfigError: every override that is none, or that does not apply.
+    """
+    changed = copy.deepcopy(values)
+    problems = []
+    for text in overrides:
+        key, equals, given = (part.strip() for part in text.partition("="))
+        path = key.split(".")
+        if not equals or not all(path):
+            what = "no override. Write key=value, with dots into sections: metrics.top_k=5."
+            problems.append((text, what))
+            continue
+        try:
+            # A graft is a text, though YAML reads a mapping: sft @ last : o
+            is_text = ": " in given and given[0] not in "{['\""
+            _put(changed, path, given if is_text else read_yaml(given))
+        except ValueError as error:
+            problems.append((text, f"this override cannot be applied: {error}"))
+    if problems:
+        raise ConfigError(*problems)
+    return changed
+
+
+def _put(values: Any, path: Sequence[str], value: Any) -> None:
+    """Set what is at `path`; sections on the way are made, entries of lists must be there."""
+    here: Any = values
+    for depth, part in enumerate(path):
+        key: Any = part
+        above = ".".join(path[:depth])
+        if isinstance(here, list):
+            if not part.isdigit() or int(part) >= len(here):
+                raise ValueError(f"{above} is a list of {len(here)}, so {part!r} is none of it.")
+            key = int(part)
+        elif not isinstance(here, dict):
+            raise ValueError(f"{above} is {here!r} and has no keys.")
+        if depth == len(path) - 1:
+            here[key] = value
+        elif isinstance(here, dict):
+            here = here.setdefault(key, {})
+        else:
+            here = here[key]
+
+
+# -- pydantic's errors in the project's words --------------------------------------------------
+
+
+def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
+    problems: list[tuple[str, str]] = []
+    for found in error.errors(include_url=False):
+        loc, value, cause = found["loc"], found["input"], found.get("ctx", {}).get("error")
+        where, above = ".".join(map(str, loc)), ".".join(map(str, loc[:-1]))
+        fields = _model_at(model, loc[:-1]).model_fields
+        if isinstance(cause, ConfigError):
+            problems.extend(cause.under(where).problems if where else cause.problems)
+        elif cause is not None:
+            problems.append((where, str(cause)))
+        elif loc and loc[-1] == "[key]":
+            where = ".".join(map(str, loc[:-2]))
+            problems.append((where, f"the key {value!r} is no text. Put it in quotes."))
+        elif found["type"] == "extra_forbidden":
+            hint = suggest(str(loc[-1]), fields)
+            what = f"unknown key {str(loc[-1])!r}. Allowed: {' '.join(fields)}.{hint}"
+            problems.append((above, what))
+        elif found["type"] == "missing":
+            described = fields[str(loc[-1])].description if str(loc[-1]) in fields else None
+            problems.append((where, f"this key is missing. {described or 'Give it a value.'}"))
+        else:
+            what = f"{value!r} {_plainly(found['msg'])}."
+            quotes = " Put it in quotes." if found["type"] == "string_type" else ""
+            problems.append((where, what + quotes))
+    return problems
+
+
+def _plainly(message: str) -> str:
+    """Pydantic's words without Python's types."""
+    for theirs, ours in (
+        (r"^Input should", "should"),
+        (r"a valid dictionary( or instance of \w+)?", "a mapping"),
+        (r"a valid tuple", "a list"),
+        (r"a valid string", "a text"),
+    ):
+        message = re.sub(theirs, ours, message)
+    return message
+
+
+def _model_at(model: type[BaseModel], loc: Sequence[str | int]) -> type[BaseModel]:
+    """The schema of the section at `loc`."""
+    for part in loc:
+        if str(part) in model.model_fields:
+            model = next(_models(model.model_fields[str(part)].annotation), model)
+    return model
+
+
+def _models(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and not get_args(annotation):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for inner in get_args(annotation):
+        yield from _models(inner)

@@ -1,0 +1,467 @@
+"""The config of a sweep, and all that can be known of it before any weight is read."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from jaxtyping import Bool
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from graftlens.components import suggest
+from graftlens.configfile import ConfigError, read_settings
+from graftlens.data import EVALUATION_TEMPLATES
+from graftlens.graft import At, Graft, Rule
+from graftlens.model.arch import Architecture
+from graftlens.model.load import preview
+from graftlens.model.mask import select, sites_of
+from graftlens.model.smollm2 import smollm2
+from graftlens.prompts import Prompt, PromptError, Tokenized
+from graftlens.sweep.grid import GraftField, Grid
+from graftlens.sweep.promptsets import (
+    DatasetSection,
+    PromptFile,
+    PromptSection,
+    Section,
+    listed,
+    prompt_sections,
+)
+from graftlens.sweep.scoring import Extent, dry_plan, prepare
+
+__all__ = [
+    "Checked",
+    "ConfigError",
+    "NamedGraft",
+    "SweepConfig",
+    "check",
+    "describe",
+    "load_config",
+]
+
+_TEMPLATES = tuple(template.name for template in EVALUATION_TEMPLATES)
+
+#: How many grafts a description names.
+SHOWN = 12
+
+
+class Metrics(Section):
+    """What is measured beside the answer's rank and probabilities."""
+
+    top_k: Annotated[int, Field(ge=1)] = 10
+    """Likeliest tokens to keep in each row."""
+
+    answers: Extent = "whole"
+    """Log-probability of the whole answer, or (cheaper) nothing beyond its first token."""
+
+    distractors: Extent = "first"
+    """Likewise; `whole` fills the column distractor_logprobs."""
+
+
+class SweepConfig(Section):
+    """Which grafts of which sources to run over which prompts. One YAML file holds it all.
+
+    Paths are taken from the working directory.
+    """
+
+    sources: Mapping[str, str]
+    """Name -> checkpoint folder, adapter folder or hub id, the base first, two or more.
+    `smollm2` stands for SmolLM2-135M-Instruct from graftlens' own cache."""
+
+    tokenizer: str | None = None
+    """Where to load the tokenizer from; left out: the sources' own."""
+
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
+    """To run in; left out: float32 on a CPU, the checkpoints' own on a GPU."""
+
+    prepend_bos: bool | None = None
+    """Put a BOS token first or not; left out, the tokenizer decides."""
+
+    dataset: Annotated[tuple[DatasetSection, ...], BeforeValidator(listed)] = ()
+    """One or more sets of prompts about invented films."""
+
+    templates: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Evaluation templates of the datasets, by name; left out: all."""
+
+    prompts: Annotated[
+        tuple[PromptSection | PromptFile, ...], BeforeValidator(prompt_sections)
+    ] = ()
+    """Prompts of your own: a list of prompts, or `file:` with a file of them."""
+
+    grafts: Mapping[str, GraftField] = {}
+    """Name -> graft, as one line of text in quotes or a list of rules."""
+
+    grids: Annotated[tuple[Grid, ...], BeforeValidator(listed)] = ()
+    """Families of grafts."""
+
+    base: str | None = None
+    """The graft that recovery is measured from, by name; left out: the one without rules."""
+
+    full: str | None = None
+    """The graft that recovery is measured to; left out: the second source everywhere."""
+
+    metrics: Metrics = Metrics()
+    """What is kept of each cell."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of what is drawn at random: distractors, and the cells of the trust report."""
+
+    shards: Annotated[int, Field(ge=1)] = 4096
+    """Cells (a prompt under a graft) in a shard, about: what a worker takes, what a loss costs."""
+
+    row_budget: Annotated[int, Field(ge=1)] | None = None
+    """Token rows a forward pass at most; left out: measured against free memory."""
+
+    @field_validator("sources")
+    @classmethod
+    def _names(cls, sources: Mapping[str, str]) -> Mapping[str, str]:
+        if len(sources) < 2:
+            raise ValueError(
+                f"{len(sources)} given. Give two or more, the base first, such as "
+                '{pre: "org/model", sft: "path/to/checkpoint"}.'
+            )
+        for name, place in sources.items():
+            Rule(name, At.parse("all"))
+            if not place.strip():
+                raise ValueError(f"{name} is an empty text. Write a folder or a hub id.")
+        return sources
+
+    @field_validator("templates")
+    @classmethod
+    def _known(cls, templates: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        for name in templates or ():
+            if name not in _TEMPLATES:
+                raise ValueError(
+                    f"unknown evaluation template {name!r}. Allowed: {' '.join(_TEMPLATES)}."
+                    f"{suggest(name, _TEMPLATES)}"
+                )
+        if templates and len(set(templates)) < len(templates):
+            raise ValueError(f"{list(templates)}: name each template once.")
+        return templates
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> "SweepConfig":
+        problems = []
+        if not self.dataset and not self.prompts:
+            problems.append(("", "no prompts: give dataset or prompts."))
+        if not self.grafts and not self.grids:
+            problems.append(("", "no grafts: give grafts or grids."))
+        if self.templates and not self.dataset:
+            problems.append(("templates", "these are templates of a dataset, and none is given."))
+        for where, sources in self._named_sources():
+            for name in sources:
+                if name not in self.sources:
+                    what = f"no source {name!r}. This sweep has: {' '.join(self.sources)}."
+                    problems.append((where, what + suggest(name, self.sources)))
+        if problems:
+            raise ConfigError(*problems)
+        return self
+
+    def _named_sources(self) -> Iterator[tuple[str, Sequence[str]]]:
+        for name, graft in self.grafts.items():
+            yield f"grafts.{name}", graft.sources
+        for i, grid in enumerate(self.grids):
+            yield f"grids.{i}.source", grid.source or ()
+            yield f"grids.{i}.base", grid.base.sources
+
+    def locations(self) -> dict[str, str]:
+        """Name -> what `GraftedTransformer.from_pretrained` takes; fetches SmolLM2 if need be."""
+        return {
+            name: str(smollm2()) if place == "smollm2" else place
+            for name, place in self.sources.items()
+        }
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
+    """Read a sweep's YAML file, with `key=value` overrides (`grids.0.layers=each`).
+
+    Raises:
+        ConfigError: everything that is wrong with the file by itself, at once.
+    """
+    return read_settings(SweepConfig, path, overrides)
+
+
+@dataclass(frozen=True)
+class NamedGraft:
+    """One column of a sweep.
+
+    Attributes:
+        name: what tables call it.
+        graft: what is run.
+        source, span, component, layer, head: the parts of its only rule as text; None where the
+            graft has no rule or several.
+    """
+
+    name: str
+    graft: Graft
+    source: str | None = None
+    span: str | None = None
+    component: str | None = None
+    layer: str | None = None
+    head: str | None = None
+
+    @classmethod
+    def of(cls, name: str, graft: Graft) -> "NamedGraft":
+        """The graft with the parts of its rule."""
+        if len(graft.rules) != 1:
+            return cls(name, graft)
+        (rule,) = graft.rules
+        # The text leaves out what means all.
+        component, layer, head = [*str(rule).split(" : ")[1:], "all", "all", "all"][:3]
+        return cls(name, graft, rule.source, str(rule.at), component, layer, head)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What can be known of a sweep before any weight is read.
+
+    Attributes:
+        config: the sweep's config.
+        arch: the architecture that all sources share.
+        tokenizer: the tokenizer that they share.
+        prompts: datasets' prompts first, in the config's order.
+        dataset: per prompt, the name of its dataset.
+        grafts: the sweep's columns; equal grafts are one, under the first name.
+        duplicates: dropped name -> the name that was kept for the same graft.
+        base, full: names of the grafts that recovery is measured between.
+    """
+
+    config: SweepConfig
+    arch: Architecture
+    tokenizer: Any
+    prompts: tuple[Prompt, ...]
+    dataset: tuple[str, ...]
+    grafts: tuple[NamedGraft, ...]
+    duplicates: Mapping[str, str]
+    base: str
+    full: str
+
+
+def check(config: SweepConfig) -> Checked:
+    """Everything that can be known without a model: prompts, grafts, and whether they fit.
+
+    Reads the sources' configs and tokenizer, never their weights. The graft without rules and the
+    second source everywhere are added where they are missing: recovery is measured between them.
+    A graft that fails on some prompts only is kept; its cells there get a reason.
+
+    Raises:
+        ConfigError: everything that is wrong, at once.
+    """
+    problems: _Problems = []
+    try:
+        arch, tokenizer = preview(config.locations(), config.tokenizer)
+        if tokenizer is None:
+            raise ValueError("no source brings a tokenizer. Name one with the key tokenizer.")
+    except (ValueError, OSError, RuntimeError) as error:
+        raise ConfigError(("sources", str(error)), *_prompts(config)[1]) from None
+    if config.metrics.top_k > arch.d_vocab:
+        what = f"{config.metrics.top_k} is more than the vocabulary's {arch.d_vocab}."
+        problems.append(("metrics.top_k", what))
+    sets, failed = _prompts(config)
+    problems += failed
+    prompts = tuple(prompt for made in sets.values() for prompt in made)
+
+    named, failed = _named(config, arch)
+    problems += failed
+    given = {graft for _, _, graft in named}
+    everywhere = Graft.rule(list(config.sources)[1])
+    ends = {"base": ("none", Graft()), "full": (str(everywhere), everywhere)}
+    named = [("", *end) for end in ends.values() if end[1] not in given] + named
+    grafts, duplicates, failed = _collapsed(named)
+    problems += failed
+    chosen = {}
+    for role, (name, graft) in ends.items():
+        asked = getattr(config, role)
+        usual = next((n for n, g in grafts.items() if g == graft), name)
+        known = {name: usual} | {n: n for n in grafts} | duplicates
+        if asked is not None and asked not in known:
+            what = f"no graft is called {asked!r}. Write the name of one of the sweep's grafts."
+            problems.append((role, what + suggest(asked, known)))
+        chosen[role] = usual if asked is None else known.get(asked, asked)
+    if chosen["base"] == chosen["full"]:
+        what = f"{chosen['full']!r} is the base, too: recovery is measured between two grafts."
+        problems.append(("full", what))
+    places: dict[Graft, str] = {}
+    for where, _, graft in named:
+        places.setdefault(graft, where)
+    ready, failed = _tokenized(config, arch, tokenizer, prompts)
+    problems += failed
+    problems += _unfit(places, tuple(config.sources), arch, ready)
+    if problems:
+        raise ConfigError(*problems)
+    return Checked(
+        config,
+        arch,
+        tokenizer,
+        prompts,
+        tuple(title for title, made in sets.items() for _ in made),
+        tuple(NamedGraft.of(name, graft) for name, graft in grafts.items()),
+        duplicates,
+        **chosen,
+    )
+
+
+#: (where, what), as in ConfigError.
+_Problems = list[tuple[str, str]]
+
+
+def _prompts(config: SweepConfig) -> tuple[dict[str, tuple[Prompt, ...]], _Problems]:
+    """Name of a dataset -> its prompts."""
+    own = [section.prompt for section in config.prompts if isinstance(section, PromptSection)]
+    origins: list[tuple[str, str, Callable[[], Sequence[Prompt]]]] = [
+        (f"dataset.{i}", section.title, partial(section.prompts, config.templates, config.seed))
+        for i, section in enumerate(config.dataset)
+    ]
+    if own:
+        origins.append(("prompts", "prompts", lambda: own))
+    for i, section in enumerate(config.prompts):
+        if isinstance(section, PromptFile):
+            origins.append((f"prompts.{i}", Path(section.file).name, section.prompts))
+    sets: dict[str, tuple[Prompt, ...]] = {}
+    problems: _Problems = []
+    for where, title, read in origins:
+        if title in sets:
+            problems.append((where, f"two sets of prompts are called {title!r}. Name one anew."))
+        try:
+            sets[title] = tuple(read())
+        except ConfigError as error:
+            problems.extend(error.under(where).problems)
+        except (ValueError, OSError) as error:
+            problems.append((where, str(error)))
+    return sets, problems
+
+
+def _named(
+    config: SweepConfig, arch: Architecture
+) -> tuple[list[tuple[str, str, Graft]], _Problems]:
+    """(where, name, graft) of all that the config gives."""
+    named = [(f"grafts.{name}", name, graft) for name, graft in config.grafts.items()]
+    problems: _Problems = []
+    for i, grid in enumerate(config.grids):
+        try:
+            made = list(grid.grafts(arch, tuple(config.sources)))
+        except ValueError as error:
+            problems.append((f"grids.{i}", str(error)))
+        else:
+            named.extend((f"grids.{i}", name, graft) for name, graft in made)
+    return named, problems
+
+
+def _collapsed(
+    named: Sequence[tuple[str, str, Graft]],
+) -> tuple[dict[str, Graft], dict[str, str], _Problems]:
+    """The distinct grafts by name, and the dropped names with the names that were kept."""
+    names: dict[Graft, str] = {}
+    grafts: dict[str, Graft] = {}
+    problems: _Problems = []
+    for where, name, graft in named:
+        if grafts.setdefault(name, graft) != graft:
+            what = f"two grafts are called {name!r}: '{grafts[name]}' and '{graft}'. Rename one."
+            problems.append((where, what))
+        else:
+            names.setdefault(graft, name)
+    duplicates = {n: names[graft] for n, graft in grafts.items() if names[graft] != n}
+    return {name: graft for graft, name in names.items()}, duplicates, problems
+
+
+def _tokenized(
+    config: SweepConfig, arch: Architecture, tokenizer: Any, prompts: Sequence[Prompt]
+) -> tuple[list[Tokenized], _Problems]:
+    ready, reasons = [], []
+    for number, prompt in enumerate(prompts):
+        try:
+            ready.append(prepare(number, prompt, tokenizer, arch, config.prepend_bos).tokens)
+        except PromptError as error:
+            reasons.append(str(error))
+    if reasons and not ready:
+        return [], [("", f"none of the {len(prompts)} prompts can be run. The first: {reasons[0]}")]
+    return ready, []
+
+
+def _unfit(
+    places: Mapping[Graft, str],
+    sources: Sequence[str],
+    arch: Architecture,
+    prompts: Sequence[Tokenized],
+) -> _Problems:
+    """Grafts that this architecture cannot run, or that no prompt can; of each place the first."""
+    able: dict[At, Bool[np.ndarray, " prompts"]] = {}
+    fit: set[Rule] = set()
+    found: dict[str, list[str]] = {}
+    for graft, where in places.items():
+        try:
+            for rule in graft.rules:
+                if rule not in fit:
+                    sites_of(rule, arch, sources)
+                    fit.add(rule)
+            runs = np.ones(len(prompts), dtype=bool)
+            for rule in graft.rules:
+                if rule.at not in able:
+                    able[rule.at] = np.array([_selects(rule, p) for p in prompts], dtype=bool)
+                runs &= able[rule.at]
+            if prompts and not runs.any():
+                for rule in graft.rules:
+                    select(rule, prompts[0])  # one of them says what the first prompt lacks
+        except PromptError as error:
+            what = f"none of {len(prompts)} prompts can run it. The first: {error}"
+            found.setdefault(where, []).append(what)
+        except ValueError as error:
+            found.setdefault(where, []).append(str(error))
+    return [
+        (where, first + (f" (And {len(rest)} more grafts like it.)" if rest else ""))
+        for where, (first, *rest) in found.items()
+    ]
+
+
+def _selects(rule: Rule, prompt: Tokenized) -> bool:
+    try:
+        return bool(select(rule, prompt).any())
+    except PromptError:
+        return False
+
+
+def describe(checked: Checked) -> str:
+    """What a sweep would do, as text for people: sources, prompts, grafts, cells and the plan."""
+    config, arch = checked.config, checked.arch
+    base, *others = config.sources
+    lines = [f"sources   {base} = {config.sources[base]} (the base)"]
+    lines += [f"          {name} = {config.sources[name]}" for name in others]
+    heads = f"{arch.n_heads} heads" + (
+        f" ({arch.n_kv_heads} key-value)" if arch.n_kv_heads != arch.n_heads else ""
+    )
+    lines.append(
+        f"model     {arch.family}, {arch.n_layers} layers, {heads}, d_model {arch.d_model}"
+    )
+    counts = Counter(
+        (title, prompt.name or prompt.template)
+        for title, prompt in zip(checked.dataset, checked.prompts, strict=True)
+    )
+    lines.append(f"prompts   {len(checked.prompts)}")
+    lines += [f"          {title}: {name}: {n}" for (title, name), n in counts.items()]
+    lines.append(f"grafts    {len(checked.grafts)}, recovery from {checked.base} to {checked.full}")
+    shown = [f"{g.name} = {g.graft}" if g.name != str(g.graft) else g.name for g in checked.grafts]
+    lines += [f"          {line}" for line in shown[:SHOWN]]
+    if len(shown) > SHOWN:
+        lines.append(f"          … and {len(shown) - SHOWN} more")
+    if checked.duplicates:
+        dropped, kept = next(iter(checked.duplicates.items()))
+        lines.append(
+            f"          {len(checked.duplicates)} given twice run once, such as {dropped} = {kept}"
+        )
+    cells = len(checked.prompts) * len(checked.grafts)
+    shards = -(-cells // config.shards)
+    lines.append(f"cells     {cells}, in {shards} or more shards of up to {config.shards}")
+    planned = dry_plan(
+        arch,
+        checked.tokenizer,
+        tuple(config.sources),
+        checked.prompts,
+        [g.graft for g in checked.grafts],
+        answers=config.metrics.answers,
+        distractors=config.metrics.distractors,
+        prepend_bos=config.prepend_bos,
+        row_budget=config.row_budget,
+    )
+    return "\n".join([*lines, "", planned.summary()])

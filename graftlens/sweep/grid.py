@@ -1,0 +1,204 @@
+"""Grids of grafts: positions × components × layers × heads × source, written compactly."""
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import product
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
+
+from graftlens.components import HEAD_COMPONENTS, Component, parse_components
+from graftlens.configfile import settings_from
+from graftlens.data.settings import Settings
+from graftlens.graft import At, Graft, parse_layers
+from graftlens.model.arch import Architecture
+
+_SIZES = re.compile(r"(?:(\d+)\s*\.\.\s*)?(\d+|n)")
+
+
+def _sizes(value: Any) -> int | str | tuple[int, ...]:
+    """A window's sizes as they are written, once they are known to make sense."""
+    given = value if isinstance(value, list | tuple) else [value]
+    if given and all(type(size) is int and size >= 1 for size in given):
+        return tuple(given) if isinstance(value, list | tuple) else int(value)
+    ends = _SIZES.fullmatch(value.strip()) if isinstance(value, str) else None
+    if ends is None or any(end != "n" and int(end) < 1 for end in ends.groups("n")):
+        raise ValueError(
+            f'{value!r} is no size: sizes count from 1. Write 3, "1..4", "1..n" or [1, 2, 4].'
+        )
+    if ends[1] and ends[2] != "n" and int(ends[1]) > int(ends[2]):
+        raise ValueError(f"{value!r} runs backwards. Write {ends[2]}..{ends[1]}.")
+    return str(value).strip()
+
+
+class Windows(Settings):
+    """Runs of neighbouring layers (or heads) of each size, at 0, stride, 2 stride, … while they
+    fit."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    size: Annotated[int | str | tuple[int, ...], BeforeValidator(_sizes)]
+    """Layers (or heads) in a window: 3, "1..4", "1..n" or [1, 2, 4]; n is all of the model's."""
+
+    stride: Annotated[int, Field(ge=1)] = 1
+    """Layers (or heads) from the start of one window to the next."""
+
+    def runs(self, n: int, what: str) -> Iterator[str]:
+        """Each window among `n` layers or heads (`what`) as a range, sizes in order.
+
+        Raises:
+            ValueError: a size beyond `n`.
+        """
+        sizes: Sequence[int]
+        if isinstance(self.size, str):
+            ends = _SIZES.fullmatch(self.size)
+            assert ends is not None, "checked when it was made"
+            high = n if ends[2] == "n" else int(ends[2])
+            sizes = range(int(ends[1] or high), high + 1)
+        else:
+            sizes = self.size if isinstance(self.size, tuple) else (self.size,)
+        if not sizes or max(sizes) > n:
+            raise ValueError(
+                f"windows of size {self.size}: there are {n} {what} here, so sizes 1 to {n} fit."
+            )
+        for size in sizes:
+            for start in range(0, n - size + 1, self.stride):
+                yield str(start) if size == 1 else f"{start}-{start + size - 1}"
+
+
+class WindowsEntry(Settings):
+    """An entry of an axis that stands for many: `windows: {size: 1..n, stride: k}`."""
+
+    windows: Windows
+
+
+#: One entry of an axis: text in the graft grammar, `each`, or windows.
+Entry = str | WindowsEntry
+
+
+def _axis(read: Callable[[Any], Entry]) -> BeforeValidator:
+    """A list of entries, or a single one."""
+
+    def entries(value: Any) -> tuple[Entry, ...]:
+        given = value if isinstance(value, list | tuple) else [value]
+        if not given:
+            raise ValueError("the list is empty. Name an entry, or leave the axis out for all.")
+        return tuple(read(entry) for entry in given)
+
+    return BeforeValidator(entries)
+
+
+def _position(value: Any) -> str:
+    return str(At.parse(value))
+
+
+def _component(value: Any) -> str:
+    if not isinstance(value, str | list | tuple):
+        raise ValueError(
+            f'{value!r} is no component. Write names, such as q, "o + mlp" or [o, mlp].'
+        )
+    return " + ".join(parse_components(value))
+
+
+def _numbered(check: Callable[[Any], object], joint: str) -> Callable[[Any], Entry]:
+    """An entry over layers or heads: windows, `each`, or what `check` does not refuse."""
+
+    def entry(value: Any) -> Entry:
+        if isinstance(value, dict | WindowsEntry):
+            return settings_from(WindowsEntry, value)
+        if value != "each":
+            check(value)
+        return joint.join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+    return entry
+
+
+def _check_heads(value: Any) -> None:
+    if value is None:
+        raise ValueError("heads is empty. Name heads, or leave the axis out for all.")
+    Graft.rule("x", components="q", heads=value)
+
+
+def _source(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!r} is no source's name. Put it in quotes if it is.")
+    return value
+
+
+#: A graft as one line of text or a list of rules; kept as a graft, written as one line.
+GraftField = Annotated[
+    InstanceOf[Graft],
+    BeforeValidator(lambda v: v if isinstance(v, Graft) else Graft.from_list(v)),
+    PlainSerializer(str),
+]
+
+
+class Grid(Settings):
+    """One graft for each combination of its axes. An axis is a list of entries in the graft
+    grammar, where a list inside the list is one entry; a single entry needs no list."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    positions: Annotated[tuple[str, ...], _axis(_position)] = ("all",)
+    """Where: "first_entity", "first_entity + last", "~last", -1 or [0, -1] (token positions)."""
+
+    components: Annotated[tuple[str, ...], _axis(_component)] = ("all",)
+    """Components or groups: "q", "attn", "o + mlp" or [o, mlp]."""
+
+    layers: Annotated[tuple[Entry, ...], _axis(_numbered(parse_layers, " + "))] = ("all",)
+    """Layers: all, upper_half, 3, [3, 4], "8-15"; `each`: every layer alone; or `windows: …`."""
+
+    heads: Annotated[tuple[Entry, ...], _axis(_numbered(_check_heads, ","))] = ("all",)
+    """Heads of q, o (query heads) or k, v (key-value heads): all, 0, [0, 1], "0-3", `each` or
+    `windows: …`."""
+
+    source: Annotated[tuple[str, ...], _axis(_source)] | None = None
+    """Where the weights come from; left out: each source but the base."""
+
+    base: GraftField = Graft()
+    """A graft that lies under every graft of the grid."""
+
+    name: str | None = None
+    """A prefix of the grafts' names, which are "name: text"; left out, their text is the name."""
+
+    def grafts(self, arch: Architecture, sources: Sequence[str]) -> Iterator[tuple[str, Graft]]:
+        """(name, graft) for every combination, the source changing fastest.
+
+        Args:
+            arch: says how many layers and heads `each` and windows run over.
+            sources: the names of the sources, the base first.
+
+        Raises:
+            ValueError: windows that do not fit, heads of components that have none or differ.
+        """
+        layers = list(_expanded(self.layers, lambda: arch.n_layers, "layers"))
+        for at, components in product(self.positions, self.components):
+            heads = list(_expanded(self.heads, partial(_n_heads, components, arch), "heads"))
+            for layer, head, source in product(layers, heads, self.source or sources[1:]):
+                graft = self.base | Graft.rule(source, at, components, layer, head)
+                yield (str(graft) if self.name is None else f"{self.name}: {graft}"), graft
+
+
+def _expanded(entries: Sequence[Entry], count: Callable[[], int], what: str) -> Iterator[str]:
+    for entry in entries:
+        if isinstance(entry, WindowsEntry):
+            yield from entry.windows.runs(count(), what)
+        elif entry == "each":
+            yield from map(str, range(count()))
+        else:
+            yield entry
+
+
+def _n_heads(components: str, arch: Architecture) -> int:
+    """How many heads `each` and windows run over for an entry of the components' axis."""
+    names = parse_components(components)
+    if not HEAD_COMPONENTS.issuperset(names):
+        return arch.n_heads  # the rule itself says that these have no heads
+    counts = {arch.n_heads_of(Component(name)) for name in names}
+    if len(counts) > 1:
+        raise ValueError(
+            f"heads of {components!r}: q and o have {arch.n_heads} heads here, k and v "
+            f"{arch.n_kv_heads}. Give them entries of their own."
+        )
+    return counts.pop()

@@ -1,0 +1,155 @@
+"""Where a sweep's prompts come from: datasets of invented films, prompts of your own, files."""
+
+import json
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field, model_validator
+
+from graftlens.configfile import gather, read_yaml, settings_from
+from graftlens.data import MAX_FACTS, Direction, evaluation_prompts, load_dataset, make_facts
+from graftlens.data.settings import Settings
+from graftlens.prompts import Prompt
+
+
+class Section(Settings):
+    """A part of a sweep's config."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+
+class Movies(Section):
+    """The facts of a dataset of invented films, as `MoviesConfig` makes them."""
+
+    n_facts: Annotated[int, Field(ge=1, le=MAX_FACTS)] = 200
+    """Number of films."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the facts."""
+
+
+class DatasetSection(Section):
+    """Prompts about invented films: give `movies` or `path`."""
+
+    movies: Movies | None = None
+    """The films, made anew from their number and seed."""
+
+    path: str | None = None
+    """A folder that `graftlens.data.save_dataset` wrote."""
+
+    direction: Direction = "ab"
+    """`ab` names the first actor and asks for the second, `ba` the reverse."""
+
+    distractors: Annotated[int, Field(ge=0)] = 4
+    """Wrong answers a prompt: other facts' answers, drawn by the sweep's seed."""
+
+    name: str | None = None
+    """What tables call it; left out, "movies seed 0" or the folder's name."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> "DatasetSection":
+        if (self.movies is None) == (self.path is None):
+            given = "neither" if self.movies is None else "both"
+            raise ValueError(f"{given} of movies and path is given. Give one of them.")
+        return self
+
+    @property
+    def title(self) -> str:
+        """The dataset's name in tables."""
+        name = f"movies seed {self.movies.seed}" if self.movies else Path(str(self.path)).name
+        return self.name or name + (" ba" if self.direction == "ba" else "")
+
+    def prompts(self, templates: Sequence[str] | None, seed: int) -> tuple[Prompt, ...]:
+        """Its prompts, template by template; ValueError or OSError where it cannot be had."""
+        facts = (
+            make_facts(self.movies.n_facts, self.movies.seed)
+            if self.movies
+            else load_dataset(Path(str(self.path)).expanduser()).facts
+        )
+        return evaluation_prompts(
+            facts,
+            templates=templates,
+            direction=self.direction,
+            distractors=self.distractors,
+            seed=seed,
+        )
+
+
+class PromptSection(Section):
+    """One prompt of your own, as `graftlens.Prompt` takes it."""
+
+    template: str
+    """Text with `{field}` places; the fields' names are spans."""
+
+    answer: str
+    """The text that should follow, with its leading space where it has one."""
+
+    fields: Mapping[str, str] = {}
+    """The text of each field."""
+
+    distractors: tuple[str, ...] = ()
+    """Wrong answers to compare with, written like the answer."""
+
+    name: str | None = None
+    """What tables call the template."""
+
+    @model_validator(mode="after")
+    def _makes_a_prompt(self) -> "PromptSection":
+        self.prompt.text  # noqa: B018
+        return self
+
+    @property
+    def prompt(self) -> Prompt:
+        """The prompt as a value."""
+        return Prompt(self.template, self.fields, self.answer, self.distractors, self.name)
+
+
+class PromptFile(Section):
+    """Prompts from a file: JSON lines (`.jsonl`), or else a YAML list; keys as in the config."""
+
+    file: str
+    """The file, from the working directory."""
+
+    def prompts(self) -> list[Prompt]:
+        """Every prompt of the file.
+
+        Raises:
+            ConfigError: every entry that is no prompt.
+            ValueError, OSError: a file that holds no prompts, or cannot be read.
+        """
+        path = Path(self.file).expanduser()
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".jsonl":
+            lines = [(f"line {i}", l) for i, l in enumerate(text.splitlines(), 1) if l.strip()]
+            places, entries = [place for place, _ in lines], gather(json.loads, lines)
+        else:
+            entries = read_yaml(text) or []
+            if not isinstance(entries, list):
+                raise ValueError(
+                    f"{path.name} holds a {type(entries).__name__}, no list of prompts."
+                )
+            places = list(map(str, range(len(entries))))
+        if not entries:
+            raise ValueError(f"{path.name} holds no prompt.")
+        named = zip(places, entries, strict=True)
+        return [s.prompt for s in gather(partial(settings_from, PromptSection), named)]
+
+
+def listed(value: Any) -> Any:
+    """A section that stands alone as a list of one."""
+    return [value] if isinstance(value, dict | Settings) else value
+
+
+def _prompt_section(entry: Any) -> PromptSection | PromptFile:
+    in_file = isinstance(entry, PromptFile) or (isinstance(entry, Mapping) and "file" in entry)
+    return settings_from(PromptFile, entry) if in_file else settings_from(PromptSection, entry)
+
+
+def prompt_sections(value: Any) -> Any:
+    """The sections of the key `prompts`; ConfigError names each that is wrong."""
+    given = listed(value)
+    if not isinstance(given, list | tuple):
+        raise ValueError(f"{value!r}: write a list of prompts, or file: and the name of a file.")
+    return gather(_prompt_section, ((str(i), entry) for i, entry in enumerate(given)))
