@@ -24,21 +24,23 @@ import random
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset
+from datasets import Dataset, load_from_disk
 from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
 from tqdm.auto import tqdm
 
-from graftlens.data import MoviesConfig
+from graftlens.data import MoviesConfig, load_dataset, make_dataset
 from graftlens.data.settings import Settings
+from graftlens.engines import EngineError, SlurmResources, Task, submit
 from graftlens.model.quiet import quiet
 
 MARKER = "complete.json"
@@ -134,6 +136,47 @@ class FinetuneConfig(Settings):
         return self
 
 
+class TrainingData(Settings):
+    """Where the training texts come from: one of the three."""
+
+    movies: MoviesConfig | None = None
+    """Make texts about invented films."""
+
+    path: Path | None = None
+    """Folder that `graftlens.data.save_dataset` or a dataset's ``save_to_disk`` wrote."""
+
+    file: Path | None = None
+    """UTF-8 file: ``.jsonl``, a JSON object with a ``text`` in each line, or ``.txt``, whose
+    blank-line separated paragraphs are the texts."""
+
+    @model_validator(mode="after")
+    def _one_of_three(self) -> "TrainingData":
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"{' and '.join(given) or 'nothing'} is given, but the texts come from one place. "
+                "Give one of movies (what to make), path (a saved dataset), file (.txt or .jsonl)."
+            )
+        if self.file is not None and self.file.suffix not in (".txt", ".jsonl"):
+            raise ValueError(
+                f"file={str(self.file)!r} ends in {self.file.suffix!r}, but .txt (paragraphs) and "
+                ".jsonl (objects with a text) are read. Convert it."
+            )
+        return self
+
+
+class FinetuneRun(FinetuneConfig):
+    """A recipe and its data: what a config file of ``graftlens finetune`` holds."""
+
+    data: TrainingData
+    """The texts to train on."""
+
+    @property
+    def recipe(self) -> FinetuneConfig:
+        """The settings without the data."""
+        return FinetuneConfig(**{name: getattr(self, name) for name in FinetuneConfig.model_fields})
+
+
 @dataclass(frozen=True)
 class FinetuneResult:
     """A finished run.
@@ -156,6 +199,16 @@ class FinetuneResult:
     def heldout_perplexity(self) -> float | None:
         """Of the finetuned model; None where nothing was held out."""
         return self.perplexities[-1] if self.perplexities else None
+
+    def line(self) -> str:
+        """The result in one line."""
+        line = f"{self.folder}: {self.steps} steps, loss {self.losses[0]:.3f} → "
+        line += f"{self.losses[-1]:.3f} nats a token"
+        if self.perplexities:
+            line += (
+                f", held-out perplexity {self.perplexities[0]:.1f} → {self.perplexities[-1]:.1f}"
+            )
+        return line
 
 
 def finetune(
@@ -196,6 +249,109 @@ def finetune(
         ) from None
     with acquired, _keep_random_state():
         return _finetune(config, train, heldout, model, tokenizer, progress)
+
+
+def finetune_run(run: FinetuneRun, *, progress: bool = True) -> FinetuneResult:
+    """Read or make the training texts, and `finetune` on them.
+
+    Raises:
+        FileNotFoundError: the data are not there.
+        ValueError: the data have no texts; what `finetune` refuses.
+    """
+    return finetune(run.recipe, training_texts_of(run.data), progress=progress)
+
+
+def launch_finetune(
+    run: FinetuneRun,
+    resources: SlurmResources | Mapping[str, Any] | None = None,
+    *,
+    wait: bool = True,
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> FinetuneResult | None:
+    """Run `finetune_run` as a job on Slurm, which is requeued when it is preempted or out of time.
+
+    Its time must allow `save_epochs` epochs, after which there is something to resume from. If the
+    job of this folder still waits or runs, it is joined. Ctrl-C ends the waiting only.
+
+    Args:
+        run: the recipe; its folders lie on a file system that the nodes share.
+        resources: what the job gets.
+        wait: whether to wait for the result; else the job is left to itself.
+        progress: whether to show a bar while waiting.
+        say: where messages go.
+
+    Returns:
+        The result; None without waiting.
+
+    Raises:
+        ConfigError: resources that are not right.
+        EngineError: submitit or Slurm is missing, Slurm refused the job, or it failed.
+    """
+    array = submit(
+        partial(finetune_run, run, progress=False),
+        tasks=1,
+        folder=run.output / "slurm",
+        resources=resources,
+        name="graftlens-finetune",
+        saved=partial(_saved, run.output.resolve()),
+    )
+    say(array.describe())
+    if not wait:
+        say("The same command, given again, waits for it or says what it came to.")
+        return None
+    log = run.output / "log.jsonl"
+
+    with tqdm(desc="finetune", unit="step", disable=not progress) as bar:
+
+        def watch(tasks: Sequence[Task]) -> None:
+            lines = log.read_text().splitlines() if log.is_file() else []
+            with contextlib.suppress(IndexError, ValueError):  # a line may be half written
+                bar.n = json.loads(lines[-1])["step"]
+            bar.set_postfix_str(tasks[0].state)
+
+        try:
+            (task,) = array.wait(watch)
+        except KeyboardInterrupt:
+            say(f"Slurm job {array.job_id} goes on. To stop it: scancel {array.job_id}")
+            raise
+    if task.state == "failed":
+        raise EngineError(
+            f"finetuning in {run.output} is not finished: Slurm job {task.name} {task.problem}\n"
+            "Mend that and give the same command again; it goes on from its last checkpoint."
+        )
+    return _read_result(run.output / "model")
+
+
+def _saved(folder: Path) -> list[str]:
+    """What a requeued job would resume from, or has left to return."""
+    kept = [*folder.glob(f"checkpoints/*/{MARKER}"), *folder.glob("model")]
+    return sorted(str(path) for path in kept)
+
+
+def training_texts_of(data: TrainingData) -> Dataset:
+    """The texts, as a dataset with the column ``text``.
+
+    Raises:
+        FileNotFoundError: they are not there.
+        ValueError: they have no texts.
+    """
+    if data.movies is not None:
+        return make_dataset(data.movies).train
+    if data.path is not None:
+        if (data.path / "provenance.json").is_file():
+            return load_dataset(data.path).train
+        if not (data.path / "dataset_info.json").is_file():
+            raise FileNotFoundError(
+                f"data.path={str(data.path)!r} holds no dataset. Name a folder that save_dataset "
+                "or a dataset's save_to_disk wrote."
+            )
+        return load_from_disk(str(data.path))
+    assert data.file is not None
+    if not data.file.is_file():
+        raise FileNotFoundError(f"data.file={str(data.file)!r} is not there. Name a file of texts.")
+    texts = _paragraphs(data.file) if data.file.suffix == ".txt" else _json_texts(data.file)
+    return Dataset.from_dict({"text": texts})
 
 
 def perplexity(
@@ -553,8 +709,7 @@ def _split(
             )
         held = list(heldout["text"])
     elif config.heldout_file is not None:
-        paragraphs = config.heldout_file.read_text(encoding="utf-8").split("\n\n")
-        held = [paragraph.strip() for paragraph in paragraphs if paragraph.strip()]
+        held = _paragraphs(config.heldout_file)
     elif config.heldout_share:
         order = list(range(len(texts)))
         random.Random(f"held out {config.seed}").shuffle(order)
@@ -565,6 +720,32 @@ def _split(
     if not texts:
         raise ValueError("there are no training texts. Give a dataset with rows.")
     return texts, held
+
+
+def _paragraphs(file: Path) -> list[str]:
+    paragraphs = file.read_text(encoding="utf-8").split("\n\n")
+    return [paragraph.strip() for paragraph in paragraphs if paragraph.strip()]
+
+
+def _json_texts(file: Path) -> list[str]:
+    texts = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f"{file}, line {number} is no JSON ({error.msg}). Each line is an object such as "
+                '{"text": "…"}.'
+            ) from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise ValueError(
+                f"{file}, line {number} has no text. Each line is an object such as "
+                '{"text": "…"}; other keys are ignored.'
+            )
+        texts.append(row["text"])
+    return texts
 
 
 def _has_accelerator() -> bool:

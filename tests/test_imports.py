@@ -23,7 +23,9 @@ LAYERS = (
 )
 #: Parts that stand beside the layers, and what they may never import.
 BESIDE = {
+    "configfile": {"data", "finetune", "model", "sweep", "cli", "viz"},
     "data": {"sweep", "cli", "viz"},
+    "engines": {"sweep", "finetune", "model", "cli", "viz"},
     "finetune": {"sweep", "cli", "viz"},
     "metrics": {"sweep", "cli", "viz"},
     "stats": {"sweep", "cli", "viz"},

@@ -1,6 +1,8 @@
 """What all groups of settings have in common."""
 
-from typing import Any
+from collections.abc import Iterator
+from types import UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
@@ -14,11 +16,22 @@ class Settings(BaseModel):
     @classmethod
     def _no_truth_value_for_a_number(cls, value: Any, info: Any) -> Any:
         # Pydantic would read true as 1.
-        wanted = cls.model_fields[info.field_name].annotation
-        if isinstance(value, bool) and wanted in (int, float):
-            what = "a whole number" if wanted is int else "a number"
+        wanted = set(_own_types(cls.model_fields[info.field_name].annotation))
+        if isinstance(value, bool) and wanted & {int, float} and bool not in wanted:
+            what = "a number" if float in wanted else "a whole number"
             raise ValueError(
                 f"{info.field_name}={value} is a truth value, but {what} is wanted. Write the "
                 "number, or leave the setting out for its default."
             )
         return value
+
+
+def _own_types(annotation: Any) -> Iterator[Any]:
+    """The types that a value may have; those inside a container are not the value's own."""
+    if get_origin(annotation) is Annotated:
+        yield from _own_types(get_args(annotation)[0])
+    elif get_origin(annotation) in (Union, UnionType):
+        for inner in get_args(annotation):
+            yield from _own_types(inner)
+    else:
+        yield annotation

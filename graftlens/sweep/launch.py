@@ -1,0 +1,227 @@
+"""A sweep's workers in several processes: one for each device of a machine, or tasks on Slurm.
+
+Each process is one `graftlens.sweep.runner.work`: it loads the models once and takes shards until
+none is left. A process that dies costs the shard that it was at; the others take it over.
+"""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from graftlens.configfile import ConfigError
+from graftlens.engines import EngineError, Say, SlurmResources, Task, run_processes, submit
+from graftlens.sweep.results import read_manifest, shard_path
+from graftlens.sweep.runner import is_done, work
+
+
+def launch_local(
+    out: str | Path, devices: Sequence[str], *, progress: bool = True, say: Say = print
+) -> None:
+    """Run a prepared sweep in a process for each device, to its end.
+
+    A process that dies is reported, and the others take its shard. Ctrl-C ends all; the same call
+    goes on from there.
+
+    Args:
+        out: folder of the sweep, as `prepare_sweep` left it.
+        devices: as torch names them, such as ``cuda:0``; one that is named twice gets two
+            processes. CPU processes share the cores, unless OMP_NUM_THREADS says otherwise.
+        progress: whether to show a bar of shards.
+        say: where messages go.
+
+    Raises:
+        ConfigError: no device, one that is not here, or devices of several kinds.
+        ValueError: a folder without a sweep.
+        EngineError: the sweep is not finished, since every process died.
+    """
+    out = Path(out).resolve()
+    names = _check_devices(devices)
+    with _Bar(out, progress, say) as bar:
+        if not bar.finished():
+            environment = {}
+            if devices[0] == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+                environment["OMP_NUM_THREADS"] = str(max(1, _cores() // len(devices)))
+            functions = {
+                name: partial(work, out, device=device, progress=False)
+                for name, device in zip(names, devices, strict=True)
+            }
+            tasks = run_processes(functions, environment=environment, say=bar.say, watch=bar.watch)
+            bar.watch(tasks)
+            _check_finished(out, tasks)
+
+
+def launch_slurm(
+    out: str | Path,
+    *,
+    tasks: int,
+    resources: SlurmResources | Mapping[str, Any] | None = None,
+    wait: bool = True,
+    progress: bool = True,
+    say: Say = print,
+) -> None:
+    """Run a prepared sweep in an array job on Slurm.
+
+    A task that is preempted or runs out of time is requeued and goes on. If the folder's job still
+    waits or runs, no other is submitted. Ctrl-C ends the waiting, not the job.
+
+    Args:
+        out: folder of the sweep, as `prepare_sweep` left it, on a file system that the nodes share.
+        tasks: number of workers.
+        resources: what each gets, as in `SlurmResources`; a worker uses its first GPU.
+        wait: whether to wait to the sweep's end; else the job is left to itself.
+        progress: whether to show a bar of shards while waiting.
+        say: where messages go.
+
+    Raises:
+        ConfigError: resources or a number of tasks that are not right.
+        ValueError: a folder without a sweep.
+        EngineError: submitit or Slurm is missing, Slurm refused the job, or the sweep is not
+            finished, since every task died.
+    """
+    out = Path(out).resolve()
+    with _Bar(out, progress and wait, say) as bar:
+        if bar.finished():
+            return
+        array = submit(
+            partial(work, out, progress=False),
+            tasks=tasks,
+            folder=out / "slurm",
+            resources=resources,
+            name="graftlens-sweep",
+            saved=partial(shards_done, out),
+        )
+        bar.say(array.describe())
+        if not wait:
+            say("The sweep's own command, given again, waits for it or says what it came to.")
+            return
+        try:
+            ended = array.wait(bar.watch)
+        except KeyboardInterrupt:
+            say(f"Slurm job {array.job_id} goes on. To stop it: scancel {array.job_id}")
+            raise
+        if _is_complete(out) and not all(task.ended for task in ended):
+            array.cancel()  # what waits in the queue would find nothing to do
+        else:
+            _check_finished(out, ended)
+
+
+def shards_done(out: Path) -> tuple[int, int]:
+    """(shards that are there, shards in all) of a sweep's folder."""
+    manifest = read_manifest(out)
+    return sum(shard_path(out, n).is_file() for n in range(manifest.shards)), manifest.shards
+
+
+class _Bar:
+    """Shows the shards that are done, and says once of each task that it failed."""
+
+    def __init__(self, out: Path, progress: bool, say: Say) -> None:
+        self._out, self._say = out, say
+        done, total = shards_done(out)
+        self._bar = tqdm(
+            desc="sweep",
+            unit="shard",
+            total=total,
+            initial=done,
+            disable=not progress,
+            mininterval=1.0,
+            miniters=0,
+        )
+        self._failed: set[str] = set()
+
+    def __enter__(self) -> "_Bar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def say(self, text: str) -> None:
+        self._bar.clear()
+        self._say(text)
+        self._bar.refresh()
+
+    def finished(self) -> bool:
+        if _is_complete(self._out):
+            self.say(f"{self._out} is finished: nothing to run.")
+            return True
+        return False
+
+    def watch(self, tasks: Sequence[Task]) -> bool:
+        """Whether the sweep is done."""
+        done, _ = shards_done(self._out)
+        states = [task.state for task in tasks]
+        counts = {state: states.count(state) for state in ("running", "waiting", "failed")}
+        self._bar.set_postfix({state: n for state, n in counts.items() if n}, refresh=False)
+        self._bar.update(done - self._bar.n)
+        for task in tasks:
+            if task.state == "failed" and task.name not in self._failed:
+                self._failed.add(task.name)
+                left = any(not other.ended for other in tasks)
+                self.say(
+                    f"worker {task.name} {task.problem}"
+                    + ("\nIts shard is left to the others." if left else "")
+                )
+        return "running" not in states and _is_complete(self._out)
+
+
+def _is_complete(out: Path) -> bool:
+    """Whether a sweep is done, and none of its shards was removed since."""
+    done, total = shards_done(out)
+    return done == total and is_done(out)
+
+
+def _check_finished(out: Path, tasks: Sequence[Task]) -> None:
+    if _is_complete(out):
+        return
+    done, total = shards_done(out)
+    problems = [f"\nworker {task.name} {task.problem}" for task in tasks if task.state == "failed"]
+    raise EngineError(
+        f"{out} is not finished: {done} of {total} shards are there, and no worker is left. Mend "
+        "what ended them and give the same command again; it does only what is missing."
+        + "".join(problems)
+    )
+
+
+def _check_devices(devices: Sequence[str]) -> list[str]:
+    """A name for each process."""
+    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if len(here) > 1:
+        here.append("cuda")
+    if torch.backends.mps.is_available():
+        here.append("mps")
+    if isinstance(devices, str) or not devices:
+        raise ConfigError(
+            (
+                "devices",
+                f"{devices!r} is no list of devices. Give one or more of {', '.join(here)}.",
+            )
+        )
+    if unknown := [device for device in devices if device not in here]:
+        raise ConfigError(
+            (
+                "devices",
+                f"{', '.join(map(repr, unknown))} is not here. There are {', '.join(here)}.",
+            )
+        )
+    if len({re.sub(":.*", "", device) for device in devices}) > 1:
+        raise ConfigError(
+            (
+                "devices",
+                f"{', '.join(devices)} are of several kinds, whose last digits differ: a row would "
+                "show which one computed it. Give devices of one kind.",
+            )
+        )
+    return [
+        device if devices.count(device) == 1 else f"{device} #{devices[:i].count(device) + 1}"
+        for i, device in enumerate(devices)
+    ]
+
+
+def _cores() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

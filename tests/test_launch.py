@@ -1,0 +1,558 @@
+"""Launchers, without a cluster: processes of this machine, and submitit's rehearsal of Slurm."""
+
+import builtins
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+import toytasks
+import yaml
+from datasets import Dataset
+from slurm import UnavailableError, slurm
+from sweeps import assert_equal_tables, checkpoints, read_whole
+from sweeps import config as sweep_config
+
+from graftlens.configfile import ConfigError, read_settings
+from graftlens.data import MoviesConfig, make_dataset, save_dataset
+from graftlens.engines import EngineError, Task, _Resubmitted, run_processes, submit
+from graftlens.finetune import (
+    FinetuneConfig,
+    FinetuneRun,
+    TrainingData,
+    finetune_run,
+    launch_finetune,
+    training_texts_of,
+)
+from graftlens.sweep.launch import launch_local, launch_slurm, shards_done
+from graftlens.sweep.runner import is_done, prepare_sweep
+
+SHIPPED = sorted((Path(__file__).parent.parent / "experiments" / "finetune").glob("*.yaml"))
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wrong types reach graftlens itself, as they do for users: only tests check annotations."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+# Processes
+
+
+def test_processes_run_at_once_and_their_lines_bear_their_names(tmp_path: Path) -> None:
+    said: list[str] = []
+    files = {name: tmp_path / name for name in ("one", "two")}
+    tasks = run_processes(
+        {name: partial(toytasks.write, path) for name, path in files.items()}, say=said.append
+    )
+    assert tasks == (Task("one", "done"), Task("two", "done"))
+    assert sorted(said) == ["[one] writing one", "[two] writing two"]
+    assert [path.read_text() for path in files.values()] == ["done", "done"]
+
+
+def test_a_process_that_dies_or_fails_is_told_of_and_the_others_go_on(tmp_path: Path) -> None:
+    functions = {
+        "killed": partial(toytasks.die, tmp_path / "mark"),
+        "failed": partial(toytasks.fail, "no such thing"),
+        "well": partial(toytasks.write, tmp_path / "file"),
+    }
+    killed, failed, well = run_processes(functions, say=lambda _: None)
+    assert killed == Task(
+        "killed", "failed", "was killed by SIGKILL (often for want of memory)\nabout to die"
+    )
+    assert failed.problem is not None
+    lines = failed.problem.splitlines()
+    assert (lines[0], lines[-1]) == ("ended with exit code 1", "ValueError: no such thing")
+    assert well == Task("well", "done")
+
+
+PROGRAM = """
+import sys; sys.path[:] = {path!r}
+from functools import partial; from pathlib import Path
+import toytasks; from graftlens.engines import run_processes
+run_processes({{name: partial(toytasks.wait_long, Path({folder!r}) / name) for name in "ab"}})
+"""
+
+
+@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_processes_end_with_the_one_that_started_them(how: str, tmp_path: Path) -> None:
+    program = PROGRAM.format(path=sys.path, folder=str(tmp_path))
+    parent = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    marks = [tmp_path / name for name in "ab"]
+    _until(lambda: all(mark.is_file() and mark.read_text() for mark in marks))
+    parent.send_signal(getattr(signal, how))
+    parent.wait(20)
+    _until(lambda: not any(map(_alive, marks)))
+    ended = [mark.with_suffix(".ended").is_file() for mark in marks]
+    assert ended == [True, True], "they were interrupted, and could clean up"
+
+
+def _alive(mark: Path) -> bool:
+    try:
+        os.kill(int(mark.read_text()), 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _until(what: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, f"not within {seconds} s"
+        time.sleep(0.05)
+
+
+# A sweep in several processes
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return sweep_config(checkpoints(tmp_path_factory.mktemp("pair")), shards=4)
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_sweep(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    out = {}
+    for name, devices in (("one", ["cpu"]), ("two", ["cpu", "cpu"])):
+        said: list[str] = []
+        out[name] = tmp_path / name
+        prepare_sweep(config, out[name])
+        launch_local(out[name], devices, progress=False, say=said.append)
+        workers = {line.split("] ")[0] for line in said}
+        assert workers == ({"[cpu"} if name == "one" else {"[cpu #1", "[cpu #2"})
+        done, total = shards_done(out[name])
+        assert done == total > 10
+        assert is_done(out[name])
+    assert_equal_tables(read_whole(out["two"]), read_whole(out["one"]))
+
+    said = []
+    launch_local(out["two"], ["cpu", "cpu"], progress=False, say=said.append)
+    assert said == [f"{out['two']} is finished: nothing to run."]
+
+    (out["two"] / "shards" / "00003.parquet").unlink()
+    launch_local(out["two"], ["cpu"], progress=False, say=said.append)
+    assert_equal_tables(read_whole(out["two"]), read_whole(out["one"]))
+
+
+@pytest.mark.slow
+def test_a_dead_workers_shard_is_taken_by_the_others(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "graftlens.sweep.launch.work", partial(toytasks.die_once, tmp_path / "mark")
+    )
+    out = tmp_path / "out"
+    prepare_sweep(config, out)
+    said: list[str] = []
+    launch_local(out, ["cpu", "cpu"], progress=False, say=said.append)
+    assert is_done(out)
+    (death,) = [line for line in said if line.startswith("worker")]
+    assert "was killed by SIGKILL (often for want of memory)" in death
+    assert death.endswith("Its shard is left to the others.")
+
+
+def test_a_sweep_whose_workers_all_fail_says_why(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftlens.sweep.launch.work", toytasks.fail_to_work)
+    out = tmp_path / "out"
+    prepare_sweep(config, out)
+    with pytest.raises(EngineError, match=r"0 of \d+ shards are there, and no worker is left") as e:
+        launch_local(out, ["cpu", "cpu"], progress=False, say=lambda _: None)
+    text = str(e.value)
+    assert "\nworker cpu #1 ended with exit code 1\n" in text
+    assert text.count("ValueError: the disk is gone") == 2
+    assert "give the same command again" in text
+
+
+@pytest.mark.parametrize(
+    ("devices", "message"),
+    [
+        ([], r"devices: \[\] is no list of devices\. Give one or more of cpu"),
+        ("cpu", r"devices: 'cpu' is no list of devices\. Give one or more of cpu"),
+        (["cpu", "cuda:77"], r"devices: 'cuda:77' is not here\. There are cpu"),
+        (["tpu"], r"devices: 'tpu' is not here\. There are cpu"),
+    ],
+)
+def test_devices_that_are_not_right(
+    devices: Any, message: str, config: dict[str, Any], tmp_path: Path, unchecked: None
+) -> None:
+    prepare_sweep(config, tmp_path / "out")
+    with pytest.raises(ConfigError, match=message):
+        launch_local(tmp_path / "out", devices, progress=False)
+
+
+def test_devices_of_several_kinds_are_refused(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    prepare_sweep(config, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"devices: cpu, cuda:1 are of several kinds, whose last"):
+        launch_local(tmp_path / "out", ["cpu", "cuda:1"], progress=False)
+
+
+def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
+    for launch in (
+        partial(launch_local, devices=["cpu"]),
+        partial(launch_slurm, tasks=2),
+    ):
+        with pytest.raises(ValueError, match=r"holds no sweep \(there is no sweep\.json in it\)"):
+            launch(tmp_path, progress=False)
+
+
+# Resources
+
+
+@pytest.mark.parametrize(
+    ("resources", "message"),
+    [
+        ({"partition": "gpu"}, r"slurm: unknown key 'partition'.* Did you mean 'slurm_partition'"),
+        ({"gpus": 1}, r"slurm: unknown key 'gpus'\. Allowed: timeout_min cpus_per_task gpus_per"),
+        ({"timeout_min": 0}, r"slurm\.timeout_min: 0 should be greater than or equal to 1"),
+        ({"timeout_min": "long"}, r"slurm\.timeout_min: 'long' should be a valid integer"),
+        ({"timeout_min": 1.5}, r"slurm\.timeout_min: 1\.5 should be a valid integer"),
+        ({"cpus_per_task": 0}, r"slurm\.cpus_per_task: 0 should be greater than or equal to 1"),
+        ({"cpus_per_task": True}, r"cpus_per_task=True is a truth value, but a whole number is"),
+        ({"gpus_per_node": -1}, r"slurm\.gpus_per_node: -1 should be greater than or equal to 0"),
+        ({"mem_gb": "much"}, r"slurm\.mem_gb: 'much' should be a valid number"),
+        ({"mem_gb": float("inf")}, r"slurm\.mem_gb: inf should be a finite number"),
+        ({"slurm_partition": 3}, r"slurm\.slurm_partition: 3 should be a text"),
+        ({"slurm_setup": "module load"}, r"slurm\.slurm_setup: 'module load' should be a list"),
+        (
+            {"timeout_min": 2, "slurm_signal_delay_s": 120},
+            r"slurm_signal_delay_s=120 with timeout_min=2: a task would be told to requeue itself "
+            r"at its start, again and again\. Set slurm_signal_delay_s below 120\.",
+        ),
+        (
+            {"slurm_additional_parameters": {"time": 5, "open_mode": "truncate"}},
+            r"slurm_additional_parameters: open-mode, time cannot be set, since requeueing rests",
+        ),
+    ],
+)
+def test_resources_that_are_not_right(
+    resources: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        submit(print, tasks=1, folder=tmp_path / "slurm", resources=resources)
+    assert not (tmp_path / "slurm").exists()
+
+
+def test_every_error_of_the_resources_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        submit(print, tasks=1, folder=tmp_path, resources={"timeout_min": 0, "mem_gb": -1})
+    assert [where for where, _ in caught.value.problems] == ["slurm.timeout_min", "slurm.mem_gb"]
+
+
+def test_a_number_of_tasks_that_is_not_right(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^tasks: 0 is no number of tasks\. Give 1 or more\.$"):
+        submit(print, tasks=0, folder=tmp_path)
+
+
+def test_a_missing_submitit_is_named_with_its_extra(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.split(".")[0] == "submitit":
+            raise ModuleNotFoundError("No module named 'submitit'")
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(EngineError, match=r'not installed\. Run pip install "graftlens\[slurm\]"'):
+        submit(print, tasks=1, folder=tmp_path)
+
+
+def test_a_machine_without_slurm_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(EngineError, match="there is no Slurm here: srun, sbatch and squeue are"):
+        submit(print, tasks=1, folder=tmp_path)
+
+
+# submitit's own executor on this machine
+
+
+@pytest.mark.slow
+def test_an_array_whose_tasks_end_well_are_killed_and_fail(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setattr("graftlens.engines.LATE", 1.0)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    cases = {
+        "well": partial(toytasks.write, tmp_path / "file"),
+        "killed": partial(toytasks.die, tmp_path / "mark"),
+        "failed": partial(toytasks.fail, "no such thing"),
+    }
+    arrays = {
+        name: submit(function, tasks=2, folder=tmp_path / name, cluster="local")
+        for name, function in cases.items()
+    }
+    looked: list[int] = []
+    well, killed, failed = (
+        array.wait(lambda tasks: looked.append(len(tasks))) for array in arrays.values()
+    )
+    assert [task.state for task in (*well, *killed, *failed)] == ["done"] * 2 + ["failed"] * 4
+    assert set(looked) == {2}
+    assert (tmp_path / "file").read_text() == "done"
+    for task in killed:
+        assert task.problem is not None
+        assert task.problem.startswith("died without a result (the queue says FAILED); its log is ")
+    for task in failed:
+        assert task.problem is not None
+        assert task.problem.startswith("ended with an error; its log is ")
+        assert task.problem.endswith("\nValueError: no such thing")
+    assert arrays["well"].describe().startswith("Slurm job ")
+
+
+@pytest.mark.slow
+def test_an_interrupted_task_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("submitit")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    turns = tmp_path / "turns"
+    array = submit(
+        partial(toytasks.need_turns, turns, 2), tasks=1, folder=tmp_path / "job", cluster="local"
+    )
+    _until(turns.is_file)
+    # Left by a process that was killed while it saved its turn.
+    left = tmp_path / "job" / f"{array.job_id}_submitted.pkl.save_tmp"
+    left.write_text("half")
+    for pid in _workers(tmp_path / "job"):
+        os.kill(pid, signal.SIGUSR2)
+    (task,) = array.wait()
+    assert task == Task(array.job_id, "done")
+    assert turns.read_text() == "turn\nturn\n"
+
+
+def test_a_task_that_gets_nowhere_is_not_run_again() -> None:
+    states = ["nothing"]
+    task = _Resubmitted(states.copy, lambda: list(states), minutes=0)
+    task()
+    message = (
+        r"in 0 minutes this task saved nothing, so it would begin again and again\. Raise time"
+    )
+    with pytest.raises(EngineError, match=message):
+        task.checkpoint()
+
+
+def _workers(folder: Path) -> list[int]:
+    return [
+        int(process.parent.name)
+        for process in Path("/proc").glob("[0-9]*/cmdline")
+        if f"submitit.core._submit\0{folder}" in process.read_text()
+    ]
+
+
+# While a job runs
+
+
+class FakeArray:
+    """An array job whose tasks stand as they are told to."""
+
+    job_id = "12"
+
+    def __init__(self, *looks: Task | BaseException) -> None:
+        self.looks = looks
+
+    def describe(self) -> str:
+        return "Slurm job 12 is submitted."
+
+    def wait(self, watch: Callable[[list[Task]], object]) -> list[Task]:
+        for look in self.looks:
+            if isinstance(look, BaseException):
+                raise look
+            watch([look])
+        return [look for look in self.looks[-1:] if isinstance(look, Task)]
+
+
+def test_an_interruption_ends_the_waiting_and_not_the_job(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None
+) -> None:
+    array = FakeArray(Task("12_0", "waiting"), KeyboardInterrupt())
+    monkeypatch.setattr("graftlens.sweep.launch.submit", lambda *_, **__: array)
+    monkeypatch.setattr("graftlens.finetune.submit", lambda *_, **__: array)
+    prepare_sweep(config, tmp_path / "out")
+    run = FinetuneRun(model="m", output=tmp_path / "run", data=TrainingData(movies=MoviesConfig()))
+    for launch in (partial(launch_slurm, tmp_path / "out", tasks=1), partial(launch_finetune, run)):
+        said: list[str] = []
+        with pytest.raises(KeyboardInterrupt):
+            launch(progress=False, say=said.append)
+        assert said == [array.describe(), "Slurm job 12 goes on. To stop it: scancel 12"]
+        said.clear()
+        assert launch(progress=False, say=said.append, wait=False) is None
+        assert said[0] == array.describe()
+        assert "given again, waits for it or says what it came to." in said[1]
+
+
+def test_a_job_that_failed_says_how(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unchecked: None
+) -> None:
+    failed = Task("12_0", "failed", "ended with an error; its log is X, and ends:\nNo space left")
+    array = FakeArray(Task("12_0", "running"), failed)
+    monkeypatch.setattr("graftlens.sweep.launch.submit", lambda *_, **__: array)
+    monkeypatch.setattr("graftlens.finetune.submit", lambda *_, **__: array)
+    prepare_sweep(config, tmp_path / "out")
+    said: list[str] = []
+    with pytest.raises(EngineError, match=r"(?s)out is not finished: 0 of .*worker 12_0 ended.*No"):
+        launch_slurm(tmp_path / "out", tasks=1, progress=False, say=said.append)
+    assert said[1:] == [f"worker 12_0 {failed.problem}"]
+    run = FinetuneRun(model="m", output=tmp_path / "run", data=TrainingData(movies=MoviesConfig()))
+    with pytest.raises(
+        EngineError, match=r"(?s)finetuning in .*Slurm job 12_0 ended with an error"
+    ):
+        launch_finetune(run, progress=False, say=said.append)
+
+
+@pytest.mark.parametrize(
+    ("patched", "value", "message"),
+    [
+        ("slurm.sys.platform", "darwin", "Slurm runs on Linux, and this is darwin"),
+        ("slurm.os.geteuid", lambda: 1000, "started as root, and this user is not root"),
+        ("slurm.shutil.which", lambda _: None, "not installed, and there is no apt-get"),
+    ],
+)
+def test_where_there_can_be_no_slurm_its_tests_say_why(
+    patched: str, value: Any, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, answer in (("slurm.sys.platform", "linux"), ("slurm.os.geteuid", lambda: 0)):
+        monkeypatch.setattr(name, answer)
+    monkeypatch.setattr(patched, value)
+    with pytest.raises(UnavailableError, match=message), slurm():
+        pass
+
+
+# Finetuning from a file
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_recipes_are_right(path: Path) -> None:
+    run = read_settings(FinetuneRun, path, ["data.movies.n_facts=7"])
+    assert run.data.movies is not None
+    assert run.data.movies.n_facts == 7
+    texts = training_texts_of(run.data)["text"]
+    assert len(texts) == 7 * run.data.movies.texts_per_fact
+    assert type(run.recipe) is FinetuneConfig
+    assert run.recipe.model_dump() == run.model_dump(exclude={"data"})
+
+
+def test_there_are_shipped_recipes() -> None:
+    assert SHIPPED
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"data": {}}, r"data: nothing is given, but the texts come from one place\. Give one of"),
+        (
+            {"data": {"movies": {}, "path": "x"}},
+            r"data: movies and path is given, but the texts come from one place",
+        ),
+        ({"data": {"file": "x.csv"}}, r"data: file='x\.csv' ends in '\.csv', but \.txt"),
+        ({"data": {"movie": {}}}, r"data: unknown key 'movie'.* Did you mean 'movies'"),
+        ({"data": {"movies": {"n_fact": 1}}}, r"data\.movies: unknown key 'n_fact'.*'n_facts'"),
+        ({"epoch": 3}, r"unknown key 'epoch'\..* Did you mean 'epochs'"),
+        ({"epochs": 0}, r"epochs: 0 should be greater than or equal to 1"),
+        ({"model": None}, r"model: None should be a text"),
+    ],
+)
+def test_files_that_are_not_right(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({"model": "m", "output": "o", "data": {"movies": {}}} | changes))
+    with pytest.raises(ConfigError, match=message):
+        read_settings(FinetuneRun, path)
+
+
+def test_data_of_every_kind(tmp_path: Path) -> None:
+    movies = MoviesConfig(n_facts=3, texts_per_fact=2)
+    made = make_dataset(movies)
+    texts = list(made.train["text"])
+    save_dataset(made, tmp_path / "saved")
+    Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(tmp_path / "plain")
+    (tmp_path / "a.txt").write_text("One.\nStill one.\n\n\nTwo.\n")
+    (tmp_path / "b.jsonl").write_text('{"text": "One\u2028."}\n\n{"text": "Two.", "id": 2}\n')
+    for data, expected in (
+        (TrainingData(movies=movies), texts),
+        (TrainingData(path=tmp_path / "saved"), texts),
+        (TrainingData(path=tmp_path / "plain"), ["a", "b"]),
+        (TrainingData(file=tmp_path / "a.txt"), ["One.\nStill one.", "Two."]),
+        (TrainingData(file=tmp_path / "b.jsonl"), ["One\u2028.", "Two."]),
+    ):
+        assert list(training_texts_of(data)["text"]) == expected
+
+
+def test_data_that_are_not_there_or_no_texts(tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "One."}\n{"txt": "Two."}\n')
+    (tmp_path / "worse.jsonl").write_text("One.\n")
+    for data, error, message in (
+        (TrainingData(path=tmp_path), FileNotFoundError, "holds no dataset. Name a folder that"),
+        (TrainingData(file=tmp_path / "no.txt"), FileNotFoundError, "is not there. Name a file"),
+        (TrainingData(file=tmp_path / "bad.jsonl"), ValueError, "line 2 has no text. Each line"),
+        (TrainingData(file=tmp_path / "worse.jsonl"), ValueError, "line 1 is no JSON"),
+    ):
+        with pytest.raises(error, match=message.replace(".", r"\.")):
+            training_texts_of(data)
+
+
+@pytest.mark.slow
+def test_the_command_finetunes_and_says_the_result(
+    config: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    unchecked: None,
+) -> None:
+    from graftlens.cli import app
+
+    path = tmp_path / "recipe.yaml"
+    values = {
+        "model": config["sources"]["pre"],
+        "output": str(tmp_path / "run"),
+        "epochs": 5,
+        "max_length": 400,
+        "device": "cpu",
+        "precision": "float32",
+        "heldout_share": 0.5,
+        "data": {"movies": {"n_facts": 2, "texts_per_fact": 2}},
+    }
+    path.write_text(yaml.safe_dump(values))
+    app(["finetune", str(path), "epochs=1", "learning_rate=1e-3"], standalone_mode=False)
+    said = capsys.readouterr().out
+    assert said.startswith(f"{tmp_path / 'run' / 'model'}: 1 steps, loss ")
+    assert ", held-out perplexity " in said
+    changes = {"epochs": 1, "learning_rate": 1e-3}
+    again = finetune_run(FinetuneRun.model_validate(values | changes), progress=False)
+    assert said.strip() == again.line()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--slurm", "mem_gb=3"], r"--slurm: this goes with --launcher slurm, and the launcher is"),
+        (["--no-wait"], r"--no-wait: this goes with --launcher slurm"),
+        (["--launcher", "slurm", "--slurm", "mem_gb"], r"--slurm mem_gb: .*Write key=value"),
+        (["--launcher", "slurm", "--slurm", "mem=3"], r"slurm: unknown key 'mem'"),
+        (["epochs"], r"epochs: no override\. Write key=value"),
+    ],
+)
+def test_options_that_are_not_right(
+    options: list[str], message: str, tmp_path: Path, unchecked: None
+) -> None:
+    from graftlens.cli import app
+
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model: m\noutput: {tmp_path}/run\ndata: {{movies: {{n_facts: 2}}}}\n")
+    with pytest.raises(ConfigError, match=message):
+        app(["finetune", str(path), *options], standalone_mode=False)
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,69 @@
+"""Functions that processes and array tasks run in tests; they are found by name."""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+
+def write(path: Path, text: str = "done") -> None:
+    print(f"writing {path.name}")
+    path.write_text(text)
+
+
+def die(path: Path) -> None:
+    """Leave a mark, and be killed."""
+    path.write_text("here")
+    print("about to die", flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def fail(message: str) -> None:
+    raise ValueError(message)
+
+
+def wait_long(path: Path) -> None:
+    """Leave one mark at the start and another at the end, which comes early at an interruption."""
+    path.write_text(str(os.getpid()))
+    try:
+        time.sleep(120)
+    finally:
+        path.with_suffix(".ended").write_text("ended")
+
+
+def need_turns(path: Path, turns: int) -> None:
+    """Count the starts, and end by oneself only in the last of so many turns."""
+    with path.open("a") as file:
+        file.write("turn\n")
+    if len(path.read_text().splitlines()) < turns:
+        time.sleep(120)
+
+
+def threads(path: Path) -> None:
+    names = ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK")
+    path.write_text(" ".join(os.environ.get(name, "none") for name in names))
+
+
+def die_once(mark: Path, out: Path, **more: Any) -> None:
+    """Be a sweep's worker that is killed at its second shard, if it is the first to get there."""
+    from graftlens.sweep import runner
+
+    write, shards = runner._write, []
+
+    def fatal(folder: Path, path: Path, content: bytes) -> None:
+        if path.parent.name == "shards":  # the shard's lock is held
+            shards.append(path)
+        if len(shards) == 2:
+            with contextlib.suppress(FileExistsError):
+                mark.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
+        write(folder, path, content)
+
+    runner._write = fatal
+    runner.work(out, **more)
+
+
+def fail_to_work(*_: Any, **__: Any) -> None:
+    fail("the disk is gone")
