@@ -13,7 +13,9 @@ if TYPE_CHECKING:
     from graftlens.model.grafted import GraftedTransformer
     from graftlens.model.mask import GraftMask
     from graftlens.prompts import Prompt, PromptError
-    from graftlens.stats import compare, summarise
+    from graftlens.stats import compare, compare_all, stability, summarise
+    from graftlens.sweep.results import read_results
+    from graftlens.sweep.runner import run_sweep
 
 __version__ = "0.1.0"
 
@@ -27,8 +29,12 @@ _HOME = {
     "PromptError": "graftlens.prompts",
     "Rule": "graftlens.graft",
     "compare": "graftlens.stats",
+    "compare_all": "graftlens.stats",
     "evaluate": "graftlens.evaluate",
     "position_grafts": "graftlens.evaluate",
+    "read_results": "graftlens.sweep.results",
+    "run_sweep": "graftlens.sweep.runner",
+    "stability": "graftlens.stats",
     "summarise": "graftlens.stats",
 }
 
@@ -42,8 +48,12 @@ __all__ = [
     "PromptError",
     "Rule",
     "compare",
+    "compare_all",
     "evaluate",
     "position_grafts",
+    "read_results",
+    "run_sweep",
+    "stability",
     "summarise",
 ]
 

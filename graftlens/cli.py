@@ -1,8 +1,9 @@
 """The command line. Each command parses, validates and makes one library call."""
 
 import sys
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -10,6 +11,14 @@ from graftlens import __version__
 
 #: The exit code of a command that Ctrl-C ended.
 INTERRUPTED = 130
+
+
+class Launcher(StrEnum):
+    """What runs a command's work."""
+
+    local = "local"
+    slurm = "slurm"
+
 
 app = typer.Typer(
     name="graftlens",
@@ -53,6 +62,122 @@ def demo(
     from graftlens.demo import demo as run
 
     run(out, facts=facts, epochs=epochs, seed=seed)
+
+
+@app.command()
+def finetune(
+    config: Annotated[Path, typer.Argument(help="YAML file: the recipe, and the data.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings over those of the file."),
+    ] = None,
+    launcher: Annotated[Launcher, typer.Option(help="Run here, or as a job.")] = Launcher.local,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="What the job gets, such as slurm_partition=gpu."),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Wait for the job, or leave it to itself.")] = True,
+) -> None:
+    """Finetune a model, here or as a job on Slurm.
+
+    Interrupted, killed or requeued and run again, it ends with the same weights.
+    """
+    from graftlens.configfile import read_settings
+    from graftlens.finetune import FinetuneRun, finetune_run, launch_finetune
+
+    run = read_settings(FinetuneRun, config, overrides or ())
+    resources = _resources(launcher, slurm, wait)
+    if launcher is Launcher.slurm:
+        result = launch_finetune(run, resources, wait=wait)
+    else:
+        result = finetune_run(run)
+    if result is not None:
+        typer.echo(result.line())
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The sweep's config.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Settings over those of the file, such as metrics.top_k=5 or grids.0.layers=each.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the results; for NAME.yaml graftlens-sweep/NAME."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, run nothing.")
+    ] = False,
+    launcher: Annotated[
+        Launcher, typer.Option(help="Run on this machine, or as an array job on Slurm.")
+    ] = Launcher.local,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Devices of this machine, with a worker each, such as cuda:0,cuda:1."),
+    ] = None,
+    tasks: Annotated[
+        int | None, typer.Option(min=1, help="With slurm: how many workers the job has.")
+    ] = None,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="What each worker's task gets, such as slurm_partition=gpu."
+        ),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Wait for the job, or leave it to itself.")] = True,
+) -> None:
+    """Run many grafts over many prompts, as a YAML file says.
+
+    Interrupted, killed or requeued and run again, it does only what is missing and ends with the
+    same rows. A folder that holds another sweep is left as it is.
+    """
+    resources = _resources(launcher, slurm, wait)
+    names = [] if devices is None else [name.strip() for name in devices.split(",")]
+    if not all(names):
+        raise typer.BadParameter(f"--devices {devices!r}: write names, such as cuda:0,cuda:1.")
+    if launcher is Launcher.slurm and names:
+        raise typer.BadParameter("--devices goes with --launcher local. Say --tasks for slurm.")
+    if launcher is Launcher.local and tasks is not None:
+        raise typer.BadParameter("--tasks goes with --launcher slurm. Say --devices for local.")
+    folder = out or Path("graftlens-sweep") / config.stem
+    given = overrides or []
+
+    if dry_run:
+        from graftlens.sweep.config import check, describe, load_config
+
+        typer.echo(describe(check(load_config(config, given))))
+        return
+    from graftlens.sweep.runner import prepare_sweep, run_sweep, sweep_result
+
+    if launcher is Launcher.local and len(names) < 2:
+        run_sweep(config, folder, overrides=given, device=names[0] if names else None)
+        return
+    from graftlens.sweep.launch import launch_local, launch_slurm
+
+    prepare_sweep(config, folder, overrides=given)
+    if launcher is Launcher.local:
+        launch_local(folder, names)
+    else:
+        launch_slurm(folder, tasks=tasks or 1, resources=resources, wait=wait)
+    if wait:
+        typer.echo(sweep_result(folder).line())
+
+
+def _resources(launcher: Launcher, slurm: list[str] | None, wait: bool) -> dict[str, Any]:
+    """The mapping that ``--slurm key=value`` options make."""
+    from graftlens.configfile import ConfigError, overridden
+
+    if launcher is not Launcher.slurm and (slurm or not wait):
+        given = "--slurm" if slurm else "--no-wait"
+        raise ConfigError((given, "this goes with --launcher slurm, and the launcher is local."))
+    try:
+        return dict(overridden({}, slurm or ()))
+    except ConfigError as error:
+        raise error.under("--slurm", " ") from None
 
 
 def main() -> None:

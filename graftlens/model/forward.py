@@ -368,6 +368,7 @@ class Pass:
     order: AttentionOrder | None = None
     cache: KeyValueCache | None = None
     tree: TreeBatch | None = None
+    _turned: dict[object, tuple[tuple[Tensor, Tensor], ...]] = field(default_factory=dict)
 
     def rows(self, layer: int, resid: Tensor) -> tuple[Tensor, Tensor]:
         """The residual rows that a layer goes on from, and those whose keys and values it makes.
@@ -382,7 +383,10 @@ class Pass:
         """(cos, sin) of a layer's queries, and of its keys."""
         if self.tree is None:
             return self.rotary[kind], self.rotary[kind]
-        return self.tree[layer].turned(*self.rotary[kind])
+        rows = self.tree[layer]  # layers of equal rows are one object
+        if (rows, kind) not in self._turned:
+            self._turned[rows, kind] = rows.turned(*self.rotary[kind])
+        return self._turned[rows, kind]
 
 
 class Active:

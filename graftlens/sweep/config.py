@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 from jaxtyping import Bool
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
@@ -21,6 +22,7 @@ from graftlens.model.mask import select, sites_of
 from graftlens.model.smollm2 import smollm2
 from graftlens.prompts import Prompt, PromptError, Tokenized
 from graftlens.sweep.grid import GraftField, Grid
+from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.promptsets import (
     DatasetSection,
     PromptFile,
@@ -453,6 +455,9 @@ def describe(checked: Checked) -> str:
     cells = len(checked.prompts) * len(checked.grafts)
     shards = -(-cells // config.shards)
     lines.append(f"cells     {cells}, in {shards} or more shards of up to {config.shards}")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = getattr(torch, config.dtype) if config.dtype else torch.float32
+    budget = affordable_rows(arch, device, dtype)
     planned = dry_plan(
         arch,
         checked.tokenizer,
@@ -462,6 +467,6 @@ def describe(checked: Checked) -> str:
         answers=config.metrics.answers,
         distractors=config.metrics.distractors,
         prepend_bos=config.prepend_bos,
-        row_budget=config.row_budget,
+        row_budget=config.row_budget or budget,
     )
     return "\n".join([*lines, "", planned.summary()])

@@ -5,7 +5,7 @@ import gc
 import psutil
 import torch
 
-from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.arch import Architecture
 from graftlens.sweep.planner import row_bytes
 
 #: Rows a pass beyond which nothing gets faster; smaller passes lose less when memory runs out.
@@ -14,16 +14,15 @@ ENOUGH_ROWS = {"cpu": 4096, "cuda": 65536}
 SHARE = 0.5
 
 
-def affordable_rows(model: GraftedTransformer) -> int:
+def affordable_rows(arch: Architecture, device: torch.device | str, dtype: torch.dtype) -> int:
     """Token rows that a forward pass may hold, from the memory that is free now."""
-    device = torch.device(model.cfg.device)
+    device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
         free = psutil.virtual_memory().available
-    per_row = row_bytes(model.arch, model.cfg.dtype.itemsize)
     enough = ENOUGH_ROWS.get(device.type, ENOUGH_ROWS["cpu"])
-    return max(1, min(enough, int(SHARE * free / per_row)))
+    return max(1, min(enough, int(SHARE * free / row_bytes(arch, dtype.itemsize))))
 
 
 def out_of_memory(error: BaseException) -> bool:

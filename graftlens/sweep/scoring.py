@@ -132,7 +132,7 @@ class Scorer:
         self.planner = Planner(
             model.arch, model.sources, list(self.grafts.values()), model.equal_sources
         )
-        self.rows = row_budget or affordable_rows(model)
+        self.rows = row_budget or affordable_rows(model.arch, model.cfg.device, model.cfg.dtype)
         self._shape: tuple[Any, TreeShape] | None = None
         self._texts: dict[int, str] = {}
 

@@ -1,0 +1,358 @@
+"""The folder of a sweep, and what is in it as one table.
+
+- ``config.yaml``: the config as it was given; ``grafts.yaml``: the grafts that it came to;
+- ``sweep.json``: the manifest: what was asked, with which versions and models, cut into which
+  shards;
+- ``prompts.parquet``: the prompts, a row each;
+- ``shards/00000.parquet``, …: the results, numbers and ids only. A shard is a block of prompts
+  under a block of grafts; it counts if it can be read, has all its rows and bears the sweep's key;
+- ``trust.json``, ``done.json``: the trust report, and that everything is there.
+
+Every file appears whole, in one rename.
+"""
+
+import hashlib
+import json
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from graftlens.prompts import Prompt
+
+#: What a shard holds: `prompt` is the prompt's number, `graft` the graft's place in the config.
+SHARD = pa.schema(
+    [
+        ("prompt", pa.int64()),
+        ("graft", pa.int64()),
+        ("target", pa.string()),
+        ("target_id", pa.int64()),
+        ("rank", pa.int64()),
+        ("prob", pa.float64()),
+        ("logprob", pa.float64()),
+        ("top_tokens", pa.list_(pa.string())),
+        ("top_probs", pa.list_(pa.float64())),
+        ("answer_logprob", pa.float64()),
+        ("distractor_logprobs", pa.list_(pa.float64())),
+        ("logit_diff", pa.float64()),
+        ("reason", pa.string()),
+    ]
+)
+
+#: Columns that say what a graft is; empty where it has several rules.
+GRAFT_COLUMNS = ("rule", "source", "span", "component", "layer", "head")
+PROMPT_COLUMNS = ("template", "dataset", "text", "answer")
+
+#: The columns of the results, in their order.
+RESULT_COLUMNS = (
+    *("prompt", "graft", *GRAFT_COLUMNS, "template", "dataset", "model", "text", "answer"),
+    *SHARD.names[2:],
+)
+
+_PROMPTS = pa.schema(
+    [
+        ("prompt", pa.int64()),
+        ("block", pa.int64()),
+        ("template", pa.string()),
+        ("dataset", pa.string()),
+        ("text", pa.string()),
+        ("answer", pa.string()),
+        ("as_given", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder's sweep is; the content of ``sweep.json``.
+
+    Attributes:
+        identity: what another call must agree with: the config without what cannot change
+            results, the grafts, the prompts' and their tokens' hashes.
+        config: the whole config, with its defaults.
+        overrides: what was set beside the config's text.
+        grafts: name, rule and tidy columns of each graft, in order.
+        duplicates: grafts that were given twice: name -> the name they run under.
+        recovery: names of the grafts that recovery is measured between, `base` and `full`.
+        prompt_blocks: number of prompts in each block.
+        graft_blocks: bounds (first, past the last) of each block in `grafts`.
+        versions: of the packages at the first start.
+        models: weights' fingerprints, dtype, row budget and pair check, as the first worker found
+            them; None before.
+    """
+
+    identity: Mapping[str, Any]
+    config: Mapping[str, Any]
+    overrides: Sequence[str]
+    grafts: Sequence[Mapping[str, str | None]]
+    duplicates: Mapping[str, str]
+    recovery: Mapping[str, str]
+    prompt_blocks: Sequence[int]
+    graft_blocks: Sequence[Sequence[int]]
+    versions: Mapping[str, str]
+    models: Mapping[str, Any] | None = None
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self) | {"shards": self.shards}, indent=1, ensure_ascii=False)
+
+    @property
+    def shards(self) -> int:
+        """How many shards the sweep has."""
+        return len(self.prompt_blocks) * len(self.graft_blocks)
+
+    @property
+    def cells(self) -> int:
+        """How many (prompt, graft) the sweep has."""
+        return sum(self.prompt_blocks) * len(self.grafts)
+
+    def place(self, shard: int) -> tuple[int, range]:
+        """A shard's block of prompts, and the places of its grafts in `grafts`."""
+        block, grafts = divmod(shard, len(self.graft_blocks))
+        return block, range(*self.graft_blocks[grafts])
+
+    def rows(self, shard: int) -> int:
+        """How many rows a shard has."""
+        block, grafts = self.place(shard)
+        return self.prompt_blocks[block] * len(grafts)
+
+    @property
+    def row_budget(self) -> int | None:
+        """Token rows a forward pass at most; None until a worker has loaded the models."""
+        return None if self.models is None else int(self.models["row_budget"])
+
+    @cached_property
+    def key(self) -> str:
+        """What shards of this sweep bear: a hash of what was asked and of the models."""
+        ran = {name: (self.models or {}).get(name) for name in ("dtype", "fingerprints")}
+        return digest([self.identity, ran])
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def shard_path(out: Path, shard: int) -> Path:
+    return out / "shards" / f"{shard:05d}.parquet"
+
+
+def read_manifest(out: Path) -> Manifest:
+    """The manifest of a sweep's folder.
+
+    Raises:
+        ValueError: a folder that holds no sweep.
+    """
+    path = Path(out) / "sweep.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content.pop("shards")
+        return Manifest(**content)
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"{out} holds no sweep (there is no sweep.json in it). Give the folder that "
+            "`graftlens sweep` wrote."
+        ) from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not what this version of graftlens writes ({error}). Start the sweep in a "
+            "new folder."
+        ) from None
+
+
+def prompt_table(
+    prompts: Sequence[Prompt], datasets: Sequence[str], blocks: Sequence[int]
+) -> pa.Table:
+    """The content of ``prompts.parquet``."""
+    rows = [
+        {
+            "prompt": number,
+            "block": block,
+            "template": prompt.name or prompt.template,
+            "dataset": dataset,
+            "text": prompt.text,
+            "answer": prompt.answer,
+            "as_given": as_given(prompt),
+        }
+        for number, (prompt, dataset, block) in enumerate(
+            zip(prompts, datasets, blocks, strict=True)
+        )
+    ]
+    return pa.Table.from_pylist(rows, schema=_PROMPTS)
+
+
+def as_given(prompt: Prompt) -> str:
+    """A prompt as one text, from which `read_prompts` makes it again."""
+    return json.dumps(
+        {
+            "template": prompt.template,
+            "fields": dict(prompt.fields),
+            "answer": prompt.answer,
+            "distractors": list(prompt.distractors),
+            "name": prompt.name,
+        },
+        ensure_ascii=False,
+    )
+
+
+def read_prompts(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """The table of a sweep's prompts.
+
+    Raises:
+        ValueError: a table that is missing or damaged.
+    """
+    path = Path(out) / "prompts.parquet"
+    try:
+        return pq.read_table(path, columns=columns, page_checksum_verification=True)
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{path} cannot be read ({error}). Give the sweep's own command again: it writes the "
+            "file anew."
+        ) from None
+
+
+def to_bytes(table: pa.Table) -> bytes:
+    """A table as the bytes of a Parquet file, whose pages bear checksums."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+    return buffer.getvalue().to_pybytes()
+
+
+def read_shard(
+    out: Path, manifest: Manifest, shard: int, columns: Sequence[str] | None = None
+) -> pa.Table | None:
+    """A shard's rows; None where it is missing, damaged, or another sweep's."""
+    try:
+        with pq.ParquetFile(shard_path(out, shard), page_checksum_verification=True) as file:
+            bears = (file.schema_arrow.metadata or {}).get(b"graftlens.key")
+            if bears != manifest.key.encode() or file.metadata.num_rows != manifest.rows(shard):
+                return None
+            return file.read(columns=columns, use_threads=False)
+    except (OSError, pa.ArrowException):
+        return None
+
+
+def read_results(
+    out: Path | str, *, columns: Sequence[str] | None = None, batch_rows: int | None = None
+) -> pd.DataFrame | Iterator[pd.DataFrame]:
+    """The results of a sweep, one row per (prompt, graft).
+
+    Args:
+        out: the sweep's folder. Of one that is not finished, what is there is read, and a warning
+            says what is missing.
+        columns: which of `RESULT_COLUMNS` to read; all by default.
+        batch_rows: give tables of at most so many rows one after the other instead of one table:
+            memory then holds a batch and a shard, however many rows there are.
+
+    Returns:
+        Columns `prompt` (number), `graft` (name), `rule`, `source`, `span`, `component`, `layer`,
+        `head` (of grafts with one rule), `template`, `dataset`, `model` (the sources), `text`,
+        `answer`, then the measures of `graftlens.evaluate` with `distractor_logprobs` (nats), and
+        `reason`: why a cell could not be run, where all numbers are NA. Texts that repeat are
+        categoricals. One table is sorted by prompt, then by graft as in the config; batches come
+        shard by shard.
+
+    Raises:
+        ValueError: a folder that holds no sweep, an unknown column, no row a batch.
+    """
+    out = Path(out)
+    manifest = read_manifest(out)
+    wanted = list(RESULT_COLUMNS if columns is None else columns)
+    if isinstance(columns, str) or (unknown := [c for c in wanted if c not in RESULT_COLUMNS]):
+        shown = repr(columns) if isinstance(columns, str) else " ".join(map(repr, unknown))
+        raise ValueError(
+            f"columns: {shown} is no list of columns of a sweep's results. There are: "
+            f"{' '.join(RESULT_COLUMNS)}."
+        )
+    if batch_rows is not None and batch_rows < 1:
+        raise ValueError(f"batch_rows={batch_rows}: write a number from 1, or leave it out.")
+    stored = ["prompt", "graft", *(c for c in wanted if c in SHARD.names[2:])]
+    frame = _Joined(out, manifest, wanted)
+    found = _tables(out, manifest, stored)
+    if batch_rows is not None:
+        return (frame(batch) for batch in _batches(found, batch_rows))
+    tables = list(found)
+    empty = pa.schema([SHARD.field(name) for name in stored]).empty_table()
+    whole = pa.concat_tables(tables or [empty])
+    return frame(whole.sort_by([("prompt", "ascending"), ("graft", "ascending")]))
+
+
+def _tables(out: Path, manifest: Manifest, stored: Sequence[str]) -> Iterator[pa.Table]:
+    there = 0
+    for shard in range(manifest.shards):
+        table = read_shard(out, manifest, shard, stored)
+        if table is not None:
+            there += 1
+            yield table.replace_schema_metadata(None)
+    if there < manifest.shards:
+        warnings.warn(
+            f"{out} is not finished: {there} of {manifest.shards} shards are there. Give the "
+            "sweep's command again to compute the others.",
+            stacklevel=3,
+        )
+
+
+def _batches(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
+    """The same rows in tables of `size` rows, the last one of what is left."""
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        while (count := sum(t.num_rows for t in held)) >= size:
+            whole = pa.concat_tables(held)
+            yield whole.slice(0, size)
+            held = [whole.slice(size)] if count > size else []
+            del whole
+    if held:
+        yield pa.concat_tables(held)
+
+
+class _Joined:
+    """Puts to shards' rows what the manifest and the prompts' table say of them."""
+
+    def __init__(self, out: Path, manifest: Manifest, wanted: Sequence[str]) -> None:
+        self.wanted = wanted
+        self.names = [str(graft["name"]) for graft in manifest.grafts]
+        texts = [column for column in PROMPT_COLUMNS if column in wanted]
+        prompts = read_prompts(out, texts).to_pydict() if texts else {}
+        self.of_prompt = {column: _codes(prompts[column]) for column in texts}
+        self.of_graft = {
+            column: _codes([graft[column] for graft in manifest.grafts])
+            for column in GRAFT_COLUMNS
+            if column in wanted
+        }
+        self.model = ", ".join(f"{n}: {s}" for n, s in manifest.config["sources"].items())
+
+    def __call__(self, table: pa.Table) -> pd.DataFrame:
+        numbers = table["prompt"].to_numpy()
+        places = table["graft"].to_numpy()
+        stored = table.drop_columns(["prompt", "graft"]).to_pandas(
+            types_mapper={pa.int64(): pd.Int64Dtype()}.get
+        )
+
+        def column(name: str) -> Any:
+            if name == "prompt":
+                return numbers
+            if name == "graft":
+                return pd.Categorical.from_codes(places, self.names)
+            if name == "model":
+                return pd.Categorical.from_codes(np.zeros(len(places), dtype=int), [self.model])
+            if name in self.of_graft:
+                codes, values = self.of_graft[name]
+                return pd.Categorical.from_codes(codes[places], values)
+            if name in self.of_prompt:
+                codes, values = self.of_prompt[name]
+                return pd.Categorical.from_codes(codes[numbers], values)
+            return stored[name]
+
+        return pd.DataFrame({name: column(name) for name in self.wanted})
+
+
+def _codes(values: Sequence[str | None]) -> tuple[Any, Any]:
+    """(code of each value, the distinct values); nothing has the code -1."""
+    return tuple(pd.factorize(pd.Series(values, dtype=object)))

@@ -1,0 +1,642 @@
+"""Running a sweep in a folder, in one process or several, so that no kill loses or doubles a row.
+
+The folder (see `results.py`) is claimed first: what the sweep is gets written down, and another
+sweep is refused. Workers then take shards under locks that vanish with their process, so that what
+a killed one held is taken over. Locks only save work: a shard computed twice has equal rows. The
+worker that finds all shards there writes the trust report and the marker that the sweep is done.
+"""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pyarrow as pa
+import yaml
+from filelock import FileLock, Timeout
+from tqdm.auto import tqdm
+
+from graftlens.configfile import settings_from
+from graftlens.graft import Graft
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.prompts import Prompt, PromptError
+from graftlens.sweep.config import Checked, SweepConfig, check, load_config
+from graftlens.sweep.memory import affordable_rows
+from graftlens.sweep.results import (
+    SHARD,
+    Manifest,
+    as_given,
+    digest,
+    prompt_table,
+    read_manifest,
+    read_prompts,
+    read_results,
+    read_shard,
+    shard_path,
+    to_bytes,
+)
+from graftlens.sweep.scoring import Scorer, prepare
+from graftlens.sweep.trust import trust_report
+
+#: Cells up to which the trust report sees the likeliest tokens too.
+LISTED = 200_000
+
+#: Differences that a refusal shows, and characters of a long value around where it differs.
+SHOWN, WIDE = 20, 160
+
+#: Prompts a second and the time left; rates below one stay rates.
+BAR = (
+    "{desc}: {percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} prompts "
+    "[{elapsed}<{remaining}, {rate_noinv_fmt}]"
+)
+
+#: Seconds between two looks for shards that another process holds.
+POLL = 0.5
+
+Say = Callable[[str], None]
+
+
+class FolderError(OSError):
+    """A sweep's folder that cannot be written; the message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class SweepResult:
+    """A finished sweep.
+
+    Attributes:
+        folder: where it is; `read_results(folder)` gives the table.
+        cells: number of (prompt, graft), each a row.
+        not_run: reason -> number of cells that could not be run for it.
+        trust: the trust report, as in ``trust.json``.
+    """
+
+    folder: Path
+    cells: int
+    not_run: Mapping[str, int]
+    trust: Mapping[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether the trust report found nothing wrong."""
+        return bool(self.trust["ok"])
+
+    def line(self) -> str:
+        """The result in one line."""
+        verdict = "passed" if self.ok else f"FAILED (see {self.folder / 'trust.json'})"
+        line = f"{self.folder}: {self.cells} cells; trust report {verdict}"
+        if self.not_run:
+            reasons = sorted(self.not_run.items(), key=lambda item: (-item[1], item[0]))
+            shown = "; ".join(f"{count} × {reason}" for reason, count in reasons[:3])
+            more = f"; and {len(reasons) - 3} reasons more" if len(reasons) > 3 else ""
+            line += f"; {sum(self.not_run.values())} cells could not be run: {shown}{more}"
+        return line
+
+
+def run_sweep(
+    config: SweepConfig | str | Path | Mapping[str, Any] | Checked,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+    device: str | None = None,
+    progress: bool = True,
+    say: Say = print,
+) -> SweepResult:
+    """Run a sweep, take up a killed one, or find it finished.
+
+    Interrupted at any instant and called again, it computes what is missing and ends with the same
+    rows, bit for bit, as without the interruption (on one machine). Several calls at once share
+    the work.
+
+    Args:
+        config: the config, or the path of its file, or its content.
+        out: the sweep's folder.
+        overrides: `key=value` settings that replace those of the file.
+        device: where to run; the GPU where there is one, else the CPU, by default.
+        progress: whether to show a progress bar.
+        say: where messages go.
+
+    Raises:
+        ValueError: a config that cannot be run, or a folder that holds another sweep.
+        FolderError: a folder that cannot be written, or a full disk.
+    """
+    out = Path(out)
+    prepare_sweep(config, out, overrides=overrides)
+    work(out, device=device, progress=progress, say=say)
+    result = sweep_result(out)
+    say(result.line())
+    return result
+
+
+def sweep_result(out: str | Path) -> SweepResult:
+    """What a finished sweep came to.
+
+    Raises:
+        ValueError: a sweep that is not finished.
+    """
+    out = Path(out)
+    if not is_done(out):
+        raise ValueError(f"{out} is not finished. Give the sweep's command again to go on.")
+    done = json.loads((out / "done.json").read_text(encoding="utf-8"))
+    trust = json.loads((out / "trust.json").read_text(encoding="utf-8"))
+    return SweepResult(out, done["cells"], done["not_run"], trust)
+
+
+def is_done(out: Path) -> bool:
+    """Whether the sweep's marker says that it is finished."""
+    return (out / "done.json").is_file()
+
+
+def is_finished(out: Path) -> bool:
+    """Whether nothing is left to do: the marker and all shards are there, and no file of the models
+    has been written since (so that weights trained anew at the same place are not taken for these).
+    """
+    manifest = read_manifest(out)
+    if manifest.models is None or not is_done(out) or _missing(out, manifest):
+        return False
+    locations = SweepConfig.model_validate(manifest.config).locations()
+    return bool(manifest.models["files"] == _files(locations))
+
+
+# -- claiming the folder -----------------------------------------------------------------------
+
+
+def prepare_sweep(
+    config: SweepConfig | str | Path | Mapping[str, Any] | Checked,
+    out: str | Path,
+    *,
+    overrides: Sequence[str] = (),
+) -> Manifest:
+    """Claim the folder for a sweep, or find it claimed for the same one; no weights are read.
+
+    Raises:
+        ValueError: a config that cannot be run, or a folder that holds another sweep.
+        FolderError: a folder that cannot be written, or a full disk.
+    """
+    out = Path(out)
+    checked, text = _checked(config, overrides)
+    manifest, blocks = _plan(checked, overrides)
+    files = {
+        "config.yaml": text.encode(),
+        "grafts.yaml": _yaml({str(g["name"]): g["rule"] for g in manifest.grafts}).encode(),
+        "prompts.parquet": to_bytes(prompt_table(checked.prompts, checked.dataset, blocks)),
+    }
+
+    def wrong() -> list[str]:
+        """The files to write; of the config, the text that was given first stays."""
+        here = {name: out / name for name in files if (out / name).is_file()}
+        right = [n for n in here if n == "config.yaml" or here[n].read_bytes() == files[n]]
+        return [name for name in files if name not in right]
+
+    # A folder that needs nothing may be one that cannot be written.
+    if (out / "sweep.json").is_file():
+        agreed = _agree(out, manifest, checked.prompts)
+        if not wrong():
+            return agreed
+    with _writing(out):
+        for folder in (out, out / "shards", out / "locks"):
+            folder.mkdir(parents=True, exist_ok=True)
+            _sync(folder.parent)
+    with _lock(out, "claim"):
+        claimed = (out / "sweep.json").is_file()
+        if claimed:
+            manifest = _agree(out, manifest, checked.prompts)
+        for name in wrong() if claimed else files:
+            _write(out, out / name, files[name])
+        if not claimed:
+            _write(out, out / "sweep.json", manifest.to_json().encode())
+    return manifest
+
+
+def _checked(
+    config: SweepConfig | str | Path | Mapping[str, Any] | Checked, overrides: Sequence[str]
+) -> tuple[Checked, str]:
+    """The checked config, and its text as it was given."""
+    if isinstance(config, str | Path):
+        path = Path(config).expanduser()
+        checked = check(load_config(path, overrides))
+        said = "".join(f"#   {override}\n" for override in overrides)
+        note = f"\n# and on the command line:\n{said}" if overrides else ""
+        return checked, path.read_text(encoding="utf-8") + note
+    if overrides:
+        raise ValueError(
+            f"overrides={list(overrides)}: these go with a config's file. Change the config itself."
+        )
+    checked = config if isinstance(config, Checked) else check(settings_from(SweepConfig, config))
+    return checked, _yaml(checked.config.model_dump(mode="json", exclude_unset=True))
+
+
+def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[int]]:
+    """The manifest, and each prompt's block: prompts of equal shape together, so that a shard's
+    prompts share their plans and have little padding."""
+    config = checked.config
+    shapes: list[Any] = []
+    for number, prompt in enumerate(checked.prompts):
+        try:
+            ready = prepare(
+                number, prompt, checked.tokenizer, checked.arch, prepend_bos=config.prepend_bos
+            )
+        except PromptError:
+            shapes.append(None)
+        else:
+            rest = [len(ready.answer), *map(len, ready.distractors)]
+            shape = [len(ready.tokens) + max(rest), rest, sorted(ready.tokens.runs.items())]
+            shapes.append([shape, ready.tokens.ids, ready.answer, ready.distractors])
+    n_prompts = len(checked.prompts)
+    prompts, grafts = _cut(n_prompts, len(checked.grafts), config.shards)
+    order = sorted(
+        range(n_prompts),
+        key=lambda i: (shapes[i] is None, [] if shapes[i] is None else shapes[i][0], i),
+    )
+    blocks = [0] * n_prompts
+    for block, (low, high) in enumerate(prompts):
+        for number in order[low:high]:
+            blocks[number] = block
+    dumped = config.model_dump(mode="json")
+    rules = {named.name: str(named.graft) for named in checked.grafts}
+    tidy = ("source", "span", "component", "layer", "head")
+    # However grafts and prompts are written, what they come to is what counts.
+    resolved = ("grafts", "grids", "prompts")
+    identity = {name: value for name, value in dumped.items() if name not in resolved} | {
+        "base source": next(iter(config.sources)),
+        "grafts": rules,
+        "order of grafts": ", ".join(rules),
+        "prompts": {
+            "number": n_prompts,
+            "sha256": digest(
+                [[as_given(p), d] for p, d in zip(checked.prompts, checked.dataset, strict=True)]
+            ),
+            "sha256 of tokens": digest(shapes),
+        },
+    }
+    manifest = Manifest(
+        identity=json.loads(json.dumps(identity)),
+        config=dumped,
+        overrides=tuple(overrides),
+        grafts=[
+            {"name": named.name, "rule": rules[named.name]}
+            | {column: getattr(named, column) for column in tidy}
+            for named in checked.grafts
+        ],
+        duplicates=dict(checked.duplicates),
+        recovery={"base": checked.base, "full": checked.full},
+        prompt_blocks=[high - low for low, high in prompts],
+        graft_blocks=[list(bounds) for bounds in grafts],
+        versions=_versions(),
+    )
+    return manifest, blocks
+
+
+def _versions() -> dict[str, str]:
+    names = ("graftlens", "torch", "transformers", "transformer-lens")
+    return {name: version(name) for name in names} | {"python": platform.python_version()}
+
+
+def _cut(
+    prompts: int, grafts: int, cells: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Bounds of the blocks of prompts and of grafts, so that no shard has more than `cells`.
+
+    Only grafts of one shard share what they have in common, so they are cut only where there are
+    more than `cells`.
+    """
+
+    def even(count: int, most: int) -> list[tuple[int, int]]:
+        runs = -(-count // most)
+        return [(count * i // runs, count * (i + 1) // runs) for i in range(runs)]
+
+    of_grafts = even(grafts, cells)
+    widest = max(high - low for low, high in of_grafts)
+    return even(prompts, max(1, cells // widest)), of_grafts
+
+
+def _agree(out: Path, given: Manifest, prompts: Sequence[Prompt]) -> Manifest:
+    """The folder's manifest, if it is of the sweep that is given."""
+    there = read_manifest(out)
+    if there.identity == given.identity:
+        return there
+    lines = _differences(there.identity, given.identity)
+    with contextlib.suppress(ValueError):
+        known = read_prompts(out, ["as_given"])["as_given"].to_pylist()
+        for number, (old, new) in enumerate(zip(known, map(as_given, prompts), strict=False)):
+            if old != new:
+                lines += _differences(json.loads(old), json.loads(new), f"prompts.{number}")
+                break
+    raise ValueError(
+        _refusal(out, "another sweep", lines)
+        + f"Choose another folder, give the config that is there ({out / 'config.yaml'}), or "
+        "remove the folder."
+    )
+
+
+def _refusal(out: Path, what: str, lines: Sequence[str]) -> str:
+    more = [f"  … and {len(lines) - SHOWN} differences more"] if len(lines) > SHOWN else []
+    return "\n".join([f"{out} holds {what}:", *lines[:SHOWN], *more, ""])
+
+
+def _differences(there: Any, given: Any, name: str = "") -> list[str]:
+    """A line for each key whose values differ, in the order of the keys."""
+    if there == given:
+        return []
+    if isinstance(there, Mapping) and isinstance(given, Mapping):
+        keys = dict.fromkeys([*there, *given])
+        inner = [_differences(there.get(k), given.get(k), f"{name}.{k}") for k in keys]
+        return [line for lines in inner for line in lines]
+    if isinstance(there, list) and isinstance(given, list):
+        return _differences(dict(enumerate(there)), dict(enumerate(given)), name)
+    old, new = ("nothing" if value is None else repr(value) for value in (there, given))
+    if max(len(old), len(new)) > WIDE:
+        pairs = enumerate(zip(old, new, strict=False))
+        start = max(0, next((i for i, (a, b) in pairs if a != b), WIDE) - WIDE // 4)
+        old, new = (f"…{text[start : start + WIDE]}…" for text in (old, new))
+    return [f"  {name.lstrip('.')}: {old} there, {new} given"]
+
+
+# -- the work ----------------------------------------------------------------------------------
+
+
+def work(
+    out: str | Path, *, device: str | None = None, progress: bool = True, say: Say = print
+) -> None:
+    """Be one of the workers of a prepared sweep, to its end.
+
+    Loads the models once, takes shards until none is left, waits for those that other workers
+    hold (and takes over those of dead ones), and finishes the sweep if no other worker does.
+
+    Raises:
+        ValueError: a folder that holds no sweep, or other weights than it was begun with.
+        FolderError: a folder that cannot be written, or a full disk.
+    """
+    out = Path(out)
+    manifest = read_manifest(out)
+    config = SweepConfig.model_validate(manifest.config)
+    if is_finished(out):
+        say(f"{out} is finished: nothing to run.")
+        return
+    if (lines := _differences(manifest.versions, _versions())) and (manifest.models is not None):
+        say("\n".join(["this sweep was begun with other versions:", *lines]))
+        say("What is computed now may differ from what is there in the last digits.")
+    files = _files(config.locations())
+    loaded = io.StringIO()
+    with contextlib.redirect_stdout(loaded):
+        model = GraftedTransformer.from_pretrained(
+            config.locations(), tokenizer=config.tokenizer, device=device, dtype=config.dtype
+        )
+    say(loaded.getvalue().strip())
+    manifest = _record(out, model, config, loaded.getvalue().strip(), files)
+    missing = _missing(out, manifest)
+    _, grafts, blocks = _given(out, manifest)
+    places = {name: place for place, name in enumerate(grafts)}
+    done = manifest.cells - sum(map(manifest.rows, missing))
+    # A prompt is done in as many parts as it has grafts.
+    each = len(grafts)
+    bar = tqdm(
+        total=manifest.cells / each,
+        initial=done / each,
+        desc="sweep",
+        unit="prompt",
+        disable=not progress,
+        bar_format=BAR,
+    )
+
+    def advance(cells: int) -> None:
+        bar.update(cells / each)
+
+    # Shards of the same grafts share their plans.
+    scorers: dict[range, Scorer] = {}
+
+    def compute(shard: int) -> bytes:
+        block, own = manifest.place(shard)
+        if own not in scorers:
+            scorers[own] = Scorer(
+                model,
+                {name: graft for name, graft in grafts.items() if places[name] in own},
+                **config.metrics.model_dump(),
+                prepend_bos=config.prepend_bos,
+                row_budget=manifest.row_budget,
+                say=say,
+            )
+        table = scorers[own].table(blocks[block], advance)
+        # The texts are the prompts' and the grafts'; the shard says which.
+        stored = table[SHARD.names].assign(graft=table["graft"].map(places))
+        rows = pa.Table.from_pandas(stored, schema=SHARD, preserve_index=False)
+        return to_bytes(rows.replace_schema_metadata({"graftlens.key": manifest.key}))
+
+    waiting = False
+    with bar:
+        while missing:
+            before = len(missing)
+            for shard in tuple(missing):
+                if _take(out, manifest, shard, compute):
+                    missing.remove(shard)
+                    done += manifest.rows(shard)
+                    bar.update(done / each - bar.n)
+            if missing and len(missing) == before:
+                if not waiting:
+                    say(f"waiting for {len(missing)} shards that other processes compute")
+                waiting = True
+                time.sleep(POLL)
+    finish(out, model)
+
+
+def finish(out: Path, model: GraftedTransformer) -> None:
+    """Write the trust report and the marker of a sweep whose shards are all there, once.
+
+    Raises:
+        FolderError: a folder that cannot be written, or a full disk.
+    """
+    with _lock(out, "finish"):
+        with _lock(out, "claim"):  # nobody else writes now: these are killed writers'
+            for half in (*out.glob("*.tmp"), *(out / "shards").glob("*.tmp")):
+                half.unlink(missing_ok=True)
+        if is_done(out):
+            return
+        manifest = read_manifest(out)
+        config = SweepConfig.model_validate(manifest.config)
+        prompts, grafts, _ = _given(out, manifest)
+        # The lists are most of a table's memory.
+        lists = () if manifest.cells <= LISTED else ("top_tokens", "top_probs")
+        results = read_results(out, columns=[n for n in SHARD.names if n not in lists])
+        assert isinstance(results, pd.DataFrame)
+        if len(results) < manifest.cells:
+            raise FolderError(
+                f"shards went missing from {out} while the sweep ran. Give the same command again: "
+                "it computes them anew."
+            )
+        report = trust_report(
+            model,
+            prompts,
+            grafts,
+            results,
+            seed=config.seed,
+            row_budget=manifest.row_budget,
+            prepend_bos=config.prepend_bos,
+        )
+        trust = report.to_dict() | {"ok": report.ok, "text": report.text()}
+        reasons = results["reason"].value_counts()
+        done = {
+            "cells": len(results),
+            "not_run": {str(reason): int(count) for reason, count in reasons.items()},
+        }
+        for name, content in (("trust.json", trust), ("done.json", done)):
+            text = json.dumps(content, indent=1, ensure_ascii=False)
+            _write(out, out / name, text.encode())
+
+
+def _missing(out: Path, manifest: Manifest) -> list[int]:
+    """The shards that are not there, or damaged."""
+    if manifest.models is None:
+        return list(range(manifest.shards))
+    return [s for s in range(manifest.shards) if read_shard(out, manifest, s) is None]
+
+
+def _take(out: Path, manifest: Manifest, shard: int, compute: Callable[[int], bytes]) -> bool:
+    """Compute a shard unless another process does; whether it is there now."""
+    if read_shard(out, manifest, shard) is not None:
+        return True
+    with _lock(out, f"{shard:05d}", wait=False) as held:
+        if held and read_shard(out, manifest, shard) is None:
+            _write(out, shard_path(out, shard), compute(shard))
+        return held
+
+
+def _given(out: Path, manifest: Manifest) -> tuple[dict[int, Prompt], dict[str, Graft], list[Any]]:
+    """The prompts and grafts of a prepared sweep, and each block's prompts."""
+    table = read_prompts(out)
+    prompts = dict(enumerate(Prompt(**json.loads(t)) for t in table["as_given"].to_pylist()))
+    blocks: list[dict[int, Prompt]] = [{} for _ in manifest.prompt_blocks]
+    for number, block in enumerate(table["block"].to_pylist()):
+        blocks[block][number] = prompts[number]
+    grafts = {str(g["name"]): Graft.parse(str(g["rule"])) for g in manifest.grafts}
+    return prompts, grafts, blocks
+
+
+# -- the models --------------------------------------------------------------------------------
+
+
+def _record(
+    out: Path, model: GraftedTransformer, config: SweepConfig, pair_check: str, files: Any
+) -> Manifest:
+    """Write down which models run, or check that they are those that the folder was begun with."""
+    with _lock(out, "claim"):
+        manifest = read_manifest(out)
+        given = {
+            "dtype": str(model.cfg.dtype).removeprefix("torch."),
+            "fingerprints": model.fingerprints(),
+        }
+        there = manifest.models
+        if there is None:
+            # Batches are cut alike in every worker and after every kill: they decide the last bits.
+            budget = config.row_budget or affordable_rows(
+                model.arch, model.cfg.device, model.cfg.dtype
+            )
+            found = {"row_budget": budget, "pair_check": pair_check}
+        else:
+            known = {name: there[name] for name in given}
+            if lines := _differences(known, given):
+                raise ValueError(
+                    _refusal(out, "results of other weights", lines)
+                    + "Put back the weights that it was begun with, or choose another folder."
+                )
+            found = {name: there[name] for name in ("row_budget", "pair_check")}
+        ours = replace(manifest, models=given | found | {"files": files})
+        if ours != manifest:
+            _write(out, out / "sweep.json", ours.to_json().encode())
+        return ours
+
+
+def _files(sources: Mapping[str, Any]) -> dict[str, dict[str, list[int]]]:
+    """Source -> size in bytes and time of change (ns) of each file of its folder, if it has one."""
+    folders = {name: Path(str(source)).expanduser() for name, source in sources.items()}
+    return {
+        name: {
+            path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+            for path in sorted(folder.iterdir())
+            if path.is_file()
+        }
+        for name, folder in folders.items()
+        if folder.is_dir()
+    }
+
+
+# -- the disk ----------------------------------------------------------------------------------
+
+
+def _write(out: Path, path: Path, content: bytes) -> None:
+    """Put a whole file in place, on the disk when this returns."""
+    # Its own name, so that two writers cannot meet where locks do not reach.
+    half = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
+    with _writing(out):
+        try:
+            with half.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            half.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                half.unlink(missing_ok=True)
+            raise
+        _sync(path.parent)
+
+
+def _sync(folder: Path) -> None:
+    """Ask the disk to hold the folder's names."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+@contextlib.contextmanager
+def _lock(out: Path, name: str, *, wait: bool = True) -> Iterator[bool]:
+    """Hold a lock of the sweep, which the system takes back from a process that dies.
+
+    Gives whether it is held: without `wait`, another process may hold it.
+    """
+    lock = FileLock(out / "locks" / f"{name}.lock")
+    held = False
+    with _writing(out), contextlib.suppress(Timeout):
+        lock.acquire(timeout=-1 if wait else 0)
+        held = True
+    try:
+        yield held
+    finally:
+        if held:
+            lock.release()
+
+
+@contextlib.contextmanager
+def _writing(out: Path) -> Iterator[None]:
+    """Say of an error of the disk which folder it hit and what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, FolderError):
+            raise
+        kept = "what is finished is kept."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = f"Free space there and give the same command again: {kept}"
+        else:
+            advice = (
+                "Make sure that the folder can be written, or choose another; then give the same "
+                f"command again: {kept}"
+            )
+        raise FolderError(
+            f"the sweep's folder {out} cannot be written ({error}). {advice}"
+        ) from error
+
+
+def _yaml(value: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))

@@ -1,0 +1,328 @@
+"""A small sweep, and processes that run it and can be killed at any moment.
+
+Run as a program, this file is the process that the others are forked from: it has imported all that
+a sweep needs, so that each start takes no longer than the sweep itself.
+"""
+
+import contextlib
+import errno
+import importlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+TEMPLATES = {
+    "plays": "{first_entity} plays with",
+    "long": "In a film of last year, {first_entity} was seen next to",
+    "short": "{first_entity} and",
+}
+PEOPLE = ("Ann", "Zoë Reed-Lang", "Robert Low Jr.", "Siobhán")
+GRAFTS = {
+    "PRE": "none",
+    "SFT": "sft @ all",
+    "FE": "sft @ first_entity",
+    "LT": "sft @ last",
+    "o at LT": "sft @ last : o : 1-2",
+    "two": "sft @ bos | sft @ last : q : 0 : 1",
+}
+SECONDS = 120  # after which a process that should have ended is given up
+FAILED = 3  # the exit code of a process whose folder could not be written
+
+
+def checkpoints(folder: Path, seed: int = 1) -> dict[str, str]:
+    """Two tiny checkpoints with a tokenizer."""
+    from families import save_checkpoint, tiny_pair
+    from toytokenizers import llama3_style
+
+    tokenizer = llama3_style()
+    pair = tiny_pair("llama", seed, vocab_size=len(tokenizer))
+    return {n: str(save_checkpoint(m, folder / n, tokenizer)) for n, m in pair.items()}
+
+
+def config(sources: Mapping[str, str], **changes: Any) -> dict[str, Any]:
+    """The content of a sweep's config: 12 prompts, of which one has a title, under 7 grafts, in 8
+    shards of 6 prompts under 1 or 2 grafts."""
+    prompts: list[dict[str, Any]] = [
+        {
+            "template": text,
+            "fields": {"first_entity": person},
+            "answer": " Mara Finn",
+            "distractors": ["!", " Mara", " the film"],
+            "name": name,
+        }
+        for name, text in TEMPLATES.items()
+        for person in PEOPLE
+    ]
+    prompts[2]["template"] += " {title} and"
+    prompts[2]["fields"] |= {"title": "It"}
+    return {
+        "sources": dict(sources),
+        "prompts": prompts,
+        "grafts": GRAFTS | {"T": "sft @ title"},
+        "metrics": {"top_k": 3},
+        "shards": 16,
+        **changes,
+    }
+
+
+def read_whole(out: Path) -> pd.DataFrame:
+    """The results, in a form whose every bit can be compared."""
+    from graftlens.sweep.results import read_results
+
+    table = read_results(out)
+    for column in ("top_tokens", "top_probs", "distractor_logprobs"):
+        values = [None if v is None else tuple(v) for v in table[column]]
+        table[column] = pd.Series(values, dtype=object)
+    return table
+
+
+def assert_equal_tables(table: pd.DataFrame, expected: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(table, expected, check_exact=True, check_categorical=True)
+
+
+def assert_part_of(out: Path, expected: pd.DataFrame) -> int:
+    """What a reader sees now is rows of the whole, none twice; how many."""
+    if not (out / "sweep.json").is_file():
+        return 0
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r".*is not finished: \d+ of \d+ shards are there")
+        table = read_whole(out)
+    assert not table.duplicated(["prompt", "graft"]).any()
+    there = expected.set_index(["prompt", "graft"]).index.isin(
+        table.set_index(["prompt", "graft"]).index
+    )
+    assert_equal_tables(table, expected[there].reset_index(drop=True))
+    return len(table)
+
+
+def unfinished_files(out: Path) -> list[str]:
+    """Names of files that some write left half done."""
+    return [path.name for path in out.rglob("*.tmp")]
+
+
+class Faults:
+    """Something happens at the k-th thing that is asked of the disk, counted from 1.
+
+    Asked are: the writing of a file (half of it is written), fsync of file or folder, and rename
+    (just before it, and once it is done).
+    """
+
+    def __init__(self, at: int, strike: Any) -> None:
+        self.at, self.strike, self.asked = at, strike, 0
+
+    def _count(self) -> None:
+        self.asked += 1
+        if self.asked == self.at:
+            self.strike()
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator["Faults"]:
+        replace, fsync, opener = os.replace, os.fsync, io.open
+        faults = self
+
+        class Half:
+            """A file whose writing can fail half-way."""
+
+            def __init__(self, file: Any) -> None:
+                self.file = file
+
+            def write(self, content: bytes) -> int:
+                self.file.write(content[: len(content) // 2])
+                self.file.flush()
+                faults._count()
+                return len(content) // 2 + self.file.write(content[len(content) // 2 :])
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(self.file, name)
+
+            def __enter__(self) -> "Half":
+                return self
+
+            def __exit__(self, *error: Any) -> None:
+                self.file.close()
+
+        def faulty_open(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+            file = opener(path, mode, *args, **kwargs)
+            return Half(file) if "w" in mode and str(path).endswith(".tmp") else file
+
+        def faulty_replace(*args: Any, **kwargs: Any) -> None:
+            faults._count()
+            replace(*args, **kwargs)
+            faults._count()
+
+        def faulty_fsync(handle: int) -> None:
+            faults._count()
+            fsync(handle)
+
+        os.replace, os.fsync, io.open = faulty_replace, faulty_fsync, faulty_open  # type: ignore[assignment]
+        try:
+            yield self
+        finally:
+            os.replace, os.fsync, io.open = replace, fsync, opener  # type: ignore[assignment]
+
+
+def _strike(fault: str) -> None:
+    """Die or stop, or fail as the disk would: `SIGKILL`, `SIGSTOP`, `ENOSPC`, `EIO`."""
+    if fault.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, fault))
+    else:
+        number = getattr(errno, fault)
+        raise OSError(number, os.strerror(number))
+
+
+class Processes:
+    """Starts sweeps in processes of their own, forked from one that has imported everything."""
+
+    def __init__(self) -> None:
+        self._logs = tempfile.TemporaryDirectory()  # the sweeps' own disk may be full
+        env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        self._server = subprocess.Popen(
+            [sys.executable, __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=Path(__file__).parent,
+        )
+        assert self._ask({}) == "ready"
+
+    def _ask(self, request: Mapping[str, Any]) -> Any:
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        self._server.stdin.write(json.dumps(request) + "\n")
+        self._server.stdin.flush()
+        return json.loads(self._server.stdout.readline())
+
+    def start(
+        self, config: Any, out: Path, *, fault: str = "", at: int = 0, trust: bool = True
+    ) -> int:
+        """The process id. With a `fault` (see `_strike`) it meets that `at` a disk operation;
+        without `trust` the trust report is not computed."""
+        job = {"config": config, "out": str(out), "fault": fault, "at": at, "trust": trust}
+        job["log"] = str(self._log(out))
+        return int(self._ask({"start": job}))
+
+    def said(self, out: Path) -> str:
+        """What the processes of a folder have said."""
+        return self._log(out).read_text()
+
+    def _log(self, out: Path) -> Path:
+        return Path(self._logs.name) / str(out).replace(os.sep, "_")
+
+    def ended(self, pid: int) -> int | None:
+        """The exit code, minus the signal's number where one ended it; None while it runs."""
+        code = self._ask({"ended": pid})
+        assert code is None or isinstance(code, int)
+        return code
+
+    def wait(self, pid: int) -> int:
+        """The exit code, once it has ended."""
+        end = time.monotonic() + SECONDS
+        while (code := self.ended(pid)) is None:
+            assert time.monotonic() < end, f"process {pid} did not end within {SECONDS} s"
+            time.sleep(0.01)
+        return code
+
+    def run(self, config: Any, out: Path, **options: Any) -> int:
+        """Start and wait: the exit code, which is `FAILED` for a folder that cannot be written."""
+        code = self.wait(self.start(config, out, **options))
+        assert code in (0, FAILED, -signal.SIGKILL), self.said(out)
+        return code
+
+    def kill(self, pid: int) -> int:
+        os.kill(pid, signal.SIGKILL)
+        return self.wait(pid)
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait()
+        self._logs.cleanup()
+
+
+def _serve() -> None:
+    import torch
+
+    import graftlens.sweep.runner  # noqa: F401
+
+    torch.set_num_threads(1)
+    codes: dict[int, int] = {}
+    used: Path | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        answer: Any = "ready"
+        if "start" in request:
+            if used is not None and used.exists():
+                # What the first child imported while it ran, the others need not import again.
+                for name in used.read_text().split():
+                    with contextlib.suppress(Exception):
+                        importlib.import_module(name)
+                used = None
+            elif not codes:
+                used = Path(request["start"]["log"]).with_name("modules")
+            answer = os.fork()
+            if answer == 0:
+                _sweep(request["start"])
+        elif "ended" in request:
+            pid = request["ended"]
+            if pid not in codes:
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+            answer = codes.get(pid)
+        print(json.dumps(answer), flush=True)
+
+
+def _sweep(job: Mapping[str, Any]) -> None:
+    """In a child: run and exit."""
+    from graftlens.sweep import runner
+
+    log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 1
+    if not job["trust"]:
+        runner.trust_report = lambda *args, **kwargs: NoReport()
+    try:
+        faults = Faults(job["at"], lambda: _strike(job["fault"]))
+        with faults.installed() if job["fault"] else contextlib.nullcontext():
+            runner.run_sweep(job["config"], Path(job["out"]), progress=False)
+        code = 0
+        Path(job["log"]).with_name("modules").write_text("\n".join(sys.modules))
+    except runner.FolderError as error:
+        print(error)
+        code = FAILED
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+class NoReport:
+    """Stands in for a trust report, which takes longer than the small sweep itself."""
+
+    ok = True
+
+    def to_dict(self) -> dict[str, Any]:
+        return {}
+
+    def text(self) -> str:
+        return ""
+
+
+if __name__ == "__main__":
+    _serve()
