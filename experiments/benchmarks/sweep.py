@@ -1,0 +1,216 @@
+"""Sweeps against the same grafts one by one: sequentially, batched without sharing, and the floor.
+
+(a) the position grid, (b) component grafts at the last token, (c) one layer × one component at the
+last token, (d) all windows of layers at FE, LT and FE+LT. In each round every contestant runs once,
+so that a ratio compares like with like; ratios are medians over rounds.
+
+- sequential: Hugging Face's own modules token by token with a KV cache, parameters swapped by
+  pointer (`graftlens.model.sequential`); a random sample of the grafts on one prompt.
+- by run: the same, but neighbouring tokens with equal weights in one pass.
+- unshared: each graft in a batch of its own of 64 prompts (`model.logits_at`), only scored rows
+  unembedded; a sample of the grafts.
+- floor: the rows that the plan needs × the seconds that Hugging Face's plain forward takes for a
+  row in a batch of 64 (which unembeds every row; a sweep unembeds scored rows only).
+
+    python experiments/benchmarks/sweep.py [--model smollm2|llama-1b] [--cases abcd] [--rounds 5]
+        [--prompts 64]
+"""
+
+import argparse
+import platform
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from forward import llama_1b, perturbed, synchronise
+from transformers import AutoModelForCausalLM
+
+from graftlens.data import evaluation_prompts, make_facts
+from graftlens.evaluate import position_grafts
+from graftlens.graft import Graft
+from graftlens.metrics import next_tokens
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.sequential import Sequential
+from graftlens.model.smollm2 import smollm2
+from graftlens.prompts import Prompt
+from graftlens.sweep.scoring import Scorer, prepare
+
+COMPONENTS = ("q", "k", "v", "o", "mlp_in", "mlp_gate", "mlp_out")
+GROUPS = ("attn", "mlp", "ln", "q + k", "q + o", "k + v", "v + o", "o + mlp")
+BATCH = 64
+
+
+def cases(n_layers: int) -> dict[str, tuple[str, dict[str, Graft]]]:
+    """Letter -> what it is, and its grafts."""
+    windows = [(a, b) for a in range(n_layers) for b in range(a, n_layers)]
+    places = ("first_entity", "last", "first_entity + last")
+    last = {c: Graft.rule("sft", "last", c) for c in (*COMPONENTS, *GROUPS)}
+    single = [Graft.rule("sft", "last", c, [l]) for l in range(n_layers) for c in COMPONENTS]
+    window = [
+        Graft.rule("sft", at, "block", list(range(a, b + 1))) for a, b in windows for at in places
+    ]
+    return {
+        "a": ("position grid", position_grafts()),
+        "b": ("components at LT", last),
+        "c": ("layer × component at LT", {str(g): g for g in single}),
+        "d": ("layer windows at FE, LT, FE+LT", {str(g): g for g in window}),
+    }
+
+
+def seconds(call: Callable[[], object]) -> float:
+    synchronise()
+    start = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - start
+
+
+def unshared(model: GraftedTransformer, prompts: Sequence[Prompt], graft: Graft) -> None:
+    """One graft over a batch of prompts, measured as a sweep measures."""
+    batch = model.batch(list(prompts))
+    logits = torch.cat(model.logits_at(batch, [[c] for c in batch.last_columns()], graft))
+    targets = [prepare(0, p, model.tokenizer, model.arch).answer[0] for p in prompts]
+    next_tokens(logits, torch.tensor(targets, device=logits.device)[:, None], 10)
+
+
+@dataclass(frozen=True)
+class Round:
+    """Seconds in one round: of a sweep a prompt, of the others a prompt and graft; `hf` a row."""
+
+    hf: float
+    sweep: float
+    plan: float
+    one: float
+    run: float
+    alone: float
+
+
+class Case:
+    """One sweep with all its contestants."""
+
+    def __init__(
+        self,
+        model: GraftedTransformer,
+        hf: torch.nn.Module,
+        sequential: Sequential,
+        prompts: Sequence[Prompt],
+        grafts: dict[str, Graft],
+        count: int,
+    ) -> None:
+        self.model, self.hf, self.sequential = model, hf, sequential
+        self.prompts, self.grafts = prompts, grafts
+        self.swept = dict(enumerate(prompts[:count]))
+        sample = random.Random(0).sample(list(grafts.values()), min(len(grafts), 6))
+        self.batched, self.looped = sample, sample[:4]
+        self.tokens = torch.randint(
+            model.arch.d_vocab, (BATCH, 14), generator=torch.Generator().manual_seed(2)
+        ).to(model.cfg.device)
+
+    def scorer(self) -> Scorer:
+        """A new one each time, so that it plans anew, as the first shard of a sweep does."""
+        return Scorer(self.model, self.grafts, answers="first")
+
+    def round(self, turn: int) -> Round:
+        (ids,) = self.model.tokenized(self.prompts[turn % len(self.prompts)])
+        last = [len(ids) - 1]
+
+        def loop(by_run: bool) -> None:
+            for graft in self.looped:
+                self.sequential.logits(ids, graft, at=last, by_run=by_run)
+
+        def batches() -> None:
+            for graft in self.batched:
+                unshared(self.model, self.prompts[:BATCH], graft)
+
+        plain = seconds(lambda: self.hf(input_ids=self.tokens, use_cache=False).logits)
+        cells = len(self.batched) * len(self.prompts[:BATCH])
+        return Round(
+            hf=plain / self.tokens.numel(),
+            sweep=seconds(lambda: self.scorer().table(self.swept)) / len(self.swept),
+            plan=seconds(lambda: self.scorer().plan(self.swept)) / len(self.swept),
+            one=seconds(lambda: loop(by_run=False)) / len(self.looped),
+            run=seconds(lambda: loop(by_run=True)) / len(self.looped),
+            alone=seconds(batches) / cells,
+        )
+
+    def line(self, name: str, rounds: int) -> str:
+        plan = self.scorer().plan(self.swept)
+        rows, n = plan.rows / len(self.swept), len(self.grafts)
+        turns = [self.round(turn) for turn in range(rounds + 1)][1:]
+
+        def ratio(of: Callable[[Round], float]) -> float:
+            return statistics.median(map(of, turns))
+
+        gain = ratio(lambda t: n * t.alone / t.sweep)
+        cells = [
+            name,
+            str(n),
+            str(len(self.swept)),
+            f"{rows:.1f}",
+            f"{plan.rows_alone / len(self.swept):.0f}",
+            f"{plan.ratio:.1f}",
+            f"{plan.logits / len(self.swept):.0f}",
+            f"{ratio(lambda t: t.sweep):.3f}",
+            f"{ratio(lambda t: n * t.one / t.sweep):.0f}",
+            f"{ratio(lambda t: n * t.run / t.sweep):.0f}",
+            f"{gain:.1f}",
+            f"{gain / plan.ratio:.0%}",
+            f"{ratio(lambda t: t.sweep / (rows * t.hf)):.2f}",
+            f"{ratio(lambda t: t.plan / t.sweep):.1%}",
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+HEAD = (
+    "| sweep | grafts | prompts | rows a prompt | one by one | row ratio | unembedded | s a prompt "
+    "| × sequential | × by run | × unshared | of row ratio | × floor | planning |"
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--model", choices=["smollm2", "llama-1b"], default="smollm2")
+    parser.add_argument("--cases", default="abcd")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompts", type=int, default=64)
+    options = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, "
+        f"{device}, Python {sys.version.split()[0]}; {options.model}, {dtype}\n"
+    )
+    with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
+        base = smollm2()
+        pre = base if options.model == "smollm2" else llama_1b(Path(scratch) / "pre")
+        sft = perturbed(pre, Path(scratch) / "sft")
+        model = GraftedTransformer.from_pretrained(
+            {"pre": pre, "sft": sft}, tokenizer=str(base), device=device, dtype=dtype, check=False
+        )
+        hf = (
+            AutoModelForCausalLM.from_pretrained(pre, dtype=dtype, attn_implementation="sdpa")
+            .to(device)
+            .eval()
+        )
+        facts = make_facts(max(options.prompts, 5), seed=0)
+        prompts = evaluation_prompts(facts, templates=["headline"])[: options.prompts]
+        sequential = Sequential(model)
+        print(HEAD + "\n" + "| --- " * HEAD.count(" |") + "|")
+        known = cases(model.arch.n_layers)
+        for letter in options.cases:
+            name, grafts = known[letter]
+            count = {"a": 64, "b": 64, "c": 16, "d": 2}[letter]
+            case = Case(model, hf, sequential, prompts, grafts, count)
+            print(case.line(f"({letter}) {name}", options.rounds), flush=True)
+
+
+if __name__ == "__main__":
+    main()
