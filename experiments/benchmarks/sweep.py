@@ -10,7 +10,10 @@ so that a ratio compares like with like; ratios are medians over rounds.
 - unshared: each graft in a batch of its own of 64 prompts (`model.logits_at`), only scored rows
   unembedded; a sample of the grafts.
 - floor: the rows that the plan needs × the seconds that Hugging Face's plain forward takes for a
-  row in a batch of 64 (which unembeds every row; a sweep unembeds scored rows only).
+  row in a batch of 64, which unembeds every row once.
+- parted floor: the same in two parts: rows needed × seconds a row below the unembedding, and rows
+  that must be unembedded × seconds of the unembedding. A sweep of many grafts at the last token
+  unembeds more rows than it has token rows; one at many positions fewer.
 
     python experiments/benchmarks/sweep.py [--model smollm2|llama-1b] [--cases abcd] [--rounds 5]
         [--prompts 64]
@@ -81,9 +84,13 @@ def unshared(model: GraftedTransformer, prompts: Sequence[Prompt], graft: Graft)
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds in one round: of a sweep a prompt, of the others a prompt and graft; `hf` a row."""
+    """Seconds in one round: of a sweep a prompt, of the others a prompt and graft.
+
+    `hf` is Hugging Face's plain forward a row, `body` all of it below the unembedding.
+    """
 
     hf: float
+    body: float
     sweep: float
     plan: float
     one: float
@@ -129,9 +136,11 @@ class Case:
                 unshared(self.model, self.prompts[:BATCH], graft)
 
         plain = seconds(lambda: self.hf(input_ids=self.tokens, use_cache=False).logits)
+        body = seconds(lambda: self.hf.base_model(input_ids=self.tokens, use_cache=False))
         cells = len(self.batched) * len(self.prompts[:BATCH])
         return Round(
             hf=plain / self.tokens.numel(),
+            body=body / self.tokens.numel(),
             sweep=seconds(lambda: self.scorer().table(self.swept)) / len(self.swept),
             plan=seconds(lambda: self.scorer().plan(self.swept)) / len(self.swept),
             one=seconds(lambda: loop(by_run=False)) / len(self.looped),
@@ -142,6 +151,7 @@ class Case:
     def line(self, name: str, rounds: int) -> str:
         plan = self.scorer().plan(self.swept)
         rows, n = plan.rows / len(self.swept), len(self.grafts)
+        unembedded = plan.logits / len(self.swept)
         turns = [self.round(turn) for turn in range(rounds + 1)][1:]
 
         def ratio(of: Callable[[Round], float]) -> float:
@@ -155,13 +165,14 @@ class Case:
             f"{rows:.1f}",
             f"{plan.rows_alone / len(self.swept):.0f}",
             f"{plan.ratio:.1f}",
-            f"{plan.logits / len(self.swept):.0f}",
+            f"{unembedded:.0f}",
             f"{ratio(lambda t: t.sweep):.3f}",
             f"{ratio(lambda t: n * t.one / t.sweep):.0f}",
             f"{ratio(lambda t: n * t.run / t.sweep):.0f}",
             f"{gain:.1f}",
             f"{gain / plan.ratio:.0%}",
             f"{ratio(lambda t: t.sweep / (rows * t.hf)):.2f}",
+            f"{ratio(lambda t: t.sweep / (rows * t.body + unembedded * (t.hf - t.body))):.2f}",
             f"{ratio(lambda t: t.plan / t.sweep):.1%}",
         ]
         return f"| {' | '.join(cells)} |"
@@ -169,7 +180,8 @@ class Case:
 
 HEAD = (
     "| sweep | grafts | prompts | rows a prompt | one by one | row ratio | unembedded | s a prompt "
-    "| × sequential | × by run | × unshared | of row ratio | × floor | planning |"
+    "| × sequential | × by run | × unshared | of row ratio | × floor "
+    "| × parted floor | planning |"
 )
 
 

@@ -43,6 +43,10 @@ class Gathered:
         return self._taken[key]
 
 
+#: Up to this share of the rows, those of other sources are computed twice rather than all gathered.
+FEW = 1 / 16
+
+
 def by_source(
     x: Gathered, chosen: Selection, equal: tuple[int, ...], apply: Callable[[Tensor, int], Tensor]
 ) -> Float[Tensor, "rows *out"]:
@@ -50,8 +54,13 @@ def by_source(
     only = chosen.only(equal)
     if only is not None:
         return apply(x.x, only)
+    blocks = chosen.blocks(equal, x.x.device)
+    most = max(blocks, key=lambda block: len(block.rows))
     out: Tensor | None = None
-    for block in chosen.blocks(equal, x.x.device):
+    if len(x.x) - len(most.rows) <= FEW * len(x.x):
+        # Gathering and putting back nearly all rows costs more than a few rows computed in vain.
+        out, blocks = apply(x.x, most.source), tuple(b for b in blocks if b is not most)
+    for block in blocks:
         result = apply(x[block], block.source)
         if out is None:
             out = result.new_empty(x.x.shape[0], *result.shape[1:])
