@@ -52,8 +52,8 @@ def checkpoints(folder: Path, seed: int = 1) -> dict[str, str]:
 
 
 def config(sources: Mapping[str, str], **changes: Any) -> dict[str, Any]:
-    """The content of a sweep's config: 12 prompts, of which one has a title, under 7 grafts, in 8
-    shards of 6 prompts under 1 or 2 grafts."""
+    """The content of a sweep's config: 12 prompts, of which one has a title, under 7 grafts, in 6
+    shards of 2 prompts under all grafts."""
     prompts: list[dict[str, Any]] = [
         {
             "template": text,

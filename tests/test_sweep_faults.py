@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +16,7 @@ import pytest
 import torch
 from sweeps import (
     FAILED,
+    SECONDS,
     Processes,
     assert_equal_tables,
     assert_part_of,
@@ -273,16 +274,25 @@ def test_a_held_shard_is_waited_for_and_taken_over(
     out = tmp_path / "out"
     first = processes.start(given, out, fault="SIGSTOP", at=IN_A_SHARD)
     shards = out / "shards"
-    while not (half := [name for name in unfinished_files(shards) if name.startswith("00001")]):
-        assert processes.ended(first) is None, processes.said(out)
-        time.sleep(0.02)
+
+    def until(happened: Callable[[], object], pid: int) -> None:
+        end = time.monotonic() + SECONDS
+        while not happened():
+            assert processes.ended(pid) is None, processes.said(out)
+            assert time.monotonic() < end, processes.said(out)
+            time.sleep(0.02)
+
+    def half() -> list[str]:
+        return [name for name in unfinished_files(shards) if name.startswith("00001")]
+
+    until(half, first)
+    others = read_manifest(out).shards - 1
+    assert others > 3
     second = processes.start(given, out)
-    while len(list(shards.glob("*.parquet"))) < 7:
-        assert processes.ended(second) is None, processes.said(out)
-        time.sleep(0.05)
+    until(lambda: len(list(shards.glob("*.parquet"))) == others, second)
     time.sleep(1)
-    assert unfinished_files(shards) == half
-    assert len(list(shards.glob("*.parquet"))) == 7, "the eighth is held"
+    assert len(list(shards.glob("*.parquet"))) == others, "the last one is held"
+    assert half(), "by a process that is stopped"
     assert processes.ended(second) is None, "and waited for"
     assert processes.kill(first) == -signal.SIGKILL
     assert processes.wait(second) == 0, processes.said(out)

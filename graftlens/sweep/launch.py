@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from graftlens.configfile import ConfigError
 from graftlens.engines import EngineError, Say, SlurmResources, Task, run_processes, submit
 from graftlens.sweep.results import read_manifest, shard_path
-from graftlens.sweep.runner import is_done, work
+from graftlens.sweep.runner import is_done, is_finished, work
 
 
 def launch_local(
@@ -146,7 +146,7 @@ class _Bar:
         self._bar.refresh()
 
     def finished(self) -> bool:
-        if _is_complete(self._out):
+        if is_finished(self._out):
             self.say(f"{self._out} is finished: nothing to run.")
             return True
         return False
@@ -176,7 +176,7 @@ def _is_complete(out: Path) -> bool:
 
 
 def _check_finished(out: Path, tasks: Sequence[Task]) -> None:
-    if _is_complete(out):
+    if is_finished(out):
         return
     done, total = shards_done(out)
     problems = [f"\nworker {task.name} {task.problem}" for task in tasks if task.state == "failed"]

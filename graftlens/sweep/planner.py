@@ -215,12 +215,13 @@ class Planner:
         tree = self._tree(structure, grafts)
         if peak is None or tree.peak <= peak or len(grafts) == 1:
             return [Part(grafts, tree)]
-        # Rows are numbered by what they share, so neighbours in this order share most.
+        # Rows are numbered by what they share, so neighbours in this order share most. Each piece
+        # has some rows of its own, so there are a few more than would fit exactly.
         order = grafts[np.lexsort(tree.outputs[::-1])]
-        half = len(order) // 2
+        pieces = max(2, -(-10 * tree.peak // (9 * peak)))
         return [
             part
-            for piece in (order[:half], order[half:])
+            for piece in np.array_split(order, min(pieces, len(order)))
             for part in self._cut(structure, np.sort(piece), peak)
         ]
 
@@ -281,7 +282,7 @@ class Planner:
                     chosen[self._masks[shape][side]] = source
                 table = self._equals[side]
                 chosen = np.take_along_axis(table, chosen[None].astype(np.int64), axis=0)[0]
-                numbers.append(np.array([choices.number(row) for row in chosen], dtype=np.int64))
+                numbers.append(np.array([choices.number(row) for row in chosen], dtype=np.int32))
             self._numbered[shapes] = tuple(numbers)
         return self._numbered[shapes]
 
@@ -302,7 +303,9 @@ class Planner:
         of_column = [self._choices_at(structure.places[c]) for c in structure.columns]
         # [layer, node, graft] numbers of the choices on each side
         inputs, keys, queries, outputs = (
-            np.stack([choices[side][grafts] for choices in of_column]).transpose(2, 0, 1)
+            np.ascontiguousarray(
+                np.stack([choices[side][grafts].T for choices in of_column], axis=1)
+            )
             for side in range(4)
         )
         lineage = _Lineage(structure.parents)
