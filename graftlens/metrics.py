@@ -53,9 +53,13 @@ def next_tokens(
     # Five times as fast on a CPU as logsumexp, which would do.
     logprobs = logits.log_softmax(-1)
     top = logprobs.topk(min(k, logits.shape[1]), dim=-1)
-    logits_and_logprobs = (x.cpu().numpy() for x in (wanted, logprobs.gather(1, targets)))
-    likeliest = (x.cpu().numpy() for x in (top.indices, top.values))
-    return NextTokens(*logits_and_logprobs, rank, *likeliest)
+    return NextTokens(
+        logits=wanted.cpu().numpy(),
+        logprobs=logprobs.gather(1, targets).cpu().numpy(),
+        rank=rank,
+        top_ids=top.indices.cpu().numpy(),
+        top_logprobs=top.values.cpu().numpy(),
+    )
 
 
 def _counts(true: Bool[Tensor, "row d_vocab"]) -> Int[np.ndarray, " row"]:
