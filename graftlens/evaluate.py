@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from graftlens.graft import Graft
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt
-from graftlens.sweep.scoring import COLUMNS, Scorer
+from graftlens.sweep.scoring import COLUMNS, Scorer, joined_answers
 
 __all__ = ["COLUMNS", "evaluate", "position_grafts"]
 
@@ -110,14 +110,8 @@ def evaluate(
 
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer, so prompts cannot be run. Load one with it.")
-    for index, prompt in enumerate(prompts):
-        edge = prompt.text[-1] + (prompt.answer or " ")[0]
-        if edge.isascii() and edge.isalnum():
-            warnings.warn(
-                f"prompt {index}: the answer {prompt.answer!r} goes on with the prompt's last "
-                f"word. Did you mean {' ' + str(prompt.answer)!r}?",
-                stacklevel=2,
-            )
+    if note := joined_answers(prompts):
+        warnings.warn(note, stacklevel=2)
     scorer = Scorer(
         model,
         parsed,
@@ -130,6 +124,7 @@ def evaluate(
     total = len(prompts) * len(parsed)
     with tqdm(total=total, desc="grafts", unit="run", disable=not progress) as bar:
         table = scorer.table(dict(enumerate(prompts)), bar.update, strict=True)
+    table.attrs["recovery"] = _ends(parsed)
     missing = table["reason"].notna()
     if missing.any():
         warnings.warn(
@@ -138,6 +133,17 @@ def evaluate(
             stacklevel=2,
         )
     return table
+
+
+def _ends(grafts: Mapping[str, Graft]) -> dict[str, str]:
+    """The names of the base alone and of one source everywhere, for statistics to find."""
+    found: dict[str, str] = {}
+    for name, graft in grafts.items():
+        if not graft:
+            found.setdefault("base", name)
+        elif graft in (Graft.rule(source) for source in graft.sources):
+            found.setdefault("full", name)
+    return found
 
 
 class _Module(ModuleType):

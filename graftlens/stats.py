@@ -31,6 +31,9 @@ VALUE_METRICS = ("rank", "prob", "logprob", "answer_logprob", "logit_diff")
 # These may be missing for a prompt that ran (no distractors given, whole answer not scored).
 OPTIONAL_METRICS = ("answer_logprob", "logit_diff")
 
+#: Columns of a sweep's table that say what a graft is; a summary's rows carry them on.
+GRAFT_COLUMNS = ("source", "span", "component", "layer", "head")
+
 # With fewer than this many successes or failures the bootstrap of a proportion is too narrow.
 FEW = 5
 EXACT_LIMIT = 16
@@ -67,8 +70,8 @@ def summarise(
     ks: Sequence[int] = (1, 5, 50),
     metrics: Sequence[str] = ("logprob", "answer_logprob"),
     recovery: str | None = "logprob",
-    base: str = "PRE",
-    full: str = "SFT",
+    base: str | None = None,
+    full: str | None = None,
     grafts: Sequence[str] | None = None,
     unit: str = "prompt",
     level: float = 0.95,
@@ -86,6 +89,7 @@ def summarise(
     - `recovery` = (mean(graft) − mean(base)) / (mean(full) − mean(base)) of the metric named by the
       argument, with `recovery_low`, `recovery_high`, and `recovery_note`: None, or why a value or
       its interval is NaN;
+    - of a sweep's table also `source`, `span`, `component`, `layer` and `head` of the graft;
     - `recovery_of`, `base`, `full`, `level`, `resamples`, `seed`, `unit`: how the row was computed;
       `units`: how many units the prompts used belong to.
 
@@ -108,10 +112,16 @@ def summarise(
     An optional metric (`answer_logprob`, `logit_diff`) that no prompt of a group has is NaN; one
     that only some have is an error, because its mean would be over other prompts.
 
+    Args:
+        base, full: the grafts between which recovery is measured; left out, those that the table
+            names (`evaluate` and `read_results` do), else PRE and SFT.
+
     Raises:
         ValueError: unknown metrics, grafts or columns, a table with missing, doubled or infinite
             values, or prompts that belong to several groups or units.
     """
+    about = _of_grafts(table)
+    base, full = ends_of(table, base, full)
     by = (by,) if isinstance(by, str) else tuple(by)
     names = (*(f"top{k}" for k in ks), *metrics)
     wanted = names if recovery is None else (*names, recovery)
@@ -142,7 +152,7 @@ def summarise(
             found["recovery"] = _recoveries(values[recovery], ends, units, draw)
         for column, graft in enumerate(chosen):
             row = dict(zip(by, key, strict=True))
-            row |= {"graft": graft, "n": n, "not_run": len(used) - n}
+            row |= {"graft": graft} | about.get(graft, {}) | {"n": n, "not_run": len(used) - n}
             row["failed"] = int((~grid.ran[:, column]).sum())
             for name, parts in found.items():
                 kinds = zip(("", "_low", "_high", "_note"), parts, strict=False)
@@ -214,8 +224,8 @@ def compare_all(
     metric: str = "logprob",
     recovery: str = "logprob",
     by: str | Sequence[str] = (),
-    base: str = "PRE",
-    full: str = "SFT",
+    base: str | None = None,
+    full: str | None = None,
     unit: str = "prompt",
     level: float = 0.95,
     resamples: int = 10_000,
@@ -252,6 +262,7 @@ def compare_all(
         ValueError: as `summarise`; not exactly one of `pairs` and `against`; a pair of a graft
             with itself, or given twice.
     """
+    base, full = ends_of(table, base, full)
     by = (by,) if isinstance(by, str) else tuple(by)
     measured = recovery if metric == "recovery" else metric
     _check_metrics((measured,), also="recovery")
@@ -294,8 +305,8 @@ def stability(
     *,
     metric: str = "recovery",
     recovery: str = "logprob",
-    base: str = "PRE",
-    full: str = "SFT",
+    base: str | None = None,
+    full: str | None = None,
     grafts: Sequence[str] | None = None,
     unit: str = "prompt",
     level: float = 0.95,
@@ -334,6 +345,8 @@ def stability(
     Raises:
         ValueError: as `summarise`.
     """
+    about = _of_grafts(table)
+    base, full = ends_of(table, base, full)
     measured = recovery if metric == "recovery" else metric
     _check_metrics((measured,), also="recovery")
     draw = _Draw("prompt" if unit == by else unit, level, resamples, seed)
@@ -392,7 +405,7 @@ def stability(
     rows: list[dict[str, object]] = []
     for column, graft in enumerate(chosen):
         here = held[:, column]
-        row: dict[str, object] = {"graft": graft, "metric": metric}
+        row: dict[str, object] = {"graft": graft} | about.get(graft, {}) | {"metric": metric}
         row |= {f"{by}={name}": shares[i, column] for i, name in enumerate(names)}
         row |= {"mean": _mean(here), "low": low[column], "high": high[column]}
         row |= {"sd": float(here.std(ddof=1)) if len(here) > 1 else math.nan}
@@ -407,6 +420,21 @@ def stability(
             row |= {"recovery_of": recovery, "base": base, "full": full}
         rows.append(row | {"unit": unit, "level": level, "resamples": resamples, "seed": seed})
     return _with_notes(pd.DataFrame(rows), "note")
+
+
+def ends_of(table: pd.DataFrame, base: str | None, full: str | None) -> tuple[str, str]:
+    """The grafts that recovery lies between: those given, else those that the table names (as
+    `evaluate` and `read_results` do), else PRE and SFT.
+    """
+    known = table.attrs.get("recovery", {})
+    return base or known.get("base", "PRE"), full or known.get("full", "SFT")
+
+
+def _of_grafts(table: pd.DataFrame) -> dict[str, dict[str, object]]:
+    """Graft -> what the table says of it besides the results."""
+    columns = [c for c in GRAFT_COLUMNS if c in table]
+    first = table.drop_duplicates("graft").set_index("graft")[columns]
+    return {str(graft): dict(row) for graft, row in first.astype(object).iterrows()}
 
 
 def holm(pvalues: Sequence[float]) -> tuple[float, ...]:
@@ -1177,6 +1205,11 @@ def _check_by(name: str) -> None:
 def _check_groups(table: pd.DataFrame, by: Sequence[str]) -> None:
     for name in by:
         _check_by(name)
+        if name in GRAFT_COLUMNS:
+            raise ValueError(
+                f"by={name!r} groups prompts, and {name!r} is a column of grafts. Leave it out: "
+                "each row of the result is of one graft and has that column."
+            )
         several = _with_several(table, name)
         if several is not None:
             raise ValueError(

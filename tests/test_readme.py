@@ -7,8 +7,11 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from transformers import LlamaConfig
 
 from graftlens.graft import Graft
+from graftlens.model.arch import architecture
+from graftlens.sweep.config import load_config
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -39,6 +42,28 @@ def test_the_grafts_shown_are_grafts() -> None:
 @pytest.mark.parametrize("path", re.findall(r"`((?:graftlens|tests|experiments)/[\w/.]*)`", README))
 def test_the_map_names_what_exists(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+def test_the_sweep_shown_is_a_config(tmp_path: Path) -> None:
+    (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
+    (tmp_path / "sweep.yaml").write_text(block)
+    overrides = re.findall(r"`(metrics\.top_k=5) (grids\.0\.layers=\S+)`", README)[0]
+    config = load_config(tmp_path / "sweep.yaml", overrides)
+    assert list(config.sources) == ["pre", "sft"]
+    assert config.metrics.top_k == 5
+    (grid,) = config.grids
+    arch = architecture(LlamaConfig(num_hidden_layers=6))
+    grafts = [graft for _, graft in grid.grafts(arch, ("pre", "sft"))]
+    assert len(grafts) == 3 * 6, "the override left one group of layers"
+    assert Graft.parse("sft @ first_entity + last : attn : 3-4") in grafts
+
+
+@pytest.mark.parametrize("command", re.findall(r"^\.venv/bin/graftlens (.*)$", README, flags=re.M))
+def test_the_commands_shown_name_configs_that_load(command: str) -> None:
+    name, path, *options = command.split()
+    assert name == "sweep"
+    load_config(ROOT / path)
+    assert set(options) <= {"--dry-run", "--out", "last-token"}
 
 
 def test_all_the_code_shown_compiles() -> None:

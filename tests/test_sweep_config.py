@@ -102,7 +102,8 @@ BAD_VALUES = {
     # keys
     "graft: {a: none}": r"sweep.yaml: unknown key 'graft'. Allowed: sources .*"
     r"Did you mean 'grafts'\?",
-    "metrics: {topk: 3}": r"metrics: unknown key 'topk'. Allowed: top_k. Did you mean 'top_k'\?",
+    "metrics: {topk: 3}": r"metrics: unknown key 'topk'. "
+    r"Allowed: top_k answers distractors. Did you mean 'top_k'\?",
     "grids: {component: q}": r"grids.0: unknown key 'component'. .*Did you mean 'components'\?",
     "grids: [{}, {layers: {window: {size: 2}}}]": r"grids.1.layers: unknown key 'window'. Allowed: "
     r"windows. Did you mean 'windows'\?",
@@ -702,7 +703,7 @@ def test_a_description_says_what_would_be_done(tmp_path: Path) -> None:
         "          1 given twice run once, such as same = LT",
         "cells     3, in 2 or more shards of up to 2",
         "",
-        "1 prompts, 3 cells (prompt × graft), 1 structures",
+        "1 prompts, 3 cells (prompt × graft), 1 layouts of tokens",
     ]
 
 
@@ -763,3 +764,19 @@ def test_a_command_is_one_call(command: str) -> None:
     wanted = COMMANDS[command]
     assert done.stdout.splitlines()[-len(wanted) :] == wanted
     assert not Path("graftlens-sweep").exists()
+
+
+def test_a_limit_takes_the_first_prompts_of_each_template(tmp_path: Path) -> None:
+    text = "{dataset: {movies: {n_facts: 6}}, prompts: [], templates: [headline, qa]}"
+    whole = made(text, tmp_path / "s.yaml")
+    few = made(text, tmp_path / "s.yaml", "limit=2")
+    assert [p.name for p in few.prompts] == ["headline"] * 2 + ["qa"] * 2
+    assert few.prompts == (*whole.prompts[:2], *whole.prompts[6:8])
+    with pytest.raises(ConfigError, match="limit"):
+        made(text, tmp_path / "s.yaml", "limit=0")
+
+
+def test_an_answer_that_joins_the_last_word_is_pointed_at(tmp_path: Path) -> None:
+    joined = "{prompts: [{template: Ann acted with, answer: Bo}], grafts: {LT: sft @ last}}"
+    with pytest.warns(UserWarning, match=r"the answer 'Bo' goes on with .* Did you mean ' Bo'\?$"):
+        made(joined, tmp_path / "s.yaml")

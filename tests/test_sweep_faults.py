@@ -296,5 +296,5 @@ def test_a_held_shard_is_waited_for_and_taken_over(
     assert processes.ended(second) is None, "and waited for"
     assert processes.kill(first) == -signal.SIGKILL
     assert processes.wait(second) == 0, processes.said(out)
-    assert "waiting for 1 shards that other processes compute" in processes.said(out)
+    assert "waiting for other processes: 1 of 6 shards" in processes.said(out)
     _assert_whole(out, undisturbed)

@@ -121,7 +121,7 @@ def test_the_end_says_what_the_trust_report_found(finished: Path, copied: Path) 
     assert "; trust report passed; " in sweep_result(finished).line()
     (copied / "trust.json").write_text(json.dumps(trust | {"ok": False}))
     assert not sweep_result(copied).ok
-    assert f"; trust report FAILED (see {copied}/trust.json); " in sweep_result(copied).line()
+    assert f"; trust report FAILED (see {copied}/trust.txt); " in sweep_result(copied).line()
 
 
 def test_columns_say_what_prompts_and_grafts_are(finished: Path, sources: dict[str, str]) -> None:
@@ -176,6 +176,7 @@ def test_the_folder_carries_what_was_run(
         "shards",
         "sweep.json",
         "trust.json",
+        "trust.txt",
     ]
     kept = (out / "config.yaml").read_text()
     assert kept == text + "\n# and on the command line:\n#   seed=3\n"
@@ -201,7 +202,7 @@ def test_the_folder_carries_what_was_run(
     assert result.ok
     assert (result.cells, list(result.not_run.values())) == (84, [11])
     assert said[0].startswith("graftlens: llama, 3 layers")
-    assert said[1:] == [result.line()]
+    assert said[2:] == [result.line()]
     assert result.line().startswith(
         f"{out}: 84 cells; trust report passed; 11 cells could not be run: 11 × "
     )

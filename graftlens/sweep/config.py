@@ -1,5 +1,6 @@
 """The config of a sweep, and all that can be known of it before any weight is read."""
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +32,7 @@ from graftlens.sweep.promptsets import (
     listed,
     prompt_sections,
 )
-from graftlens.sweep.scoring import Extent, dry_plan, prepare
+from graftlens.sweep.scoring import Extent, dry_plan, joined_answers, prepare
 
 __all__ = [
     "Checked",
@@ -91,6 +92,9 @@ class SweepConfig(Section):
         tuple[PromptSection | PromptFile, ...], BeforeValidator(prompt_sections)
     ] = ()
     """Prompts of your own: a list of prompts, or `file:` with a file of them."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Prompts to take of each template of a set of prompts, from its beginning; left out: all."""
 
     grafts: Mapping[str, GraftField] = {}
     """Name -> graft, as one line of text in quotes or a list of rules."""
@@ -288,6 +292,8 @@ def check(config: SweepConfig) -> Checked:
     places: dict[Graft, str] = {}
     for where, _, graft in named:
         places.setdefault(graft, where)
+    if note := joined_answers(prompts):
+        warnings.warn(note, stacklevel=2)
     ready, failed = _tokenized(config, arch, tokenizer, prompts)
     problems += failed
     problems += _unfit(places, tuple(config.sources), arch, ready)
@@ -327,12 +333,24 @@ def _prompts(config: SweepConfig) -> tuple[dict[str, tuple[Prompt, ...]], _Probl
         if title in sets:
             problems.append((where, f"two sets of prompts are called {title!r}. Name one anew."))
         try:
-            sets[title] = tuple(read())
+            sets[title] = _first(read(), config.limit)
         except ConfigError as error:
             problems.extend(error.under(where).problems)
         except (ValueError, OSError) as error:
             problems.append((where, str(error)))
     return sets, problems
+
+
+def _first(prompts: Sequence[Prompt], limit: int | None) -> tuple[Prompt, ...]:
+    """The first `limit` prompts of each template."""
+    taken: Counter[str] = Counter()
+    kept = []
+    for prompt in prompts:
+        name = prompt.name or prompt.template
+        taken[name] += 1
+        if limit is None or taken[name] <= limit:
+            kept.append(prompt)
+    return tuple(kept)
 
 
 def _named(

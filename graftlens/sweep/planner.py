@@ -571,7 +571,7 @@ class SweepPlan:
         )
         return (
             f"{self.prompts:,} prompts, {self.cells:,} cells (prompt × graft), "
-            f"{self.structures:,} structures\n"
+            f"{self.structures:,} layouts of tokens\n"
             f"token rows needed:      {self.rows:,.1f}{again}\n"
             f"rows if run one by one: {self.rows_alone:,.0f}\n"
             f"ratio:                  {self.ratio:.1f}\n"

@@ -280,7 +280,9 @@ def read_results(
     tables = list(found)
     empty = pa.schema([SHARD.field(name) for name in stored]).empty_table()
     whole = pa.concat_tables(tables or [empty])
-    return frame(whole.sort_by([("prompt", "ascending"), ("graft", "ascending")]))
+    table = frame(whole.sort_by([("prompt", "ascending"), ("graft", "ascending")]))
+    table.attrs["recovery"] = dict(manifest.recovery)
+    return table
 
 
 def _tables(out: Path, manifest: Manifest, stored: Sequence[str]) -> Iterator[pa.Table]:

@@ -14,13 +14,15 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import pyarrow as pa
+import torch
 import yaml
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
@@ -83,7 +85,7 @@ class SweepResult:
     folder: Path
     cells: int
     not_run: Mapping[str, int]
-    trust: Mapping[str, Any]
+    trust: Mapping[str, Any] = field(repr=False)
 
     @property
     def ok(self) -> bool:
@@ -92,7 +94,7 @@ class SweepResult:
 
     def line(self) -> str:
         """The result in one line."""
-        verdict = "passed" if self.ok else f"FAILED (see {self.folder / 'trust.json'})"
+        verdict = "passed" if self.ok else f"FAILED (see {self.folder / 'trust.txt'})"
         line = f"{self.folder}: {self.cells} cells; trust report {verdict}"
         if self.not_run:
             reasons = sorted(self.not_run.items(), key=lambda item: (-item[1], item[0]))
@@ -333,8 +335,9 @@ def _agree(out: Path, given: Manifest, prompts: Sequence[Prompt]) -> Manifest:
                 break
     raise ValueError(
         _refusal(out, "another sweep", lines)
-        + f"Choose another folder, give the config that is there ({out / 'config.yaml'}), or "
-        "remove the folder."
+        + f"Choose another folder, give the config that is there ({out / 'config.yaml'}"
+        + "".join(f" {override}" for override in there.overrides)
+        + "), or remove the folder."
     )
 
 
@@ -442,13 +445,13 @@ def work(
                     bar.update(done / each - bar.n)
             if missing and len(missing) == before:
                 if not waiting:
-                    say(f"waiting for {len(missing)} shards that other processes compute")
+                    say(f"waiting for other processes: {len(missing)} of {manifest.shards} shards")
                 waiting = True
                 time.sleep(POLL)
-    finish(out, model)
+    finish(out, model, say)
 
 
-def finish(out: Path, model: GraftedTransformer) -> None:
+def finish(out: Path, model: GraftedTransformer, say: Say = print) -> None:
     """Write the trust report and the marker of a sweep whose shards are all there, once.
 
     Raises:
@@ -460,6 +463,7 @@ def finish(out: Path, model: GraftedTransformer) -> None:
                 half.unlink(missing_ok=True)
         if is_done(out):
             return
+        say("all shards are there; recomputing some cells for the trust report")
         manifest = read_manifest(out)
         config = SweepConfig.model_validate(manifest.config)
         prompts, grafts, _ = _given(out, manifest)
@@ -486,10 +490,19 @@ def finish(out: Path, model: GraftedTransformer) -> None:
         done = {
             "cells": len(results),
             "not_run": {str(reason): int(count) for reason, count in reasons.items()},
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+            "device": _device_name(model),
         }
+        _write(out, out / "trust.txt", f"{report.text()}\n".encode())
         for name, content in (("trust.json", trust), ("done.json", done)):
             text = json.dumps(content, indent=1, ensure_ascii=False)
             _write(out, out / name, text.encode())
+
+
+def _device_name(model: GraftedTransformer) -> str:
+    device = torch.device(model.cfg.device)
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
 def _missing(out: Path, manifest: Manifest) -> list[int]:

@@ -98,6 +98,20 @@ def prepare(
     return Scored(number, prompt, tokens, answer, others)
 
 
+def joined_answers(prompts: Sequence[Prompt]) -> str | None:
+    """A note on answers that go on with the prompt's last word, which is seldom meant."""
+    edges = [prompt.text[-1] + (prompt.answer or " ")[0] for prompt in prompts]
+    numbers = [i for i, edge in enumerate(edges) if edge.isascii() and edge.isalnum()]
+    if not numbers:
+        return None
+    answer = prompts[numbers[0]].answer
+    more = f" (And {len(numbers) - 1} prompts more.)" if len(numbers) > 1 else ""
+    return (
+        f"prompt {numbers[0]}: the answer {answer!r} goes on with the prompt's last word. Did you "
+        f"mean {' ' + str(answer)!r}?{more}"
+    )
+
+
 class Scorer:
     """Scores prompts under one set of grafts; what prompts share is planned once.
 
