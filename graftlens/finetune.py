@@ -33,6 +33,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from datasets import Dataset, load_from_disk
 from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
@@ -42,6 +43,7 @@ from graftlens.data import MoviesConfig, load_dataset, make_dataset
 from graftlens.data.settings import Settings
 from graftlens.engines import EngineError, SlurmResources, Task, submit
 from graftlens.model.quiet import quiet
+from graftlens.model.smollm2 import smollm2
 
 MARKER = "complete.json"
 
@@ -254,11 +256,26 @@ def finetune(
 def finetune_run(run: FinetuneRun, *, progress: bool = True) -> FinetuneResult:
     """Read or make the training texts, and `finetune` on them.
 
+    The model "smollm2" is the demo's. The finished run's folder says what it was made of in
+    ``config.yaml``.
+
     Raises:
-        FileNotFoundError: the data are not there.
+        FileNotFoundError: the data or the model's folder are not there.
         ValueError: the data have no texts; what `finetune` refuses.
     """
-    return finetune(run.recipe, training_texts_of(run.data), progress=progress)
+    recipe = run.recipe
+    if recipe.model == "smollm2":
+        recipe = recipe.model_copy(update={"model": str(smollm2())})
+    place = Path(recipe.model).expanduser()
+    if not place.exists() and (recipe.model.startswith((".", "/", "~")) or len(place.parts) > 2):
+        raise FileNotFoundError(
+            f"model={recipe.model!r}: there is no such folder. Write a checkpoint's folder, a hub "
+            'id, or "smollm2".'
+        )
+    result = finetune(recipe, training_texts_of(run.data), progress=progress)
+    made_of = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    _write(run.output / "config.yaml", made_of)
+    return result
 
 
 def launch_finetune(

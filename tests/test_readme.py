@@ -45,12 +45,13 @@ def test_the_map_names_what_exists(path: str) -> None:
 
 
 def test_the_sweep_shown_is_a_config(tmp_path: Path) -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
-    (tmp_path / "sweep.yaml").write_text(block)
+    whole, own = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
+    (tmp_path / "sweep.yaml").write_text(whole + own)
     overrides = re.findall(r"`(metrics\.top_k=5) (grids\.0\.layers=\S+)`", README)[0]
     config = load_config(tmp_path / "sweep.yaml", overrides)
     assert list(config.sources) == ["pre", "sft"]
     assert config.metrics.top_k == 5
+    assert len(config.prompts) == 1
     (grid,) = config.grids
     arch = architecture(LlamaConfig(num_hidden_layers=6))
     grafts = [graft for _, graft in grid.grafts(arch, ("pre", "sft"))]
