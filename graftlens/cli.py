@@ -20,6 +20,9 @@ class Launcher(StrEnum):
     slurm = "slurm"
 
 
+#: That of a sweep whose trust report found something wrong.
+UNTRUSTED = 3
+
 app = typer.Typer(
     name="graftlens",
     help="Find out where a language model keeps what it learned in finetuning.",
@@ -154,7 +157,9 @@ def sweep(
     from graftlens.sweep.runner import prepare_sweep, run_sweep, sweep_result
 
     if launcher is Launcher.local and len(names) < 2:
-        run_sweep(config, folder, overrides=given, device=names[0] if names else None)
+        result = run_sweep(config, folder, overrides=given, device=names[0] if names else None)
+        if not result.ok:
+            raise typer.Exit(UNTRUSTED)
         return
     from graftlens.sweep.launch import launch_local, launch_slurm
 
@@ -164,7 +169,10 @@ def sweep(
     else:
         launch_slurm(folder, tasks=tasks or 1, resources=resources, wait=wait)
     if wait:
-        typer.echo(sweep_result(folder).line())
+        result = sweep_result(folder)
+        typer.echo(result.line())
+        if not result.ok:
+            raise typer.Exit(UNTRUSTED)
 
 
 def _resources(launcher: Launcher, slurm: list[str] | None, wait: bool) -> dict[str, Any]:

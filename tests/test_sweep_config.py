@@ -679,7 +679,7 @@ def test_a_bad_command_is_one_message(command: str, tmp_path: Path) -> None:
 
 
 def test_a_description_says_what_would_be_done(tmp_path: Path) -> None:
-    checked = made("{grafts: {LT: sft @ last, same: sft @ last}}", tmp_path / "s.yaml", "shards=2")
+    checked = made("{grafts: {LT: sft @ last, same: sft @ last}}", tmp_path / "s.yaml", "shards=3")
     ready = prepare(0, checked.prompts[0], checked.tokenizer, checked.arch)
     n, m = len(ready.tokens), len(ready.answer)
     # Below the top: `none` and `all` everywhere, LT where it differs; at the top the scored rows.
@@ -690,6 +690,8 @@ def test_a_description_says_what_would_be_done(tmp_path: Path) -> None:
         f"rows if run one by one: {3 * (n + m - 1)}",
         f"ratio:                  {3 * (n + m - 1) / rows:.1f}",
     ]
+    cut = describe(made(yaml.safe_dump(GOOD), tmp_path / "s.yaml", "shards=2"))
+    assert "grafts are cut into 2 blocks" in cut
     assert lines[:13] == [
         "sources   pre = ./pre (the base)",
         "          sft = ./sft",
@@ -701,7 +703,7 @@ def test_a_description_says_what_would_be_done(tmp_path: Path) -> None:
         "          sft @ all",
         "          LT = sft @ last",
         "          1 given twice run once, such as same = LT",
-        "cells     3, in 2 or more shards of up to 2",
+        "cells     3, in 1 or more shards of up to 3",
         "",
         "1 prompts, 3 cells (prompt × graft), 1 layouts of tokens",
     ]
@@ -716,7 +718,7 @@ from types import SimpleNamespace
 def stub(name):
     def called(*args, **options):
         print(name, *map(str, args), *(f"{k}={v}" for k, v in options.items()))
-        return SimpleNamespace(line=lambda: "the result")
+        return SimpleNamespace(line=lambda: "the result", ok=True)
     return called
 
 for module, names in ((runner, "prepare_sweep run_sweep sweep_result"),

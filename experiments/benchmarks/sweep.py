@@ -4,9 +4,10 @@
 last token, (d) all windows of layers at FE, LT and FE+LT. In each round every contestant runs once,
 so that a ratio compares like with like; ratios are medians over rounds.
 
-- sequential: Hugging Face's own modules token by token with a KV cache, parameters swapped by
+- sequential: Hugging Face's own forward token by token with a KV cache, parameters swapped by
   pointer (`graftlens.model.sequential`); a random sample of the grafts on one prompt.
-- by run: the same, but neighbouring tokens with equal weights in one pass.
+- last: the same, but only the last token is unembedded, which Hugging Face's forward has no way of.
+- by run: as last, and neighbouring tokens with equal weights go in one pass.
 - unshared: each graft in a batch of its own of 64 prompts (`model.logits_at`), only scored rows
   unembedded; a sample of the grafts.
 - floor: the rows that the plan needs × the seconds that Hugging Face's plain forward takes for a
@@ -94,6 +95,7 @@ class Round:
     sweep: float
     plan: float
     one: float
+    last: float
     run: float
     alone: float
 
@@ -127,9 +129,9 @@ class Case:
         (ids,) = self.model.tokenized(self.prompts[turn % len(self.prompts)])
         last = [len(ids) - 1]
 
-        def loop(by_run: bool) -> None:
+        def loop(at: list[int] | None, by_run: bool = False) -> None:
             for graft in self.looped:
-                self.sequential.logits(ids, graft, at=last, by_run=by_run)
+                self.sequential.logits(ids, graft, at=at, by_run=by_run)
 
         def batches() -> None:
             for graft in self.batched:
@@ -143,8 +145,9 @@ class Case:
             body=body / self.tokens.numel(),
             sweep=seconds(lambda: self.scorer().table(self.swept)) / len(self.swept),
             plan=seconds(lambda: self.scorer().plan(self.swept)) / len(self.swept),
-            one=seconds(lambda: loop(by_run=False)) / len(self.looped),
-            run=seconds(lambda: loop(by_run=True)) / len(self.looped),
+            one=seconds(lambda: loop(None)) / len(self.looped),
+            last=seconds(lambda: loop(last)) / len(self.looped),
+            run=seconds(lambda: loop(last, by_run=True)) / len(self.looped),
             alone=seconds(batches) / cells,
         )
 
@@ -168,6 +171,7 @@ class Case:
             f"{unembedded:.0f}",
             f"{ratio(lambda t: t.sweep):.3f}",
             f"{ratio(lambda t: n * t.one / t.sweep):.0f}",
+            f"{ratio(lambda t: n * t.last / t.sweep):.0f}",
             f"{ratio(lambda t: n * t.run / t.sweep):.0f}",
             f"{gain:.1f}",
             f"{gain / plan.ratio:.0%}",
@@ -180,7 +184,7 @@ class Case:
 
 HEAD = (
     "| sweep | grafts | prompts | rows a prompt | one by one | row ratio | unembedded | s a prompt "
-    "| × sequential | × by run | × unshared | of row ratio | × floor "
+    "| × sequential | × last | × by run | × unshared | of row ratio | × floor "
     "| × parted floor | planning |"
 )
 

@@ -37,6 +37,10 @@ INPUT_SIDE = (C.EMBED, C.POS_EMBED)
 OUTPUT_SIDE = (C.LN_FINAL, C.UNEMBED)
 
 
+#: Key rows that queries' lists may hold at a time; longer attention goes in several pieces.
+GATHERED = 1 << 16
+
+
 class Choices:
     """A numbered list of ways to choose sources for some components; a row names one by number.
 
@@ -163,6 +167,19 @@ class TokenTree:
         return sum(len(layer.queries) for layer in self.layers)
 
     @cached_property
+    def gathered(self) -> int:
+        """The most entries that the lists of key rows of one layer hold."""
+        return max(sum(r.keys.size for r in layer.readers) for layer in self.layers)
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of the rows' descriptions; layers that are one object count once."""
+        distinct = {id(layer): layer for layer in self.layers}.values()
+        rows = sum(5 * l.queries.nbytes + l.keys.nbytes for l in distinct)
+        lists = (r for layer in distinct for r in layer.readers)
+        return rows + sum(r.keys.nbytes + r.queries.nbytes + r.seen.nbytes for r in lists)
+
+    @cached_property
     def peak(self) -> int:
         """The most rows that one layer holds."""
         return max(max(len(l.queries), len(l.keys), l.entering) for l in self.layers)
@@ -177,6 +194,26 @@ class Sides:
     key: Choices
     query: Choices
     output: Choices
+
+
+def pieces(readers: Sequence[Readers]) -> Iterator[list[Readers]]:
+    """The same readers in pieces whose lists hold at most `GATHERED` key rows, or one list."""
+    width = max(r.keys.shape[1] for r in readers)
+    most = max(1, GATHERED // width)
+    piece: list[Readers] = []
+    room = most
+    for r in readers:
+        start = 0
+        while start < len(r.keys):
+            stop = min(start + room, len(r.keys))
+            piece.append(Readers(r.keys[start:stop], r.queries[start:stop], r.seen[start:stop]))
+            room -= stop - start
+            start = stop
+            if room == 0:
+                yield piece
+                piece, room = [], most
+    if piece:
+        yield piece
 
 
 class TreeGroup:
@@ -270,7 +307,11 @@ class LayerRows:
         of_keys = sides.key.selections(repeated("key_choices"))
         self.key_norm = of_keys.pop(C.LN1, None)
         self.chosen |= self._as_queries(of_keys) if self.same else of_keys
-        self.groups = [TreeGroup(readers, device) for readers in self._by_size(parts)]
+        self.groups = [
+            TreeGroup(piece, device)
+            for readers in self._by_size(parts)
+            for piece in pieces(readers)
+        ]
 
     def _as_queries(
         self, of_keys: dict[Component, Selection | HeadSelection]

@@ -392,7 +392,16 @@ def _tokenized(
     ready, reasons = [], []
     for number, prompt in enumerate(prompts):
         try:
-            ready.append(prepare(number, prompt, tokenizer, arch, config.prepend_bos).tokens)
+            scored = prepare(
+                number,
+                prompt,
+                tokenizer,
+                arch,
+                config.prepend_bos,
+                config.metrics.answers,
+                config.metrics.distractors,
+            )
+            ready.append(scored.tokens)
         except PromptError as error:
             reasons.append(str(error))
     if reasons and not ready:
@@ -486,5 +495,12 @@ def describe(checked: Checked) -> str:
         distractors=config.metrics.distractors,
         prepend_bos=config.prepend_bos,
         row_budget=config.row_budget or budget,
+        item=dtype.itemsize,
     )
+    if len(checked.grafts) > config.shards:
+        blocks = -(-len(checked.grafts) // config.shards)
+        lines.append(
+            f"          grafts are cut into {blocks} blocks, as shards hold fewer cells: what "
+            "blocks have in common is computed in each, which the plan does not count"
+        )
     return "\n".join([*lines, "", planned.summary()])

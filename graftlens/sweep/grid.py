@@ -58,7 +58,8 @@ class Windows(Settings):
             sizes = range(int(ends[1] or high), high + 1)
         else:
             sizes = self.size if isinstance(self.size, tuple) else (self.size,)
-        if not sizes or max(sizes) > n:
+        # Of a range the last is the largest: a mistyped one may be too long to walk through.
+        if not sizes or (sizes[-1] if isinstance(sizes, range) else max(sizes)) > n:
             raise ValueError(
                 f"windows of size {self.size}: there are {n} {what} here, so sizes 1 to {n} fit."
             )

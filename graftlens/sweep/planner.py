@@ -21,6 +21,7 @@ from graftlens.graft import At, Graft, Rule
 from graftlens.model.arch import Architecture
 from graftlens.model.mask import Site, select, sites_of
 from graftlens.model.tree import (
+    GATHERED,
     INPUT_SIDE,
     KEY_SIDE,
     OUTPUT_SIDE,
@@ -34,8 +35,11 @@ from graftlens.model.tree import (
 )
 from graftlens.prompts import PromptError, Tokenized
 
-#: Layer rows of the trees that a planner keeps for prompts to come, some 100 bytes each.
-KEPT_ROWS = 4_000_000
+#: Bytes of the trees that a planner keeps for prompts to come.
+KEPT_BYTES = 1 << 28
+
+#: Logits that are there at a time, as numbers.
+LOGITS = 1 << 24
 
 #: A site -> for each source, the first source with the same tensors there.
 EqualAt = Callable[[Component, int | None], tuple[int, ...]]
@@ -197,8 +201,8 @@ class Planner:
         if key not in self._trees:
             whole = self._cut(structure, np.array(structure.runnable, dtype=np.int64), peak)
             self._trees[key] = tuple(whole)
-            kept = [sum(part.tree.layer_rows for part in parts) for parts in self._trees.values()]
-            while len(kept) > 1 and sum(kept) > KEPT_ROWS:
+            kept = [sum(part.tree.nbytes for part in parts) for parts in self._trees.values()]
+            while len(kept) > 1 and sum(kept) > KEPT_BYTES:
                 kept.pop(0)
                 del self._trees[next(iter(self._trees))]
         return self._trees[key]
@@ -256,10 +260,16 @@ class Planner:
     def _equal_tables(self) -> list[Int8[np.ndarray, "source layer slot"]]:
         """Per side: the first source with the same tensors, so that equal choices are one."""
         known: dict[Site, tuple[int, ...]] = {}
+        cut = {component for component, head in self.sides.query.slots if head is not None}
 
         def first(component: Component, layer: int | None) -> tuple[int, ...]:
             if (component, layer) not in known:
-                known[component, layer] = self._equal(component, layer)
+                equal = self._equal(component, layer)
+                if component is Component.O and component in cut:
+                    # o's bias comes from the source that all heads *name*, so only the base's
+                    # equals may stand for one another.
+                    equal = tuple(0 if e == 0 else source for source, e in enumerate(equal))
+                known[component, layer] = equal
             return known[component, layer]
 
         return [
@@ -453,14 +463,23 @@ class _Lineage:
                 out[node] = np.unique(pairs, return_inverse=True)[1].reshape(-1) + high
                 high = int(out[node].max()) + 1
             return out
-        reads = self.within(window)
-        out = np.empty_like(own)
-        high = 0
-        for node in range(len(self.parents)):
-            _, numbers = np.unique(own[reads[node]], axis=1, return_inverse=True)
-            out[node] = numbers.reshape(-1) + high
-            high = int(out[node].max()) + 1
-        return out
+        # Runs of 1, 2, 4, … nodes are numbered from two of half the length; two that overlap make
+        # the window.
+        run, length = own, 1
+        while 2 * length <= window:
+            run, length = self._joined(run, length), 2 * length
+        return run if length == window else self._joined(run, window - length)
+
+    def _joined(
+        self, run: Int[np.ndarray, "node graft"], back: int
+    ) -> Int[np.ndarray, "node graft"]:
+        """Number each node's run together with that of the node `back` steps before it."""
+        origin = np.arange(len(self.parents))
+        parents = np.array(self.parents)
+        for _ in range(back):
+            origin = np.where(origin < 0, -1, parents[origin])
+        earlier = np.where(origin[:, None] < 0, 0, run[origin] + 1)
+        return _renumbered(run, earlier)
 
 
 def _wanted(
@@ -546,7 +565,7 @@ class SweepPlan:
         rows_cut: rows that are computed again because a tree is larger than the budget.
         logits: rows that are unembedded.
         peak: the most rows that a forward pass holds at a time.
-        memory: bytes that the activations of such a pass take, estimated.
+        memory: bytes that such a pass takes beside the weights, estimated.
     """
 
     prompts: int
@@ -576,7 +595,7 @@ class SweepPlan:
             f"rows if run one by one: {self.rows_alone:,.0f}\n"
             f"ratio:                  {self.ratio:.1f}\n"
             f"rows unembedded:        {self.logits:,}\n"
-            f"expected memory:        {self.memory / 2**20:,.0f} MiB of activations "
+            f"expected memory:        {self.memory / 2**20:,.0f} MiB beside the weights "
             f"({self.peak:,} rows a pass at most)"
         )
 
@@ -600,7 +619,7 @@ def plan(
         structure, _ = planner.structure(prompt, branches)
         counts[structure] = counts.get(structure, 0) + 1
     n_layers = planner.arch.n_layers
-    needed = again = alone = cells = logits = largest = together = 0
+    needed = again = alone = cells = logits = largest = together = gathered = 0
     for structure, count in counts.items():
         parts = planner.parts(structure, row_budget)
         here = sum(part.tree.layer_rows for part in parts)
@@ -612,6 +631,7 @@ def plan(
         logits += count * sum(len(part.tree.final_rows) for part in parts)
         largest = max([largest, *(part.tree.peak for part in parts)])
         together += count * sum(part.tree.peak for part in parts)
+        gathered += count * max((part.tree.gathered for part in parts), default=0)
     peak = max(largest, together if row_budget is None else min(row_budget, together))
     return SweepPlan(
         prompts=len(prompts),
@@ -622,7 +642,9 @@ def plan(
         rows_cut=again / n_layers,
         logits=logits,
         peak=peak,
-        memory=peak * row_bytes(planner.arch, item),
+        memory=peak * row_bytes(planner.arch, item)
+        + min(gathered, GATHERED) * 2 * planner.arch.n_kv_heads * planner.arch.d_head * item
+        + min(logits * planner.arch.d_vocab, LOGITS) * (2 * max(item, 4) + 1),
     )
 
 

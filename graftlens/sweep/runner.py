@@ -61,6 +61,9 @@ BAR = (
     "[{elapsed}<{remaining}, {rate_noinv_fmt}]"
 )
 
+#: Blocks of grafts whose plans a worker keeps.
+PLANNERS = 4
+
 #: Seconds between two looks for shards that another process holds.
 POLL = 0.5
 
@@ -116,8 +119,8 @@ def run_sweep(
     """Run a sweep, take up a killed one, or find it finished.
 
     Interrupted at any instant and called again, it computes what is missing and ends with the same
-    rows, bit for bit, as without the interruption (on one machine). Several calls at once share
-    the work.
+    rows, bit for bit, as without the interruption (on one machine, and unless memory ran out: then
+    batches are cut smaller, and last bits may differ). Several calls at once share the work.
 
     Args:
         config: the config, or the path of its file, or its content.
@@ -245,7 +248,13 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
     for number, prompt in enumerate(checked.prompts):
         try:
             ready = prepare(
-                number, prompt, checked.tokenizer, checked.arch, prepend_bos=config.prepend_bos
+                number,
+                prompt,
+                checked.tokenizer,
+                checked.arch,
+                config.prepend_bos,
+                config.metrics.answers,
+                config.metrics.distractors,
             )
         except PromptError:
             shapes.append(None)
@@ -420,6 +429,8 @@ def work(
     def compute(shard: int) -> bytes:
         block, own = manifest.place(shard)
         if own not in scorers:
+            if len(scorers) == PLANNERS:
+                scorers.clear()
             scorers[own] = Scorer(
                 model,
                 {name: graft for name, graft in grafts.items() if places[name] in own},

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pandas as pd
@@ -17,7 +17,7 @@ from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.tree import TreeBatch, TreeShape
 from graftlens.prompts import Prompt, PromptError, Tokenized, continuation, tokenize
 from graftlens.sweep.memory import affordable_rows, free_memory, out_of_memory
-from graftlens.sweep.planner import Branches, Part, Planner, Structure, SweepPlan, plan
+from graftlens.sweep.planner import LOGITS, Branches, Part, Planner, Structure, SweepPlan, plan
 
 #: Whether a continuation is scored as a whole, or its first token only.
 Extent = Literal["whole", "first"]
@@ -60,10 +60,12 @@ class Scored:
     distractors: tuple[tuple[int, ...], ...]
 
     def continuations(self, answers: Extent, distractors: Extent) -> list[tuple[int, ...]]:
-        """The answer and the distractors, as far as they are scored."""
+        """The answer, as far as it is scored, and distractors that are scored as a whole.
+
+        First tokens of distractors are read where the answer's is.
+        """
         answer = self.answer if answers == "whole" else self.answer[:1]
-        others = (d if distractors == "whole" else d[:1] for d in self.distractors)
-        return [answer, *others]
+        return [answer, *(self.distractors if distractors == "whole" else ())]
 
 
 def prepare(
@@ -72,8 +74,12 @@ def prepare(
     tokenizer: Any,
     arch: Architecture,
     prepend_bos: bool | None = None,
+    answers: Extent = "whole",
+    distractors: Extent = "first",
 ) -> Scored:
     """Tokenize a prompt, its answer and its distractors; no model is needed.
+
+    Its length is checked as far as answer and distractors are scored.
 
     Raises:
         PromptError: a prompt without an answer, or one that this model cannot run.
@@ -83,11 +89,12 @@ def prepare(
     tokens = tokenize(prompt, tokenizer, prepend_bos)
     answer = continuation(tokens, prompt.answer, tokenizer, prepend_bos)
     others = tuple(continuation(tokens, d, tokenizer, prepend_bos) for d in prompt.distractors)
-    length = len(tokens) + max(map(len, (answer, *others))) - 1
+    scored = Scored(number, prompt, tokens, answer, others)
+    length = len(tokens) + max(map(len, scored.continuations(answers, distractors))) - 1
     if length > arch.n_ctx and arch.rotary_dim == 0:
         raise PromptError(
-            f"prompt and answer are {length} tokens, more than the model's context of "
-            f"{arch.n_ctx}. Shorten the prompt."
+            f"prompt and answer (or a distractor, where they are scored as a whole) are {length} "
+            f"tokens, more than the model's context of {arch.n_ctx}. Shorten the prompt."
         )
     highest = max(i for ids in (tokens.ids, answer, *others) for i in ids)
     if highest >= arch.d_vocab:
@@ -95,7 +102,7 @@ def prepare(
             f"the tokenizer gives token id {highest}, the model's vocabulary ends at "
             f"{arch.d_vocab - 1}."
         )
-    return Scored(number, prompt, tokens, answer, others)
+    return scored
 
 
 def joined_answers(prompts: Sequence[Prompt]) -> str | None:
@@ -140,9 +147,18 @@ class Scorer:
         """
         if not grafts:
             raise ValueError("no grafts: give at least one.")
+        for what, extent in (("answers", answers), ("distractors", distractors)):
+            if extent not in get_args(Extent):
+                raise ValueError(f'{what}={extent!r}. Allowed: "whole" or "first".')
+        if row_budget is not None and row_budget < 1:
+            raise ValueError(f"row_budget={row_budget}: write a number from 1, or leave it out.")
+        if not 1 <= top_k <= model.arch.d_vocab:
+            raise ValueError(
+                f"top_k={top_k}: write a number from 1 to the vocabulary's {model.arch.d_vocab}."
+            )
         self.model, self.grafts, self.say = model, dict(grafts), say
         self.answers, self.distractors = answers, distractors
-        self.top_k, self.prepend_bos = min(top_k, model.arch.d_vocab), prepend_bos
+        self.top_k, self.prepend_bos = top_k, prepend_bos
         self.planner = Planner(
             model.arch, model.sources, list(self.grafts.values()), model.equal_sources
         )
@@ -198,7 +214,15 @@ class Scorer:
         for number, prompt in prompts.items():
             try:
                 ready.append(
-                    prepare(number, prompt, self.model.tokenizer, self.model.arch, self.prepend_bos)
+                    prepare(
+                        number,
+                        prompt,
+                        self.model.tokenizer,
+                        self.model.arch,
+                        self.prepend_bos,
+                        self.answers,
+                        self.distractors,
+                    )
                 )
             except PromptError as error:
                 unready[number] = str(error)
@@ -253,7 +277,8 @@ class Scorer:
                 alone = len(batch) == len(batch[0].members) == len(batch[0].part.grafts) == 1
                 if alone or not out_of_memory(error):
                     raise
-                self.rows = max(1, self.rows // 2)
+                held = sum(len(work.members) * work.part.tree.peak for work in batch)
+                self.rows = max(1, min(self.rows, held) // 2)
                 self._shape = None
                 waiting = [
                     _Work(work.structure, part, work.members)
@@ -331,8 +356,8 @@ class Scorer:
 
     @property
     def _logit_rows(self) -> int:
-        """Rows unembedded at a time: what their logits take stays within 2^26 numbers."""
-        return max(16, (1 << 26) // (4 * self.model.arch.d_vocab))
+        """Rows unembedded at a time."""
+        return max(16, LOGITS // self.model.arch.d_vocab)
 
     def _fill(
         self,
@@ -356,6 +381,13 @@ class Scorer:
         continuations = self._continuations(scored)
         last = branches.paths[0][0]
         rows = outputs[last]
+        broken = ~np.isfinite(logprobs[rows, 0])
+        if broken.any():
+            cells.reason[here, grafts[broken]] = (
+                f"the logits are not finite in {self.model.cfg.dtype}: weights or activations "
+                "overflow. Try a wider dtype."
+            )
+            logprobs = np.where(np.isfinite(logprobs), logprobs, np.nan)
         cells.logprob[here, grafts] = logprobs[rows, 0]
         cells.rank[here, grafts] = found.rank[rows]
         if self.answers == "whole":
@@ -374,7 +406,7 @@ class Scorer:
         texts = {
             row: [self._text(t) for t in found.top_ids[row].tolist()] for row in set(rows.tolist())
         }
-        for graft, row in zip(grafts, rows.tolist(), strict=True):
+        for graft, row in zip(grafts[~broken], rows[~broken].tolist(), strict=True):
             cells.top_tokens[here, graft] = texts[row]
             cells.top_probs[here, graft] = top[row].tolist()
         cells.target_id[here] = scored.answer[0]
@@ -503,19 +535,21 @@ def dry_plan(
     distractors: Extent = "first",
     prepend_bos: bool | None = None,
     row_budget: int | None = None,
+    item: int = 4,
 ) -> SweepPlan:
     """What a sweep will compute, without a model: as if no two sources shared a tensor.
 
-    Prompts that cannot be run are left out. Without a budget, trees count as uncut.
+    Prompts that cannot be run are left out. Without a budget, trees count as uncut. `item` is the
+    bytes of a number of the dtype to run in.
     """
     planner = Planner(arch, sources, grafts)
     ready = []
     for number, prompt in enumerate(prompts):
         try:
-            scored = prepare(number, prompt, tokenizer, arch, prepend_bos)
+            scored = prepare(number, prompt, tokenizer, arch, prepend_bos, answers, distractors)
         except PromptError:
             continue
         continuations = scored.continuations(answers, distractors)
         branches = Branches.of(scored.tokens.ids, continuations, arch.rope_limit)
         ready.append((scored.tokens, branches))
-    return plan(planner, ready, row_budget)
+    return plan(planner, ready, row_budget, item)

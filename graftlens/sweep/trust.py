@@ -286,6 +286,11 @@ def _contradictions(
     if {"logprob", "prob", "reason"} <= {*results.columns}:
         logprob, prob = (results[c].astype(float) for c in ("logprob", "prob"))
         wrong["have neither numbers nor a reason"] = logprob.isna() & results["reason"].isna()
+        for column in ("rank", "prob", "logprob"):
+            if column in results:
+                there = results[column].notna()
+                wrong[f"have a {column} and a reason"] = there & results["reason"].notna()
+                wrong[f"have a logprob but no {column}"] = logprob.notna() & ~there
         wrong["have a prob that is not exp(logprob)"] = (np.exp(logprob) - prob).abs() > 1e-6
     return [_such(results, what, odd.to_numpy(bool)) for what, odd in wrong.items() if odd.any()]
 
