@@ -62,10 +62,10 @@ def cluster() -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A sweep of 60 prompts and 7 grafts in 420 shards."""
+    """A sweep of many shards of one cell, so that it can be struck on its way."""
     given = sweep_config(checkpoints(tmp_path_factory.mktemp("pair")), shards=1)
     first = given["prompts"][0]
-    given["prompts"] += [first | {"fields": {"first_entity": f"Ann {n}"}} for n in range(52)]
+    given["prompts"] += [first | {"fields": {"first_entity": f"Ann {n}"}} for n in range(200)]
     return given
 
 

@@ -731,10 +731,6 @@ main()
 """
 
 COMMANDS = {
-    "good.yaml --dry-run shards=2": [
-        "cells     3, in 2 or more shards of up to 2",
-        "rows if run one by one: ",
-    ],
     "good.yaml --out o seed=3 shards=2": [
         "run_sweep good.yaml o overrides=['seed=3', 'shards=2'] device=None"
     ],
@@ -765,6 +761,15 @@ def test_a_command_is_one_call(command: str) -> None:
     )
     wanted = COMMANDS[command]
     assert done.stdout.splitlines()[-len(wanted) :] == wanted
+    assert not Path("graftlens-sweep").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
+    Path("good.yaml").write_text(yaml.safe_dump(GOOD))
+    said = run("good.yaml", "--dry-run", "shards=2", code=0)
+    assert "cells     3, in 2 or more shards of up to 2" in said
+    assert "rows if run one by one: " in said
     assert not Path("graftlens-sweep").exists()
 
 
