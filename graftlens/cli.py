@@ -12,6 +12,9 @@ from graftlens import __version__
 #: The exit code of a command that Ctrl-C ended.
 INTERRUPTED = 130
 
+#: That of a sweep whose trust report found something wrong.
+UNTRUSTED = 3
+
 
 class Launcher(StrEnum):
     """What runs a command's work."""
@@ -19,9 +22,6 @@ class Launcher(StrEnum):
     local = "local"
     slurm = "slurm"
 
-
-#: That of a sweep whose trust report found something wrong.
-UNTRUSTED = 3
 
 app = typer.Typer(
     name="graftlens",
@@ -136,7 +136,8 @@ def sweep(
     """Run many grafts over many prompts, as a YAML file says.
 
     Interrupted, killed or requeued and run again, it does only what is missing and ends with the
-    same rows. A folder that holds another sweep is left as it is.
+    same rows. A folder that holds another sweep is left as it is. The exit code is 3 where the
+    trust report found something wrong.
     """
     resources = _resources(launcher, slurm, wait)
     names = [] if devices is None else [name.strip() for name in devices.split(",")]

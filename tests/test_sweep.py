@@ -18,6 +18,7 @@ from reference import sequential_graft
 from graftlens.components import HEAD_COMPONENTS, MODEL_COMPONENTS, Component
 from graftlens.evaluate import evaluate, position_grafts
 from graftlens.graft import Graft
+from graftlens.metrics import NextTokens, next_tokens
 from graftlens.model import tree
 from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer
@@ -25,8 +26,9 @@ from graftlens.model.inputs import collate
 from graftlens.model.tree import TokenTree, TreeBatch, TreeShape
 from graftlens.prompts import Prompt, Tokenized
 from graftlens.sweep import planner as planner_module
+from graftlens.sweep import scoring
 from graftlens.sweep.planner import Branches, Planner
-from graftlens.sweep.scoring import Scorer, dry_plan, score
+from graftlens.sweep.scoring import COLUMNS, Scorer, dry_plan, score
 
 SOURCES = ("pre", "sft", "task")
 PLACES = ("last", "all", "bos", "~last", "~bos", "[2]", "[1, 3]", "[-2]", "~[4]", "bos + last")
@@ -154,14 +156,16 @@ def rows_by_brute_force(
 
 ids = st.lists(st.integers(0, 96), min_size=6, max_size=11)
 
-
-@pytest.mark.parametrize("variant", VARIANTS)
-@settings(
-    max_examples=5,
+#: No shrinking: an example takes a second, and a failing one is read as it is.
+LAW = settings(
     phases=[Phase.explicit, Phase.reuse, Phase.generate],
     deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@settings(LAW, max_examples=5)
 @given(data=st.data())
 def test_a_tree_is_the_grafts_one_by_one_and_no_row_too_many(
     tiny: MakeTiny, variant: str, data: st.DataObject
@@ -203,12 +207,7 @@ def _model(tiny: MakeTiny, variant: str) -> GraftedTransformer:
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "neox-parallel", "llama-biased", "gemma3"])
-@settings(
-    max_examples=8,
-    phases=[Phase.explicit, Phase.reuse, Phase.generate],
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(LAW, max_examples=8)
 @given(data=st.data())
 def test_sources_that_share_tensors(tiny: MakeTiny, variant: str, data: st.DataObject) -> None:
     """Rows are shared where finetuning changed nothing, and not a number with them."""
@@ -594,6 +593,23 @@ def test_logits_that_are_not_finite_are_no_result(tiny: MakeTiny) -> None:
     assert table.loc["SFT", "reason"].str.contains("logits are not finite in torch.float32").all()
     numbers = ["rank", "prob", "logprob", "answer_logprob", "logit_diff", "top_tokens"]
     assert table.loc["SFT", numbers].isna().all().all()
+
+
+def test_a_whole_answer_that_is_not_finite_is_no_result(
+    llama: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first token may be well and a later one not: then no number of the cell stands."""
+
+    def broken(logits: torch.Tensor, targets: torch.Tensor, k: int) -> NextTokens:
+        found = next_tokens(logits, targets, k)
+        found.logprobs[1:] = np.nan
+        return found
+
+    monkeypatch.setattr(scoring, "next_tokens", broken)
+    prompt = {0: next(iter(_prompts().values()))}
+    (row,) = score(llama.model, prompt, {"PRE": Graft()}, distractors="whole").to_dict("records")
+    assert "not finite" in row["reason"]
+    assert all(row[c] is None or pd.isna(row[c]) for c in COLUMNS[8:16])
 
 
 def test_only_distractors_that_are_run_count(tiny: MakeTiny) -> None:

@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import yaml
 from families import save_checkpoint, tiny_model, tiny_sources
 from toytokenizers import gpt2_style, llama3_style
 
+from graftlens import cli
 from graftlens.data import MoviesConfig, evaluation_prompts, make_dataset, make_facts, save_dataset
 from graftlens.graft import Graft
 from graftlens.model.load import preview
@@ -762,6 +764,18 @@ def test_a_command_is_one_call(command: str) -> None:
     wanted = COMMANDS[command]
     assert done.stdout.splitlines()[-len(wanted) :] == wanted
     assert not Path("graftlens-sweep").exists()
+
+
+@pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 3)])
+def test_the_exit_code_says_whether_the_numbers_can_be_trusted(
+    ok: bool, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = SimpleNamespace(ok=ok)
+    monkeypatch.setattr("graftlens.sweep.runner.run_sweep", lambda *args, **options: found)
+    monkeypatch.setattr(sys, "argv", ["graftlens", "sweep", "good.yaml"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == code
 
 
 @pytest.mark.slow

@@ -375,6 +375,23 @@ def test_every_variant_is_ok(tiny: MakeTiny, variant: str) -> None:
     assert report.ok, report.text()
 
 
+def test_first_tokens_near_a_change_of_tables(tiny: MakeTiny) -> None:
+    """Regression: a sweep of first tokens runs the prompt alone, but was checked with tables of
+    prompt and answer together, which are others where the answer passes longrope's limit.
+    """
+    t = tiny("phi3-longrope", tokenizer="llama3")
+    text = "Ann plays"
+    while len(t.model.tokenized(Prompt(text))[0]) < 32:
+        text += "!"
+    assert len(t.model.tokenized(Prompt(text))[0]) == 32
+    prompts = {0: Prompt(text, answer=" Mara Finn", distractors=(" Q",))}
+    grafts = {"PRE": Graft(), "SFT": Graft.rule("sft"), "LT": Graft.rule("sft", "last")}
+    table = score(t.model, prompts, grafts, answers="first")
+    assert trust_report(t.model, prompts, grafts, table, seed=0, answers="first").ok
+    whole = trust_report(t.model, prompts, grafts, table, seed=0)
+    assert not whole.ok, "the tables do differ"
+
+
 def _prob(shift: float) -> dict[str, Any]:
     """A log-probability shifted, and all that must then agree with it."""
     return {"logprob": lambda x: x + shift, "prob": lambda x: x * math.exp(shift)}

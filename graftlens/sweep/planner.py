@@ -652,7 +652,8 @@ def row_bytes(arch: Architecture, item: int) -> int:
     """Bytes of activations that a row takes in a layer, about; `item` is the bytes of a number.
 
     Counted: the residual stream with its norms and gathered copies, queries, keys, values with
-    their rotations and gathered lists, and the inside of the MLP.
+    their rotations, and the inside of the MLP. The lists that attention gathers, and logits, come
+    to that: they go in pieces of a fixed size.
     """
     heads = (arch.n_heads + 2 * arch.n_kv_heads) * arch.d_head
     return item * (8 * arch.d_model + 4 * heads + (4 if arch.gated else 3) * arch.d_mlp)

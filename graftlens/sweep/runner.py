@@ -495,6 +495,7 @@ def finish(out: Path, model: GraftedTransformer, say: Say = print) -> None:
             seed=config.seed,
             row_budget=manifest.row_budget,
             prepend_bos=config.prepend_bos,
+            answers=config.metrics.answers,
         )
         trust = report.to_dict() | {"ok": report.ok, "text": report.text()}
         reasons = results["reason"].value_counts()

@@ -376,22 +376,27 @@ class Scorer:
 
         def along(path: Sequence[int], ids: Sequence[int]) -> Float[np.ndarray, " graft"]:
             steps = zip(path, ids, strict=True)
-            return sum((logprobs[outputs[n], slots[n, t]] for n, t in steps), np.zeros(len(grafts)))
+            return sum(
+                (logprobs[outputs[n], slots[n, t]] for n, t in steps),
+                np.zeros(len(work.part.grafts)),
+            )
 
         continuations = self._continuations(scored)
         last = branches.paths[0][0]
         rows = outputs[last]
-        broken = ~np.isfinite(logprobs[rows, 0])
+        answered = along(branches.paths[0], continuations[0])
+        broken = ~np.isfinite(answered)
         if broken.any():
             cells.reason[here, grafts[broken]] = (
                 f"the logits are not finite in {self.model.cfg.dtype}: weights or activations "
                 "overflow. Try a wider dtype."
             )
-            logprobs = np.where(np.isfinite(logprobs), logprobs, np.nan)
+        # What cannot be run has no numbers at all: they go to the other cells only.
+        grafts, rows, answered = grafts[~broken], rows[~broken], answered[~broken]
         cells.logprob[here, grafts] = logprobs[rows, 0]
         cells.rank[here, grafts] = found.rank[rows]
         if self.answers == "whole":
-            cells.answer_logprob[here, grafts] = along(branches.paths[0], continuations[0])
+            cells.answer_logprob[here, grafts] = answered
         others = [slots[last, token] for token in self._first_tokens(scored)[1:]]
         if others:
             best = found.logits[rows][:, others].max(axis=1)
@@ -400,13 +405,13 @@ class Scorer:
             each = np.stack(
                 [along(*pair) for pair in zip(branches.paths[1:], continuations[1:], strict=True)],
                 axis=1,
-            )
+            )[~broken]
             for graft, values in zip(grafts, each.tolist(), strict=True):
                 cells.distractor_logprobs[here, graft] = values
         texts = {
             row: [self._text(t) for t in found.top_ids[row].tolist()] for row in set(rows.tolist())
         }
-        for graft, row in zip(grafts[~broken], rows[~broken].tolist(), strict=True):
+        for graft, row in zip(grafts, rows.tolist(), strict=True):
             cells.top_tokens[here, graft] = texts[row]
             cells.top_probs[here, graft] = top[row].tolist()
         cells.target_id[here] = scored.answer[0]

@@ -22,7 +22,7 @@ from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import collate
 from graftlens.model.sequential import Sequential, SequentialError
 from graftlens.prompts import Prompt, PromptError
-from graftlens.sweep.scoring import Scored, prepare, score
+from graftlens.sweep.scoring import Extent, Scored, prepare, score
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ def trust_report(
     cells: int = 6,
     row_budget: int | None = None,
     prepend_bos: bool | None = None,
+    answers: Extent = "whole",
 ) -> TrustReport:
     """Check a finished sweep. A difference is reported, never raised.
 
@@ -164,8 +165,9 @@ def trust_report(
             that it lacks are not checked, and neither is a number that is NA.
         seed: which cells are drawn.
         cells: how many cells are computed again by the sequential algorithm.
-        row_budget, prepend_bos: as the sweep was run.
+        row_budget, prepend_bos, answers: as the sweep was run.
     """
+    options: dict[str, Any] = {"prepend_bos": prepend_bos, "answers": answers}
     results = results.reset_index(drop=True)
     numbers, names = list(prompts), list(grafts)
     rows, problems = _places(results, numbers, names)
@@ -178,9 +180,11 @@ def trust_report(
     def scored(number: int) -> Scored | None:
         if number not in ready:
             try:
-                ready[number] = prepare(
-                    number, prompts[number], model.tokenizer, model.arch, prepend_bos
+                whole = prepare(
+                    number, prompts[number], model.tokenizer, model.arch, prepend_bos, answers
                 )
+                # Rotary tables may depend on what follows the prompt, so it must be what was run.
+                ready[number] = replace(whole, answer=whole.continuations(answers, "first")[0])
             except PromptError:
                 ready[number] = None
         return ready[number]
@@ -197,7 +201,7 @@ def trust_report(
         sequential = Sequential(model) if drawn else None
     except SequentialError as error:
         unchecked = str(error)
-    rounding = _rounding(model, sequential, few, some, row_budget, prepend_bos) if drawn else None
+    rounding = _rounding(model, sequential, few, some, row_budget, options) if drawn else None
 
     def check(s: Scored, name: str, graft: Graft, source: str | None = None) -> Check:
         """One cell, by one source's plain forward pass or by the sequential algorithm."""
@@ -210,7 +214,7 @@ def trust_report(
         if recorded:
             record = results.iloc[int(rows[place])].to_dict()
         else:
-            table = score(model, {s.number: s.prompt}, {name: graft}, prepend_bos=prepend_bos)
+            table = score(model, {s.number: s.prompt}, {name: graft}, **options)
             record = table.iloc[0].to_dict()
         try:
             found = _compared(model, sequential, s, graft, record, rounding, source)
@@ -346,17 +350,14 @@ def _rounding(
     few: Sequence[Scored],
     grafts: Mapping[str, Graft],
     row_budget: int | None,
-    prepend_bos: bool | None,
+    options: Mapping[str, Any],
 ) -> Rounding:
     prompts = {s.number: s.prompt for s in few}
     backwards = dict(reversed(list(prompts.items())))
     small = 2 * max(len(s.tokens) + len(s.answer) for s in few)
     runs = [(prompts, row_budget), (backwards, row_budget), (prompts, small)]
     runs += [({n: prompt}, row_budget) for n, prompt in prompts.items()]
-    tables = [
-        score(model, some, grafts, row_budget=budget, prepend_bos=prepend_bos)
-        for some, budget in runs
-    ]
+    tables = [score(model, some, grafts, row_budget=budget, **options) for some, budget in runs]
     groups = pd.concat(tables).groupby(["prompt", "graft"])[["logprob", "answer_logprob"]]
     spread = (groups.max() - groups.min()).to_numpy(float)
     nats, logits, largest = [0.0], [0.0], [1e-9]
