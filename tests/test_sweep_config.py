@@ -10,7 +10,6 @@ import pickle
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ import yaml
 from families import save_checkpoint, tiny_model, tiny_sources
 from toytokenizers import gpt2_style, llama3_style
 
-from graftlens import cli
 from graftlens.data import MoviesConfig, evaluation_prompts, make_dataset, make_facts, save_dataset
 from graftlens.graft import Graft
 from graftlens.model.load import preview
@@ -766,16 +764,16 @@ def test_a_command_is_one_call(command: str) -> None:
     assert not Path("graftlens-sweep").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 3)])
+@pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
 def test_the_exit_code_says_whether_the_numbers_can_be_trusted(
-    ok: bool, code: int, monkeypatch: pytest.MonkeyPatch
+    ok: bool, code: int, devices: str
 ) -> None:
-    found = SimpleNamespace(ok=ok)
-    monkeypatch.setattr("graftlens.sweep.runner.run_sweep", lambda *args, **options: found)
-    monkeypatch.setattr(sys, "argv", ["graftlens", "sweep", "good.yaml"])
-    with pytest.raises(SystemExit) as ended:
-        cli.main()
-    assert ended.value.code == code
+    Path("good.yaml").write_text(yaml.safe_dump(GOOD))
+    program = STUB.replace("ok=True", f"ok={ok}")
+    command = [sys.executable, "-c", program, "sweep", "good.yaml", "--devices", devices]
+    assert subprocess.run(command, capture_output=True, check=False).returncode == code
 
 
 @pytest.mark.slow
