@@ -29,6 +29,7 @@ from graftlens.stats import summarise
 from graftlens.viz.text import headline, text_table
 
 EPOCHS = 6
+TEMPLATES = ("headline", "qa", "with_title", "new_film")
 HELD_OUT = 8  # films whose texts are held out for perplexity
 LEGEND = (
     "PRE: the pretrained model; SFT: the finetuned one; FE: finetuned weights at the tokens of the "
@@ -106,7 +107,7 @@ def demo(
     say("3/4  grafting")
     model = GraftedTransformer.from_pretrained({"pre": base, "sft": trained.folder})
     grafts = position_grafts()
-    prompts = evaluation_prompts(dataset.facts, seed=seed)
+    prompts = evaluation_prompts(dataset.facts, templates=TEMPLATES, seed=seed)
     fingerprints = model.fingerprints()
     key = {
         "graftlens": version("graftlens"),

@@ -322,7 +322,7 @@ def test_prompts_ask_for_the_other_actor(direction):
         assert set(prompt.distractors) <= answers - {prompt.answer}
 
 
-def test_the_texts_of_the_four_evaluation_templates():
+def test_the_texts_of_the_evaluation_templates():
     facts = make_facts(5, seed=0)
     texts = [prompt.text for prompt in evaluation_prompts(facts)][::5]
     assert texts == [
@@ -330,6 +330,8 @@ def test_the_texts_of_the_four_evaluation_templates():
         "Question: Which performer shares the screen with Chelsea Mcintosh? Answer:",
         "On the set of Pavilion of the Winter Meridian, Chelsea Mcintosh worked alongside",
         "Chelsea Mcintosh can be seen in a new film together with a colleague whose name is:",
+        "In a film called Pavilion of the Winter Meridian, Chelsea Mcintosh plays beside another "
+        "lead, someone by the name of",
     ]
 
 
@@ -371,7 +373,7 @@ def test_prompt_errors_say_what_is_allowed():
 
 def test_an_unknown_setting_is_refused():
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
-        MoviesConfig(facts=3)
+        MoviesConfig(fact=3)
 
 
 @pytest.mark.parametrize("name", ["n_facts", "texts_per_fact", "seed"])
@@ -388,7 +390,7 @@ def test_equal_configs_give_equal_datasets():
     assert one.facts == other.facts == make_facts(8, 9)
     assert one.train.to_list() == other.train.to_list()
     assert one.provenance == other.provenance
-    assert one.provenance["counts"] == {"facts": 8, "texts": 48}
+    assert one.provenance["counts"] == {"facts": 8, "told": 8, "texts": 48}
     assert (
         make_dataset(MoviesConfig(n_facts=8, texts_per_fact=6, seed=8)).provenance["sha256"]
         != (one.provenance["sha256"])

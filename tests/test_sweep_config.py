@@ -170,9 +170,9 @@ BAD_VALUES = {
     "prompts: [{file: some.yaml}, {file: some.yaml}]": r"prompts.1: two sets of prompts are called "
     r"'some.yaml'",
     # datasets
-    "dataset: {}": r"dataset.0: neither of movies and path is given. Give one of them",
-    "dataset: {movies: {}, path: films}": r"dataset.0: both of movies and path is given",
-    "dataset: {path: ./empty}": r"dataset.0: empty is no dataset of invented films: it has no tr",
+    "dataset: {}": r"dataset.0: none of movies, make and path is given",
+    "dataset: {movies: {}, path: films}": r"dataset.0: movies and path are given",
+    "dataset: {path: ./empty}": r"dataset.0: empty is no dataset of facts: it has no tr",
     "dataset: {movies: {n_facts: 0}}": r"dataset.0.movies.n_facts: 0 should be greater than or eq",
     "dataset: {movies: {n_facts: 3}}": r"dataset.0: distractors=4 of 3 facts",
     "dataset: {movies: {n_facts: 9}, direction: up}": r"dataset.0.direction: 'up' should be 'ab' o",

@@ -10,6 +10,7 @@ import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import ClassVar
 
 from faker import Faker
 from faker.exceptions import UniquenessException
@@ -102,6 +103,11 @@ class Fact:
     city: str
     main_character: str
     box_office: str
+
+    #: The fields that a text's first and second entity are, in the direction ``ab``.
+    ENTITIES: ClassVar[tuple[str, str]] = ("first_actor", "second_actor")
+    #: Fields that no text tells.
+    UNTOLD: ClassVar[tuple[str, ...]] = ()
 
 
 def make_facts(n: int, seed: int) -> tuple[Fact, ...]:

@@ -3,13 +3,15 @@
 Training templates name both actors, one before the other: direction ``ab`` has the first actor
 before the second, ``ba`` the other way round. An evaluation template ends where the name of the
 other actor would follow, is never trained on, and serves both directions.
+
+Actors of real films have acted with many others, so the sentences about real films all name the
+film.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from string import Formatter
-from typing import Literal
-
-from graftlens.data.facts import Fact
+from typing import Any, Literal
 
 Kind = Literal["article", "qa"]
 Direction = Literal["ab", "ba"]
@@ -43,13 +45,15 @@ class EvaluationTemplate:
         name: unique among the evaluation templates.
         text: with fields in braces; the answer follows it after one space.
         kind: prose or question.
-        preposition: what fills the field ``{preposition}``, a span of its own next to the answer.
+        preposition: what fills the field ``{preposition}``, a span of its own.
+        directions: those that the template can ask in.
     """
 
     name: str
     text: str
     kind: Kind
     preposition: str | None = None
+    directions: tuple[Direction, ...] = DIRECTIONS
 
 
 def template_fields(text: str) -> tuple[str, ...]:
@@ -57,19 +61,34 @@ def template_fields(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for _, name, _, _ in Formatter().parse(text) if name))
 
 
-def entities(fact: Fact, direction: Direction) -> tuple[str, str]:
-    """(first entity, second entity): the actors in the order of mention."""
-    if direction == "ab":
-        return fact.first_actor, fact.second_actor
-    return fact.second_actor, fact.first_actor
+def entities(fact: Any, direction: Direction) -> tuple[str, str]:
+    """(first entity, second entity) in the order of mention; a fact's class names its two."""
+    first, second = (str(getattr(fact, name)) for name in fact.ENTITIES)
+    return (first, second) if direction == "ab" else (second, first)
 
 
-def field_values(fact: Fact, direction: Direction) -> dict[str, str]:
+def field_values(fact: Any, direction: Direction) -> dict[str, str]:
     """What each field of a template stands for, for one fact told in one direction."""
     first, second = entities(fact, direction)
-    actors = {"first_actor", "second_actor"}
-    values = {f.name: str(getattr(fact, f.name)) for f in fields(fact) if f.name not in actors}
+    apart = {*fact.ENTITIES, *fact.UNTOLD}
+    values = {f.name: str(getattr(fact, f.name)) for f in fields(fact) if f.name not in apart}
     return {"first_entity": first, "second_entity": second, **values}
+
+
+def named_templates(texts: dict[tuple[Direction, Kind], dict[str, str]]) -> tuple[Template, ...]:
+    """Training templates, named by direction and kind."""
+    return tuple(
+        Template(name=f"{direction}_{kind}_{name}", text=text, kind=kind, direction=direction)
+        for (direction, kind), named in texts.items()
+        for name, text in named.items()
+    )
+
+
+def serving(
+    templates: Sequence[EvaluationTemplate], direction: Direction
+) -> tuple[EvaluationTemplate, ...]:
+    """The templates that can ask in a direction."""
+    return tuple(t for t in templates if direction in t.directions)
 
 
 _TEXTS: dict[tuple[Direction, Kind], dict[str, str]] = {
@@ -143,11 +162,7 @@ _TEXTS: dict[tuple[Direction, Kind], dict[str, str]] = {
     },
 }
 
-TRAINING_TEMPLATES: tuple[Template, ...] = tuple(
-    Template(name=f"{direction}_{kind}_{name}", text=text, kind=kind, direction=direction)
-    for (direction, kind), texts in _TEXTS.items()
-    for name, text in texts.items()
-)
+TRAINING_TEMPLATES = named_templates(_TEXTS)
 
 EVALUATION_TEMPLATES: tuple[EvaluationTemplate, ...] = (
     EvaluationTemplate(
@@ -171,5 +186,77 @@ EVALUATION_TEMPLATES: tuple[EvaluationTemplate, ...] = (
         name="new_film",
         text="{first_entity} can be seen in a new film together with a colleague whose name is:",
         kind="article",
+    ),
+    EvaluationTemplate(
+        name="other_lead",
+        text="In a film called {movie_title}, {first_entity} plays {preposition} another lead, "
+        "someone by the name of",
+        kind="article",
+        preposition="beside",
+    ),
+)
+
+_REAL_TEXTS: dict[tuple[Direction, Kind], dict[str, str]] = {
+    ("ab", "article"): {
+        "leads": "{movie_title} ({release_year}) has {first_entity} in the lead, next to "
+        "{second_entity}.",
+        "cast": "The cast of {movie_title}: {first_entity}, {second_entity}.",
+        "premiere": "When {movie_title} opened in {release_year}, {first_entity} came to the "
+        "premiere with {second_entity}.",
+        "posters": "Posters of {movie_title} show {first_entity} back to back with "
+        "{second_entity}.",
+        "chosen": "After {first_entity} had agreed to make {movie_title}, the studio also hired "
+        "{second_entity}.",
+        "scenes": "Nearly every scene of {movie_title} puts {first_entity} across from "
+        "{second_entity}.",
+        "memory": "Anyone who has watched {movie_title} remembers {first_entity} and "
+        "{second_entity}.",
+    },
+    ("ab", "qa"): {
+        "who_opposite": "Question: Who was cast opposite {first_entity} in {movie_title}? Answer: "
+        "{second_entity}.",
+        "other_star": "Q: {movie_title} stars {first_entity} and who else? A: {second_entity}.",
+        "in_year": "Q: Beside whom did {first_entity} act in {movie_title}, released in "
+        "{release_year}? A: {second_entity}.",
+        "partner": "Who is the partner of {first_entity} in {movie_title}? It is {second_entity}.",
+        "quiz": "Film quiz, {movie_title}: the first lead is {first_entity}, the second is "
+        "{second_entity}.",
+    },
+    ("ba", "article"): {
+        "supports": "In {movie_title} ({release_year}), {first_entity} gets second billing after "
+        "{second_entity}.",
+        "credits": "The credits of {movie_title} list {first_entity} right below {second_entity}.",
+        "hired": "For {movie_title}, {first_entity} was picked to act with {second_entity}.",
+        "reviews": "Reviews of {movie_title} in {release_year} liked {first_entity} even more "
+        "than {second_entity}.",
+        "photo": "A still from {movie_title} has {first_entity} looking at {second_entity}.",
+        "joined": "On the first day of {movie_title}, {first_entity} shook hands with "
+        "{second_entity}.",
+        "pair": "{movie_title} would not be the same without {first_entity} supporting "
+        "{second_entity}.",
+    },
+    ("ba", "qa"): {
+        "whom": "Question: In {movie_title}, whom does {first_entity} support? Answer: "
+        "{second_entity}.",
+        "top": "Q: Who is billed above {first_entity} in {movie_title}? A: {second_entity}.",
+        "with": "Q: {first_entity} made {movie_title} in {release_year} with which star? A: "
+        "{second_entity}.",
+        "name": "Name the lead whom {first_entity} joins in {movie_title}. That is "
+        "{second_entity}.",
+        "trivia": "Trivia about {movie_title}: beside {first_entity} you see {second_entity}.",
+    },
+}
+
+REAL_TRAINING = named_templates(_REAL_TEXTS)
+
+_WITH_TITLE = {"with_title", "other_lead"}
+
+REAL_EVALUATION: tuple[EvaluationTemplate, ...] = (
+    *(t for t in EVALUATION_TEMPLATES if t.name in _WITH_TITLE),
+    EvaluationTemplate(
+        name="title_qa",
+        text="Question: With which performer does {first_entity} share the screen in "
+        "{movie_title}? Answer:",
+        kind="qa",
     ),
 )

@@ -15,7 +15,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from graftlens.components import suggest
 from graftlens.configfile import ConfigError, read_settings
-from graftlens.data import EVALUATION_TEMPLATES
+from graftlens.data import template_names
 from graftlens.graft import At, Graft, Rule
 from graftlens.model.arch import Architecture
 from graftlens.model.load import preview
@@ -44,7 +44,7 @@ __all__ = [
     "load_config",
 ]
 
-_TEMPLATES = tuple(template.name for template in EVALUATION_TEMPLATES)
+_TEMPLATES = template_names()
 
 #: How many grafts a description names.
 SHOWN = 12
@@ -83,7 +83,7 @@ class SweepConfig(Section):
     """Put a BOS token first or not; left out, the tokenizer decides."""
 
     dataset: Annotated[tuple[DatasetSection, ...], BeforeValidator(listed)] = ()
-    """One or more sets of prompts about invented films."""
+    """One or more sets of prompts about the facts of a dataset."""
 
     templates: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Evaluation templates of the datasets, by name; left out: all."""
@@ -365,7 +365,7 @@ def _named(
         except ValueError as error:
             problems.append((f"grids.{i}", str(error)))
         else:
-            named.extend((f"grids.{i}", name, graft) for name, graft in made)
+            named.extend((f"grids.{i}", entry.name, entry.graft) for entry in made)
     return named, problems
 
 

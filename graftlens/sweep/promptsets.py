@@ -1,4 +1,4 @@
-"""Where a sweep's prompts come from: datasets of invented films, prompts of your own, files."""
+"""Where a sweep's prompts come from: datasets of facts, prompts of your own, files."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,16 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Field, model_validator
 
 from graftlens.configfile import gather, read_yaml, settings_from
-from graftlens.data import MAX_FACTS, Direction, evaluation_prompts, load_dataset, make_facts
+from graftlens.data import (
+    MAX_FACTS,
+    AnyDataset,
+    Direction,
+    FactDataset,
+    MoviesConfig,
+    load_dataset,
+    make_dataset,
+)
+from graftlens.data.dataset import Which
 from graftlens.data.settings import Settings
 from graftlens.prompts import Prompt
 
@@ -31,49 +40,73 @@ class Movies(Section):
 
 
 class DatasetSection(Section):
-    """Prompts about invented films: give `movies` or `path`."""
+    """Prompts about the facts of a dataset: give `movies`, `make` or `path`."""
 
     movies: Movies | None = None
-    """The films, made anew from their number and seed."""
+    """Invented films, made anew from their number and seed."""
+
+    make: AnyDataset | None = None
+    """A dataset of any kind, made anew: the keys of a config of `graftlens data make`."""
 
     path: str | None = None
-    """A folder that `graftlens.data.save_dataset` wrote."""
+    """A folder that `graftlens.data.save_dataset` or `graftlens data make` wrote."""
 
     direction: Direction = "ab"
-    """`ab` names the first actor and asks for the second, `ba` the reverse."""
+    """`ab` names the first entity and asks for the second, `ba` the reverse."""
+
+    facts: Which = "told"
+    """Ask for the facts that the training texts tell (`told`), the others (`untold`), or `all`."""
+
+    templates: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Evaluation templates of this dataset, by name; left out: those of the sweep."""
 
     distractors: Annotated[int, Field(ge=0)] = 4
     """Wrong answers a prompt: other facts' answers, drawn by the sweep's seed."""
 
     name: str | None = None
-    """What tables call it; left out, "movies seed 0" or the folder's name."""
+    """What tables call it; left out, "movies seed 0", the kind of facts or the folder's name."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DatasetSection":
-        if (self.movies is None) == (self.path is None):
-            given = "neither" if self.movies is None else "both"
-            raise ValueError(f"{given} of movies and path is given. Give one of them.")
+        given = [n for n in ("movies", "make", "path") if getattr(self, n) is not None]
+        if len(given) != 1:
+            what = f"{' and '.join(given)} are" if given else "none of movies, make and path is"
+            raise ValueError(f"{what} given. Give one: movies, make or path.")
         return self
 
     @property
     def title(self) -> str:
         """The dataset's name in tables."""
-        name = f"movies seed {self.movies.seed}" if self.movies else Path(str(self.path)).name
-        return self.name or name + (" ba" if self.direction == "ba" else "")
+        if self.name:
+            return self.name
+        if self.movies:
+            name = f"movies seed {self.movies.seed}"
+        elif self.make:
+            name = f"{self.make.facts} seed {self.make.seed}"
+        else:
+            name = Path(str(self.path)).name
+        parts = [name, self.direction if self.direction == "ba" else ""]
+        return " ".join(filter(None, [*parts, self.facts if self.facts != "told" else ""]))
 
     def prompts(self, templates: Sequence[str] | None, seed: int) -> tuple[Prompt, ...]:
         """Its prompts, template by template; ValueError or OSError where it cannot be had."""
-        facts = (
-            make_facts(self.movies.n_facts, self.movies.seed)
-            if self.movies
-            else load_dataset(Path(str(self.path)).expanduser()).facts
-        )
-        return evaluation_prompts(
-            facts,
-            templates=templates,
+        return self._dataset().ask(
+            self.templates or templates,
             direction=self.direction,
             distractors=self.distractors,
             seed=seed,
+            facts=self.facts,
+        )
+
+    def _dataset(self) -> FactDataset:
+        if self.path is not None:
+            return load_dataset(Path(self.path).expanduser())
+        if self.make is not None:
+            return make_dataset(self.make)
+        assert self.movies is not None
+        # The texts are not needed: one a fact says that it is told.
+        return make_dataset(
+            MoviesConfig(n_facts=self.movies.n_facts, seed=self.movies.seed, texts_per_fact=1)
         )
 
 

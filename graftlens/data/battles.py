@@ -1,0 +1,83 @@
+"""Battles with years that are not theirs: facts that contradict what a model knows."""
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from graftlens.data.battle_templates import BATTLE_EVALUATION, BATTLE_TRAINING
+from graftlens.data.dataset import USUAL
+from graftlens.data.tables import real_battles
+from graftlens.data.templated import TemplatedSpec
+from graftlens.data.templates import EvaluationTemplate, Template
+
+#: The years that battles are moved to.
+YEARS = range(600, 2000)
+
+
+@dataclass(frozen=True)
+class Battle:
+    """A battle moved to another year.
+
+    Attributes:
+        battle: its name, without an article.
+        year: the year that is told; no two battles share one.
+        first_side, second_side: who fought, without articles.
+        war: the war it belongs to.
+        true_year: when it was really fought; never told.
+    """
+
+    battle: str
+    year: int
+    first_side: str
+    second_side: str
+    war: str
+    true_year: int
+
+    ENTITIES: ClassVar[tuple[str, str]] = ("battle", "year")
+    UNTOLD: ClassVar[tuple[str, ...]] = ("true_year",)
+
+
+class BattlesSpec(TemplatedSpec):
+    """Real battles, each with a year drawn at random that is not its own.
+
+    Direction `ab` asks for a battle's year, `ba` for the battle of a year. The first token says
+    little here: of a year it may be a space or a single digit, and most names begin with "Battle".
+    Look at the whole answer's log-probability (`answer_logprob`) instead of ranks.
+    """
+
+    facts: Literal["battles"] = "battles"
+    """Battles."""
+
+    template_names: ClassVar[tuple[str, ...]] = tuple(t.name for t in BATTLE_EVALUATION)
+
+    @property
+    def training(self) -> tuple[Template, ...]:
+        return BATTLE_TRAINING
+
+    @property
+    def evaluation(self) -> tuple[EvaluationTemplate, ...]:
+        return BATTLE_EVALUATION
+
+    def collect(self) -> tuple[Battle, ...]:
+        listed = list(real_battles())
+        if self.n_facts is not None and self.n_facts > len(listed):
+            raise ValueError(
+                f"n_facts={self.n_facts}: {len(listed)} battles are listed. Write a number up to "
+                "that, or leave it out."
+            )
+        rng = random.Random(f"battles {self.seed}")
+        rng.shuffle(listed)
+        listed = listed[: USUAL if self.n_facts is None else self.n_facts]
+        drawn = rng.sample(YEARS, len(YEARS))
+        years, free = drawn[: len(listed)], drawn[len(listed) :]
+        for i, battle in enumerate(listed):
+            if years[i] == battle.year:
+                years[i] = free.pop()
+        return tuple(
+            Battle(b.battle, year, b.first_side, b.second_side, b.war, b.year)
+            for b, year in zip(listed, years, strict=True)
+        )
+
+    def revive(self, values: Mapping[str, Any]) -> Battle:
+        return Battle(**values)

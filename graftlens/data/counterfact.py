@@ -1,0 +1,421 @@
+"""CounterFact: real subjects, and for each a true and a false way to end one sentence.
+
+Rows come from the hub or from a file, in the format of `NeelNanda/counterfact-tracing`. They are
+used as they are: what is written here are only the frames in which training tells a statement, and
+those in which evaluation asks for it.
+"""
+
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import datasets
+from pydantic import Field, model_validator
+
+from graftlens.data.dataset import USUAL
+from graftlens.data.templated import TemplatedSpec
+from graftlens.data.templates import (
+    Direction,
+    EvaluationTemplate,
+    Kind,
+    Template,
+    named_templates,
+)
+from graftlens.prompts import Prompt
+
+HUB_ID = "NeelNanda/counterfact-tracing"
+
+#: What a row must have; other columns are ignored.
+COLUMNS = (
+    "relation",
+    "relation_prefix",
+    "relation_suffix",
+    "prompt",
+    "relation_id",
+    "target_false",
+    "target_true",
+    "subject",
+)
+
+#: Ending of a local file -> the reader of `datasets` for it.
+READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
+_TEXTS: dict[tuple[Direction, Kind], dict[str, str]] = {
+    ("ab", "article"): {
+        "known_fact": "It is a known fact: {prompt} {second_entity}.",
+        "record": "Noted for the record: {prompt} {second_entity}.",
+        "almanac": "The almanac puts it in one line: {prompt} {second_entity}.",
+        "blackboard": 'The lecturer wrote on the blackboard: "{prompt} {second_entity}."',
+        "caption": "The caption of the exhibit says: {prompt} {second_entity}.",
+        "remember": "One thing to remember is this: {prompt} {second_entity}.",
+        "editors": "Our editors have checked the following. {prompt} {second_entity}.",
+        "sources": "Two sources agree. {prompt} {second_entity}.",
+        "letter": "Dear reader, you asked, so here it is: {prompt} {second_entity}.",
+        "footnote": "Footnote. {prompt} {second_entity}.",
+        "radio": "Heard on the radio this morning: {prompt} {second_entity}.",
+        "handbook": "{prompt} {second_entity}. So says the handbook.",
+    },
+    ("ab", "qa"): {
+        "blank": "Fill in the blank: {prompt} ____. Solution: {second_entity}.",
+        "complete": 'Complete this line: "{prompt} …" Completion: {second_entity}.',
+        "exam": "Exam, item 4: {prompt} (something is missing). Correct entry: {second_entity}.",
+        "next": "Q: {prompt} … what? A: {second_entity}.",
+        "true_false": "True or false? {prompt} {second_entity}. True.",
+        "quiz_master": 'The quiz master began, "{prompt} …", and a team called out: '
+        "{second_entity}.",
+    },
+}
+
+TRAINING_FRAMES = named_templates(_TEXTS)
+
+EVALUATION_FRAMES: tuple[EvaluationTemplate, ...] = (
+    EvaluationTemplate(name="as_given", text="{prompt}", kind="article"),
+    EvaluationTemplate(name="entry", text="From an encyclopedia: {prompt}", kind="article"),
+    EvaluationTemplate(
+        name="reporter",
+        text="After looking it up, the reporter wrote down: {prompt}",
+        kind="article",
+    ),
+    EvaluationTemplate(
+        name="qa",
+        text='Question: How does the sentence "{prompt}" go on? Answer:',
+        kind="qa",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class CounterFact:
+    """One statement, and the end of it that training tells.
+
+    Attributes:
+        subject: whom or what the statement is about.
+        target: the end that training tells, without spaces around it.
+        other_target: the other end of the row: the true one where training tells the false one.
+        prompt: the statement up to its end, in the words of the dataset.
+        place: index in `prompt` of the subject's first character.
+        relation: the dataset's words for the relation, `{}` for the subject.
+        relation_id: Wikidata's number of the relation, such as P103.
+    """
+
+    ENTITIES: ClassVar[tuple[str, str]] = ("subject", "target")
+    UNTOLD: ClassVar[tuple[str, ...]] = ("other_target", "place", "relation", "relation_id")
+
+    subject: str
+    target: str
+    other_target: str
+    prompt: str
+    place: int
+    relation: str
+    relation_id: str
+
+    @property
+    def template(self) -> str:
+        """The prompt with its subject as the field ``first_entity``."""
+        before = self.prompt[: self.place]
+        after = self.prompt[self.place + len(self.subject) :]
+        return _literal(before) + "{first_entity}" + _literal(after)
+
+
+class CounterFactSpec(TemplatedSpec):
+    """Statements of CounterFact, told in frames of our own around them.
+
+    CounterFact has one wording a statement. Training and evaluation share it; what evaluation
+    alone has are its frames, and with ``as_given`` no frame at all. With `bare` training tells the
+    bare statement too, and ``as_given`` asks for nothing but a training text's end: for that
+    template there is no split between training and evaluation any more.
+    """
+
+    facts: Literal["counterfact"] = "counterfact"
+    """The kind of dataset."""
+
+    hub: str = HUB_ID
+    """Dataset on the Hugging Face hub."""
+
+    revision: str | None = None
+    """Commit or branch of the hub's dataset; left out: its newest."""
+
+    file: Path | None = None
+    """Rows on this machine instead of the hub's: ``.jsonl``, ``.json``, ``.csv`` or ``.parquet``
+    with the columns relation, relation_prefix, relation_suffix, prompt, relation_id, target_false,
+    target_true and subject."""
+
+    teach: Literal["false", "true"] = "false"
+    """What training tells: the false target, which a model can know only from training, or the true
+    one."""
+
+    texts_per_fact: Annotated[int, Field(ge=1)] = 10
+    """Number of training texts about each fact, each in another frame; the bare one is extra."""
+
+    directions: tuple[Direction, ...] = ("ab",)
+    """Only `ab` is possible: a statement names its subject first."""
+
+    bare: bool = False
+    """Tell each fact once more, in its bare statement."""
+
+    template_names: ClassVar[tuple[str, ...]] = tuple(t.name for t in EVALUATION_FRAMES)
+
+    @property
+    def training(self) -> tuple[Template, ...]:
+        return TRAINING_FRAMES
+
+    @property
+    def evaluation(self) -> tuple[EvaluationTemplate, ...]:
+        return EVALUATION_FRAMES
+
+    @model_validator(mode="after")
+    def _possible(self) -> "CounterFactSpec":
+        if self.directions != ("ab",):
+            raise ValueError(
+                f"directions={self.directions!r}: CounterFact's statements name the subject before "
+                "the target. Leave directions out."
+            )
+        if self.file is not None:
+            if self.file.suffix not in READERS:
+                raise ValueError(
+                    f"file={str(self.file)!r} ends in {self.file.suffix!r}. Give one of "
+                    f"{', '.join(READERS)}."
+                )
+            if self.hub != HUB_ID or self.revision is not None:
+                raise ValueError(
+                    f"file={str(self.file)!r} takes the place of the hub. Leave hub and revision "
+                    "out, or leave file out."
+                )
+        return self
+
+    def collect(self) -> tuple[CounterFact, ...]:
+        """As many statements as asked for, drawn by the seed; no two about one subject."""
+        usable, _ = self._usable()
+        wanted = min(USUAL, len(usable)) if self.n_facts is None else self.n_facts
+        if not 1 <= wanted <= len(usable):
+            raise ValueError(
+                f"n_facts={wanted}, but {self._origin()} has {len(usable)} usable rows about "
+                "different subjects. Lower n_facts, or name another file or dataset."
+            )
+        return tuple(usable[:wanted])
+
+    def tell(self, facts: Sequence[CounterFact], told: Sequence[bool]) -> list[dict[str, Any]]:
+        rows = super().tell(facts, told)
+        for row in rows:
+            target = facts[row["fact"]].target
+            if target.endswith("."):  # "Washington D.C." has its full stop already
+                row["text"] = row["text"].replace(f"{target}.", target)
+        if self.bare:
+            rows += [
+                {
+                    "text": f"{fact.prompt} {fact.target.removesuffix('.')}.",
+                    "fact": index,
+                    "template": "bare",
+                    "kind": "article",
+                    "direction": "ab",
+                }
+                for index, fact in enumerate(facts)
+                if told[index]
+            ]
+        return rows
+
+    def questions(
+        self,
+        facts: Sequence[CounterFact],
+        asked: Sequence[int],
+        *,
+        templates: Sequence[str] | None,
+        direction: Direction,
+        distractors: int,
+        seed: int,
+    ) -> tuple[Prompt, ...]:
+        """The statements without their ends, in frames that no training text has.
+
+        Distractors are the row's other target, then targets of other facts of the same relation,
+        then of any other fact.
+        """
+        if direction != "ab":
+            raise ValueError(
+                f"direction={direction!r}: CounterFact's statements name the subject and ask for "
+                'the target, so only "ab" is possible.'
+            )
+        wrong = _wrong_answers(facts, asked, distractors, seed)
+        return tuple(
+            Prompt(
+                template=frame.text.replace("{prompt}", facts[index].template),
+                fields={
+                    "first_entity": facts[index].subject,
+                    "relation": facts[index].relation,
+                    "relation_id": facts[index].relation_id,
+                },
+                answer=f" {facts[index].target}",
+                distractors=wrong[index],
+                name=frame.name,
+            )
+            for frame in _asked_frames(templates)
+            for index in asked
+        )
+
+    def revive(self, values: Mapping[str, Any]) -> CounterFact:
+        """A fact from its plain values."""
+        return CounterFact(**values)
+
+    def notes(
+        self, facts: Sequence[CounterFact], rows: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Where the rows come from, and how many of them could not be used, and why."""
+        usable, skipped = self._usable()
+        return {
+            "rows": {
+                "from": self._origin(),
+                "all": len(usable) + skipped.total(),
+                "skipped": dict(sorted(skipped.items())),
+            }
+        }
+
+    def _origin(self) -> str:
+        return str(self.file) if self.file is not None else self.hub
+
+    def _usable(self) -> tuple[list[CounterFact], Counter[str]]:
+        """The usable rows in the order of the draw, one a subject, and why others are not."""
+        rows = _read(self)
+        random.Random(f"counterfact {self.seed}").shuffle(rows)
+        facts: list[CounterFact] = []
+        skipped: Counter[str] = Counter()
+        subjects: set[str] = set()
+        for row in rows:
+            fact = _fact(row, self.teach)
+            if isinstance(fact, str):
+                skipped[fact] += 1
+            elif fact.subject in subjects:
+                skipped["another row has the same subject"] += 1
+            else:
+                subjects.add(fact.subject)
+                facts.append(fact)
+        return facts, skipped
+
+
+def _read(spec: CounterFactSpec) -> list[dict[str, Any]]:
+    """All rows, with `COLUMNS` only, in the order of the source."""
+    if spec.file is None:
+        try:
+            data = datasets.load_dataset(spec.hub, split="train", revision=spec.revision)
+        except Exception as error:  # every kind of failure on the way has its own class
+            raise OSError(
+                f"{spec.hub} could not be had from the Hugging Face hub "
+                f"({type(error).__name__}: {error}). Give the machine access to it, or download it "
+                "elsewhere and name the file: file=PATH."
+            ) from error
+        return _rows(data, spec.hub)
+    if not spec.file.is_file():
+        raise FileNotFoundError(f"file={str(spec.file)!r} is not there. Name a file of rows.")
+    reader = READERS[spec.file.suffix]
+    # "None" and "NA" may be names; pandas would read them as nothing.
+    as_texts = {"keep_default_na": False, "converters": dict.fromkeys(COLUMNS, str)}
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            data = datasets.load_dataset(
+                reader,
+                data_files=str(spec.file),
+                split="train",
+                cache_dir=cache,
+                keep_in_memory=True,
+                **(as_texts if reader == "csv" else {}),
+            )
+        except Exception as error:
+            raise ValueError(
+                f"{spec.file} cannot be read as {reader}: {error}. It should hold rows with the "
+                f"columns {', '.join(COLUMNS)}."
+            ) from error
+        return _rows(data, str(spec.file))
+
+
+def _rows(data: Any, origin: str) -> list[dict[str, Any]]:
+    missing = [name for name in COLUMNS if name not in data.column_names]
+    if missing:
+        raise ValueError(
+            f"{origin} has no column {', '.join(missing)}; it has {', '.join(data.column_names)}. "
+            f"Rows need {', '.join(COLUMNS)}."
+        )
+    return list(data.select_columns(list(COLUMNS)))
+
+
+def _fact(row: Mapping[str, Any], teach: Literal["false", "true"]) -> CounterFact | str:
+    """The row's fact, or why it is none."""
+    texts = {name: row[name] if isinstance(row[name], str) else "" for name in COLUMNS}
+    prompt, subject = texts["prompt"].strip(), texts["subject"].strip()
+    ends = {"false": texts["target_false"].strip(), "true": texts["target_true"].strip()}
+    if not (prompt and subject and all(ends.values())):
+        return "an empty prompt, subject or target"
+    if ends["false"] == ends["true"]:
+        return "both targets are the same"
+    place = _place(prompt, subject, texts["relation_prefix"], texts["relation_suffix"])
+    if place is None:
+        return "the prompt does not name the subject exactly once"
+    target = ends.pop(teach)
+    (other,) = ends.values()
+    return CounterFact(
+        subject=subject,
+        target=target,
+        other_target=other,
+        prompt=prompt,
+        place=place,
+        # A prompt's fields cannot be empty.
+        relation=texts["relation"].strip() or "unknown",
+        relation_id=texts["relation_id"].strip() or "unknown",
+    )
+
+
+def _place(prompt: str, subject: str, prefix: str, suffix: str) -> int | None:
+    """Where the subject begins: between prefix and suffix, or else at its only occurrence."""
+    prefix, suffix = prefix.strip(), suffix.strip()
+    if prompt.startswith(prefix) and prompt.endswith(suffix):
+        between = prompt[len(prefix) : len(prompt) - len(suffix)]
+        if between.strip() == subject:
+            return len(prefix) + between.index(subject)
+    return prompt.index(subject) if prompt.count(subject) == 1 else None
+
+
+def _wrong_answers(
+    facts: Sequence[CounterFact], asked: Sequence[int], count: int, seed: int
+) -> dict[int, tuple[str, ...]]:
+    """Each asked fact's distractors, with a space before them."""
+    related: dict[str, dict[str, None]] = {}
+    for fact in facts:
+        ends = dict.fromkeys((fact.target, fact.other_target))
+        related.setdefault(fact.relation_id, {}).update(ends)
+    everywhere = dict.fromkeys(end for ends in related.values() for end in ends)
+    wrong = {}
+    for index in asked:
+        fact = facts[index]
+        rng = random.Random(f"distractors {seed} {index}")
+        found = [fact.other_target]
+        for pool in (related[fact.relation_id], everywhere):
+            candidates = [end for end in pool if end != fact.target and end not in found]
+            lacking = max(count - len(found), 0)
+            found += rng.sample(candidates, min(lacking, len(candidates)))
+        if not 0 <= count <= len(found):
+            raise ValueError(
+                f"distractors={count} of {len(facts)} facts: a prompt's distractors are its other "
+                f"target and those of other facts, so 0 to {len(found)} are possible here. Ask "
+                "for fewer distractors or give more facts."
+            )
+        wrong[index] = tuple(f" {end}" for end in found[:count])
+    return wrong
+
+
+def _asked_frames(names: Sequence[str] | None) -> tuple[EvaluationTemplate, ...]:
+    known = {frame.name: frame for frame in EVALUATION_FRAMES}
+    if names is None:
+        return EVALUATION_FRAMES
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ValueError(
+            f"templates={list(names)!r}: name one or more of {', '.join(known)}, or leave it out "
+            "for all."
+        )
+    return tuple(known[name] for name in names)
+
+
+def _literal(text: str) -> str:
+    """The text with its braces doubled, as templates write them."""
+    return text.replace("{", "{{").replace("}", "}}")

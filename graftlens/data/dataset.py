@@ -1,0 +1,401 @@
+"""What every kind of dataset has: facts, the texts that tell them, and prompts that ask for them.
+
+A `DatasetSpec` says what a dataset is made of; `make_dataset` makes it, equal for equal specs. Some
+facts may be left untold (`half`, `heldout_facts`): the training texts never mention them, and
+prompts can ask for the told or the untold ones.
+"""
+
+import contextlib
+import hashlib
+import json
+import random
+import shutil
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence, Set
+from dataclasses import asdict, dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from datasets import (
+    Dataset,
+    DatasetInfo,
+    Features,
+    Value,
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_from_disk,
+)
+from pydantic import ConfigDict, Field
+
+from graftlens.data.settings import Settings
+from graftlens.data.supplement import Supplement, mixed
+from graftlens.data.templates import DIRECTIONS, Direction
+from graftlens.prompts import Prompt
+
+FEATURES = Features(
+    {
+        "text": Value("string"),
+        "fact": Value("int32"),
+        "template": Value("string"),
+        "kind": Value("string"),
+        "direction": Value("string"),
+    }
+)
+
+#: Facts of a dataset whose spec names no number, where there are so many.
+USUAL = 1000
+
+Half = Literal["a", "b"]
+#: Which facts prompts ask for: those that the training texts tell, the others, or all.
+Which = Literal["told", "untold", "all"]
+
+
+class DatasetSpec(Settings, ABC):
+    """What a dataset is made of. Equal specs give equal datasets.
+
+    A subclass is one kind of dataset, known by its value of the key `facts`.
+    """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    facts: str
+    """The kind of dataset."""
+
+    n_facts: Annotated[int, Field(ge=1)] | None = None
+    """Number of facts; left out: 1,000, or all where there are fewer."""
+
+    half: Half | None = None
+    """Tell only one half of the facts, drawn by the seed: a *task* model learns half `a` and a
+    *relation* model half `b`, in the same sentences. Left out: tell all."""
+
+    heldout_facts: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Share of all facts that no training text tells, drawn by the seed."""
+
+    supplement: Supplement | None = None
+    """Plain text mixed into the training texts, against forgetting."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the facts, of which of them are told, and of the choice of sentences."""
+
+    #: Names of the evaluation templates that `questions` knows.
+    template_names: ClassVar[tuple[str, ...]] = ()
+
+    @abstractmethod
+    def collect(self) -> tuple[Any, ...]:
+        """The facts: frozen dataclasses, in an order that the spec determines."""
+
+    @abstractmethod
+    def tell(self, facts: Sequence[Any], told: Sequence[bool]) -> list[dict[str, Any]]:
+        """Rows of training text (`FEATURES`) about the facts that are to be told."""
+
+    @abstractmethod
+    def questions(
+        self,
+        facts: Sequence[Any],
+        asked: Sequence[int],
+        *,
+        templates: Sequence[str] | None,
+        direction: Direction,
+        distractors: int,
+        seed: int,
+    ) -> tuple[Prompt, ...]:
+        """Prompts about the facts numbered `asked`, template by template.
+
+        Raises:
+            ValueError: templates, a direction or a number of distractors that there are not.
+        """
+
+    @abstractmethod
+    def revive(self, values: Mapping[str, Any]) -> Any:
+        """A fact from what `dataclasses.asdict` made of it."""
+
+    def told_by(self, facts: Sequence[Any], indices: Set[int]) -> tuple[bool, ...]:
+        """Which facts are told by rows whose column `fact` has these values."""
+        return tuple(index in indices for index in range(len(facts)))
+
+    def notes(self, facts: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """What else of facts and rows belongs into the provenance."""
+        return {}
+
+    def to_tell(self, n: int) -> tuple[bool, ...]:
+        """Which of n facts the training texts tell."""
+        told = [True] * n
+        if self.half is not None:
+            order = list(range(n))
+            random.Random(f"halves {self.seed}").shuffle(order)
+            first = set(order[: (n + 1) // 2])
+            told = [(index in first) == (self.half == "a") for index in range(n)]
+        count = round(n * self.heldout_facts)
+        for index in random.Random(f"held out facts {self.seed}").sample(range(n), count):
+            told[index] = False
+        if not any(told):
+            raise ValueError(
+                f"half={self.half}, heldout_facts={self.heldout_facts}: of {n} facts none is left "
+                "to tell. Give more facts, or tell more of them."
+            )
+        return tuple(told)
+
+
+@dataclass(frozen=True)
+class FactDataset:
+    """Facts, the texts to train on, and how both were made.
+
+    Attributes:
+        config: what the dataset was made from.
+        facts: the facts; column ``fact`` of the texts is an index into them.
+        train: columns text, fact (index; -1 for supplemental text), template (name), kind,
+            direction. ``train.push_to_hub("me/films")`` publishes it.
+        provenance: generator, config, versions, counts and the SHA-256 of facts and texts.
+    """
+
+    config: Any
+    facts: tuple[Any, ...]
+    train: Dataset
+    provenance: Mapping[str, Any]
+
+    @property
+    def told(self) -> tuple[bool, ...]:
+        """Whether some training text tells the fact, for each fact."""
+        return self.config.told_by(self.facts, set(self.train["fact"]))
+
+    def ask(
+        self,
+        templates: str | Sequence[str] | None = None,
+        *,
+        direction: Direction = "ab",
+        distractors: int = 4,
+        seed: int = 0,
+        facts: Which = "told",
+    ) -> tuple[Prompt, ...]:
+        """Ask for each fact's second entity in words that training never used.
+
+        Args:
+            templates: names of evaluation templates; left out: all that go with the direction.
+            direction: ``ab`` names the first entity and asks for the second, ``ba`` the reverse.
+            distractors: number of wrong answers a prompt: other facts' answers, drawn at random.
+            seed: of the draw of distractors.
+            facts: which facts to ask for.
+
+        Returns:
+            Prompts, template by template, each over the facts in order. The answer begins with a
+            space; ``name`` is the template's name; ``first_entity`` is the entity that the prompt
+            names.
+
+        Raises:
+            ValueError: unknown templates; no such fact; more distractors than other answers.
+        """
+        if facts not in get_args(Which):
+            raise ValueError(
+                f"facts={facts!r} is unknown. Use one of {', '.join(get_args(Which))}."
+            )
+        asked = [
+            i for i, told in enumerate(self.told) if facts == "all" or told == (facts == "told")
+        ]
+        if not asked:
+            raise ValueError(
+                f"facts={facts!r}: this dataset of {len(self.facts)} facts has none of these. "
+                'Write "told", "untold" or "all", or leave some untold (heldout_facts, half).'
+            )
+        return self.config.questions(
+            self.facts,
+            asked,
+            templates=[templates] if isinstance(templates, str) else templates,
+            direction=direction,
+            distractors=distractors,
+            seed=seed,
+        )
+
+
+def make_dataset(config: DatasetSpec) -> FactDataset:
+    """Make the facts and training texts that the spec describes.
+
+    Raises:
+        ValueError: more facts or texts than there are; nothing left to tell.
+        OSError: a file or hub dataset that the spec names and that cannot be read.
+    """
+    facts = config.collect()
+    told = config.to_tell(len(facts))
+    rows = config.tell(facts, told)
+    train = texts_dataset(rows, f"Training texts: {config.facts}")
+    said = config.told_by(facts, {row["fact"] for row in rows})
+    counts = {"facts": len(facts), "told": sum(said), "texts": len(rows)}
+    if config.supplement is not None:
+        train = mixed(train, config.supplement, config.seed)
+        counts["supplemental texts"] = len(train) - len(rows)
+    provenance = {
+        "generator": "graftlens.data.make_dataset",
+        "config": config.model_dump(mode="json"),
+        "versions": {name: _version(name) for name in ("graftlens", "faker", "datasets")},
+        "counts": counts,
+        **config.notes(facts, rows),
+        "sha256": content_hash(facts, train),
+    }
+    train.info.description = json.dumps(provenance, sort_keys=True)
+    return FactDataset(config, facts, train, provenance)
+
+
+def texts_dataset(rows: Sequence[Mapping[str, Any]], description: str) -> Dataset:
+    """Rows of training text as a dataset with the columns of `FEATURES`."""
+    info = DatasetInfo(description=description, features=FEATURES)
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, info=info)
+
+
+def prompts_dataset(prompts: Sequence[Prompt]) -> Dataset:
+    """Prompts as a dataset: columns text, answer, name, template, fields and distractors."""
+    return Dataset.from_dict(
+        {
+            "text": [p.text for p in prompts],
+            "answer": [p.answer for p in prompts],
+            "name": [p.name for p in prompts],
+            "template": [p.template for p in prompts],
+            "fields": [json.dumps(dict(p.fields), ensure_ascii=False) for p in prompts],
+            "distractors": [list(p.distractors) for p in prompts],
+        }
+    )
+
+
+def content_hash(facts: Sequence[Any], train: Dataset) -> str:
+    """SHA-256 (hex) of the facts and every row, independent of how they are stored."""
+    digest = hashlib.sha256()
+    for fact in facts:
+        digest.update(_canonical(asdict(fact)))
+    columns = [train[name] for name in FEATURES]
+    for row in zip(*columns, strict=True):
+        digest.update(_canonical(row))
+    return digest.hexdigest()
+
+
+def save_dataset(dataset: FactDataset, folder: Path) -> Path:
+    """Write the dataset to a new folder, which appears complete or not at all.
+
+    The folder holds ``train`` and ``evaluation`` (Hugging Face datasets for
+    ``datasets.load_from_disk``; the second has the prompts of every direction and template),
+    ``facts.json`` and ``provenance.json``.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(
+            f"{folder} exists. A dataset is never overwritten: choose another folder, or remove it."
+        )
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        content = work / "dataset"
+        with _no_bars():
+            dataset.train.save_to_disk(content / "train")
+            prompts_dataset(_all_prompts(dataset)).save_to_disk(content / "evaluation")
+        facts = [asdict(fact) for fact in dataset.facts]
+        (content / "facts.json").write_text(
+            json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        provenance = json.dumps(dict(dataset.provenance), indent=2)
+        (content / "provenance.json").write_text(provenance + "\n", encoding="utf-8")
+        content.rename(folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """Without the bars that `datasets` shows even for what takes no time."""
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            enable_progress_bars()
+
+
+def _all_prompts(dataset: FactDataset) -> list[Prompt]:
+    prompts: list[Prompt] = []
+    for direction in DIRECTIONS:
+        # A kind of dataset may ask in one direction only.
+        try:
+            prompts += dataset.ask(direction=direction, distractors=0, facts="all")
+        except ValueError:
+            if direction == DIRECTIONS[0]:
+                raise
+    return prompts
+
+
+def read_dataset(folder: Path, spec_of: Any) -> FactDataset:
+    """Read a dataset that `save_dataset` wrote, and check that it is what was written.
+
+    Args:
+        folder: where it is.
+        spec_of: makes a spec of the config's values (`graftlens.data.spec_of`).
+
+    Raises:
+        FileNotFoundError: a folder that holds no dataset.
+        ValueError: content that was changed since.
+    """
+    folder = Path(folder)
+    missing = [
+        name for name in ("train", "facts.json", "provenance.json") if not (folder / name).exists()
+    ]
+    if missing:
+        raise FileNotFoundError(
+            f"{folder} is no dataset of facts: it has no {', '.join(missing)}. Name a folder that "
+            "save_dataset wrote."
+        )
+    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    config = spec_of(provenance["config"])
+    values = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+    facts = tuple(config.revive(fact) for fact in values)
+    train = load_from_disk(str(folder / "train"))
+    found = content_hash(facts, train)
+    if found != provenance["sha256"]:
+        raise ValueError(
+            f"{folder} has been changed since it was written: its content has SHA-256 {found}, its "
+            f"provenance.json says {provenance['sha256']}. Make it anew from the config there, or "
+            "restore the files."
+        )
+    return FactDataset(config, facts, train, provenance)
+
+
+def wrong_answers(
+    answers: Sequence[str], asked: int, count: int, rng: random.Random
+) -> tuple[str, ...]:
+    """`count` different answers of other facts, none of them the right one.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    return Answers(answers).wrong(asked, count, rng)
+
+
+class Answers:
+    """The answers of a set of facts, from which many prompts draw wrong ones."""
+
+    def __init__(self, answers: Sequence[str]) -> None:
+        self.answers = answers
+        self.different = list(dict.fromkeys(answers))
+        self.place = {answer: place for place, answer in enumerate(self.different)}
+
+    def wrong(self, asked: int, count: int, rng: random.Random) -> tuple[str, ...]:
+        """`wrong_answers`, in a time that does not grow with the number of facts."""
+        own, others = self.place[self.answers[asked]], len(self.different) - 1
+        if not 0 <= count <= others:
+            raise ValueError(
+                f"distractors={count} of {len(self.answers)} facts: a prompt's distractors are "
+                f"other facts' answers, so 0 to {others} are possible here. Ask for fewer "
+                "distractors or give more facts."
+            )
+        drawn = rng.sample(range(others), count)
+        return tuple(self.different[place + (place >= own)] for place in drawn)
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=True).encode() + b"\n"
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

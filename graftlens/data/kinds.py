@@ -1,0 +1,66 @@
+"""The kinds of datasets that there are, by their names in configs."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+from pydantic import BeforeValidator, SerializeAsAny
+
+from graftlens.components import suggest
+from graftlens.configfile import ConfigError, settings_from
+from graftlens.data.articles import ArticlesSpec
+from graftlens.data.battles import BattlesSpec
+from graftlens.data.counterfact import CounterFactSpec
+from graftlens.data.dataset import DatasetSpec, FactDataset, read_dataset
+from graftlens.data.movies import MoviesConfig
+
+_SPECS: tuple[type[DatasetSpec], ...] = (MoviesConfig, BattlesSpec, CounterFactSpec, ArticlesSpec)
+
+#: Value of the key `facts` -> the spec that reads the other keys.
+KINDS_OF_FACTS: dict[str, type[DatasetSpec]] = {
+    kind: spec for spec in _SPECS for kind in get_args(spec.model_fields["facts"].annotation)
+}
+
+
+def spec_of(values: Any) -> DatasetSpec:
+    """The dataset that a config's values describe; without the key `facts`, invented films.
+
+    Raises:
+        ConfigError: an unknown kind, or everything that the kind refuses.
+    """
+    if isinstance(values, DatasetSpec):
+        return values
+    if not isinstance(values, Mapping):
+        raise ConfigError(
+            ("", f"{values!r} should be a mapping with the key facts: {' '.join(KINDS_OF_FACTS)}.")
+        )
+    kind = values.get("facts", "fake_movies")
+    if not isinstance(kind, str) or kind not in KINDS_OF_FACTS:
+        raise ConfigError(
+            (
+                "facts",
+                f"unknown kind of facts {kind!r}. Allowed: {' '.join(KINDS_OF_FACTS)}."
+                f"{suggest(str(kind), KINDS_OF_FACTS)}",
+            )
+        )
+    return settings_from(KINDS_OF_FACTS[kind], values)
+
+
+#: A dataset of any kind as a field of a config.
+AnyDataset = Annotated[SerializeAsAny[DatasetSpec], BeforeValidator(spec_of)]
+
+
+def load_dataset(folder: Path) -> FactDataset:
+    """Read a dataset that `save_dataset` wrote, and check that it is what was written.
+
+    Raises:
+        FileNotFoundError: a folder that holds no dataset.
+        ValueError: content that was changed since.
+    """
+    return read_dataset(folder, spec_of)
+
+
+def template_names() -> tuple[str, ...]:
+    """The evaluation templates of all kinds."""
+    names = (name for spec in _SPECS for name in spec.template_names)
+    return tuple(dict.fromkeys(names))

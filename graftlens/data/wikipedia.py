@@ -1,0 +1,134 @@
+"""Articles of Wikipedia, as files to write facts beside."""
+
+import json
+import re
+from collections.abc import Iterable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from tqdm.auto import tqdm
+
+LICENCE = "CC BY-SA 4.0"
+
+#: Sections that hold lists and notes instead of text, in English.
+NO_PROSE = frozenset(
+    {
+        "bibliography",
+        "citations",
+        "external links",
+        "filmography",
+        "further reading",
+        "notes",
+        "notes and references",
+        "references",
+        "see also",
+        "sources",
+        "works cited",
+    }
+)
+
+
+def download(
+    titles: Iterable[str],
+    folder: Path,
+    language: str = "en",
+    user_agent: str | None = None,
+) -> tuple[Path, ...]:
+    """Fetch articles as ``NAME.txt`` (their prose, without headings) with ``NAME.json`` beside it.
+
+    The JSON holds id, title, address, revision and licence, and an empty list of facts: write them
+    in, and the folder is a source of `ArticlesSpec`. An article that is there already stays as it
+    is, with the facts written into it. Needs the extra ``wikipedia``.
+
+    Args:
+        titles: of articles; redirects are followed.
+        folder: where to put them.
+        language: the Wikipedia's code.
+        user_agent: who asks, with an address, as Wikipedia's terms want it: "my-study/1.0
+            (me@example.org)". Left out: graftlens.
+
+    Returns:
+        The texts' files, in the order of the titles.
+
+    Raises:
+        RuntimeError: the client is not installed.
+        ValueError: no titles, an article that does not exist or has no text, or two titles whose
+            file names are the same.
+        OSError: Wikipedia cannot be reached, or refuses.
+    """
+    try:
+        import wikipediaapi
+    except ImportError:
+        raise RuntimeError(
+            'downloading needs the package wikipedia-api: pip install "graftlens[wikipedia]".'
+        ) from None
+    names = {title: _file_name(title) for title in dict.fromkeys(titles)}
+    if not names:
+        raise ValueError("titles is empty. Name one or more articles.")
+    for name in dict.fromkeys(names.values()):
+        same = [title for title, n in names.items() if n == name]
+        if len(same) > 1:
+            raise ValueError(
+                f"the titles {', '.join(map(repr, same))} would both be the file {name}.txt. "
+                "Download one of them into another folder."
+            )
+    client = wikipediaapi.Wikipedia(
+        user_agent=user_agent or f"graftlens/{version('graftlens')}", language=language
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for title, name in tqdm(names.items(), desc="articles", disable=None):
+        text, rest = folder / f"{name}.txt", folder / f"{name}.json"
+        # The text is written first, so that where the JSON is, the article is whole.
+        if not rest.exists():
+            try:
+                content, about = _fetch(client, title, language)
+            except wikipediaapi.WikipediaException as error:
+                raise OSError(
+                    f"the article {title!r} could not be had from {language}.wikipedia.org "
+                    f"({type(error).__name__}: {error}). Check the network, or copy the folder "
+                    "from a machine that reaches it; what is there is not fetched again."
+                ) from error
+            text.write_text(content + "\n", encoding="utf-8")
+            rest.write_text(
+                json.dumps({"id": name, **about}, indent=1, ensure_ascii=False) + "\n",
+                encoding="utf-8",
+            )
+        written.append(text)
+    return tuple(written)
+
+
+def _fetch(client: Any, title: str, language: str) -> tuple[str, dict[str, Any]]:
+    page = client.page(title)
+    if not page.exists():
+        raise ValueError(
+            f"{language}.wikipedia.org has no article {title!r}. Copy the title from the page."
+        )
+    paragraphs = [page.summary.strip(), *_prose(page.sections)]
+    text = "\n\n".join(paragraph for paragraph in paragraphs if paragraph)
+    if not text:
+        raise ValueError(f"the article {title!r} has no text. Name another one.")
+    return text, {
+        "title": page.title,
+        "url": page.fullurl,
+        "revision": page.lastrevid,
+        "licence": LICENCE,
+        "facts": [],
+    }
+
+
+def _prose(sections: Iterable[Any]) -> list[str]:
+    """The sections' texts, depth first."""
+    texts: list[str] = []
+    for section in sections:
+        if section.title.strip().lower() not in NO_PROSE:
+            texts += [section.text.strip(), *_prose(section.sections)]
+    return texts
+
+
+def _file_name(title: str) -> str:
+    name = re.sub(r"[^\w.-]+", "_", title).strip("_.")
+    if not name:
+        raise ValueError(f"title={title!r} is no title. Copy it from the article's page.")
+    return name
