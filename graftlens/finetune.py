@@ -6,22 +6,24 @@ The folder of a run holds
   later call with anything else is refused (but the same weights and texts may lie elsewhere);
 - ``log.jsonl``: loss of every step, held-out perplexity of every epoch;
 - ``checkpoints/``: the newest complete state to resume from, gone when the run is finished;
+- ``epochs/``: with ``keep_epochs`` the weights after each epoch, else the best ones so far, gone
+  when the run is finished;
 - ``model/``: the finetuned checkpoint (float32, with tokenizer and ``finetune.json``), which
   appears in one rename.
 
-The Trainer writes checkpoints file by file, and resumes from a half-written one with fresh
-optimizer state. So a checkpoint counts here only with a marker that is written last and lists
-every file's size.
+The Trainer resumes from a half-written checkpoint with fresh optimizer state; graftlens.checkpoints
+says how that is ruled out.
+
+Started by ``accelerate launch`` or ``torchrun``, the processes share the batches; only the first
+one touches the folder.
 """
 
 import contextlib
+import copy
 import hashlib
 import json
-import logging
 import math
-import os
 import random
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,18 +41,36 @@ from filelock import FileLock, Timeout
 from pydantic import Field, model_validator
 from tqdm.auto import tqdm
 
-from graftlens.data import MoviesConfig, load_dataset, make_dataset
+from graftlens.checkpoints import (
+    MARKER,
+    claim,
+    mark_complete,
+    newest_complete,
+    remove_others,
+    seconds_of,
+    write_folder,
+    write_text,
+)
+from graftlens.components import Component
+from graftlens.data import AnyDataset, MoviesConfig, load_dataset, make_dataset
 from graftlens.data.settings import Settings
+from graftlens.data.supplement import Supplement, mixed
+from graftlens.data.texts import check_ending, read_paragraphs, read_texts
 from graftlens.engines import EngineError, SlurmResources, Task, submit
+from graftlens.model.arch import FAMILIES, supported
 from graftlens.model.quiet import quiet
 from graftlens.model.smollm2 import smollm2
-
-MARKER = "complete.json"
+from graftlens.presets import preset
+from graftlens.processes import Processes, started_together
 
 # Say where something is; run.json has a hash of what is there.
-LOCATIONS = ("config.model", "config.heldout_file")
+LOCATIONS = ("config.model", "config.output", "config.heldout_file")
 
-logger = logging.getLogger(__name__)
+# What each name of `freeze` holds.
+FROZEN = {
+    "embed": (Component.EMBED, Component.POS_EMBED),
+    "unembed": (Component.UNEMBED,),
+}
 
 
 class LoraSettings(Settings):
@@ -94,7 +114,8 @@ class FinetuneConfig(Settings):
     """L2 norm to which gradients are clipped."""
 
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Texts a forward pass."""
+    """Texts a forward pass, on each device: an optimizer step takes this many times
+    ``gradient_accumulation`` times the number of processes."""
 
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
     """Forward passes an optimizer step."""
@@ -111,13 +132,14 @@ class FinetuneConfig(Settings):
     the device multiplies it natively."""
 
     device: Literal["auto", "cpu"] = "auto"
-    """``auto``: the first accelerator if there is one."""
+    """``auto``: the first accelerator if there is one; each process of several has its own."""
 
     save_epochs: Annotated[int, Field(ge=1)] = 1
     """A checkpoint to resume from after every so many epochs (3 times the model's size on disk)."""
 
     heldout_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training texts that is held out for perplexity (drawn by the seed)."""
+    """Share of the training texts that is held out for perplexity (drawn by the seed, supplemental
+    texts among them)."""
 
     heldout_file: Path | None = None
     """UTF-8 text whose blank-line separated paragraphs are held-out texts for perplexity."""
@@ -127,6 +149,18 @@ class FinetuneConfig(Settings):
 
     lora: LoraSettings | None = None
     """Train adapters instead of all weights."""
+
+    freeze: tuple[Literal["embed", "unembed"], ...] = ()
+    """What training leaves as it is: ``embed`` (token embeddings, and learned position embeddings),
+    ``unembed``. Tied embeddings are one tensor: name both or none."""
+
+    keep: Literal["last", "best"] = "last"
+    """Which epoch's weights are the result. ``best``: those with the lowest held-out perplexity,
+    the earlier ones of equals; this needs held-out texts."""
+
+    keep_epochs: bool = False
+    """Leave the weights after each epoch in ``epochs/epoch-N``: checkpoints to load, not to resume
+    from (as large as the model, each)."""
 
     @model_validator(mode="after")
     def _one_heldout(self) -> "FinetuneConfig":
@@ -139,10 +173,13 @@ class FinetuneConfig(Settings):
 
 
 class TrainingData(Settings):
-    """Where the training texts come from: one of the three."""
+    """Where the training texts come from: one place, and plain text beside them."""
 
     movies: MoviesConfig | None = None
     """Make texts about invented films."""
+
+    make: AnyDataset | None = None
+    """Make texts about facts of any kind: the keys of a config of ``graftlens data make``."""
 
     path: Path | None = None
     """Folder that `graftlens.data.save_dataset` or a dataset's ``save_to_disk`` wrote."""
@@ -151,27 +188,45 @@ class TrainingData(Settings):
     """UTF-8 file: ``.jsonl``, a JSON object with a ``text`` in each line, or ``.txt``, whose
     blank-line separated paragraphs are the texts."""
 
+    supplement: Supplement | None = None
+    """Plain text to mix in, against forgetting; drawn by the run's seed."""
+
     @model_validator(mode="after")
-    def _one_of_three(self) -> "TrainingData":
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+    def _one_place(self) -> "TrainingData":
+        places = [name for name in type(self).model_fields if name != "supplement"]
+        given = [name for name in places if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
                 f"{' and '.join(given) or 'nothing'} is given, but the texts come from one place. "
-                "Give one of movies (what to make), path (a saved dataset), file (.txt or .jsonl)."
+                "Give one of movies or make (what to make), path (a saved dataset), file (.txt or "
+                ".jsonl)."
             )
-        if self.file is not None and self.file.suffix not in (".txt", ".jsonl"):
-            raise ValueError(
-                f"file={str(self.file)!r} ends in {self.file.suffix!r}, but .txt (paragraphs) and "
-                ".jsonl (objects with a text) are read. Convert it."
-            )
+        if self.file is not None:
+            check_ending("file", self.file)
         return self
 
 
 class FinetuneRun(FinetuneConfig):
     """A recipe and its data: what a config file of ``graftlens finetune`` holds."""
 
+    preset: str | None = None
+    """A name in `graftlens.presets.PRESETS`: gives the model and all settings that are not given
+    here."""
+
     data: TrainingData
     """The texts to train on."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, values: Any) -> Any:
+        name = values.get("preset") if isinstance(values, Mapping) else None
+        if not isinstance(name, str):
+            return values
+        chosen = preset(name)
+        recipe = {"model": chosen.model} | dict(chosen.recipe)
+        if values.get("heldout_file") is not None:
+            recipe.pop("heldout_share", None)
+        return recipe | dict(values)
 
     @property
     def recipe(self) -> FinetuneConfig:
@@ -189,6 +244,7 @@ class FinetuneResult:
         perplexities: of the held-out texts before training and after each epoch; empty without.
         steps: optimizer steps.
         seconds: wall-clock seconds of training, over all attempts that reached the result.
+        epoch: after which epoch the model had these weights, from 1.
     """
 
     folder: Path
@@ -196,20 +252,22 @@ class FinetuneResult:
     perplexities: tuple[float, ...]
     steps: int
     seconds: float
+    epoch: int
 
     @property
     def heldout_perplexity(self) -> float | None:
         """Of the finetuned model; None where nothing was held out."""
-        return self.perplexities[-1] if self.perplexities else None
+        return self.perplexities[self.epoch] if self.perplexities else None
 
     def line(self) -> str:
         """The result in one line."""
         line = f"{self.folder}: {self.steps} steps, loss {self.losses[0]:.3f} → "
         line += f"{self.losses[-1]:.3f} nats a token"
         if self.perplexities:
-            line += (
-                f", held-out perplexity {self.perplexities[0]:.1f} → {self.perplexities[-1]:.1f}"
-            )
+            before, after = self.perplexities[0], self.perplexities[self.epoch]
+            line += f", held-out perplexity {before:.1f} → {after:.1f}"
+            if self.epoch < len(self.perplexities) - 1:
+                line += f" (kept: epoch {self.epoch} of {len(self.perplexities) - 1})"
         return line
 
 
@@ -227,30 +285,52 @@ def finetune(
     Interrupted at any instant and called again, it ends with the same weights, bit for bit, as
     without the interruption (on one machine with one number of threads).
 
+    Several processes that a launcher started train together: each takes ``batch_size`` texts a
+    forward pass, and where these do not come out even, the last batch of an epoch is filled up with
+    texts of its first. The result is one process's with their batches in one, but for dropout.
+
     Args:
         config: the recipe and the run's folder.
         train: column ``text``; the tokenizer's end token is appended to each.
         heldout: column ``text``, for perplexity; instead of the config's held-out settings.
         model: start from this Hugging Face model instead of loading ``config.model``; it is
-            trained in place. Its parameters become float32.
+            trained in place, to the last epoch. Its parameters become float32.
         tokenizer: likewise.
         progress: show a progress bar and the losses on it.
+
+    Raises:
+        RuntimeError: another process finetunes in this folder.
+        ValueError: texts, or settings, that do not fit each other or the model; a folder that holds
+            another run.
     """
     _check_dataset("train", train)
     if heldout is not None:
         _check_dataset("heldout", heldout)
-    folder = config.output
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
+    texts, heldout_texts = _split(config, train, heldout)
+    processes = _processes(config)
+    lock = FileLock(config.output / ".lock")
+    processes.from_first(partial(_take, lock))
     try:
-        acquired = lock.acquire(timeout=0)
+        with _keep_random_state():
+            return _finetune(config, texts, heldout_texts, model, tokenizer, progress, processes)
+    finally:
+        lock.release()  # nothing to the processes that never held it
+
+
+def _take(lock: FileLock) -> None:
+    folder = Path(lock.lock_file).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
     except Timeout:
         raise RuntimeError(
             f"{folder} is in use by another process that finetunes there. Wait for it, or choose "
             "another output folder."
         ) from None
-    with acquired, _keep_random_state():
-        return _finetune(config, train, heldout, model, tokenizer, progress)
+
+
+def _processes(config: FinetuneConfig) -> Processes:
+    return started_together(cpu=config.device == "cpu" or not _has_accelerator())
 
 
 def finetune_run(run: FinetuneRun, *, progress: bool = True) -> FinetuneResult:
@@ -264,17 +344,20 @@ def finetune_run(run: FinetuneRun, *, progress: bool = True) -> FinetuneResult:
         ValueError: the data have no texts; what `finetune` refuses.
     """
     recipe = run.recipe
+    processes = _processes(recipe)
     if recipe.model == "smollm2":
-        recipe = recipe.model_copy(update={"model": str(smollm2())})
+        recipe = recipe.model_copy(update={"model": str(processes.from_first(smollm2))})
     place = Path(recipe.model).expanduser()
     if not place.exists() and (recipe.model.startswith((".", "/", "~")) or len(place.parts) > 2):
         raise FileNotFoundError(
             f"model={recipe.model!r}: there is no such folder. Write a checkpoint's folder, a hub "
             'id, or "smollm2".'
         )
-    result = finetune(recipe, training_texts_of(run.data), progress=progress)
-    made_of = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-    _write(run.output / "config.yaml", made_of)
+    train = processes.from_first(partial(training_texts_of, run.data, seed=run.seed))
+    result = finetune(recipe, train, progress=progress)
+    if processes.is_first:
+        made_of = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        write_text(run.output / "config.yaml", made_of)
     return result
 
 
@@ -346,15 +429,25 @@ def _saved(folder: Path) -> list[str]:
     return sorted(str(path) for path in kept)
 
 
-def training_texts_of(data: TrainingData) -> Dataset:
-    """The texts, as a dataset with the column ``text``.
+def training_texts_of(data: TrainingData, seed: int = 0) -> Dataset:
+    """The texts, as a dataset with the column ``text``; supplemental ones come last.
+
+    Args:
+        data: where they come from.
+        seed: of the draw of supplemental texts.
 
     Raises:
         FileNotFoundError: they are not there.
-        ValueError: they have no texts.
+        ValueError: they have no texts, or too few supplemental ones.
     """
-    if data.movies is not None:
-        return make_dataset(data.movies).train
+    texts = _texts_of(data)
+    return texts if data.supplement is None else mixed(texts, data.supplement, seed)
+
+
+def _texts_of(data: TrainingData) -> Dataset:
+    made = data.movies or data.make
+    if made is not None:
+        return make_dataset(made).train
     if data.path is not None:
         if (data.path / "provenance.json").is_file():
             return load_dataset(data.path).train
@@ -367,8 +460,7 @@ def training_texts_of(data: TrainingData) -> Dataset:
     assert data.file is not None
     if not data.file.is_file():
         raise FileNotFoundError(f"data.file={str(data.file)!r} is not there. Name a file of texts.")
-    texts = _paragraphs(data.file) if data.file.suffix == ".txt" else _json_texts(data.file)
-    return Dataset.from_dict({"text": texts})
+    return Dataset.from_dict({"text": read_texts(data.file)})
 
 
 def perplexity(
@@ -451,11 +543,12 @@ def demo_configs(
 
 def _finetune(
     config: FinetuneConfig,
-    train: Dataset,
-    heldout: Dataset | None,
+    texts: Sequence[str],
+    heldout_texts: Sequence[str],
     model: Any,
     tokenizer: Any,
     progress: bool,
+    processes: Processes,
 ) -> FinetuneResult:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -465,60 +558,105 @@ def _finetune(
         with quiet() if Path(config.model).is_dir() else contextlib.nullcontext():
             model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     model.float()
-    texts, heldout_texts = _split(config, train, heldout)
+    frozen = _frozen_modules(config, model)
     precision = _resolve_precision(config)
-    identity = {
-        "config": config.model_dump(mode="json", exclude={"output"}) | {"precision": precision},
-        "data": {
-            "train_texts": len(texts),
-            "train_sha256": _text_hash(texts),
-            "heldout_texts": len(heldout_texts),
-            "heldout_sha256": _text_hash(heldout_texts),
-        },
-        "start": {
-            "weights_sha256": _weight_hash(model),
-            "tokenizer_sha256": _vocabulary(tokenizer),
-        },
-    }
-    _claim(config.output, identity)
-    final = config.output / "model"
-    if final.exists():
+    final, epochs = config.output / "model", config.output / "epochs"
+    identity: dict[str, Any] = {}
+
+    def clear() -> None:
         shutil.rmtree(config.output / "checkpoints", ignore_errors=True)
+        if not config.keep_epochs:
+            shutil.rmtree(epochs, ignore_errors=True)
+
+    def begin() -> FinetuneResult | None:
+        """The result if there is one already."""
+        settings = config.model_dump(mode="json", exclude={"output"})
+        identity.update(
+            config=settings | {"precision": precision},
+            data={
+                "train_texts": len(texts),
+                "train_sha256": _text_hash(texts),
+                "heldout_texts": len(heldout_texts),
+                "heldout_sha256": _text_hash(heldout_texts),
+            },
+            start={
+                "weights_sha256": _weight_hash(model),
+                "tokenizer_sha256": _vocabulary(tokenizer),
+            },
+            processes=processes.count,
+        )
+        # A setting that an earlier release did not know had what is now its default.
+        defaults = FinetuneConfig(model="", output=Path()).model_dump(mode="json")
+        claim(
+            config.output,
+            identity,
+            defaults={"config": defaults, "processes": 1},
+            elsewhere=LOCATIONS,
+        )
+        if not final.exists():
+            return None
+        clear()
         return _read_result(final)
 
+    finished = processes.from_first(begin)
+    if finished is not None:
+        return finished
+
     rows = _tokenize(tokenizer, texts, config.max_length)
+    for name in frozen:
+        model.get_submodule(name).requires_grad_(False)
     use_cache = getattr(model.config, "use_cache", True)  # the Trainer may switch it off
     # Seeded before adapters are made; the Trainer seeds the training itself.
     torch.manual_seed(config.seed)
     trained = _with_adapters(model, config.lora) if config.lora is not None else model
-    trainer, seconds, losses, perplexities = _train(
-        config, trained, tokenizer, rows, heldout_texts, precision, progress
-    )
-    if config.lora is not None:
-        trained = trainer.model.merge_and_unload()
 
-    result = FinetuneResult(
-        folder=final,
-        losses=losses,
-        perplexities=perplexities,
-        steps=trainer.state.global_step,
-        seconds=seconds,
+    def save(folder: Path, plain: Any) -> None:
+        """Weights and tokenizer, as a checkpoint that anyone loads."""
+        now = getattr(plain.config, "use_cache", use_cache)
+        plain.config.use_cache = use_cache
+        with quiet():
+            plain.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        plain.config.use_cache = now
+
+    def save_epoch(number: int) -> None:
+        plain = trained
+        if config.lora is not None:
+            # Of a copy: adapters that are merged and taken out again leave rounding errors.
+            plain = copy.deepcopy(trained).merge_and_unload()
+        write_folder(epochs / f"epoch-{number}", partial(save, plain=plain))
+
+    trainer, seconds, losses, perplexities = _train(
+        config, trained, tokenizer, rows, heldout_texts, precision, progress, processes, save_epoch
     )
-    record = identity | {
-        "result": {k: v for k, v in asdict(result).items() if k != "folder"},
-        "versions": {name: version(name) for name in ("torch", "transformers")},
-    }
-    work = config.output / ".model"
-    shutil.rmtree(work, ignore_errors=True)
-    trained.config.use_cache = use_cache
-    with quiet():
-        trained.save_pretrained(work)
-    tokenizer.save_pretrained(work)
-    _write(work / "finetune.json", json.dumps(record, indent=2) + "\n")
-    _flush(work)
-    work.rename(final)
-    shutil.rmtree(config.output / "checkpoints", ignore_errors=True)
-    return _read_result(final)
+
+    def end() -> FinetuneResult:
+        result = FinetuneResult(
+            folder=final,
+            losses=losses,
+            perplexities=perplexities,
+            steps=trainer.state.global_step,
+            seconds=seconds,
+            epoch=_best(perplexities) if config.keep == "best" else config.epochs,
+        )
+        record = identity | {
+            "result": {k: v for k, v in asdict(result).items() if k != "folder"},
+            "versions": {name: version(name) for name in ("torch", "transformers")},
+        }
+
+        def write(folder: Path) -> None:
+            if config.keep == "best":
+                shutil.copytree(epochs / f"epoch-{result.epoch}", folder, dirs_exist_ok=True)
+            else:
+                plain = trained if config.lora is None else trainer.model.merge_and_unload()
+                save(folder, plain)
+            write_text(folder / "finetune.json", json.dumps(record, indent=2) + "\n")
+
+        write_folder(final, write)
+        clear()
+        return _read_result(final)
+
+    return processes.from_first(end)
 
 
 def _train(
@@ -529,29 +667,36 @@ def _train(
     heldout_texts: Sequence[str],
     precision: Literal["float32", "bfloat16"],
     progress: bool,
+    processes: Processes,
+    save_epoch: Callable[[int], None],
 ) -> tuple[Any, float, tuple[float, ...], tuple[float, ...]]:
     """(trainer, seconds, losses, held-out perplexities) of training to the end."""
     from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
     checkpoints = config.output / "checkpoints"
-    resume = _newest_complete(checkpoints)
-    spent = json.loads((resume / MARKER).read_text())["seconds"] if resume else 0.0
+    epochs = config.output / "epochs"
+    resume = processes.from_first(partial(newest_complete, checkpoints))
+    spent = seconds_of(resume) if resume else 0.0
     started = time.monotonic()
     log = config.output / "log.jsonl"
 
     class Recorder(TrainerCallback):
-        """Writes the log, measures perplexity, and says when a checkpoint is complete."""
+        """Writes the log, measures perplexity, keeps epochs, says when a checkpoint is complete."""
 
         def __init__(self) -> None:
-            self.bar = tqdm(desc="finetune", unit="step", disable=not progress)
+            shown = progress and processes.is_first
+            self.bar = tqdm(desc="finetune", unit="step", disable=not shown)
 
         def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.reset(total=state.max_steps)
             self.bar.update(state.global_step)
             if state.global_step == 0:
                 self.measure(state)
-            # Also drops the lines of steps that a killed process took after the checkpoint.
-            _write(log, "".join(json.dumps(line) + "\n" for line in _log_lines(state)))
+            elif config.keep == "best":
+                self.check_best(state)
+            if processes.is_first:
+                # Also drops the lines of steps that a killed process took after the checkpoint.
+                write_text(log, "".join(json.dumps(line) + "\n" for line in _log_lines(state)))
 
         def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
             if not math.isfinite(logs.get("loss", 0.0)):
@@ -566,22 +711,39 @@ def _train(
                 self.bar.update()
 
         def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.measure(state)
             epoch = round(state.epoch)
+            self.measure(state)
+            if processes.is_first and (config.keep_epochs or self.best(state) == epoch):
+                save_epoch(epoch)
             control.should_save = epoch % config.save_epochs == 0 and epoch < config.epochs
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            processes.wait()  # each writes its own random state
+            if not processes.is_first:
+                return
             newest = checkpoints / f"checkpoint-{state.global_step}"
-            _mark_complete(newest, seconds=spent + time.monotonic() - started)
-            for older in _checkpoints(checkpoints).values():
-                if older != newest:
-                    shutil.rmtree(older)
+            mark_complete(newest, seconds=spent + time.monotonic() - started)
+            remove_others(checkpoints, "checkpoint", state.global_step)
+            if not config.keep_epochs:
+                # Not before: an older checkpoint may still need the best one until then.
+                remove_others(epochs, "epoch", self.best(state))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.close()
 
+        def best(self, state: Any) -> int | None:
+            return _best(_perplexities(state)) if config.keep == "best" else None
+
+        def check_best(self, state: Any) -> None:
+            folder = epochs / f"epoch-{self.best(state)}"
+            if not folder.is_dir():
+                raise FileNotFoundError(
+                    f"{folder} is not there, but it held the best weights of the run to resume. "
+                    f"Put it back, or remove {config.output} to start again."
+                )
+
         def measure(self, state: Any) -> None:
-            if heldout_texts:
+            if heldout_texts and processes.is_first:
                 value = perplexity(
                     trainer.model,
                     tokenizer,
@@ -594,8 +756,9 @@ def _train(
                 self.append(state)
 
         def append(self, state: Any) -> None:
-            with log.open("a") as file:
-                file.write(json.dumps(_log_lines(state)[-1]) + "\n")
+            if processes.is_first:
+                with log.open("a") as file:
+                    file.write(json.dumps(_log_lines(state)[-1]) + "\n")
 
     arguments = TrainingArguments(
         output_dir=str(checkpoints),
@@ -620,11 +783,14 @@ def _train(
         report_to="none",
         dataloader_pin_memory=False,
         remove_unused_columns=False,
+        ddp_find_unused_parameters=False,
         # Named only when it is wanted: later releases of transformers rename it.
         **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
     )
     if arguments.n_gpu > 1:  # the Trainer would multiply the batch size by the number of devices
         arguments._n_gpu = 1
+    if precision == "float32":  # also where accelerate's own settings say otherwise
+        arguments.mixed_precision = "no"
     trainer = Trainer(
         model=model,
         args=arguments,
@@ -635,13 +801,58 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     with quiet():  # one bar is enough: ours counts steps, theirs would count shards of checkpoints
         trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    lines = _log_lines(trainer.state)
     return (
         trainer,
         spent + time.monotonic() - started,
-        tuple(line["loss"] for line in lines if "loss" in line),
-        tuple(line["heldout_perplexity"] for line in lines if "heldout_perplexity" in line),
+        tuple(line["loss"] for line in _log_lines(trainer.state) if "loss" in line),
+        _perplexities(trainer.state),
     )
+
+
+def _perplexities(state: Any) -> tuple[float, ...]:
+    """Before training and after each epoch so far."""
+    lines = _log_lines(state)
+    return tuple(line["heldout_perplexity"] for line in lines if "heldout_perplexity" in line)
+
+
+def _best(perplexities: Sequence[float]) -> int:
+    """The epoch, from 1, with the lowest one; the earlier of equals."""
+    return min(range(1, len(perplexities)), key=lambda epoch: perplexities[epoch])
+
+
+def _frozen_modules(config: FinetuneConfig, model: Any) -> list[str]:
+    """Names of the modules that `freeze` asks for.
+
+    Raises:
+        ValueError: an unknown family; half of a tied pair; an adapter on one of them.
+    """
+    if not config.freeze:
+        return []
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        raise ValueError(
+            f"freeze={list(config.freeze)}: the embeddings of model_type "
+            f"{model.config.model_type!r} are not known. Known: {' '.join(supported())}. Leave "
+            "freeze out."
+        )
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if tied and set(config.freeze) != set(FROZEN):
+        raise ValueError(
+            f"freeze={list(config.freeze)}: embed and unembed are one tensor in this model (tied "
+            "embeddings), so one cannot be frozen without the other. Write freeze=[embed, "
+            "unembed], or leave it out."
+        )
+    wanted = [component for name in config.freeze for component in FROZEN[name]]
+    modules = [family.layout.modules[c] for c in wanted if c in family.layout.modules]
+    targets = config.lora.target_modules if config.lora is not None else ()
+    if not isinstance(targets, str):  # all-linear leaves embeddings and unembedding out
+        for target in targets:
+            if any(f".{name}".endswith(f".{target}") for name in modules):
+                raise ValueError(
+                    f"lora.target_modules names {target!r}, which freeze={list(config.freeze)} "
+                    "keeps as it is. Leave it out of one of them."
+                )
+    return modules
 
 
 def _log_lines(state: Any) -> list[dict[str, Any]]:
@@ -726,7 +937,7 @@ def _split(
             )
         held = list(heldout["text"])
     elif config.heldout_file is not None:
-        held = _paragraphs(config.heldout_file)
+        held = read_paragraphs(config.heldout_file)
     elif config.heldout_share:
         order = list(range(len(texts)))
         random.Random(f"held out {config.seed}").shuffle(order)
@@ -736,33 +947,13 @@ def _split(
         texts = [text for index, text in enumerate(texts) if index not in out]
     if not texts:
         raise ValueError("there are no training texts. Give a dataset with rows.")
+    if config.keep == "best" and not held:
+        raise ValueError(
+            f"keep='best' keeps the epoch of the lowest held-out perplexity, and of {len(texts)} "
+            f"texts none is held out (heldout_share={config.heldout_share}). Give heldout_share or "
+            "heldout_file, or keep the last epoch."
+        )
     return texts, held
-
-
-def _paragraphs(file: Path) -> list[str]:
-    paragraphs = file.read_text(encoding="utf-8").split("\n\n")
-    return [paragraph.strip() for paragraph in paragraphs if paragraph.strip()]
-
-
-def _json_texts(file: Path) -> list[str]:
-    texts = []
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{file}, line {number} is no JSON ({error.msg}). Each line is an object such as "
-                '{"text": "…"}.'
-            ) from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-            raise ValueError(
-                f"{file}, line {number} has no text. Each line is an object such as "
-                '{"text": "…"}; other keys are ignored.'
-            )
-        texts.append(row["text"])
-    return texts
 
 
 def _has_accelerator() -> bool:
@@ -807,87 +998,16 @@ def _with_adapters(model: Any, lora: LoraSettings) -> Any:
     )
 
 
-def _claim(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Write down what this folder's run is, or check that it is this one."""
-    path = folder / "run.json"
-    if not path.exists():
-        _write(path, json.dumps(identity, indent=2) + "\n")
-        return
-    there = _flat(json.loads(path.read_text()))
-    given = _flat(identity)
-    different = [
-        f"  {name}: {there.get(name)!r} there, {given.get(name)!r} given"
-        for name in sorted((there.keys() | given.keys()) - set(LOCATIONS))
-        if there.get(name) != given.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"{folder} holds another finetuning run:\n"
-            + "\n".join(different)
-            + "\nChoose another output folder, give what is there, or remove the folder."
-        )
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            flat |= _flat(inner, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = inner
-    return flat
-
-
-def _mark_complete(checkpoint: Path, *, seconds: float) -> None:
-    _flush(checkpoint)
-    sizes = {
-        str(path.relative_to(checkpoint)): path.stat().st_size
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
-    }
-    _write(checkpoint / MARKER, json.dumps({"sizes": sizes, "seconds": seconds}, indent=1) + "\n")
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    marker = checkpoint / MARKER
-    if not marker.is_file():
-        return False
-    sizes = json.loads(marker.read_text())["sizes"]
-    return all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
-        for name, size in sizes.items()
-    )
-
-
-def _checkpoints(folder: Path) -> dict[int, Path]:
-    """Step and folder of each checkpoint; what others left there (.DS_Store) is not ours."""
-    return {
-        int(path.name.removeprefix("checkpoint-")): path
-        for path in folder.glob("checkpoint-*")
-        if path.is_dir() and re.fullmatch(r"checkpoint-[0-9]+", path.name)
-    }
-
-
-def _newest_complete(checkpoints: Path) -> Path | None:
-    """The checkpoint to resume from; incomplete ones are removed."""
-    complete: dict[int, Path] = {}
-    for step, path in _checkpoints(checkpoints).items():
-        if _is_complete(path):
-            complete[step] = path
-        else:
-            logger.warning("%s is incomplete (a process was killed while saving): removed", path)
-            shutil.rmtree(path)
-    return complete[max(complete)] if complete else None
-
-
 def _read_result(final: Path) -> FinetuneResult:
-    record = json.loads((final / "finetune.json").read_text())["result"]
+    whole = json.loads((final / "finetune.json").read_text())
+    record = whole["result"]
     return FinetuneResult(
         folder=final,
         losses=tuple(record["losses"]),
         perplexities=tuple(record["perplexities"]),
         steps=record["steps"],
         seconds=record["seconds"],
+        epoch=record.get("epoch", whole["config"]["epochs"]),  # earlier releases kept the last one
     )
 
 
@@ -908,24 +1028,6 @@ def _weight_hash(model: Any) -> str:
 
 def _vocabulary(tokenizer: Any) -> str:
     return _text_hash([json.dumps(sorted(tokenizer.get_vocab().items()))])
-
-
-def _write(path: Path, text: str) -> None:
-    """Replace the file by one that is complete."""
-    work = path.with_name(f".{path.name}.tmp")
-    with work.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    work.replace(path)
-
-
-def _flush(folder: Path) -> None:
-    """Ask the disk to hold every file of the folder."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 @contextlib.contextmanager

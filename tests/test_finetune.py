@@ -144,7 +144,7 @@ import torch
 torch.set_num_threads(1)
 import transformers
 from datasets import Dataset
-from graftlens import finetune as module
+from graftlens import checkpoints, finetune as module
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -175,15 +175,27 @@ def arm(moment, step):
     elif moment == "while the second checkpoint is half written":
         at_call(transformers.Trainer, "_save_optimizer_and_scheduler", 2)
     elif moment == "before the second checkpoint is marked":
-        at_call(module, "_mark_complete", 2)
+        at_call(module, "mark_complete", 2)
     elif moment == "before the first checkpoint is removed":
         removal_of("checkpoint-3")
     elif moment == "while the model is written":
         at_call(transformers.PreTrainedTokenizerFast, "save_pretrained", 1)
     elif moment == "before the model is in place":
-        at_call(module, "_flush", 3)
+        at_call(checkpoints, "flush", 3)
     elif moment == "before the checkpoints are removed":
         removal_of("checkpoints")
+    elif moment == "while the second epoch is written":
+        at_call(transformers.PreTrainedTokenizerFast, "save_pretrained", 2)
+    elif moment == "before the second epoch is in place":
+        at_call(checkpoints, "flush", 3)
+    elif moment == "before the first epoch is removed":
+        removal_of("epoch-1")
+    elif moment == "while the best epoch is copied":
+        at_call(shutil, "copytree", 1, after=True)
+    elif moment == "before the best epoch is removed":
+        removal_of("epochs")
+    else:
+        raise ValueError(moment)
 
 job = json.loads(sys.argv[1])
 for name, (moment, step) in job["moments"].items():
@@ -201,12 +213,17 @@ for name, (moment, step) in job["moments"].items():
 @pytest.fixture(scope="module")
 def killed(tiny, tmp_path_factory) -> dict[str, Path]:
     """The folder that each killed run left."""
-    root = tmp_path_factory.mktemp("killed")
+    return kill(recipe(tiny, tmp_path_factory.mktemp("killed")), MOMENTS)
+
+
+def kill(config: FinetuneConfig, moments: dict[str, int]) -> dict[str, Path]:
+    """Start a run in a folder of its own for each moment, and kill it there."""
+    root = config.output
     job = {
         "root": str(root),
         "texts": texts(),
-        "config": recipe(tiny, root).model_dump(mode="json", exclude={"output"}),
-        "moments": {f"run-{i}": [moment, step] for i, (moment, step) in enumerate(MOMENTS.items())},
+        "config": config.model_dump(mode="json", exclude={"output"}),
+        "moments": {f"run-{i}": [moment, step] for i, (moment, step) in enumerate(moments.items())},
     }
     done = subprocess.run(
         [sys.executable, "-c", KILLER, json.dumps(job)],
@@ -217,7 +234,7 @@ def killed(tiny, tmp_path_factory) -> dict[str, Path]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return {moment: root / f"run-{i}" for i, moment in enumerate(MOMENTS)}
+    return {moment: root / f"run-{i}" for i, moment in enumerate(moments)}
 
 
 def left_by(killed: dict[str, Path], moment: str, tmp_path: Path) -> Path:
@@ -313,6 +330,246 @@ def test_other_files_among_the_checkpoints_are_left_alone(
     assert checkpoints(tmp_path / "run") == left
     assert_same(run(recipe(tiny, tmp_path / "run")), uninterrupted)
     assert len(calls) == 8 + 3  # resumed from step 6
+
+
+# The best epoch, and each epoch
+
+BEST_MOMENTS = {
+    "while the second epoch is written": 0,
+    "before the second epoch is in place": 0,
+    "before the second checkpoint is marked": 0,
+    "before the first epoch is removed": 0,
+    "in the fourth epoch": 11,
+    "while the best epoch is copied": 0,
+    "before the best epoch is removed": 0,
+}
+
+
+def best_recipe(tiny: Path, output: Path, **changes) -> FinetuneConfig:
+    """A learning rate so high that the second of four epochs is the best one."""
+    settings = {"epochs": 4, "learning_rate": 2e-2, "keep": "best"}
+    return recipe(tiny, output, **settings | changes)
+
+
+@pytest.fixture(scope="module")
+def best(tiny, tmp_path_factory) -> FinetuneResult:
+    """With every epoch kept, to compare with."""
+    output = tmp_path_factory.mktemp("best") / "run"
+    return run(best_recipe(tiny, output, keep_epochs=True))
+
+
+@pytest.fixture(scope="module")
+def killed_best(tiny, tmp_path_factory) -> dict[str, Path]:
+    return kill(best_recipe(tiny, tmp_path_factory.mktemp("killed-best")), BEST_MOMENTS)
+
+
+def epochs(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "epochs").glob("*"))
+
+
+def epoch_weights(folder: Path, number: int) -> dict[str, torch.Tensor]:
+    return load_file(folder / "epochs" / f"epoch-{number}" / "model.safetensors")
+
+
+def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_result_is_the_epoch_of_the_lowest_perplexity(best, tiny):
+    after = best.perplexities[1:]
+    assert best.epoch == 1 + after.index(min(after)) == 2
+    assert best.heldout_perplexity == min(after)
+    assert best.line().endswith(f"→ {min(after):.1f} (kept: epoch 2 of 4)")
+    folder = best.folder.parent
+    assert are_equal(weights(best), epoch_weights(folder, 2))
+    record = json.loads((best.folder / "finetune.json").read_text())["result"]
+    assert record["epoch"] == 2
+    assert tuple(record["perplexities"]) == best.perplexities
+    lines = texts()
+    model = transformers.AutoModelForCausalLM.from_pretrained(best.folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(best.folder)
+    held = [line for line in lines if line not in trained_texts(folder)]
+    value = perplexity(model, tokenizer, held, max_length=96, batch_size=4)
+    assert value == pytest.approx(best.heldout_perplexity, rel=1e-5)
+
+
+def trained_texts(folder: Path) -> list[str]:
+    """Those that the recipe's seed does not hold out."""
+    from graftlens.finetune import _split
+
+    config = json.loads((folder / "run.json").read_text())["config"]
+    del config["precision"]
+    return _split(FinetuneConfig(output=folder, **config), as_dataset(texts()), None)[0]
+
+
+def test_each_epoch_is_kept_as_a_checkpoint_to_load(best, tiny, tmp_path):
+    folder = best.folder.parent
+    assert epochs(folder) == [f"epoch-{number}" for number in (1, 2, 3, 4)]
+    assert not (folder / "checkpoints").exists()
+    last = run(best_recipe(tiny, tmp_path / "run", keep="last"))
+    assert last.epoch == 4
+    assert are_equal(weights(last), epoch_weights(folder, 4))
+    assert last.heldout_perplexity == best.perplexities[4]
+    files = {path.name for path in (folder / "epochs" / "epoch-3").iterdir()}
+    assert files == {path.name for path in best.folder.iterdir()} - {"finetune.json"}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "epochs" / "epoch-3")
+    assert tokenizer.eos_token == "<end>"
+
+
+def test_of_equally_good_epochs_the_earlier_is_kept(tiny, tmp_path, monkeypatch):
+    values = iter([9.0, 4.0, 3.0, 3.0, 5.0])
+    monkeypatch.setattr("graftlens.finetune.perplexity", lambda *_, **__: next(values))
+    result = run(best_recipe(tiny, tmp_path / "run"))
+    assert (result.epoch, result.heldout_perplexity) == (2, 3.0)
+    assert {path.name for path in (tmp_path / "run").iterdir()} - {".lock"} == {
+        "run.json",
+        "log.jsonl",
+        "model",
+    }
+
+
+def test_the_best_needs_heldout_texts(tiny, tmp_path):
+    with pytest.raises(ValueError, match=r"of 12 texts none is held out \(heldout_share=0\.0\)"):
+        run(best_recipe(tiny, tmp_path / "run", heldout_share=0))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_the_kills_of_the_best_left_what_their_names_say(killed_best):
+    left = {moment: (checkpoints(folder), epochs(folder)) for moment, folder in killed_best.items()}
+    assert left == {
+        "while the second epoch is written": (["checkpoint-3"], [".epoch-2", "epoch-1"]),
+        "before the second epoch is in place": (["checkpoint-3"], [".epoch-2", "epoch-1"]),
+        "before the second checkpoint is marked": (
+            ["checkpoint-3", "checkpoint-6"],
+            ["epoch-1", "epoch-2"],
+        ),
+        "before the first epoch is removed": (["checkpoint-6"], ["epoch-1", "epoch-2"]),
+        "in the fourth epoch": (["checkpoint-9"], ["epoch-2"]),
+        "while the best epoch is copied": (["checkpoint-9"], ["epoch-2"]),
+        "before the best epoch is removed": ([], ["epoch-2"]),
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", BEST_MOMENTS)
+def test_a_killed_run_keeps_the_same_best_epoch(moment, killed_best, tiny, best, tmp_path):
+    folder = left_by(killed_best, moment, tmp_path)
+    result = run(best_recipe(tiny, folder))
+    assert_same(result, best)
+    assert result.epoch == 2
+    assert {path.name for path in folder.iterdir()} == {".lock", "run.json", "log.jsonl", "model"}
+
+
+def test_epochs_between_checkpoints_are_not_lost(tiny, best, tmp_path, monkeypatch):
+    """With a checkpoint every third epoch, the best one is not the newest at any of them."""
+    config = best_recipe(tiny, tmp_path / "run", save_epochs=3)
+    stop_at(monkeypatch, 11)
+    with pytest.raises(ZeroDivisionError):
+        run(config)
+    assert (checkpoints(tmp_path / "run"), epochs(tmp_path / "run")) == (
+        ["checkpoint-9"],
+        ["epoch-2"],
+    )
+    assert_same(run(config), best)
+
+
+def test_a_best_epoch_that_is_gone_is_missed(tiny, tmp_path, monkeypatch):
+    config = best_recipe(tiny, tmp_path / "run")
+    stop_at(monkeypatch, 11)
+    with pytest.raises(ZeroDivisionError):
+        run(config)
+    shutil.rmtree(tmp_path / "run" / "epochs")
+    with pytest.raises(FileNotFoundError, match=r"epoch-2 is not there, but it held the best"):
+        run(config)
+
+
+def stop_at(monkeypatch, step: int) -> None:
+    """An exception at this training step of the process, once."""
+    original, calls = transformers.Trainer.training_step, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        return 1 / 0 if len(calls) == step else original(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.Trainer, "training_step", failing)
+
+
+# Frozen parts
+
+
+def untied(tiny: Path) -> torch.nn.Module:
+    """The tiny model, with an unembedding of its own."""
+    config = transformers.AutoConfig.from_pretrained(tiny, tie_word_embeddings=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, config=config)
+    torch.manual_seed(12)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(torch.randn_like(model.lm_head.weight) * 0.02)
+    return model
+
+
+EMBEDDINGS = {"transformer.wte.weight", "transformer.wpe.weight"}
+
+
+@pytest.mark.parametrize(
+    ("freeze", "frozen"),
+    [
+        (("embed",), EMBEDDINGS),
+        (("unembed",), {"lm_head.weight"}),
+        (("embed", "unembed"), EMBEDDINGS | {"lm_head.weight"}),
+    ],
+)
+def test_frozen_parts_stay_as_they_are(freeze, frozen, tiny, tmp_path):
+    model = untied(tiny)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    after = weights(run(recipe(tiny, tmp_path / "run", freeze=freeze), model=model))
+    assert after.keys() == before.keys()
+    assert {name for name in after if torch.equal(before[name], after[name])} == frozen
+
+
+def test_tied_embeddings_are_frozen_together_or_not_at_all(tiny, tmp_path):
+    for half in ("embed", "unembed"):
+        message = rf"freeze=\['{half}'\]: embed and unembed are one tensor .* Write freeze=\[embed,"
+        with pytest.raises(ValueError, match=message):
+            run(recipe(tiny, tmp_path / "run", freeze=(half,)))
+    before = load_file(tiny / "model.safetensors")
+    # The refused run has not claimed the folder.
+    after = weights(run(recipe(tiny, tmp_path / "run", freeze=("embed", "unembed"))))
+    assert {name for name in after if torch.equal(before[name], after[name])} == EMBEDDINGS
+
+
+def test_frozen_embeddings_and_recomputed_activations_go_together(tiny, tmp_path):
+    results = [
+        run(
+            recipe(tiny, tmp_path / str(again), freeze=("embed",), gradient_checkpointing=again),
+            model=untied(tiny),
+        )
+        for again in (False, True)
+    ]
+    assert results[0].losses == pytest.approx(results[1].losses, rel=1e-5)
+
+
+def test_an_unknown_family_cannot_be_frozen(tiny, tmp_path):
+    config = transformers.OPTConfig(
+        vocab_size=400, hidden_size=16, ffn_dim=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    model = transformers.OPTForCausalLM(config)
+    with pytest.raises(ValueError, match=r"the embeddings of model_type 'opt' are not known"):
+        run(recipe(tiny, tmp_path / "run", freeze=("embed", "unembed")), model=model)
+
+
+def test_adapters_are_not_put_on_frozen_parts(tiny, tmp_path):
+    pytest.importorskip("peft")
+    settings = {"freeze": ("embed",), "lora": LoraSettings(rank=2, target_modules=("wte",))}
+    with pytest.raises(ValueError, match=r"lora\.target_modules names 'wte', which freeze=\['emb"):
+        run(recipe(tiny, tmp_path / "run", **settings), model=untied(tiny))
+    model = untied(tiny)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    settings = {"freeze": ("embed", "unembed"), "lora": LoraSettings(rank=2)}
+    after = weights(run(recipe(tiny, tmp_path / "run", **settings), model=model))
+    changed = {name.split(".")[-2] for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {"c_attn", "c_proj", "c_fc"}
 
 
 # Refusals and returns
@@ -589,14 +846,174 @@ def test_adapters_too_are_resumed_exactly(tiny, tmp_path, monkeypatch):
     assert len(calls) == 8 + 3
 
 
+def test_adapters_are_merged_into_each_kept_epoch_and_go_on_as_they_were(tiny, tmp_path):
+    pytest.importorskip("peft")
+    lora = LoraSettings(rank=2, dropout=0.2, target_modules=("c_attn",))
+    settings = {"lora": lora, "learning_rate": 2e-2}
+    plain = run(recipe(tiny, tmp_path / "plain", **settings))
+    kept = run(recipe(tiny, tmp_path / "kept", keep_epochs=True, **settings))
+    assert_same(kept, plain)
+    assert are_equal(epoch_weights(tmp_path / "kept", 3), weights(plain))
+    assert not are_equal(epoch_weights(tmp_path / "kept", 2), weights(plain))
+
+
+def test_a_run_of_an_earlier_release_is_recognised(tiny, tmp_path):
+    """Which knew neither what to freeze nor which epoch to keep, and one process only."""
+    config = recipe(tiny, tmp_path / "run", epochs=1)
+    result = run(config)
+    for path, gone in (
+        (tmp_path / "run" / "run.json", ("freeze", "keep", "keep_epochs")),
+        (result.folder / "finetune.json", ()),
+    ):
+        record = json.loads(path.read_text())
+        del record["processes"]
+        record.get("result", {}).pop("epoch", None)
+        for name in gone:
+            del record["config"][name]
+        path.write_text(json.dumps(record))
+    assert run(config) == result
+    with pytest.raises(ValueError, match=r"  config\.keep: 'last' there, 'best' given"):
+        run(recipe(tiny, tmp_path / "run", epochs=1, keep="best"))
+
+
 def test_recomputed_activations_change_nothing(tiny, tmp_path, uninterrupted):
-    result = run(recipe(tiny, tmp_path / "run", gradient_checkpointing=True))
+    config = recipe(tiny, tmp_path / "run", gradient_checkpointing=True, keep_epochs=True)
+    result = run(config)
     assert result.losses == pytest.approx(uninterrupted.losses, rel=1e-5)
-    config = json.loads((result.folder / "config.json").read_text())
-    assert config["use_cache"] is True
+    for folder in (result.folder, tmp_path / "run" / "epochs" / "epoch-1"):
+        assert json.loads((folder / "config.json").read_text())["use_cache"] is True
 
 
 def test_the_demonstrations_recipe_is_valid(tmp_path):
     movies, config = demo_configs("model", tmp_path, facts=3, epochs=2, seed=4)
     assert (movies.n_facts, movies.seed, config.epochs, config.seed) == (3, 4, 2, 4)
     assert isinstance(movies, MoviesConfig)
+
+
+# Several processes
+
+# The command line, in processes that die at a step where the environment says so.
+MEMBER = """
+import os, signal, sys
+import transformers
+from graftlens.cli import main
+
+rank, step = (int(part) for part in os.environ.get("KILL", "-1 0").split())
+original, calls = transformers.Trainer.training_step, []
+
+def counted(*args, **kwargs):
+    calls.append(1)
+    if len(calls) == step and int(os.environ["RANK"]) == rank:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*args, **kwargs)
+
+transformers.Trainer.training_step = counted
+main()
+"""
+
+
+@pytest.fixture(scope="module")
+def shared(tiny, tmp_path_factory) -> Path:
+    """A folder with a recipe for a model without dropout, whose batches come out even."""
+    folder = tmp_path_factory.mktemp("shared")
+    config = transformers.AutoConfig.from_pretrained(
+        tiny, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+    )
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny, config=config)
+    model.save_pretrained(folder / "start")
+    transformers.AutoTokenizer.from_pretrained(tiny).save_pretrained(folder / "start")
+    (folder / "texts.txt").write_text("\n\n".join(texts()))
+    (folder / "member.py").write_text(MEMBER)
+    settings = shared_recipe(folder, folder / "run")
+    recipe_file = settings.model_dump(mode="json", exclude_none=True)
+    recipe_file["data"] = {"file": str(folder / "texts.txt")}
+    (folder / "recipe.yaml").write_text(json.dumps(recipe_file))
+    return folder
+
+
+def shared_recipe(folder: Path, output: Path, batch_size: int = 2) -> FinetuneConfig:
+    """A learning rate so low that rounding, which AdamW blows up, stays small."""
+    sizes = {"batch_size": batch_size, "heldout_share": 1 / 3}
+    return best_recipe(folder / "start", output, learning_rate=1e-3, **sizes)
+
+
+def two_processes(folder: Path, *overrides: str, kill: str = "-1 0", accelerate: bool = False):
+    """`graftlens finetune` in two processes, on the folder's recipe."""
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    if accelerate:  # its --cpu starts several processes by MPI only
+        launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+        launcher += ["--num_machines", "1", "--mixed_precision", "fp16", "--dynamo_backend", "no"]
+    program = ["-m", "graftlens"] if accelerate else [str(folder / "member.py")]
+    command = [sys.executable, "-m", *launcher, *program, "finetune"]
+    return subprocess.run(
+        [*command, str(folder / "recipe.yaml"), *overrides],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "KILL": kill},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def together(shared) -> FinetuneResult:
+    """What two processes came to, with two texts each."""
+    done = two_processes(shared, f"output={shared / 'together'}")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out perplexity") == 1
+    return finetuned(shared, "together")
+
+
+def finetuned(shared: Path, name: str) -> FinetuneResult:
+    record = json.loads((shared / name / "model" / "finetune.json").read_text())["result"]
+    for key in ("losses", "perplexities"):
+        record[key] = tuple(record[key])
+    return FinetuneResult(folder=shared / name / "model", **record)
+
+
+@pytest.mark.slow
+def test_two_processes_do_what_one_does_with_batches_of_twice_the_size(shared, together, tmp_path):
+    config = shared_recipe(shared, tmp_path / "alone", batch_size=4)
+    alone = run(config)
+    assert alone.steps == together.steps == 8
+    assert together.losses == pytest.approx(alone.losses, abs=1e-5)
+    assert together.perplexities == pytest.approx(alone.perplexities, rel=1e-5)
+    assert together.epoch == alone.epoch == 4
+    one, two = weights(alone), weights(together)
+    assert max((one[name] - two[name]).abs().max().item() for name in one) < 1e-5
+    files = {path.name for path in together.folder.parent.iterdir()}
+    assert files == {".lock", "run.json", "log.jsonl", "config.yaml", "model"}
+    refused = r"  config\.batch_size: 2 there, 4 given\n  processes: 2 there, 1 given"
+    with pytest.raises(ValueError, match=refused):
+        run(config.model_copy(update={"output": together.folder.parent}))
+
+
+@pytest.mark.slow
+def test_accelerate_launches_them_too(shared, together):
+    """Whatever precision its own settings name."""
+    done = two_processes(shared, f"output={shared / 'launched'}", accelerate=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(finetuned(shared, "launched"), together)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_process_ends_all_and_they_resume_exactly(rank, shared, together):
+    name = f"killed-{rank}"
+    done = two_processes(shared, f"output={shared / name}", kill=f"{rank} 6")
+    assert done.returncode != 0
+    assert checkpoints(shared / name) == ["checkpoint-4"]
+    assert (shared / name / "checkpoints" / "checkpoint-4" / "rng_state_1.pth").is_file()
+    assert not (shared / name / "model").exists()
+    done = two_processes(shared, f"output={shared / name}")
+    assert done.returncode == 0, done.stderr
+    assert_same(finetuned(shared, name), together)
+
+
+@pytest.mark.slow
+def test_what_stops_the_first_process_stops_the_others(shared):
+    (shared / "taken").mkdir()
+    with FileLock(shared / "taken" / ".lock"):
+        done = two_processes(shared, f"output={shared / 'taken'}")
+    assert done.returncode != 0
+    assert "taken is in use by another process that finetunes there" in done.stderr

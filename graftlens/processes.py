@@ -1,0 +1,85 @@
+"""The processes that train one model together, as accelerate or torchrun started them.
+
+Each has a part of every batch. Only the first one touches the run's folder; the others get what it
+read or made there.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+# The others wait while the first one measures perplexity or writes a checkpoint.
+PATIENCE = timedelta(hours=12)
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One process of a group.
+
+    Attributes:
+        rank: its number, from 0.
+        count: how many there are.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that reads and writes."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return when all processes have come here."""
+        if self.count > 1:
+            import torch.distributed
+
+            torch.distributed.barrier()
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` gives in the first process; all processes call this, and all get it.
+
+        Raises:
+            RuntimeError: in the other processes, where `make` failed in the first one.
+        """
+        if self.count == 1:
+            return make()
+        import torch.distributed
+
+        box: list[Any] = [None, "the first process ended"]
+        if not self.is_first:
+            torch.distributed.broadcast_object_list(box, src=0)
+            if box[1] is not None:
+                raise RuntimeError(f"process {self.rank} of {self.count} stops, too: {box[1]}")
+            return box[0]
+        try:
+            box = [make(), None]
+            return box[0]
+        except BaseException as error:
+            box = [None, f"{type(error).__name__}: {error}"]
+            raise
+        finally:
+            torch.distributed.broadcast_object_list(box, src=0)
+
+
+def is_first() -> bool:
+    """Whether this process is the first of those that a launcher started, or the only one."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def started_together(*, cpu: bool) -> Processes:
+    """The group that this process was started in; a lone process is a group of one.
+
+    Args:
+        cpu: whether they will train on the CPU, though there may be an accelerator.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
+        return Processes()
+    from accelerate import PartialState  # type: ignore[import-untyped]
+
+    state = PartialState(cpu=cpu, timeout=PATIENCE)
+    return Processes(state.process_index, state.num_processes)
