@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -232,7 +233,7 @@ def test_an_older_page_survives_a_failed_write(tmp_path, monkeypatch):
     def fail(number):
         raise OSError("disk full")
 
-    monkeypatch.setattr(report.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         report.write_report(path, provenance={}, **options)
     assert path.read_text() == "older"

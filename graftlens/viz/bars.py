@@ -1,6 +1,8 @@
 """Bar charts of a summary: a table in, a figure out."""
 
 import html
+import math
+from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -9,15 +11,34 @@ from graftlens.viz import text, theme
 
 
 def grouped_bars(
-    summary: pd.DataFrame, metric: str = "top5", *, look: theme.Theme = theme.LIGHT
+    summary: pd.DataFrame,
+    metric: str = "top5",
+    *,
+    order: Sequence[str] | None = None,
+    baselines: Mapping[str, float | int] | None = None,
+    legend_title: str = "",
+    look: theme.Theme = theme.LIGHT,
 ) -> go.Figure:
     """`metric` of every graft (x axis), one bar per group (template), with its interval.
 
     Several groups differ in colour and hatch; with one group each graft has its own fixed fill.
     A bar without a value is left out and named as "n/a" in the legend or under the axis.
+
+    Args:
+        order: the groups in the order wanted; those left out come after them as in the summary.
+        baselines: values by name, such as those of PRE and SFT; each is a dotted line across.
+        legend_title: what the groups are.
+
+    Raises:
+        ValueError: an unknown metric, or a group that the summary lacks.
     """
     facts = text.measure(summary, metric)
-    parts = text.groups(summary)
+    parts = _ordered(text.groups(summary), order)
+    names = list(dict.fromkeys(str(graft) for part in parts.values() for graft in part["graft"]))
+    longest = max(map(len, names), default=0)
+    # Whether labels stand side by side, at about 130 characters to a full-width chart; if they do
+    # not, they lean and need height.
+    angled = (longest + 2) * len(names) > 130
     figure = go.Figure()
     for index, (name, part) in enumerate(parts.items()):
         grafts = [str(graft) for graft in part["graft"]]
@@ -33,8 +54,8 @@ def grouped_bars(
                 "array": (high - value).tolist(),
                 "arrayminus": (value - low).tolist(),
                 "color": look.text,
-                "thickness": 1.3,
-                "width": 3,
+                "thickness": 1.3 if len(names) * len(parts) <= 60 else 1,
+                "width": 3 if len(names) * len(parts) <= 60 else 1.5,
             },
             marker={
                 "color": color,
@@ -48,26 +69,100 @@ def grouped_bars(
                     "size": 7,
                 },
             },
-            customdata=[[text.written(facts, row)] for _, row in part.iterrows()],
+            customdata=[[said] for said in text.written_all(facts, part)],
             hovertemplate=f"%{{x}}, {html.escape(name)}<br>%{{customdata[0]}}<extra></extra>",
         )
-    level = f"{100 * float(summary['level'].iloc[0]):g}%"
+    rows = _legend_rows(list(parts), legend_title) if len(parts) > 1 else 0
     figure.update_layout(
         **theme.layout(look),
         barmode="group",
         bargap=0.25,
         bargroupgap=0.06,
-        height=430,
-        margin={"l": 60, "r": 16, "t": 48, "b": 60},
+        height=430 + 22 * max(0, rows - 1) + (min(5 * longest, 220) if angled else 0),
+        margin={"l": 60, "r": 16, "t": 48 + 22 * max(0, rows - 1), "b": 60},
         showlegend=len(parts) > 1,
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": 1.02,
+            "yanchor": "bottom",
+            "title_text": html.escape(legend_title),
+        },
     )
-    below = [f"graft; whiskers: {level} interval", *_missing(parts, metric)]
-    figure.update_xaxes(title_text=html.escape("; ".join(below)), type="category", showgrid=False)
+    below = [f"graft; whiskers: {text.level(summary)} interval", *_missing(parts, metric)]
+    figure.update_xaxes(
+        title={"text": html.escape("; ".join(below)), "standoff": 10},
+        type="category",
+        showgrid=False,
+    )
+    figure.update_xaxes(
+        categoryorder="array",
+        categoryarray=[html.escape(name) for name in names],
+        # Every label is written, unless there are too many to be read.
+        dtick=1 if len(names) <= 60 else None,
+    )
+    figure.update_xaxes(autotickangles=[0, -40, -90], tickfont_size=11 if angled else 12)
     figure.update_yaxes(title_text=html.escape(facts.axis))
     if facts.share:
         figure.update_yaxes(range=[0, 1], tickformat=".0%")
+    if baselines:
+        _add_baselines(figure, facts, summary, baselines)
     return figure
+
+
+def _ordered(
+    parts: dict[str, pd.DataFrame], order: Sequence[str] | None
+) -> dict[str, pd.DataFrame]:
+    for name in order or ():
+        if name not in parts:
+            raise ValueError(
+                f"order names the group {name!r}; the summary has {', '.join(map(repr, parts))}"
+            )
+    return {name: parts[name] for name in dict.fromkeys((*(order or ()), *parts))}
+
+
+def _legend_rows(names: Sequence[str], title: str) -> int:
+    """How many rows a legend of these entries takes above a full-width chart, about."""
+    return 1 + sum(len(name) + 7 for name in (title, *names) if name) // 130
+
+
+def _add_baselines(
+    figure: go.Figure,
+    facts: text.Measure,
+    summary: pd.DataFrame,
+    baselines: Mapping[str, float | int],
+) -> None:
+    held = {name: value for name, value in baselines.items() if not math.isnan(value)}
+    ends = [f"{facts.name}{end}" for end in ("", "_low", "_high")]
+    values = [*held.values(), *summary[ends].to_numpy(dtype=float).ravel().tolist()]
+    values = [value for value in values if not math.isnan(value)]
+    span = 1.0 if facts.share else (max(values, default=1.0) - min(values, default=0.0)) or 1.0
+    # Lines that lie close share a label, because two would cover each other.
+    labels: list[tuple[float, list[str]]] = []
+    for name, value in sorted(held.items(), key=lambda item: item[1]):
+        figure.add_hline(
+            y=value,
+            line={"color": theme.graft_fill(name).color, "dash": "dot", "width": 2},
+            layer="below",
+        )
+        if labels and value - labels[-1][0] < 0.05 * span:
+            labels[-1][1].append(name)
+        else:
+            labels.append((value, [name]))
+    for value, names in labels:
+        figure.add_annotation(
+            text=html.escape(", ".join(names)),
+            x=1,
+            xref="x domain",
+            xanchor="left",
+            xshift=4,
+            y=value,
+            yref="y",
+            showarrow=False,
+            font_size=12,
+        )
+    longest = max((len(", ".join(names)) for _, names in labels), default=0)
+    figure.update_layout(margin_r=16 + 8 * longest)
 
 
 def _missing(parts: dict[str, pd.DataFrame], metric: str) -> list[str]:

@@ -1,24 +1,18 @@
-"""One self-contained HTML page about a run: what it shows, its charts and numbers, how it was run.
+"""One self-contained page about a run: what it shows, its charts and numbers, how it was run."""
 
-The page opens without a network and loads nothing: styles, scripts and plotly's JavaScript (once)
-are inside, and its content policy forbids the rest.
-"""
-
-import contextlib
-import json
-import math
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
 import pandas as pd
-import plotly.graph_objects as go
-from plotly.offline import get_plotlyjs
 
-from graftlens.viz import text, theme
-from graftlens.viz.bars import grouped_bars
+from graftlens.viz import page, text
+from graftlens.viz.figures import bar_chart
+from graftlens.viz.files import write_whole
+
+#: With more grafts than this the ranks prompt by prompt are no table that anyone reads.
+MAX_GRAFTS = 40
 
 
 @dataclass(frozen=True)
@@ -48,30 +42,6 @@ class Example:
             )
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A figure with its caption and, for readers who cannot see it, a description."""
-
-    caption: str
-    alt: str
-    figure: go.Figure
-
-
-def bar_chart(summary: pd.DataFrame, metric: str) -> Chart:
-    """`grouped_bars` with a caption and a description made from the same numbers."""
-    facts = text.measure(summary, metric)
-    level = f"{100 * float(summary['level'].iloc[0]):g}%"
-    caption = (
-        f"{_capital(facts.title)}; whiskers: {level} intervals over {text.resampled(summary)}."
-    )
-    said = []
-    for name, part in text.groups(summary).items():
-        values = (f"{row['graft']} {text.written(facts, row)}" for _, row in part.iterrows())
-        said.append(f"{name}: {', '.join(values)}")
-    alt = f"Bar chart of {facts.label} by graft. {'. '.join(said)}."
-    return Chart(caption, alt, grouped_bars(summary, metric))
-
-
 def write_report(
     path: str | Path,
     *,
@@ -80,7 +50,7 @@ def write_report(
     table: pd.DataFrame,
     examples: Sequence[Example] = (),
     provenance: Mapping[str, object],
-    charts: Sequence[Chart] | None = None,
+    charts: Sequence[page.Figure] | None = None,
     metric: str = "top5",
     lead: str | None = None,
     findings: Sequence[str] | None = None,
@@ -92,7 +62,7 @@ def write_report(
     first chart are about. Charts default to `metric` and the recovery, if the summary has one. The
     lead sentence and the findings below it default to `text.headline` and `text.verdicts`. Ranks
     are listed prompt by prompt for the first `max_prompts` prompts; the page says how many more
-    there are.
+    there are. With more than `MAX_GRAFTS` grafts they are left to the results table.
     """
     if max_prompts < 0:
         raise ValueError(f"max_prompts={max_prompts} is negative; give 0 to list no prompts")
@@ -107,71 +77,16 @@ def write_report(
     body = "\n".join(
         (
             f"<header><h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p></header>",
-            _section("found", "What the numbers say", _findings(findings)),
-            _section("charts", "Charts", _charts(charts)),
-            _section("numbers", "Numbers", _numbers(summary, table)),
-            _section("examples", "Example prompts", _examples(examples)) if examples else "",
-            _section("prompts", "Prompt by prompt", _prompts(table, max_prompts)),
-            _section("grafts", "The grafts", _rules(table)),
-            _section("run", "What was run and how", _definitions(provenance)),
+            page.section("found", "What the numbers say", page.bullets(findings)),
+            page.section("charts", "Charts", page.figures(charts, folder=Path(path).parent)),
+            page.section("numbers", "Numbers", _numbers(summary, table)),
+            page.section("examples", "Example prompts", _examples(examples)) if examples else "",
+            page.section("prompts", "Prompt by prompt", _prompts(table, max_prompts)),
+            page.section("grafts", "The grafts", page.rules(_rules(table))),
+            page.section("run", "What was run and how", page.definitions(provenance)),
         )
     )
-    return _write_whole(Path(path), _page(title, body))
-
-
-def _page(title: str, body: str) -> str:
-    policy = (
-        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-        "img-src data: blob:"
-    )
-    looks = {"light": asdict(theme.LIGHT), "dark": asdict(theme.DARK)}
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
-<title>{escape(title)}</title>
-<style>{_variables(theme.LIGHT)}
-@media screen and (prefers-color-scheme: dark) {{ {_variables(theme.DARK)} }}
-{_STYLE}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<script>{get_plotlyjs()}</script>
-<script>const looks = {_json(looks)};
-{_SCRIPT}</script>
-</body>
-</html>
-"""
-
-
-def _section(name: str, title: str, content: str) -> str:
-    return f"<section aria-labelledby='{name}'><h2 id='{name}'>{title}</h2>\n{content}</section>"
-
-
-def _findings(findings: Sequence[str]) -> str:
-    return f"<ul>{''.join(f'<li>{escape(finding)}</li>' for finding in findings)}</ul>"
-
-
-def _charts(charts: Sequence[Chart]) -> str:
-    parts = []
-    for index, chart in enumerate(charts):
-        figure = _json(json.loads(chart.figure.to_json()))
-        height = chart.figure.layout.height or 430
-        parts.append(
-            f"<figure><div class='chart' id='chart-{index}' role='img' "
-            f"aria-label='{escape(chart.alt)}' style='height:{int(height)}px'></div>"
-            f"<script type='application/json' id='chart-{index}-figure'>{figure}</script>"
-            f"<figcaption>{escape(chart.caption)}</figcaption></figure>"
-        )
-    needs = (
-        "<noscript><p>The charts need JavaScript; the table below has their numbers.</p></noscript>"
-    )
-    return "\n".join((*parts, needs))
+    return write_whole(path, page.document(title, body))
 
 
 def _numbers(summary: pd.DataFrame, table: pd.DataFrame) -> str:
@@ -199,12 +114,11 @@ def _numbers(summary: pd.DataFrame, table: pd.DataFrame) -> str:
             f"<th scope='col'>not run<small>prompts</small></th></tr></thead>"
             f"<tbody>{rows}</tbody></table></div>"
         )
-    level = f"{100 * float(first['level']):g}%"
     notes = [
-        f"Each cell: the value, below it its {level} interval over {text.resampled(summary)}. "
-        f"Intervals are those of a paired bootstrap ({int(first['resamples'])} resamples, seed "
-        f"{int(first['seed'])}); an accuracy with fewer than 5 successes or failures has a Wilson "
-        "interval instead.",
+        f"Each cell: the value, below it its {text.level(summary)} interval over "
+        f"{text.resampled(summary)}. Intervals are those of a paired bootstrap "
+        f"({int(first['resamples'])} resamples, seed {int(first['seed'])}); an accuracy with fewer "
+        "than 5 successes or failures has a Wilson interval instead.",
         "A prompt is used only if it ran under every graft; the others are counted as left out.",
     ]
     if "recovery_of" in summary:
@@ -314,17 +228,32 @@ def _prompts(table: pd.DataFrame, max_prompts: int) -> str:
     shown = prompts[:max_prompts]
     if not shown:
         return f"<p>{len(prompts)} prompts, not listed here.</p>"
-    rows = []
-    kept = table[table["prompt"].isin(shown)]
-    for prompt, part in kept.groupby("prompt", sort=True):
-        first = part.iloc[0]
-        by_graft = {str(row["graft"]): row for _, row in part.iterrows()}
-        ranks = "".join(_rank(by_graft.get(str(graft))) for graft in grafts)
-        rows.append(
-            f"<tr><th scope='row'>{escape(str(prompt))}</th><td class='text'>"
-            f"{escape(str(first['text']))}</td><td class='text'>{escape(str(first['answer']))}</td>"
-            f"{ranks}</tr>"
+    if len(grafts) > MAX_GRAFTS:
+        return (
+            f"<p>The ranks of {len(prompts)} prompts under {len(grafts)} grafts are too many for a "
+            f"table here (it is shown for up to {MAX_GRAFTS} grafts); they are in the results "
+            "table.</p>"
         )
+    kept = table[table["prompt"].isin(shown)].drop_duplicates(["prompt", "graft"], keep="last")
+    texts = kept.drop_duplicates("prompt").set_index("prompt")
+    cells = {
+        (prompt, graft): _rank(rank, reason)
+        for prompt, graft, rank, reason in zip(
+            kept["prompt"],
+            kept["graft"],
+            kept["rank"].to_numpy(dtype=float, na_value=float("nan")).tolist(),
+            kept["reason"].astype(object).where(kept["reason"].notna(), None),
+            strict=True,
+        )
+    }
+    absent = _rank(float("nan"), None)
+    rows = "".join(
+        f"<tr><th scope='row'>{escape(str(prompt))}</th><td class='text'>"
+        f"{escape(str(texts.at[prompt, 'text']))}</td><td class='text'>"
+        f"{escape(str(texts.at[prompt, 'answer']))}</td>"
+        f"{''.join(cells.get((prompt, graft), absent) for graft in grafts)}</tr>"
+        for prompt in shown
+    )
     head = "".join(f"<th scope='col'>{escape(str(graft))}</th>" for graft in grafts)
     more = len(prompts) - len(shown)
     rest = f" The other {more} prompts are in the results table only." if more else ""
@@ -333,181 +262,20 @@ def _prompts(table: pd.DataFrame, max_prompts: int) -> str:
         f"– = not run).{rest}</p><details><summary>Show {len(shown)} of {len(prompts)} prompts"
         "</summary><div class='scroll' tabindex='0' role='region' aria-label='Prompt by prompt'>"
         f"<table class='ranks'><thead><tr><th scope='col'>id</th><th scope='col'>prompt</th>"
-        f"<th scope='col'>answer</th>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+        f"<th scope='col'>answer</th>{head}</tr></thead><tbody>{rows}</tbody></table>"
         "</div></details>"
     )
 
 
-def _rank(row: "pd.Series[object] | None") -> str:
-    if row is None or not pd.isna(row["reason"]) or pd.isna(row["rank"]):
-        why = "no row" if row is None or pd.isna(row["reason"]) else str(row["reason"])
-        return f"<td class='count' title='{escape(why)}'>–</td>"
-    rank = int(row["rank"])
-    return f"<td class='count'>{f'<strong>{rank}</strong>' if rank <= 5 else rank}</td>"
+def _rank(rank: float, reason: str | None) -> str:
+    if reason is not None or rank != rank:
+        return f"<td class='count' title='{escape(str(reason or 'no row'))}'>–</td>"
+    said = f"<strong>{rank:.0f}</strong>" if rank <= 5 else f"{rank:.0f}"
+    return f"<td class='count'>{said}</td>"
 
 
-def _rules(table: pd.DataFrame) -> str:
+def _rules(table: pd.DataFrame) -> dict[str, list[str]]:
     rules: dict[str, list[str]] = {}
-    for graft, rule in zip(table["graft"], table["rule"], strict=True):
-        known = rules.setdefault(str(graft), [])
-        if str(rule) not in known:
-            known.append(str(rule))
-    items = "".join(
-        f"<dt>{escape(graft)}</dt><dd>"
-        f"{' or '.join(f'<code>{escape(rule)}</code>' for rule in known)}</dd>"
-        for graft, known in rules.items()
-    )
-    return f"<dl>{items}</dl>"
-
-
-def _definitions(value: Mapping[str, object]) -> str:
-    items = "".join(
-        f"<dt>{escape(str(key))}</dt><dd>{_described(inner)}</dd>" for key, inner in value.items()
-    )
-    return f"<dl>{items}</dl>"
-
-
-def _described(value: object) -> str:
-    if isinstance(value, Mapping):
-        return _definitions(value) if value else "none"
-    if isinstance(value, list | tuple):
-        if not value:
-            return "none"
-        if any(isinstance(item, Mapping | list | tuple) for item in value):
-            return f"<ol>{''.join(f'<li>{_described(item)}</li>' for item in value)}</ol>"
-        return ", ".join(_described(item) for item in value)
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"<code>{escape(str(value))}</code>"
-
-
-def _write_whole(path: Path, page: str) -> Path:
-    # Written beside its place and moved there, so that a reader never sees half a page.
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("w", encoding="utf-8") as file:
-            file.write(page)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            beside.unlink()
-    return path
-
-
-def _json(value: object) -> str:
-    # Inside a script element only "<" can end it or start a comment.
-    return json.dumps(_finite(value), allow_nan=False).replace("<", "\\u003c")
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
-
-
-def _variables(look: theme.Theme) -> str:
-    return (
-        f":root {{ --surface: {look.surface}; --text: {look.text}; --muted: {look.muted}; "
-        f"--grid: {look.grid}; --sft: {theme.source_color('sft')}; }}"
-    )
-
-
-_STYLE = """
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--surface); color: var(--text);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .75rem; }
-h2 { font-size: 1.25rem; margin: 2.25rem 0 .75rem; padding-bottom: .25rem;
-  border-bottom: 1px solid var(--grid); }
-h3 { font-size: 1.05rem; margin: 1.5rem 0 .25rem; }
-h4 { font-size: .95rem; margin: .75rem 0 .15rem; }
-small { color: var(--muted); font-weight: normal; font-size: .85em; }
-.lead { font-size: 1.15rem; margin: 0; padding: .75rem 1rem; border-left: 4px solid var(--sft); }
-code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-figure { margin: 0 0 1.5rem; }
-figcaption, .notes, .legend { color: var(--muted); font-size: .9rem; }
-.chart { width: 100%; }
-.scroll { overflow-x: auto; margin: 0 0 1.25rem; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .25rem 0; }
-th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; white-space: nowrap;
-  border-bottom: 1px solid var(--grid); }
-th small, td small { display: block; }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--surface); }
-.text { text-align: left; white-space: normal; min-width: 12rem; }
-.ranks .text + .text { min-width: 8rem; }
-summary { cursor: pointer; margin-bottom: .5rem; }
-.tokens { margin: 0; line-height: 2.1; overflow-wrap: anywhere; }
-.token, mark { display: inline-block; max-width: 100%; line-height: 1.5; padding: .1rem .12rem;
-  border-radius: 2px; color: inherit; }
-.token { border-bottom: 1px dotted var(--muted); margin-right: 2px; }
-mark { border-bottom: 3px solid var(--sft); font-weight: 600; margin-right: 2px;
-  background: color-mix(in srgb, var(--sft) 22%, transparent); }
-.ws { color: var(--muted); font-weight: normal; user-select: none; }
-.guesses { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1rem; margin: .1rem 0 0;
-  padding: 0; font-size: .9rem; color: var(--muted); }
-.guesses .right { color: var(--text); font-weight: 600; }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .25rem 1.25rem;
-  margin: 0; }
-dt { font-weight: 600; overflow-wrap: anywhere; }
-dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
-dd > dl { padding-left: .75rem; border-left: 2px solid var(--grid); }
-@media (max-width: 40rem) {
-  main { padding: 1rem .8rem 3rem; }
-  h1 { font-size: 1.35rem; }
-  .lead { font-size: 1.05rem; }
-  dl { grid-template-columns: 1fr; gap: 0; }
-  dd { margin-bottom: .4rem; }
-}
-@media print {
-  main { max-width: none; padding: 0; }
-  .modebar { display: none !important; }
-  mark, .lead { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  figure, tr, article > div { break-inside: avoid; }
-  h2, h3, h4 { break-after: avoid; }
-  .scroll { overflow: visible; }
-  table { font-size: .7rem; }
-  th, td { padding: .15rem .3rem; }
-}
-"""
-
-_SCRIPT = """
-const wantsDark = window.matchMedia("(prefers-color-scheme: dark)");
-const charts = [...document.querySelectorAll(".chart")];
-const settings = {responsive: true, displaylogo: false, showSendToCloud: false,
-  displayModeBar: window.innerWidth > 640 ? "hover" : false,
-  plotlyServerURL: "", modeBarButtonsToRemove: ["sendChartToCloud", "select2d", "lasso2d"]};
-function dress(chart, printing) {
-  const look = looks[wantsDark.matches && !printing ? "dark" : "light"];
-  const layout = {"font.color": look.text, "modebar.color": look.muted,
-    "modebar.activecolor": look.text};
-  for (const axis of Object.keys(chart.layout).filter(key => /^[xy]axis/.test(key))) {
-    layout[axis + ".gridcolor"] = look.grid;
-    layout[axis + ".linecolor"] = layout[axis + ".zerolinecolor"] = look.muted;
-  }
-  const bars = chart.data.map((trace, i) => trace.type === "bar" ? i : -1).filter(i => i >= 0);
-  const outlines = {"error_y.color": look.text, "marker.line.color": look.text,
-    "marker.pattern.fgcolor": look.surface, "marker.opacity": look.bar_opacity};
-  return bars.length ? Plotly.update(chart, outlines, layout, bars)
-                     : Plotly.relayout(chart, layout);
-}
-for (const chart of charts) {
-  const figure = JSON.parse(document.getElementById(chart.id + "-figure").textContent);
-  Plotly.newPlot(chart, figure.data, figure.layout, settings).then(() => dress(chart, false));
-}
-wantsDark.addEventListener("change", () => charts.forEach(chart => dress(chart, false)));
-window.addEventListener("beforeprint", () => charts.forEach(chart => dress(chart, true)));
-window.addEventListener("afterprint", () => charts.forEach(chart => dress(chart, false)));
-"""
+    for graft, rule in table[["graft", "rule"]].drop_duplicates().itertuples(index=False):
+        rules.setdefault(str(graft), []).append(str(rule))
+    return rules

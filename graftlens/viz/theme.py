@@ -18,6 +18,13 @@ PURPLE = "#8A3FA8"
 
 PALETTE = (BLUE, VERMILION, AMBER, PURPLE, GREEN, GREY)
 PATTERNS = ("", "/", ".", "x", "\\", "-")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star")
+
+#: Below zero, zero, above zero. Zero is a light grey, so that it differs from an empty cell.
+DIVERGING = ("#0a2f5c", "#2166ac", "#8fbfe6", "#ebebeb", "#f0a582", "#c9440e", "#661a00")
+#: From nothing to all, darker all the way.
+SEQUENTIAL = ("#e9eff2", "#b7d7e0", "#74b3cc", "#3a86b4", "#215b92", "#112a5c")
 
 _SOURCES = {"pre": GREY, "sft": VERMILION}
 _GRAFTS = {
@@ -55,6 +62,20 @@ class Fill:
     pattern: str
 
 
+@dataclass(frozen=True)
+class Line:
+    """How a line is drawn, in plotly's words for dashes and marker symbols."""
+
+    color: str
+    dash: str
+    marker: str
+
+
+def colorscale(colors: tuple[str, ...]) -> list[list[object]]:
+    """Colours at even distances, as plotly takes them."""
+    return [[i / (len(colors) - 1), color] for i, color in enumerate(colors)]
+
+
 def graft_fill(name: str) -> Fill:
     """The same fill for a graft's name in every plot; a name not known here gets a stable one."""
     return Fill(*_GRAFTS.get(name, _stable(name)))
@@ -67,7 +88,17 @@ def source_color(name: str) -> str:
 
 def series_fill(index: int) -> Fill:
     """The fill of the index-th series that is neither a graft nor a source, such as a template."""
-    return Fill(PALETTE[index % len(PALETTE)], PATTERNS[index % len(PATTERNS)])
+    # A colour that comes again has another hatch.
+    lap, place = divmod(index, len(PALETTE))
+    return Fill(PALETTE[place], PATTERNS[(place + lap) % len(PATTERNS)])
+
+
+def series_line(index: int) -> Line:
+    """Colour, dash and marker of the index-th line of a chart."""
+    lap, place = divmod(index, len(PALETTE))
+    return Line(
+        PALETTE[place], DASHES[(place + lap) % len(DASHES)], MARKERS[(place + lap) % len(MARKERS)]
+    )
 
 
 def layout(theme: Theme) -> dict[str, Any]:

@@ -1,0 +1,122 @@
+"""Charts for a page: each with a caption and a description made from the same numbers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from graftlens.viz import text
+from graftlens.viz.bars import grouped_bars
+from graftlens.viz.heatmap import SIGNED, cells, heatmap
+from graftlens.viz.lines import lines
+from graftlens.viz.page import Figure
+
+#: A description that lists more values than this tells a listener less, not more.
+LISTED = 60
+
+
+def bar_chart(
+    summary: pd.DataFrame,
+    metric: str,
+    *,
+    files: Mapping[str, Path] | None = None,
+    **options: Any,
+) -> Figure:
+    """`grouped_bars(summary, metric, **options)` with its caption and description."""
+    facts = text.measure(summary, metric)
+    caption = (
+        f"{_capital(facts.title)}; whiskers: {text.level(summary)} intervals over "
+        f"{text.resampled(summary)}."
+    )
+    parts = text.groups(summary)
+    said = []
+    for name, part in parts.items():
+        if len(summary) > LISTED:
+            said.append(f"{name}: {_ends(facts, part, part['graft'].astype(str).tolist())}")
+        else:
+            pairs = zip(part["graft"], text.written_all(facts, part), strict=True)
+            said.append(f"{name}: {', '.join(f'{graft} {value}' for graft, value in pairs)}")
+    alt = f"Bar chart of {facts.label} by graft. {'. '.join(said)}."
+    return Figure(caption, alt, grouped_bars(summary, metric, **options), dict(files or {}))
+
+
+def heat_map(
+    summary: pd.DataFrame,
+    metric: str = "recovery",
+    *,
+    x: str = "layer",
+    y: str = "component",
+    panel: str | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> Figure:
+    """`heatmap(summary, metric, x=x, y=y, panel=panel)` with its caption and description."""
+    facts = text.measure(summary, metric)
+    grid = cells(summary, x=x, y=y, panel=panel)
+    rows = summary.reset_index(drop=True)
+    each = f", one panel for each {panel}" if panel is not None else ""
+    caption = f"{_capital(facts.title)} by {y} and {x}{each}."
+    if metric in SIGNED:
+        caption += (
+            f" The scale is symmetric around 0. A dot: the {text.level(summary)} interval over "
+            f"{text.resampled(summary)} of this cell alone excludes 0; with many cells some do by "
+            "chance."
+        )
+    said = []
+    for name in grid.y:
+        keys = [key for key in grid.row if key[0] == name]
+        part = rows.loc[[grid.row[key] for key in keys]]
+        missing = len(grid.x[name]) * len(grid.y[name]) - int(part[metric].notna().sum())
+        ends = _ends(facts, part, [f"{down} at {x} {across}" for _, down, across in keys])
+        gaps = f"; {missing} cells have no value" if missing else ""
+        said.append((f"{name}: " if name else "") + ends + gaps)
+    alt = f"Heat map of {facts.label}, {y} by {x}. {'. '.join(said)}."
+    return Figure(caption, alt, heatmap(summary, metric, x=x, y=y, panel=panel), dict(files or {}))
+
+
+def line_chart(
+    frame: pd.DataFrame,
+    x: str,
+    metric: str,
+    *,
+    series: str | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> Figure:
+    """`lines(frame, x, metric, series=series)` with its caption and description."""
+    facts = text.measure(frame, metric)
+    figure = lines(frame, x, metric, series=series)
+    along = x.replace("_", " ")
+    caption = f"{_capital(facts.title)} along {along}"
+    caption += f", one line for each {series.replace('_', ' ')}." if series is not None else "."
+    said = []
+    names = [None] if series is None else list(dict.fromkeys(frame[series]))
+    for name in names:
+        part = frame if name is None else frame[frame[series].eq(name)]
+        means = part.groupby(x, sort=True)[metric].mean()
+        first, last = (_value(facts, means.iloc[i]) for i in (0, -1))
+        start = "" if name is None else f"{name}: "
+        said.append(f"{start}from {first} at {means.index[0]} to {last} at {means.index[-1]}")
+    alt = f"Line chart of {facts.label} along {along}. {'. '.join(said)}."
+    return Figure(caption, alt, figure, dict(files or {}))
+
+
+def _ends(facts: text.Measure, rows: pd.DataFrame, names: Sequence[str]) -> str:
+    """The least and the greatest of many values, in words."""
+    values = rows[facts.name].to_numpy(dtype=float).tolist()
+    held = [(value, name) for value, name in zip(values, names, strict=True) if value == value]
+    if not held:
+        return "no value"
+    (low, at_low), (high, at_high) = min(held), max(held)
+    return (
+        f"{len(held)} values from {_value(facts, low)} ({at_low}) to {_value(facts, high)} "
+        f"({at_high})"
+    )
+
+
+def _value(facts: text.Measure, value: float) -> str:
+    bounds = {f"{facts.name}{end}": [value] for end in ("", "_low", "_high")}
+    return text.written_all(facts, pd.DataFrame(bounds), interval=False)[0]
+
+
+def _capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]

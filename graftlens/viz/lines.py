@@ -1,0 +1,173 @@
+"""Line charts: a metric along a number, such as a share of layers."""
+
+import html
+from collections.abc import Sequence
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from graftlens.viz import text, theme
+
+
+def lines(
+    frame: pd.DataFrame,
+    x: str,
+    metric: str,
+    *,
+    series: str | None = None,
+    look: theme.Theme = theme.LIGHT,
+) -> go.Figure:
+    """`metric` along the numbers in column `x`, one line for each value of column `series`.
+
+    `frame` has rows of summaries. Where one row is at a point, whiskers show its interval. Where a
+    series has several rows at any x (random draws), its line is their mean, a band goes from the
+    least to the greatest, and every draw is a faint dot.
+
+    Raises:
+        ValueError: an unknown metric or column, or an x that is no number.
+    """
+    facts = text.measure(frame, metric)
+    for column in (x, *([series] if series is not None else [])):
+        if column not in frame.columns:
+            raise ValueError(
+                f"the table has no column {column!r}; it has "
+                f"{', '.join(map(repr, map(str, frame.columns)))}"
+            )
+    at = pd.to_numeric(frame[x].astype(object), errors="coerce")
+    if at.isna().any():
+        wrong = frame.loc[at.isna(), x].iloc[0]
+        raise ValueError(f"column {x!r} has {wrong!r}, which is no number; x must be numbers")
+    figure = go.Figure()
+    drawn = False
+    names: list[object] = [None] if series is None else list(dict.fromkeys(frame[series]))
+    for index, name in enumerate(names):
+        chosen = pd.Series(True, index=frame.index) if name is None else frame[series].eq(name)
+        part = frame[chosen].assign(**{_AT: at[chosen]}).sort_values(_AT, kind="stable")
+        label = facts.label if name is None else str(name)
+        line = theme.series_line(index)
+        if part[_AT].duplicated().any():
+            drawn = True
+            _add_draws(figure, part, facts, html.escape(label), line, x)
+        else:
+            _add_points(figure, part, facts, html.escape(label), line, x)
+    figure.update_layout(
+        **theme.layout(look),
+        height=430,
+        margin={"l": 60, "r": 16, "t": 48, "b": 60},
+        showlegend=series is not None,
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "y": 1.02,
+            "yanchor": "bottom",
+            "title_text": html.escape((series or "").replace("_", " ")),
+        },
+        hovermode="closest",
+    )
+    whiskers = f"whiskers: {text.level(frame)} interval"
+    draws = "lines: mean of the draws, dots: each draw, band: least to greatest"
+    said = draws if drawn else whiskers
+    figure.update_xaxes(title_text=html.escape(f"{x.replace('_', ' ')} ({said})"), zeroline=False)
+    figure.update_yaxes(title_text=html.escape(facts.axis))
+    if at.between(0, 1).all() and not pd.api.types.is_integer_dtype(frame[x].dtype):
+        figure.update_xaxes(range=[-0.03, 1.03], tickformat=".0%")
+    if facts.share:
+        # A little room, so that a marker at 0 or 1 is whole.
+        figure.update_yaxes(range=[-0.02, 1.02], tickformat=".0%")
+    return figure
+
+
+_AT = "__x"
+
+
+def _add_points(
+    figure: go.Figure,
+    part: pd.DataFrame,
+    facts: text.Measure,
+    label: str,
+    line: theme.Line,
+    x: str,
+) -> None:
+    value, low, high = (
+        part[f"{facts.name}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")
+    )
+    figure.add_scatter(
+        name=label,
+        x=part[_AT].tolist(),
+        y=value.tolist(),
+        mode="lines+markers",
+        line={"color": line.color, "dash": line.dash, "width": 2},
+        marker={"symbol": line.marker, "size": 8},
+        error_y={
+            "type": "data",
+            "symmetric": False,
+            "array": (high - value).tolist(),
+            "arrayminus": (value - low).tolist(),
+            "color": line.color,
+            "thickness": 1.2,
+            "width": 4,
+        },
+        customdata=[[said] for said in text.written_all(facts, part)],
+        hovertemplate=f"{label}<br>{html.escape(x)} %{{x}}<br>%{{customdata[0]}}<extra></extra>",
+    )
+
+
+def _add_draws(
+    figure: go.Figure,
+    part: pd.DataFrame,
+    facts: text.Measure,
+    label: str,
+    line: theme.Line,
+    x: str,
+) -> None:
+    grouped = part.groupby(_AT, sort=True)[facts.name]
+    found = grouped.agg(["mean", "min", "max", "count"])
+    places: Sequence[float] = found.index.tolist()
+    # Draws without a value have no place in the band.
+    held = found.dropna()
+    figure.add_scatter(
+        x=[*held.index, *held.index[::-1]],
+        y=[*held["max"], *held["min"][::-1]],
+        fill="toself",
+        fillcolor=_faint(line.color, 0.18),
+        mode="lines",
+        line={"width": 0},
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=label,
+        name=f"{label}: band",
+    )
+    figure.add_scatter(
+        x=part[_AT].tolist(),
+        y=part[facts.name].tolist(),
+        mode="markers",
+        marker={"color": line.color, "size": 5, "opacity": 0.45},
+        customdata=[[said] for said in text.written_all(facts, part)],
+        hovertemplate=f"{label}, one draw<br>{html.escape(x)} %{{x}}<br>%{{customdata[0]}}"
+        "<extra></extra>",
+        showlegend=False,
+        legendgroup=label,
+        name=f"{label}: draws",
+    )
+    means = found["mean"].rename(facts.name).to_frame()
+    for end in ("low", "high"):
+        means[f"{facts.name}_{end}"] = float("nan")
+    said = text.written_all(facts, means, interval=False)
+    figure.add_scatter(
+        name=label,
+        x=places,
+        y=found["mean"].tolist(),
+        mode="lines+markers",
+        line={"color": line.color, "dash": line.dash, "width": 2},
+        marker={"symbol": line.marker, "size": 8},
+        legendgroup=label,
+        customdata=[
+            [f"mean of {int(n)}: {mean}"] for n, mean in zip(found["count"], said, strict=True)
+        ],
+        hovertemplate=f"{label}<br>{html.escape(x)} %{{x}}<br>%{{customdata[0]}}<extra></extra>",
+    )
+
+
+def _faint(color: str, opacity: float) -> str:
+    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    return f"rgba({red}, {green}, {blue}, {opacity})"
