@@ -1,18 +1,27 @@
 """Grids of grafts: positions × components × layers × heads × source, written compactly."""
 
+import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import product
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
 
-from graftlens.components import HEAD_COMPONENTS, Component, parse_components
+from graftlens.components import (
+    HEAD_COMPONENTS,
+    MODEL_COMPONENTS,
+    Component,
+    format_numbers,
+    parse_components,
+)
 from graftlens.configfile import settings_from
 from graftlens.data.settings import Settings
-from graftlens.graft import At, Graft, parse_layers
+from graftlens.graft import At, Graft, Rule, parse_layers
 from graftlens.model.arch import Architecture
+from graftlens.model.mask import sites_of
 
 _SIZES = re.compile(r"(?:(\d+)\s*\.\.\s*)?(\d+|n)")
 
@@ -74,8 +83,113 @@ class WindowsEntry(Settings):
     windows: Windows
 
 
-#: One entry of an axis: text in the graft grammar, `each`, or windows.
-Entry = str | WindowsEntry
+class CumulativeEntry(Settings):
+    """An entry that stands for growing runs: `cumulative: below` is 0, 0-1, 0-2, … up to all;
+    `cumulative: above` is the last, the last two, …"""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    cumulative: Literal["below", "above"]
+    """From which end the runs grow."""
+
+    stride: Annotated[int, Field(ge=1)] = 1
+    """Layers (or heads) by which a run is longer than the one before."""
+
+    def runs(self, n: int) -> Iterator[str]:
+        """The runs among n layers or heads as ranges, the shortest first; the last one is all."""
+        sizes = [*range(self.stride, n, self.stride), n]
+        for size in sizes:
+            low = 0 if self.cumulative == "below" else n - size
+            yield format_numbers(range(low, low + size))
+
+
+class Dropout(Settings):
+    """Leave out a share of what is grafted, at random: one graft for each rate and draw."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    rates: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(min_length=1)
+    """Shares that are left out, 0 to 1."""
+
+    draws: Annotated[int, Field(ge=1)] = 1
+    """Random choices for each rate (one where the rate is 0 or 1: all choices are the same)."""
+
+    by: Literal["count", "chance"] = "count"
+    """`count` leaves out just that share, rounded; `chance` each with that probability."""
+
+    unit: Literal["layer", "matrix"] = "layer"
+    """Leave out whole layers, or components of single layers."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of the choices; draw i of a rate is the same whatever the other rates and draws are."""
+
+    def variants(
+        self, rule: Rule, arch: Architecture, sources: Sequence[str]
+    ) -> Iterator[tuple[float, int, tuple[Rule, ...]]]:
+        """(rate, draw, the rules that are left of `rule`), which has components in layers.
+
+        Only the layers are grafted: components outside of them are left out at every rate.
+        """
+        sites = sorted(
+            ((c, l) for c, l in sites_of(rule, arch, sources) if l is not None),
+            key=lambda site: (list(Component).index(site[0]), site[1]),
+        )
+        if not sites:
+            raise ValueError(f"dropout of {str(rule)!r}: it reaches no layer. Leave dropout out.")
+        units = sorted({l for _, l in sites}) if self.unit == "layer" else sites
+        for rate in self.rates:
+            for draw in range(self.draws if 0 < rate < 1 else 1):
+                rng = random.Random(f"dropout {self.seed} {rate} {draw} {self.by} {self.unit}")
+                if self.by == "count":
+                    count = round(rate * len(units))
+                    out = {units[i] for i in rng.sample(range(len(units)), count)}
+                else:
+                    out = {unit for unit in units if rng.random() < rate}
+                kept: dict[tuple[int, ...], list[str]] = {}
+                for component in dict.fromkeys(c for c, _ in sites):
+                    layers = tuple(
+                        l
+                        for c, l in sites
+                        if c == component and (l if self.unit == "layer" else (c, l)) not in out
+                    )
+                    if layers:
+                        kept.setdefault(layers, []).append(str(component))
+                names = [str(c) for c in dict.fromkeys(c for c, _ in sites)]
+                # What keeps all of the rule's components is written as the rule writes them.
+                yield (
+                    rate,
+                    draw,
+                    tuple(
+                        Rule(
+                            rule.source,
+                            rule.at,
+                            rule.components if components == names else tuple(components),
+                            layers,
+                            rule.heads,
+                        )
+                        for layers, components in kept.items()
+                    ),
+                )
+
+
+@dataclass(frozen=True)
+class GridGraft:
+    """One graft of a grid, and which entry of each axis it is.
+
+    Attributes:
+        name: what tables call it.
+        graft: what is run.
+        tags: `position`, `component`, `layer`, `head`, `source` as text; `layers`, how many of
+            them; with dropout `rate` (the share left out) and `draw` (a number), too.
+    """
+
+    name: str
+    graft: Graft
+    tags: Mapping[str, Any]
+
+
+#: One entry of an axis: text in the graft grammar, `each`, windows or growing runs.
+Entry = str | WindowsEntry | CumulativeEntry
 
 
 def _axis(read: Callable[[Any], Entry]) -> BeforeValidator:
@@ -95,6 +209,8 @@ def _position(value: Any) -> str:
 
 
 def _component(value: Any) -> str:
+    if value == "each":
+        return value
     if not isinstance(value, str | list | tuple):
         raise ValueError(
             f'{value!r} is no component. Write names, such as q, "o + mlp" or [o, mlp].'
@@ -106,7 +222,11 @@ def _numbered(check: Callable[[Any], object], joint: str) -> Callable[[Any], Ent
     """An entry over layers or heads: windows, `each`, or what `check` does not refuse."""
 
     def entry(value: Any) -> Entry:
-        if isinstance(value, dict | WindowsEntry):
+        if isinstance(value, WindowsEntry | CumulativeEntry):
+            return value
+        if isinstance(value, dict) and "cumulative" in value:
+            return settings_from(CumulativeEntry, value)
+        if isinstance(value, dict):
             return settings_from(WindowsEntry, value)
         if value != "each":
             check(value)
@@ -145,10 +265,12 @@ class Grid(Settings):
     """Where: "first_entity", "first_entity + last", "~last", -1 or [0, -1] (token positions)."""
 
     components: Annotated[tuple[str, ...], _axis(_component)] = ("all",)
-    """Components or groups: "q", "attn", "o + mlp" or [o, mlp]."""
+    """Components or groups: "q", "attn", "o + mlp" or [o, mlp]; `each`: every component that the
+    architecture has in its layers, alone."""
 
     layers: Annotated[tuple[Entry, ...], _axis(_numbered(parse_layers, " + "))] = ("all",)
-    """Layers: all, upper_half, 3, [3, 4], "8-15"; `each`: every layer alone; or `windows: …`."""
+    """Layers: all, upper_half, 3, [3, 4], "8-15"; `each`: every layer alone; `windows: …`; or
+    `cumulative: below` (or `above`)."""
 
     heads: Annotated[tuple[Entry, ...], _axis(_numbered(_check_heads, ","))] = ("all",)
     """Heads of q, o (query heads) or k, v (key-value heads): all, 0, [0, 1], "0-3", `each` or
@@ -160,11 +282,14 @@ class Grid(Settings):
     base: GraftField = Graft()
     """A graft that lies under every graft of the grid."""
 
+    dropout: Dropout | None = None
+    """Leave out a share of the grafted layers at random; `rates` and `draws` make the grafts."""
+
     name: str | None = None
     """A prefix of the grafts' names, which are "name: text"; left out, their text is the name."""
 
-    def grafts(self, arch: Architecture, sources: Sequence[str]) -> Iterator[tuple[str, Graft]]:
-        """(name, graft) for every combination, the source changing fastest.
+    def grafts(self, arch: Architecture, sources: Sequence[str]) -> Iterator[GridGraft]:
+        """A graft for every combination, the source changing fastest.
 
         Args:
             arch: says how many layers and heads `each` and windows run over.
@@ -174,17 +299,45 @@ class Grid(Settings):
             ValueError: windows that do not fit, heads of components that have none or differ.
         """
         layers = list(_expanded(self.layers, lambda: arch.n_layers, "layers"))
-        for at, components in product(self.positions, self.components):
+        for at, components in product(self.positions, self._components(arch)):
             heads = list(_expanded(self.heads, partial(_n_heads, components, arch), "heads"))
             for layer, head, source in product(layers, heads, self.source or sources[1:]):
-                graft = self.base | Graft.rule(source, at, components, layer, head)
-                yield (str(graft) if self.name is None else f"{self.name}: {graft}"), graft
+                rule = Graft.rule(source, at, components, layer, head)
+                tags: dict[str, Any] = {"position": at, "component": components, "layer": layer}
+                tags |= {"head": head, "source": source}
+                reached = {l for _, l in sites_of(rule.rules[0], arch, sources)} - {None}
+                tags["layers"] = len(reached)
+                if self.dropout is None:
+                    yield self._named(self.base | rule, tags)
+                    continue
+                for rate, draw, rules in self.dropout.variants(rule.rules[0], arch, sources):
+                    drawn = {"rate": rate, "draw": draw}
+                    yield self._named(self.base | Graft(rules), tags | drawn)
+
+    def _components(self, arch: Architecture) -> Iterator[str]:
+        for entry in self.components:
+            if entry == "each":
+                yield from (str(c) for c in arch.components if c not in MODEL_COMPONENTS)
+            else:
+                yield entry
+
+    def _named(self, graft: Graft, tags: Mapping[str, Any]) -> GridGraft:
+        name = str(graft)
+        if "rate" in tags:  # the rules of a draw say nothing to a reader
+            written = [tags["position"], tags["component"], tags["layer"], tags["head"]]
+            while len(written) > 1 and written[-1] == "all":
+                written.pop()
+            place = " : ".join(written)
+            name = f"{tags['source']} @ {place} - {tags['rate']:g} ({tags['draw']})"
+        return GridGraft(name if self.name is None else f"{self.name}: {name}", graft, tags)
 
 
 def _expanded(entries: Sequence[Entry], count: Callable[[], int], what: str) -> Iterator[str]:
     for entry in entries:
         if isinstance(entry, WindowsEntry):
             yield from entry.windows.runs(count(), what)
+        elif isinstance(entry, CumulativeEntry):
+            yield from entry.runs(count())
         elif entry == "each":
             yield from map(str, range(count()))
         else:
