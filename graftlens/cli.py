@@ -84,9 +84,12 @@ def finetune(
     """Finetune a model, here or as a job on Slurm.
 
     Interrupted, killed or requeued and run again, it ends with the same weights.
+
+    On several GPUs: accelerate launch -m graftlens finetune CONFIG (batch_size is each GPU's).
     """
     from graftlens.configfile import read_settings
     from graftlens.finetune import FinetuneRun, finetune_run, launch_finetune
+    from graftlens.processes import is_first
 
     run = read_settings(FinetuneRun, config, overrides or ())
     resources = _resources(launcher, slurm, wait)
@@ -94,7 +97,7 @@ def finetune(
         result = launch_finetune(run, resources, wait=wait)
     else:
         result = finetune_run(run)
-    if result is not None:
+    if result is not None and is_first():
         typer.echo(result.line())
 
 
@@ -140,9 +143,7 @@ def sweep(
     trust report found something wrong.
     """
     resources = _resources(launcher, slurm, wait)
-    names = [] if devices is None else [name.strip() for name in devices.split(",")]
-    if not all(names):
-        raise typer.BadParameter(f"--devices {devices!r}: write names, such as cuda:0,cuda:1.")
+    names = _devices(devices)
     if launcher is Launcher.slurm and names:
         raise typer.BadParameter("--devices goes with --launcher local. Say --tasks for slurm.")
     if launcher is Launcher.local and tasks is not None:
@@ -174,6 +175,120 @@ def sweep(
         typer.echo(result.line())
         if not result.ok:
             raise typer.Exit(UNTRUSTED)
+
+
+@app.command()
+def run(
+    experiment: Annotated[
+        str,
+        typer.Argument(metavar="NAME", help="An experiment in experiments/, or a config's path."),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Settings over those of the file, such as model=gpt2-xl, recipe.epochs=3 or "
+            "datasets.films.n_facts=40.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the experiment; graftlens-runs/NAME-MODEL by default."),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Folder of datasets and trained models; graftlens-runs/store."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")
+    ] = False,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Devices for the sweeps, with a worker each, such as cuda:0,cuda:1."),
+    ] = None,
+) -> None:
+    """Run an experiment: make its data, train its models, graft, and write tables and figures.
+
+    Interrupted and run again, it goes on where it stopped. Experiments share datasets and trained
+    models. The exit code is 3 where a trust report found something wrong.
+    """
+    names = _devices(devices)
+    from graftlens.experiment.run import describe_experiment, run_experiment
+
+    if dry_run:
+        typer.echo(describe_experiment(experiment, overrides=overrides or (), store=store))
+        return
+    result = run_experiment(experiment, out, overrides=overrides or (), store=store, devices=names)
+    if not result.ok:
+        raise typer.Exit(UNTRUSTED)
+
+
+@app.command()
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN…", help="Folders of experiments to compare.")
+    ],
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path(
+        "graftlens-runs/report.html"
+    ),
+    metric: Annotated[str, typer.Option(help="What is compared: top1, top5, recovery, …")] = "top5",
+) -> None:
+    """Compare experiments that were run (other models, other datasets) in one page."""
+    from graftlens.experiment.compare import compare_runs
+
+    typer.echo(str(compare_runs(runs, out, metric=metric).resolve()))
+
+
+data_app = typer.Typer(no_args_is_help=True, help="Make datasets of facts.")
+app.add_typer(data_app, name="data")
+
+
+@data_app.command("make")
+def data_make(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to make.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Settings over those of the file."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Its folder; for NAME.yaml graftlens-data/NAME.")
+    ] = None,
+) -> None:
+    """Make a dataset of facts: training texts, evaluation prompts, facts and provenance."""
+    from graftlens.configfile import ConfigError, overridden, read_mapping
+    from graftlens.data import make_dataset, save_dataset, spec_of
+
+    try:
+        spec = spec_of(overridden(read_mapping(config), overrides or ()))
+    except ConfigError as error:
+        raise error.under(str(config), ": ") from None
+    made = make_dataset(spec)
+    folder = save_dataset(made, out or Path("graftlens-data") / config.stem)
+    counts = ", ".join(f"{number} {what}" for what, number in made.provenance["counts"].items())
+    typer.echo(f"{folder}: {counts}")
+
+
+@data_app.command("wikipedia")
+def data_wikipedia(
+    titles: Annotated[list[str], typer.Argument(metavar="TITLE…", help="Titles of articles.")],
+    out: Annotated[Path, typer.Option(help="Folder of the articles.")] = Path("articles"),
+    language: Annotated[str, typer.Option(help="The Wikipedia's language code.")] = "en",
+    user_agent: Annotated[
+        str | None, typer.Option(help='Who asks, such as "my-study/1.0 (me@example.org)".')
+    ] = None,
+) -> None:
+    """Download articles of Wikipedia, to write their facts beside them and train on them."""
+    from graftlens.data.wikipedia import download
+
+    for path in download(titles, out, language, user_agent):
+        typer.echo(str(path))
+
+
+def _devices(text: str | None) -> list[str]:
+    names = [] if text is None else [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise typer.BadParameter(f"--devices {text!r}: write names, such as cuda:0,cuda:1.")
+    return names
 
 
 def _resources(launcher: Launcher, slurm: list[str] | None, wait: bool) -> dict[str, Any]:

@@ -54,7 +54,7 @@ def read_settings(model: type[S], path: Path, overrides: Sequence[str] = ()) -> 
             whatever the schema refuses.
     """
     try:
-        return settings_from(model, overridden(_read_mapping(Path(path)), overrides))
+        return settings_from(model, overridden(read_mapping(Path(path)), overrides))
     except ConfigError as error:
         raise error.under(str(path), ": ") from None
 
@@ -130,7 +130,12 @@ def read_yaml(text: str) -> Any:
         raise ConfigError((where, f"{what}.{quotes if 'mapping values' in what else ''}")) from None
 
 
-def _read_mapping(path: Path) -> dict[Any, Any]:
+def read_mapping(path: Path) -> dict[Any, Any]:
+    """The content of a YAML file whose top is a mapping.
+
+    Raises:
+        ConfigError: a file that is missing, empty or something else.
+    """
     try:
         values = read_yaml(path.expanduser().read_text(encoding="utf-8"))
     except FileNotFoundError:

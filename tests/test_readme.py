@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from transformers import LlamaConfig
 
+from graftlens.experiment.config import find_experiment
+from graftlens.experiment.run import default_folder
 from graftlens.graft import Graft
 from graftlens.model.arch import architecture
 from graftlens.sweep.config import load_config
@@ -54,17 +56,30 @@ def test_the_sweep_shown_is_a_config(tmp_path: Path) -> None:
     assert len(config.prompts) == 1
     (grid,) = config.grids
     arch = architecture(LlamaConfig(num_hidden_layers=6))
-    grafts = [graft for _, graft in grid.grafts(arch, ("pre", "sft"))]
+    grafts = [entry.graft for entry in grid.grafts(arch, ("pre", "sft"))]
     assert len(grafts) == 3 * 6, "the override left one group of layers"
     assert Graft.parse("sft @ first_entity + last : attn : 3-4") in grafts
 
 
 @pytest.mark.parametrize("command", re.findall(r"^\.venv/bin/graftlens (.*)$", README, flags=re.M))
-def test_the_commands_shown_name_configs_that_load(command: str) -> None:
-    name, path, *options = command.split()
-    assert name == "sweep"
-    load_config(ROOT / path)
-    assert set(options) <= {"--dry-run", "--out", "last-token"}
+def test_the_commands_shown_name_configs_that_load(
+    command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name, *arguments = command.split()
+    options = {a for a in arguments if a.startswith("--")}
+    overrides = [a for a in arguments if "=" in a]
+    monkeypatch.chdir(ROOT)
+    if name == "sweep":
+        load_config(ROOT / arguments[0])
+        assert options <= {"--dry-run", "--out"}
+    elif name == "run":
+        experiment = find_experiment(arguments[0], overrides)
+        assert options <= {"--dry-run"}
+        assert default_folder(experiment).parent.name == "graftlens-runs"
+    else:
+        assert name == "report"
+        assert not options
+        assert len(arguments) == 2
 
 
 def test_all_the_code_shown_compiles() -> None:

@@ -1,0 +1,140 @@
+"""From a part's results to the tables that its figures draw."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from graftlens.experiment.config import ExperimentConfig, PartConfig
+from graftlens.stats import GRAFT_COLUMNS, VALUE_METRICS, summarise
+from graftlens.sweep.config import Checked
+from graftlens.sweep.results import read_prompts, read_results
+
+#: What a grid says of its grafts, as columns.
+TAGS = ("grid", "position", "component", "layer", "head", "source", "layers", "rate", "draw")
+
+#: Columns of the results that statistics need.
+_NEEDED = (
+    "prompt", "graft", "rule", "template", "dataset", "answer", "rank", "prob", "logprob",
+    "answer_logprob", "logit_diff", "reason",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PartTables:
+    """A part's results, summarised.
+
+    Attributes:
+        template: a row for each dataset (where there are several), template and graft, with
+            intervals over prompts.
+        pooled: all templates together, with intervals over facts.
+        template_grids, pooled_grids: the same for the grafts of the part's grids, with what the
+            grid says of each as columns (`TAGS`). Grafts of equal value each have their row.
+        cells: number of (prompt, graft).
+        failed: number of cells that could not be run.
+    """
+
+    template: pd.DataFrame
+    pooled: pd.DataFrame
+    template_grids: pd.DataFrame
+    pooled_grids: pd.DataFrame
+    cells: int
+    failed: int
+
+
+def part_tables(
+    config: ExperimentConfig, part: PartConfig, checked: Checked, folder: Path
+) -> PartTables:
+    """Read a finished sweep and summarise it.
+
+    Args:
+        config: the experiment.
+        part: the part that the sweep is of.
+        checked: the part's sweep.
+        folder: the sweep's folder.
+    """
+    table = read_results(folder, columns=_NEEDED)
+    assert isinstance(table, pd.DataFrame)
+    table = table.assign(fact=_facts(folder).reindex(table["prompt"]).to_numpy())
+    metrics = ["logprob"]
+    if config.metrics.answers == "whole":
+        metrics.append("answer_logprob")
+    # A prompt without distractors has none; a cell that could not be run is no such prompt.
+    if table.loc[table["reason"].isna(), "logit_diff"].notna().all():
+        metrics.append("logit_diff")
+    asked = (metric for figure in part.figures for metric in figure.metrics)
+    metrics += [m for m in dict.fromkeys(asked) if m in VALUE_METRICS and m not in metrics]
+    apart = ("dataset",) if table["dataset"].nunique() > 1 else ()
+    frames = {}
+    for name, by, unit in (("template", (*apart, "template"), "prompt"), ("pooled", apart, "fact")):
+        frames[name] = summarise(
+            table, by=by, ks=config.ks, metrics=metrics, unit=unit, seed=config.seed
+        )
+    tags = _tags(part, checked)
+    return PartTables(
+        template=_with_twins(frames["template"], part, checked),
+        pooled=_with_twins(frames["pooled"], part, checked),
+        template_grids=_tagged(frames["template"], tags),
+        pooled_grids=_tagged(frames["pooled"], tags),
+        cells=len(table),
+        failed=int(table["reason"].notna().sum()),
+    )
+
+
+def _facts(folder: Path) -> "pd.Series[Any]":
+    """Prompt's number -> which fact it asks for: its dataset, the entity it names, the answer."""
+    prompts = read_prompts(folder, ["prompt", "dataset", "as_given"]).to_pydict()
+    names = []
+    for dataset, text in zip(prompts["dataset"], prompts["as_given"], strict=True):
+        given = json.loads(text)
+        entity = given["fields"].get("first_entity", "")
+        names.append(json.dumps([dataset, entity, given["answer"]], ensure_ascii=False))
+    return pd.Series(names, index=prompts["prompt"])
+
+
+def _with_twins(summary: pd.DataFrame, part: PartConfig, checked: Checked) -> pd.DataFrame:
+    """The summary with a row for each named graft, also for one that equals another and was run
+    under the other's name."""
+    twins = {name: ran for name, ran in checked.duplicates.items() if name in part.grafts}
+    rows = [summary[summary["graft"] == ran].assign(graft=name) for name, ran in twins.items()]
+    return pd.concat([summary, *rows], ignore_index=True) if rows else summary
+
+
+def _tags(part: PartConfig, checked: Checked) -> pd.DataFrame:
+    """A row for each graft of the part's grids: its tags, its name, and the name it ran under."""
+    rows = [
+        {"named": entry.name, "graft": checked.duplicates.get(entry.name, entry.name)}
+        | {"grid": grid.name or str(number)}
+        | dict(entry.tags)
+        for number, grid in enumerate(part.grids)
+        for entry in grid.grafts(checked.arch, tuple(checked.config.sources))
+    ]
+    return pd.DataFrame(rows, columns=["named", "graft", *TAGS])
+
+
+def _tagged(summary: pd.DataFrame, tags: pd.DataFrame) -> pd.DataFrame:
+    plain = summary.drop(columns=[c for c in GRAFT_COLUMNS if c in summary])
+    joined = tags.merge(plain.astype({"graft": str}), on="graft", how="inner")
+    joined = joined.drop(columns="graft").rename(columns={"named": "graft"})
+    lead = [c for c in ("dataset", "template") if c in joined]
+    rest = [c for c in joined if c not in (*lead, "graft", *TAGS)]
+    return joined[[*lead, "graft", *TAGS, *rest]]
+
+
+def as_bars(frame: pd.DataFrame, label: str, group: str | None) -> pd.DataFrame:
+    """A grid's summary as one that bars can show: bars named by `label`, coloured by `group`.
+
+    Raises:
+        ValueError: two grafts that would be the same bar.
+    """
+    groups = [c for c in ("dataset",) if c in frame] + ([group] if group is not None else [])
+    made = frame.drop(columns="graft").rename(columns={label: "graft"})
+    if made.duplicated([*groups, "graft"]).any():
+        raise ValueError(
+            f"bars named by {label!r}, coloured by {group!r}: several grafts would be one bar. "
+            "Draw fewer grids, or another x or panel."
+        )
+    rest = [c for c in made if c not in (*groups, "graft", *TAGS)]
+    return made[[*groups, "graft", *rest]]

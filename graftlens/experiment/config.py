@@ -1,0 +1,440 @@
+"""The config of an experiment: one YAML file says everything, from the facts to the figures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from graftlens.components import suggest
+from graftlens.configfile import ConfigError, read_settings, settings_from
+from graftlens.data import AnyDataset, DatasetSpec, Direction, spec_of
+from graftlens.data.dataset import Which
+from graftlens.finetune import FinetuneConfig
+from graftlens.graft import At, Rule
+from graftlens.presets import PRESETS
+from graftlens.stats import VALUE_METRICS
+from graftlens.sweep.config import Metrics
+from graftlens.sweep.grid import GraftField, Grid
+from graftlens.sweep.promptsets import Section, listed
+
+#: The pretrained model's name among an experiment's sources.
+BASE = "base"
+
+#: What a recipe may not say: an experiment says it elsewhere.
+_ELSEWHERE = ("model", "output")
+
+#: What a grid says of each of its grafts, as a figure's axis.
+Axis = Literal["position", "component", "layer", "head", "source", "layers", "rate", "draw"]
+
+
+class ModelConfig(Section):
+    """A model to finetune, or one that was finetuned before (`path`)."""
+
+    data: str | None = None
+    """The dataset to train on, by its name in `datasets`."""
+
+    change: Mapping[str, Any] = {}
+    """Keys of that dataset to change for this model, such as `{half: a}` or
+    `{directions: [ab]}`."""
+
+    start: str = BASE
+    """What training starts from: `base`, or another model of the experiment."""
+
+    recipe: Mapping[str, Any] = {}
+    """Keys of `graftlens finetune` that this model's training has by itself."""
+
+    path: str | None = None
+    """A checkpoint folder, adapter folder or hub id to use instead of training."""
+
+    @model_validator(mode="after")
+    def _data_or_path(self) -> "ModelConfig":
+        if (self.data is None) == (self.path is None):
+            given = "neither is" if self.data is None else "both are"
+            raise ValueError(f"{given} given of data (to train on) and path. Give one.")
+        if self.path is not None and (self.change or self.recipe or self.start != BASE):
+            raise ValueError("change, start and recipe are about training; path brings a model.")
+        return self
+
+
+class PromptsConfig(Section):
+    """Prompts about a dataset's facts."""
+
+    dataset: str
+    """The dataset, by its name in `datasets`."""
+
+    change: Mapping[str, Any] = {}
+    """Keys of that dataset to change, such as `{half: b}`: only half b counts as told."""
+
+    direction: Direction = "ab"
+    """`ab` names the first entity and asks for the second, `ba` the reverse."""
+
+    facts: Which = "told"
+    """Ask for the facts that the training texts tell (`told`), the others (`untold`), or `all`."""
+
+    templates: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Evaluation templates, by name; left out: all that go with the direction."""
+
+    distractors: Annotated[int, Field(ge=0)] = 4
+    """Wrong answers a prompt: other facts' answers, drawn by the seed."""
+
+    name: str | None = None
+    """What tables call these prompts; left out, the dataset's name."""
+
+
+class FigureConfig(Section):
+    """A figure of a part's results, one for each metric."""
+
+    kind: Literal["bars", "heatmap", "lines"]
+    """`bars`: grafts side by side, with intervals. `heatmap`: a cell a graft. `lines`: a metric
+    over a number, such as a share of layers."""
+
+    metrics: tuple[str, ...] = ("top5",)
+    """What is drawn: top1, top5, top50, logprob, answer_logprob, prob, recovery, …"""
+
+    by: Literal["template", "pooled"] = "template"
+    """A figure or a colour for each template, or all prompts pooled, facts drawn as units."""
+
+    grafts: tuple[str, ...] | None = None
+    """For bars, which grafts, in which order; left out: all that `grafts` names."""
+
+    x: Axis = "layer"
+    """Of grids: what goes from left to right."""
+
+    y: Axis = "component"
+    """Of heat maps: what goes from top to bottom."""
+
+    panel: Axis | None = None
+    """Of grids: a panel of a heat map, a line or a colour of bars for each value of this."""
+
+    grids: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """The grids to draw, by their names (a number from 0 for one without); left out: all for heat
+    maps and lines, and for bars the named grafts instead."""
+
+
+class Finding(Section):
+    """The claim that some grafts are enough and others are not."""
+
+    enough: str
+    """The graft that should bring the fact back, by name."""
+
+    rest: str
+    """The graft of everything else, which should not."""
+
+    metric: str = "top5"
+    """By which metric."""
+
+
+class PartConfig(Section):
+    """One sweep of an experiment: some sources, prompts and grafts, and what to show of them."""
+
+    title: str
+    """The part's heading."""
+
+    text: str = ""
+    """What it asks, for the reader of the page."""
+
+    sources: Mapping[str, str] = {}
+    """Source's name in grafts -> `base` or a model of the experiment, the sweep's base first; left
+    out: pre (the pretrained model), then each model under its own name."""
+
+    prompts: Annotated[tuple[PromptsConfig, ...], BeforeValidator(listed)] = Field(min_length=1)
+    """What is asked."""
+
+    grafts: Mapping[str, GraftField] = {}
+    """Name -> graft, as one line of text in quotes or a list of rules."""
+
+    where_possible: tuple[str, ...] = ()
+    """Names of grafts that are left out where the architecture lacks a component that they name
+    (`ln_final` in OLMo has no weights). The page says so. All others must be possible."""
+
+    grids: Annotated[tuple[Grid, ...], BeforeValidator(listed)] = ()
+    """Families of grafts."""
+
+    base: str | None = None
+    """The graft that recovery is measured from, by name; left out: the one without rules."""
+
+    full: str | None = None
+    """The graft that recovery is measured to; left out: the second source everywhere."""
+
+    figures: Annotated[tuple[FigureConfig, ...], BeforeValidator(listed)] = ()
+    """What is drawn."""
+
+    finding: Finding | None = None
+    """A claim to be judged, template by template."""
+
+    def problems(self) -> list[tuple[str, str]]:
+        """(where, what) of every name here that nothing here has."""
+        problems = []
+        if not self.grafts and not self.grids:
+            problems.append(("", "no grafts: give grafts or grids."))
+        named = {grid.name or str(number): grid for number, grid in enumerate(self.grids)}
+        if len(named) < len(self.grids):
+            problems.append(("grids", "two grids have the same name. Name each by its own."))
+        for i, figure in enumerate(self.figures):
+            where = f"figures.{i}"
+            of_grids = figure.kind != "bars" or figure.grids is not None
+            if of_grids and not self.grids:
+                problems.append((where, f"{figure.kind} are drawn of grids, and there are none."))
+            elif not of_grids and not self.grafts:
+                what = "bars are drawn of named grafts, and there are none. Name grids instead."
+                problems.append((where, what))
+            for name in figure.grids or ():
+                if name not in named:
+                    what = f"no grid is called {name!r}. There are: {' '.join(named) or 'none'}."
+                    problems.append((f"{where}.grids", what + suggest(name, named)))
+            drawn = [named[name] for name in figure.grids or named if name in named]
+            axes = {figure.x, figure.panel} | ({figure.y} if figure.kind == "heatmap" else set())
+            if of_grids and axes & {"rate", "draw"} and any(g.dropout is None for g in drawn):
+                what = "rate and draw are of grids with dropout, and a grid here has none."
+                problems.append((where, what))
+            for name in figure.grafts or ():
+                if name not in self.grafts:
+                    what = f"no graft is called {name!r}.{suggest(name, self.grafts)}"
+                    problems.append((f"{where}.grafts", what))
+        problems += [
+            ("where_possible", f"no graft is called {name!r}.{suggest(name, self.grafts)}")
+            for name in self.where_possible
+            if name not in self.grafts
+        ]
+        if self.finding:
+            for role in ("enough", "rest"):
+                name = getattr(self.finding, role)
+                if name not in self.grafts:
+                    what = f"no graft is called {name!r}.{suggest(name, self.grafts)}"
+                    problems.append((f"finding.{role}", what))
+        return problems
+
+
+class ExperimentConfig(Section):
+    """An experiment: what to train, what to graft, what to show.
+
+    Paths are taken from the working directory.
+    """
+
+    title: str
+    """The experiment's name on its page."""
+
+    question: str
+    """What it asks."""
+
+    expected: str = ""
+    """What the paper found, to be held against the result."""
+
+    model: str = "smollm2-135m"
+    """The pretrained model: a preset's name (with its recipe), a hub id or a checkpoint folder."""
+
+    recipe: Mapping[str, Any] = {}
+    """Keys of `graftlens finetune` that replace those of the preset, for every model."""
+
+    datasets: Mapping[str, AnyDataset] = Field(min_length=1)
+    """Name -> a dataset, with the keys of `graftlens data make`."""
+
+    models: Mapping[str, ModelConfig] = {}
+    """Name -> a model to finetune."""
+
+    parts: Mapping[str, PartConfig] = Field(min_length=1)
+    """Name -> a sweep with its figures."""
+
+    ks: tuple[Annotated[int, Field(ge=1)], ...] = (1, 5, 50)
+    """The k of the top-k accuracies in tables."""
+
+    metrics: Metrics = Metrics()
+    """What is kept of each cell."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Prompts to take of each template, from its beginning; left out: all."""
+
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
+    """To run in; left out: float32 on a CPU, the checkpoints' own on a GPU."""
+
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Of training, distractors, the trust report's cells and resampling. The datasets have seeds
+    of their own."""
+
+    @model_validator(mode="after")
+    def _known_names(self) -> "ExperimentConfig":
+        problems = _recipe_problems(self.recipe)
+        for name, model in self.models.items():
+            where = f"models.{name}"
+            try:
+                Rule(name, At.parse("all"))
+            except ValueError as error:
+                problems.append((where, str(error)))
+            problems += [(f"{where}.{w}", what) for w, what in _recipe_problems(model.recipe)]
+            if name == BASE:
+                problems.append((where, f"{BASE!r} is the pretrained model. Choose another name."))
+            if model.data is not None:
+                problems += self._no_dataset(where, model.data, model.change)
+            if model.start != BASE and model.start not in self.models:
+                what = f"no model {model.start!r}. There are: {' '.join([BASE, *self.models])}."
+                problems.append((f"{where}.start", what + suggest(model.start, self.models)))
+        for name, part in self.parts.items():
+            problems += [(f"parts.{name}.{w}", what) for w, what in self._unknown_in(part)]
+        used = {model.data for model in self.models.values()}
+        used |= {prompts.dataset for part in self.parts.values() for prompts in part.prompts}
+        for name in self.datasets:
+            if name not in used:
+                what = "no model and no prompts use this dataset. Leave it out."
+                others = [other for other in self.datasets if other != name]
+                problems.append((f"datasets.{name}", what + suggest(name, others)))
+        if all(model.start in (BASE, *self.models) for model in self.models.values()):
+            try:
+                self.order()
+            except ValueError as error:
+                problems.append(("models", str(error)))
+        if problems:
+            raise ConfigError(*problems)
+        return self
+
+    def _unknown_in(self, part: PartConfig) -> list[tuple[str, str]]:
+        problems = part.problems()
+        known = [BASE, *self.models]
+        for name, source in part.sources.items():
+            if source not in known:
+                what = f"no model {source!r}. There are: {' '.join(known)}."
+                problems.append((f"sources.{name}", what + suggest(source, known)))
+        there = self.sources(part)
+        if len(there) < 2:
+            what = "a graft needs two sources or more. Name models, or give sources."
+            problems.append(("sources", what))
+        for where, named in _sources_in(part):
+            for name in named:
+                if name not in there:
+                    what = f"no source {name!r}. This part has: {' '.join(there)}."
+                    problems.append((where, what + suggest(name, there)))
+        for i, prompts in enumerate(part.prompts):
+            problems += self._no_dataset(f"prompts.{i}", prompts.dataset, prompts.change)
+        for i, figure in enumerate(part.figures):
+            for metric in figure.metrics:
+                if what := self._no_metric(metric, part):
+                    problems.append((f"figures.{i}.metrics", what))
+        if part.finding and (what := self._no_metric(part.finding.metric, part)):
+            problems.append(("finding.metric", what))
+        return problems
+
+    def _no_metric(self, name: str, part: PartConfig) -> str:
+        """Why a part's tables will not have a metric; empty where they will."""
+        tops = [f"top{k}" for k in self.ks]
+        known = [*tops, *VALUE_METRICS, "recovery"]
+        if name not in known:
+            depth = name.removeprefix("top")
+            if depth != name and depth.isdigit() and int(depth):
+                return f"{name} is not among ks ({' '.join(map(str, self.ks))}). Add it there."
+            what = f"unknown metric {name!r}. Allowed: {' '.join(known)}."
+            return what + suggest(name, known)
+        if name == "answer_logprob" and self.metrics.answers != "whole":
+            return f"{name} needs metrics.answers: whole."
+        if name == "logit_diff" and not all(prompts.distractors for prompts in part.prompts):
+            return f"{name} needs distractors, and some of the part's prompts have none."
+        return ""
+
+    def _no_dataset(
+        self, where: str, name: str, change: Mapping[str, Any]
+    ) -> list[tuple[str, str]]:
+        if name not in self.datasets:
+            what = f"no dataset {name!r}. There are: {' '.join(self.datasets)}."
+            return [(where, what + suggest(name, self.datasets))]
+        try:
+            self.dataset(name, change)
+        except ConfigError as error:
+            return list(error.under(f"{where}.change").problems)
+        return []
+
+    def dataset(self, name: str, change: Mapping[str, Any]) -> DatasetSpec:
+        """A dataset with some of its keys changed."""
+        spec = self.datasets[name]
+        return spec_of(spec.model_dump(mode="json") | dict(change)) if change else spec
+
+    def sources(self, part: PartConfig) -> dict[str, str]:
+        """Source's name -> `base` or a model, the sweep's base first."""
+        return dict(part.sources) or {"pre": BASE} | {name: name for name in self.models}
+
+    def order(self) -> tuple[str, ...]:
+        """The models, each after the one that its training starts from.
+
+        Raises:
+            ValueError: models that start from one another in a ring.
+        """
+        done: list[str] = []
+        left = list(self.models)
+        while left:
+            ready = [n for n in left if self.models[n].start in (BASE, *done)]
+            if not ready:
+                raise ValueError(
+                    f"{', '.join(left)} start from one another. Let one start at base."
+                )
+            done += ready
+            left = [name for name in left if name not in ready]
+        return tuple(done)
+
+    def pretrained(self) -> str:
+        """The location of the pretrained model: a hub id, a folder or `smollm2`."""
+        return PRESETS[self.model].model if self.model in PRESETS else self.model
+
+    def recipe_of(self, name: str) -> dict[str, Any]:
+        """The keys of `FinetuneConfig` that train a model: preset, experiment, model, in order."""
+        preset = PRESETS[self.model].recipe if self.model in PRESETS else {}
+        return {"seed": self.seed, **preset, **self.recipe, **self.models[name].recipe}
+
+
+def _sources_in(part: PartConfig) -> Iterator[tuple[str, Sequence[str]]]:
+    """(where, the sources that grafts name there)."""
+    for name, graft in part.grafts.items():
+        yield f"grafts.{name}", graft.sources
+    for i, grid in enumerate(part.grids):
+        yield f"grids.{i}.source", grid.source or ()
+        yield f"grids.{i}.base", grid.base.sources
+
+
+def _recipe_problems(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:
+    known = [name for name in FinetuneConfig.model_fields if name not in _ELSEWHERE]
+    problems = [
+        ("recipe", f"unknown key {name!r}. Allowed: {' '.join(known)}.{suggest(name, known)}")
+        for name in recipe
+        if name not in known
+    ]
+    values = {name: value for name, value in recipe.items() if name in known}
+    try:
+        settings_from(FinetuneConfig, {"model": "m", "output": Path("o"), **values})
+    except ConfigError as error:
+        problems += error.under("recipe").problems
+    return problems
+
+
+@dataclass(frozen=True)
+class NamedExperiment:
+    """An experiment's config and where it comes from.
+
+    Attributes:
+        name: the file's name without its ending.
+        config: what the file says, with the overrides.
+        text: the file as it is, and the overrides.
+    """
+
+    name: str
+    config: ExperimentConfig
+    text: str
+
+
+def find_experiment(name: str, overrides: Sequence[str] = ()) -> NamedExperiment:
+    """Read `experiments/NAME.yaml`, or the file that is named, with `key=value` overrides.
+
+    Raises:
+        ConfigError: no such file, or everything that is wrong in it.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        shipped = Path("experiments") / f"{name}.yaml"
+        if not shipped.is_file():
+            there = sorted(p.stem for p in Path("experiments").glob("*.yaml"))
+            known = f"Here are: {' '.join(there)}.{suggest(name, there)}"
+            if not there:
+                known = "Run this in a clone of the repository, or name a file."
+            raise ConfigError((name, f"there is no {shipped}. {known}"))
+        path = shipped
+    config = read_settings(ExperimentConfig, path, overrides)
+    said = "".join(f"#   {override}\n" for override in overrides)
+    note = f"\n# and on the command line:\n{said}" if overrides else ""
+    return NamedExperiment(path.stem, config, path.read_text(encoding="utf-8") + note)

@@ -1,0 +1,281 @@
+"""What an experiment needs made: datasets, finetuned models and sweeps, each with a fixed place.
+
+Datasets and models lie in a store that experiments share: two experiments that train the same
+model on the same texts find the one checkpoint. Names of folders end in a digest of what is in
+them; nothing is read out of a name.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from graftlens import __version__
+from graftlens.components import expand_components
+from graftlens.configfile import ConfigError, settings_from
+from graftlens.data import DatasetSpec, make_dataset, save_dataset
+from graftlens.data.settings import Settings
+from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig, PromptsConfig
+from graftlens.finetune import FinetuneRun, TrainingData
+from graftlens.model.load import preview
+from graftlens.sweep.config import Checked, SweepConfig, check
+from graftlens.sweep.promptsets import DatasetSection
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Store:
+    """The folder of datasets and models."""
+
+    folder: Path
+
+    def dataset(self, name: str, spec: DatasetSpec) -> Path:
+        """The dataset's folder; made, if it is not there.
+
+        Raises:
+            ValueError, OSError: it cannot be made or read.
+        """
+        folder = self.folder / "data" / f"{name}-{digest([_described(spec), __version__])}"
+        if not folder.exists():
+            try:
+                save_dataset(make_dataset(spec), folder)
+            except OSError:
+                if not folder.exists():  # else another process made it meanwhile
+                    raise
+        return folder
+
+    def training(self, config: ExperimentConfig, name: str, data: Path, start: str) -> FinetuneRun:
+        """The training run of a model, with its folder in the store."""
+        sha = json.loads((data / "provenance.json").read_text(encoding="utf-8"))["sha256"]
+        recipe = config.recipe_of(name)
+        key = digest([start, sorted(recipe.items(), key=lambda item: item[0]), sha])
+        return settings_from(
+            FinetuneRun,
+            {
+                "model": start,
+                "output": self.folder / "models" / f"{name}-{key}",
+                "data": TrainingData(path=data),
+                **recipe,
+            },
+        )
+
+
+def digest(value: Any) -> str:
+    """Ten hexadecimal digits that differ where the values do."""
+    text = json.dumps(value, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:10]
+
+
+def _described(spec: DatasetSpec) -> dict[str, Any]:
+    """The spec, and the content of the files that it names."""
+    values = spec.model_dump(mode="json")
+    return values | {"sha256 of files": [_file_digest(path) for path in _files(spec)]}
+
+
+def _files(value: Any) -> Iterator[Path]:
+    """Every file that settings name, folders' files one by one."""
+    if isinstance(value, Settings):
+        for name in type(value).model_fields:
+            yield from _files(getattr(value, name))
+    elif isinstance(value, Path):
+        inner = sorted(value.rglob("*")) if value.is_dir() else [value]
+        yield from (path for path in inner if path.is_file())
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An experiment resolved, short of training.
+
+    Attributes:
+        config: the experiment.
+        data: (dataset's name, its changed keys as text) -> folder.
+        runs: model -> its training, in the order of training; models that are there already
+            (`path`) are not in it.
+        places: source's model -> its location, once trained.
+        sweeps: part -> its sweep.
+    """
+
+    config: ExperimentConfig
+    data: Mapping[tuple[str, str], Path]
+    runs: Mapping[str, FinetuneRun]
+    places: Mapping[str, str]
+    sweeps: Mapping[str, SweepConfig]
+
+    def texts(self, model: str) -> int:
+        """How many texts a model is trained on."""
+        folder = self.runs[model].data.path
+        assert folder is not None
+        known = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["counts"]
+        return int(known["texts"]) + int(known.get("supplemental texts", 0))
+
+    def checked(self, part: str, *, trained: bool) -> Checked:
+        """A part's sweep checked against its prompts and the models' architecture.
+
+        Args:
+            part: its name.
+            trained: whether the models are there; else the pretrained model stands for each that
+                is to be trained from it.
+
+        Raises:
+            ConfigError: everything that is wrong.
+        """
+        sweep = self.sweeps[part]
+        if not trained:
+            stand_in = self.config.pretrained()
+            made = {str(run.output / "model") for run in self.runs.values()}
+            sources = {n: stand_in if p in made else p for n, p in sweep.sources.items()}
+            sweep = sweep.model_copy(update={"sources": sources})
+        try:
+            return check(_possible(sweep, self.config.parts[part].where_possible))
+        except ConfigError as error:
+            # What a sweep calls dataset, an experiment calls prompts.
+            named = [(re.sub(r"^dataset\b", "prompts", w), what) for w, what in error.problems]
+            raise ConfigError(*named).under(f"parts.{part}") from None
+
+    def check(self) -> None:
+        """Check all parts before anything is trained.
+
+        Raises:
+            ConfigError: everything that is wrong with any of them.
+        """
+        _each(partial(self.checked, name, trained=False) for name in self.sweeps)
+
+
+def _each(steps: Iterable[Callable[[], T]]) -> list[T]:
+    """What each step gives, or one ConfigError with the problems of all."""
+    made: list[T] = []
+    problems: list[tuple[str, str]] = []
+    for step in steps:
+        try:
+            made.append(step())
+        except ConfigError as error:
+            problems += error.problems
+    if problems:
+        raise ConfigError(*problems)
+    return made
+
+
+def _possible(sweep: SweepConfig, names: Sequence[str]) -> SweepConfig:
+    """The sweep without those of the named grafts that its architecture cannot run."""
+    if not names:
+        return sweep
+    try:
+        arch, _ = preview(sweep.locations(), sweep.tokenizer)
+    except (ValueError, OSError, RuntimeError):
+        return sweep  # its check says what is wrong
+    kept = {}
+    for name, graft in sweep.grafts.items():
+        try:
+            for rule in graft.rules:
+                expand_components(rule.components, arch.components, arch.family)
+        except ValueError:
+            if name in names:
+                continue
+        kept[name] = graft
+    return sweep.model_copy(update={"grafts": kept})
+
+
+def plan(config: ExperimentConfig, store: Store) -> Plan:
+    """Make the datasets, and say what is to be trained and swept.
+
+    Raises:
+        ConfigError: datasets that cannot be made, recipes or sweeps that cannot be run.
+    """
+    data: dict[tuple[str, str], Path] = {}
+
+    def folder(where: str, name: str, change: Mapping[str, Any]) -> Path:
+        key = (name, json.dumps(dict(change), sort_keys=True, default=str))
+        if key not in data:
+            try:
+                data[key] = store.dataset(name, config.dataset(name, change))
+            except (ValueError, OSError) as error:
+                raise ConfigError((where, str(error))) from None
+        return data[key]
+
+    wanted = [
+        (f"models.{name}.data", model.data, model.change)
+        for name, model in config.models.items()
+        if model.data is not None
+    ] + [
+        (f"parts.{name}.prompts.{i}", prompts.dataset, prompts.change)
+        for name, part in config.parts.items()
+        for i, prompts in enumerate(part.prompts)
+    ]
+    _each(partial(folder, *one) for one in wanted)
+    places = {BASE: config.pretrained()}
+    runs: dict[str, FinetuneRun] = {}
+    for name in config.order():
+        model = config.models[name]
+        if model.path is not None:
+            places[name] = model.path
+            continue
+        assert model.data is not None
+        texts = folder(f"models.{name}.data", model.data, model.change)
+        try:
+            runs[name] = store.training(config, name, texts, places[model.start])
+        except ConfigError as error:
+            raise error.under(f"models.{name}.recipe") from None
+        places[name] = str(runs[name].output / "model")
+
+    def sweep(name: str, part: PartConfig) -> SweepConfig:
+        folders = [
+            folder(f"parts.{name}.prompts.{i}", prompts.dataset, prompts.change)
+            for i, prompts in enumerate(part.prompts)
+        ]
+        try:
+            return _sweep(config, part, places, folders)
+        except ConfigError as error:
+            raise error.under(f"parts.{name}") from None
+
+    names = list(config.parts)
+    sweeps = _each(partial(sweep, name, config.parts[name]) for name in names)
+    return Plan(config, data, runs, places, dict(zip(names, sweeps, strict=True)))
+
+
+def _sweep(
+    config: ExperimentConfig, part: PartConfig, places: Mapping[str, str], folders: list[Path]
+) -> SweepConfig:
+    return settings_from(
+        SweepConfig,
+        {
+            "sources": {name: places[model] for name, model in config.sources(part).items()},
+            "dtype": config.dtype,
+            "dataset": tuple(
+                DatasetSection(
+                    path=str(folder),
+                    direction=prompts.direction,
+                    facts=prompts.facts,
+                    templates=prompts.templates,
+                    distractors=prompts.distractors,
+                    name=_title(prompts),
+                )
+                for prompts, folder in zip(part.prompts, folders, strict=True)
+            ),
+            "limit": config.limit,
+            "grafts": part.grafts,
+            "grids": part.grids,
+            "base": part.base,
+            "full": part.full,
+            "metrics": config.metrics,
+            "seed": config.seed,
+        },
+    )
+
+
+def _title(prompts: PromptsConfig) -> str:
+    parts = [
+        prompts.dataset,
+        prompts.direction if prompts.direction != "ab" else "",
+        prompts.facts if prompts.facts != "told" else "",
+    ]
+    return prompts.name or " ".join(filter(None, parts))

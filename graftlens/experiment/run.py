@@ -1,0 +1,245 @@
+"""Running an experiment: data, models, sweeps, then tables, figures and one page.
+
+Each step leaves whole files only and finds what an earlier call left, so that an interrupted
+experiment is taken up where it stopped: datasets and models in the store, sweeps in the
+experiment's folder::
+
+    OUT/index.html             the page
+    OUT/experiment.json        what was run, with which models, and where each table is
+    OUT/experiment.yaml        the config as it was given
+    OUT/sweeps/PART/           a sweep's folder, with its trust report
+    OUT/tables/, OUT/figures/
+"""
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from graftlens.experiment.analysis import part_tables
+from graftlens.experiment.config import NamedExperiment, find_experiment
+from graftlens.experiment.plan import Plan, Store, plan
+from graftlens.experiment.show import show_part
+from graftlens.finetune import FinetuneResult, finetune_run
+from graftlens.sweep.config import describe
+from graftlens.sweep.launch import launch_local
+from graftlens.sweep.runner import SweepResult, prepare_sweep, run_sweep, sweep_result
+from graftlens.viz.export import exporter
+from graftlens.viz.files import write_whole
+from graftlens.viz.page import ExperimentPage, experiment_page
+
+#: Where experiments and what they share are written.
+RUNS = Path("graftlens-runs")
+
+
+@dataclass(frozen=True)
+class ExperimentResult:
+    """A finished experiment.
+
+    Attributes:
+        folder: where it is.
+        page: the page that shows it.
+        sweeps: part -> its sweep.
+        seconds: wall-clock seconds of this call.
+    """
+
+    folder: Path
+    page: Path
+    sweeps: Mapping[str, SweepResult]
+    seconds: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether the trust report of every sweep found nothing wrong."""
+        return all(sweep.ok for sweep in self.sweeps.values())
+
+
+def run_experiment(
+    experiment: str | Path | NamedExperiment,
+    out: str | Path | None = None,
+    *,
+    overrides: Sequence[str] = (),
+    store: str | Path | None = None,
+    devices: Sequence[str] = (),
+    progress: bool = True,
+    say: Callable[[str], None] = print,
+) -> ExperimentResult:
+    """Run an experiment, or take up one that was interrupted, or show a finished one anew.
+
+    Args:
+        experiment: a name in `experiments/`, the path of a config, or a config that was read.
+        out: the experiment's folder; left out, `graftlens-runs/NAME-MODEL`.
+        overrides: `key=value` settings that replace those of the file.
+        store: folder of datasets and trained models, which experiments share; left out,
+            `graftlens-runs/store`.
+        devices: devices for the sweeps, a worker on each; left out, one.
+        progress: whether to show progress bars.
+        say: where messages go.
+
+    Raises:
+        ConfigError: everything that is wrong with the config, before a weight is read.
+        ValueError: a folder that holds another experiment; a figure that cannot be drawn.
+        OSError: a folder that cannot be written.
+    """
+    started = time.monotonic()
+    named = _named(experiment, overrides)
+    config = named.config
+    folder = Path(out) if out is not None else default_folder(named)
+    planned = plan(config, Store(Path(store) if store is not None else RUNS / "store"))
+    planned.check()
+
+    trained: dict[str, FinetuneResult] = {}
+    for number, (name, run) in enumerate(planned.runs.items(), 1):
+        say(f"model {number}/{len(planned.runs)}: {name}")
+        trained[name] = finetune_run(run, progress=progress)
+        say(f"  {trained[name].line()}")
+    sweeps: dict[str, SweepResult] = {}
+    parts = []
+    with exporter():
+        for number, (name, part) in enumerate(config.parts.items(), 1):
+            say(f"part {number}/{len(config.parts)}: {name}, {part.title}")
+            checked = planned.checked(name, trained=True)
+            place = folder / "sweeps" / name
+            if len(devices) > 1:
+                prepare_sweep(checked, place)
+                launch_local(place, list(devices))
+                sweeps[name] = sweep_result(place)
+                say(f"  {sweeps[name].line()}")
+            else:
+                device = devices[0] if devices else None
+                sweeps[name] = run_sweep(
+                    checked, place, device=device, progress=progress, say=lambda s: say(f"  {s}")
+                )
+            tables = part_tables(config, part, checked, place)
+            parts.append(show_part(name, config, checked, tables, folder))
+    record = _record(named, planned, trained, sweeps)
+    write_whole(folder / "experiment.yaml", named.text)
+    write_whole(folder / "experiment.json", json.dumps(record, indent=2, default=str) + "\n")
+    first = next((sentence for shown in parts for sentence in shown.findings), "")
+    lead = " ".join(
+        filter(None, [first, f"The paper: {config.expected}" if config.expected else ""])
+    )
+    links = {"the config": folder / "experiment.yaml", "what was run": folder / "experiment.json"}
+    for name in sweeps:
+        links[f"trust report of {name}"] = folder / "sweeps" / name / "trust.txt"
+    page = experiment_page(
+        folder / "index.html",
+        ExperimentPage(
+            title=f"{config.title}: {config.model}",
+            question=config.question,
+            lead=lead or config.title,
+            parts=parts,
+            provenance={k: v for k, v in record.items() if k not in ("title", "question", "parts")},
+            links=links,
+        ),
+    )
+    say(str(page.resolve()))
+    return ExperimentResult(folder, page, sweeps, time.monotonic() - started)
+
+
+def describe_experiment(
+    experiment: str | Path | NamedExperiment,
+    *,
+    overrides: Sequence[str] = (),
+    store: str | Path | None = None,
+) -> str:
+    """What an experiment would train and sweep, as text; the datasets are made, no weight is read.
+
+    Raises:
+        ConfigError: everything that is wrong with the config.
+    """
+    named = _named(experiment, overrides)
+    planned = plan(named.config, Store(Path(store) if store is not None else RUNS / "store"))
+    lines = [f"{named.config.title}: {named.config.question}", ""]
+    for name, run in planned.runs.items():
+        there = " (there already)" if (run.output / "model").is_dir() else ""
+        recipe = run.recipe
+        data = planned.texts(name)
+        steps = -(-data // (recipe.batch_size * recipe.gradient_accumulation)) * recipe.epochs
+        lines.append(
+            f"model     {name}: {data} texts, {recipe.epochs} epochs, about {steps} steps of "
+            f"{recipe.batch_size * recipe.gradient_accumulation}, learning rate "
+            f"{recipe.learning_rate:g}{there}"
+        )
+    for name in named.config.parts:
+        lines += ["", f"part      {name}", describe(planned.checked(name, trained=False))]
+    return "\n".join(lines)
+
+
+def default_folder(named: NamedExperiment) -> Path:
+    """Where an experiment goes if nobody says: a folder for each experiment and model."""
+    model = Path(named.config.model).name or "model"
+    return RUNS / f"{named.name}-{model}"
+
+
+def _named(experiment: str | Path | NamedExperiment, overrides: Sequence[str]) -> NamedExperiment:
+    if isinstance(experiment, NamedExperiment):
+        if overrides:
+            raise ValueError(f"overrides={list(overrides)}: these go with a config's file.")
+        return experiment
+    return find_experiment(str(experiment), overrides)
+
+
+def _record(
+    named: NamedExperiment,
+    planned: Plan,
+    trained: Mapping[str, FinetuneResult],
+    sweeps: Mapping[str, SweepResult],
+) -> dict[str, Any]:
+    config = named.config
+    packages = ("graftlens", "torch", "transformers", "transformer-lens", "datasets")
+    return {
+        "name": named.name,
+        "title": config.title,
+        "question": config.question,
+        "model": config.model,
+        "models": {
+            name: _training(run.recipe.model_dump(mode="json"), trained[name])
+            for name, run in planned.runs.items()
+        },
+        "datasets": {
+            f"{name} {change}".removesuffix(" {}"): _provenance(folder)
+            for (name, change), folder in planned.data.items()
+        },
+        "parts": {
+            name: {
+                "title": part.title,
+                "cells": sweeps[name].cells,
+                "cells that could not be run": sum(sweeps[name].not_run.values()),
+                "trust report": "passed" if sweeps[name].ok else "FAILED",
+                "heat maps": [
+                    {"metrics": list(f.metrics), "x": f.x, "y": f.y, "panel": f.panel}
+                    for f in part.figures
+                    if f.kind == "heatmap"
+                ],
+            }
+            for name, part in config.parts.items()
+        },
+        "versions": {name: version(name) for name in packages},
+        "machine": f"Python {platform.python_version()}, {platform.system()} "
+        f"{platform.machine()}, {os.cpu_count()} cores",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _training(recipe: Mapping[str, Any], result: FinetuneResult) -> dict[str, Any]:
+    shown = {key: value for key, value in recipe.items() if key not in ("output", "model")}
+    found = {
+        "steps": result.steps,
+        "epoch kept": result.epoch,
+        "loss at first and last step (nats a token)": [result.losses[0], result.losses[-1]],
+        "held-out perplexity before training and after each epoch": list(result.perplexities),
+        "seconds": round(result.seconds, 1),
+    }
+    return {**found, "recipe": {k: v for k, v in shown.items() if v not in (None, (), [])}}
+
+
+def _provenance(folder: Path) -> dict[str, Any]:
+    known = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    return {key: known[key] for key in ("counts", "sha256")} | {"made of": known["config"]}

@@ -1,0 +1,147 @@
+"""An experiment's tables, figures and page, out of its summaries."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from graftlens.experiment.analysis import PartTables, as_bars
+from graftlens.experiment.config import ExperimentConfig, FigureConfig, PartConfig
+from graftlens.sweep.config import Checked
+from graftlens.viz import text
+from graftlens.viz.export import write_figure
+from graftlens.viz.figures import bar_chart, heat_map, line_chart
+from graftlens.viz.page import Figure, Part, Table
+from graftlens.viz.tables import write_table
+
+#: Grafts whose rules a page lists.
+LISTED = 60
+
+
+def show_part(
+    name: str, config: ExperimentConfig, checked: Checked, tables: PartTables, out: Path
+) -> Part:
+    """Write a part's tables (CSV, Markdown) and figures (HTML, and PNG and SVG where a browser is
+    at hand) into `out/tables` and `out/figures`, and describe them for the page.
+
+    Raises:
+        ValueError: a figure that cannot be drawn of these results; the message says which.
+    """
+    part = config.parts[name]
+    shown = []
+    for number, wanted in enumerate(part.figures):
+        try:
+            for stem, figure in _figures(wanted, part, tables):
+                base = f"{name}-{number}-{stem}" if len(part.figures) > 1 else f"{name}-{stem}"
+                title = f"{part.title}: {stem.replace('-', ' ')}"
+                written = write_figure(figure.figure, out / "figures" / _plain(base), title=title)
+                why = "".join(f" (No {kind}: {why}.)" for kind, why in written.skipped.items())
+                shown.append(replace(figure, caption=figure.caption + why, files=written.paths))
+        except ValueError as error:
+            raise ValueError(f"parts.{name}.figures.{number}: {error}") from None
+    rules = {named.name: str(named.graft) for named in checked.grafts}
+    more = len(rules) - LISTED
+    findings = list(_findings(part, tables))
+    for graft in part.where_possible:
+        if graft not in checked.config.grafts:
+            findings.append(
+                f"{graft} was left out: {checked.arch.family} lacks a component that it names."
+            )
+    if tables.failed:
+        findings.append(
+            f"{tables.failed} of {tables.cells} cells could not be run; a prompt counts only where "
+            "it ran under every graft of its table."
+        )
+    return Part(
+        title=part.title,
+        text=part.text,
+        findings=findings,
+        figures=shown,
+        tables=list(_tables(name, tables, out)),
+        rules={
+            **dict(list(rules.items())[:LISTED]),
+            **({"…": f"{more} more: see grafts.yaml in the sweep's folder"} if more > 0 else {}),
+        },
+    )
+
+
+def _tables(name: str, tables: PartTables, out: Path) -> Iterator[Table]:
+    kinds: tuple[tuple[str, str, pd.DataFrame], ...] = (
+        ("by-template", "Template by template", tables.template),
+        ("pooled", "All templates together, facts drawn as units", tables.pooled),
+        ("grids", "The grids, all templates together", tables.pooled_grids),
+    )
+    for kind, caption, frame in kinds:
+        if len(frame):
+            files = write_table(frame, out / "tables" / f"{name}-{kind}", caption=caption)
+            yield Table(caption, frame, files)
+
+
+def _findings(part: PartConfig, tables: PartTables) -> Iterator[str]:
+    if part.finding is None:
+        return
+    ends = tables.template.iloc[0]
+    names: dict[str, Any] = {
+        "metric": part.finding.metric,
+        "sufficient": part.finding.enough,
+        "complement": part.finding.rest,
+        "base": str(ends["base"]),
+        "full": str(ends["full"]),
+    }
+    yield text.headline(tables.template, **names)
+    for verdict in text.verdicts(tables.template, **names):
+        yield verdict.sentence
+
+
+def _figures(
+    wanted: FigureConfig, part: PartConfig, tables: PartTables
+) -> Iterator[tuple[str, Figure]]:
+    """(what it is, the figure), one for each metric and, where they are apart, each group."""
+    pooled = wanted.by == "pooled"
+    grid_bars = wanted.kind == "bars" and wanted.grids is not None
+    if wanted.kind == "bars" and not grid_bars:
+        frame = tables.pooled if pooled else tables.template
+        kept = wanted.grafts or tuple(part.grafts)
+        frame = _in_order(frame, kept)
+        for metric in wanted.metrics:
+            yield metric, bar_chart(frame, metric)
+        return
+    frame = tables.pooled_grids if pooled else tables.template_grids
+    grids = wanted.grids or tuple(dict.fromkeys(frame["grid"]))
+    frame = frame[frame["grid"].isin(grids)]
+    apart = [c for c in ("dataset", "template") if c in frame]
+    split = frame.groupby(apart, sort=False, observed=True) if apart else [((), frame)]
+    for key, group in split:
+        label = "-".join(map(str, key))
+        drawn = group.drop(columns=apart)
+        for metric in wanted.metrics:
+            stem = f"{metric}-{label}" if label else metric
+            if grid_bars:
+                figure = bar_chart(as_bars(drawn, wanted.x, wanted.panel), metric)
+            elif wanted.kind == "heatmap":
+                figure = heat_map(drawn, metric, x=wanted.x, y=wanted.y, panel=wanted.panel)
+            else:
+                figure = line_chart(drawn, wanted.x, metric, series=wanted.panel)
+            yield stem, figure
+
+
+def _in_order(frame: pd.DataFrame, grafts: tuple[str, ...]) -> pd.DataFrame:
+    """The rows of some grafts, in the order given within each group."""
+    place = {graft: number for number, graft in enumerate(grafts)}
+    names = frame["graft"].astype(str)
+    kept = frame[names.isin(place)].assign(_place=names.map(place))
+    groups = list(frame.columns[: frame.columns.get_loc("graft")])
+    if not groups:
+        return kept.sort_values("_place", kind="stable").drop(columns="_place")
+    parts = [
+        group.sort_values("_place", kind="stable")
+        for _, group in kept.groupby(groups, sort=False, observed=True)
+    ]
+    return pd.concat(parts).drop(columns="_place")
+
+
+def _plain(stem: str) -> str:
+    """A file name without what file systems or links trip over."""
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in stem)
