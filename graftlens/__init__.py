@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graftlens.components import Component
     from graftlens.evaluate import evaluate, position_grafts
+    from graftlens.experiment.run import run_experiment
     from graftlens.graft import At, Graft, Rule
     from graftlens.model.grafted import GraftedTransformer
     from graftlens.model.mask import GraftMask
@@ -33,6 +34,7 @@ _HOME = {
     "evaluate": "graftlens.evaluate",
     "position_grafts": "graftlens.evaluate",
     "read_results": "graftlens.sweep.results",
+    "run_experiment": "graftlens.experiment.run",
     "run_sweep": "graftlens.sweep.runner",
     "stability": "graftlens.stats",
     "summarise": "graftlens.stats",
@@ -52,6 +54,7 @@ __all__ = [
     "evaluate",
     "position_grafts",
     "read_results",
+    "run_experiment",
     "run_sweep",
     "stability",
     "summarise",

@@ -110,7 +110,7 @@ BAD_VALUES = {
     "grids: {layers: {windows: {sizes: 2}}}": r"grids.0.layers.windows: unknown key 'sizes'. "
     r"Allowed: size stride.",
     "dataset: {movies: {facts: 9}}": r"dataset.0.movies: unknown key 'facts'. Allowed: n_facts",
-    "dataset: {films: 9}": r"dataset.0: unknown key 'films'. Allowed: movies path direction",
+    "dataset: {films: 9}": r"dataset.0: unknown key 'films'. Allowed: movies make path direction",
     "prompts: {template: It was, anwser: a}": r"prompts.0: unknown key 'anwser'. .*'answer'\?",
     "prompts: {file: some.jsonl, answer: a}": r"prompts.0: unknown key 'answer'. Allowed: file.",
     "sources: OUT": r"sweep.yaml: sources: this key is missing. Name -> checkpoint folder",

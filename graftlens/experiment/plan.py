@@ -10,11 +10,11 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from graftlens import __version__
+import graftlens.data
 from graftlens.components import expand_components
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data import DatasetSpec, make_dataset, save_dataset
@@ -40,7 +40,7 @@ class Store:
         Raises:
             ValueError, OSError: it cannot be made or read.
         """
-        folder = self.folder / "data" / f"{name}-{digest([_described(spec), __version__])}"
+        folder = self.folder / "data" / f"{name}-{digest([_described(spec), _made_by()])}"
         if not folder.exists():
             try:
                 save_dataset(make_dataset(spec), folder)
@@ -90,6 +90,15 @@ def _files(value: Any) -> Iterator[Path]:
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@cache
+def _made_by() -> str:
+    """A digest of graftlens' own code and tables of facts: others make another dataset."""
+    package = Path(graftlens.data.__file__).parent
+    return digest(
+        [_file_digest(path) for path in sorted(package.rglob("*.*")) if path.suffix != ".pyc"]
+    )
 
 
 @dataclass(frozen=True)

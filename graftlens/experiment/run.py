@@ -156,6 +156,7 @@ def describe_experiment(
     """
     named = _named(experiment, overrides)
     planned = plan(named.config, Store(Path(store) if store is not None else RUNS / "store"))
+    planned.check()
     lines = [f"{named.config.title}: {named.config.question}", ""]
     for name, run in planned.runs.items():
         there = " (there already)" if (run.output / "model").is_dir() else ""

@@ -305,8 +305,7 @@ class Grid(Settings):
                 rule = Graft.rule(source, at, components, layer, head)
                 tags: dict[str, Any] = {"position": at, "component": components, "layer": layer}
                 tags |= {"head": head, "source": source}
-                reached = {l for _, l in sites_of(rule.rules[0], arch, sources)} - {None}
-                tags["layers"] = len(reached)
+                tags["layers"] = _n_layers(rule.rules[0], arch, sources)
                 if self.dropout is None:
                     yield self._named(self.base | rule, tags)
                     continue
@@ -330,6 +329,14 @@ class Grid(Settings):
             place = " : ".join(written)
             name = f"{tags['source']} @ {place} - {tags['rate']:g} ({tags['draw']})"
         return GridGraft(name if self.name is None else f"{self.name}: {name}", graft, tags)
+
+
+def _n_layers(rule: Rule, arch: Architecture, sources: Sequence[str]) -> int | None:
+    """How many layers a rule reaches; None for one that cannot be run, as its check will say."""
+    try:
+        return len({l for _, l in sites_of(rule, arch, sources) if l is not None})
+    except ValueError:
+        return None
 
 
 def _expanded(entries: Sequence[Entry], count: Callable[[], int], what: str) -> Iterator[str]:

@@ -102,7 +102,8 @@ class DatasetSection(Section):
         if self.path is not None:
             return load_dataset(Path(self.path).expanduser())
         if self.make is not None:
-            return make_dataset(self.make)
+            # A supplement asks for nothing, and might have to be fetched.
+            return make_dataset(self.make.model_copy(update={"supplement": None}))
         assert self.movies is not None
         # The texts are not needed: one a fact says that it is told.
         return make_dataset(

@@ -1,0 +1,1050 @@
+"""The shipped experiments, run whole on a model that is trained in seconds."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import yaml
+from browser import ask, chromium
+from reference import sequential_graft
+from test_report import Page
+from tinybase import FACTS, LAYERS, RECIPE, small, tiny_base
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from graftlens.configfile import ConfigError, settings_from
+from graftlens.data import dataset as dataset_module
+from graftlens.data import save_dataset
+from graftlens.data.movies import MoviesConfig
+from graftlens.experiment import plan as plan_module
+from graftlens.experiment.compare import compare_runs
+from graftlens.experiment.config import ExperimentConfig, NamedExperiment, find_experiment
+from graftlens.experiment.plan import Store, plan
+from graftlens.experiment.run import ExperimentResult, describe_experiment, run_experiment
+from graftlens.sweep.results import read_manifest, read_results
+from graftlens.viz.export import write_figure
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = sorted((ROOT / "experiments").glob("*.yaml"))
+#: Those that have hundreds of grafts, or train long.
+MANY = ("directions", "layer_dropout", "layer_groups", "site_map")
+
+SECONDS = 900  # after which a process that should have ended is given up
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with a store that the tests of this file share."""
+    return tmp_path_factory.mktemp("experiments")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_pictures():
+    """Figures as HTML only: pictures take most of the time, and one test draws them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "graftlens.experiment.show.write_figure", partial(write_figure, formats=("html",))
+        )
+        yield
+
+
+@pytest.fixture(scope="module")
+def ran(base, place) -> Callable[[str], ExperimentResult]:
+    """`ran("hybrid")`: that shipped experiment, made small and run once."""
+    done: dict[str, ExperimentResult] = {}
+
+    def run(name: str) -> ExperimentResult:
+        if name not in done:
+            config = ROOT / "experiments" / f"{name}.yaml"
+            done[name] = run_experiment(
+                config,
+                place / "runs" / name,
+                overrides=[f"model={base}", *small(config, place)],
+                store=place / "store",
+                progress=False,
+                say=lambda _: None,
+            )
+        return done[name]
+
+    return run
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Every table's bytes by its name."""
+    return {path.name: path.read_bytes() for path in sorted((folder / "tables").iterdir())}
+
+
+def links(page: Path) -> set[Path]:
+    """The files that a page links to."""
+    hrefs = [about["href"] for tag, about in Page(page).tags if tag == "a" and "href" in about]
+    return {(page.parent / unquote(href)).resolve() for href in hrefs if not href.startswith("#")}
+
+
+# -- the shipped experiments, whole --------------------------------------------------------------
+
+
+def test_there_are_experiments():
+    assert {path.stem for path in SHIPPED} >= {
+        *("positions", "components", "hybrid", "directions", "layer_groups", "unembedding"),
+        *("layer_dropout", "counterfact", "articles", "site_map"),
+    }
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if path.stem in MANY else [])
+        for path in SHIPPED
+    ],
+)
+def test_a_shipped_experiment_runs_whole(path, ran):
+    result = ran(path.stem)
+    assert result.ok
+    said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    record = json.loads((result.folder / "experiment.json").read_text(encoding="utf-8"))
+    assert list(result.sweeps) == list(record["parts"]) == list(said["parts"])
+    for name, part in said["parts"].items():
+        check_part(name, part, result, record["parts"][name])
+    check_page(result)
+    assert record["name"] == path.stem
+    assert list(record["models"]) == list(said.get("models", {}))
+    for model in record["models"].values():
+        assert model["steps"] > 0
+        first, last = model["loss at first and last step (nats a token)"]
+        assert last < first
+    for about in record["datasets"].values():
+        assert about["counts"]["facts"] == FACTS
+        assert about["counts"]["texts"] > 0
+    # The config as it was given, and what was changed.
+    kept = (result.folder / "experiment.yaml").read_text(encoding="utf-8")
+    assert kept.startswith(path.read_text(encoding="utf-8"))
+    assert "#   limit=3\n" in kept
+
+
+def check_part(
+    name: str, part: dict[str, Any], result: ExperimentResult, record: dict[str, Any]
+) -> None:
+    """A part's tables against its sweep's results and what its file asks for."""
+    folder = result.folder / "sweeps" / name
+    manifest = read_manifest(folder)
+    results = read_results(folder)
+    assert isinstance(results, pd.DataFrame)
+    ran_as = [str(graft["name"]) for graft in manifest.grafts]
+    assert record["cells"] == len(results) == manifest.cells
+    assert record["cells that could not be run"] == int(results["reason"].notna().sum())
+    assert record["trust report"] == "passed"
+    assert result.sweeps[name].trust["ok"]
+
+    named = {*ran_as, *manifest.duplicates}
+    possible = set(part.get("where_possible", ()))
+    assert set(part.get("grafts", {})) - possible <= named
+    ends = manifest.recovery
+    apart = ["dataset"] if results["dataset"].nunique() > 1 else []
+    # What finetuning teaches the pretrained model is always clear, but for two finetuned models
+    # there may be nothing sure to recover between them on three prompts.
+    taught = "base" in part.get("sources", {"pre": "base"}).values()
+    listed = {*ran_as, *(set(part.get("grafts", {})) & set(manifest.duplicates))}
+    for kind, by in (("by-template", [*apart, "template"]), ("pooled", apart)):
+        table = read_csv(result.folder / "tables" / f"{name}-{kind}.csv")
+        groups = [tuple(map(str, key)) for key in results[by].drop_duplicates().to_numpy()]
+        wanted = {(*group, graft) for group, graft in product(groups or [()], listed)}
+        rows = [tuple(map(str, row)) for row in table[[*by, "graft"]].to_numpy()]
+        assert len(rows) == len(set(rows))
+        assert set(rows) == wanted
+        assert set(table["unit"]) == {"prompt" if kind == "by-template" else "fact"}
+        check_numbers(table, ends, taught)
+    others = named - set(part.get("grafts", {})) - {ends["base"], ends["full"]}
+    grids = result.folder / "tables" / f"{name}-grids.csv"
+    if "grids" not in part:
+        assert not others
+        assert not grids.exists()
+    else:
+        table = read_csv(grids)
+        check_numbers(table, ends, taught)
+        assert not table.duplicated([*apart, "grid", "graft"]).any()
+        assert others <= set(table["graft"])
+        known = [grid.get("name", str(i)) for i, grid in enumerate(as_list(part["grids"]))]
+        assert list(dict.fromkeys(table["grid"].astype(str))) == known
+    for csv in (result.folder / "tables").glob(f"{name}-*.csv"):
+        assert csv.with_suffix(".md").stat().st_size > 100
+    drawn = [p.name for p in (result.folder / "figures").iterdir() if p.name.startswith(name)]
+    assert len(drawn) >= sum(len(f.get("metrics", ["top5"])) for f in part.get("figures", []))
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def check_numbers(table: pd.DataFrame, ends: dict[str, str], taught: bool) -> None:
+    """Finite numbers wherever prompts ran, and recovery from 0 to 1; where not `taught`, it may be
+    missing with a note that says why."""
+    assert (table["n"] > 0).all()
+    metrics = [c.removesuffix("_low") for c in table if c.endswith("_low") and c != "recovery_low"]
+    assert {"logprob", "top1", "top5", "top50"} <= set(metrics)
+    for metric in metrics:
+        low, value, high = (table[f"{metric}{end}"] for end in ("_low", "", "_high"))
+        assert np.isfinite(value).all(), metric
+        assert (np.isfinite(low) & np.isfinite(high)).all(), metric
+        assert ((low <= value + 1e-9) & (value <= high + 1e-9)).all(), metric
+    nothing = "the interval of full − base includes 0: nothing sure to recover"
+    noted = table["recovery_note"].eq(nothing)
+    assert (table["recovery"].isna() == noted).all()
+    assert not (taught and noted.any())
+    assert set(table["base"]) == {ends["base"]}
+    assert set(table["full"]) == {ends["full"]}
+    sure = table[~noted]
+    assert (sure.loc[sure["graft"] == ends["base"], "recovery"] == 0).all()
+    assert (sure.loc[sure["graft"] == ends["full"], "recovery"] == 1).all()
+
+
+def check_page(result: ExperimentResult) -> None:
+    """Every file of the run is linked, and every link leads to a file inside of the run."""
+    found = links(result.page)
+    assert all(path.is_file() for path in found)
+    assert all(path.is_relative_to(result.folder.resolve()) for path in found)
+    written = {
+        path.resolve()
+        for folder in ("tables", "figures")
+        for path in (result.folder / folder).iterdir()
+    }
+    written |= {result.folder.resolve() / "experiment.json"}
+    written |= {result.folder.resolve() / "experiment.yaml"}
+    written |= {result.folder.resolve() / "sweeps" / n / "trust.txt" for n in result.sweeps}
+    assert found == written
+    assert not list(result.folder.rglob("*.tmp"))
+
+
+def test_the_ends_of_shipped_parts_are_pre_and_sft(ran):
+    for name, ends in (
+        ("positions", ("PRE", "SFT")),
+        ("components", ("TASK", "RELATION")),
+        ("hybrid", ("PRE", "RELATION")),
+    ):
+        for part in ran(name).sweeps.values():
+            recovery = read_manifest(part.folder).recovery
+            assert (recovery["base"], recovery["full"]) == ends
+
+
+def test_pictures_are_drawn_where_there_is_a_browser(base, place, monkeypatch):
+    monkeypatch.setenv("BROWSER_PATH", chromium())
+    monkeypatch.setattr("graftlens.experiment.show.write_figure", write_figure)
+    named = own(base, figures=[{"kind": "bars", "metrics": ["top5"]}])
+    result = run_experiment(named, place / "pictures", store=place / "store", progress=False)
+    names = sorted(path.name for path in (result.folder / "figures").iterdir())
+    assert names == [f"one-top5.{kind}" for kind in ("html", "png", "svg")]
+    assert (result.folder / "figures" / "one-top5.png").read_bytes().startswith(b"\x89PNG\r\n")
+    assert b"<svg" in (result.folder / "figures" / "one-top5.svg").read_bytes()[:500]
+    check_page(result)
+    _, complaints = ask(result.page, "return document.title", place)
+    assert complaints == []
+
+
+# -- against the sequential algorithm ------------------------------------------------------------
+
+FFN = ("mlp_in", "mlp_gate", "mlp_out")
+QKV = ("q", "k", "v")
+ALWAYS = "everywhere"
+UPPER = LAYERS // 2
+
+#: (source, positions, components, first layer) of each rule; a later rule wins.
+Rules = list[tuple[str, tuple[str, ...], tuple[str, ...] | None, int]]
+
+HYBRID: dict[str, Rules] = {
+    "PRE": [],
+    "TASK": [("task", (ALWAYS,), None, 0)],
+    "RELATION": [("relation", (ALWAYS,), None, 0)],
+    "hybrid": [("task", ("FE", "LT"), QKV, 0), ("relation", ("LT",), ("o", *FFN), UPPER)],
+    "task half alone": [("task", ("FE", "LT"), QKV, 0)],
+    "relation half alone": [("relation", ("LT",), ("o", *FFN), UPPER)],
+    "task O too": [
+        ("task", ("FE", "LT"), (*QKV, "o"), 0),
+        ("relation", ("LT",), ("o", *FFN), UPPER),
+    ],
+    "hybrid, all layers": [("task", ("FE", "LT"), QKV, 0), ("relation", ("LT",), ("o", *FFN), 0)],
+    "task at FE and LT, relation O+FFN": [
+        ("task", ("FE", "LT"), None, 0),
+        ("relation", ("LT",), ("o", *FFN), UPPER),
+    ],
+    "task everywhere, relation O+FFN": [
+        ("task", (ALWAYS,), None, 0),
+        ("relation", ("LT",), ("o", *FFN), UPPER),
+    ],
+    "relation LT": [("relation", ("LT",), None, 0)],
+    "relation FE+LT": [("relation", ("FE", "LT"), None, 0)],
+}
+
+REVERSAL: dict[str, Rules] = {
+    "ONE": [],
+    "BOTH": [("both", (ALWAYS,), None, 0)],
+    "FE": [("both", ("FE",), None, 0)],
+    "LT": [("both", ("LT",), None, 0)],
+    "FE+LT": [("both", ("FE", "LT"), None, 0)],
+    "(FE+LT)^C": [("both", ("rest",), None, 0)],
+    "not-FE": [("both", ("LT", "rest"), None, 0)],
+    "not-LT": [("both", ("FE", "rest"), None, 0)],
+    "LT-Attn+O": [("both", ("LT",), (*QKV, "o"), 0)],
+    "LT-FFN": [("both", ("LT",), FFN, 0)],
+    "LT-O+FFN": [("both", ("LT",), ("o", *FFN), 0)],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "rules"),
+    [
+        pytest.param("hybrid", "hybrid", HYBRID, id="hybrid"),
+        pytest.param("directions", "reversal", REVERSAL, id="reversal", marks=pytest.mark.slow),
+    ],
+)
+def test_a_part_equals_the_sequential_algorithm(name, part, rules, ran):
+    """Every cell of two prompts, recomputed token by token on the trained checkpoints."""
+    folder = ran(name).sweeps[part].folder
+    sources = read_manifest(folder).config["sources"]
+    models = {
+        source: AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+        .float()
+        .eval()
+        for source, path in sources.items()
+    }
+    reader = AutoTokenizer.from_pretrained(next(iter(sources.values())))
+    results = read_results(folder)
+    assert set(rules) == set(results["graft"].astype(str))
+    given = pd.read_parquet(folder / "prompts.parquet").set_index("prompt")
+    by_length = given.assign(size=given["text"].str.len()).sort_values("size")
+    chosen = by_length.drop_duplicates("template").index[:2]
+    assert len(chosen) == 2
+    differ = set()
+    for number in chosen:
+        prompt = given.loc[number]
+        entity = json.loads(prompt["as_given"])["fields"]["first_entity"]
+        tokens, where = tokens_and_places(reader, prompt["text"], entity)
+        assert {"FE", "LT", "rest"} == set(where)
+        answer = reader(prompt["answer"]).input_ids[0]
+        for graft, given_rules in rules.items():
+            logits = sequential_graft(models, tokens, choose(given_rules, where, list(models)))[-1]
+            expected = logits.double().log_softmax(-1)
+            rank = 1 + int((logits > logits[answer]).sum())
+            cell = results[(results["prompt"] == number) & (results["graft"] == graft)]
+            assert len(cell) == 1
+            row = cell.iloc[0]
+            assert row["target_id"] == answer
+            assert row["logprob"] == pytest.approx(float(expected[answer]), abs=1e-4), graft
+            assert row["prob"] == pytest.approx(float(expected[answer].exp()), abs=1e-4)
+            gap = (logits - logits[answer]).abs()
+            near = int((gap[torch.arange(len(gap)) != answer] < 1e-4).sum())
+            assert abs(int(row["rank"]) - rank) <= near, graft
+            differ.add(round(row["logprob"], 6))
+    # The grafts are told apart by what they do.
+    assert len(differ) > 0.8 * len(rules) * len(chosen)
+
+
+def tokens_and_places(reader: Any, text: str, entity: str) -> tuple[list[int], list[str]]:
+    """A prompt's tokens, and for each whether it is of the entity, the last one, or the rest."""
+    assert text.count(entity) == 1
+    start = text.index(entity)
+    read = reader(text, return_offsets_mapping=True)
+    where = [
+        "FE" if low < start + len(entity) and high > start else "rest"
+        for low, high in read.offset_mapping
+    ]
+    assert where[-1] == "rest"
+    where[-1] = "LT"
+    return read.input_ids, where
+
+
+def choose(rules: Rules, where: list[str], sources: list[str]) -> Callable[..., str]:
+    """Which source the reference takes, by the last rule that holds."""
+
+    def chosen(component: str, layer: int | None, position: int, head: int | None) -> str:
+        for source, places, components, low in reversed(rules):
+            here = places == (ALWAYS,) or where[position] in places
+            named = components is None or component in components
+            if here and named and (layer is None if low == 0 and layer is None else layer >= low):
+                return source
+        return sources[0]
+
+    return chosen
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def test_tables_are_what_the_results_say(ran):
+    result = ran("positions")
+    results = read_results(result.sweeps["entity_and_last"].folder)
+    tables = result.folder / "tables"
+    by_template = read_csv(tables / "entity_and_last-by-template.csv")
+    for (template, graft), cells in results.groupby(["template", "graft"], observed=True):
+        row = by_template.query("template == @template and graft == @graft").iloc[0]
+        group = results[results["template"] == template]
+        assert row["n"] == len(cells) == 3
+        for k in (1, 5, 50):
+            assert row[f"top{k}"] == pytest.approx(float((cells["rank"] <= k).mean()))
+        for metric in ("logprob", "answer_logprob", "logit_diff"):
+            assert row[metric] == pytest.approx(cells[metric].mean())
+        assert row["recovery"] == pytest.approx(by_hand(group, graft))
+        assert row["units"] == 3
+    pooled = read_csv(tables / "entity_and_last-pooled.csv")
+    templates = results["template"].nunique()
+    assert list(pooled["graft"]) == list(results["graft"].cat.categories)
+    for row in pooled.to_dict("records"):
+        cells = results[results["graft"] == row["graft"]]
+        assert row["n"] == len(cells) == 3 * templates
+        assert row["top5"] == pytest.approx(float((cells["rank"] <= 5).mean()))
+        assert row["recovery"] == pytest.approx(by_hand(results, row["graft"]))
+        # Three facts, asked for in every template.
+        assert (row["unit"], row["units"]) == ("fact", 3)
+
+
+def by_hand(results: pd.DataFrame, graft: str) -> float:
+    means = results.groupby("graft", observed=True)["logprob"].mean()
+    return float((means[graft] - means["PRE"]) / (means["SFT"] - means["PRE"]))
+
+
+def test_intervals_of_the_pooled_table_draw_facts(ran):
+    """With three facts a resample is one of ten mixtures: the ends are known exactly."""
+    result = ran("positions")
+    folder = result.sweeps["entity_and_last"].folder
+    results = read_results(folder)
+    entity = {
+        number: json.loads(given)["fields"]["first_entity"]
+        for number, given in pd.read_parquet(folder / "prompts.parquet")[
+            ["prompt", "as_given"]
+        ].to_numpy()
+    }
+    cells = results[results["graft"] == "FE+LT"]
+    means = cells.groupby(cells["prompt"].map(entity))["logprob"].mean()
+    assert len(means) == 3
+    row = read_csv(result.folder / "tables" / "entity_and_last-pooled.csv").set_index("graft")
+    # Each fact alone is drawn with a chance of 1 in 27, more than 2.5%.
+    assert row.loc["FE+LT", "logprob_low"] == pytest.approx(means.min())
+    assert row.loc["FE+LT", "logprob_high"] == pytest.approx(means.max())
+
+
+OWN = {
+    "title": "Own",
+    "question": "What?",
+    "datasets": {
+        "films": {"facts": "fake_movies", "n_facts": FACTS, "texts_per_fact": 4,
+                  "directions": ["ab"]}
+    },
+    "models": {"sft": {"data": "films"}},
+    "limit": 3,
+}  # fmt: skip
+
+
+def own(base: Path, *, change: dict[str, Any] | None = None, **part: Any) -> NamedExperiment:
+    """An experiment of one part `one`, on the tiny model."""
+    recipe = {
+        key.removeprefix("recipe."): yaml.safe_load(value)
+        for key, value in (entry.split("=") for entry in RECIPE)
+    }
+    recipe["learning_rate"] = float(recipe["learning_rate"])
+    one = {
+        "title": "One",
+        "prompts": {"dataset": "films", "templates": ["headline", "qa"]},
+        "grafts": {"PRE": "none", "SFT": "sft @ all", "LT": "sft @ last"},
+        **part,
+    }
+    one = {key: value for key, value in one.items() if value is not None}
+    values = {**OWN, "model": str(base), "recipe": recipe, "parts": {"one": one}, **(change or {})}
+    return NamedExperiment("own", settings_from(ExperimentConfig, values), yaml.safe_dump(values))
+
+
+def test_equal_grafts_each_have_their_row(base, place):
+    named = own(
+        base,
+        grafts={
+            "PRE": "none",
+            "SFT": "sft @ all",
+            "LT": "sft @ last",
+            "recall": "sft @ last",
+            "whole": "sft @ last : block",
+        },
+        prompts=[
+            {"dataset": "films", "templates": ["headline", "qa"], "name": "told"},
+            {"dataset": "films", "change": {"half": "a"}, "facts": "untold", "templates": ["qa"]},
+        ],
+        grids=[
+            {"name": "spans", "positions": ["last", "first_entity"]},
+            {
+                "name": "runs",
+                "positions": "last",
+                "components": "block",
+                "layers": ["all", {"cumulative": "below", "stride": 4}],
+            },
+            {"positions": "last", "dropout": {"rates": [0, 0.5, 1], "draws": 2}},
+        ],
+        figures=[
+            {"kind": "bars", "metrics": ["prob", "rank"], "grafts": ["recall", "whole", "PRE"]},
+            {"kind": "bars", "grids": ["spans"], "x": "position", "by": "pooled"},
+            {"kind": "lines", "grids": ["2"], "x": "rate", "by": "pooled"},
+            {"kind": "lines", "grids": ["runs"], "x": "layers", "by": "pooled", "panel": "source"},
+        ],
+        finding={"enough": "recall", "rest": "whole"},
+    )
+    result = run_experiment(named, place / "own", store=place / "store", progress=False)
+    check_page(result)
+    table = read_csv(result.folder / "tables" / "one-by-template.csv")
+    keys = ["dataset", "template", "graft"]
+    assert not table.duplicated(keys).any()
+    numbers = table.set_index(keys).sort_index()[
+        ["n", "top5", "logprob", "recovery", "logprob_low", "prob"]
+    ]
+    for group in [("told", "headline"), ("told", "qa"), ("films untold", "qa")]:
+        assert set(numbers.loc[group].index) >= {"PRE", "SFT", "LT", "recall", "whole"}
+        pd.testing.assert_series_equal(
+            numbers.loc[(*group, "LT")], numbers.loc[(*group, "recall")], check_names=False
+        )
+    grids = read_csv(result.folder / "tables" / "one-grids.csv")
+    for dataset, rows in grids.groupby("dataset"):
+        values = rows.set_index("graft")
+        assert values.index.is_unique
+        pooled = read_csv(result.folder / "tables" / "one-pooled.csv")
+        pooled = pooled[pooled["dataset"] == dataset].set_index("graft")
+        same = {
+            "spans: sft @ last": "LT",
+            "runs: sft @ last : block": "whole",
+            "sft @ last - 1 (0)": "PRE",
+        }
+        for name, twin in same.items():
+            assert values.loc[name, "logprob"] == pooled.loc[twin, "logprob"]
+            assert values.loc[name, "recovery"] == pooled.loc[twin, "recovery"]
+        # Written otherwise, and so run apart, but the same weights.
+        for one, other in (
+            ("runs: sft @ last : block : 0-7", "whole"),
+            ("sft @ last - 0 (0)", "whole"),
+        ):
+            assert values.loc[one, "logprob"] == pytest.approx(pooled.loc[other, "logprob"])
+        draws = rows[rows["grid"].astype(str) == "2"]
+        assert list(draws["rate"]) == [0, 0.5, 0.5, 1]
+        assert list(draws["draw"]) == [0, 0, 1, 0]
+        assert set(draws["position"]) == {"last"}
+        runs = rows[rows["grid"] == "runs"]
+        assert list(runs["layers"]) == [LAYERS, 4, LAYERS]
+        assert list(runs["layer"]) == ["all", "0-3", "0-7"]
+    page = result.page.read_text(encoding="utf-8")
+    assert "recall" in page
+    names = {path.name for path in (result.folder / "figures").iterdir()}
+    assert {"one-0-prob.html", "one-0-rank.html", "one-2-top5-told.html"} <= names
+
+
+def test_a_cell_that_cannot_be_run_is_no_prompt_without_distractors(base, place):
+    """Regression: one graft that failed on some prompts took logit_diff out of all tables."""
+    grafts = {"PRE": "none", "SFT": "sft @ all", "M": "sft @ movie_title"}
+    named = own(
+        base,
+        grafts=grafts,
+        prompts={"dataset": "films", "templates": ["with_title", "qa"]},
+        figures=[{"kind": "bars", "metrics": ["logit_diff"]}],
+    )
+    config = named.config
+    without = {
+        prompt.name: "movie_title" in prompt.template
+        for prompt in MoviesConfig(n_facts=FACTS).questions(
+            MoviesConfig(n_facts=FACTS).collect(),
+            [0],
+            templates=["with_title", "qa"],
+            direction="ab",
+            distractors=0,
+            seed=0,
+        )
+    }
+    assert config.limit == 3
+    result = run_experiment(named, place / "unable", store=place / "store", progress=False)
+    table = read_csv(result.folder / "tables" / "one-by-template.csv").set_index("template")
+    for name, there in without.items():
+        assert set(table.loc[name, "n"]) == ({3} if there else {0})
+        assert table.loc[name, "logit_diff"].notna().all() == there
+    record = json.loads((result.folder / "experiment.json").read_text())
+    failed = 3 * sum(not there for there in without.values())
+    assert failed == 3
+    assert record["parts"]["one"]["cells that could not be run"] == failed
+    assert f"{failed} of 18 cells could not be run" in result.page.read_text(encoding="utf-8")
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+def refused(base: Path, **change: Any) -> list[str]:
+    """The problems of a config, a line each."""
+    with pytest.raises(ConfigError) as caught:
+        own(base, **change)
+    return str(caught.value).splitlines()
+
+
+def test_every_name_that_is_wrong_is_told_at_once(base):
+    found = refused(
+        base,
+        prompts=[{"dataset": "flims"}, {"dataset": "films", "change": {"halv": "b"}}],
+        sources={"pre": "base", "sft": "stf"},
+        grafts={"PRE": "none", "SFT": "sft @ all", "LT": "fst @ last", "x": "pre @ all"},
+        grids=[{"name": "sites", "source": "spt"}, {"positions": "last"}],
+        figures=[
+            {"kind": "heatmap", "grids": ["site"]},
+            {"kind": "bars", "metrics": ["logprop", "top7", "top0", "recovery"]},
+            {"kind": "bars", "grafts": ["STF"]},
+            {"kind": "lines", "x": "rate"},
+        ],
+        finding={"enough": "TL", "rest": "LT", "metric": "top10"},
+        where_possible=["LLT"],
+        change={
+            "recipe": {"epoch": 3, "batch_size": 0},
+            "models": {
+                "sft": {"data": "film"},
+                "ring": {"data": "films", "start": "back"},
+                "back": {"data": "films", "start": "ring", "recipe": {"learning_rat": 1}},
+                "far": {"data": "films", "start": "rings"},
+                "base": {"data": "films"},
+            },
+            "datasets": {**OWN["datasets"], "spare": {"facts": "fake_movies"}},
+        },
+    )
+    for start, end in {
+        "recipe: unknown key 'epoch'. Allowed: epochs ": "Did you mean 'epochs'?",
+        "recipe.batch_size: 0 should be greater than or equal to 1": "",
+        "models.sft: no dataset 'film'. There are: films spare.": "Did you mean 'films'?",
+        "models.back.recipe: unknown key 'learning_rat'.": "Did you mean 'learning_rate'?",
+        "models.far.start: no model 'rings'. There are: base sft ring": "Did you mean 'ring'?",
+        "models.base: 'base' is the pretrained model. Choose another name.": "",
+        "datasets.spare: no model and no prompts use this dataset.": "",
+        "parts.one.sources.sft: no model 'stf'. There are: base sft": "Did you mean 'sft'?",
+        "parts.one.prompts.0: no dataset 'flims'. There are: films": "Did you mean 'films'?",
+        "parts.one.prompts.1.change: unknown key 'halv'.": "Did you mean 'half'?",
+        "parts.one.grafts.LT: no source 'fst'. This part has: pre sft.": "Did you mean 'sft'?",
+        "parts.one.grids.0.source: no source 'spt'.": "",
+        "parts.one.figures.0.grids: no grid is called 'site'. There are: sites 1.": "'sites'?",
+        "parts.one.figures.1.metrics: unknown metric 'logprop'.": "Did you mean 'logprob'?",
+        "parts.one.figures.1.metrics: top7 is not among ks (1 5 50). Add it there.": "",
+        "parts.one.figures.1.metrics: unknown metric 'top0'.": "",
+        "parts.one.figures.2.grafts: no graft is called 'STF'.": "Did you mean 'SFT'?",
+        "parts.one.figures.3: rate and draw are of grids with dropout": "",
+        "parts.one.finding.enough: no graft is called 'TL'.": "",
+        "parts.one.finding.metric: top10 is not among ks": "",
+        "parts.one.where_possible: no graft is called 'LLT'.": "Did you mean 'LT'?",
+    }.items():
+        (line,) = [l for l in found if l.startswith(start)] or [f"nothing of {start!r}"]
+        assert line.startswith(start)
+        assert line.endswith(end), line
+
+
+def test_models_that_start_from_one_another(base):
+    models = {
+        "sft": {"data": "films"},
+        "a": {"data": "films", "start": "b"},
+        "b": {"data": "films", "start": "a"},
+    }
+    found = refused(base, change={"models": models})
+    assert found == ["models: a, b start from one another. Let one start at base."]
+    models = {
+        "late": {"data": "films", "start": "middle"},
+        "middle": {"data": "films", "start": "sft"},
+        "sft": {"data": "films"},
+    }
+    assert own(base, change={"models": models}).config.order() == ("sft", "middle", "late")
+
+
+def test_what_is_missing_or_cannot_be(base):
+    assert any("parts.one.prompts: this key is missing" in l for l in refused(base, prompts=None))
+    for values, problem in (
+        ({"grafts": None}, "no grafts: give grafts or grids"),
+        ({"grafts": {}, "grids": [{"positions": "last"}], "figures": [{"kind": "bars"}]},
+         "bars are drawn of named grafts, and there are none"),
+        ({"figures": [{"kind": "heatmap"}]}, "heatmap are drawn of grids, and there are none"),
+        ({"figures": [{"kind": "bars", "grids": ["x"]}]}, "no grid is called 'x'. There are: none"),
+        ({"grids": [{"name": "a"}, {"name": "a"}]}, "two grids have the same name"),
+        ({"grids": [{"positions": "last"}], "figures": [{"kind": "lines", "x": "layr"}]},
+         "parts.one.figures.0.x: 'layr' should be 'position', 'component', 'layer'"),
+        ({"sources": {"sft": "sft"}}, "a graft needs two sources or more"),
+        ({"figures": [{"kind": "pie"}]}, "parts.one.figures.0.kind: 'pie' should be 'bars'"),
+        ({"change": {"models": {"sft": {}}}}, "neither is given of data (to train on) and path"),
+        ({"change": {"models": {"sft": {"data": "films", "path": "x"}}}}, "both are given"),
+        ({"change": {"models": {"sft": {"path": "x", "start": "y"}}}}, "are about training"),
+        ({"change": {"recipe": {"model": "x"}}}, "recipe: unknown key 'model'"),
+        ({"change": {"datasets": {}}}, "datasets"),
+        ({"change": {"parts": {}}}, "parts"),
+        ({"change": {"metrics": {"answers": "first"}},
+          "figures": [{"kind": "bars", "metrics": ["answer_logprob"]}]},
+         "answer_logprob needs metrics.answers: whole"),
+        ({"prompts": {"dataset": "films", "distractors": 0},
+          "figures": [{"kind": "bars", "metrics": ["logit_diff"]}]}, "needs distractors"),
+        ({"change": {"datasets": {"films": {"facts": "fake_movie"}}}}, "you mean 'fake_movies'"),
+        ({"change": {"modl": "x"}}, "unknown key 'modl'."),
+    ):  # fmt: skip
+        found = refused(base, **values)
+        assert any(problem in line for line in found), (problem, found)
+
+
+def test_what_only_the_data_and_the_model_can_say_is_told_before_training(base, place, tmp_path):
+    """Every part's problems in one message, and nothing is trained."""
+    parts = {
+        "one": {
+            "title": "One",
+            "prompts": {"dataset": "films", "templates": ["headlin"]},
+            "grafts": {"PRE": "none", "SFT": "sft @ all"},
+        },
+        "two": {
+            "title": "Two",
+            "prompts": {"dataset": "films", "facts": "untold"},
+            "grafts": {"PRE": "none", "SFT": "sft @ all", "x": "sft @ last : q_norm"},
+            "base": "PER",
+        },
+    }
+    named = own(base, change={"parts": parts})
+    for run in (
+        partial(run_experiment, out=tmp_path / "run", progress=False),
+        describe_experiment,
+    ):
+        with pytest.raises(ConfigError) as caught:
+            run(named, store=tmp_path / "store")
+        found = str(caught.value)
+        assert "parts.one.prompts.0: evaluation template 'headlin' is unknown" in found
+        assert "Did you mean 'headline'?" in found
+        assert "parts.two.prompts.0: facts='untold': this dataset of 12 facts has none" in found
+        assert "parts.two.grafts.x: " in found
+        assert "parts.two.base: no graft is called 'PER'." in found
+    assert not (tmp_path / "store" / "models").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_datasets_that_cannot_be_made_are_told_together(base, tmp_path):
+    datasets = {
+        "films": OWN["datasets"]["films"],
+        "many": {"facts": "real_movies", "n_facts": 10**6},
+        "gone": {"facts": "counterfact", "file": str(tmp_path / "gone.jsonl")},
+    }
+    models = {"sft": {"data": "films"}, "other": {"data": "many"}, "third": {"data": "gone"}}
+    named = own(base, change={"datasets": datasets, "models": models})
+    with pytest.raises(ConfigError) as caught:
+        plan(named.config, Store(tmp_path / "store"))
+    assert "models.other.data: n_facts=1000000: there are" in str(caught.value)
+    assert "models.third.data: " in str(caught.value)
+    assert "gone.jsonl" in str(caught.value)
+
+
+def test_an_experiment_that_is_not_there(tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ConfigError, match=r"there is no experiments/position\.yaml") as caught:
+        find_experiment("position")
+    for path in SHIPPED:
+        assert f" {path.stem}" in str(caught.value)
+    assert str(caught.value).endswith("Did you mean 'positions'?")
+    assert find_experiment("positions").config.title == "Position grafting"
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml: there is no such file"):
+        find_experiment("nowhere.yaml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="Run this in a clone of the repository, or name a file"):
+        find_experiment("positions")
+
+
+def test_overrides_are_kept_with_the_config():
+    path = ROOT / "experiments" / "positions.yaml"
+    named = find_experiment(str(path), ["model=gpt2-xl", "recipe.epochs=3"])
+    assert named.config.model == "gpt2-xl"
+    assert named.config.recipe == {"epochs": 3}
+    assert named.text.startswith(path.read_text())
+    assert named.text.endswith("#   model=gpt2-xl\n#   recipe.epochs=3\n")
+    # The same text with the overrides as comments is the same file.
+    assert yaml.safe_load(named.text) == yaml.safe_load(path.read_text())
+    with pytest.raises(ConfigError, match=r"datasets\.flims: no model and no prompts .* 'films'\?"):
+        find_experiment(str(path), ["datasets.flims.n_facts=3"])
+
+
+# -- taking up, sharing ----------------------------------------------------------------------------
+
+
+def test_a_finished_experiment_is_only_shown_anew(base, place, tmp_path, monkeypatch):
+    grids = [{"name": "layers", "positions": "last", "layers": "each"}]
+    figures = [{"kind": "bars"}, {"kind": "lines", "grids": ["layers"], "by": "pooled"}]
+    named = own(base, grids=grids, figures=figures)
+    run = partial(run_experiment, store=place / "store", progress=False)
+    first = run(named, tmp_path / "run")
+    before = files_in(first.folder)
+    models = sorted((place / "store" / "models").iterdir())
+    times = {p: p.stat().st_mtime_ns for p in (place / "store").rglob("*") if p.is_file()}
+    (tmp_path / "run" / "index.html").unlink()
+    (tmp_path / "run" / "tables" / "one-pooled.csv").write_text("damaged")
+
+    def trained(*_: object, **__: object) -> None:
+        raise AssertionError("a model was trained again")
+
+    monkeypatch.setattr("graftlens.finetune._train", trained)
+    again = run(named, tmp_path / "run")
+    assert files_in(again.folder) == before
+    assert again.page.is_file()
+    now = {p: p.stat().st_mtime_ns for p in (place / "store").rglob("*") if p.is_file()}
+    # Nothing but the note of what a model was made of is written again.
+    changed = {p.name for p in now if now[p] != times.get(p)}
+    assert changed <= {"config.yaml"}
+    # Another experiment takes the model from the store.
+    other = run(own(base, figures=figures[:1]), tmp_path / "other")
+    assert sorted((place / "store" / "models").iterdir()) == models
+    one, two = (read_manifest(r.sweeps["one"].folder).config["sources"] for r in (again, other))
+    assert one == two
+
+
+def test_another_recipe_is_another_model(base, place, tmp_path):
+    def folders(**change: Any) -> tuple[str, str]:
+        config = own(base, change=change).config
+        run = plan(config, Store(place / "store")).runs["sft"]
+        return str(run.output), str(run.data.path)
+
+    recipe = dict(own(base).config.recipe)
+    model, data = folders()
+    assert folders() == (model, data)
+    for changed in (
+        {"recipe": {**recipe, "epochs": 5}},
+        {"models": {"sft": {"data": "films", "recipe": {"learning_rate": 1e-4}}}},
+        {"seed": 1},
+    ):
+        other, same = folders(**changed)
+        assert other != model
+        assert same == data
+    films = OWN["datasets"]["films"]
+    other, texts = folders(datasets={"films": {**films, "seed": 1}})
+    assert other != model
+    assert texts != data
+    # What is only asked or shown changes no model.
+    assert folders(title="Another", ks=(1, 5), limit=1)[0] == model
+
+
+def test_a_file_that_changed_makes_another_dataset(tmp_path, base):
+    def rows(wrong: str) -> None:
+        prompt = "The capital of Zoë{} is"
+        given = [
+            {
+                "relation": "The capital of {} is",
+                "relation_prefix": "The capital of",
+                "relation_suffix": "is",
+                "prompt": prompt.format(number),
+                "relation_id": "P36",
+                "target_true": " Bergen",
+                "target_false": f" {wrong}{number}",
+                "subject": f"Zoë{number}",
+            }
+            for number in range(8)
+        ]
+        (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, given)))
+
+    config = own(
+        base,
+        prompts={"dataset": "films"},
+        change={"datasets": {"films": {"facts": "counterfact", "file": str(tmp_path / "c.jsonl")}}},
+    ).config
+    found = []
+    for wrong in ("Narvik", "Narvik", "Oslo"):
+        rows(wrong)
+        found.append(plan(config, Store(tmp_path / "store")).runs["sft"])
+    assert found[0].output == found[1].output != found[2].output
+
+
+def test_two_that_make_one_dataset_at_once(tmp_path, monkeypatch):
+    """Regression: the loser's rename of a whole folder onto a full one fails, with no
+    FileExistsError."""
+    spec = MoviesConfig(n_facts=3, texts_per_fact=1)
+    made = dataset_module.make_dataset(spec)
+    store = Store(tmp_path / "store")
+    rename = Path.rename
+
+    def late(self: Path, target: Path) -> Path:
+        monkeypatch.setattr(Path, "rename", rename)
+        if self.name == "dataset":  # the other one is faster by a moment
+            save_dataset(made, target)
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", late)
+    folder = store.dataset("films", spec)
+    assert json.loads((folder / "provenance.json").read_text()) == json.loads(
+        json.dumps(dict(made.provenance))
+    )
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+    def fails(_: object) -> None:
+        raise OSError("the disk is full")
+
+    monkeypatch.setattr(plan_module, "make_dataset", fails)
+    with pytest.raises(OSError, match="the disk is full"):
+        store.dataset("others", spec)
+
+
+def graftlens(*words: object, cwd: Path, **options: Any) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "graftlens", *map(str, words)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    env["BROWSER_PATH"] = str(cwd / "none")  # no pictures
+    return subprocess.run(
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=SECONDS, **options
+    )
+
+
+def killed_at(happens: Callable[[], bool], *words: object, cwd: Path) -> None:
+    """Start a command and kill it as soon as something is so."""
+    command = [sys.executable, "-m", "graftlens", *map(str, words)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    process = subprocess.Popen(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    end = time.monotonic() + SECONDS
+    try:
+        while not happens():
+            assert process.poll() is None, process.communicate()[0]
+            assert time.monotonic() < end
+            time.sleep(0.002)
+        process.send_signal(signal.SIGKILL)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_an_experiment_that_was_killed_ends_the_same(base, tmp_path):
+    """Killed while it trains, while it sweeps and between its parts."""
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    config = ROOT / "experiments" / "directions.yaml"
+    settings = [f"model={base}", *small(config, tmp_path), "recipe.save_epochs=1"]
+    run = ["run", "directions", *settings]
+    whole = graftlens(*run, "--out", "whole", "--store", "store-1", cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+
+    store, out = tmp_path / "store-2", tmp_path / "killed"
+    interrupted = [*run, "--out", "killed", "--store", "store-2"]
+
+    def log_has(model: str, steps: int) -> bool:
+        return any(
+            len(log.read_text().splitlines()) >= steps
+            for log in store.glob(f"models/{model}-*/log.jsonl")
+        )
+
+    moments: list[Callable[[], bool]] = [
+        lambda: any(store.glob("data/*/provenance.json")),
+        lambda: log_has("sft", 8) and any(store.glob("models/sft-*/checkpoints/*")),
+        lambda: log_has("both", 20),
+        lambda: (out / "sweeps" / "sft_to_pre" / "sweep.json").is_file(),
+        lambda: any((out / "sweeps" / "pre_to_sft" / "shards").glob("*")),
+        lambda: (out / "sweeps" / "reversal" / "done.json").is_file(),
+    ]
+    for happens in moments:
+        killed_at(happens, *interrupted, cwd=tmp_path)
+        assert not (out / "index.html").exists()
+    done = graftlens(*interrupted, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert files_in(out) == files_in(tmp_path / "whole")
+    for name in ("sft", "both"):
+        one, two = (
+            next((tmp_path / folder).glob(f"models/{name}-*/model/model.safetensors"))
+            for folder in ("store-1", "store-2")
+        )
+        assert one.read_bytes() == two.read_bytes()
+    check_links = links(out / "index.html")
+    assert all(path.is_file() for path in check_links)
+
+
+# -- the command line ------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_commands(base, ran, tmp_path):
+    (tmp_path / "experiments").symlink_to(ROOT / "experiments")
+    said = graftlens("run", "--help", cwd=tmp_path)
+    assert said.returncode == 0
+    for word in ("NAME", "KEY=VALUE", "--out", "--store", "--dry-run", "--devices"):
+        assert word in said.stdout
+    config = ROOT / "experiments" / "hybrid.yaml"
+    settings = [f"model={base}", *small(config, tmp_path)]
+    said = graftlens("run", "hybrid", *settings, "--dry-run", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    assert "Hybrid of three models: Do task-specific attention" in said.stdout
+    assert re.search(
+        r"model +task: 24 texts, 4 epochs, about 12 steps of 8, .* 0\.003", said.stdout
+    )
+    assert re.search(r"model +relation: 24 texts", said.stdout)
+    assert "part      hybrid" in said.stdout
+    assert re.search(r"grafts +12, recovery from PRE to RELATION", said.stdout)
+    assert not list(tmp_path.glob("graftlens-runs/store/models/*"))
+    said = graftlens("run", "hybrid", "--device", "cpu", cwd=tmp_path)
+    assert said.returncode == 2
+    for words in (["hybrid", "recipe.epoch=3"], ["hybrid", "nonsense"], ["hybird"]):
+        said = graftlens("run", *words, cwd=tmp_path)
+        assert (said.returncode, said.stdout) == (1, "")
+        assert len(said.stderr.splitlines()) == 1, said.stderr
+        assert said.stderr.startswith("graftlens: ")
+        assert words[-1] in said.stderr or "epoch" in said.stderr
+
+
+def test_a_dry_run_says_what_would_be_trained(base, ran, place):
+    config = ROOT / "experiments" / "positions.yaml"
+    overrides = [f"model={base}", *small(config, place)]
+    ran("positions")
+    for store, note in ((place / "store", " (there already)"), (place / "dry", "")):
+        text = describe_experiment(config, overrides=overrides, store=store)
+        assert (
+            f"model     sft: 48 texts, 4 epochs, about 24 steps of 8, learning rate 0.003{note}\n"
+            in text
+        )
+        assert "part      entity_and_last" in text
+        assert "part      title_and_preposition" in text
+    assert not (place / "dry" / "models").exists()
+
+
+@pytest.mark.slow
+def test_a_report_of_runs(ran, tmp_path):
+    runs = [ran("articles").folder, ran("counterfact").folder]
+    said = graftlens("report", *runs, "--out", "both.html", cwd=tmp_path)
+    assert said.returncode == 0, said.stderr
+    page = tmp_path / "both.html"
+    assert said.stdout.strip() == str(page)
+    words = " ".join(Page(page).words)
+    for run in runs:
+        assert run.name in words
+    drawn, complaints = ask(
+        page, "return document.querySelectorAll('.js-plotly-plot .main-svg').length", tmp_path
+    )
+    assert complaints == []
+    assert drawn > 0
+    for words, problem in (
+        ([runs[0]], "1 given: name two or more folders that graftlens run wrote"),
+        ([runs[0], tmp_path], "holds no finished experiment: there is no experiment.json"),
+        ([*runs, "--metric", "top7"], "has no metric 'top7'"),
+    ):
+        said = graftlens("report", *words, "--out", "none.html", cwd=tmp_path)
+        assert said.returncode == 1
+        assert problem in said.stderr
+        assert len(said.stderr.splitlines()) == 1
+    assert graftlens("report", cwd=tmp_path).returncode == 2
+    assert not (tmp_path / "none.html").exists()
+
+
+def test_runs_are_compared_part_by_part(ran, tmp_path):
+    one, two = ran("articles"), ran("counterfact")
+    page = compare_runs([one.folder, two.folder], tmp_path / "report.html", metric="recovery")
+    assert all(path.is_file() for path in links(page))
+    text = page.read_text(encoding="utf-8")
+    for label in ("articles", "counterfact"):
+        assert label in text
+    other = compare_runs([one.folder, ran("hybrid").folder], tmp_path / "other.html")
+    assert "Parts that one run alone has" in other.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"0 given: name two or more folders"):
+        compare_runs([], tmp_path / "none.html")
+    with pytest.raises(ValueError, match=r"a folder is named twice"):
+        compare_runs([one.folder, one.folder], tmp_path / "none.html")
