@@ -42,7 +42,24 @@ def claim(
         write_text(path, json.dumps(identity, indent=2) + "\n")
         return
     there = _flat(defaults) | _flat(json.loads(path.read_text()))
-    given = _flat(identity)
+    refuse_differences(f"{folder} holds another finetuning run", there, identity, elsewhere)
+
+
+def refuse_differences(
+    what: str, there: Mapping[str, Any], given: Mapping[str, Any], elsewhere: Collection[str] = ()
+) -> None:
+    """Check that what a run's folder holds is what is given.
+
+    Args:
+        what: the message's beginning.
+        there: plain values, in sections.
+        given: likewise.
+        elsewhere: dotted names that may differ.
+
+    Raises:
+        ValueError: the two differ; the message has each difference.
+    """
+    there, given = _flat(there), _flat(given)
     different = [
         f"  {name}: {there.get(name)!r} there, {given.get(name)!r} given"
         for name in sorted((there.keys() | given.keys()) - set(elsewhere))
@@ -50,7 +67,7 @@ def claim(
     ]
     if different:
         raise ValueError(
-            f"{folder} holds another finetuning run:\n"
+            f"{what}:\n"
             + "\n".join(different)
             + "\nChoose another output folder, give what is there, or remove the folder."
         )

@@ -257,13 +257,16 @@ def data_make(
     """Make a dataset of facts: training texts, evaluation prompts, facts and provenance."""
     from graftlens.configfile import ConfigError, overridden, read_mapping
     from graftlens.data import make_dataset, save_dataset, spec_of
+    from graftlens.data.dataset import refuse_existing
 
+    folder = out or Path("graftlens-data") / config.stem
+    refuse_existing(folder)  # before all the work
     try:
         spec = spec_of(overridden(read_mapping(config), overrides or ()))
     except ConfigError as error:
         raise error.under(str(config), ": ") from None
     made = make_dataset(spec)
-    folder = save_dataset(made, out or Path("graftlens-data") / config.stem)
+    save_dataset(made, folder)
     counts = ", ".join(f"{number} {what}" for what, number in made.provenance["counts"].items())
     typer.echo(f"{folder}: {counts}")
 

@@ -4,6 +4,8 @@ The folder of a run holds
 
 - ``run.json``: the config, the data's hashes and the starting weights' hash, written first; a
   later call with anything else is refused (but the same weights and texts may lie elsewhere);
+- ``data/``: the dataset that `finetune_run` made, which a later call reads instead of making it
+  anew: a language model's rewrites and what a hub holds now are not had twice;
 - ``log.jsonl``: loss of every step, held-out perplexity of every epoch;
 - ``checkpoints/``: the newest complete state to resume from, gone when the run is finished;
 - ``epochs/``: with ``keep_epochs`` the weights after each epoch, else the best ones so far, gone
@@ -26,7 +28,7 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from importlib.metadata import version
@@ -38,7 +40,7 @@ import torch
 import yaml
 from datasets import Dataset, load_from_disk
 from filelock import FileLock, Timeout
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from tqdm.auto import tqdm
 
 from graftlens.checkpoints import (
@@ -46,14 +48,22 @@ from graftlens.checkpoints import (
     claim,
     mark_complete,
     newest_complete,
+    refuse_differences,
     remove_others,
     seconds_of,
     write_folder,
     write_text,
 )
 from graftlens.components import Component
-from graftlens.data import AnyDataset, MoviesConfig, load_dataset, make_dataset
-from graftlens.data.settings import Settings
+from graftlens.data import (
+    AnyDataset,
+    DatasetSpec,
+    MoviesConfig,
+    load_dataset,
+    make_dataset,
+    save_dataset,
+)
+from graftlens.data.settings import Settings, at_home
 from graftlens.data.supplement import Supplement, mixed
 from graftlens.data.texts import check_ending, read_paragraphs, read_texts
 from graftlens.engines import EngineError, SlurmResources, Task, submit
@@ -73,6 +83,10 @@ FROZEN = {
 }
 
 
+class InUseError(RuntimeError):
+    """Another process finetunes in the folder."""
+
+
 class LoraSettings(Settings):
     """Train low-rank adapters (needs ``peft``); the result is saved merged, as plain weights."""
 
@@ -86,7 +100,8 @@ class LoraSettings(Settings):
     """Share of an adapter's inputs dropped while training."""
 
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of the linear modules that get an adapter."""
+    """Names of the linear modules that get an adapter: none whose weight is another's as well, as
+    with tied embeddings."""
 
 
 class FinetuneConfig(Settings):
@@ -139,7 +154,7 @@ class FinetuneConfig(Settings):
 
     heldout_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training texts that is held out for perplexity (drawn by the seed, supplemental
-    texts among them)."""
+    texts among them); one that comes to no text is an error."""
 
     heldout_file: Path | None = None
     """UTF-8 text whose blank-line separated paragraphs are held-out texts for perplexity."""
@@ -161,6 +176,11 @@ class FinetuneConfig(Settings):
     keep_epochs: bool = False
     """Leave the weights after each epoch in ``epochs/epoch-N``: checkpoints to load, not to resume
     from (as large as the model, each)."""
+
+    @field_validator("model")
+    @classmethod
+    def _model_at_home(cls, value: str) -> str:
+        return str(at_home(Path(value))) if value.startswith("~") else value
 
     @model_validator(mode="after")
     def _one_heldout(self) -> "FinetuneConfig":
@@ -203,7 +223,18 @@ class TrainingData(Settings):
             )
         if self.file is not None:
             check_ending("file", self.file)
+        if self.made is not None and self.made.supplement is not None and self.supplement:
+            place = "make" if self.movies is None else "movies"
+            raise ValueError(
+                f"data.{place}.supplement and data.supplement are both given, and each would add "
+                "plain text. Leave one out."
+            )
         return self
+
+    @property
+    def made(self) -> DatasetSpec | None:
+        """What the texts are made of; None where they are read."""
+        return self.movies or self.make
 
 
 class FinetuneRun(FinetuneConfig):
@@ -323,7 +354,7 @@ def _take(lock: FileLock) -> None:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise RuntimeError(
+        raise InUseError(
             f"{folder} is in use by another process that finetunes there. Wait for it, or choose "
             "another output folder."
         ) from None
@@ -337,23 +368,26 @@ def finetune_run(run: FinetuneRun, *, progress: bool = True) -> FinetuneResult:
     """Read or make the training texts, and `finetune` on them.
 
     The model "smollm2" is the demo's. The finished run's folder says what it was made of in
-    ``config.yaml``.
+    ``config.yaml``. A dataset that is made is kept in the folder ``data``, from where a later call
+    reads it.
 
     Raises:
-        FileNotFoundError: the data or the model's folder are not there.
-        ValueError: the data have no texts; what `finetune` refuses.
+        OSError: the data, held-out texts or the model's folder are not there.
+        ValueError: the data have no texts; the run's folder holds another dataset; what `finetune`
+            refuses.
     """
     recipe = run.recipe
+    _check_heldout_file(recipe)
     processes = _processes(recipe)
     if recipe.model == "smollm2":
         recipe = recipe.model_copy(update={"model": str(processes.from_first(smollm2))})
-    place = Path(recipe.model).expanduser()
+    place = Path(recipe.model)
     if not place.exists() and (recipe.model.startswith((".", "/", "~")) or len(place.parts) > 2):
         raise FileNotFoundError(
             f"model={recipe.model!r}: there is no such folder. Write a checkpoint's folder, a hub "
             'id, or "smollm2".'
         )
-    train = processes.from_first(partial(training_texts_of, run.data, seed=run.seed))
+    train = processes.from_first(partial(_texts_of_run, run))
     result = finetune(recipe, train, progress=progress)
     if processes.is_first:
         made_of = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
@@ -437,17 +471,50 @@ def training_texts_of(data: TrainingData, seed: int = 0) -> Dataset:
         seed: of the draw of supplemental texts.
 
     Raises:
-        FileNotFoundError: they are not there.
+        OSError: they are not there.
         ValueError: they have no texts, or too few supplemental ones.
     """
-    texts = _texts_of(data)
+    return _supplemented(data, _texts_of(data), seed)
+
+
+def _supplemented(data: TrainingData, texts: Dataset, seed: int) -> Dataset:
     return texts if data.supplement is None else mixed(texts, data.supplement, seed)
 
 
+def _texts_of_run(run: FinetuneRun) -> Dataset:
+    if run.data.made is None:
+        return training_texts_of(run.data, run.seed)
+    lock = FileLock(run.output / ".lock")
+    _take(lock)
+    try:
+        texts = _made_once(run.data.made, run.output)
+    finally:
+        lock.release()
+    return _supplemented(run.data, texts, run.seed)
+
+
+def _made_once(spec: DatasetSpec, output: Path) -> Dataset:
+    """The training texts that the spec describes: those that the run's folder holds, if it does."""
+    folder = output / "data"
+    if not folder.exists():
+        dataset = make_dataset(spec)
+        # A claimed folder without data is an earlier release's, or another run's.
+        if not (output / "run.json").exists():
+            save_dataset(dataset, folder)
+        return dataset.train
+    dataset = load_dataset(folder)
+    refuse_differences(
+        f"{folder} was made of another config",
+        dataset.config.model_dump(mode="json"),
+        spec.model_dump(mode="json"),
+    )
+    # In memory: other processes get it, and need not see the folder.
+    return Dataset.from_dict(dataset.train.to_dict(), features=dataset.train.features)
+
+
 def _texts_of(data: TrainingData) -> Dataset:
-    made = data.movies or data.make
-    if made is not None:
-        return make_dataset(made).train
+    if data.made is not None:
+        return make_dataset(data.made).train
     if data.path is not None:
         if (data.path / "provenance.json").is_file():
             return load_dataset(data.path).train
@@ -559,6 +626,7 @@ def _finetune(
             model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
     model.float()
     frozen = _frozen_modules(config, model)
+    _check_targets(config, model)
     precision = _resolve_precision(config)
     final, epochs = config.output / "model", config.output / "epochs"
     identity: dict[str, Any] = {}
@@ -844,15 +912,42 @@ def _frozen_modules(config: FinetuneConfig, model: Any) -> list[str]:
         )
     wanted = [component for name in config.freeze for component in FROZEN[name]]
     modules = [family.layout.modules[c] for c in wanted if c in family.layout.modules]
-    targets = config.lora.target_modules if config.lora is not None else ()
-    if not isinstance(targets, str):  # all-linear leaves embeddings and unembedding out
-        for target in targets:
-            if any(f".{name}".endswith(f".{target}") for name in modules):
-                raise ValueError(
-                    f"lora.target_modules names {target!r}, which freeze={list(config.freeze)} "
-                    "keeps as it is. Leave it out of one of them."
-                )
+    for target, _ in _targeted(config, modules):
+        raise ValueError(
+            f"lora.target_modules names {target!r}, which freeze={list(config.freeze)} keeps as it "
+            "is. Leave it out of one of them."
+        )
     return modules
+
+
+def _check_targets(config: FinetuneConfig, model: Any) -> None:
+    """No adapter on a weight that two modules share: merged, it would change the other one, too.
+
+    Raises:
+        ValueError: there is one.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(weight), []).append(name.rpartition(".")[0])
+    tied = {name: names for names in owners.values() if len(names) > 1 for name in names}
+    for target, name in _targeted(config, tied):
+        others = " and ".join(other for other in tied[name] if other != name)
+        raise ValueError(
+            f"lora.target_modules names {target!r}, whose weight is also that of {others} (tied "
+            "weights): an adapter on one of them cannot be saved merged. Leave it out, or train "
+            "all weights (no lora)."
+        )
+
+
+def _targeted(config: FinetuneConfig, modules: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(target, module) for each of these modules that gets an adapter, as peft reads targets."""
+    targets = config.lora.target_modules if config.lora is not None else ()
+    if isinstance(targets, str):
+        return  # all-linear leaves embeddings and unembedding out
+    for target in targets:
+        for name in modules:
+            if f".{name}".endswith(f".{target}"):
+                yield target, name
 
 
 def _log_lines(state: Any) -> list[dict[str, Any]]:
@@ -937,11 +1032,17 @@ def _split(
             )
         held = list(heldout["text"])
     elif config.heldout_file is not None:
+        _check_heldout_file(config)
         held = read_paragraphs(config.heldout_file)
     elif config.heldout_share:
         order = list(range(len(texts)))
         random.Random(f"held out {config.seed}").shuffle(order)
         count = round(len(texts) * config.heldout_share)
+        if texts and count == 0:
+            raise ValueError(
+                f"heldout_share={config.heldout_share} of {len(texts)} training texts is no text. "
+                f"{_least_share(len(texts))}"
+            )
         out = set(order[:count])
         held = [text for index, text in enumerate(texts) if index in out]
         texts = [text for index, text in enumerate(texts) if index not in out]
@@ -954,6 +1055,23 @@ def _split(
             "heldout_file, or keep the last epoch."
         )
     return texts, held
+
+
+def _least_share(count: int) -> str:
+    """What to write for a held-out share that rounds to none of so many texts."""
+    if count == 1:
+        return "Give more texts, a heldout_file, or heldout_share=0."
+    half = 0.5 / count  # rounds to 0 yet
+    digit = 10.0 ** (math.floor(math.log10(half)) - 1)
+    least = (math.floor(half / digit) + 1) * digit
+    return f"Give {least:.2g} or more, or heldout_share=0 for no held-out texts."
+
+
+def _check_heldout_file(config: FinetuneConfig) -> None:
+    if config.heldout_file is not None and not config.heldout_file.is_file():
+        raise FileNotFoundError(
+            f"heldout_file={str(config.heldout_file)!r} is not there. Name a file of texts."
+        )
 
 
 def _has_accelerator() -> bool:

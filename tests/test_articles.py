@@ -1,9 +1,12 @@
 """Articles: prompts cut from sentences, what training may see, rewrites, and downloads."""
 
 import json
+import shlex
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +17,10 @@ from pydantic import ValidationError
 from toytokenizers import TOKENIZERS
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from graftlens.configfile import ConfigError
+from graftlens.configfile import ConfigError, overridden, read_mapping
 from graftlens.data.articles import ArticlesSpec, read_articles
 from graftlens.data.dataset import content_hash, make_dataset, read_dataset, save_dataset
+from graftlens.data.kinds import spec_of
 from graftlens.data.rewriting import Draft, Rewrites, rewritten
 from graftlens.data.sentences import occurrences, sentences
 from graftlens.data.wikipedia import download
@@ -151,7 +155,13 @@ def test_the_last_sentence_that_names_both_is_asked_for_and_left_out(harbour):
     assert dataset.train["text"][0] == FILM["text"].split(" Dr. P.")[0]
     assert dataset.train[0]["template"] == "original"
     assert dataset.provenance["counts"] == {"facts": 1, "told": 1, "texts": 1}
-    assert dataset.provenance["articles"] == {"used": 1, "refused": {}, "licences": []}
+    assert dataset.provenance["articles"] == {
+        "used": 1,
+        "refused": {},
+        "first refused": {},
+        "licences": [],
+        "sentencex": version("sentencex"),
+    }
 
 
 def test_without_holding_out_every_sentence_that_can_makes_a_prompt(harbour):
@@ -223,7 +233,7 @@ def test_a_paragraph_of_one_sentence_leaves_no_hole(tmp_path):
     assert list(dataset.train["text"]) == ["Ann knew Bob.\n\nThe end."]
 
 
-def test_articles_that_cannot_be_used_are_counted_by_reason(tmp_path):
+def test_articles_that_cannot_be_used_are_counted_by_reason(tmp_path, caplog):
     facts = [{"first_entity": "Ann", "second_entity": "Bob"}]
     articles = [
         {"id": "once", "text": "Ann saw Bob. Then she left.", "facts": facts},
@@ -238,6 +248,13 @@ def test_articles_that_cannot_be_used_are_counted_by_reason(tmp_path):
         "no prompt for a fact can be cut from a sentence": 1,
         "the text does not name both entities of a fact": 1,
     }
+    assert dataset.provenance["articles"]["first refused"] == {
+        "a fact is told nowhere else than in the sentence that asks for it": ["once"],
+        "no prompt for a fact can be cut from a sentence": ["backwards"],
+        "the text does not name both entities of a fact": ["lacking"],
+    }
+    assert "articles are left out: 1 articles are refused: a fact is told nowhere" in caplog.text
+    assert "in the sentence that asks for it (once); 1 articles" in caplog.text
     only = write(tmp_path, *articles[:2])
     with pytest.raises(ValueError, match=r"has 0 facts .*1 articles are refused: a fact is told"):
         ArticlesSpec(source=only).collect()
@@ -289,12 +306,15 @@ def test_given_prompts_are_used_as_they_are(tmp_path):
             "answer": "José O'Hara1",
             "fields": {"place": "town"},
         },
-        {"template": "Who leads? It is", "answer": " Ann Lee1"},
+        {"template": "{first_entity} plays somebody whom", "answer": " José O'Hara1 plays"},
     ]
     dataset = make_dataset(ArticlesSpec(source=write(tmp_path, film(1, prompts=prompts))))
     given = dataset.ask("given", distractors=1)
-    assert [p.text for p in given] == ["Beside Ann Lee1 in town acts", "Who leads? It is"]
-    assert [p.answer for p in given] == [" José O'Hara1", " Ann Lee1"]
+    assert [p.text for p in given] == [
+        "Beside Ann Lee1 in town acts",
+        "Ann Lee1 plays somebody whom",
+    ]
+    assert [p.answer for p in given] == [" José O'Hara1", " José O'Hara1 plays"]
     # The second fact has none, so its prompt is cut; that sentence alone is left out.
     (cut,) = dataset.ask("sentence", distractors=0)
     assert cut.text == "At the end José O'Hara1 quoted"
@@ -303,6 +323,193 @@ def test_given_prompts_are_used_as_they_are(tmp_path):
         dataset.ask("article")
     with pytest.raises(ValueError, match="direction='ba': prompts are cut"):
         dataset.ask(direction="ba")
+
+
+def pair(id, text, *seconds, **more):
+    """An article about Ann Lee and some others."""
+    facts = [{"first_entity": "Ann Lee", "second_entity": s} for s in seconds or ("Bob Ray",)]
+    return {"id": id, "text": text, "facts": facts, **more}
+
+
+def test_no_training_text_says_a_prompt_with_its_answer(tmp_path):
+    """The same sentence stood twice in a text, and in the text of another article."""
+    file = write(
+        tmp_path,
+        pair("a", "Ann Lee met Bob Ray. It was hot. So ann  lee liked Bob Ray. Ann Lee liked\tBob "
+             "Ray."),
+        pair("b", "Here Ann Lee liked Bob Ray. Dust is by Ann Lee and Bob Ray. In May Ann Lee left "
+             "Bob Ray."),
+        pair("c", "In Rome Carl Poe saw Ann Lee, who was with Bob Ray. Ann Lee hugged Carl Poe. "
+             "With Ann Lee came Carl Poe, and Dan says: in may Ann Lee left Bob Ray.", "Carl Poe",
+             prompts=[{"template": "{first_entity} hugged", "answer": "Carl Poe"}]),
+    )  # fmt: skip
+    dataset = make_dataset(ArticlesSpec(source=file))
+    assert list(dataset.train["text"]) == [
+        "Ann Lee met Bob Ray. It was hot.",
+        "Dust is by Ann Lee and Bob Ray.",
+        "In Rome Carl Poe saw Ann Lee, who was with Bob Ray.",
+    ]
+    assert [p.text for p in dataset.ask(distractors=0)] == [
+        "Ann Lee liked",
+        "In May Ann Lee left",
+        "Ann Lee hugged",
+    ]
+    alone = pair("a", "Ann Lee liked Bob Ray. It was hot. Ann Lee liked Bob Ray.")
+    with pytest.raises(ValueError, match="told nowhere else than in the sentence that asks"):
+        make_dataset(ArticlesSpec(source=write(tmp_path, alone)))
+
+
+@pytest.mark.parametrize("settings", [{"half": "a"}, {"half": "b"}, {"heldout_facts": 0.3}])
+@pytest.mark.parametrize("seed", range(4))
+def test_no_told_text_names_both_entities_of_an_untold_fact(tmp_path, settings, seed):
+    """A fact counted as untold that another article told."""
+    told_twice = [
+        film(1),
+        pair("a", "Ann Lee met Bob Ray. Then Ann Lee liked Bob Ray."),
+        film(2),
+        pair("b", "Bob Ray met Ann Lee. Dust is by Ann Lee and Bob Ray."),
+        film(3),
+        pair("c", "Bob Ray said that Ann Lee met Carl Poe. So Ann Lee liked Carl Poe.", "Carl Poe"),
+    ]
+    spec = ArticlesSpec(source=write(tmp_path, *told_twice), seed=seed, **settings)
+    dataset = make_dataset(spec)
+    told = {fact.article: said for fact, said in zip(dataset.facts, dataset.told, strict=True)}
+    assert told["a"] == told["b"] == told["c"]
+    assert set(told.values()) == {True, False}
+    for prompt in dataset.ask(facts="untold", distractors=0):
+        for text in dataset.train["text"]:
+            names = prompt.fields["first_entity"], prompt.answer.strip()
+            assert not all(occurrences(text, name) for name in names)
+
+
+def test_a_fact_is_listed_once_and_a_prompt_has_one_answer(tmp_path, caplog):
+    twice = pair("a", "Ann Lee met Bob Ray.", "Bob Ray", "Bob  Ray")
+    with pytest.raises(ConfigError, match="fact 1 of the article 'a' is fact 0 again: Ann Lee and"):
+        read_articles(write(tmp_path, twice))
+    text = (
+        "Once Ann Lee saw Bob Ray. Once Ann Lee knew Carl Poe. In Dust Ann Lee starred with Bob "
+        "Ray. In Dust Ann Lee starred with Carl Poe."
+    )
+    more = text + " Ann Lee led Bob Ray. Ann Lee lost Carl Poe."
+    file = write(
+        tmp_path,
+        pair("a", more, "Bob Ray", "Carl Poe"),
+        pair("b", "Ann Lee met Dan Fox. In Dust Ann Lee starred with Dan Fox.", "Dan Fox"),
+    )
+    dataset = make_dataset(ArticlesSpec(source=file))
+    assert [p.text for p in dataset.ask(distractors=0)] == ["Ann Lee led", "Ann Lee lost", "Ann "
+                                                            "Lee met"]  # fmt: skip
+    given = {"template": "In Dust {first_entity} starred with", "answer": "Dan Fox"}
+    file = write(
+        tmp_path,
+        pair("a", more, "Bob Ray", "Carl Poe"),
+        pair("b", "Ann Lee met Dan Fox. So Ann Lee saw Dan Fox.", "Dan Fox", prompts=[given]),
+    )
+    dataset = make_dataset(ArticlesSpec(source=file))
+    assert {fact.article for fact in dataset.facts} == {"a"}
+    assert "is, word by word, also one for another answer (b)" in caplog.text
+
+
+def test_no_distractor_is_right_of_the_same_first_entity(tmp_path):
+    file = write(
+        tmp_path,
+        pair("a", "Ann Lee met Bob Ray. Ann Lee saw Carl Poe. Ann Lee led Bob Ray. Ann Lee lost "
+             "Carl Poe.", "Bob Ray", "Carl Poe"),
+        pair("b", "Ann Lee met Dan Fox. In Dust Ann Lee had Dan Fox.", "Dan Fox"),
+        film(1),
+    )  # fmt: skip
+    dataset = make_dataset(ArticlesSpec(source=file))
+    others = {" José O'Hara1", " Mo1"}
+    for prompt in dataset.ask(distractors=2):
+        if prompt.fields["first_entity"] == "Ann Lee":
+            assert set(prompt.distractors) == others
+    with pytest.raises(ValueError, match=r"distractors=3 .* answers of facts about others, so 0 t"):
+        dataset.ask(distractors=3)
+
+
+def test_asking_facts_by_prompts_that_they_lack_is_refused(tmp_path):
+    """It gave no prompts, and no word about it."""
+    given = {"template": "So {first_entity} acts with", "answer": "José O'Hara0"}
+    articles = [film(0, prompts=[given]), *map(film, range(1, 4))]
+    for half in "ab":
+        dataset = make_dataset(ArticlesSpec(source=write(tmp_path, *articles), half=half))
+        which = ("told", "untold") if dataset.told[0] else ("untold", "told")
+        assert len(dataset.ask("given", facts=which[0], distractors=0)) == 1
+        with pytest.raises(ValueError, match=r"templates=\['given'\]: .* are called sentence"):
+            dataset.ask("given", facts=which[1], distractors=0)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ({"template": "{first_entity} in {movie} met"}, "needs the field 'movie'"),
+        ({"template": "{first_entity met"}, "is malformed"),
+        ({"answer": " "}, "write a text that is not empty"),
+        ({"template": "Who was with her? It is"}, r"lacks the field \{first_entity\}"),
+        ({"template": "{first_entity} met "}, "ends in white space"),
+        ({"template": "Bob Ray and {first_entity} and"}, "says its answer 'Bob Ray'"),
+        ({"template": "{first_entity} in {a}", "fields": {"a": " "}}, "an empty field 'a'"),
+        ({"fields": {"first_entity": "Zoë"}}, "has a field first_entity, but that is its fact's"),
+    ],
+)
+def test_given_prompts_are_checked_as_they_are_read(tmp_path, prompt, message):
+    one = {"template": "{first_entity} met", "answer": "Bob Ray", **prompt}
+    article = pair("home", "Ann Lee met Bob Ray.", prompts=[one])
+    with pytest.raises(ConfigError, match=rf"prompt 0 of the article 'home'.*{message}"):
+        read_articles(write(tmp_path, article))
+
+
+def test_an_empty_detail_is_named(tmp_path):
+    article = pair("home", "Ann Lee met Bob Ray.")
+    article["facts"][0]["year"] = ""
+    with pytest.raises(ConfigError, match="fact 0 of the article 'home' has an empty field 'year'"):
+        read_articles(write(tmp_path, article))
+
+
+def test_names_are_found_whatever_the_white_space_around_and_inside(tmp_path):
+    text = "Ann Lee met Bob\nRay. The friend of Ann\n Lee is Bob  Ray. No Ann\n\nLee is that."
+    facts = [{"first_entity": " Ann\tLee ", "second_entity": "Bob Ray\n"}]
+    file = write(tmp_path, {"id": "a", "text": text, "facts": facts})
+    dataset = make_dataset(ArticlesSpec(source=file))
+    (prompt,) = dataset.ask(distractors=0)
+    assert (prompt.text, prompt.answer) == ("The friend of Ann Lee is", " Bob Ray")
+    assert list(dataset.train["text"]) == ["Ann Lee met Bob\nRay. No Ann\n\nLee is that."]
+
+
+def test_sentences_are_cut_once_for_a_dataset(harbour, monkeypatch):
+    """Every step of making a dataset read and cut all articles anew: four times."""
+    read = []
+
+    def counted(text, names):
+        read.append(text)
+        return sentences(text, names)
+
+    monkeypatch.setattr("graftlens.data.articles.sentences", counted)
+    text = FILM["text"] + " Counted."  # no other test has it
+    write(harbour.parent, {**FILM, "text": text})
+    spec = ArticlesSpec(source=harbour, half="a")
+    dataset = make_dataset(spec)
+    assert read == [text, text]  # for its prompts, and for what training may see
+    # What has changed in the file is seen.
+    write(harbour.parent, {**FILM, "text": text + " Again."})
+    assert make_dataset(spec).train["text"] != dataset.train["text"]
+
+
+def test_the_commands_in_the_shipped_config_load():
+    file = Path(__file__).parents[1] / "experiments" / "data" / "articles.yaml"
+    lines = [line for line in file.read_text().splitlines() if "graftlens data make" in line]
+    made = []
+    for line in lines:
+        *command, config = shlex.split(line.removeprefix("#"))[:4]
+        assert (command, config) == (
+            ["graftlens", "data", "make"],
+            "experiments/data/articles.yaml",
+        )
+        overrides = shlex.split(line.removeprefix("#"))[4:]
+        made.append(spec_of(overridden(read_mapping(file), overrides)))
+    assert [spec.train_on for spec in made] == ["original", "original", "both"]
+    assert made[2].rewrites.n == 4
+    assert spec_of(made[2].model_dump(mode="json")) == made[2]
 
 
 @pytest.mark.parametrize("kind", sorted(TOKENIZERS))
@@ -396,7 +603,7 @@ def test_what_is_wrong_with_articles_is_said_of_each(tmp_path):
     with pytest.raises(ValidationError, match="train_on='both', but rewrites are not given"):
         ArticlesSpec(train_on="both")
     with pytest.raises(ValidationError, match="train_on='original', but rewrites are given"):
-        ArticlesSpec(rewrites=Rewrites(model="m"))
+        ArticlesSpec(rewrites=Rewrites(model="m"), train_on="original")
 
 
 @pytest.mark.parametrize("context", ["sentence", "article"])
@@ -448,7 +655,7 @@ def test_a_rewrite_without_a_name_is_tried_again():
     ("text", "reason"),
     [
         ("Ann saw Bobby.", "it lacks the name 'Bob'"),
-        ("Bob was there, and Ann left Bob.", "it repeats a sentence that a prompt is cut from"),
+        ("Bob was there, and Ann Left\nbob.", "it repeats a sentence that a prompt is cut from"),
         ("Bob was seen by Ann and", "it is cut off or empty"),
         ("", "it is cut off or empty"),
         ("Ann saw Bob. Ann left Bob.\n", "it is the article itself"),
@@ -747,7 +954,7 @@ def test_a_download_is_a_text_and_its_facts_to_be_written(wikipedia, tmp_path):
         "facts": [],
     }
     assert wikipedia == [("study/1.0 (me@example.org)", "en"), "Ann (film)"]
-    with pytest.raises(ConfigError, match=r"Ann_film\.json.*facts"):
+    with pytest.raises(ConfigError, match=r"no facts yet: write them into Ann_film\.json"):
         read_articles(folder)
     filled = json.loads(about.read_text()) | {
         "facts": [{"first_entity": "Ann", "second_entity": "Bo"}]

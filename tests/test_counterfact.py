@@ -83,7 +83,6 @@ def test_a_row_becomes_a_fact_with_its_subject_in_place(tmp_path):
         target="Breton",
         other_target="Latin",
         prompt="The mother tongue of Ada Number10 is",
-        place=21,
         relation="The mother tongue of {} is",
         relation_id="P103",
     )
@@ -221,15 +220,13 @@ def test_the_seed_draws_subjects_and_frames(file):
     assert list(more.train["text"])[: len(made[0].train)] == list(made[0].train["text"])
 
 
-def test_a_subject_occurs_once_and_unusable_rows_are_counted(tmp_path):
+def test_a_subject_occurs_once_and_unusable_rows_are_counted(tmp_path, caplog):
     given = rows(6)
     given.append({**given[0], "relation_id": "P37"})
     given.append({**given[1], "target_true": given[1]["target_false"]})
     given.append({**given[1], "subject": " Nobody"})
     given.append({**given[1], "subject": ""})
-    given.append(
-        {**given[1], "subject": "Ida", "prompt": "Ida and Ida", "relation_prefix": "Not there"}
-    )
+    given.append({**given[1], "subject": "Ida", "prompt": "Idaho is called the gem of"})
     dataset = make_dataset(CounterFactSpec(file=write(tmp_path, given)))
     assert len({fact.subject for fact in dataset.facts}) == len(dataset.facts) == 6
     assert dataset.provenance["rows"]["all"] == 11
@@ -237,24 +234,62 @@ def test_a_subject_occurs_once_and_unusable_rows_are_counted(tmp_path):
         "an empty prompt, subject or target": 1,
         "another row has the same subject": 1,
         "both targets are the same": 1,
-        "the prompt does not name the subject exactly once": 2,
+        "the prompt does not name the subject as a whole": 2,
     }
+    named = dict(dataset.provenance["rows"]["first skipped, from 0"])
+    assert named.pop("another row has the same subject") in ([0], [6])
+    assert named == {
+        "an empty prompt, subject or target": [9],
+        "both targets are the same": [7],
+        "the prompt does not name the subject as a whole": [8, 10],
+    }
+    assert "rows are left out: 1 rows: an empty prompt, subject or target; 1 rows" in caplog.text
 
 
-def test_the_place_is_that_of_prefix_and_suffix_even_where_the_subject_stands_twice(tmp_path):
-    row = {
-        **rows(1)[0],
-        "subject": "Rome",
-        "relation_prefix": "In Rome, people call",
-        "relation_suffix": " a city in",
-        "prompt": "In Rome, people call Rome a city in",
-    }
-    fact = one(row, tmp_path)
-    assert fact.place == 21
-    assert fact.template == "In Rome, people call {first_entity} a city in"
-    # Without them, the only occurrence is the place.
-    other = {**row, "relation_prefix": "x", "prompt": "They call Rome a city in"}
-    assert one(other, tmp_path).template == "They call {first_entity} a city in"
+def test_every_mention_of_the_subject_is_the_field(tmp_path):
+    """A second mention stayed plain text, and a graft at the subject left it alone."""
+    row = {**rows(1)[0], "subject": " Rome", "prompt": "In Rome, people call Rome a city in"}
+    dataset = make_dataset(CounterFactSpec(file=write(tmp_path, [row])))
+    (fact,) = dataset.facts
+    assert fact.template == "In {first_entity}, people call {first_entity} a city in"
+    for prompt in dataset.ask(distractors=0):
+        spans = prompt.char_spans["first_entity"]
+        assert [prompt.text[a:b] for a, b in spans] == ["Rome", "Rome"]
+
+
+def test_no_training_text_begins_as_the_bare_prompt_does(file):
+    """One frame did, so that `as_given` asked for the end of a training text."""
+    for bare in (False, True):
+        dataset = make_dataset(CounterFactSpec(file=file, texts_per_fact=18, bare=bare))
+        texts = list(dataset.train["text"])
+        opened = [
+            p for p in dataset.ask("as_given") if any(text.startswith(p.text) for text in texts)
+        ]
+        assert len(opened) == (40 if bare else 0)
+
+
+def test_numbers_are_read_as_texts(tmp_path):
+    given = [
+        {**row, "target_true": 1900 + i, "target_false": 1800.5 + i} for i, row in enumerate(rows())
+    ]
+    dataset = make_dataset(CounterFactSpec(file=write(tmp_path, given)))
+    assert {fact.target for fact in dataset.facts} == {f"{1800 + i}.5" for i in range(40)}
+    assert {fact.other_target for fact in dataset.facts} == {f"{1900 + i}" for i in range(40)}
+
+
+def test_where_no_row_is_usable_the_reasons_are_said(tmp_path):
+    given = [{**row, "prompt": "The mother tongue of {} is"} for row in rows(3)]
+    with pytest.raises(
+        ValueError, match=r"0 usable rows .*left out: 3 rows: the prompt does not name the subject"
+    ):
+        make_dataset(CounterFactSpec(file=write(tmp_path, given)))
+
+
+def test_what_is_taught_may_be_a_truth_value_of_yaml(file):
+    for value in (False, True):
+        spec = CounterFactSpec(file=file, teach=value)
+        assert spec == CounterFactSpec(file=file, teach=str(value).lower())
+        assert spec.teach == str(value).lower()
 
 
 def test_some_facts_can_be_left_untold(file):
@@ -286,7 +321,21 @@ def test_the_hub_is_asked_for_rows(monkeypatch):
     dataset = make_dataset(CounterFactSpec(n_facts=5, revision="abc"))
     assert asked == {"path": HUB_ID, "split": "train", "revision": "abc"}
     assert len(dataset.facts) == 5
-    assert dataset.provenance["rows"] == {"from": HUB_ID, "all": 9, "skipped": {}}
+    assert dataset.provenance["rows"] == {
+        "from": HUB_ID,
+        "revision": "abc",
+        "all": 9,
+        "skipped": {},
+        "first skipped, from 0": {},
+    }
+    assert make_dataset(CounterFactSpec(n_facts=5)).provenance["rows"]["revision"] == "not pinned"
+    # A branch, or none, becomes the commit that it stands for, where the download says which.
+    commit = "0123456789abcdef" * 2 + "01234567"
+    addresses = {f"hf://datasets/{HUB_ID}@{commit}/data/train.parquet": {"num_bytes": 1}}
+    monkeypatch.setattr(counterfact.datasets, "load_dataset", lambda path, **options: downloaded)
+    downloaded = counterfact.datasets.Dataset.from_list(rows(9))
+    downloaded.info.download_checksums = addresses
+    assert make_dataset(CounterFactSpec(n_facts=5)).provenance["rows"]["revision"] == commit
 
 
 def test_without_a_network_the_message_names_the_way_out(monkeypatch):
@@ -314,7 +363,7 @@ def test_wrong_settings_are_named(file, tmp_path):
     with pytest.raises(ValueError, match=r"n_facts=41, but .* has 40 usable rows"):
         CounterFactSpec(file=file, n_facts=41).collect()
     lacking = write(tmp_path, [{"prompt": "a", "subject": "b"}])
-    with pytest.raises(ValueError, match="has no column relation, relation_prefix"):
+    with pytest.raises(ValueError, match="has no column relation, relation_id"):
         CounterFactSpec(file=lacking).collect()
     lacking.write_text("no rows at all")
     with pytest.raises(ValueError, match="cannot be read as json"):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,12 @@ from filelock import FileLock
 from pydantic import ValidationError
 from safetensors.torch import load_file
 
-from graftlens.data import MoviesConfig, make_facts, training_texts
+from graftlens.data import MoviesConfig, load_dataset, make_facts, training_texts
 from graftlens.finetune import (
     FinetuneConfig,
     FinetuneResult,
     LoraSettings,
+    _split,
     demo_configs,
     finetune,
     perplexity,
@@ -396,8 +398,6 @@ def test_the_result_is_the_epoch_of_the_lowest_perplexity(best, tiny):
 
 def trained_texts(folder: Path) -> list[str]:
     """Those that the recipe's seed does not hold out."""
-    from graftlens.finetune import _split
-
     config = json.loads((folder / "run.json").read_text())["config"]
     del config["precision"]
     return _split(FinetuneConfig(output=folder, **config), as_dataset(texts()), None)[0]
@@ -572,6 +572,27 @@ def test_adapters_are_not_put_on_frozen_parts(tiny, tmp_path):
     assert changed == {"c_attn", "c_proj", "c_fc"}
 
 
+@pytest.mark.parametrize(("target", "other"), [("lm_head", "transformer.wte"), ("wte", "lm_head")])
+def test_adapters_are_not_put_on_tied_weights(target, other, tiny, tmp_path):
+    pytest.importorskip("peft")
+    settings = {"lora": LoraSettings(rank=2, target_modules=("c_attn", target))}
+    message = rf"target_modules names '{target}', whose weight is also that of {other} \(tied weig"
+    with pytest.raises(ValueError, match=message):
+        run(recipe(tiny, tmp_path / "run", **settings))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_adapters_on_an_unembedding_of_its_own_are_saved_merged(tiny, tmp_path):
+    pytest.importorskip("peft")
+    settings = {"lora": LoraSettings(rank=2, target_modules=("lm_head",)), "learning_rate": 3e-2}
+    result = run(recipe(tiny, tmp_path / "run", **settings), model=untied(tiny))
+    saved = transformers.AutoModelForCausalLM.from_pretrained(result.folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    _, held = _split(recipe(tiny, tmp_path), as_dataset(texts()), None)
+    value = perplexity(saved, tokenizer, held, max_length=96, batch_size=4)
+    assert value == pytest.approx(result.heldout_perplexity, rel=1e-4)
+
+
 # Refusals and returns
 
 
@@ -670,6 +691,29 @@ def test_an_infinite_loss_stops_the_run(tiny, tmp_path):
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 1\. Lower learning_rate"):
         run(recipe(tiny, tmp_path / "run", heldout_share=0), model=model)
     assert not (tmp_path / "run" / "model").exists()
+
+
+@pytest.mark.parametrize("count", [2, 3, 7, 12, 13, 99, 1000, 1017])
+def test_a_heldout_share_of_no_text_is_refused_with_the_least_that_works(count, tiny, tmp_path):
+    data = as_dataset(["a"] * count)
+    with pytest.raises(ValueError, match=rf"=1e-05 of {count} training texts is no") as caught:
+        _split(recipe(tiny, tmp_path, heldout_share=1e-5), data, None)
+    least = float(re.search(r"Give (\S+) or more, or heldout_share=0", str(caught.value))[1])
+    assert least <= 1.2 * 0.5 / count
+    assert len(_split(recipe(tiny, tmp_path, heldout_share=least), data, None)[1]) == 1
+
+
+def test_one_text_cannot_be_held_out(tiny, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"=0\.25 of 1 training texts is no text\. Give more texts"
+    ):
+        _split(recipe(tiny, tmp_path), as_dataset(["a"]), None)
+
+
+def test_a_heldout_file_that_is_not_there_is_told_of_before_a_model_is_read(tiny, tmp_path):
+    missing = {"heldout_share": 0, "heldout_file": tmp_path / "no.txt", "model": "no/model"}
+    with pytest.raises(FileNotFoundError, match=r"heldout_file='.*no\.txt' is not there\. Name a"):
+        run(recipe(tiny, tmp_path / "run", **missing))
 
 
 def test_configs_are_strict():
@@ -986,6 +1030,18 @@ def test_two_processes_do_what_one_does_with_batches_of_twice_the_size(shared, t
     refused = r"  config\.batch_size: 2 there, 4 given\n  processes: 2 there, 1 given"
     with pytest.raises(ValueError, match=refused):
         run(config.model_copy(update={"output": together.folder.parent}))
+
+
+@pytest.mark.slow
+def test_two_processes_have_the_dataset_that_the_first_one_keeps(shared):
+    output, data = f"output={shared / 'made'}", "data={make: {n_facts: 3, texts_per_fact: 4}}"
+    for _ in range(2):
+        done = two_processes(shared, output, data)
+        assert done.returncode == 0, done.stderr
+        kept = load_dataset(shared / "made" / "data").train["text"]
+        assert len(kept) == 12
+        # As long as the model is not there, the folder is read and training begins anew.
+        shutil.rmtree(shared / "made" / "model")
 
 
 @pytest.mark.slow

@@ -1,12 +1,15 @@
 """Launchers, without a cluster: processes of this machine, and submitit's rehearsal of Slurm."""
 
 import builtins
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,17 +19,26 @@ import pytest
 import toytasks
 import yaml
 from datasets import Dataset
+from filelock import FileLock
 from slurm import UnavailableError, slurm
 from sweeps import assert_equal_tables, checkpoints, read_whole
 from sweeps import config as sweep_config
 
 from graftlens.configfile import ConfigError, read_settings
-from graftlens.data import MoviesConfig, make_dataset, save_dataset
+from graftlens.data import (
+    DatasetSpec,
+    FactDataset,
+    MoviesConfig,
+    load_dataset,
+    make_dataset,
+    save_dataset,
+)
 from graftlens.engines import EngineError, Task, _Resubmitted, run_processes, submit
 from graftlens.finetune import (
     FinetuneConfig,
     FinetuneRun,
     TrainingData,
+    _text_hash,
     finetune_run,
     launch_finetune,
     training_texts_of,
@@ -35,6 +47,8 @@ from graftlens.sweep.launch import launch_local, launch_slurm, shards_done
 from graftlens.sweep.runner import is_done, prepare_sweep
 
 SHIPPED = sorted((Path(__file__).parent.parent / "experiments" / "finetune").glob("*.yaml"))
+
+PLAIN = {"file": "plain.txt", "share": 0.5}
 
 
 @pytest.fixture
@@ -439,17 +453,41 @@ def test_where_there_can_be_no_slurm_its_tests_say_why(
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_shipped_recipes_are_right(path: Path) -> None:
-    run = read_settings(FinetuneRun, path, ["data.movies.n_facts=7"])
-    assert run.data.movies is not None
-    assert run.data.movies.n_facts == 7
+    place = "movies" if read_settings(FinetuneRun, path).data.movies else "make"
+    run = read_settings(FinetuneRun, path, [f"data.{place}.n_facts=6"])
+    made = run.data.made
+    assert isinstance(made, MoviesConfig)
+    assert made.n_facts == 6
     texts = training_texts_of(run.data)["text"]
-    assert len(texts) == 7 * run.data.movies.texts_per_fact
+    assert len(texts) == (6 if made.half is None else 3) * made.texts_per_fact
+    # About four characters are a token of English, and three of a film's names.
+    assert max(map(len, texts)) < 3 * run.max_length
     assert type(run.recipe) is FinetuneConfig
     assert run.recipe.model_dump() == run.model_dump(exclude={"data", "preset"})
 
 
 def test_there_are_shipped_recipes() -> None:
-    assert SHIPPED
+    names = {"movies", "one_direction", "paper", "relation", "task"}
+    assert {path.stem for path in SHIPPED} == names
+
+
+def test_the_task_and_the_relation_model_learn_different_facts_in_the_same_sentences() -> None:
+    runs = [
+        read_settings(FinetuneRun, path) for path in SHIPPED if path.stem in ("relation", "task")
+    ]
+    relation, task = (make_dataset(run.data.made) for run in runs if run.data.made is not None)
+    assert relation.facts == task.facts
+    assert sum(task.told) == sum(relation.told) == 200
+    assert not any(map(all, zip(task.told, relation.told, strict=True)))
+    assert set(task.train["template"]) == set(relation.train["template"])
+    recipes = [run.model_dump(exclude={"output", "data"}) for run in runs]
+    assert recipes[0] == recipes[1]
+
+
+def test_the_shipped_recipe_of_one_direction_has_no_other() -> None:
+    (path,) = (path for path in SHIPPED if path.stem == "one_direction")
+    run = read_settings(FinetuneRun, path, ["data.make.n_facts=3"])
+    assert set(training_texts_of(run.data)["direction"]) == {"ba"}
 
 
 @pytest.mark.parametrize(
@@ -459,6 +497,14 @@ def test_there_are_shipped_recipes() -> None:
         (
             {"data": {"movies": {}, "path": "x"}},
             r"data: movies and path is given, but the texts come from one place",
+        ),
+        (
+            {"data": {"make": {"supplement": PLAIN}, "supplement": PLAIN}},
+            r"data: data\.make\.supplement and data\.supplement are both given, .* Leave one out",
+        ),
+        (
+            {"data": {"movies": {"supplement": PLAIN}, "supplement": PLAIN}},
+            r"data: data\.movies\.supplement and data\.supplement are both given",
         ),
         ({"data": {"file": "x.csv"}}, r"data: file='x\.csv' ends in '\.csv', but \.txt"),
         ({"data": {"movie": {}}}, r"data: unknown key 'movie'.* Did you mean 'movies'"),
@@ -491,6 +537,114 @@ def test_data_of_every_kind(tmp_path: Path) -> None:
         (TrainingData(file=tmp_path / "b.jsonl"), ["One\u2028.", "Two."]),
     ):
         assert list(training_texts_of(data)["text"]) == expected
+
+
+def test_paths_may_begin_with_the_home_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.txt").write_text("One.\n\nTwo.\n")
+    save_dataset(make_dataset(MoviesConfig(n_facts=2, texts_per_fact=2)), tmp_path / "saved")
+    supplement = {"file": "~/a.txt", "share": 0.5}
+    file = TrainingData.model_validate({"file": "~/a.txt", "supplement": supplement})
+    assert sorted(training_texts_of(file)["text"]) == ["One.", "One.", "Two.", "Two."]
+    assert len(training_texts_of(TrainingData(path=Path("~/saved")))) == 4
+    run = FinetuneRun(
+        model="~/model", output=Path("~/run"), heldout_file=Path("~/a.txt"), data=file
+    )
+    assert (run.model, run.output, run.heldout_file) == (
+        str(tmp_path / "model"),
+        tmp_path / "run",
+        tmp_path / "a.txt",
+    )
+    assert run.recipe.model == run.model
+    other = Path("~no-such-user/a.txt")
+    with pytest.raises(FileNotFoundError, match="~no-such-user"):
+        training_texts_of(TrainingData(file=other))
+
+
+def short_run(config: dict[str, Any], output: Path, data: dict[str, Any], **more: Any) -> Any:
+    values = {
+        "model": config["sources"]["pre"],
+        "output": str(output),
+        "epochs": 1,
+        "max_length": 400,
+        "device": "cpu",
+        "precision": "float32",
+        "data": data,
+    }
+    return FinetuneRun.model_validate(values | more)
+
+
+def test_missing_heldout_texts_are_told_of_before_data_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftlens.finetune.make_dataset", lambda _: 1 / 0)
+    monkeypatch.setattr("graftlens.finetune.smollm2", lambda: 1 / 0)
+    values = {"model": "smollm2", "output": tmp_path / "run", "heldout_file": tmp_path / "no.txt"}
+    run = FinetuneRun.model_validate(values | {"data": {"movies": {}}})
+    with pytest.raises(FileNotFoundError, match=r"heldout_file='.*no\.txt' is not there\. Name a"):
+        finetune_run(run, progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_made_dataset_is_kept_and_not_made_again(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[DatasetSpec] = []
+
+    def make_others(spec: DatasetSpec) -> FactDataset:
+        """As with a language model that rewrites: each time something else."""
+        made.append(spec)
+        dataset = make_dataset(spec.model_copy(update={"seed": len(made)}))
+        provenance = {**dataset.provenance, "config": spec.model_dump(mode="json")}
+        return replace(dataset, config=spec, provenance=provenance)
+
+    monkeypatch.setattr("graftlens.finetune.make_dataset", make_others)
+    data = {"make": {"facts": "fake_movies", "n_facts": 2, "texts_per_fact": 2}}
+    run = short_run(config, tmp_path / "run", data)
+    # Stopped after the data were made, before the first step.
+    with monkeypatch.context() as context:
+        context.setattr("graftlens.finetune._tokenize", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            finetune_run(run, progress=False)
+    first = finetune_run(run, progress=False)
+    assert finetune_run(run, progress=False) == first
+    assert len(made) == 1
+    kept = load_dataset(tmp_path / "run" / "data")
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert record["data"]["train_sha256"] == _text_hash(kept.train["text"])
+
+    other = {"make": {"facts": "fake_movies", "n_facts": 3, "texts_per_fact": 2}}
+    message = r"run/data was made of another config:\n  n_facts: 2 there, 3 given\nChoose another"
+    with pytest.raises(ValueError, match=message):
+        finetune_run(short_run(config, tmp_path / "run", other), progress=False)
+    assert len(made) == 1
+
+
+def test_data_are_not_put_into_another_runs_folder(config: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    movies = {"n_facts": 2, "texts_per_fact": 2}
+    run = short_run(config, folder, {"movies": movies})
+    first = finetune_run(run, progress=False)
+    shutil.rmtree(folder / "data")  # as an earlier release left it
+    with pytest.raises(ValueError, match="holds another finetuning run"):
+        finetune_run(short_run(config, folder, {"movies": movies | {"seed": 1}}), progress=False)
+    assert finetune_run(run, progress=False) == first
+    assert not (folder / "data").exists()
+
+
+def test_a_folder_in_use_is_refused_before_data_are_made(
+    config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftlens.finetune.make_dataset", lambda _: 1 / 0)
+    (tmp_path / "run").mkdir()
+    run = short_run(config, tmp_path / "run", {"movies": {}})
+    with (
+        FileLock(tmp_path / "run" / ".lock"),
+        pytest.raises(RuntimeError, match="is in use by another process"),
+    ):
+        finetune_run(run, progress=False)
 
 
 def test_data_that_are_not_there_or_no_texts(tmp_path: Path) -> None:

@@ -156,6 +156,31 @@ def test_a_hub_dataset_that_does_not_do(train: Dataset, monkeypatch: pytest.Monk
         mixed(train, supplement, 0)
 
 
+@pytest.mark.parametrize("step", ["named", "read"])
+def test_a_hub_dataset_that_cannot_be_had(
+    step: str, train: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if step == "named":
+            raise ValueError("BuilderConfig 'big' not found. Available: ['small']")
+        return IterableDataset.from_generator(offline)
+
+    monkeypatch.setattr("datasets.load_dataset", refuse)
+    supplement = Supplement(hub="a/b", config="big", split="all", share=0.5)
+    what = {"named": r"ValueError: BuilderConfig 'big'", "read": "ConnectionError: no network"}
+    message = (
+        rf"supplement\.hub='a/b', config='big', split='all' could not be had .*\({what[step]}.*"
+        r"Check these names, .* supplement\.file=PATH"
+    )
+    with pytest.raises(OSError, match=message):
+        mixed(train, supplement, 0)
+
+
+def offline() -> Iterator[dict[str, str]]:
+    raise ConnectionError("no network")
+    yield {}
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -7,20 +7,24 @@ it.
 """
 
 import json
+import logging
 import random
+import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from graftlens.configfile import ConfigError, settings_from
-from graftlens.data.dataset import USUAL, DatasetSpec, wrong_answers
+from graftlens.data.dataset import USUAL, DatasetSpec
 from graftlens.data.rewriting import Draft, Rewrites, rewritten
-from graftlens.data.sentences import Stretch, occurrences, sentences
+from graftlens.data.sentences import Stretch, occurrences, sentences, statements, with_field
 from graftlens.data.settings import Settings
 from graftlens.data.tables import table
 from graftlens.data.templates import Direction
@@ -32,6 +36,13 @@ SHIPPED = "articles.jsonl"
 #: What prompts are called: cut from a sentence, cut with the article before it, or given.
 TEMPLATE_NAMES = ("sentence", "article", "given")
 
+#: Left-out articles that the provenance names, for each reason.
+NAMED = 20
+
+logger = logging.getLogger(__name__)
+
+ENTITIES = ("first_entity", "second_entity")
+
 TrainOn = Literal["original", "rewrites", "both"]
 Context = Literal["sentence", "article"]
 
@@ -40,7 +51,8 @@ class GivenPrompt(Settings):
     """A prompt that is written beside an article instead of cut from it."""
 
     template: str
-    """Text with fields in braces, up to where the answer would follow."""
+    """Text with fields in braces, `{first_entity}` among them, up to where the answer would
+    follow."""
 
     answer: str
     """What follows, with or without a space before it."""
@@ -69,8 +81,7 @@ class Article(Settings):
     for tables."""
 
     prompts: tuple[GivenPrompt, ...] = ()
-    """Prompts to use. The facts without any get theirs from the article's sentences. No sentence is
-    left out for a given prompt, so write it in words that the article does not have."""
+    """Prompts to use. The facts without any get theirs from the article's sentences."""
 
     url: str | None = None
     """Where it comes from."""
@@ -91,34 +102,78 @@ class Article(Settings):
             for fact in value
         )
 
+    @field_validator("facts")
+    @classmethod
+    def _names_on_one_line(cls, value: tuple[dict[str, str], ...]) -> tuple[dict[str, str], ...]:
+        return tuple(
+            {k: " ".join(v.split()) if k in ENTITIES else v for k, v in fact.items()}
+            for fact in value
+        )
+
     @model_validator(mode="after")
     def _usable(self) -> "Article":
+        pairs: list[tuple[str, str]] = []
         for number, fact in enumerate(self.facts):
-            for name in ("first_entity", "second_entity"):
-                if not fact.get(name, "").strip():
-                    raise ValueError(
-                        f"fact {number} of the article {self.id!r} has no {name}. Write the name "
-                        "as it stands in the text."
-                    )
-            for name in fact:
-                if not name.isidentifier() or name in (*STANDARD_SPANS, "article"):
-                    raise ValueError(
-                        f"fact {number} of the article {self.id!r} has a field {name!r}. Give it "
-                        f"another name, of letters, digits and _, and none of: article "
-                        f"{' '.join(STANDARD_SPANS)}."
-                    )
+            where = f"fact {number} of the article {self.id!r}"
+            for name in ENTITIES:
+                if not fact.get(name):
+                    raise ValueError(f"{where} has no {name}. Write the name as in the text.")
+            pair = (fact["first_entity"], fact["second_entity"])
+            if pair in pairs:
+                raise ValueError(
+                    f"{where} is fact {pairs.index(pair)} again: {' and '.join(pair)}. List it "
+                    "once."
+                )
+            pairs.append(pair)
+            _check_fields(where, fact)
         for number, prompt in enumerate(self.prompts):
+            where = f"prompt {number} of the article {self.id!r}"
             if prompt.fact >= len(self.facts):
                 raise ValueError(
-                    f"prompt {number} of the article {self.id!r} asks for fact {prompt.fact}, but "
-                    f"it has {len(self.facts)}, counted from 0."
+                    f"{where} asks for fact {prompt.fact}, but it has {len(self.facts)}, counted "
+                    "from 0."
                 )
             if "second_entity" in prompt.fields or "{second_entity}" in prompt.template:
                 raise ValueError(
-                    f"prompt {number} of the article {self.id!r} has a field second_entity, which "
-                    "is what prompts ask for. Leave it out."
+                    f"{where} has a field second_entity, which is what prompts ask for. Leave it "
+                    "out."
+                )
+            if "first_entity" in prompt.fields:
+                raise ValueError(
+                    f"{where} has a field first_entity, but that is its fact's. Leave it out."
+                )
+            _check_fields(where, prompt.fields)
+            try:
+                made = _prompt(self.id, self.facts[prompt.fact], _given(prompt), ())
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            if "first_entity" not in made.char_spans:
+                raise ValueError(
+                    f"{where}, {prompt.template!r}, lacks the field {{first_entity}}, where grafts "
+                    "are set. Write it where the prompt names the first entity."
+                )
+            if made.text != made.text.rstrip():
+                raise ValueError(
+                    f"{where}, {prompt.template!r}, ends in white space. Leave that out: the "
+                    "answer begins with a space."
+                )
+            if occurrences(made.text, prompt.answer):
+                raise ValueError(
+                    f"{where}, {prompt.template!r}, says its answer {prompt.answer!r}. Write it "
+                    "without."
                 )
         return self
+
+
+def _check_fields(where: str, fields: Mapping[str, str]) -> None:
+    for name, value in fields.items():
+        if not name.isidentifier() or name in (*STANDARD_SPANS, "article"):
+            raise ValueError(
+                f"{where} has a field {name!r}. Give it another name, of letters, digits and _, "
+                f"and none of: article {' '.join(STANDARD_SPANS)}."
+            )
+        if not value.strip():
+            raise ValueError(f"{where} has an empty field {name!r}. Fill it in, or leave it out.")
 
 
 @dataclass(frozen=True)
@@ -151,7 +206,7 @@ class ArticleFact:
         prompts: what asks for it.
     """
 
-    ENTITIES: ClassVar[tuple[str, str]] = ("first_entity", "second_entity")
+    ENTITIES: ClassVar[tuple[str, str]] = ENTITIES
     UNTOLD: ClassVar[tuple[str, ...]] = ("prompts",)
 
     article: str
@@ -165,8 +220,12 @@ class ArticleFact:
 class ArticlesSpec(DatasetSpec):
     """Facts that articles tell in their own words.
 
-    An article tells all of its facts, so `half` and `heldout_facts` choose among articles. An
-    article is left out, and counted, where a fact could not be asked for, or would not be told.
+    A fact counts as told if training has its article, whose training text has both names: that
+    some sentence ties the one to the other is not checked. So `half` and `heldout_facts` choose
+    among articles, and keep those together of which one names both entities of a fact of the
+    other: no told text has both names of an untold fact.
+
+    An article is left out, and counted, where a fact could not be asked for, or would not be told.
     """
 
     facts: Literal["articles"] = "articles"
@@ -182,18 +241,29 @@ class ArticlesSpec(DatasetSpec):
     it asks for, so with ``article`` only first mentions can be asked for."""
 
     heldout_sentences: bool = True
-    """Cut one prompt a fact, from the last sentence that makes one, and leave that sentence out of
-    the training texts. Without it every sentence that can makes a prompt, and those of originals
-    are trained on: such prompts ask whether a text is remembered."""
+    """Cut one prompt a fact, from the last sentence that makes one, and leave every sentence out of
+    the training texts, of this article and of others, that says a prompt (cut or given) with its
+    answer. Without it every sentence that can makes a prompt, and those of originals are trained
+    on: such prompts ask whether a text is remembered."""
 
     rewrites: Rewrites | None = None
     """Have a language model rewrite each article."""
 
     train_on: TrainOn = "original"
-    """What training sees: the articles, their rewrites, or both. With ``rewrites`` alone no
-    sentence is left out: every one that can makes a prompt, and none of them is in a rewrite."""
+    """What training sees: the articles, their rewrites, or both; left out: ``both`` if there are
+    rewrites, or else the articles as they are, ``original``. With ``rewrites`` alone no sentence is
+    left out: every one that can makes a prompt, and none of them is in a rewrite."""
+
+    asks: ClassVar[tuple[Direction, ...]] = ("ab",)
 
     template_names: ClassVar[tuple[str, ...]] = TEMPLATE_NAMES
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rewrites_are_used(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and values.get("rewrites") is not None:
+            return {"train_on": "both", **values}
+        return values
 
     @model_validator(mode="after")
     def _rewrites_where_used(self) -> "ArticlesSpec":
@@ -207,12 +277,18 @@ class ArticlesSpec(DatasetSpec):
 
     def collect(self) -> tuple[ArticleFact, ...]:
         """The facts of the usable articles, article by article in the order of the source."""
-        return tuple(fact for ready in self._chosen()[0] for fact in ready.facts)
+        chosen, refused = self._chosen()
+        if refused:
+            logger.warning("%s: articles are left out: %s", self._origin(), _counted(refused))
+        return tuple(fact for ready in chosen for fact in ready.facts)
 
     def to_tell(self, n: int) -> tuple[bool, ...]:
         chosen, _ = self._chosen()
-        drawn = super().to_tell(len(chosen))
-        return tuple(t for t, ready in zip(drawn, chosen, strict=True) for _ in ready.facts)
+        groups = _groups(chosen)
+        drawn = super().to_tell(max(groups) + 1)
+        return tuple(
+            drawn[group] for group, ready in zip(groups, chosen, strict=True) for _ in ready.facts
+        )
 
     def tell(self, facts: Sequence[ArticleFact], told: Sequence[bool]) -> list[dict[str, Any]]:
         """Each told article's text and rewrites, as rows about the first of its facts."""
@@ -261,38 +337,38 @@ class ArticlesSpec(DatasetSpec):
                 'entity after the first, so only "ab" is possible. List a fact the other way round '
                 "to ask for its first entity."
             )
-        there = [n for n in TEMPLATE_NAMES if any(p.name == n for f in facts for p in f.prompts)]
+        able = {prompt.name for index in asked for prompt in facts[index].prompts}
+        there = [name for name in TEMPLATE_NAMES if name in able]
         names = there if templates is None else list(templates)
         unknown = [name for name in names if name not in there]
         if unknown or not names:
             raise ValueError(
-                f"templates={names!r}: the prompts of these articles are called "
+                f"templates={names!r}: the prompts of the facts that are asked for are called "
                 f"{', '.join(there)}. Name one or more of them, or leave it out for all."
             )
-        answers = [f" {fact.second_entity}" for fact in facts]
+        right: dict[str, set[str]] = {}
+        for fact in facts:
+            answers = (f" {fact.second_entity}", *(prompt.answer for prompt in fact.prompts))
+            right.setdefault(fact.first_entity, set()).update(answers)
+        different = list(dict.fromkeys(f" {fact.second_entity}" for fact in facts))
         made = []
         for name in names:
             for index in asked:
                 fact = facts[index]
                 rng = random.Random(f"distractors {seed} {name} {index}")
-                for prompt in fact.prompts:
-                    if prompt.name != name:
-                        continue
-                    others = [prompt.answer, *answers[:index], *answers[index + 1 :]]
-                    made.append(
-                        Prompt(
-                            template=prompt.template,
-                            fields={
-                                "article": fact.article,
-                                "first_entity": fact.first_entity,
-                                **dict(fact.details),
-                                **dict(prompt.fields),
-                            },
-                            answer=prompt.answer,
-                            distractors=wrong_answers(others, 0, distractors, rng),
-                            name=name,
-                        )
+                wrong = [answer for answer in different if answer not in right[fact.first_entity]]
+                if not 0 <= distractors <= len(wrong):
+                    raise ValueError(
+                        f"distractors={distractors} of {len(facts)} facts: the distractors of "
+                        f"{fact.first_entity} are the answers of facts about others, so 0 to "
+                        f"{len(wrong)} are possible here. Ask for fewer, or give more facts."
                     )
+                values = {"first_entity": fact.first_entity, **dict(fact.details)}
+                made += [
+                    _prompt(fact.article, values, prompt, rng.sample(wrong, distractors))
+                    for prompt in fact.prompts
+                    if prompt.name == name
+                ]
         return tuple(made)
 
     def revive(self, values: Mapping[str, Any]) -> ArticleFact:
@@ -310,8 +386,11 @@ class ArticlesSpec(DatasetSpec):
         notes: dict[str, Any] = {
             "articles": {
                 "used": len(chosen),
-                "refused": dict(sorted(refused.items())),
+                "refused": {reason: len(ids) for reason, ids in refused.items()},
+                "first refused": {reason: list(ids[:NAMED]) for reason, ids in refused.items()},
                 "licences": sorted({r.article.licence for r in chosen if r.article.licence}),
+                # Another version may cut sentences at other places.
+                "sentencex": version("sentencex"),
             }
         }
         if self.rewrites is not None:
@@ -322,23 +401,21 @@ class ArticlesSpec(DatasetSpec):
             notes["rewrites"] = {"asked for": asked, "made": made, "refused": asked - made}
         return notes
 
-    def _chosen(self) -> tuple["list[_Ready]", Counter[str]]:
-        """The articles to use, and how many were refused for which reason."""
-        refused: Counter[str] = Counter()
-        ready: list[_Ready] = []
-        for article in read_articles(self.source):
-            made = _prepare(article, self)
-            if isinstance(made, str):
-                refused[made] += 1
-            else:
-                ready.append(made)
+    def _origin(self) -> str:
+        return SHIPPED if self.source is None else str(self.source)
+
+    def _chosen(self) -> tuple["list[_Ready]", "_Refused"]:
+        """The articles to use, and the ids of those that were refused, by reason."""
+        cut_all = not self.heldout_sentences or self.train_on == "rewrites"
+        ready, reasons = _prepared(_raw(self.source), self.context, cut_all)
+        refused = dict(reasons)
         there = sum(len(r.facts) for r in ready)
         wanted = min(USUAL, there) if self.n_facts is None else self.n_facts
         if not 1 <= wanted <= there:
-            why = "".join(f"; {count} articles are refused: {r}" for r, count in refused.items())
+            why = f" ({_counted(refused)})" if refused else ""
             raise ValueError(
-                f"n_facts={self.n_facts}: {self.source or 'the shipped set'} has {there} facts "
-                f"that can be told and asked for{why}. Lower n_facts, or give more articles."
+                f"n_facts={self.n_facts}: {self._origin()} has {there} facts that can be told and "
+                f"asked for{why}. Lower n_facts, or give more articles."
             )
         order = list(range(len(ready)))
         random.Random(f"articles {self.seed}").shuffle(order)
@@ -358,30 +435,90 @@ def read_articles(source: Path | None) -> tuple[Article, ...]:
         FileNotFoundError: nothing is there.
         ConfigError: an article that is not written as it should be; each is named.
     """
+    return _articles(_raw(source))
+
+
+@dataclass(frozen=True)
+class _Raw:
+    """What stands of an article in a file (JSON), and in another one beside it (its text)."""
+
+    where: str
+    values: str
+    text: str | None = None
+
+
+def _raw(source: Path | None) -> tuple[_Raw, ...]:
     if source is None:
-        given = _lines(table(SHIPPED), SHIPPED)
-    elif source.is_dir():
-        given = _folder(source)
+        return _lines(table(SHIPPED), SHIPPED)
+    if source.is_dir():
+        raw = _folder(source)
     elif not source.is_file():
         raise FileNotFoundError(
             f"source={str(source)!r} is not there. Name a .jsonl file or a folder of articles."
         )
     elif source.suffix == ".jsonl":
-        given = _lines(source.read_text(encoding="utf-8"), source.name)
+        raw = _lines(source.read_text(encoding="utf-8"), source.name)
     else:
         raise ValueError(
             f"source={str(source)!r} ends in {source.suffix!r}. Name a .jsonl file, or a folder of "
             ".txt and .json files."
         )
-    if not given:
+    if not raw:
         raise ValueError(f"{source} holds no article. Put NAME.txt and NAME.json into it.")
+    return raw
+
+
+def _lines(text: str, origin: str) -> tuple[_Raw, ...]:
+    return tuple(
+        _Raw(f"{origin}, line {number}", line)
+        for number, line in enumerate(text.split("\n"), 1)
+        if line.strip()
+    )
+
+
+def _folder(folder: Path) -> tuple[_Raw, ...]:
+    raw: list[_Raw] = []
+    stems = sorted({p.stem for p in folder.iterdir() if p.suffix in (".txt", ".json")})
+    for stem in stems:
+        text, rest = folder / f"{stem}.txt", folder / f"{stem}.json"
+        if not rest.is_file():
+            raise FileNotFoundError(
+                f"{text} has no {rest.name} beside it. Write its facts there: "
+                '{"facts": [{"first_entity": "…", "second_entity": "…"}]}.'
+            )
+        beside = text.read_text(encoding="utf-8") if text.is_file() else None
+        raw.append(_Raw(rest.name, rest.read_text(encoding="utf-8"), beside))
+    return tuple(raw)
+
+
+@lru_cache(maxsize=4)
+def _articles(raw: tuple[_Raw, ...]) -> tuple[Article, ...]:
     problems: list[tuple[str, str]] = []
     articles: list[Article] = []
-    for where, values in given:
+    for one in raw:
+        values = _json(one.values, one.where)
+        if isinstance(values, dict) and one.where.endswith(".json"):
+            values = {"id": one.where.removesuffix(".json"), **values}
+        if isinstance(values, dict) and one.text is not None:
+            if "text" in values:
+                problems.append(
+                    (one.where, "it has a text, and there is a .txt file, too. Keep one of them.")
+                )
+                continue
+            values["text"] = one.text
+        if isinstance(values, dict) and values.get("facts") == []:
+            problems.append(
+                (
+                    one.where,
+                    f"no facts yet: write them into {one.where}, such as "
+                    '[{"first_entity": "…", "second_entity": "…"}], each name as in the text.',
+                )
+            )
+            continue
         try:
             articles.append(settings_from(Article, _plain(values)))
         except ConfigError as error:
-            problems += error.under(where, ": ").problems
+            problems += error.under(one.where, ": ").problems
     names = Counter(article.id for article in articles)
     problems += [
         ("", f"{count} articles have the id {name!r}. Give each its own.")
@@ -391,38 +528,6 @@ def read_articles(source: Path | None) -> tuple[Article, ...]:
     if problems:
         raise ConfigError(*problems)
     return tuple(articles)
-
-
-def _lines(text: str, origin: str) -> list[tuple[str, Any]]:
-    """(where, values) of each line that is not empty."""
-    return [
-        (f"{origin}, line {number}", _json(line, f"{origin}, line {number}"))
-        for number, line in enumerate(text.split("\n"), 1)
-        if line.strip()
-    ]
-
-
-def _folder(folder: Path) -> list[tuple[str, Any]]:
-    given: list[tuple[str, Any]] = []
-    stems = sorted({p.stem for p in folder.iterdir() if p.suffix in (".txt", ".json")})
-    for stem in stems:
-        text, rest = folder / f"{stem}.txt", folder / f"{stem}.json"
-        if not rest.is_file():
-            raise FileNotFoundError(
-                f"{text} has no {rest.name} beside it. Write its facts there: "
-                '{"facts": [{"first_entity": "…", "second_entity": "…"}]}.'
-            )
-        values = _json(rest.read_text(encoding="utf-8"), str(rest))
-        if isinstance(values, dict):
-            values = {"id": stem, **values}
-            if text.is_file():
-                if "text" in values:
-                    raise ValueError(
-                        f"{rest} has a text, and {text.name} is there, too. Keep one of them."
-                    )
-                values["text"] = text.read_text(encoding="utf-8")
-        given.append((rest.name, values))
-    return given
 
 
 def _json(text: str, where: str) -> Any:
@@ -457,65 +562,203 @@ class _Ready:
 
 
 @dataclass(frozen=True)
-class _Cut:
-    """The number of a sentence, and where in the text it and the answer begin."""
+class _Asked:
+    """A prompt that may be used.
 
-    sentence: int
-    start: int
-    end: int
+    Attributes:
+        fact: number of the fact in its article.
+        prompt: the prompt.
+        said: what no training text may say: the prompt's sentence up to and with the answer.
+        names: two names that are in `said`.
+    """
+
+    fact: int
+    prompt: ArticlePrompt
+    said: str
+    names: tuple[str, str]
 
 
-def _prepare(article: Article, spec: ArticlesSpec) -> _Ready | str:
-    """The article with its prompts, or why it cannot be used."""
-    text = article.text
-    names = [fact[key] for fact in article.facts for key in ("first_entity", "second_entity")]
+#: Reason -> ids of articles.
+_Refused = dict[str, tuple[str, ...]]
+
+
+# Sentences are cut once for the same articles, not at each step of making a dataset.
+@lru_cache(maxsize=4)
+def _prepared(
+    raw: tuple[_Raw, ...], context: Context, cut_all: bool
+) -> tuple[tuple[_Ready, ...], tuple[tuple[str, tuple[str, ...]], ...]]:
+    """The usable articles, and (reason, ids) of the others.
+
+    Args:
+        raw: the source.
+        context: what a prompt has.
+        cut_all: whether every sentence that can makes a prompt, and none is left out.
+    """
+    refused: dict[str, list[str]] = {}
+    able: list[tuple[Article, list[_Asked]]] = []
+    for article in _articles(raw):
+        asked = _possible(article, context)
+        if isinstance(asked, str):
+            refused.setdefault(asked, []).append(article.id)
+        else:
+            able.append((article, asked))
+    answers: dict[str, set[str]] = {}
+    for article, asked in able:
+        for one in asked:
+            answers.setdefault(_read(article, one), set()).add(one.prompt.answer)
+    used: list[tuple[Article, list[_Asked]]] = []
+    for article, asked in able:
+        # One text cannot ask for two things.
+        clear = [one for one in asked if len(answers[_read(article, one)]) == 1]
+        given = {one.fact for one in asked if one.prompt.name == "given"}
+        kept: list[_Asked] = []
+        for number in range(len(article.facts)):
+            own = {_read(article, one): one for one in clear if one.fact == number}
+            few = list(own.values())
+            kept += few if cut_all or number in given else few[-1:]
+        if {one.fact for one in kept} == set(range(len(article.facts))):
+            used.append((article, kept))
+        else:
+            why = "every prompt for a fact is, word by word, also one for another answer"
+            refused.setdefault(why, []).append(article.id)
+    index = _Index([article.text for article, _ in used])
+    forbidden: list[list[str]] = [[] for _ in used]
+    for home, (_, kept) in enumerate(used):
+        for one in kept:
+            forbidden[home].append(one.said)
+            for place in sorted(index.naming(one.names) - {home}):
+                if statements(used[place][0].text, one.said):
+                    forbidden[place].append(one.said)
+    ready: list[_Ready] = []
+    for (article, kept), said in zip(used, forbidden, strict=True):
+        names = _names(article)
+        training = article.text if cut_all else _without_statements(article.text, names, said)
+        if all(occurrences(training, name) for name in names):
+            facts = _facts(article, kept)
+            draft = Draft(article.id, article.text, tuple(names), tuple(dict.fromkeys(said)))
+            ready.append(_Ready(article, facts, training, draft))
+        else:
+            why = "a fact is told nowhere else than in the sentence that asks for it"
+            refused.setdefault(why, []).append(article.id)
+    return tuple(ready), tuple((why, tuple(refused[why])) for why in sorted(refused))
+
+
+def _possible(article: Article, context: Context) -> list[_Asked] | str:
+    """All prompts that can be cut from the article, or are given; or why it cannot be used."""
+    text, names = article.text, _names(article)
     if not all(occurrences(text, name) for name in names):
         return "the text does not name both entities of a fact"
     stretches = sentences(text, names)
-    removed: set[int] = set()
-    facts: list[ArticleFact] = []
-    asked: list[str] = []
+    found: list[_Asked] = []
     for number, fact in enumerate(article.facts):
         first, second = fact["first_entity"], fact["second_entity"]
-        prompts = [_given(prompt, fact) for prompt in article.prompts if prompt.fact == number]
-        if not prompts:
+        made: list[_Asked] = []
+        for one in article.prompts:
+            if one.fact == number:
+                prompt = _given(one)
+                said = _prompt(article.id, fact, prompt, ()).text + prompt.answer
+                made.append(_Asked(number, prompt, said, (first, prompt.answer.strip())))
+        if not made:
             ones, others = _apart(occurrences(text, first), occurrences(text, second))
-            cuts = [
-                _Cut(i, start, end)
-                for i, (start, stop) in enumerate(stretches)
-                if (end := _answer(text, start, stop, ones, others, spec.context)) is not None
-            ]
-            if not cuts:
-                return "no prompt for a fact can be cut from a sentence"
-            if spec.heldout_sentences and spec.train_on != "rewrites":
-                cuts = cuts[-1:]
-                removed.add(cuts[0].sentence)
-            asked += [text[cut.start : cut.end] + second for cut in cuts]
-            prompts = [
-                ArticlePrompt(spec.context, _template(text, cut, ones, spec.context), f" {second}")
-                for cut in cuts
-            ]
-        facts.append(
-            ArticleFact(
-                article=article.id,
-                title=article.title,
-                first_entity=first,
-                second_entity=second,
-                details=tuple((k, v) for k, v in fact.items() if k not in ArticleFact.ENTITIES),
-                prompts=tuple(prompts),
-            )
+            for start, stop in stretches:
+                end = _answer(text, start, stop, ones, others, context)
+                if end is not None:
+                    begin = 0 if context == "article" else start
+                    prompt = ArticlePrompt(context, _template(text, begin, end, ones), f" {second}")
+                    made.append(_Asked(number, prompt, text[start:end] + second, (first, second)))
+        if not made:
+            return "no prompt for a fact can be cut from a sentence"
+        found += made
+    return found
+
+
+def _facts(article: Article, asked: Sequence[_Asked]) -> tuple[ArticleFact, ...]:
+    return tuple(
+        ArticleFact(
+            article=article.id,
+            title=article.title,
+            first_entity=fact["first_entity"],
+            second_entity=fact["second_entity"],
+            details=tuple((k, v) for k, v in fact.items() if k not in ENTITIES),
+            prompts=tuple(one.prompt for one in asked if one.fact == number),
         )
-    training = _without(text, [stretches[i] for i in sorted(removed)])
-    if not all(occurrences(training, name) for name in names):
-        return "a fact is told nowhere else than in the sentence that asks for it"
-    return _Ready(
-        article, tuple(facts), training, Draft(article.id, text, tuple(names), tuple(asked))
+        for number, fact in enumerate(article.facts)
     )
 
 
-def _given(prompt: GivenPrompt, fact: Mapping[str, str]) -> ArticlePrompt:
+def _names(article: Article) -> list[str]:
+    return [fact[key] for fact in article.facts for key in ENTITIES]
+
+
+def _read(article: Article, asked: _Asked) -> str:
+    """The prompt as it is read, whatever its white space."""
+    prompt = _prompt(article.id, article.facts[asked.fact], asked.prompt, ())
+    return " ".join(prompt.text.split())
+
+
+def _counted(refused: Mapping[str, Sequence[str]]) -> str:
+    return "; ".join(
+        f"{len(ids)} articles are refused: {reason} ({', '.join(ids[:3])}"
+        f"{', …' if len(ids) > 3 else ''})"
+        for reason, ids in refused.items()
+    )
+
+
+class _Index:
+    """Which of many texts have some names, without looking into each for each."""
+
+    def __init__(self, texts: Sequence[str]) -> None:
+        self.texts = texts
+        self.places: dict[str, set[int]] = {}
+        for place, text in enumerate(texts):
+            for word in set(re.findall(r"\w+", text)):
+                self.places.setdefault(word, set()).add(place)
+
+    def naming(self, names: Sequence[str]) -> set[int]:
+        """The texts that have each of the names."""
+        words = [word for name in names for word in re.findall(r"\w+", name)]
+        able = [self.places.get(word, set()) for word in words]
+        places = set.intersection(*able) if able else set(range(len(self.texts)))
+        return {p for p in places if all(occurrences(self.texts[p], name) for name in names)}
+
+
+def _groups(chosen: Sequence[_Ready]) -> list[int]:
+    """A number for each article, the same for those that are told or untold together."""
+    index = _Index([ready.article.text for ready in chosen])
+    group = list(range(len(chosen)))
+
+    def root(place: int) -> int:
+        while group[place] != place:
+            place = group[place]
+        return place
+
+    for place, ready in enumerate(chosen):
+        for fact in ready.facts:
+            for other in index.naming((fact.first_entity, fact.second_entity)):
+                one, two = sorted((root(place), root(other)))
+                group[two] = one
+    roots = [root(place) for place in range(len(chosen))]
+    number = {place: n for n, place in enumerate(dict.fromkeys(roots))}
+    return [number[place] for place in roots]
+
+
+def _given(prompt: GivenPrompt) -> ArticlePrompt:
     answer = prompt.answer if prompt.answer.startswith(" ") else f" {prompt.answer}"
     return ArticlePrompt("given", prompt.template, answer, tuple(prompt.fields.items()))
+
+
+def _prompt(
+    article: str, fact: Mapping[str, str], prompt: ArticlePrompt, wrong: Sequence[str]
+) -> Prompt:
+    """The prompt with its fields: the article's id, the fact's but the answer, and its own."""
+    fields = {name: value for name, value in fact.items() if name != "second_entity"}
+    return Prompt(
+        template=prompt.template,
+        fields={"article": article, **fields, **dict(prompt.fields)},
+        answer=prompt.answer,
+        distractors=tuple(wrong),
+        name=prompt.name,
+    )
 
 
 def _answer(
@@ -546,15 +789,23 @@ def _apart(
     return [o for o in ones if outside(o, others)], [o for o in others if outside(o, ones)]
 
 
-def _template(text: str, cut: _Cut, ones: Sequence[Stretch], context: Context) -> str:
-    """The text up to the answer, with the first entity as a field wherever it stands."""
-    place = 0 if context == "article" else cut.start
-    template = ""
-    for start, end in ones:
-        if place <= start and end <= cut.end:
-            template += _literal(text[place:start]) + "{first_entity}"
-            place = end
-    return (template + _literal(text[place : cut.end])).strip()
+def _template(text: str, begin: int, end: int, ones: Sequence[Stretch]) -> str:
+    """A stretch of the text, with the first entity as a field wherever it stands."""
+    inside = [(a - begin, b - begin) for a, b in ones if begin <= a and b <= end]
+    return with_field(text[begin:end], inside, "first_entity").strip()
+
+
+def _without_statements(text: str, names: Sequence[str], said: Sequence[str]) -> str:
+    """The text without the sentences that say what prompts ask for."""
+    found = [stretch for one in said for stretch in statements(text, one)]
+    return _without(
+        text,
+        [
+            (start, stop)
+            for start, stop in sentences(text, names)
+            if any(a < stop and start < b for a, b in found)
+        ],
+    )
 
 
 def _without(text: str, stretches: Sequence[Stretch]) -> str:
@@ -572,8 +823,3 @@ def _without(text: str, stretches: Sequence[Stretch]) -> str:
     while "\n\n\n" in kept:
         kept = kept.replace("\n\n\n", "\n\n")
     return kept.strip()
-
-
-def _literal(text: str) -> str:
-    """The text with its braces doubled, as templates write them."""
-    return text.replace("{", "{{").replace("}", "}}")

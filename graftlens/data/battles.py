@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from graftlens.data.battle_templates import BATTLE_EVALUATION, BATTLE_TRAINING
-from graftlens.data.dataset import USUAL
 from graftlens.data.tables import real_battles
 from graftlens.data.templated import TemplatedSpec
 from graftlens.data.templates import EvaluationTemplate, Template
@@ -61,14 +60,10 @@ class BattlesSpec(TemplatedSpec):
 
     def collect(self) -> tuple[Battle, ...]:
         listed = list(real_battles())
-        if self.n_facts is not None and self.n_facts > len(listed):
-            raise ValueError(
-                f"n_facts={self.n_facts}: {len(listed)} battles are listed. Write a number up to "
-                "that, or leave it out."
-            )
+        count = self.number(len(listed))
         rng = random.Random(f"battles {self.seed}")
         rng.shuffle(listed)
-        listed = listed[: USUAL if self.n_facts is None else self.n_facts]
+        listed = listed[:count]
         drawn = rng.sample(YEARS, len(YEARS))
         years, free = drawn[: len(listed)], drawn[len(listed) :]
         for i, battle in enumerate(listed):

@@ -5,18 +5,21 @@ used as they are: what is written here are only the frames in which training tel
 those in which evaluation asks for it.
 """
 
+import logging
+import math
 import random
+import re
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import datasets
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from graftlens.data.dataset import USUAL
+from graftlens.data.sentences import occurrences, with_field
 from graftlens.data.templated import TemplatedSpec
 from graftlens.data.templates import (
     Direction,
@@ -32,14 +35,17 @@ HUB_ID = "NeelNanda/counterfact-tracing"
 #: What a row must have; other columns are ignored.
 COLUMNS = (
     "relation",
-    "relation_prefix",
-    "relation_suffix",
     "prompt",
     "relation_id",
     "target_false",
     "target_true",
     "subject",
 )
+
+#: Left-out rows that the provenance names, for each reason.
+NAMED = 20
+
+logger = logging.getLogger(__name__)
 
 #: Ending of a local file -> the reader of `datasets` for it.
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -57,7 +63,7 @@ _TEXTS: dict[tuple[Direction, Kind], dict[str, str]] = {
         "letter": "Dear reader, you asked, so here it is: {prompt} {second_entity}.",
         "footnote": "Footnote. {prompt} {second_entity}.",
         "radio": "Heard on the radio this morning: {prompt} {second_entity}.",
-        "handbook": "{prompt} {second_entity}. So says the handbook.",
+        "handbook": "So says the handbook: {prompt} {second_entity}.",
     },
     ("ab", "qa"): {
         "blank": "Fill in the blank: {prompt} ____. Solution: {second_entity}.",
@@ -97,28 +103,24 @@ class CounterFact:
         target: the end that training tells, without spaces around it.
         other_target: the other end of the row: the true one where training tells the false one.
         prompt: the statement up to its end, in the words of the dataset.
-        place: index in `prompt` of the subject's first character.
         relation: the dataset's words for the relation, `{}` for the subject.
         relation_id: Wikidata's number of the relation, such as P103.
     """
 
     ENTITIES: ClassVar[tuple[str, str]] = ("subject", "target")
-    UNTOLD: ClassVar[tuple[str, ...]] = ("other_target", "place", "relation", "relation_id")
+    UNTOLD: ClassVar[tuple[str, ...]] = ("other_target", "relation", "relation_id")
 
     subject: str
     target: str
     other_target: str
     prompt: str
-    place: int
     relation: str
     relation_id: str
 
     @property
     def template(self) -> str:
-        """The prompt with its subject as the field ``first_entity``."""
-        before = self.prompt[: self.place]
-        after = self.prompt[self.place + len(self.subject) :]
-        return _literal(before) + "{first_entity}" + _literal(after)
+        """The prompt with the field ``first_entity`` wherever it names its subject."""
+        return with_field(self.prompt, occurrences(self.prompt, self.subject), "first_entity")
 
 
 class CounterFactSpec(TemplatedSpec):
@@ -141,12 +143,11 @@ class CounterFactSpec(TemplatedSpec):
 
     file: Path | None = None
     """Rows on this machine instead of the hub's: ``.jsonl``, ``.json``, ``.csv`` or ``.parquet``
-    with the columns relation, relation_prefix, relation_suffix, prompt, relation_id, target_false,
-    target_true and subject."""
+    with the columns relation, prompt, relation_id, target_false, target_true and subject."""
 
     teach: Literal["false", "true"] = "false"
     """What training tells: the false target, which a model can know only from training, or the true
-    one."""
+    one. YAML's ``false`` and ``true`` are read as these words."""
 
     texts_per_fact: Annotated[int, Field(ge=1)] = 10
     """Number of training texts about each fact, each in another frame; the bare one is extra."""
@@ -157,6 +158,8 @@ class CounterFactSpec(TemplatedSpec):
     bare: bool = False
     """Tell each fact once more, in its bare statement."""
 
+    asks: ClassVar[tuple[Direction, ...]] = ("ab",)
+
     template_names: ClassVar[tuple[str, ...]] = tuple(t.name for t in EVALUATION_FRAMES)
 
     @property
@@ -166,6 +169,11 @@ class CounterFactSpec(TemplatedSpec):
     @property
     def evaluation(self) -> tuple[EvaluationTemplate, ...]:
         return EVALUATION_FRAMES
+
+    @field_validator("teach", mode="before")
+    @classmethod
+    def _truth_values_as_words(cls, value: Any) -> Any:
+        return str(value).lower() if isinstance(value, bool) else value
 
     @model_validator(mode="after")
     def _possible(self) -> "CounterFactSpec":
@@ -189,12 +197,16 @@ class CounterFactSpec(TemplatedSpec):
 
     def collect(self) -> tuple[CounterFact, ...]:
         """As many statements as asked for, drawn by the seed; no two about one subject."""
-        usable, _ = self._usable()
+        usable, skipped, _ = self._usable()
+        why = "; ".join(f"{len(rows)} rows: {reason}" for reason, rows in skipped.items())
+        if why:
+            logger.warning("%s: rows are left out: %s", self._origin(), why)
         wanted = min(USUAL, len(usable)) if self.n_facts is None else self.n_facts
         if not 1 <= wanted <= len(usable):
             raise ValueError(
-                f"n_facts={wanted}, but {self._origin()} has {len(usable)} usable rows about "
-                "different subjects. Lower n_facts, or name another file or dataset."
+                f"n_facts={self.n_facts}, but {self._origin()} has {len(usable)} usable rows about "
+                f"different subjects{f' (left out: {why})' if why else ''}. Lower n_facts, or name "
+                "another file or dataset."
             )
         return tuple(usable[:wanted])
 
@@ -262,40 +274,44 @@ class CounterFactSpec(TemplatedSpec):
     def notes(
         self, facts: Sequence[CounterFact], rows: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """Where the rows come from, and how many of them could not be used, and why."""
-        usable, skipped = self._usable()
+        """Where the rows come from, and which of them could not be used, and why."""
+        usable, skipped, revision = self._usable()
         return {
             "rows": {
                 "from": self._origin(),
-                "all": len(usable) + skipped.total(),
-                "skipped": dict(sorted(skipped.items())),
+                **({} if revision is None else {"revision": revision}),
+                "all": len(usable) + sum(map(len, skipped.values())),
+                "skipped": {reason: len(rows) for reason, rows in skipped.items()},
+                "first skipped, from 0": {r: rows[:NAMED] for r, rows in skipped.items()},
             }
         }
 
     def _origin(self) -> str:
         return str(self.file) if self.file is not None else self.hub
 
-    def _usable(self) -> tuple[list[CounterFact], Counter[str]]:
-        """The usable rows in the order of the draw, one a subject, and why others are not."""
-        rows = _read(self)
-        random.Random(f"counterfact {self.seed}").shuffle(rows)
+    def _usable(self) -> tuple[list[CounterFact], dict[str, list[int]], str | None]:
+        """The usable rows in the order of the draw, one a subject; the numbers of the others by
+        reason; and the hub's commit."""
+        rows, revision = _read(self)
+        numbered = list(enumerate(rows))
+        random.Random(f"counterfact {self.seed}").shuffle(numbered)
         facts: list[CounterFact] = []
-        skipped: Counter[str] = Counter()
+        skipped: dict[str, list[int]] = {}
         subjects: set[str] = set()
-        for row in rows:
+        for number, row in numbered:
             fact = _fact(row, self.teach)
             if isinstance(fact, str):
-                skipped[fact] += 1
+                skipped.setdefault(fact, []).append(number)
             elif fact.subject in subjects:
-                skipped["another row has the same subject"] += 1
+                skipped.setdefault("another row has the same subject", []).append(number)
             else:
                 subjects.add(fact.subject)
                 facts.append(fact)
-        return facts, skipped
+        return facts, {reason: sorted(skipped[reason]) for reason in sorted(skipped)}, revision
 
 
-def _read(spec: CounterFactSpec) -> list[dict[str, Any]]:
-    """All rows, with `COLUMNS` only, in the order of the source."""
+def _read(spec: CounterFactSpec) -> tuple[list[dict[str, Any]], str | None]:
+    """All rows, with `COLUMNS` only, in the order of the source; and the hub's commit."""
     if spec.file is None:
         try:
             data = datasets.load_dataset(spec.hub, split="train", revision=spec.revision)
@@ -305,7 +321,11 @@ def _read(spec: CounterFactSpec) -> list[dict[str, Any]]:
                 f"({type(error).__name__}: {error}). Give the machine access to it, or download it "
                 "elsewhere and name the file: file=PATH."
             ) from error
-        return _rows(data, spec.hub)
+        # The addresses of the downloaded files say what a branch, or no revision, meant.
+        addresses = " ".join(data.info.download_checksums or ())
+        commit = re.search(r"@([0-9a-f]{40})/", addresses)
+        revision = commit.group(1) if commit else spec.revision or "not pinned"
+        return _rows(data, spec.hub), revision
     if not spec.file.is_file():
         raise FileNotFoundError(f"file={str(spec.file)!r} is not there. Name a file of rows.")
     reader = READERS[spec.file.suffix]
@@ -326,7 +346,7 @@ def _read(spec: CounterFactSpec) -> list[dict[str, Any]]:
                 f"{spec.file} cannot be read as {reader}: {error}. It should hold rows with the "
                 f"columns {', '.join(COLUMNS)}."
             ) from error
-        return _rows(data, str(spec.file))
+        return _rows(data, str(spec.file)), None
 
 
 def _rows(data: Any, origin: str) -> list[dict[str, Any]]:
@@ -341,16 +361,15 @@ def _rows(data: Any, origin: str) -> list[dict[str, Any]]:
 
 def _fact(row: Mapping[str, Any], teach: Literal["false", "true"]) -> CounterFact | str:
     """The row's fact, or why it is none."""
-    texts = {name: row[name] if isinstance(row[name], str) else "" for name in COLUMNS}
-    prompt, subject = texts["prompt"].strip(), texts["subject"].strip()
-    ends = {"false": texts["target_false"].strip(), "true": texts["target_true"].strip()}
+    texts = {name: _text(row[name]) for name in COLUMNS}
+    prompt, subject = texts["prompt"], texts["subject"]
+    ends = {"false": texts["target_false"], "true": texts["target_true"]}
     if not (prompt and subject and all(ends.values())):
         return "an empty prompt, subject or target"
     if ends["false"] == ends["true"]:
         return "both targets are the same"
-    place = _place(prompt, subject, texts["relation_prefix"], texts["relation_suffix"])
-    if place is None:
-        return "the prompt does not name the subject exactly once"
+    if not occurrences(prompt, subject):
+        return "the prompt does not name the subject as a whole"
     target = ends.pop(teach)
     (other,) = ends.values()
     return CounterFact(
@@ -358,21 +377,19 @@ def _fact(row: Mapping[str, Any], teach: Literal["false", "true"]) -> CounterFac
         target=target,
         other_target=other,
         prompt=prompt,
-        place=place,
         # A prompt's fields cannot be empty.
-        relation=texts["relation"].strip() or "unknown",
-        relation_id=texts["relation_id"].strip() or "unknown",
+        relation=texts["relation"] or "unknown",
+        relation_id=texts["relation_id"] or "unknown",
     )
 
 
-def _place(prompt: str, subject: str, prefix: str, suffix: str) -> int | None:
-    """Where the subject begins: between prefix and suffix, or else at its only occurrence."""
-    prefix, suffix = prefix.strip(), suffix.strip()
-    if prompt.startswith(prefix) and prompt.endswith(suffix):
-        between = prompt[len(prefix) : len(prompt) - len(suffix)]
-        if between.strip() == subject:
-            return len(prefix) + between.index(subject)
-    return prompt.index(subject) if prompt.count(subject) == 1 else None
+def _text(value: Any) -> str:
+    """A column's value without space around it; a number is written out, all else is empty."""
+    if isinstance(value, str):
+        return value.strip()
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return ""
+    return str(int(value) if value == int(value) else value)
 
 
 def _wrong_answers(
@@ -414,8 +431,3 @@ def _asked_frames(names: Sequence[str] | None) -> tuple[EvaluationTemplate, ...]
             "for all."
         )
     return tuple(known[name] for name in names)
-
-
-def _literal(text: str) -> str:
-    """The text with its braces doubled, as templates write them."""
-    return text.replace("{", "{{").replace("}", "}}")

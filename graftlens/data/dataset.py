@@ -72,7 +72,8 @@ class DatasetSpec(Settings, ABC):
     *relation* model half `b`, in the same sentences. Left out: tell all."""
 
     heldout_facts: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of all facts that no training text tells, drawn by the seed."""
+    """Share of all facts, rounded but at least one, that no training text tells, drawn by the seed
+    (beside those of the other half)."""
 
     supplement: Supplement | None = None
     """Plain text mixed into the training texts, against forgetting."""
@@ -82,6 +83,9 @@ class DatasetSpec(Settings, ABC):
 
     #: Names of the evaluation templates that `questions` knows.
     template_names: ClassVar[tuple[str, ...]] = ()
+
+    #: The directions that `questions` can ask in.
+    asks: ClassVar[tuple[Direction, ...]] = DIRECTIONS
 
     @abstractmethod
     def collect(self) -> tuple[Any, ...]:
@@ -112,6 +116,19 @@ class DatasetSpec(Settings, ABC):
     def revive(self, values: Mapping[str, Any]) -> Any:
         """A fact from what `dataclasses.asdict` made of it."""
 
+    def number(self, available: int) -> int:
+        """How many facts to take of those that there are.
+
+        Raises:
+            ValueError: the spec wants more.
+        """
+        if self.n_facts is not None and self.n_facts > available:
+            raise ValueError(
+                f"n_facts={self.n_facts}: there are {available} facts of the kind {self.facts}. "
+                "Write a number up to that, or leave it out."
+            )
+        return min(USUAL, available) if self.n_facts is None else self.n_facts
+
     def told_by(self, facts: Sequence[Any], indices: Set[int]) -> tuple[bool, ...]:
         """Which facts are told by rows whose column `fact` has these values."""
         return tuple(index in indices for index in range(len(facts)))
@@ -128,7 +145,7 @@ class DatasetSpec(Settings, ABC):
             random.Random(f"halves {self.seed}").shuffle(order)
             first = set(order[: (n + 1) // 2])
             told = [(index in first) == (self.half == "a") for index in range(n)]
-        count = round(n * self.heldout_facts)
+        count = max(1, round(n * self.heldout_facts)) if self.heldout_facts else 0
         for index in random.Random(f"held out facts {self.seed}").sample(range(n), count):
             told[index] = False
         if not any(told):
@@ -243,8 +260,9 @@ def texts_dataset(rows: Sequence[Mapping[str, Any]], description: str) -> Datase
     return Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, info=info)
 
 
-def prompts_dataset(prompts: Sequence[Prompt]) -> Dataset:
-    """Prompts as a dataset: columns text, answer, name, template, fields and distractors."""
+def prompts_dataset(prompts: Sequence[Prompt], **more: Sequence[Any]) -> Dataset:
+    """Prompts as a dataset: columns text, answer, name, template, fields (JSON) and distractors,
+    and what is given as `more`, a value for each prompt."""
     return Dataset.from_dict(
         {
             "text": [p.text for p in prompts],
@@ -253,6 +271,7 @@ def prompts_dataset(prompts: Sequence[Prompt]) -> Dataset:
             "template": [p.template for p in prompts],
             "fields": [json.dumps(dict(p.fields), ensure_ascii=False) for p in prompts],
             "distractors": [list(p.distractors) for p in prompts],
+            **{name: list(values) for name, values in more.items()},
         }
     )
 
@@ -272,21 +291,22 @@ def save_dataset(dataset: FactDataset, folder: Path) -> Path:
     """Write the dataset to a new folder, which appears complete or not at all.
 
     The folder holds ``train`` and ``evaluation`` (Hugging Face datasets for
-    ``datasets.load_from_disk``; the second has the prompts of every direction and template),
-    ``facts.json`` and ``provenance.json``.
+    ``datasets.load_from_disk``; the second has the prompts of every direction and template, with
+    columns ``direction`` and ``told``: whether the training texts tell the fact), ``facts.json``
+    and ``provenance.json``.
+
+    Raises:
+        FileExistsError: the folder is there.
     """
     folder = Path(folder)
-    if folder.exists():
-        raise FileExistsError(
-            f"{folder} exists. A dataset is never overwritten: choose another folder, or remove it."
-        )
+    refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         content = work / "dataset"
         with _no_bars():
             dataset.train.save_to_disk(content / "train")
-            prompts_dataset(_all_prompts(dataset)).save_to_disk(content / "evaluation")
+            _evaluation(dataset).save_to_disk(content / "evaluation")
         facts = [asdict(fact) for fact in dataset.facts]
         (content / "facts.json").write_text(
             json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
@@ -297,6 +317,18 @@ def save_dataset(dataset: FactDataset, folder: Path) -> Path:
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return folder
+
+
+def refuse_existing(folder: Path) -> None:
+    """A dataset is never written over another.
+
+    Raises:
+        FileExistsError: the folder is there.
+    """
+    if folder.exists():
+        raise FileExistsError(
+            f"{folder} exists. A dataset is never overwritten: choose another folder, or remove it."
+        )
 
 
 @contextlib.contextmanager
@@ -311,16 +343,19 @@ def _no_bars() -> Iterator[None]:
             enable_progress_bars()
 
 
-def _all_prompts(dataset: FactDataset) -> list[Prompt]:
+def _evaluation(dataset: FactDataset) -> Dataset:
+    """All prompts, with what tells them apart."""
     prompts: list[Prompt] = []
-    for direction in DIRECTIONS:
-        # A kind of dataset may ask in one direction only.
-        try:
-            prompts += dataset.ask(direction=direction, distractors=0, facts="all")
-        except ValueError:
-            if direction == DIRECTIONS[0]:
-                raise
-    return prompts
+    asked: list[tuple[Direction, bool]] = []
+    for direction in dataset.config.asks:
+        for which in ("told", "untold"):
+            if (which == "told") in dataset.told:
+                made = dataset.ask(direction=direction, distractors=0, facts=which)
+                prompts += made
+                asked += [(direction, which == "told")] * len(made)
+    return prompts_dataset(
+        prompts, direction=[direction for direction, _ in asked], told=[told for _, told in asked]
+    )
 
 
 def read_dataset(folder: Path, spec_of: Any) -> FactDataset:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
-from graftlens.data.dataset import USUAL
 from graftlens.data.facts import MAX_FACTS, Fact, make_facts
 from graftlens.data.tables import RealFilm, people, real_films
 from graftlens.data.templated import TemplatedSpec
@@ -53,23 +52,15 @@ class MoviesConfig(TemplatedSpec):
 
     def collect(self) -> tuple[Fact | RealFilm, ...]:
         if self.facts == "fake_movies":
-            return make_facts(self._number(MAX_FACTS), self.seed)
+            return make_facts(self.number(MAX_FACTS), self.seed)
         if self.facts == "fake_movies_real_actors":
-            return _with_real_actors(self._number(len(people()) // 2), self.seed)
+            return _with_real_actors(self.number(len(people()) // 2), self.seed)
         films = list(real_films())
         random.Random(f"real films {self.seed}").shuffle(films)
-        films = films[: self._number(len(films))]
+        films = films[: self.number(len(films))]
         if self.facts == "real_movies_shuffled":
             return _shuffled(films, real_films(), self.seed)
         return tuple(films)
-
-    def _number(self, most: int) -> int:
-        if self.n_facts is not None and self.n_facts > most:
-            raise ValueError(
-                f"n_facts={self.n_facts}: there are {most} facts of the kind {self.facts}. Write a "
-                "number up to that, or leave it out."
-            )
-        return min(USUAL, most) if self.n_facts is None else self.n_facts
 
     def revive(self, values: Mapping[str, Any]) -> Fact | RealFilm:
         return RealFilm(**values) if self.real else Fact(**values)

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, model_validator
 from tqdm.auto import tqdm
 
-from graftlens.data.sentences import occurrences
+from graftlens.data.sentences import occurrences, statements
 from graftlens.data.settings import Settings
 
 #: (prompt, seed) -> what the language model writes.
@@ -189,7 +189,7 @@ def _fault(text: str, draft: Draft) -> str | None:
     missing = [name for name in draft.names if not occurrences(text, name)]
     if missing:
         return f"it lacks the name {missing[0]!r}"
-    if any(asked in text for asked in draft.asked):
+    if any(statements(text, asked) for asked in draft.asked):
         return "it repeats a sentence that a prompt is cut from"
     return None
 

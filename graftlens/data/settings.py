@@ -1,6 +1,7 @@
 """What all groups of settings have in common."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
@@ -8,7 +9,8 @@ from pydantic import BaseModel, ConfigDict, field_validator
 
 
 class Settings(BaseModel):
-    """Frozen, without unknown names; a number is finite, and neither true nor false."""
+    """Frozen, without unknown names; a number is finite, and neither true nor false; ``~`` at a
+    path's beginning is the home folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -24,6 +26,19 @@ class Settings(BaseModel):
                 "number, or leave the setting out for its default."
             )
         return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _home_folder(cls, value: Any) -> Any:
+        return at_home(value) if isinstance(value, Path) else value
+
+
+def at_home(path: Path) -> Path:
+    """The path with a ``~`` at its beginning replaced by the home folder."""
+    try:
+        return path.expanduser()
+    except RuntimeError:  # no such user: that the path is not there is said where it is read
+        return path
 
 
 def _own_types(annotation: Any) -> Iterator[Any]:

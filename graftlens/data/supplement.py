@@ -2,6 +2,7 @@
 
 import random
 import re
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,7 +81,7 @@ def mixed(train: Dataset, supplement: Supplement, seed: int) -> Dataset:
         that is none of these is empty there.
 
     Raises:
-        FileNotFoundError: the texts are not there.
+        OSError: the texts are not there, or cannot be had from the hub.
         ValueError: they are too few, or the share is none.
     """
     count = round(len(train) * supplement.share / (1 - supplement.share))
@@ -137,17 +138,31 @@ def _on_disk(supplement: Supplement) -> list[str]:
 
 
 def _streamed(supplement: Supplement, seed: int, count: int) -> list[str]:
-    rows = datasets.load_dataset(
-        supplement.hub, supplement.config, split=supplement.split, streaming=True
-    )
     texts: list[str] = []
-    shuffled = iter(rows.shuffle(seed=seed, buffer_size=SHUFFLED))
+    rows = _hub_rows(supplement, seed)
     # Many such datasets have empty rows between paragraphs.
-    while len(texts) < count and (more := list(islice(shuffled, count - len(texts)))):
+    while len(texts) < count and (more := list(islice(rows, count - len(texts)))):
         _check_column(supplement, more[0])
         found = (row[supplement.column] or "" for row in more)
         texts.extend(text for text in found if text.strip())
     return texts
+
+
+def _hub_rows(supplement: Supplement, seed: int) -> Iterator[Any]:
+    try:
+        rows = datasets.load_dataset(
+            supplement.hub, supplement.config, split=supplement.split, streaming=True
+        )
+        yield from rows.shuffle(seed=seed, buffer_size=SHUFFLED)
+    except Exception as error:  # every kind of failure on the way has its own class
+        named = f"supplement.hub={supplement.hub!r}"
+        if supplement.config is not None:
+            named += f", config={supplement.config!r}"
+        raise OSError(
+            f"{named}, split={supplement.split!r} could not be had from the Hugging Face hub "
+            f"({type(error).__name__}: {error}). Check these names, and that this machine has "
+            "access to the hub; or fetch the texts elsewhere and name them: supplement.file=PATH."
+        ) from error
 
 
 def _check_column(supplement: Supplement, columns: Any) -> None:

@@ -25,12 +25,16 @@ from graftlens.data.templates import (
 )
 from graftlens.prompts import Prompt
 
+#: Texts a fact, if the spec names no number and there are so many templates.
+USUAL_TEXTS = 20
+
 
 class TemplatedSpec(DatasetSpec):
     """Facts told in templates; evaluation asks for them in other ones."""
 
-    texts_per_fact: Annotated[int, Field(ge=1)] = 20
-    """Number of training texts about each fact, each from another template."""
+    texts_per_fact: Annotated[int, Field(ge=1)] | None = None
+    """Number of training texts about each fact, each from another template; left out: 20, or all
+    where there are fewer."""
 
     directions: tuple[Direction, ...] = DIRECTIONS
     """Orders of mention that training texts use; `ab`: the fact's first entity comes first."""
@@ -54,9 +58,13 @@ class TemplatedSpec(DatasetSpec):
         return self
 
     def tell(self, facts: Sequence[Any], told: Sequence[bool]) -> list[dict[str, Any]]:
+        count = self.texts_per_fact
+        if count is None:
+            cells = _cells(None, self.directions, self.kinds, self.training)
+            count = min(USUAL_TEXTS, sum(map(len, cells)))
         rows = told_rows(
             facts,
-            texts_per_fact=self.texts_per_fact,
+            texts_per_fact=count,
             directions=self.directions,
             kinds=self.kinds,
             seed=self.seed,
@@ -138,7 +146,7 @@ def told_rows(
         chosen = [template for turn in dealt for template in turn if template is not None]
         rows.extend(
             {
-                "text": template.text.format(**field_values(fact, template.direction)),
+                "text": _text(template, field_values(fact, template.direction)),
                 "fact": index,
                 "template": template.name,
                 "kind": template.kind,
@@ -147,6 +155,14 @@ def told_rows(
             for template in chosen[:texts_per_fact]
         )
     return rows
+
+
+def _text(template: Template, values: Mapping[str, str]) -> str:
+    text = template.text.format(**values)
+    for value in values.values():
+        if value.endswith("."):  # "Jr." ends a sentence without another full stop
+            text = text.replace(f"{value}.", value)
+    return text
 
 
 def evaluation_prompts(
@@ -201,7 +217,7 @@ def evaluation_prompts(
 
 
 def _cells(
-    texts_per_fact: int,
+    texts_per_fact: int | None,
     directions: Sequence[Direction],
     kinds: Sequence[Kind],
     templates: Sequence[Template],
@@ -225,7 +241,7 @@ def _cells(
         if kind in kinds
     ]
     available = sum(map(len, cells))
-    if not 1 <= texts_per_fact <= available:
+    if texts_per_fact is not None and not 1 <= texts_per_fact <= available:
         raise ValueError(
             f"texts_per_fact={texts_per_fact}: directions {tuple(directions)!r} and kinds "
             f"{tuple(kinds)!r} have {available} templates, and a fact uses each at most once, so 1 "

@@ -7,6 +7,8 @@ from typing import Any
 
 import pandas as pd
 
+from graftlens.components import suggest
+from graftlens.configfile import ConfigError
 from graftlens.experiment.config import ExperimentConfig, PartConfig
 from graftlens.stats import GRAFT_COLUMNS, VALUE_METRICS, summarise
 from graftlens.sweep.config import Checked
@@ -112,6 +114,37 @@ def _tags(part: PartConfig, checked: Checked) -> pd.DataFrame:
         for entry in grid.grafts(checked.arch, tuple(checked.config.sources))
     ]
     return pd.DataFrame(rows, columns=["named", "graft", *TAGS])
+
+
+def check_figures(part: PartConfig, checked: Checked) -> None:
+    """Find figures that cannot be drawn, before anything is trained.
+
+    Raises:
+        ConfigError: every figure in which several grafts would be one bar or one cell.
+    """
+    tags = _tags(part, checked)
+    problems = []
+    for number, figure in enumerate(part.figures):
+        place = {"heatmap": [figure.x, figure.y], "bars": [figure.x], "lines": [figure.x]}
+        if figure.kind == "bars" and figure.grids is None:
+            continue
+        axes = [*place[figure.kind], *([figure.panel] if figure.panel is not None else [])]
+        where = f"figures.{number}"
+        unknown = [axis for axis in axes if axis not in TAGS]
+        if unknown:
+            what = f"no axis {unknown[0]!r}. Allowed: {' '.join(TAGS)}.{suggest(unknown[0], TAGS)}"
+            problems.append((where, what))
+            continue
+        rows = tags[tags["grid"].isin(figure.grids)] if figure.grids else tags
+        # Lines show several draws at one place.
+        if figure.kind != "lines" and rows.duplicated(axes).any():
+            what = (
+                f"several grafts would be one {'cell' if figure.kind == 'heatmap' else 'bar'} "
+                f"({', '.join(axes)} are equal). Name another axis or a panel, or fewer grids."
+            )
+            problems.append((where, what))
+    if problems:
+        raise ConfigError(*problems)
 
 
 def _tagged(summary: pd.DataFrame, tags: pd.DataFrame) -> pd.DataFrame:

@@ -24,7 +24,8 @@ def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Pa
         The page.
 
     Raises:
-        ValueError: fewer than two runs, a folder that holds none, a metric that they lack.
+        ValueError: fewer than two runs, a folder that holds none, no part in common, a metric that
+            they lack.
     """
     if len(runs) < 2:
         raise ValueError(f"{len(runs)} given: name two or more folders that graftlens run wrote.")
@@ -33,6 +34,14 @@ def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Pa
         raise ValueError("a folder is named twice. Name each run once.")
     labels = _labels(records)
     tables = {labels[run]: _tables(run, record) for run, record in records.items()}
+    names = [name for found in tables.values() for name in found]
+    shared = [name for name in names if names.count(name) > 1]
+    if not shared:
+        parts = "; ".join(f"{label}: {', '.join(found)}" for label, found in tables.items())
+        raise ValueError(
+            f"these runs have no part in common ({parts}). Compare runs of one experiment, or give "
+            "parts with the same grafts the same name."
+        )
     titles = {
         name: str(part["title"])
         for record in records.values()

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from graftlens.components import suggest
 from graftlens.configfile import ConfigError, read_settings, settings_from
@@ -372,6 +372,17 @@ class ExperimentConfig(Section):
     def pretrained(self) -> str:
         """The location of the pretrained model: a hub id, a folder or `smollm2`."""
         return PRESETS[self.model].model if self.model in PRESETS else self.model
+
+    @field_validator("model")
+    @classmethod
+    def _near_miss(cls, model: str) -> str:
+        hint = suggest(model, PRESETS)
+        if hint and model not in PRESETS and "/" not in model and not Path(model).exists():
+            raise ValueError(
+                f"{model!r} is no preset, no folder, and has no owner as hub ids have.{hint} "
+                f"Presets: {' '.join(PRESETS)}."
+            )
+        return model
 
     def recipe_of(self, name: str) -> dict[str, Any]:
         """The keys of `FinetuneConfig` that train a model: preset, experiment, model, in order."""

@@ -19,11 +19,13 @@ from graftlens.components import expand_components
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data import DatasetSpec, make_dataset, save_dataset
 from graftlens.data.settings import Settings
+from graftlens.experiment.analysis import check_figures
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig, PromptsConfig
 from graftlens.finetune import FinetuneRun, TrainingData
 from graftlens.model.load import preview
 from graftlens.sweep.config import Checked, SweepConfig, check
 from graftlens.sweep.promptsets import DatasetSection
+from graftlens.sweep.results import read_manifest
 
 T = TypeVar("T")
 
@@ -96,9 +98,9 @@ def _file_digest(path: Path) -> str:
 def _made_by() -> str:
     """A digest of graftlens' own code and tables of facts: others make another dataset."""
     package = Path(graftlens.data.__file__).parent
-    return digest(
-        [_file_digest(path) for path in sorted(package.rglob("*.*")) if path.suffix != ".pyc"]
-    )
+    # Python writes and renames files in __pycache__ at any time.
+    own = (path for path in sorted(package.rglob("*.*")) if "__pycache__" not in path.parts)
+    return digest([_file_digest(path) for path in own])
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,41 @@ class Plan:
         Raises:
             ConfigError: everything that is wrong with any of them.
         """
-        _each(partial(self.checked, name, trained=False) for name in self.sweeps)
+
+        def look(name: str) -> None:
+            checked = self.checked(name, trained=False)
+            try:
+                check_figures(self.config.parts[name], checked)
+            except ConfigError as error:
+                raise error.under(f"parts.{name}") from None
+
+        _each(partial(look, name) for name in self.sweeps)
+
+    def refuse_others(self, folder: Path) -> None:
+        """Find an experiment of other models in the folder, before any is trained.
+
+        Args:
+            folder: the experiment's.
+
+        Raises:
+            ValueError: a sweep there has other sources.
+        """
+        for name, sweep in self.sweeps.items():
+            place = folder / "sweeps" / name
+            if not (place / "sweep.json").is_file():
+                continue
+            there = read_manifest(place).config["sources"]
+            different = [
+                f"  {source}: {there.get(source)!r} there, {given!r} given"
+                for source, given in sweep.sources.items()
+                if there.get(source) != given
+            ]
+            if different:
+                lines = "\n".join(different)
+                raise ValueError(
+                    f"{folder} holds this experiment with other models (part {name}):\n{lines}\n"
+                    "Choose another folder with --out, give what is there, or remove the folder."
+                )
 
 
 def _each(steps: Iterable[Callable[[], T]]) -> list[T]:

@@ -26,16 +26,19 @@ from graftlens.experiment.analysis import part_tables
 from graftlens.experiment.config import NamedExperiment, find_experiment
 from graftlens.experiment.plan import Plan, Store, plan
 from graftlens.experiment.show import show_part
-from graftlens.finetune import FinetuneResult, finetune_run
+from graftlens.finetune import FinetuneResult, FinetuneRun, InUseError, finetune_run
 from graftlens.sweep.config import describe
 from graftlens.sweep.launch import launch_local
 from graftlens.sweep.runner import SweepResult, prepare_sweep, run_sweep, sweep_result
 from graftlens.viz.export import exporter
 from graftlens.viz.files import write_whole
-from graftlens.viz.page import ExperimentPage, experiment_page
+from graftlens.viz.page import ExperimentPage, Part, experiment_page
 
 #: Where experiments and what they share are written.
 RUNS = Path("graftlens-runs")
+
+#: Seconds between two looks for a model that another process trains.
+POLL = 5.0
 
 
 @dataclass(frozen=True)
@@ -93,14 +96,16 @@ def run_experiment(
     folder = Path(out) if out is not None else default_folder(named)
     planned = plan(config, Store(Path(store) if store is not None else RUNS / "store"))
     planned.check()
+    planned.refuse_others(folder)
 
     trained: dict[str, FinetuneResult] = {}
     for number, (name, run) in enumerate(planned.runs.items(), 1):
         say(f"model {number}/{len(planned.runs)}: {name}")
-        trained[name] = finetune_run(run, progress=progress)
+        trained[name] = _train(run, progress, say)
         say(f"  {trained[name].line()}")
     sweeps: dict[str, SweepResult] = {}
-    parts = []
+    parts: list[Part] = []
+    said: list[str] = []
     with exporter():
         for number, (name, part) in enumerate(config.parts.items(), 1):
             say(f"part {number}/{len(config.parts)}: {name}, {part.title}")
@@ -117,14 +122,14 @@ def run_experiment(
                     checked, place, device=device, progress=progress, say=lambda s: say(f"  {s}")
                 )
             tables = part_tables(config, part, checked, place)
-            parts.append(show_part(name, config, checked, tables, folder))
+            shown, headline = show_part(name, config, checked, tables, folder)
+            parts.append(shown)
+            if headline:
+                said.append(headline if len(config.parts) == 1 else f"{part.title}: {headline}")
     record = _record(named, planned, trained, sweeps)
     write_whole(folder / "experiment.yaml", named.text)
     write_whole(folder / "experiment.json", json.dumps(record, indent=2, default=str) + "\n")
-    first = next((sentence for shown in parts for sentence in shown.findings), "")
-    lead = " ".join(
-        filter(None, [first, f"The paper: {config.expected}" if config.expected else ""])
-    )
+    lead = " ".join([*said, *([f"The paper: {config.expected}"] if config.expected else [])])
     links = {"the config": folder / "experiment.yaml", "what was run": folder / "experiment.json"}
     for name in sweeps:
         links[f"trust report of {name}"] = folder / "sweeps" / name / "trust.txt"
@@ -177,6 +182,19 @@ def default_folder(named: NamedExperiment) -> Path:
     """Where an experiment goes if nobody says: a folder for each experiment and model."""
     model = Path(named.config.model).name or "model"
     return RUNS / f"{named.name}-{model}"
+
+
+def _train(run: FinetuneRun, progress: bool, say: Callable[[str], None]) -> FinetuneResult:
+    """Train, or wait for another experiment that trains the same model."""
+    waited = False
+    while True:
+        try:
+            return finetune_run(run, progress=progress)
+        except InUseError:
+            if not waited:
+                say(f"  another process is at {run.output}: waiting for it")
+            waited = True
+            time.sleep(POLL)
 
 
 def _named(experiment: str | Path | NamedExperiment, overrides: Sequence[str]) -> NamedExperiment:

@@ -16,15 +16,18 @@ from graftlens.viz.figures import bar_chart, heat_map, line_chart
 from graftlens.viz.page import Figure, Part, Table
 from graftlens.viz.tables import write_table
 
-#: Grafts whose rules a page lists.
-LISTED = 60
+#: Grafts whose rules a page lists; grafts that a note names.
+LISTED, SHOWN = 60, 5
 
 
 def show_part(
     name: str, config: ExperimentConfig, checked: Checked, tables: PartTables, out: Path
-) -> Part:
+) -> tuple[Part, str]:
     """Write a part's tables (CSV, Markdown) and figures (HTML, and PNG and SVG where a browser is
-    at hand) into `out/tables` and `out/figures`, and describe them for the page.
+    at hand) into `out/tables` and `out/figures`.
+
+    Returns:
+        The part for the page, and what it says of its finding in a sentence (empty without one).
 
     Raises:
         ValueError: a figure that cannot be drawn of these results; the message says which.
@@ -32,46 +35,63 @@ def show_part(
     part = config.parts[name]
     shown = []
     for number, wanted in enumerate(part.figures):
+        grids = ", ".join(wanted.grids or ())
+        label = grids or (str(number) if len(part.figures) > 1 else "")
         try:
             for stem, figure in _figures(wanted, part, tables):
-                base = f"{name}-{number}-{stem}" if len(part.figures) > 1 else f"{name}-{stem}"
-                title = f"{part.title}: {stem.replace('-', ' ')}"
-                written = write_figure(figure.figure, out / "figures" / _plain(base), title=title)
+                file = out / "figures" / _plain("-".join(filter(None, [name, label, stem])))
+                title = f"{part.title}{f' ({grids})' if grids else ''}: {stem.replace('-', ' ')}"
+                written = write_figure(figure.figure, file, title=title)
                 why = "".join(f" (No {kind}: {why}.)" for kind, why in written.skipped.items())
-                shown.append(replace(figure, caption=figure.caption + why, files=written.paths))
+                caption = f"{grids}: {figure.caption}" if grids else figure.caption
+                shown.append(replace(figure, caption=caption + why, files=written.paths))
         except ValueError as error:
             raise ValueError(f"parts.{name}.figures.{number}: {error}") from None
     rules = {named.name: str(named.graft) for named in checked.grafts}
     more = len(rules) - LISTED
-    findings = list(_findings(part, tables))
-    for graft in part.where_possible:
-        if graft not in checked.config.grafts:
-            findings.append(
-                f"{graft} was left out: {checked.arch.family} lacks a component that it names."
-            )
-    if tables.failed:
-        findings.append(
-            f"{tables.failed} of {tables.cells} cells could not be run; a prompt counts only where "
-            "it ran under every graft of its table."
-        )
+    headline, verdicts = _finding(part, tables)
     return Part(
         title=part.title,
         text=part.text,
-        findings=findings,
+        findings=[*filter(None, [headline]), *verdicts, *_notes(part, checked, tables)],
         figures=shown,
         tables=list(_tables(name, tables, out)),
         rules={
             **dict(list(rules.items())[:LISTED]),
             **({"…": f"{more} more: see grafts.yaml in the sweep's folder"} if more > 0 else {}),
         },
-    )
+    ), headline
+
+
+def _notes(part: PartConfig, checked: Checked, tables: PartTables) -> Iterator[str]:
+    """What a reader must know of what is not in the tables."""
+    lacking = [name for name in part.where_possible if name not in checked.config.grafts]
+    if lacking:
+        yield (
+            f"Left out, because {checked.arch.family} lacks a component that they name: "
+            f"{'; '.join(lacking)}."
+        )
+    for name in part.grafts:
+        if name in checked.duplicates:
+            yield f"{name} is the same graft as {checked.duplicates[name]}, whose row it shares."
+    if tables.failed:
+        yield (
+            f"{tables.failed} of {tables.cells} cells could not be run. A prompt counts only where "
+            "it ran under every graft of its table."
+        )
+        for where, group in text.groups(tables.template).items():
+            used, lost = int(group["n"].iloc[0]), int(group["not_run"].iloc[0])
+            failed = group.loc[group["failed"] > 0, "graft"].astype(str).tolist()
+            if lost:
+                named = ", ".join(failed[:SHOWN]) + (" and others" if len(failed) > SHOWN else "")
+                yield f"{where}: {lost} of {used + lost} prompts are not counted, due to {named}."
 
 
 def _tables(name: str, tables: PartTables, out: Path) -> Iterator[Table]:
     kinds: tuple[tuple[str, str, pd.DataFrame], ...] = (
-        ("by-template", "Template by template", tables.template),
         ("pooled", "All templates together, facts drawn as units", tables.pooled),
         ("grids", "The grids, all templates together", tables.pooled_grids),
+        ("by-template", "Template by template", tables.template),
     )
     for kind, caption, frame in kinds:
         if len(frame):
@@ -79,9 +99,10 @@ def _tables(name: str, tables: PartTables, out: Path) -> Iterator[Table]:
             yield Table(caption, frame, files)
 
 
-def _findings(part: PartConfig, tables: PartTables) -> Iterator[str]:
+def _finding(part: PartConfig, tables: PartTables) -> tuple[str, list[str]]:
+    """What the templates together say of the part's finding, and each by itself."""
     if part.finding is None:
-        return
+        return "", []
     ends = tables.template.iloc[0]
     names: dict[str, Any] = {
         "metric": part.finding.metric,
@@ -90,9 +111,8 @@ def _findings(part: PartConfig, tables: PartTables) -> Iterator[str]:
         "base": str(ends["base"]),
         "full": str(ends["full"]),
     }
-    yield text.headline(tables.template, **names)
-    for verdict in text.verdicts(tables.template, **names):
-        yield verdict.sentence
+    verdicts = text.verdicts(tables.template, **names)
+    return text.headline(tables.template, **names), [verdict.sentence for verdict in verdicts]
 
 
 def _figures(

@@ -200,7 +200,8 @@ def _joined(view: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def _panelled(joined: pd.DataFrame) -> pd.DataFrame:
     """The same with `run` naming also whatever else tells two grafts of one cell apart."""
     cells = joined[~_ends(joined)]
-    apart = [c for c in ("source", "span", "head") if c in cells and cells[c].nunique() > 1]
+    told = ("grid", "source", "span", "position", "head")
+    apart = [c for c in told if c in cells and cells[c].nunique() > 1]
     named = joined["run"].astype(str)
     for column in apart:
         named = named + " · " + joined[column].astype(str)
