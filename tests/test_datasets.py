@@ -265,7 +265,7 @@ def test_the_true_year_is_in_no_text_and_no_prompt() -> None:
         ("fake_movies_real_actors", 9000, f"there are {len(people()) // 2} facts of the kind"),
         ("real_movies", 9000, f"there are {len(real_films())} facts of the kind real_movies"),
         ("real_movies_shuffled", 9000, f"there are {len(real_films())} facts of the kind"),
-        ("battles", 9000, f"{len(real_battles())} battles are listed"),
+        ("battles", 9000, f"{len(real_battles())} facts of the kind battles"),
         ("articles", 9000, r"\d+ "),
     ],
 )
@@ -395,7 +395,7 @@ def test_what_is_told_is_the_half_without_what_is_held_out(n, half, share, seed)
             return [False] * n
 
     in_half, held = told(half, 0), told(None, share)
-    assert held.count(False) == round(n * share)
+    assert held.count(False) == (max(1, round(n * share)) if share else 0)
     assert told(half, share) == [a and b for a, b in zip(in_half, held, strict=True)]
 
 
@@ -704,9 +704,17 @@ def test_the_folder_holds_hugging_face_datasets(kind: str, tmp_path: Path) -> No
     assert train.to_list() == dataset.train.to_list()
     assert json.loads(train.info.description) == dataset.provenance
     directions = DIRECTIONS if kind != "articles" else ("ab",)
-    prompts = [p for d in directions for p in dataset.ask(direction=d, distractors=0, facts="all")]
+    asked = [
+        (direction, which, prompt)
+        for direction in directions
+        for which in ("told", "untold")
+        for prompt in dataset.ask(direction=direction, distractors=0, facts=which)
+    ]
+    prompts = [prompt for _, _, prompt in asked]
     evaluation = datasets.load_from_disk(str(folder / "evaluation"))
     assert evaluation["text"][:] == [p.text for p in prompts]
+    assert evaluation["direction"][:] == [direction for direction, _, _ in asked]
+    assert evaluation["told"][:] == [which == "told" for _, which, _ in asked]
     assert evaluation["answer"][:] == [p.answer for p in prompts]
     assert evaluation["name"][:] == [p.name for p in prompts]
     assert [json.loads(row) for row in evaluation["fields"]] == [dict(p.fields) for p in prompts]
@@ -786,7 +794,7 @@ BAD_COMMANDS = {
     "fake_movies_real_actors real_movies real_movies_shuffled battles counterfact articles. Did "
     "you mean 'battles'?",
     "facts=[battles]": "facts: unknown kind of facts ['battles']. Allowed: fake_movies",
-    "n_facts=5000": f"n_facts=5000: {len(real_battles())} battles are listed.",
+    "n_facts=5000": f"n_facts=5000: there are {len(real_battles())} facts of the kind battles.",
     "heldout_facts=1": "heldout_facts: 1 should be less than 1.",
 }
 
@@ -900,7 +908,7 @@ BAD_SECTIONS = {
     r" is unknown\. Use one of dated, qa_year, between, with_war",
     "{make: {facts: battles, n_facts: 9}, direction: ba, templates: [dated]}": r"dataset\.0: "
     r"evaluation template 'dated' does not ask in the direction ba\. Use one of named, qa_name",
-    "{make: {facts: battles, n_facts: 5000}}": r"dataset\.0: n_facts=5000: \d+ battles are listed",
+    "{make: {facts: battles, n_facts: 5000}}": r"dataset\.0: n_facts=5000: there are \d+ facts",
     "{make: {facts: battles, n_facts: 9}, facts: untold}": r"dataset\.0: facts='untold': this data",
     "{path: ./gone}": r"dataset\.0: gone is no dataset of facts: it has no train, facts\.json",
 }
