@@ -42,7 +42,7 @@ def tiny_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def _short_prompts(facts: object, *, seed: int) -> object:
+def _short_prompts(facts: object, *, templates: object, seed: int) -> object:
     from graftlens.data import evaluation_prompts
 
     return evaluation_prompts(facts, templates=["headline", "new_film"], seed=seed)  # type: ignore[arg-type]

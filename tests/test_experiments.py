@@ -392,9 +392,9 @@ def choose(rules: Rules, where: list[str], sources: list[str]) -> Callable[..., 
 
 def test_tables_are_what_the_results_say(ran):
     result = ran("positions")
-    results = read_results(result.sweeps["entity_and_last"].folder)
+    results = read_results(result.sweeps["positions"].folder)
     tables = result.folder / "tables"
-    by_template = read_csv(tables / "entity_and_last-by-template.csv")
+    by_template = read_csv(tables / "positions-by-template.csv")
     for (template, graft), cells in results.groupby(["template", "graft"], observed=True):
         row = by_template.query("template == @template and graft == @graft").iloc[0]
         group = results[results["template"] == template]
@@ -405,7 +405,7 @@ def test_tables_are_what_the_results_say(ran):
             assert row[metric] == pytest.approx(cells[metric].mean())
         assert row["recovery"] == pytest.approx(by_hand(group, graft))
         assert row["units"] == 3
-    pooled = read_csv(tables / "entity_and_last-pooled.csv")
+    pooled = read_csv(tables / "positions-pooled.csv")
     templates = results["template"].nunique()
     assert list(pooled["graft"]) == list(results["graft"].cat.categories)
     for row in pooled.to_dict("records"):
@@ -425,7 +425,7 @@ def by_hand(results: pd.DataFrame, graft: str) -> float:
 def test_intervals_of_the_pooled_table_draw_facts(ran):
     """With three facts a resample is one of ten mixtures: the ends are known exactly."""
     result = ran("positions")
-    folder = result.sweeps["entity_and_last"].folder
+    folder = result.sweeps["positions"].folder
     results = read_results(folder)
     entity = {
         number: json.loads(given)["fields"]["first_entity"]
@@ -436,7 +436,7 @@ def test_intervals_of_the_pooled_table_draw_facts(ran):
     cells = results[results["graft"] == "FE+LT"]
     means = cells.groupby(cells["prompt"].map(entity))["logprob"].mean()
     assert len(means) == 3
-    row = read_csv(result.folder / "tables" / "entity_and_last-pooled.csv").set_index("graft")
+    row = read_csv(result.folder / "tables" / "positions-pooled.csv").set_index("graft")
     # Each fact alone is drawn with a chance of 1 in 27, more than 2.5%.
     assert row.loc["FE+LT", "logprob_low"] == pytest.approx(means.min())
     assert row.loc["FE+LT", "logprob_high"] == pytest.approx(means.max())
@@ -1002,7 +1002,7 @@ def test_a_dry_run_says_what_would_be_trained(base, ran, place):
             f"model     sft: 48 texts, 4 epochs, about 24 steps of 8, learning rate 0.003{note}\n"
             in text
         )
-        assert "part      entity_and_last" in text
+        assert "part      positions" in text
         assert "part      title_and_preposition" in text
     assert not (place / "dry" / "models").exists()
 
@@ -1042,8 +1042,10 @@ def test_runs_are_compared_part_by_part(ran, tmp_path):
     text = page.read_text(encoding="utf-8")
     for label in ("articles", "counterfact"):
         assert label in text
-    other = compare_runs([one.folder, ran("hybrid").folder], tmp_path / "other.html")
-    assert "Parts that one run alone has" in other.read_text(encoding="utf-8")
+    three = compare_runs([one.folder, two.folder, ran("hybrid").folder], tmp_path / "three.html")
+    assert "Parts that one run alone has" in three.read_text(encoding="utf-8")
+    with pytest.raises(ValueError, match=r"these runs have no part in common \(articles.*hybrid"):
+        compare_runs([one.folder, ran("hybrid").folder], tmp_path / "none.html")
     with pytest.raises(ValueError, match=r"0 given: name two or more folders"):
         compare_runs([], tmp_path / "none.html")
     with pytest.raises(ValueError, match=r"a folder is named twice"):

@@ -26,6 +26,7 @@ from graftlens.model.load import preview
 from graftlens.sweep.config import Checked, SweepConfig, check
 from graftlens.sweep.promptsets import DatasetSection
 from graftlens.sweep.results import read_manifest
+from graftlens.viz.files import write_whole
 
 T = TypeVar("T")
 
@@ -42,13 +43,22 @@ class Store:
         Raises:
             ValueError, OSError: it cannot be made or read.
         """
-        folder = self.folder / "data" / f"{name}-{digest([_described(spec), _made_by()])}"
+        data = self.folder / "data"
+        described = _described(spec)
+        # What was made of a spec by this code is noted, as making it may take a language model. The
+        # folder is named by its content: other code that makes the same finds the same folder.
+        note = self.folder / "made" / digest([name, described, _made_by()])
+        if note.is_file() and (folder := data / note.read_text(encoding="utf-8")).is_dir():
+            return folder
+        made = make_dataset(spec)
+        folder = data / f"{name}-{digest([described, made.provenance['sha256']])}"
         if not folder.exists():
             try:
-                save_dataset(make_dataset(spec), folder)
+                save_dataset(made, folder)
             except OSError:
                 if not folder.exists():  # else another process made it meanwhile
                     raise
+        write_whole(note, folder.name)
         return folder
 
     def training(self, config: ExperimentConfig, name: str, data: Path, start: str) -> FinetuneRun:
