@@ -859,6 +859,18 @@ def test_a_file_that_changed_makes_another_dataset(tmp_path, base):
     assert found[0].output == found[1].output != found[2].output
 
 
+def test_other_code_that_makes_the_same_dataset_finds_it(tmp_path, monkeypatch):
+    """Or a new version could not take up an experiment that an older one began."""
+    store = Store(tmp_path / "store")
+    spec = MoviesConfig(n_facts=3, texts_per_fact=1)
+    folder = store.dataset("films", spec)
+    monkeypatch.setattr(plan_module, "_made_by", lambda: "another version")
+    assert store.dataset("films", spec) == folder
+    # What is noted is not made again.
+    monkeypatch.setattr(plan_module, "make_dataset", None)
+    assert store.dataset("films", spec) == folder
+
+
 def test_two_that_make_one_dataset_at_once(tmp_path, monkeypatch):
     """Regression: the loser's rename of a whole folder onto a full one fails, with no
     FileExistsError."""
