@@ -5,7 +5,7 @@ experiment is taken up where it stopped: datasets and models in the store, sweep
 experiment's folder::
 
     OUT/index.html             the page
-    OUT/experiment.json        what was run, with which models, and where each table is
+    OUT/experiment.json        what was run, of which data and with which models
     OUT/experiment.yaml        the config as it was given
     OUT/sweeps/PART/           a sweep's folder, with its trust report
     OUT/tables/, OUT/figures/
@@ -167,6 +167,7 @@ def describe_experiment(
         there = " (there already)" if (run.output / "model").is_dir() else ""
         recipe = run.recipe
         data = planned.texts(name)
+        data -= round(data * recipe.heldout_share)
         steps = -(-data // (recipe.batch_size * recipe.gradient_accumulation)) * recipe.epochs
         lines.append(
             f"model     {name}: {data} texts, {recipe.epochs} epochs, about {steps} steps of "
@@ -232,11 +233,6 @@ def _record(
                 "cells": sweeps[name].cells,
                 "cells that could not be run": sum(sweeps[name].not_run.values()),
                 "trust report": "passed" if sweeps[name].ok else "FAILED",
-                "heat maps": [
-                    {"metrics": list(f.metrics), "x": f.x, "y": f.y, "panel": f.panel}
-                    for f in part.figures
-                    if f.kind == "heatmap"
-                ],
             }
             for name, part in config.parts.items()
         },

@@ -73,7 +73,7 @@ def _notes(part: PartConfig, checked: Checked, tables: PartTables) -> Iterator[s
         )
     for name in part.grafts:
         if name in checked.duplicates:
-            yield f"{name} is the same graft as {checked.duplicates[name]}, whose row it shares."
+            yield f"{name} is the same graft as {checked.duplicates[name]} and was run once."
     if tables.failed:
         yield (
             f"{tables.failed} of {tables.cells} cells could not be run. A prompt counts only where "
