@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pandas as pd
 from tqdm.auto import tqdm
 
-from graftlens.graft import Graft
+from graftlens.graft import Graft, Grafts, named_grafts
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt
 from graftlens.sweep.scoring import COLUMNS, Scorer, joined_answers
@@ -50,7 +50,7 @@ def position_grafts(
 def evaluate(
     model: GraftedTransformer,
     prompts: Prompt | Sequence[Prompt],
-    grafts: Graft | str | Mapping[str, Graft | str] | Sequence[Graft | str],
+    grafts: Grafts,
     *,
     top_k: int = 10,
     answers: Literal["whole", "first"] = "whole",
@@ -92,8 +92,6 @@ def evaluate(
     """
     if isinstance(prompts, Prompt):
         prompts = [prompts]
-    if isinstance(grafts, Graft | str):
-        grafts = [grafts]
     for prompt in prompts:
         if not isinstance(prompt, Prompt):
             raise ValueError(
@@ -101,8 +99,7 @@ def evaluate(
             )
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: write a number from 1.")
-    named = {str(g): g for g in grafts} if not isinstance(grafts, Mapping) else dict(grafts)
-    parsed = {n: Graft.parse(g) if isinstance(g, str) else g for n, g in named.items()}
+    parsed = named_grafts(grafts)
     if not prompts or not parsed:
         raise ValueError(
             f"{len(prompts)} prompts and {len(parsed)} grafts: give one or more of each."

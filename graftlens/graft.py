@@ -591,3 +591,19 @@ class Graft:
                 '"sft @ last : o".'
             ) from None
         return cls.from_list(rules)
+
+
+#: One or more grafts: by name, or going by their own texts.
+Grafts = Graft | str | Mapping[str, Graft | str] | Sequence[Graft | str]
+
+
+def named_grafts(grafts: Grafts) -> dict[str, Graft]:
+    """Grafts by name; those given without a name go by their own texts.
+
+    Raises:
+        ValueError: text that is no graft.
+    """
+    if isinstance(grafts, Graft | str):
+        grafts = [grafts]
+    named = grafts if isinstance(grafts, Mapping) else {str(g): g for g in grafts}
+    return {n: Graft.parse(g) if isinstance(g, str) else g for n, g in named.items()}

@@ -98,15 +98,11 @@ class GraftedCache(ActivationCache):
         """
         stack = self.accumulated_resid(layer=None, incl_mid=incl_mid)
         chosen = stack if layers is None else stack[list(layers)]
-        cap = self.model.arch.logit_softcap
         out = []
-        with self.model.grafted(self.mask):
-            for resid in chosen:
-                x = resid.to(self.model.cfg.device)
-                x = x if self.has_batch_dim else x[None]
-                logits = self.model.unembed(self.model.ln_final(x))
-                logits = logits if cap is None else torch.tanh(logits / cap) * cap
-                out.append(logits if self.has_batch_dim else logits[0])
+        for resid in chosen:
+            x = resid.to(self.model.cfg.device)
+            logits = self.model.logits_from(x if self.has_batch_dim else x[None], self.mask)
+            out.append(logits if self.has_batch_dim else logits[0])
         return torch.stack(out)
 
     def logit_attrs(

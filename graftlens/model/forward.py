@@ -661,7 +661,9 @@ class MLP(nn.Module):
             chosen[C.MLP_GATE] = run.mask[C.MLP_GATE, self.layer]
         one = chosen[C.MLP_IN]
         inside = [self.hook_pre, self.hook_post] + ([self.hook_pre_linear] if self.gated else [])
-        watched = any(hook.has_hooks() for hook in inside)
+        watched = any(hook.has_hooks() for hook in inside) or any(
+            linear._forward_hooks for linear in self._linears()
+        )
         if not watched and isinstance(one, Selection) and all(c is one for c in chosen.values()):
             # Nobody looks inside: each source's rows go through the whole MLP at once.
             out = by_source(rows, one, equal_sources(*self._weights()), self._whole)
@@ -712,8 +714,10 @@ class MLP(nn.Module):
         return self.mlp_out.plain(inner, source)
 
     def _weights(self) -> tuple[Sourced | None, ...]:
-        linears = [self.mlp_in, self.mlp_out] + ([self.mlp_gate] if self.gated else [])
-        return tuple(w for linear in linears for w in (linear.weight, linear.bias))
+        return tuple(w for linear in self._linears() for w in (linear.weight, linear.bias))
+
+    def _linears(self) -> tuple[Linear, ...]:
+        return (self.mlp_in, self.mlp_out, *((self.mlp_gate,) if self.gated else ()))
 
 
 class TransformerBlock(nn.Module):

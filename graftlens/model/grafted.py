@@ -304,7 +304,7 @@ class GraftedTransformer(HookedRootModule):
             return resid
         if return_type is None:
             return None
-        logits = self._logits(resid, mask)
+        logits = self.logits_from(resid, mask)
         if return_type == "logits":
             return logits
         if return_type not in ("loss", "both"):
@@ -395,7 +395,7 @@ class GraftedTransformer(HookedRootModule):
         for start in range(0, final.shape[1], rows):
             stop = min(start + rows, final.shape[1])
             mask = shape.output_mask.pick(np.arange(start, stop)[None])
-            kept.append(keep(self._logits(final[:, start:stop], mask)[0], slice(start, stop)))
+            kept.append(keep(self.logits_from(final[:, start:stop], mask)[0], slice(start, stop)))
         return kept
 
     def _tables_of_tree(
@@ -419,9 +419,15 @@ class GraftedTransformer(HookedRootModule):
             for kind, parts in found.items()
         }
 
-    def _logits(
+    def logits_from(
         self, resid: Float[Tensor, "batch pos d_model"], mask: GraftMask
     ) -> Float[Tensor, "batch pos d_vocab"]:
+        """A residual stream read as logits, by the `ln_final` and `unembed` of each row's source.
+
+        Args:
+            resid: rows of any layer.
+            mask: what they ran under, cut to these rows (`mask.pick`).
+        """
         norm = mask.sites.get((C.LN_FINAL, None))
         with self.active.run(mask):
             resid = self.ln_final(resid, None if norm is None else plain(norm))
@@ -448,7 +454,7 @@ class GraftedTransformer(HookedRootModule):
         picked = resid.index_select(
             0, torch.from_numpy(rows[0]).to(resid.device, non_blocking=True)
         )
-        logits = self._logits(picked[None], mask.pick(rows))[0]
+        logits = self.logits_from(picked[None], mask.pick(rows))[0]
         return list(logits.split([len(cs) for cs in columns]))
 
     def _rotary_tables(
@@ -767,7 +773,7 @@ class GraftedTransformer(HookedRootModule):
         kept = use_past_kv_cache and (limit is None or longest <= limit)
         cache = KeyValueCache() if kept else None
         mask = self.resolve(graft, batch)
-        logits = self._logits(self._residual(batch, mask, cache=cache)[:, -1:], _last(mask))
+        logits = self.logits_from(self._residual(batch, mask, cache=cache)[:, -1:], _last(mask))
         rule = mask.graft
         tokens, real = batch.tokens.to(self.cfg.device), batch.real
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
@@ -784,7 +790,7 @@ class GraftedTransformer(HookedRootModule):
             grown = Batch(tokens, real, batch.prompts, batch.starts, tuple(real.sum(1).tolist()))
             if cache is None:
                 mask = self.resolve(rule, grown)
-                logits = self._logits(self._residual(grown, mask)[:, -1:], _last(mask))
+                logits = self.logits_from(self._residual(grown, mask)[:, -1:], _last(mask))
                 continue
             if step_mask is None:
                 # Every later step has the same selection: the new position is `last`.
@@ -793,7 +799,7 @@ class GraftedTransformer(HookedRootModule):
                 tokens[:, -1:], real[:, -1:], batch.prompts, batch.starts, (1,) * len(tokens)
             )
             resid = self._residual(one, step_mask, cache=cache, past=past)
-            logits = self._logits(resid, step_mask)
+            logits = self.logits_from(resid, step_mask)
         if return_type == "tokens" or (
             return_type == "input" and isinstance(input, Tensor | Batch)
         ):
@@ -814,15 +820,29 @@ class GraftedTransformer(HookedRootModule):
 
     # -- weights ---------------------------------------------------------------------------------
 
-    def equal_sources(self, component: Component, layer: int | None) -> tuple[int, ...]:
-        """For each source, the first source with the same tensors of a component in a layer."""
+    def part(self, component: Component, layer: int | None) -> nn.Module:
+        """The module that computes a component in a layer (None for those outside the layers).
+
+        Raises:
+            ValueError: a component that the architecture lacks there.
+        """
         block = self if layer is None else self.blocks[layer]
         for owner in (block, getattr(block, "attn", None), getattr(block, "mlp", None)):
             part = getattr(owner, component.value, None) if owner is not None else None
             if part is not None:
-                part = getattr(part, "linear", part)
-                return equal_sources(part.weight, getattr(part, "bias", None))
+                assert isinstance(part, nn.Module)
+                return part
         raise ValueError(f"{self.arch.family} has no {component} in layer {layer}.")
+
+    def weights_of(self, component: Component, layer: int | None) -> tuple[Sourced, Sourced | None]:
+        """Weight and bias of a component in a layer, in all sources."""
+        module = self.part(component, layer)
+        owner: Any = getattr(module, "linear", module)
+        return owner.weight, getattr(owner, "bias", None)
+
+    def equal_sources(self, component: Component, layer: int | None) -> tuple[int, ...]:
+        """For each source, the first source with the same tensors of a component in a layer."""
+        return equal_sources(*self.weights_of(component, layer))
 
     def stored(self) -> Iterator[Sourced]:
         """Every weight of the model once, with its sources."""

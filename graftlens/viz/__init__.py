@@ -1,0 +1,61 @@
+"""Plots, tables and pages of results; the plots that a notebook wants have their names here.
+
+They are loaded on first use, so that `graftlens.viz.text` can be had without plotly.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from graftlens.viz.bars import grouped_bars
+    from graftlens.viz.lens import (
+        answer_by_layer,
+        attribution_bars,
+        attribution_heatmap,
+        difference_heatmap,
+        divergence_lines,
+        lens_heatmap,
+        patching_scatter,
+        weight_heatmap,
+    )
+    from graftlens.viz.sweeps import size_curve, window_triangle
+
+_HOME = {
+    "answer_by_layer": "graftlens.viz.lens",
+    "attribution_bars": "graftlens.viz.lens",
+    "attribution_heatmap": "graftlens.viz.lens",
+    "difference_heatmap": "graftlens.viz.lens",
+    "divergence_lines": "graftlens.viz.lens",
+    "grouped_bars": "graftlens.viz.bars",
+    "lens_heatmap": "graftlens.viz.lens",
+    "patching_scatter": "graftlens.viz.lens",
+    "size_curve": "graftlens.viz.sweeps",
+    "weight_heatmap": "graftlens.viz.lens",
+    "window_triangle": "graftlens.viz.sweeps",
+}
+
+__all__ = [
+    "answer_by_layer",
+    "attribution_bars",
+    "attribution_heatmap",
+    "difference_heatmap",
+    "divergence_lines",
+    "grouped_bars",
+    "lens_heatmap",
+    "patching_scatter",
+    "size_curve",
+    "weight_heatmap",
+    "window_triangle",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'graftlens.viz' has no attribute {name!r}")
+    value = getattr(import_module(_HOME[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])

@@ -39,6 +39,7 @@ def heatmap(
     x: str = "layer",
     y: str = "component",
     panel: str | None = None,
+    cross_not_run: bool = True,
     look: theme.Theme = theme.LIGHT,
 ) -> go.Figure:
     """`metric` of every graft as a cell at its values in the columns `x` and `y`.
@@ -47,7 +48,8 @@ def heatmap(
     share one scale. Numbers and ranges along `x` are sorted, all else keeps the summary's order.
     Recovery and logit differences have a scale that is symmetric around 0 and as wide as the
     largest value; accuracies one from 0 to 1; other metrics one over their own range. A dot marks
-    a signed metric whose interval excludes 0, a cross a cell without a value.
+    a signed metric whose interval excludes 0, a cross a cell without a value
+    (without `cross_not_run`, cells that were not run are blank).
 
     Grafts without a value in one of the columns are left out; so are the two grafts between which
     recovery is measured, where x or y says what was grafted.
@@ -93,7 +95,8 @@ def heatmap(
                 where = f"{x} {html.escape(across)}, {y} {html.escape(down)}"
                 if at is None or math.isnan(values[at]):
                     why = "not run" if at is None else _no_value(notes[at] if notes else None)
-                    gaps.append((across, down, f"{where}<br>{html.escape(why)}"))
+                    if at is not None or cross_not_run:
+                        gaps.append((across, down, f"{where}<br>{html.escape(why)}"))
                     z[-1].append(None)
                     hover[-1].append("")
                     continue

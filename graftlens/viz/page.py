@@ -108,13 +108,21 @@ def experiment_page(path: str | Path, page: ExperimentPage) -> Path:
     return write_whole(path, document(page.title, body))
 
 
-def document(title: str, body: str) -> str:
-    """A whole page around the HTML of its body."""
+def document(
+    title: str, body: str, *, style: str = "", scripts: Sequence[str] = (), charts: bool = True
+) -> str:
+    """A whole page around the HTML of its body.
+
+    `style` is CSS and `scripts` is JavaScript of this page alone, after every page's own. Without
+    `charts` the page has neither plotly nor the script that draws `figures`.
+    """
     policy = (
         "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     looks = {"light": asdict(theme.LIGHT), "dark": asdict(theme.DARK)}
+    drawing = [get_plotlyjs(), f"const looks = {as_json(looks)};\n{_SCRIPT}"] if charts else []
+    ends = "\n".join(f"<script>{script}</script>" for script in (*drawing, *scripts))
     return f"""<!DOCTYPE html>
 <html lang="en">
 <head>
@@ -125,15 +133,13 @@ def document(title: str, body: str) -> str:
 <title>{escape(title)}</title>
 <style>{_variables(theme.LIGHT)}
 @media screen and (prefers-color-scheme: dark) {{ {_variables(theme.DARK)} }}
-{_STYLE}</style>
+{_STYLE}{style}</style>
 </head>
 <body>
 <main>
 {body}
 </main>
-<script>{get_plotlyjs()}</script>
-<script>const looks = {as_json(looks)};
-{_SCRIPT}</script>
+{ends}
 </body>
 </html>
 """
@@ -220,6 +226,21 @@ def rules(known: Mapping[str, Iterable[str]]) -> str:
         for graft, given in known.items()
     )
     return f"<dl>{items}</dl>"
+
+
+def visible(token: str) -> str:
+    """A token's text with its white space and control characters as marks; not escaped.
+
+    A space is "·", a line break "↵", a tab "→", a no-break space "⍽", nothing at all "∅".
+    """
+    marks = {" ": "·", "\n": "↵", "\t": "→", "\u00a0": "⍽"}
+    return (
+        "".join(
+            marks.get(char) or (char if char.isprintable() else f"\\u{ord(char):04x}")
+            for char in token
+        )
+        or "∅"
+    )
 
 
 def as_json(value: object) -> str:

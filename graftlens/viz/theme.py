@@ -6,6 +6,7 @@ bars have patterns and outlines, marked tokens are underlined.
 """
 
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,21 @@ def colorscale(colors: tuple[str, ...]) -> list[list[object]]:
 def graft_fill(name: str) -> Fill:
     """The same fill for a graft's name in every plot; a name not known here gets a stable one."""
     return Fill(*_GRAFTS.get(name, _stable(name)))
+
+
+def graft_lines(names: Iterable[str]) -> dict[str, Line]:
+    """A line for each graft, in its fixed colour; one whose bars are hatched is dashed.
+
+    The marker follows the colour. Of grafts with one colour and dash, the later ones get others.
+    """
+    lines: dict[str, Line] = {}
+    for name in names:
+        fill = graft_fill(name)
+        color, dash = PALETTE.index(fill.color), DASHES[PATTERNS.index(fill.pattern)]
+        turns = (Line(fill.color, dash, m) for m in (*MARKERS[color:], *MARKERS[:color]))
+        line = next(turns)
+        lines[name] = next((free for free in (line, *turns) if free not in lines.values()), line)
+    return lines
 
 
 def source_color(name: str) -> str:

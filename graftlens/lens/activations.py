@@ -1,0 +1,140 @@
+"""How far a grafted run's activations and attention patterns are from PRE's and SFT's."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from graftlens.graft import At, Graft, Grafts
+from graftlens.lens.runs import Places, Runs, cached, chunks, hook_names, joined, layer_of
+from graftlens.model.grafted import GraftedTransformer, Input
+
+#: Hooks over pairs of positions: their rows are distributions, or masked.
+_PAIRS = ("hook_pattern", "hook_attn_scores")
+
+
+@torch.no_grad()
+def activation_difference(
+    model: GraftedTransformer,
+    prompts: Input,
+    grafts: Grafts | None = None,
+    *,
+    hooks: str | Sequence[str] = "hook_resid_post",
+    at: At | str = "all",
+    full: Graft | str | None = None,
+    prepend_bos: bool | None = None,
+) -> pd.DataFrame:
+    """Each run's activations against those of PRE and of SFT, by layer and position.
+
+    Args:
+        model, prompts, grafts, at, full, prepend_bos: as in `logit_lens`.
+        hooks: hook names, or last parts of names (`"hook_resid_post"`, `"hook_z"`) for every layer.
+
+    Returns:
+        One row per prompt, graft, hook, position (and head, where the activation has heads):
+        `norm` (Euclidean), `distance_base` and `distance_full` (norm of the difference to PRE and
+        to SFT), `relative_base` and `relative_full` (the same over the norm there), `cosine_base`
+        and `cosine_full`.
+
+    Raises:
+        ValueError: a hook that is not there, is turned off, or is over pairs of positions.
+        PromptError: prompts that cannot be run, or without the positions `at`.
+    """
+    names = hook_names(model, hooks)
+    for name in names:
+        if name.endswith(_PAIRS):
+            raise ValueError(
+                f"{name!r} is over pairs of positions. Use pattern_difference for attention."
+            )
+    runs = Runs.of(model, grafts, full)
+    parts = []
+    for places in chunks(model, prompts, at, prepend_bos):
+        caches = {n: cached(model, places.batch, g, names) for n, g in runs.grafts.items()}
+        for hook in names:
+            taken = {n: places.pick(cache[hook]).double() for n, cache in caches.items()}
+            base, whole = taken[runs.base], taken[runs.full]
+            for name, x in taken.items():
+                about = {**runs.columns(name), "hook": hook, "layer": layer_of(hook)}
+                parts.append(_distances(places, x, base, whole).assign(**about))
+    table = joined(parts, whole=("layer", "head"))
+    first = ["prompt", "graft", "rule", "hook", "layer", "head", "position", "token"]
+    table = table[[*first, *(c for c in table if c not in first)]]
+    return table.sort_values("prompt", kind="stable", ignore_index=True)
+
+
+@torch.no_grad()
+def pattern_difference(
+    model: GraftedTransformer,
+    prompts: Input,
+    grafts: Grafts | None = None,
+    *,
+    at: At | str = "all",
+    full: Graft | str | None = None,
+    prepend_bos: bool | None = None,
+) -> pd.DataFrame:
+    """Each run's attention against that of PRE and of SFT, head by head and query by query.
+
+    Args:
+        model, prompts, grafts, full, prepend_bos: as in `logit_lens`.
+        at: the positions that attend (queries).
+
+    Returns:
+        One row per prompt, graft, layer, head and position: `distance_base` and `distance_full`,
+        the total variation distance between the two patterns of that query (half the sum of
+        absolute differences: 0 equal, 1 nothing in common).
+
+    Raises:
+        PromptError: prompts that cannot be run, or without the positions `at`.
+    """
+    runs = Runs.of(model, grafts, full)
+    names = hook_names(model, "hook_pattern")
+    parts = []
+    for places in chunks(model, prompts, at, prepend_bos):
+        caches = {n: cached(model, places.batch, g, names) for n, g in runs.grafts.items()}
+        starts = np.array(places.batch.starts)[places.prompt]
+        for hook in names:
+            taken = {
+                n: cache[hook][places.prompt, :, places.position + starts].double()
+                for n, cache in caches.items()
+            }
+            for name, x in taken.items():
+                heads = x.shape[1]
+                about = {**runs.columns(name), "layer": layer_of(hook)}
+                distances = {
+                    f"distance_{what}": _numbers((x - taken[other]).abs().sum(-1) / 2)
+                    for what, other in (("base", runs.base), ("full", runs.full))
+                }
+                table = _by_head(places, heads).assign(**about, **distances)
+                parts.append(table)
+    table = joined(parts)
+    first = ["prompt", "graft", "rule", "layer", "head", "position", "token"]
+    table = table[[*first, *(c for c in table if c not in first)]]
+    return table.sort_values("prompt", kind="stable", ignore_index=True)
+
+
+def _distances(
+    places: Places,
+    x: Float[Tensor, "place *head width"],
+    base: Float[Tensor, "place *head width"],
+    full: Float[Tensor, "place *head width"],
+) -> pd.DataFrame:
+    about = places.table.assign(head=pd.NA) if x.ndim == 2 else _by_head(places, x.shape[1])
+    columns = {"norm": _numbers(x.norm(dim=-1))}
+    for what, y in (("base", base), ("full", full)):
+        columns[f"distance_{what}"] = _numbers((x - y).norm(dim=-1))
+        columns[f"relative_{what}"] = _numbers((x - y).norm(dim=-1) / y.norm(dim=-1))
+        columns[f"cosine_{what}"] = _numbers(torch.cosine_similarity(x, y, dim=-1))
+    return about.assign(**columns)
+
+
+def _by_head(places: Places, heads: int) -> pd.DataFrame:
+    """The places, once for each head."""
+    repeated = places.table.loc[places.table.index.repeat(heads)]
+    return repeated.assign(head=np.tile(np.arange(heads), len(places.rows)))
+
+
+def _numbers(x: Float[Tensor, "place *head"]) -> np.ndarray:
+    return x.flatten().cpu().numpy()

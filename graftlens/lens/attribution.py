@@ -1,0 +1,350 @@
+"""Direct logit attribution under a graft: which parts of a run wrote the answer's logit.
+
+The residual stream before the final norm is a sum of what embeddings, heads and MLPs wrote. With
+the norm's scale held at the value that it had, the answer's logit is linear in that sum, so each
+part has a contribution and they add up (Elhage et al. 2021, "A Mathematical Framework for
+Transformer Circuits"; Wang et al. 2022, arXiv 2211.00593, section 3). Each part is read with the
+weights that the graft chose at its position: W_O, norms and unembedding.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from graftlens.components import Component
+from graftlens.graft import At, Graft, Grafts
+from graftlens.lens.runs import Places, Runs, cached, chunks, joined, target_ids, token_text
+from graftlens.model.cache import GraftedCache
+from graftlens.model.forward import Gathered, HeadsIn, Norm, TransformerBlock, by_source, per_row
+from graftlens.model.grafted import GraftedTransformer, Input
+from graftlens.model.mask import GraftMask, HeadSelection, Selection, plain
+from graftlens.prompts import PromptError, Tokenized, continuation
+
+C = Component
+
+By = Literal["layer", "component", "head", "source"]
+Against = Literal["mean", "distractors"]
+
+
+@torch.no_grad()
+def attribution(
+    model: GraftedTransformer,
+    prompts: Input,
+    grafts: Grafts | None = None,
+    *,
+    by: By = "component",
+    at: At | str = "last",
+    against: Against | None = None,
+    full: Graft | str | None = None,
+    prepend_bos: bool | None = None,
+) -> pd.DataFrame:
+    """What each part of a run contributes to the logit of the answer's first token.
+
+    Args:
+        model: the model.
+        prompts: prompts with answers.
+        grafts: name -> graft, or grafts that go by their texts; PRE and SFT are always among them.
+        by: `layer`; `component` (attention and MLP of each layer); `head`; or `source`, which tells
+            what attention moved here by the position that it came from.
+        at: the positions at which the logit is read.
+        against: what is subtracted from the answer's logit: the `mean` logit over the vocabulary,
+            or the mean logit of the prompt's `distractors` (first tokens). None is the logit
+            itself.
+        full: the run that counts as SFT; needed where there are several finetuned sources.
+        prepend_bos: None leaves BOS to the tokenizer.
+
+    Returns:
+        One row per prompt, graft, position and part, with `part` (`embed`, `pos_embed`, `layer`,
+        `attn`, `attn_bias`, `head`, `source`, `mlp`, or `bias`, which is the final norm's and the
+        unembedding's), `layer`, `head`, `source_position` and `source_token` where the part has
+        one, `contribution` (logits) and `logit`, to which the contributions of a position add up.
+        Where an architecture caps its logits (Gemma 2), `logit` is the one before the cap.
+
+    Raises:
+        PromptError: a prompt without an answer, or without distractors where they are asked for.
+        ValueError: a word for `by` or `against` that is none of those above.
+    """
+    if by not in get_args(By):
+        raise ValueError(f"by={by!r}. Allowed: {' '.join(get_args(By))}.")
+    if against is not None and against not in get_args(Against):
+        raise ValueError(f"against={against!r}. Allowed: {' '.join(get_args(Against))}, or None.")
+    runs = Runs.of(model, grafts, full)
+    hooks = _hooks(model, by)
+    parts = []
+    for places in chunks(model, prompts, at, prepend_bos):
+        start = int(places.table["prompt"].min())
+        wanted = _Wanted.of(model, places, start, against, prepend_bos)
+        for name, graft in runs.grafts.items():
+            cache = cached(model, places.batch, graft, hooks)
+            read = _Attribution(model, places, cache, wanted)
+            said = {**runs.columns(name), "against": against}
+            parts += [part.assign(**said) for part in read.parts(by)]
+    whole = ("layer", "head", "source_position")
+    table = joined(parts).reindex(
+        columns=[
+            *("prompt", "graft", "rule", "position", "token", "target", "against"),
+            *("part", "layer", "head", "source_position", "source_token"),
+            *("contribution", "logit"),
+        ]
+    )
+    table = table.astype(dict.fromkeys(whole, "Int64"))
+    return table.sort_values("prompt", kind="stable", ignore_index=True)
+
+
+@dataclass(frozen=True)
+class _Wanted:
+    """Per place, the token whose logit is explained, and those that it is held against."""
+
+    target: list[int]
+    others: list[tuple[int, ...]]
+    mean: bool
+
+    @classmethod
+    def of(
+        cls,
+        model: GraftedTransformer,
+        places: Places,
+        start: int,
+        against: Against | None,
+        prepend_bos: bool | None,
+    ) -> "_Wanted":
+        items = places.batch.prompts
+        targets = target_ids(model, items, prepend_bos)
+        for row, target in enumerate(targets):
+            if target is None:
+                raise PromptError(
+                    f"prompt {start + row} has no answer to attribute. Give Prompt(text, answer=…)."
+                )
+        others: list[tuple[int, ...]] = [()] * len(items)
+        if against == "distractors":
+            others = [
+                _distractors(model, start + row, item, prepend_bos)
+                for row, item in enumerate(items)
+            ]
+        chosen = [t for t in targets if t is not None]
+        return cls(
+            [chosen[i] for i in places.prompt],
+            [others[i] for i in places.prompt],
+            against == "mean",
+        )
+
+    def of_rows(
+        self, table: Float[Tensor, "d_vocab *width"], rows: np.ndarray
+    ) -> Float[Tensor, "place *width"]:
+        """Each place's row of a table over the vocabulary, less what it is held against."""
+        found = table[torch.tensor([self.target[i] for i in rows], device=table.device)]
+        if self.mean:
+            return found - table.mean(0)
+        if not any(self.others):
+            return found
+        rest = [table[torch.tensor(self.others[i], device=table.device)].mean(0) for i in rows]
+        return found - torch.stack(rest)
+
+
+def _distractors(
+    model: GraftedTransformer, number: int, item: Tokenized, prepend_bos: bool | None
+) -> tuple[int, ...]:
+    texts = () if item.prompt is None else item.prompt.distractors
+    if not texts:
+        raise PromptError(
+            f"prompt {number} has no distractors. Give Prompt(…, distractors=[…]), or another "
+            "against=…"
+        )
+    found = (continuation(item, text, model._tokenizer(), prepend_bos)[0] for text in texts)
+    return tuple(dict.fromkeys(found))
+
+
+class _Attribution:
+    """One run's contributions at all places of a batch."""
+
+    def __init__(
+        self, model: GraftedTransformer, places: Places, cache: GraftedCache, wanted: _Wanted
+    ) -> None:
+        self.model, self.places, self.cache = model, places, cache
+        self.mask: GraftMask = cache.mask.pick(places.rows[None])
+        self.device = model.cfg.device
+        self.about = places.table.assign(
+            target=[token_text(model, t) for t in wanted.target],
+        )
+        chosen = plain(self.mask[C.UNEMBED, None])
+        weight, bias = model.weights_of(C.UNEMBED, None)
+        direction = self._unembedded(list(weight), chosen, wanted)
+        self.bias = torch.zeros(len(places.rows), device=self.device)
+        self.has_bias = bias is not None
+        if bias is not None:
+            self.bias = self.bias + self._unembedded(list(bias), chosen, wanted)
+        norm = model.ln_final
+        if norm.bias is not None:
+            own = per_row(norm.bias, plain(self.mask[C.LN_FINAL, None])).float()
+            self.bias, self.has_bias = self.bias + (own * direction).sum(-1), True
+        #: What a vector in the residual stream adds to the logit: its product with this.
+        self.direction = self._before(norm, C.LN_FINAL, None, direction)
+        last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+        self.about["logit"] = self._numbers(self._along(last, self.direction) + self.bias)
+
+    def parts(self, by: By) -> Iterator[pd.DataFrame]:
+        """Tables of contributions, the embeddings' first."""
+        yield self._rows("embed", self._along("hook_embed", self.direction))
+        if C.POS_EMBED in self.model.arch.components:
+            yield self._rows("pos_embed", self._along("hook_pos_embed", self.direction))
+        for l in range(self.model.cfg.n_layers):
+            attn = self._along(f"blocks.{l}.hook_attn_out", self.direction)
+            mlp = self._along(f"blocks.{l}.hook_mlp_out", self.direction)
+            if by == "layer":
+                yield self._rows("layer", attn + mlp, layer=l)
+                continue
+            if by == "component":
+                yield self._rows("attn", attn, layer=l)
+            else:
+                yield from self._attention(l, by)
+            yield self._rows("mlp", mlp, layer=l)
+        if self.has_bias:
+            yield self._rows("bias", self.bias)
+
+    def _attention(self, layer: int, by: By) -> Iterator[pd.DataFrame]:
+        """A layer's attention, head by head or by the position that it reads."""
+        block = self.model.blocks[layer]
+        assert isinstance(block, TransformerBlock)
+        attn, direction = block.attn, self.direction
+        if self.model.arch.post_norms:
+            direction = self._before(block.ln1_post, C.LN1_POST, layer, direction)
+        chosen = self.mask[C.O, layer]
+        read = _through_o(attn.o, direction, chosen)
+        if by == "head":
+            z = self._at(f"blocks.{layer}.attn.hook_z")
+            per_head = (z * read).sum(-1)
+            for head in range(self.model.cfg.n_heads):
+                yield self._rows("head", per_head[:, head], layer=layer, head=head)
+        else:
+            yield self._from_sources(layer, read)
+        if attn.o.bias is not None:
+            whole = chosen if isinstance(chosen, Selection) else chosen.whole
+            bias = per_row(attn.o.bias, whole).float()
+            yield self._rows("attn_bias", (bias * direction).sum(-1), layer=layer)
+
+    def _from_sources(self, layer: int, read: Float[Tensor, "place head d_head"]) -> pd.DataFrame:
+        """What all heads of a layer moved to each place, by the position it came from."""
+        arch, batch = self.model.arch, self.places.batch
+        pattern = self.cache[f"blocks.{layer}.attn.hook_pattern"].float()
+        v = self.cache[f"blocks.{layer}.attn.hook_v"].float()
+        if arch.qkv_clip is not None:
+            v = v.clamp(-arch.qkv_clip, arch.qkv_clip)
+        v = v.repeat_interleave(arch.n_heads // arch.n_kv_heads, dim=2)
+        prompt = torch.from_numpy(self.places.prompt).to(v.device)
+        starts = np.array(batch.starts)[self.places.prompt]
+        column = torch.from_numpy(self.places.position + starts).to(v.device)
+        moved = torch.einsum("rhk,rkhd,rhd->rk", pattern[prompt, :, column], v[prompt], read)
+        values = moved.cpu().double().numpy()
+        parts = []
+        for row, (number, position) in enumerate(
+            zip(self.places.prompt, self.places.position, strict=True)
+        ):
+            ids, start = batch.prompts[number].ids, batch.starts[number]
+            about = self.about.iloc[[row] * (position + 1)]
+            parts.append(
+                about.assign(
+                    part="source",
+                    layer=layer,
+                    source_position=np.arange(position + 1),
+                    source_token=[token_text(self.model, ids[i]) for i in range(position + 1)],
+                    contribution=values[row, start : start + position + 1],
+                )
+            )
+        return pd.concat(parts)
+
+    def _at(self, hook: str) -> Float[Tensor, "place *width"]:
+        return self.places.pick(self.cache[hook]).float()
+
+    def _along(
+        self, hook: str, direction: Float[Tensor, "place d_model"]
+    ) -> Float[Tensor, " place"]:
+        return (self._at(hook) * direction).sum(-1)
+
+    def _unembedded(
+        self, tables: Sequence[Tensor], chosen: Selection, wanted: _Wanted
+    ) -> Float[Tensor, "place *width"]:
+        """Each place's row of its own source's table."""
+        made: Tensor | None = None
+        for source in np.unique(chosen.choice):
+            rows = np.flatnonzero(chosen.choice == source)
+            part = wanted.of_rows(tables[source].float(), rows)
+            made = part.new_empty(len(chosen.choice), *part.shape[1:]) if made is None else made
+            made[torch.from_numpy(rows).to(made.device)] = part
+        assert made is not None
+        return made
+
+    def _before(
+        self,
+        norm: Norm,
+        component: Component,
+        layer: int | None,
+        direction: Float[Tensor, "place d_model"],
+    ) -> Float[Tensor, "place d_model"]:
+        """A direction after a norm, as one before it, the norm's scale held as it was."""
+        name = component.value if layer is None else f"blocks.{layer}.{component.value}"
+        if norm.weight is not None:
+            weight = per_row(norm.weight, plain(self.mask[component, layer])).float()
+            direction = direction * (weight + self.model.arch.norm_offset)
+        direction = direction / self._at(f"{name}.hook_scale")
+        if self.model.arch.norm != "rms":
+            # LayerNorm subtracts the mean, which is the same as centring what it is read along.
+            direction = direction - direction.mean(-1, keepdim=True)
+        return direction
+
+    def _rows(
+        self,
+        part: str,
+        values: Float[Tensor, " place"],
+        *,
+        layer: int | None = None,
+        head: int | None = None,
+    ) -> pd.DataFrame:
+        return self.about.assign(
+            part=part, layer=layer, head=head, contribution=self._numbers(values)
+        )
+
+    def _numbers(self, values: Float[Tensor, " place"]) -> np.ndarray:
+        return values.cpu().double().numpy()
+
+
+def _through_o(
+    o: HeadsIn, direction: Float[Tensor, "place d_model"], chosen: Selection | HeadSelection
+) -> Float[Tensor, "place head d_head"]:
+    """A direction after W_O as one before it, for each head with the W_O that its place used."""
+
+    def back(rows: Tensor, source: int) -> Tensor:
+        return rows @ o.weight[source].float()
+
+    read = Gathered(direction)
+    if isinstance(chosen, Selection):
+        return by_source(read, chosen, o.equal, back).unflatten(1, (o.n_heads, -1))
+    made: Tensor | None = None
+    for heads, selection in chosen.on(direction.device):
+        part = by_source(read, selection, o.equal, back).unflatten(1, (o.n_heads, -1))
+        made = torch.empty_like(part) if made is None else made
+        made[:, heads] = part[:, heads]
+    assert made is not None
+    return made
+
+
+def _hooks(model: GraftedTransformer, by: By) -> list[str]:
+    arch = model.arch
+    last = model.cfg.n_layers - 1
+    names = ["hook_embed", "ln_final.hook_scale", f"blocks.{last}.hook_resid_post"]
+    if C.POS_EMBED in arch.components:
+        names.append("hook_pos_embed")
+    for l in range(model.cfg.n_layers):
+        names += [f"blocks.{l}.hook_attn_out", f"blocks.{l}.hook_mlp_out"]
+        if by in ("head", "source") and arch.post_norms:
+            names.append(f"blocks.{l}.ln1_post.hook_scale")
+        if by == "head":
+            names.append(f"blocks.{l}.attn.hook_z")
+        if by == "source":
+            names += [f"blocks.{l}.attn.hook_pattern", f"blocks.{l}.attn.hook_v"]
+    return names

@@ -1,0 +1,263 @@
+"""The logit lens of grafted runs, and what it says about where an answer comes up."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from graftlens.graft import At, Graft, Grafts
+from graftlens.lens.runs import (
+    Places,
+    Runs,
+    cached,
+    chunks,
+    joined,
+    target_ids,
+    token_text,
+)
+from graftlens.metrics import next_tokens
+from graftlens.model.cache import GraftedCache
+from graftlens.model.grafted import GraftedTransformer, Input
+
+#: Rows that are unembedded at a time: a vocabulary wide each, for every run.
+ROWS = 256
+
+
+@torch.no_grad()
+def logit_lens(
+    model: GraftedTransformer,
+    prompts: Input,
+    grafts: Grafts | None = None,
+    *,
+    at: At | str = "all",
+    incl_mid: bool = False,
+    top_k: int = 5,
+    full: Graft | str | None = None,
+    prepend_bos: bool | None = None,
+) -> pd.DataFrame:
+    """The residual stream of each run read as next-token logits, by layer and position.
+
+    Logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens"): each stream goes through
+    the run's final norm and unembedding. Under a graft these are the ones that the graft chose at
+    that position, so the last layer gives the run's own output.
+
+    Args:
+        model: the model.
+        prompts: anything that can be run; prompts with an answer have it ranked.
+        grafts: name -> graft, or grafts that go by their texts. The base alone (PRE) and one source
+            everywhere (SFT) are always among the runs.
+        at: the positions to read, as in a rule: `"last"`, `"first_entity + last"`.
+        incl_mid: also the streams between attention and MLP.
+        top_k: how many of the likeliest tokens to keep.
+        full: the run that `kl_full` is measured against; needed where there are several finetuned
+            sources.
+        prepend_bos: None leaves BOS to the tokenizer.
+
+    Returns:
+        One row per prompt, graft, layer and position: `prompt` (its number), `graft`, `rule`,
+        `layer` (how many layers have run; half of one between attention and MLP), `stream`
+        (TransformerLens's name: `0_pre`, `3_mid`, `final_post`), `position`, `token`, `target` and
+        `target_id` (the answer's first token), its `rank` (1 is best), `prob` and `logprob` (nats),
+        `entropy` (nats), `kl_base` and `kl_full` (KL of this distribution to that of PRE and of SFT
+        at the same layer and position, nats), `top_tokens`, `top_probs`. Where a prompt has no
+        answer, the columns about it are NA.
+
+    Raises:
+        PromptError: prompts that cannot be run, or without the positions `at`.
+        ValueError: a graft that the model cannot run, `top_k` below 1, or `incl_mid` with parallel
+            attention and MLP, which have no stream between them.
+    """
+    if top_k < 1:
+        raise ValueError(f"top_k={top_k}: write a number from 1.")
+    runs = Runs.of(model, grafts, full)
+    streams = _streams(model, incl_mid)
+    parts = []
+    for places in chunks(model, prompts, at, prepend_bos):
+        targets = target_ids(model, places.batch.prompts, prepend_bos)
+        caches = {
+            name: cached(model, places.batch, graft, [hook for _, _, hook in streams])
+            for name, graft in runs.grafts.items()
+        }
+        found: dict[str, list[pd.DataFrame]] = {name: [] for name in runs.grafts}
+        for layer, stream, hook in streams:
+            read = _Reading(model, runs, places, caches, hook, targets, top_k)
+            for name, table in read.tables().items():
+                columns = {**runs.columns(name), "layer": layer, "stream": stream}
+                found[name].append(table.assign(**columns))
+        parts += [table for tables in found.values() for table in tables]
+    table = joined(parts, whole=("target_id", "rank"))
+    # Prompt by prompt, as they were given; within one, run by run and from the embeddings on.
+    table = table.sort_values("prompt", kind="stable", ignore_index=True)
+    if not incl_mid:
+        table["layer"] = table["layer"].astype(int)
+    first = ["prompt", "graft", "rule", "layer", "stream", "position", "token"]
+    return table[[*first, *(c for c in table if c not in first)]]
+
+
+def emergence(table: pd.DataFrame, k: int = 1) -> pd.DataFrame:
+    """Where the answer comes up: the first layer from which its rank stays within `k`.
+
+    Args:
+        table: from `logit_lens`, with one position a prompt (`at="last"`), or several.
+        k: the rank that counts, 1 for the likeliest token.
+
+    Returns:
+        `prompt`, `graft`, `position` and `layer`: how many layers have run when the answer's rank
+        is at most `k` and stays so to the output; NA where the output's rank is above `k`.
+
+    Raises:
+        ValueError: `k` below 1, or a table without answers.
+    """
+    if k < 1:
+        raise ValueError(f"k={k}: write a rank from 1.")
+    if "rank" not in table or table["rank"].isna().all():
+        raise ValueError(
+            "no prompt of this table has an answer. Give logit_lens Prompts with answer=…"
+        )
+    ranked = table[table["rank"].notna()]
+    rows = []
+    for key, part in ranked.groupby(["prompt", "graft", "position"], sort=False):
+        part = part.sort_values("layer")
+        within = (part["rank"] <= k).to_numpy(dtype=bool)
+        after = len(within) - int(np.argmin(within[::-1])) if not within.all() else 0
+        layer = part["layer"].iloc[after] if within[-1] else pd.NA
+        rows.append((*key, layer))
+    made = pd.DataFrame(rows, columns=["prompt", "graft", "position", "layer"])
+    return made.astype({"layer": "Float64" if (ranked["layer"] % 1).any() else "Int64"})
+
+
+@torch.no_grad()
+def divergence(
+    model: GraftedTransformer,
+    prompts: Input,
+    grafts: Grafts | None = None,
+    *,
+    at: At | str = "all",
+    full: Graft | str | None = None,
+    prepend_bos: bool | None = None,
+) -> pd.DataFrame:
+    """How far the runs' next-token distributions are from one another, position by position.
+
+    Args:
+        model, prompts, grafts, at, full, prepend_bos: as in `logit_lens`.
+
+    Returns:
+        `prompt`, `position`, `token`, `p`, `q` (names of two runs) and `kl`, the Kullback-Leibler
+        divergence KL(p ‖ q) in nats, for every ordered pair of runs.
+
+    Raises:
+        PromptError, ValueError: as in `logit_lens`.
+    """
+    runs = Runs.of(model, grafts, full)
+    hook = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    parts = []
+    for places in chunks(model, prompts, at, prepend_bos):
+        caches = {n: cached(model, places.batch, g, [hook]) for n, g in runs.grafts.items()}
+        pairs = [(p, q) for p in runs.grafts for q in runs.grafts if p != q]
+        kl: dict[tuple[str, str], list[np.ndarray]] = {pair: [] for pair in pairs}
+        for start in range(0, len(places.rows), ROWS):
+            rows = slice(start, start + ROWS)
+            said = {n: _logprobs(model, places, c, hook, rows) for n, c in caches.items()}
+            for p, q in pairs:
+                kl[p, q].append(_kl(said[p], said[q]).cpu().numpy())
+        for (p, q), values in kl.items():
+            parts.append(places.table.assign(p=p, q=q, kl=np.concatenate(values)))
+    return joined(parts).sort_values("prompt", kind="stable", ignore_index=True)
+
+
+def _streams(model: GraftedTransformer, incl_mid: bool) -> list[tuple[float, str, str]]:
+    """(layers run, TransformerLens's name, hook) of every stream."""
+    if incl_mid and model.arch.parallel:
+        raise ValueError(
+            f"incl_mid=True: attention and MLP of {model.arch.family} are parallel, so there is no "
+            "stream between them. Leave incl_mid out."
+        )
+    found: list[tuple[float, str, str]] = []
+    for l in range(model.cfg.n_layers):
+        found.append((l, f"{l}_pre", f"blocks.{l}.hook_resid_pre"))
+        if incl_mid:
+            found.append((l + 0.5, f"{l}_mid", f"blocks.{l}.hook_resid_mid"))
+    last = model.cfg.n_layers
+    return [*found, (last, "final_post", f"blocks.{last - 1}.hook_resid_post")]
+
+
+class _Reading:
+    """One stream of all runs, read at all places."""
+
+    def __init__(
+        self,
+        model: GraftedTransformer,
+        runs: Runs,
+        places: Places,
+        caches: dict[str, GraftedCache],
+        hook: str,
+        targets: Sequence[int | None],
+        top_k: int,
+    ) -> None:
+        self.model, self.runs, self.places, self.caches = model, runs, places, caches
+        self.hook, self.top_k = hook, top_k
+        self.targets = [targets[i] for i in places.prompt]
+
+    def tables(self) -> dict[str, pd.DataFrame]:
+        parts: dict[str, list[pd.DataFrame]] = {name: [] for name in self.runs.grafts}
+        for start in range(0, len(self.places.rows), ROWS):
+            rows = slice(start, start + ROWS)
+            said = {
+                name: _read(self.model, self.places, cache, self.hook, rows)
+                for name, cache in self.caches.items()
+            }
+            base, full = (said[n].log_softmax(-1) for n in (self.runs.base, self.runs.full))
+            for name, logits in said.items():
+                parts[name].append(self._table(logits, base, full, rows))
+        return {name: pd.concat(tables) for name, tables in parts.items()}
+
+    def _table(
+        self,
+        logits: Float[Tensor, "place d_vocab"],
+        base: Float[Tensor, "place d_vocab"],
+        full: Float[Tensor, "place d_vocab"],
+        rows: slice,
+    ) -> pd.DataFrame:
+        targets = self.targets[rows]
+        ids = torch.tensor([[t or 0] for t in targets], device=logits.device)
+        found = next_tokens(logits, ids, self.top_k)
+        logprobs = logits.log_softmax(-1)
+        known = np.array([t is not None for t in targets])
+        logprob = np.where(known, found.logprobs[:, 0], np.nan)
+        return self.places.table[rows].assign(
+            target=[None if t is None else token_text(self.model, t) for t in targets],
+            target_id=[pd.NA if t is None else t for t in targets],
+            rank=[int(r) if k else pd.NA for r, k in zip(found.rank, known, strict=True)],
+            prob=np.exp(logprob),
+            logprob=logprob,
+            entropy=-(logprobs.exp() * logprobs).sum(-1).cpu().numpy(),
+            kl_base=_kl(logprobs, base).cpu().numpy(),
+            kl_full=_kl(logprobs, full).cpu().numpy(),
+            top_tokens=[[token_text(self.model, i) for i in ids] for ids in found.top_ids],
+            top_probs=np.exp(found.top_logprobs).tolist(),
+        )
+
+
+def _read(
+    model: GraftedTransformer, places: Places, cache: GraftedCache, hook: str, rows: slice
+) -> Float[Tensor, "place d_vocab"]:
+    """A stream at some places as logits, by what the graft chose there."""
+    index = places.rows[rows]
+    resid = cache[hook].flatten(0, 1)[torch.from_numpy(index).to(cache[hook].device)]
+    return model.logits_from(resid[None], cache.mask.pick(index[None]))[0].float()
+
+
+def _logprobs(
+    model: GraftedTransformer, places: Places, cache: GraftedCache, hook: str, rows: slice
+) -> Float[Tensor, "place d_vocab"]:
+    return _read(model, places, cache, hook, rows).log_softmax(-1)
+
+
+def _kl(
+    p: Float[Tensor, "place d_vocab"], q: Float[Tensor, "place d_vocab"]
+) -> Float[Tensor, " place"]:
+    """KL(p ‖ q) of log-probabilities; never below 0, where rounding would put it."""
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)

@@ -1,0 +1,110 @@
+"""How finetuning changed the weights: one row per weight, without running anything."""
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from graftlens.components import MODEL_COMPONENTS, suggest
+from graftlens.model.grafted import GraftedTransformer
+
+_COLUMNS = (
+    *("source", "base", "component", "layer", "part", "entries"),
+    *("frobenius", "relative_frobenius", "spectral", "relative_spectral"),
+    *("effective_rank", "stable_rank", "share_changed"),
+)
+
+
+@torch.no_grad()
+def weight_difference(
+    model: GraftedTransformer,
+    source: str | None = None,
+    base: str | None = None,
+    *,
+    spectra: bool = True,
+) -> pd.DataFrame:
+    """The difference ΔW between two sources, weight by weight.
+
+    Args:
+        model: the model.
+        source: the changed source; needed where there are several besides the base.
+        base: what it is held against; the model's base unless given.
+        spectra: whether to compute what needs singular values (the slow part of large models);
+            without them those columns are NA.
+
+    Returns:
+        One row per component, layer (NA outside the layers) and part (`weight`, `bias`):
+        `entries`; `frobenius` ‖ΔW‖_F and `relative_frobenius` ‖ΔW‖_F / ‖W‖_F; `spectral`, the
+        largest singular value of ΔW, and `relative_spectral`, the same over that of W;
+        `effective_rank` of ΔW, the exponential of the entropy of its singular values as a
+        distribution (Roy and Vetterli 2007); `stable_rank` ‖ΔW‖_F² / ‖ΔW‖₂²; and `share_changed`,
+        the share of entries that differ. A ΔW of zeros has ranks of 0. With tied embeddings `embed`
+        and `unembed` are two rows of one tensor.
+
+    Raises:
+        ValueError: a source that the model does not have, or several to choose from.
+    """
+    base = model.sources[0] if base is None else base
+    if source is None:
+        if len(model.sources) != 2:
+            raise ValueError(
+                f"this model has the sources {' '.join(model.sources)}: say which one is held "
+                f"against {base}, such as source={model.sources[-1]!r}."
+            )
+        source = next(name for name in model.sources if name != base)
+    for what, name in (("source", source), ("base", base)):
+        if name not in model.sources:
+            raise ValueError(
+                f"{what}={name!r} is no source of this model. Allowed: "
+                f"{' '.join(model.sources)}.{suggest(name, model.sources)}"
+            )
+    after, before = model.sources.index(source), model.sources.index(base)
+    rows = []
+    for component in model.arch.components:
+        layers = [None] if component in MODEL_COMPONENTS else range(model.cfg.n_layers)
+        for layer in layers:
+            pair = zip(("weight", "bias"), model.weights_of(component, layer), strict=True)
+            for part, tensors in pair:
+                if tensors is None:
+                    continue
+                about: dict[str, object] = {"source": source, "base": base}
+                about |= {"component": str(component), "layer": layer, "part": part}
+                rows.append(about | _measured(tensors[before], tensors[after], spectra))
+    table = pd.DataFrame(rows, columns=list(_COLUMNS))
+    return table.astype({"layer": "Int64"})
+
+
+def _measured(before: Tensor, after: Tensor, spectra: bool) -> dict[str, float | int | None]:
+    old, delta = before.double(), after.double() - before.double()
+    frobenius, whole = float(delta.norm()), float(old.norm())
+    found: dict[str, float | int | None] = {
+        "entries": delta.numel(),
+        "frobenius": frobenius,
+        "relative_frobenius": _ratio(frobenius, whole),
+        "share_changed": float((before != after).double().mean()),
+    }
+    if not spectra:
+        return found
+    values = _singular_values(delta)
+    spectral = float(values.max())
+    shares = values / values.sum() if spectral else values
+    entropy = -torch.special.xlogy(shares, shares).sum()
+    return found | {
+        "spectral": spectral,
+        "relative_spectral": _ratio(spectral, float(_singular_values(old).max())),
+        "effective_rank": float(entropy.exp()) if spectral else 0.0,
+        "stable_rank": _ratio(frobenius**2, spectral**2),
+    }
+
+
+def _ratio(a: float, b: float) -> float:
+    """a / b; nothing over nothing is 0."""
+    return 0.0 if a == b == 0 else a / b if b else float("inf")
+
+
+def _singular_values(w: Float[Tensor, "*shape"]) -> Float[Tensor, " rank"]:
+    """From the smaller Gram matrix in float64: right to about 1e-8 of the largest."""
+    if w.ndim == 1:
+        return w.norm()[None]
+    gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w
+    return torch.linalg.eigvalsh(gram).clamp_min(0.0).sqrt()
