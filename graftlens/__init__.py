@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graftlens.components import Component
+    from graftlens.dashboards import dashboard
     from graftlens.evaluate import evaluate, position_grafts
     from graftlens.experiment.run import run_experiment
     from graftlens.graft import At, Graft, Rule
@@ -31,6 +32,7 @@ _HOME = {
     "Rule": "graftlens.graft",
     "compare": "graftlens.stats",
     "compare_all": "graftlens.stats",
+    "dashboard": "graftlens.dashboards",
     "evaluate": "graftlens.evaluate",
     "position_grafts": "graftlens.evaluate",
     "read_results": "graftlens.sweep.results",
@@ -51,6 +53,7 @@ __all__ = [
     "Rule",
     "compare",
     "compare_all",
+    "dashboard",
     "evaluate",
     "position_grafts",
     "read_results",

@@ -224,6 +224,77 @@ def run(
 
 
 @app.command()
+def dashboard(
+    pair: Annotated[
+        tuple[str, str],
+        typer.Option(
+            metavar="PRE SFT",
+            help="Hub ids or folders of the pretrained and the finetuned model; smollm2 is the "
+            "demo's. Grafts call them pre and sft.",
+        ),
+    ],
+    prompt: Annotated[
+        str, typer.Option(help="The text, with {NAME} where a field that is given stands.")
+    ],
+    graft: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="[NAME=]GRAFT",
+            help='Such as "FE+LT=sft @ first_entity + last"; again for more. PRE and SFT are '
+            "always there.",
+        ),
+    ] = None,
+    field: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=TEXT", help="A field of the prompt: a span to graft at."),
+    ] = None,
+    answer: Annotated[
+        str | None, typer.Option(help="What should follow, with its leading space.")
+    ] = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=MODEL", help="A further source that grafts can name."),
+    ] = None,
+    full: Annotated[
+        str | None,
+        typer.Option(metavar="GRAFT", help='What SFT is, with further sources: "task @ all".'),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("dashboard.html"),
+    image: Annotated[
+        Path | None, typer.Option(help="Also a picture of the whole page (PNG).")
+    ] = None,
+    title: Annotated[str, typer.Option(help="The page's title.")] = "",
+    top_k: Annotated[int, typer.Option(min=1, help="Tokens that the logit lens lists.")] = 5,
+    device: Annotated[str | None, typer.Option(help="Such as cuda:0.")] = None,
+) -> None:
+    """Look inside one prompt under grafts: attention, logit lens, tokens, on one offline page.
+
+    Example: graftlens dashboard --pair smollm2 my-model --prompt "{first_entity} starred with"
+    --field "first_entity=Ann Lee" --answer " Bo" --graft "FE=sft @ first_entity"
+    """
+    named = dict(_named(text, "--graft") if "=" in text else (text, text) for text in graft or ())
+    fields = dict(_named(text, "--field") for text in field or ())
+    sources = dict(zip(("pre", "sft"), pair, strict=True))
+    sources |= dict(_named(text, "--source") for text in source or ())
+    from graftlens.dashboards import write_dashboard
+    from graftlens.prompts import Prompt
+
+    asked = Prompt(prompt, fields, answer=answer)
+    page = write_dashboard(
+        sources,
+        asked,
+        named,
+        out,
+        image=image,
+        full=full,
+        title=title,
+        top_k=top_k,
+        device=device,
+    )
+    typer.echo(str(page.resolve()))
+
+
+@app.command()
 def report(
     runs: Annotated[
         list[Path], typer.Argument(metavar="RUN…", help="Folders of experiments to compare.")
@@ -285,6 +356,14 @@ def data_wikipedia(
 
     for path in download(titles, out, language, user_agent):
         typer.echo(str(path))
+
+
+def _named(text: str, option: str) -> tuple[str, str]:
+    """The name and the value of ``NAME=VALUE``."""
+    name, separator, value = text.partition("=")
+    if not separator or not name.strip():
+        raise typer.BadParameter(f"{option} {text!r}: write NAME=VALUE.")
+    return name.strip(), value
 
 
 def _devices(text: str | None) -> list[str]:

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 from summaries import ENDS, NO_RULE, positions, site, site_map, summary
 
-from graftlens.viz import bars, figures, heatmap, lines, text, theme
+from graftlens.viz import bars, figures, heatmaps, linecharts, text, theme
 
 # --- heat maps -------------------------------------------------------------------------------
 
@@ -19,7 +19,7 @@ def traces(figure, kind):
 
 def test_cells_are_the_summary_and_a_missing_one_is_none():
     table = site_map(skip={("q", 2)})
-    figure = heatmap.heatmap(table, "recovery")
+    figure = heatmaps.heatmap(table, "recovery")
     (trace,) = traces(figure, "heatmap")
     assert list(trace.x) == ["0", "1", "2", "10"]
     assert list(trace.y) == ["q", "o"]
@@ -39,7 +39,7 @@ def test_cells_are_the_summary_and_a_missing_one_is_none():
 
 def test_hover_says_value_interval_prompts_and_graft():
     table = site_map()
-    (trace,) = traces(heatmap.heatmap(table, "recovery"), "heatmap")
+    (trace,) = traces(heatmaps.heatmap(table, "recovery"), "heatmap")
     row = table[table["graft"] == "sft @ last : o : 10"].iloc[0]
     said = text.written(text.measure(table, "recovery"), row)
     assert trace.customdata[1][3] == (
@@ -51,7 +51,7 @@ def test_the_scale_of_recovery_is_symmetric_and_holds_every_value():
     grafts = ENDS | site("o", "0") | site("o", "1")
     strong = dict(zip(grafts, (0.0, 1.0, 1.6, -0.4), strict=True))
     table = summary(grafts, strong)
-    axis = heatmap.heatmap(table).layout.coloraxis
+    axis = heatmaps.heatmap(table).layout.coloraxis
     most = table.loc[table["component"] == "o", "recovery"].abs().max()
     assert most > 1.3
     assert (axis.cmin, axis.cmax) == (-most, most)
@@ -60,19 +60,19 @@ def test_the_scale_of_recovery_is_symmetric_and_holds_every_value():
 
 def test_scales_of_other_metrics():
     table = site_map()
-    shares = heatmap.heatmap(table, "top5").layout.coloraxis
+    shares = heatmaps.heatmap(table, "top5").layout.coloraxis
     assert (shares.cmin, shares.cmax) == (0, 1)
     assert [color for _, color in shares.colorscale] == list(theme.SEQUENTIAL)
-    nats = heatmap.heatmap(table, "logprob").layout.coloraxis
+    nats = heatmaps.heatmap(table, "logprob").layout.coloraxis
     inner = table.loc[table["layer"].notna() & table["layer"].ne("all"), "logprob"]
     assert (nats.cmin, nats.cmax) == (inner.min(), inner.max())
-    logits = heatmap.heatmap(table, "logit_diff").layout.coloraxis
+    logits = heatmaps.heatmap(table, "logit_diff").layout.coloraxis
     assert logits.cmin == -logits.cmax
 
 
 def test_dots_mark_intervals_that_exclude_zero():
     table = site_map()
-    figure = heatmap.heatmap(table)
+    figure = heatmaps.heatmap(table)
     (dots,) = [t for t in traces(figure, "scatter") if t.name == "interval excludes 0"]
     inner = table[table["layer"].notna() & table["layer"].ne("all")]
     sure = inner[(inner["recovery_low"] > 0) | (inner["recovery_high"] < 0)]
@@ -81,12 +81,12 @@ def test_dots_mark_intervals_that_exclude_zero():
     )
     assert 0 < len(sure) < len(inner)
     assert "dot: the interval excludes 0" in figure.layout.xaxis.title.text
-    assert traces(heatmap.heatmap(table, "top5"), "scatter") == []
+    assert traces(heatmaps.heatmap(table, "top5"), "scatter") == []
 
 
 def test_panels_share_one_scale():
     table = site_map(spans=("first_entity", "last"), templates=("headline",))
-    figure = heatmap.heatmap(table, "recovery", panel="span")
+    figure = heatmaps.heatmap(table, "recovery", panel="span")
     one, two = traces(figure, "heatmap")
     assert one.coloraxis == two.coloraxis == "coloraxis"
     assert [note.text for note in figure.layout.annotations] == ["first_entity", "last"]
@@ -98,28 +98,28 @@ def test_ranges_are_sorted_by_where_they_start():
     names = ["8-11", "0-3", "all", "4-7", "4-15", "2"]
     grafts = ENDS | {k: v for name in names for k, v in site("o", name).items()}
     table = summary(grafts, dict.fromkeys(grafts, 0.5) | {"PRE": 0.0, "SFT": 1.0})
-    (trace,) = traces(heatmap.heatmap(table, "top5"), "heatmap")
+    (trace,) = traces(heatmaps.heatmap(table, "top5"), "heatmap")
     assert list(trace.x) == ["0-3", "2", "4-7", "4-15", "8-11", "all"]
 
 
 def test_two_grafts_for_one_cell_name_the_column_that_tells_them_apart():
     with pytest.raises(ValueError, match=r"2 rows for one cell .*'span': give panel='span'"):
-        heatmap.heatmap(site_map(spans=("first_entity", "last")))
+        heatmaps.heatmap(site_map(spans=("first_entity", "last")))
     with pytest.raises(ValueError, match=r"they differ in 'template': give panel='template'"):
-        heatmap.heatmap(site_map(templates=("headline", "award")))
+        heatmaps.heatmap(site_map(templates=("headline", "award")))
     table = site_map()
     with pytest.raises(ValueError, match="no column tells them apart"):
-        heatmap.heatmap(pd.concat([table, table.tail(1)]))
+        heatmaps.heatmap(pd.concat([table, table.tail(1)]))
     with pytest.raises(ValueError, match="no column 'spam'; it has 'template', 'graft'"):
-        heatmap.heatmap(table, x="spam")
+        heatmaps.heatmap(table, x="spam")
     with pytest.raises(ValueError, match="no graft has a value in every one of the columns"):
-        heatmap.heatmap(positions())
+        heatmaps.heatmap(positions())
 
 
 def test_a_recovery_that_cannot_be_computed_says_why():
     flat = dict.fromkeys(ENDS | site(), 0.5)
     table = summary(ENDS | site(), flat)
-    figure = heatmap.heatmap(table)
+    figure = heatmaps.heatmap(table)
     (gap,) = [t for t in traces(figure, "scatter") if t.name == "no value"]
     assert "no value: " in gap.customdata[0]
     assert table["recovery_note"].iloc[0] in gap.customdata[0]
@@ -129,7 +129,7 @@ def test_a_recovery_that_cannot_be_computed_says_why():
 def test_markup_in_names_stays_text():
     grafts = ENDS | {"<b>x</b>": dict(NO_RULE, component="<i>", layer="0")}
     table = summary(grafts, dict.fromkeys(grafts, 0.5) | {"PRE": 0.0, "SFT": 1.0})
-    (trace,) = traces(heatmap.heatmap(table, "top5"), "heatmap")
+    (trace,) = traces(heatmaps.heatmap(table, "top5"), "heatmap")
     assert list(trace.y) == ["&lt;i&gt;"]
     assert "&lt;b&gt;x&lt;/b&gt;" in trace.customdata[0][0]
 
@@ -151,7 +151,7 @@ def along(shares, seeds=(0,), mode="count"):
 
 def test_one_row_a_point_has_whiskers():
     table = along((1.0, 0.0, 0.5))
-    figure = lines.lines(table, "share", "top5")
+    figure = linecharts.lines(table, "share", "top5")
     (trace,) = figure.data
     rows = table.sort_values("share")
     assert list(trace.x) == [0.0, 0.5, 1.0]
@@ -164,7 +164,7 @@ def test_one_row_a_point_has_whiskers():
 
 def test_several_draws_have_a_mean_a_band_and_dots():
     table = pd.concat([along((0.0, 0.5), (0, 1, 2)), along((0.0, 0.5), (0,), "chance")])
-    figure = lines.lines(table, "share", "recovery", series="mode")
+    figure = linecharts.lines(table, "share", "recovery", series="mode")
     by_name = {trace.name: trace for trace in figure.data}
     assert list(by_name) == ["count: band", "count: draws", "count", "chance"]
     drawn = table[table["mode"] == "count"].groupby("share")["recovery"]
@@ -183,14 +183,14 @@ def test_several_draws_have_a_mean_a_band_and_dots():
 
 def test_layers_are_counted_and_not_percent():
     table = along((0.0, 1.0)).assign(layers=[0, 1])
-    assert lines.lines(table, "layers", "top5").layout.xaxis.tickformat is None
+    assert linecharts.lines(table, "layers", "top5").layout.xaxis.tickformat is None
 
 
 def test_lines_refuse_what_is_no_number():
     with pytest.raises(ValueError, match="column 'mode' has 'count', which is no number"):
-        lines.lines(along((0.0,)), "mode", "top5")
+        linecharts.lines(along((0.0,)), "mode", "top5")
     with pytest.raises(ValueError, match="no column 'seeds'; it has"):
-        lines.lines(along((0.0,)), "share", "top5", series="seeds")
+        linecharts.lines(along((0.0,)), "share", "top5", series="seeds")
 
 
 # --- bars ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pytest
 from browser import ask, chromium
 from summaries import positions, site_map
 
-from graftlens.viz import bars, export, files, heatmap, tables, text
+from graftlens.viz import bars, export, files, heatmaps, tables, text
 
 # --- files appear whole ----------------------------------------------------------------------
 
@@ -87,7 +87,7 @@ def test_columns_are_chosen_and_other_tables_shown_plain(tmp_path):
 
 
 def test_a_figures_page_is_alone_and_draws(tmp_path):
-    figure = heatmap.heatmap(site_map())
+    figure = heatmaps.heatmap(site_map())
     written = export.write_figure(figure, tmp_path / "f" / "map", formats=["html"], title="<Map>")
     assert written.skipped == {}
     assert written.paths == {"html": tmp_path / "f" / "map.html"}

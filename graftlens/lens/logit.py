@@ -177,11 +177,11 @@ def _streams(model: GraftedTransformer, incl_mid: bool) -> list[tuple[float, str
         )
     found: list[tuple[float, str, str]] = []
     for l in range(model.cfg.n_layers):
-        found.append((l, f"{l}_pre", f"blocks.{l}.hook_resid_pre"))
+        found.append((float(l), f"{l}_pre", f"blocks.{l}.hook_resid_pre"))
         if incl_mid:
             found.append((l + 0.5, f"{l}_mid", f"blocks.{l}.hook_resid_mid"))
     last = model.cfg.n_layers
-    return [*found, (last, "final_post", f"blocks.{last - 1}.hook_resid_post")]
+    return [*found, (float(last), "final_post", f"blocks.{last - 1}.hook_resid_post")]
 
 
 class _Reading:
@@ -236,7 +236,7 @@ class _Reading:
             entropy=-(logprobs.exp() * logprobs).sum(-1).cpu().numpy(),
             kl_base=_kl(logprobs, base).cpu().numpy(),
             kl_full=_kl(logprobs, full).cpu().numpy(),
-            top_tokens=[[token_text(self.model, i) for i in ids] for ids in found.top_ids],
+            top_tokens=[[token_text(self.model, i) for i in row] for row in found.top_ids.tolist()],
             top_probs=np.exp(found.top_logprobs).tolist(),
         )
 

@@ -158,7 +158,7 @@ def _scored(
             "rank": found.rank,
             "prob": np.exp(found.logprobs[:, 0]),
             "logprob": found.logprobs[:, 0],
-            "top_tokens": [[token_text(model, i) for i in row] for row in found.top_ids],
+            "top_tokens": [[token_text(model, i) for i in row] for row in found.top_ids.tolist()],
             "top_probs": np.exp(found.top_logprobs).tolist(),
             "answer_logprob": pd.NA,
             "reason": None,

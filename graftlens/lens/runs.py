@@ -133,7 +133,7 @@ def _places(model: GraftedTransformer, batch: Batch, first: int, where: At) -> P
 
 def token_text(model: GraftedTransformer, token: int) -> str:
     """A token as text; its number where the model has no tokenizer."""
-    return str(token) if model.tokenizer is None else model.to_single_str_token(int(token))
+    return str(token) if model.tokenizer is None else model.to_single_str_token(token)
 
 
 def target_ids(

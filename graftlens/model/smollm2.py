@@ -234,3 +234,8 @@ def _flush(folder: Path) -> None:
 
 def _is_true(value: str | None) -> bool:
     return (value or "").upper() in {"1", "ON", "YES", "TRUE"}
+
+
+def located(place: str) -> str:
+    """Where a source is: `smollm2` stands for SmolLM2-135M-Instruct from graftlens' own cache."""
+    return str(smollm2()) if place == "smollm2" else place

@@ -20,7 +20,7 @@ from graftlens.graft import At, Graft, Rule
 from graftlens.model.arch import Architecture
 from graftlens.model.load import preview
 from graftlens.model.mask import select, sites_of
-from graftlens.model.smollm2 import smollm2
+from graftlens.model.smollm2 import located
 from graftlens.prompts import Prompt, PromptError, Tokenized
 from graftlens.sweep.grid import GraftField, Grid
 from graftlens.sweep.memory import affordable_rows
@@ -175,7 +175,7 @@ class SweepConfig(Section):
     def locations(self) -> dict[str, str]:
         """Name -> what `GraftedTransformer.from_pretrained` takes; fetches SmolLM2 if need be."""
         return {
-            name: str(smollm2()) if place == "smollm2" else place
+            name: located(place)
             for name, place in self.sources.items()
         }
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graftlens.viz.bars import grouped_bars
+    from graftlens.viz.heatmaps import heatmap
     from graftlens.viz.lens import (
         answer_by_layer,
         attribution_bars,
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
         patching_scatter,
         weight_heatmap,
     )
+    from graftlens.viz.linecharts import lines
     from graftlens.viz.sweeps import size_curve, window_triangle
 
 _HOME = {
@@ -27,7 +29,9 @@ _HOME = {
     "difference_heatmap": "graftlens.viz.lens",
     "divergence_lines": "graftlens.viz.lens",
     "grouped_bars": "graftlens.viz.bars",
+    "heatmap": "graftlens.viz.heatmaps",
     "lens_heatmap": "graftlens.viz.lens",
+    "lines": "graftlens.viz.linecharts",
     "patching_scatter": "graftlens.viz.lens",
     "size_curve": "graftlens.viz.sweeps",
     "weight_heatmap": "graftlens.viz.lens",
@@ -41,7 +45,9 @@ __all__ = [
     "difference_heatmap",
     "divergence_lines",
     "grouped_bars",
+    "heatmap",
     "lens_heatmap",
+    "lines",
     "patching_scatter",
     "size_curve",
     "weight_heatmap",

@@ -8,8 +8,8 @@ import pandas as pd
 
 from graftlens.viz import text
 from graftlens.viz.bars import grouped_bars
-from graftlens.viz.heatmap import SIGNED, cells, heatmap
-from graftlens.viz.lines import lines
+from graftlens.viz.heatmaps import SIGNED, cells, heatmap
+from graftlens.viz.linecharts import lines
 from graftlens.viz.page import Figure
 
 #: A description that lists more values than this tells a listener less, not more.

@@ -27,7 +27,7 @@ DIVERGING = ("#0a2f5c", "#2166ac", "#8fbfe6", "#ebebeb", "#f0a582", "#c9440e", "
 #: From nothing to all, darker all the way.
 SEQUENTIAL = ("#e9eff2", "#b7d7e0", "#74b3cc", "#3a86b4", "#215b92", "#112a5c")
 
-_SOURCES = {"pre": GREY, "sft": VERMILION}
+_SOURCES = {"pre": GREY, "sft": VERMILION, "task": PURPLE, "relation": GREEN}
 _GRAFTS = {
     "PRE": (GREY, ""),
     "SFT": (VERMILION, ""),
@@ -38,6 +38,7 @@ _GRAFTS = {
     "FE+LT": (BLUE, ""),
     "(FE+LT)^C": (BLUE, "/"),
 }
+_SPANS = {"first_entity": "FE", "last": "LT", "first_entity + last": "FE+LT"}
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,11 @@ def graft_lines(names: Iterable[str]) -> dict[str, Line]:
 def source_color(name: str) -> str:
     """The same colour for a source's name in every plot."""
     return _SOURCES.get(name, _stable(name)[0])
+
+
+def span_color(name: str) -> str:
+    """The colour of the graft at a span's positions, whatever else it names."""
+    return graft_fill(_SPANS.get(name, name)).color
 
 
 def series_fill(index: int) -> Fill:

@@ -1,0 +1,253 @@
+"""A dashboard of one prompt: runs it under several grafts and hands the page what they gave."""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from graftlens import __version__
+from graftlens.components import MODEL_COMPONENTS, Component, format_numbers
+from graftlens.graft import Graft, Grafts, named_grafts
+from graftlens.lens import attribution, divergence, logit_lens
+from graftlens.lens.runs import Runs, token_text
+from graftlens.model.arch import Architecture
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.inputs import Batch
+from graftlens.model.mask import GraftMask, HeadSelection
+from graftlens.model.smollm2 import located
+from graftlens.prompts import Prompt, Tokenized
+from graftlens.viz.dashboard import Dashboard, DashboardData, Run
+
+C = Component
+
+
+def dashboard(
+    model: GraftedTransformer,
+    prompt: Prompt | str | Tokenized,
+    grafts: Grafts | None = None,
+    *,
+    full: Graft | str | None = None,
+    title: str = "",
+    top_k: int = 5,
+    prepend_bos: bool | None = None,
+) -> Dashboard:
+    """One prompt under PRE, SFT and grafts, side by side, on a page that needs no network.
+
+    It shows which tokens are grafted and with what; tokens coloured by log-probability, KL or
+    attribution; the logit lens; the answer's rank by layer; and attention by layer and head, of
+    each run and of the differences between runs. Returned to a notebook it shows itself; `.save`
+    writes one HTML file, `.save_image` a picture of it.
+
+    Args:
+        model: the model.
+        prompt: what is run. With an answer, the answer is ranked and attributed.
+        grafts: name -> graft, or grafts that go by their texts, after PRE and SFT.
+        full: the run that counts as SFT; needed where there are several finetuned sources.
+        title: of the page.
+        top_k: how many of the likeliest tokens the logit lens shows.
+        prepend_bos: None leaves BOS to the tokenizer.
+
+    Example:
+        >>> view = dashboard(model, prompt, {"FE+LT": "sft @ first_entity + last"})
+        >>> view.save("dashboard.html")
+
+    Raises:
+        PromptError: a prompt that cannot be run.
+        ValueError: a graft that the model cannot run, or one named PRE or SFT that is not.
+    """
+    runs = _runs(model, grafts, full)
+    (item,) = model.tokenized([prompt], prepend_bos)
+    batch = model.batch([item])
+    asked = item.prompt
+    answer = None if asked is None else asked.answer
+    lens = logit_lens(
+        model, batch, runs.grafts, top_k=top_k, full=runs.grafts[runs.full], prepend_bos=prepend_bos
+    )
+    moved = None
+    if answer is not None:
+        moved = attribution(
+            model,
+            batch,
+            runs.grafts,
+            by="source",
+            full=runs.grafts[runs.full],
+            prepend_bos=prepend_bos,
+        )
+    tokens = [token_text(model, token) for token in item.ids]
+    text = model.to_string(list(item.ids)) if asked is None and model.tokenizer else None
+    return Dashboard(
+        DashboardData(
+            title=title or "graftlens dashboard",
+            text=asked.text if asked is not None else str(text or " ".join(tokens)),
+            answer=answer,
+            tokens=tokens,
+            components=[str(c) for c in model.arch.components],
+            runs={name: _run(model, batch, runs, name, moved) for name in runs.grafts},
+            lens=lens,
+            divergence=divergence(
+                model,
+                batch,
+                runs.grafts,
+                full=runs.grafts[runs.full],
+                prepend_bos=prepend_bos,
+            ),
+            sources=model.sources,
+            provenance=_provenance(model, asked),
+        )
+    )
+
+
+def write_dashboard(
+    sources: Mapping[str, str],
+    prompt: Prompt,
+    grafts: Grafts,
+    path: str | Path,
+    *,
+    image: str | Path | None = None,
+    full: str | None = None,
+    title: str = "",
+    top_k: int = 5,
+    device: str | None = None,
+) -> Path:
+    """Load a model, make a dashboard of one prompt, and write its page and maybe a picture of it.
+
+    Args:
+        sources: name -> hub id, folder, or `smollm2`; the base first.
+        path: the page.
+        image: a PNG of the whole page.
+        prompt, grafts, full, title, top_k: as in `dashboard`.
+        device: as in `GraftedTransformer.from_pretrained`.
+
+    Raises:
+        ValueError, RuntimeError: as `dashboard` and `Dashboard.save_image`.
+    """
+    places = {name: located(place) for name, place in sources.items()}
+    model = GraftedTransformer.from_pretrained(places, device=device)
+    view = dashboard(model, prompt, grafts, full=full, title=title, top_k=top_k)
+    page = view.save(path)
+    if image is not None:
+        view.save_image(image)
+    return page
+
+
+def _runs(model: GraftedTransformer, grafts: Grafts | None, full: Graft | str | None) -> Runs:
+    """The runs, whose first two are called PRE and SFT whatever the caller calls them."""
+    given = {} if grafts is None else named_grafts(grafts)
+    ends = Runs.of(model, None, full)
+    known = set(ends.grafts.values())
+    rest = {name: graft for name, graft in given.items() if graft not in known}
+    for name in (ends.base, ends.full):
+        if name in rest:
+            raise ValueError(
+                f"graft {str(rest[name])!r} is called {name}, which is the name of "
+                f"{str(ends.grafts[name])!r} here. Give it another name."
+            )
+    return Runs({**ends.grafts, **rest}, ends.base, ends.full)
+
+
+@torch.no_grad()
+def _run(
+    model: GraftedTransformer, batch: Batch, runs: Runs, name: str, moved: pd.DataFrame | None
+) -> Run:
+    mask = model.resolve(runs.grafts[name], batch)
+    patterns = [f"blocks.{l}.attn.hook_pattern" for l in range(model.cfg.n_layers)]
+    logits, cache = model.run_with_cache(batch, graft=mask, names_filter=patterns)
+    ids = batch.tokens[0, 1:].to(logits.device)
+    logprobs = logits[0, :-1].float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    found = None
+    if moved is not None:
+        mine = moved[(moved["graft"] == name) & (moved["part"] == "source")]
+        found = mine.groupby("source_position")["contribution"].sum().to_numpy(dtype=float)
+    return Run(
+        rule=str(runs.grafts[name]),
+        pattern=torch.stack([cache[p][0] for p in patterns]).float().cpu().numpy(),
+        token_logprobs=np.array([math.nan, *logprobs.cpu().tolist()]),
+        attribution=found,
+        shares=_shares(model, mask),
+        where=_where(model, mask),
+    )
+
+
+def _shares(model: GraftedTransformer, mask: GraftMask) -> dict[str, np.ndarray]:
+    """Source -> [component, pos]: the share of layers (and heads) that come from it."""
+    rows = {component: i for i, component in enumerate(model.arch.components)}
+    shares = {source: np.zeros((len(rows), mask.shape[1])) for source in model.sources}
+    for (component, _), chosen in mask.sites.items():
+        layers = 1 if component in MODEL_COMPONENTS else model.cfg.n_layers
+        groups = chosen.groups if isinstance(chosen, HeadSelection) else (((0,), chosen),)
+        heads = sum(len(group) for group, _ in groups)
+        for group, selection in groups:
+            for number, source in enumerate(model.sources):
+                here = selection.choice.reshape(mask.shape)[0] == number
+                shares[source][rows[component]] += here * (len(group) / heads / layers)
+    return shares
+
+
+def _where(model: GraftedTransformer, mask: GraftMask) -> list[str]:
+    """Per position, what does not come from the base, in words."""
+    said: list[str] = []
+    for position in range(mask.shape[1]):
+        pieces = []
+        for number, source in enumerate(model.sources):
+            if number == 0:
+                continue
+            what = _components_from(model.arch, mask, position, number)
+            if what:
+                pieces.append(f"{source}: {what}")
+        said.append("; ".join(pieces))
+    return said
+
+
+def _components_from(arch: Architecture, mask: GraftMask, position: int, source: int) -> str:
+    """The components of one source at a position, those of the same layers and heads together."""
+    found: dict[tuple[Component, tuple[int, ...] | None], list[int | None]] = {}
+    for (component, layer), chosen in mask.sites.items():
+        groups: Sequence[tuple[tuple[int, ...] | None, Any]] = (
+            chosen.groups if isinstance(chosen, HeadSelection) else ((None, chosen),)
+        )
+        heads = [(g, s) for g, s in groups if s.choice.reshape(mask.shape)[0, position] == source]
+        if not heads:
+            continue
+        which = None
+        if len(heads) < len(groups):
+            which = tuple(sorted(head for group, _ in heads for head in group or ()))
+        found.setdefault((component, which), []).append(layer)
+    everything = {
+        (c, None): [None] if c in MODEL_COMPONENTS else list(range(arch.n_layers))
+        for c in arch.components
+    }
+    if found == everything:
+        return "all weights"
+    together: dict[tuple[tuple[int | None, ...], tuple[int, ...] | None], list[Component]] = {}
+    for (component, which), layers in found.items():
+        together.setdefault((tuple(layers), which), []).append(component)
+    pieces = []
+    for (all_layers, which), components in together.items():
+        words = " ".join(components)
+        if which is not None:
+            words += f" (heads {format_numbers(which)})"
+        numbers = [layer for layer in all_layers if layer is not None]
+        if numbers and len(numbers) < arch.n_layers:
+            words += f" in layers {format_numbers(numbers)}"
+        elif numbers:
+            words += " in all layers"
+        pieces.append(words)
+    return ", ".join(pieces)
+
+
+def _provenance(model: GraftedTransformer, prompt: Prompt | None) -> Mapping[str, object]:
+    found: dict[str, object] = {
+        "model": model.cfg.model_name,
+        "sources": {name: f"SHA-256 {digest}" for name, digest in model.fingerprints().items()},
+        "dtype": str(model.cfg.dtype).removeprefix("torch."),
+        "device": str(model.cfg.device),
+    }
+    if prompt is not None:
+        found["template"] = prompt.template
+        if prompt.fields:
+            found["fields"] = dict(prompt.fields)
+    return found | {"graftlens": __version__, "torch": torch.__version__}

@@ -1,0 +1,1019 @@
+"""The dashboard: one prompt under several runs, on one page that needs no network.
+
+What is grafted where, tokens coloured by a measure, the logit lens, where the answer comes up, and
+attention head by head. It takes arrays and tables; `graftlens.lens` makes them.
+"""
+
+import base64
+import tempfile
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from graftlens.viz import attention, page, theme
+from graftlens.viz.files import write_whole
+from graftlens.viz.screenshot import screenshot
+
+#: Attention is kept as 16-bit numbers: this stands for 1.
+FULL = 65535
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one run of the prompt gave; [pos] is one number a token of the prompt."""
+
+    rule: str
+    """The graft's text; "none" for the base."""
+    pattern: np.ndarray
+    """[layer, head, query, key]: attention, each row adding up to 1."""
+    token_logprobs: np.ndarray
+    """[pos]: log-probability of each token given those before it (nats); NaN for the first."""
+    attribution: np.ndarray | None
+    """[pos]: what attention moved from there to the answer's logit (logits), if it was computed."""
+    shares: Mapping[str, np.ndarray]
+    """Source -> [component, pos]: the share of the layers whose component comes from it."""
+    where: Sequence[str]
+    """[pos]: what is grafted there, in words; "" where nothing is."""
+
+
+@dataclass(frozen=True)
+class DashboardData:
+    """One prompt under several runs, the first two of them "PRE" and "SFT"."""
+
+    title: str
+    text: str
+    answer: str | None
+    tokens: Sequence[str]
+    components: Sequence[str]
+    """What the rows of each run's `shares` are."""
+    runs: Mapping[str, Run]
+    lens: pd.DataFrame
+    """`graftlens.lens.logit_lens` of this prompt: every run, every position."""
+    divergence: pd.DataFrame
+    """`graftlens.lens.divergence` of this prompt."""
+    sources: Sequence[str]
+    """The base first."""
+    provenance: Mapping[str, object]
+
+    def __post_init__(self) -> None:
+        names = list(self.runs)
+        if names[:2] != ["PRE", "SFT"]:
+            raise ValueError(f"runs are {_listed(names)}; the first two must be 'PRE' and 'SFT'")
+        n = len(self.tokens)
+        if not n:
+            raise ValueError("tokens are empty; a dashboard needs a prompt of one token at least")
+        first = np.shape(self.runs["PRE"].pattern)
+        if len(first) != 4 or first[2:] != (n, n):
+            raise ValueError(
+                f"run 'PRE': pattern has shape {first}; it must be [layer, head, query, key], and "
+                f"the prompt has {n} tokens"
+            )
+        for name, run in self.runs.items():
+            found: list[tuple[str, Sequence[int], Sequence[int]]] = [
+                ("pattern", np.shape(run.pattern), first),
+                ("token_logprobs", np.shape(run.token_logprobs), (n,)),
+                ("where", (len(run.where),), (n,)),
+            ]
+            if run.attribution is not None:
+                found.append(("attribution", np.shape(run.attribution), (n,)))
+            for source, share in run.shares.items():
+                if source not in self.sources:
+                    raise ValueError(
+                        f"run {name!r}: shares of source {source!r}; the sources are "
+                        f"{_listed(self.sources)}"
+                    )
+                found.append((f"shares[{source!r}]", np.shape(share), (len(self.components), n)))
+            for what, shape, right in found:
+                if tuple(shape) != tuple(right):
+                    raise ValueError(
+                        f"run {name!r}: {what} has shape {tuple(shape)}; with {n} tokens and "
+                        f"{len(self.components)} components it must be {tuple(right)}"
+                    )
+            low, high = float(np.min(run.pattern)), float(np.max(run.pattern))
+            if low < -1e-3 or high > 1 + 1e-3 or np.isnan(low + high):
+                raise ValueError(
+                    f"run {name!r}: pattern goes from {low:g} to {high:g}; give what the softmax "
+                    "gave, from 0 to 1"
+                )
+
+
+class Dashboard:
+    """A dashboard: shown by a notebook, saved as a page or as a picture."""
+
+    def __init__(self, data: DashboardData) -> None:
+        self.data = data
+        self.html = dashboard_page(data)
+
+    def save(self, path: str | Path) -> Path:
+        """Write the page to `path` and return it; it appears whole or not at all."""
+        return write_whole(path, self.html)
+
+    def save_image(
+        self,
+        path: str | Path,
+        *,
+        width: int = 1280,
+        height: int | None = None,
+        scale: int | float = 2,
+        dark: bool = False,
+    ) -> Path:
+        """Write a PNG of the page, as `graftlens.viz.screenshot.screenshot` does."""
+        with tempfile.TemporaryDirectory(prefix="graftlens-") as folder:
+            saved = self.save(Path(folder) / "dashboard.html")
+            return screenshot(saved, path, width=width, height=height, scale=scale, dark=dark)
+
+    def _repr_html_(self) -> str:
+        return attention.frame(self.html, height=900, title=self.data.title)
+
+
+def dashboard_page(data: DashboardData) -> str:
+    """The whole page as HTML.
+
+    Raises:
+        ValueError: the lens table lacks a run, a layer or a position; or the divergence table does.
+        ModuleNotFoundError: CircuitsVis is not installed.
+    """
+    lens = _Lens(data)
+    chosen = 2 if len(data.runs) > 2 else 1
+    body = "\n".join(
+        (
+            _header(data, lens),
+            page.section("grafted", "Which tokens are grafted", _grafted(data, chosen)),
+            page.section("tokens", "Tokens", _tokens(data, chosen)),
+            page.section("lens", "Logit lens", _lens(data, lens, chosen)),
+            page.section("rise", "Where does the answer come up", _rise(data, lens)),
+            page.section("attention", "Attention", _attention(data, chosen)),
+            page.section("run", "What was run and how", page.definitions(data.provenance)),
+            _held("dashboard-data", page.as_json(_facts(data, lens))),
+            *(
+                _held(f"pattern-{i}", _packed(run.pattern), "text/plain")
+                for i, run in enumerate(data.runs.values())
+            ),
+        )
+    )
+    scripts = (attention.circuitsvis_script(), attention.RENDER, _SCRIPT)
+    return page.document(data.title, body, style=attention.STYLE + _STYLE, scripts=scripts)
+
+
+class _Lens:
+    """The lens table as arrays: [layer, pos] of each run, and [layer, pos, k] of its top tokens."""
+
+    def __init__(self, data: DashboardData) -> None:
+        table, n = data.lens, len(data.tokens)
+        if (prompts := table["prompt"].nunique()) != 1:
+            raise ValueError(f"the lens table has {prompts} prompts; give the rows of one")
+        self.layers: list[float] = sorted(table["layer"].astype(float).unique().tolist())
+        self.streams = table.drop_duplicates("layer").set_index("layer")["stream"].to_dict()
+        self.numbers: dict[str, dict[str, np.ndarray]] = {}
+        self.top: dict[str, list[list[str]]] = {}
+        self.top_probs: dict[str, np.ndarray] = {}
+        shape = len(self.layers), n
+        for run in data.runs:
+            part = table[table["graft"] == run].sort_values(["layer", "position"])
+            where = list(zip(part["layer"].astype(float), part["position"], strict=True))
+            if where != [(layer, at) for layer in self.layers for at in range(n)]:
+                raise ValueError(
+                    f"the lens table has {len(where)} rows of run {run!r}; it must have one for "
+                    f"each of {shape[0]} layers and {n} positions: logit_lens(…, at='all')"
+                )
+            self.numbers[run] = {
+                name: part[name].to_numpy(dtype=float, na_value=np.nan).reshape(shape)
+                for name in ("rank", "prob", "logprob", "kl_base", "kl_full")
+            }
+            self.top[run] = [list(tokens) for tokens in part["top_tokens"]]
+            self.top_probs[run] = np.array(part["top_probs"].tolist(), dtype=float).reshape(
+                *shape, -1
+            )
+        targets = table["target"].dropna()
+        self.target: str | None = None if targets.empty else str(targets.iloc[0])
+
+    def last(self, run: str, name: str) -> float:
+        """A number of the run's output at the last position."""
+        return float(self.numbers[run][name][-1, -1])
+
+    def layer_name(self, layer: float) -> str:
+        said = f"{layer:g}"
+        if layer == 0:
+            return f"{said} embeddings"
+        return f"{said} output" if layer == self.layers[-1] else said
+
+
+def _header(data: DashboardData, lens: _Lens) -> str:
+    rows = []
+    for name, run in data.runs.items():
+        guesses = _guesses(lens.top[name][-1], lens.top_probs[name][-1, -1], lens.target)
+        numbers = "".join(
+            f"<td data-run='{escape(name)}' data-value='{what}'>{escape(said)}</td>"
+            for what, said in (
+                ("rank", _written(lens.last(name, "rank"), ".0f")),
+                ("prob", _written(lens.last(name, "prob"), ".4f")),
+                ("logprob", _written(lens.last(name, "logprob"), ".3f")),
+            )
+        )
+        color = theme.graft_fill(name).color
+        rows.append(
+            f"<tr><th scope='row'><span class='swatch' style='--c: {color}'></span>"
+            f"{escape(name)}</th><td class='text'><code>{escape(run.rule)}</code></td>{numbers}"
+            f"<td class='text'>{guesses}</td></tr>"
+        )
+    target = "" if lens.target is None else f" <code>{escape(page.visible(lens.target))}</code>"
+    answer = (
+        "The prompt has no answer, so there is nothing to rank."
+        if data.answer is None
+        else f"Answer: <strong>{escape(page.visible(data.answer))}</strong>"
+    )
+    return (
+        f"<header><h1>{escape(data.title)}</h1><p class='lead prompt'>{escape(data.text)}</p>"
+        f"<p>{answer}</p></header>"
+        "<div class='scroll' tabindex='0' role='region' aria-label='What each run says'>"
+        f"<table id='outputs'><caption>What comes after the last token; the answer's first token"
+        f"{target} in rank, probability and log-probability</caption><thead><tr>"
+        "<th scope='col'>run</th><th scope='col' class='words'>graft</th>"
+        "<th scope='col'>rank<small>1 = most likely</small></th>"
+        "<th scope='col'>probability</th><th scope='col'>log-prob.<small>nats</small></th>"
+        "<th scope='col' class='words'>most likely tokens</th></tr></thead>"
+        f"<tbody>{''.join(rows)}</tbody></table></div>{_KEY}"
+    )
+
+
+def _guesses(tokens: Sequence[str], probs: Iterable[float], target: str | None) -> str:
+    items = "".join(
+        f"<li{' class=right' if token == target else ''}>"
+        f"<span class='token'>{escape(page.visible(token))}</span> {prob:.3f}"
+        f"{' <span aria-label=answer>✓</span>' if token == target else ''}</li>"
+        for token, prob in zip(tokens, probs, strict=False)
+    )
+    return f"<ol class='guesses'>{items}</ol>"
+
+
+def _grafted(data: DashboardData, chosen: int) -> str:
+    others = list(data.sources[1:])
+    swatches = "".join(
+        f"<span class='from whole' style='--c: {theme.source_color(source)}'>{escape(source)}"
+        f"{_mark(others, source)}</span> "
+        for source in others
+    )
+    legend = (
+        f"<p class='legend'>Key: <span class='token'>plain</span> {escape(data.sources[0])} (the "
+        f"base) alone; {swatches}all components from this source; <span class='from part' "
+        "style='--c: var(--muted)'>dashed</span> some components or layers. Hover a token for "
+        "which; positions count from 0.</p>"
+    )
+    strips = "".join(_strip(data, name, run, others) for name, run in data.runs.items())
+    grid = (
+        f"<h3>Component by component</h3><div class='choices'>{_runs('grid-run', data, chosen)}"
+        "</div><p class='legend'>Each cell: the share of the layers whose component comes from "
+        "another source than the base, in height and, unless it is all (●), in percent.</p>"
+        "<div class='scroll' tabindex='0' role='region' aria-label='Components by position'>"
+        "<table id='grid' aria-busy='true'></table></div>"
+    )
+    return f"{legend}{strips}{grid}"
+
+
+def _mark(others: Sequence[str], source: str) -> str:
+    """A number that tells sources apart without their colours, where there are several."""
+    return f"<sup>{others.index(source) + 1}</sup>" if len(others) > 1 else ""
+
+
+def _strip(data: DashboardData, name: str, run: Run, others: Sequence[str]) -> str:
+    shares = {s: np.asarray(run.shares[s], dtype=float) for s in others if s in run.shares}
+    tokens = []
+    for at, token in enumerate(data.tokens):
+        here = {source: share[:, at] for source, share in shares.items() if share[:, at].any()}
+        said = escape(page.visible(token))
+        if not here:
+            tokens.append(f"<span class='token'>{said}</span>")
+            continue
+        # A share is a sum of many small ones.
+        whole = len(here) == 1 and bool(np.all(next(iter(here.values())) > 1 - 1e-6))
+        colors = [theme.source_color(source) for source in here]
+        several = (
+            f"; background-image: linear-gradient(to right, {', '.join(_stripes(colors))})"
+            if len(colors) > 1
+            else ""
+        )
+        marks = "".join(_mark(others, source) for source in here)
+        tokens.append(
+            f"<span class='from {'whole' if whole else 'part'}' style='--c: {colors[0]}{several}' "
+            f"title='{escape(f'position {at}: {run.where[at]}')}'>{said}{marks}</span>"
+        )
+    places: dict[str, list[int]] = {}
+    for at, said in enumerate(run.where):
+        if said:
+            places.setdefault(said, []).append(at)
+    items = "".join(
+        f"<li>{'position' if len(at) == 1 else 'positions'} {_spanned(at)}: {escape(said)}</li>"
+        for said, at in places.items()
+    )
+    listed = f"<ul class='notes'>{items}</ul>" if items else ""
+    if len(places) > 6:
+        listed = f"<details><summary>{len(places)} different places</summary>{listed}</details>"
+    if not items:
+        listed = f"<p class='notes'>{escape(data.sources[0])} everywhere</p>"
+    return (
+        f"<div class='graft'><h4>{escape(name)} <small><code>{escape(run.rule)}</code></small></h4>"
+        f"<p class='tokens' data-strip='{escape(name)}'>{''.join(tokens)}</p>{listed}</div>"
+    )
+
+
+def _stripes(colors: Sequence[str]) -> list[str]:
+    """Colours side by side, tinted as one alone is, as stops of a gradient."""
+    width = 100 / len(colors)
+    return [
+        f"color-mix(in srgb, {color} 25%, transparent) {i * width:.0f}% {(i + 1) * width:.0f}%"
+        for i, color in enumerate(colors)
+    ]
+
+
+def _spanned(numbers: Sequence[int]) -> str:
+    spans: list[list[int]] = []
+    for number in numbers:
+        if spans and spans[-1][1] == number - 1:
+            spans[-1][1] = number
+        else:
+            spans.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in spans)
+
+
+def _tokens(data: DashboardData, chosen: int) -> str:
+    measures = [
+        (name, str(fact["title"]), name == "attribution" and not _attributed(data))
+        for name, fact in _MEASURES.items()
+    ]
+    return (
+        f"<div class='choices'>{_runs('tokens-run', data, chosen)}"
+        f"{_select('tokens-measure', 'Measure', measures, 'logprob')}</div>"
+        "<p class='legend' id='tokens-note'></p>"
+        "<div class='circuits view'><div id='tokens-legend'></div>"
+        "<div id='tokens-shown' aria-busy='true'></div></div>"
+        "<details><summary>The same as numbers</summary><div class='scroll' tabindex='0' "
+        "role='region' aria-label='Numbers of the tokens'><table id='tokens-table'></table></div>"
+        "</details>"
+    )
+
+
+def _lens(data: DashboardData, lens: _Lens, chosen: int) -> str:
+    kinds = [
+        (name, title, lens.target is None and name in _OF_ANSWER) for name, title in _KINDS.items()
+    ]
+    first = "kl_base" if lens.target is None else "logprob"
+    return (
+        "<p class='legend'>What the model would say if it stopped after a layer: the residual "
+        "stream there, through this run's final norm and unembedding. Bottom: the embeddings; "
+        "top: the output. The label is the most likely token. One colour scale for all runs.</p>"
+        f"<div class='choices'>{_runs('lens-run', data, chosen)}"
+        f"{_select('lens-value', 'Value', kinds, first)}</div>"
+        "<div id='lens-legend'></div><div class='scroll' id='lens-scroll' tabindex='0' "
+        "role='region' aria-label='Logit lens'>"
+        "<div id='lens-shown' role='img' aria-label='Heat map: layer by position' "
+        "aria-busy='true'></div></div>"
+    )
+
+
+def _rise(data: DashboardData, lens: _Lens) -> str:
+    if lens.target is None:
+        return "<p>The prompt has no answer, so there is nothing to rank.</p>"
+    target = page.visible(lens.target)
+    charts = [
+        page.Figure(
+            f"Rank of {target} at the last position, by layer (logarithmic; 1 on top)",
+            f"Lines of {', '.join(data.runs)}: the answer's rank after each layer.",
+            _by_layer(data, lens, "rank"),
+        ),
+        page.Figure(
+            f"Log-probability of {target} at the last position, by layer",
+            f"Lines of {', '.join(data.runs)}: the answer's log-probability after each layer.",
+            _by_layer(data, lens, "logprob"),
+        ),
+    ]
+    return f"<div class='pair'>{page.figures(charts, folder=Path())}</div>"
+
+
+def _by_layer(data: DashboardData, lens: _Lens, name: str) -> go.Figure:
+    figure = go.Figure()
+    for run, line in theme.graft_lines(data.runs).items():
+        figure.add_scatter(
+            x=lens.layers,
+            y=lens.numbers[run][name][:, -1].tolist(),
+            name=escape(run),
+            mode="lines+markers",
+            line={"color": line.color, "dash": line.dash, "width": 2},
+            marker={"symbol": line.marker, "size": 7},
+            hovertemplate="%{fullData.name}, layer %{x}: %{y:.4g}<extra></extra>",
+        )
+    figure.update_layout(
+        **theme.layout(theme.LIGHT),
+        height=380,
+        margin={"l": 60, "r": 12, "t": 48, "b": 50},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+    )
+    figure.update_xaxes(title="layers that have run", rangemode="tozero")
+    if name == "rank":
+        top = max(float(np.nanmax(lens.numbers[run][name][:, -1])) for run in data.runs)
+        # Decades only, and a little room beyond the first and the last.
+        figure.update_yaxes(
+            title="rank of the answer",
+            type="log",
+            dtick=1,
+            range=[np.log10(max(top, 10)) + 0.1, -0.1],
+        )
+    else:
+        figure.update_yaxes(title="log-probability (nats)")
+    return figure
+
+
+def _attention(data: DashboardData, chosen: int) -> str:
+    layers = np.shape(data.runs["PRE"].pattern)[0]
+    start = _start(data)
+    named = list(enumerate(data.runs))
+    panels = []
+    for side, a, b in (("left", chosen, None), ("right", chosen, 0)):
+        runs = [(str(i), name, False) for i, name in named]
+        minus = [("", "nothing", False), *runs]
+        panels.append(
+            f"<div class='panel' id='{side}'><div class='choices'>"
+            f"{_select(f'{side}-a', 'Show', runs, str(a))}"
+            f"{_select(f'{side}-b', 'minus', minus, '' if b is None else str(b))}</div>"
+            f"<div class='circuits'><div id='{side}-legend'></div><div class='heads' role='group' "
+            f"aria-label='Heads, {side}'></div><h3 class='shown-name' aria-live='polite'></h3>"
+            f"<div class='pattern' id='{side}-pattern' aria-busy='true'></div></div>"
+            f"<p class='notes most'></p></div>"
+        )
+    return (
+        "<p class='legend'>Row: the token that attends; column: the token attended to. Hover a "
+        "head to look, click to keep it. The view opens at the head whose attention from the last "
+        f"token differs most between PRE and SFT (L{start[0]}H{start[1]}).</p>"
+        "<div class='choices'>"
+        "<button type='button' id='layer-back' aria-label='Previous layer'>◀</button>"
+        f"{_select('layer', 'Layer', [(str(i), str(i), False) for i in range(layers)], start[0])}"
+        "<button type='button' id='layer-on' aria-label='Next layer'>▶</button></div>"
+        f"<div class='panels'>{''.join(panels)}</div>"
+    )
+
+
+def _start(data: DashboardData) -> tuple[int, int]:
+    """Layer and head where the last token attends most differently under PRE and SFT."""
+    pre, sft = (np.asarray(data.runs[name].pattern)[:, :, -1] for name in ("PRE", "SFT"))
+    apart = np.abs(sft - pre).sum(-1)
+    layer, head = np.unravel_index(int(apart.argmax()), apart.shape)
+    return int(layer), int(head)
+
+
+def _facts(data: DashboardData, lens: _Lens) -> dict[str, object]:
+    """All that the page's script needs, save the attention patterns."""
+    measures = {name: _measured(data, name) for name in _MEASURES}
+    words: dict[str, int] = {}
+    lenses = []
+    for run in data.runs:
+        k = lens.top_probs[run].shape[-1]
+        shape = (*lens.numbers[run]["rank"].shape, k)
+        ids = [words.setdefault(page.visible(t), len(words)) for ts in lens.top[run] for t in ts]
+        lenses.append(
+            {name: _short(values) for name, values in lens.numbers[run].items()}
+            | {
+                "rank": lens.numbers[run]["rank"].tolist(),
+                "top": np.array(ids).reshape(shape).tolist(),
+                "top_probs": _short(lens.top_probs[run]),
+            }
+        )
+    _, heads, _, _ = np.shape(data.runs["PRE"].pattern)
+    others = list(data.sources[1:])
+    return {
+        "tokens": [page.visible(token) for token in data.tokens],
+        "runs": list(data.runs),
+        "measures": {
+            name: _MEASURES[name] | _scale(values.values(), name == "attribution")
+            for name, values in measures.items()
+        },
+        "values": {
+            name: [_short(values[run]) if run in values else None for run in data.runs]
+            for name, values in measures.items()
+        },
+        "components": list(data.components),
+        "sources": [{"name": s, "color": theme.source_color(s)} for s in others],
+        "shares": [
+            [_short(np.asarray(run.shares[s])) if s in run.shares else None for s in others]
+            for run in data.runs.values()
+        ],
+        "lens": {
+            "layers": [lens.layer_name(layer) for layer in lens.layers],
+            "streams": [str(lens.streams[layer]) for layer in lens.layers],
+            "words": list(words),
+            "runs": lenses,
+            "kinds": {
+                name: {"title": title} | _lens_scale(lens, name) for name, title in _KINDS.items()
+            },
+        },
+        "heads": heads,
+        "start": _start(data),
+        "full": FULL,
+        "colors": {
+            "pattern": attention.PATTERN,
+            "negative": attention.NEGATIVE,
+            "positive": attention.POSITIVE,
+            "sequential": theme.SEQUENTIAL,
+            "diverging": theme.DIVERGING,
+        },
+    }
+
+
+def _measured(data: DashboardData, name: str) -> dict[str, np.ndarray]:
+    """Run -> a measure at each position; without the runs that lack it."""
+    if name == "logprob":
+        return {run: np.asarray(given.token_logprobs) for run, given in data.runs.items()}
+    if name == "attribution":
+        return {
+            run: np.asarray(given.attribution)
+            for run, given in data.runs.items()
+            if given.attribution is not None
+        }
+    other = "PRE" if name == "kl_base" else "SFT"
+    n = len(data.tokens)
+    found = {}
+    for run in data.runs:
+        part = data.divergence[(data.divergence["p"] == run) & (data.divergence["q"] == other)]
+        part = part.sort_values("position")
+        if run == other and part.empty:
+            found[run] = np.zeros(n)
+        elif part["position"].tolist() != list(range(n)):
+            raise ValueError(
+                f"the divergence table has {len(part)} rows of {run!r} from {other!r}; it must "
+                f"have one for each of {n} positions"
+            )
+        else:
+            found[run] = part["kl"].to_numpy(dtype=float)
+    return found
+
+
+def _attributed(data: DashboardData) -> bool:
+    return any(run.attribution is not None for run in data.runs.values())
+
+
+def _scale(values: Iterable[np.ndarray], symmetric: bool) -> dict[str, float]:
+    """The least and the greatest of all runs, with 0 between them or at an end."""
+    known = [value[np.isfinite(value)] for value in map(np.asarray, values)]
+    all_ = np.concatenate([*known, np.zeros(1)])
+    low, high = float(all_.min()), float(all_.max())
+    if symmetric:
+        high = max(high, -low)
+        low = -high
+    return {"low": low, "high": high}
+
+
+def _lens_scale(lens: _Lens, name: str) -> dict[str, object]:
+    if name == "top_prob":
+        return {"low": 0.0, "high": 1.0, "kind": "sequential"}
+    if name in ("diff_base", "diff_full"):
+        # One scale for both differences, so that they can be compared.
+        known = lens.numbers
+        both = [known[a]["logprob"] - known[b]["logprob"] for a in known for b in ("PRE", "SFT")]
+        return _scale(both, True) | {"kind": "diverging"}
+    values = [numbers[name] for numbers in lens.numbers.values()]
+    if name == "rank":
+        return {"low": 0.0, "high": _scale([np.log10(v) for v in values], False)["high"]} | {
+            "kind": "rank"
+        }
+    if name in ("kl_base", "kl_full"):
+        values = [numbers[kl] for numbers in lens.numbers.values() for kl in ("kl_base", "kl_full")]
+    return _scale(values, False) | {"kind": "sequential"}
+
+
+def _short(values: np.ndarray) -> object:
+    """Nested lists of five significant digits; what is not finite stays so."""
+    values = np.asarray(values, dtype=float)
+    known = np.isfinite(values) & (np.abs(values) > 1e-12)
+    size = np.floor(np.log10(np.abs(values), where=known, out=np.zeros_like(values)))
+    unit = 10.0 ** (4 - size)
+    # Dividing by a power of ten and not multiplying by its inverse: the shortest decimals.
+    return np.where(
+        known, np.round(values * unit) / unit, np.where(np.isnan(values), values, 0.0)
+    ).tolist()
+
+
+def _packed(pattern: np.ndarray) -> str:
+    """Base64 of [layer, head, lower triangle by rows] in little-endian 16-bit numbers."""
+    rows, columns = np.tril_indices(pattern.shape[-1])
+    lower = np.clip(np.asarray(pattern, dtype=np.float64)[:, :, rows, columns], 0, 1)
+    return base64.b64encode(np.round(lower * FULL).astype("<u2").tobytes()).decode()
+
+
+def _held(name: str, content: str, kind: str = "application/json") -> str:
+    return f"<script type='{kind}' id='{name}'>{content}</script>"
+
+
+def _runs(name: str, data: DashboardData, chosen: int) -> str:
+    return _select(name, "Run", [(str(i), run, False) for i, run in enumerate(data.runs)], chosen)
+
+
+def _select(name: str, label: str, options: Sequence[tuple[str, str, bool]], chosen: object) -> str:
+    """A choice: (value, what is read, whether it cannot be chosen)."""
+    items = "".join(
+        f"<option value='{escape(value)}'{' selected' if value == str(chosen) else ''}"
+        f"{' disabled' if off else ''}>{escape(said)}</option>"
+        for value, said, off in options
+    )
+    return f"<label>{escape(label)} <select id='{name}' autocomplete='off'>{items}</select></label>"
+
+
+def _written(value: float, form: str) -> str:
+    return "–" if np.isnan(value) else format(value, form).replace("-", "−")
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(map(repr, names)) or "none"
+
+
+_KEY = (
+    "<p class='legend'>In tokens, · is a space, ↵ a line break, → a tab. ✓ is the answer's first "
+    "token.</p>"
+)
+
+_MEASURES: dict[str, dict[str, object]] = {
+    "logprob": {
+        "title": "log-probability",
+        "unit": "nats",
+        "note": "Log-probability of each token given those before it. No colour: certain. The "
+        "first token has none.",
+    },
+    "kl_base": {
+        "title": "KL to PRE",
+        "unit": "nats",
+        "note": "KL(run ‖ PRE) of the distributions of what comes after each token.",
+    },
+    "kl_full": {
+        "title": "KL to SFT",
+        "unit": "nats",
+        "note": "KL(run ‖ SFT) of the distributions of what comes after each token.",
+    },
+    "attribution": {
+        "title": "attribution",
+        "unit": "logits",
+        "note": "What the attention of all layers moved from each position to the last one, as its "
+        "direct contribution to the answer's logit.",
+    },
+}
+
+_KINDS = {
+    "logprob": "log-probability of the answer (nats)",
+    "rank": "rank of the answer (logarithmic)",
+    "top_prob": "probability of the most likely token",
+    "kl_base": "KL to PRE at the same layer (nats)",
+    "kl_full": "KL to SFT at the same layer (nats)",
+    "diff_base": "log-probability of the answer, run − PRE (nats)",
+    "diff_full": "log-probability of the answer, run − SFT (nats)",
+}
+_OF_ANSWER = ("logprob", "rank", "diff_base", "diff_full")
+
+_STYLE = """
+main { max-width: 84rem; }
+.prompt { white-space: pre-wrap; overflow-wrap: anywhere; }
+.swatch { display: inline-block; width: .8em; height: .8em; margin-right: .4em;
+  border-radius: 2px; background: var(--c); }
+#outputs .guesses { min-width: 20rem; }
+.from { display: inline-block; max-width: 100%; line-height: 1.5; padding: .1rem .12rem;
+  margin-right: 2px; border-radius: 2px; font-weight: 600;
+  background-color: color-mix(in srgb, var(--c) 25%, transparent); }
+.whole { border-bottom: 3px solid var(--c); }
+.part { border-bottom: 3px dashed var(--c); }
+.from sup { line-height: 0; font-size: .7em; margin-left: .15em; }
+.graft { margin-bottom: .9rem; }
+.graft h4 small { margin-left: .5em; }
+.graft .notes { margin: .2rem 0 0; padding-left: 1.2rem; }
+.graft p.notes { padding-left: 0; }
+.choices { display: flex; flex-wrap: wrap; gap: .5rem 1rem; align-items: center;
+  margin: .5rem 0 .75rem; }
+.choices select, .choices button { font: inherit; color: var(--text); padding: .2rem .4rem;
+  background: var(--surface); border: 1px solid var(--muted); border-radius: 4px;
+  max-width: 100%; }
+.choices label { max-width: 100%; }
+.choices button { cursor: pointer; min-width: 2.2rem; }
+.choices button:disabled { opacity: .4; cursor: default; }
+:focus-visible { outline: 3px solid var(--sft); outline-offset: 1px; }
+#grid { border-collapse: separate; border-spacing: 1px; font-size: .75rem; }
+#grid th, #grid td { padding: 0 .15rem; text-align: center; border: 0; }
+#grid td { position: static; min-width: 1.6rem; height: 1.5rem; vertical-align: middle;
+  background-color: color-mix(in srgb, var(--grid) 35%, transparent); }
+#grid tbody th { padding-right: .6rem; font-weight: normal; vertical-align: middle; z-index: 1; }
+#grid thead th { vertical-align: bottom; font-weight: normal; position: static; }
+#grid thead span { writing-mode: vertical-rl; transform: rotate(180deg); max-height: 8rem;
+  overflow: hidden; }
+.scale { margin: 0 0 .75rem; max-width: 26rem; font-size: .85rem; }
+.scale .bar { height: .8rem; border: 1px solid var(--muted); }
+.scale .ends { display: flex; justify-content: space-between; }
+.circuits .scale .bar { border-color: #8a929b; }
+.view { margin-bottom: .75rem; }
+.colored-tokens { line-height: 2; padding-bottom: 0 !important; overflow-wrap: anywhere; }
+.pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr));
+  gap: 0 1.5rem; }
+.pair figure { min-width: 0; }
+.panels { display: grid; gap: 1.5rem;
+  grid-template-columns: repeat(auto-fit, minmax(min(100%, 30rem), 1fr)); }
+.panel { min-width: 0; }
+.heads { display: grid; grid-template-columns: repeat(auto-fill, minmax(4.4rem, 1fr)); gap: .3rem; }
+.head { padding: 2px; background: #fff; border: 2px solid #c4cad1; border-radius: 4px;
+  cursor: pointer; font: .75rem/1.2 system-ui, sans-serif; color: #1b1f24; }
+.head canvas { display: block; width: 100%; aspect-ratio: 1; image-rendering: pixelated; }
+.head[aria-pressed=true] { border-color: #1b1f24; font-weight: 700; }
+.panel h3 { margin: .75rem 0 .25rem; }
+.pattern { padding: 0 15px; overflow: hidden; }
+#lens-shown { min-width: 100%; }
+@media print { .choices, .heads { display: none; } }
+"""
+
+_SCRIPT = r"""
+(() => {
+const at = id => document.getElementById(id);
+const data = JSON.parse(at("dashboard-data").textContent);
+const {tokens, runs, lens, colors} = data;
+const n = tokens.length, cells = n * (n + 1) / 2;
+
+function made(tag, props = {}, ...inner) {
+  const element = Object.assign(document.createElement(tag), props);
+  element.append(...inner);
+  return element;
+}
+const clean = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+const short = (text, most) => [...text].length > most
+  ? [...text].slice(0, most - 1).join("") + "…" : text;
+function number(value, digits = 4) {
+  if (value === null || Number.isNaN(value)) return "–";
+  if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(1).replace("-", "−");
+  return String(+value.toPrecision(digits)).replace("-", "−");
+}
+// A gradient with what its ends (and its middle) stand for.
+function scale(place, title, stops, labels) {
+  const bar = made("div", {className: "bar"});
+  bar.style.background = `linear-gradient(to right in lab, ${stops.join(", ")})`;
+  const ends = labels.map(label => made("span", {textContent: label}));
+  place.replaceChildren(made("div", {className: "scale"}, made("div", {textContent: title}), bar,
+    made("div", {className: "ends"}, ...ends)));
+}
+const done = place => place.removeAttribute("aria-busy");
+
+// --- which components are grafted at each position ---
+function drawGrid() {
+  const shares = data.shares[at("grid-run").value];
+  const head = made("tr", {}, made("th", {scope: "col", textContent: "component"}),
+    ...tokens.map((token, i) => made("th", {scope: "col", title: `position ${i}`},
+      made("span", {textContent: short(token, 14)}))));
+  const rows = data.components.map((component, c) => {
+    const row = made("tr", {}, made("th", {scope: "row", textContent: component}));
+    for (let i = 0; i < n; i++) {
+      const here = data.sources.map((source, s) => ({...source, mark: s + 1,
+        share: shares[s] ? shares[s][c][i] : 0})).filter(source => source.share > 0);
+      const cell = made("td");
+      if (here.length) {
+        let low = 0;
+        const stops = here.map(({color, share}) => {
+          const from = low;
+          low += 100 * share;
+          return `color-mix(in srgb, ${color} 45%, transparent) ${from}% ${low}%`;
+        });
+        cell.style.backgroundImage =
+          `linear-gradient(to top, ${stops.join(", ")}, transparent ${low}%)`;
+        for (const {share, mark} of here) {
+          cell.append(share >= 1 ? "●" : String(Math.round(100 * share)));
+          if (data.sources.length > 1) cell.append(made("sup", {textContent: mark}));
+        }
+        cell.title = `${component} at position ${i}: ` + here.map(({name, share}) =>
+          share >= 1 ? name : `${name} in ${number(100 * share, 3)}% of the layers`).join(", ");
+      }
+      row.append(cell);
+    }
+    return row;
+  });
+  at("grid").replaceChildren(made("thead", {}, head), made("tbody", {}, ...rows));
+  done(at("grid"));
+}
+
+// --- tokens by a measure ---
+// CircuitsVis puts a token into the page as HTML. A word joiner, which has no width, keeps "<" and
+// "&" from beginning a tag or an entity there, and its tooltip shows the text as it is.
+const inert = token => token.replace(/[<&]/g, "$&\u2060");
+function drawTokens() {
+  const run = at("tokens-run").value, name = at("tokens-measure").value;
+  const {title, unit, note, low, high} = data.measures[name], values = data.values[name][run];
+  at("tokens-note").textContent = values ? note
+    : `This was not computed for ${runs[run]}; choose another run or measure.`;
+  const stops = [low < 0 ? colors.negative : null, "white", high > 0 ? colors.positive : null]
+    .filter(Boolean);
+  const ends = [low < 0 ? number(low, 3) : null, "0", high > 0 ? number(high, 3) : null]
+    .filter(Boolean);
+  scale(at("tokens-legend"), `${title} (${unit}), one scale for all runs`, stops, ends);
+  circuits(at("tokens-shown"), CircuitsVis.ColoredTokens, {
+    tokens: tokens.map(inert), values: values || tokens.map(() => null),
+    minValue: low || -1, maxValue: high || 1,
+    negativeColor: colors.negative, positiveColor: colors.positive, paddingBottom: 0,
+  });
+  const head = made("tr", {}, made("th", {scope: "col", textContent: "position"}),
+    made("th", {scope: "col", textContent: "token", className: "words"}),
+    made("th", {scope: "col", textContent: `${title} (${unit})`}));
+  at("tokens-table").replaceChildren(made("thead", {}, head), made("tbody", {},
+    ...tokens.map((textContent, i) => made("tr", {}, made("th", {scope: "row", textContent: i}),
+      made("td", {textContent, className: "words"}),
+      made("td", {textContent: number(values ? values[i] : null)})))));
+  done(at("tokens-shown"));
+}
+
+// --- logit lens ---
+function lensValues(run, kind) {
+  const of = lens.runs[run];
+  if (kind === "top_prob") return of.top_probs.map(row => row.map(probs => probs[0]));
+  if (kind === "rank") return of.rank.map(row => row.map(v => v === null ? null : Math.log10(v)));
+  if (!kind.startsWith("diff")) return of[kind];
+  const other = lens.runs[kind === "diff_base" ? 0 : 1].logprob;
+  return of.logprob.map((row, l) => row.map((v, i) =>
+    v === null || other[l][i] === null ? null : v - other[l][i]));
+}
+function lensHover(run, l, i, kind, value) {
+  const of = lens.runs[run], rank = of.rank[l][i];
+  const lines = [`position ${i} <b>${clean(tokens[i])}</b>, layer ${lens.layers[l]} ` +
+    `(${clean(lens.streams[l])})`];
+  if (rank !== null) lines.push(`answer: rank ${rank}, probability ${number(of.prob[l][i])}, ` +
+    `log-probability ${number(of.logprob[l][i])}`);
+  lines.push(`KL to PRE ${number(of.kl_base[l][i])}, to SFT ${number(of.kl_full[l][i])} nats`);
+  if (kind.startsWith("diff")) lines.push(`difference ${number(value)} nats`);
+  of.top[l][i].forEach((word, k) => lines.push(
+    `${k + 1}. <b>${clean(lens.words[word])}</b> ${number(of.top_probs[l][i][k])}`));
+  return lines.join("<br>");
+}
+let lensSeen = false;
+function drawLens() {
+  const run = +at("lens-run").value, name = at("lens-value").value;
+  const kind = lens.kinds[name], z = lensValues(run, name), scroll = at("lens-scroll");
+  const stops = kind.kind === "diverging" ? colors.diverging : colors.sequential;
+  const shown = kind.kind === "rank" ? [...stops].reverse() : stops;
+  const ends = kind.kind === "rank" ? ["1", number(10 ** kind.high)]
+    : kind.kind === "diverging" ? [number(kind.low, 3), "0", number(kind.high, 3)]
+    : [number(kind.low, 3), number(kind.high, 3)];
+  scale(at("lens-legend"), kind.title, shown, ends);
+  const width = Math.max(scroll.clientWidth, 130 + 22 * n), cell = (width - 130) / n;
+  const wide = width > scroll.clientWidth, place = at("lens-shown");
+  const room = Math.floor((cell - 6) / 7);
+  place.style.width = width + "px";
+  place.style.height = 130 + 24 * lens.layers.length + "px";
+  const of = lens.runs[run];
+  const trace = {type: "heatmap", z, x: tokens.map((_, i) => i),
+    y: lens.layers.map((_, l) => l), zmin: kind.low,
+    zmax: kind.high > kind.low ? kind.high : kind.low + 1,
+    colorscale: shown.map((color, i) => [i / (shown.length - 1), color]), showscale: false,
+    xgap: 1, ygap: 1, hoverinfo: "text",
+    hovertext: z.map((row, l) => row.map((v, i) => lensHover(run, l, i, name, v)))};
+  if (room >= 3) Object.assign(trace, {texttemplate: "%{text}", textfont: {size: 11},
+    text: of.top.map(row => row.map(words => clean(short(lens.words[words[0]], room))))});
+  const plain = {showgrid: false, zeroline: false, automargin: true, ticks: ""};
+  const layout = {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: {family: "system-ui, sans-serif", size: 12}, showlegend: false,
+    margin: {l: 20, r: 20, t: 6, b: 20},
+    hoverlabel: {align: "left"},
+    xaxis: {...plain, tickvals: trace.x, ticktext: tokens.map(t => clean(short(t, 14))),
+      tickangle: -60, range: [-.5, n - .5]},
+    yaxis: {...plain, side: wide ? "right" : "left", tickvals: trace.y, ticktext: lens.layers,
+      range: [-.5, lens.layers.length - .5], title: {text: "layers that have run", standoff: 10}}};
+  Plotly.react(place, [trace], layout, {...settings, displayModeBar: false}).then(() => {
+    drawn.add(place);
+    dress(place, false);
+    // The last token, where the answer would come, is what one looks at first.
+    if (!lensSeen) scroll.scrollLeft = scroll.scrollWidth;
+    lensSeen = true;
+    done(place);
+  });
+}
+
+// --- attention ---
+const unpacked = new Map();
+function pattern(run) {
+  if (!unpacked.has(run)) {
+    const text = atob(at("pattern-" + run).textContent), bytes = new Uint8Array(text.length);
+    for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
+    const view = new DataView(bytes.buffer), values = new Float32Array(bytes.length / 2);
+    for (let i = 0; i < values.length; i++) values[i] = view.getUint16(2 * i, true) / data.full;
+    unpacked.set(run, values);
+  }
+  return unpacked.get(run);
+}
+const apart = new Map();
+function farthest(a, b) {
+  const key = Math.min(a, b) + " " + Math.max(a, b);
+  if (!apart.has(key)) {
+    const p = pattern(a), q = pattern(b);
+    let most = 0;
+    for (let i = 0; i < p.length; i++) most = Math.max(most, Math.abs(p[i] - q[i]));
+    apart.set(key, most || 1);
+  }
+  return apart.get(key);
+}
+// 256 colours from white to a colour, mixed as CircuitsVis mixes them.
+const shades = new Map();
+function shade(color) {
+  if (!shades.has(color)) {
+    const canvas = made("canvas", {width: 256, height: 1}), pen = canvas.getContext("2d");
+    for (let i = 0; i < 256; i++) {
+      pen.fillStyle = `color-mix(in lab, ${color} ${i / 2.55}%, white)`;
+      pen.fillRect(i, 0, 1, 1);
+    }
+    shades.set(color, pen.getImageData(0, 0, 256, 1).data);
+  }
+  return shades.get(color);
+}
+let [layer, locked] = data.start, hovered = null;
+const panels = ["left", "right"].map(side => {
+  const root = at(side), group = root.querySelector(".heads");
+  const heads = Array.from({length: data.heads}, (_, h) => {
+    const canvas = made("canvas", {width: n, height: n});
+    const button = made("button", {type: "button", className: "head"}, canvas, made("span"));
+    button.addEventListener("click", () => { locked = h; hovered = null; drawHead(); });
+    button.addEventListener("mouseenter", () => { hovered = h; drawHead(); });
+    button.addEventListener("mouseleave", () => { hovered = null; drawHead(); });
+    group.append(button);
+    return {button, canvas};
+  });
+  return {side, root, heads, place: at(side + "-pattern"), legend: at(side + "-legend")};
+});
+function chosen(panel) {
+  const a = +at(panel.side + "-a").value, b = at(panel.side + "-b").value;
+  return {a, b: b === "" ? null : +b,
+    name: b === "" ? runs[a] : `${runs[a]} − ${runs[b]}`};
+}
+function head(view, h) {
+  const start = (layer * data.heads + h) * cells;
+  const p = pattern(view.a), q = view.b === null ? null : pattern(view.b);
+  return (query, key) => {
+    const i = start + query * (query + 1) / 2 + key;
+    return q ? p[i] - q[i] : p[i];
+  };
+}
+// Differences of both panels share one scale, whatever the layer.
+function limit() {
+  return Math.max(...panels.map(chosen).filter(v => v.b !== null).map(v => farthest(v.a, v.b)));
+}
+function drawAttention() {
+  at("layer").value = layer;
+  at("layer-back").disabled = layer === 0;
+  at("layer-on").disabled = layer === at("layer").options.length - 1;
+  const most = limit();
+  for (const panel of panels) {
+    const view = chosen(panel), signed = view.b !== null, top = signed ? most : 1;
+    const up = shade(signed ? colors.positive : colors.pattern), down = shade(colors.negative);
+    scale(panel.legend, `${view.name}: ${signed ? "difference of " : ""}attention`,
+      signed ? [colors.negative, "white", colors.positive] : ["white", colors.pattern],
+      signed ? [number(-top, 3), "0", number(top, 3)] : ["0", "1"]);
+    panel.heads.forEach(({button, canvas}, h) => {
+      const value = head(view, h), pen = canvas.getContext("2d"), image = pen.createImageData(n, n);
+      for (let query = 0; query < n; query++) for (let key = 0; key <= query; key++) {
+        const v = value(query, key), from = v < 0 ? down : up, to = 4 * (query * n + key);
+        const step = 4 * Math.min(255, Math.round(255 * Math.abs(v) / top));
+        for (let c = 0; c < 4; c++) image.data[to + c] = from[step + c];
+      }
+      pen.putImageData(image, 0, 0);
+      button.lastChild.textContent = `L${layer}H${h}`;
+    });
+  }
+  drawHead();
+}
+function drawHead() {
+  const h = hovered ?? locked, most = limit();
+  for (const panel of panels) {
+    const view = chosen(panel), signed = view.b !== null, top = signed ? most : 1;
+    const value = head(view, h), title = `L${layer}H${h}: ${view.name}`;
+    panel.heads.forEach(({button}, i) => button.setAttribute("aria-pressed", i === locked));
+    panel.root.querySelector(".shown-name").textContent = title;
+    circuits(panel.place, CircuitsVis.AttentionPattern, {
+      tokens, zoomed: true, minValue: -top, maxValue: top,
+      negativeColor: colors.negative, positiveColor: signed ? colors.positive : colors.pattern,
+      attention: tokens.map((_, query) => Array.from({length: query + 1},
+        (_, key) => +value(query, key).toFixed(4))),
+    });
+    const last = tokens.map((token, key) => ({token, key, v: value(n - 1, key)}))
+      .sort((a, b) => Math.abs(b.v) - Math.abs(a.v)).slice(0, 5);
+    panel.root.querySelector(".most").textContent = "Largest at the last token: " + last.map(
+      ({token, key, v}) => `${token} (${key}) ${v.toFixed(4).replace("-", "−")}`).join(", ");
+    done(panel.place);
+  }
+}
+
+const tasks = [drawTokens, drawLens, drawAttention, drawGrid];
+function drawNextView() {
+  const task = tasks.shift();
+  if (task) { task(); setTimeout(drawNextView); }
+}
+setTimeout(drawNextView);
+const on = (id, act) => at(id).addEventListener("change", act);
+for (const id of ["tokens-run", "tokens-measure"]) on(id, drawTokens);
+for (const id of ["lens-run", "lens-value"]) on(id, drawLens);
+for (const id of ["left-a", "left-b", "right-a", "right-b"]) on(id, drawAttention);
+on("grid-run", drawGrid);
+on("layer", () => { layer = +at("layer").value; drawAttention(); });
+at("layer-back").addEventListener("click", () => { layer -= 1; drawAttention(); });
+at("layer-on").addEventListener("click", () => { layer += 1; drawAttention(); });
+let resizing;
+addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout(drawLens, 200); });
+addEventListener("beforeprint", () => dress(at("lens-shown"), true));
+addEventListener("afterprint", () => dress(at("lens-shown"), false));
+})();
+"""

@@ -1,0 +1,236 @@
+"""Plots of sweeps over windows and groups of layers: a summary in, a figure out."""
+
+import html
+import re
+from dataclasses import replace
+from typing import Literal
+
+import pandas as pd
+import plotly.graph_objects as go
+
+from graftlens.components import layer_group
+from graftlens.graft import parse_layers
+from graftlens.viz import text, theme
+from graftlens.viz.heatmaps import heatmap
+
+_WINDOW = re.compile(r"(\d+)(?:-(\d+))?")
+
+#: Metrics of which less is better.
+_FALLING = ("rank",)
+
+
+def window_triangle(
+    summary: pd.DataFrame,
+    metric: str = "recovery",
+    *,
+    panel: str | None = None,
+    look: theme.Theme = theme.LIGHT,
+) -> go.Figure:
+    """`metric` of grafts of neighbouring layers: first layer (across) × last layer (up).
+
+    Single layers are the diagonal; the longer a window, the further from it. `panel` names a column
+    each of whose values (a span, a component) gets a panel of its own. Scales and marks are those
+    of `heatmap`. Grafts whose column `layer` is neither a layer (`5`) nor a range (`4-7`) are left
+    out; windows that were not run are blank.
+
+    Raises:
+        ValueError: an unknown metric or column, no window, or two grafts for one cell.
+    """
+    text.measure(summary, metric)
+    for column in ("layer", *([panel] if panel is not None else [])):
+        _check_column(summary, column)
+    ends = [_WINDOW.fullmatch(str(layer)) for layer in summary["layer"]]
+    rows = summary[[end is not None for end in ends]]
+    if rows.empty:
+        raise ValueError(
+            "no graft has a window of layers such as 5 or 4-7 in the column 'layer': "
+            f"it has {_listed(summary['layer'])}"
+        )
+    first = [int(end[1]) for end in ends if end is not None]
+    last = [int(end[2] or end[1]) for end in ends if end is not None]
+    rows = rows.assign(**{_FIRST: first, _LAST: last})
+    # Rows of a heat map keep their order and start at the top; here layers go up.
+    order = [_LAST]
+    if panel is not None:
+        rows, order = rows.assign(**{_PANEL: pd.factorize(rows[panel])[0]}), [_PANEL, _LAST]
+    rows = rows.sort_values(order, ascending=[name != _LAST for name in order], kind="stable")
+    figure = heatmap(rows, metric, x=_FIRST, y=_LAST, panel=panel, cross_not_run=False, look=look)
+    figure.update_yaxes(title_text=_LAST)
+    return figure
+
+
+#: What the axes and the hover text of a triangle call its columns.
+_FIRST, _LAST = "first layer", "last layer"
+_PANEL = "__panel"
+
+
+def size_curve(
+    summary: pd.DataFrame,
+    metric: str = "recovery",
+    *,
+    size: Literal["layers", "share"] = "layers",
+    series: str | None = None,
+    n_layers: int | None = None,
+    look: theme.Theme = theme.LIGHT,
+) -> go.Figure:
+    """`metric` against how many layers a graft has: how few are enough?
+
+    Every graft is a faint point; a solid line joins the best graft of each size, a dashed one their
+    mean. The best of many is better than it would be on other prompts; the interval in its hover
+    text does not know that it was chosen. Grafts without a value in `layer` or `series` are left
+    out, and so are the two grafts between which recovery is measured.
+
+    Args:
+        size: the number of layers, or their share of the model's.
+        series: a column (`span`, `component`, `source`) each of whose values gets its own lines.
+        n_layers: how many layers the model has; needed for shares and for groups such as
+            `upper_half`.
+
+    Raises:
+        ValueError: an unknown metric, size or column, groups without `n_layers`, layers that the
+            model lacks, several groups of prompts, or no graft to show.
+    """
+    facts = text.measure(summary, metric)
+    for column in ("layer", *([series] if series is not None else [])):
+        _check_column(summary, column)
+    if size not in ("layers", "share"):
+        raise ValueError(f"unknown size {size!r}; choose from 'layers', 'share'")
+    if size == "share" and n_layers is None:
+        raise ValueError("size='share' needs n_layers, the number of the model's layers")
+    rows = summary[summary["layer"].notna()].reset_index(drop=True)
+    if series is not None:
+        rows = rows[rows[series].notna()]
+    if {"base", "full"} <= set(rows.columns):
+        rows = rows[~(rows["graft"].eq(rows["base"]) | rows["graft"].eq(rows["full"]))]
+    rows = rows[rows[metric].notna()]
+    if rows.empty:
+        wanted = "'layer'" if series is None else f"'layer' and {series!r}"
+        raise ValueError(f"no graft has a value of {metric!r} and a value in {wanted}")
+    twice = rows[rows.duplicated(["graft", *([series] if series is not None else [])])]
+    if len(twice):
+        raise ValueError(
+            f"the summary has several rows for graft {twice['graft'].iloc[0]}: pass the rows of "
+            "one group of prompts, or name the groups' column as series"
+        )
+    counts = {str(layer): _count(str(layer), n_layers) for layer in dict.fromkeys(rows["layer"])}
+    over = n_layers if size == "share" and n_layers is not None else 1
+    rows = rows.assign(**{_SIZE: [counts[str(layer)] / over for layer in rows["layer"]]})
+    figure = go.Figure()
+    names = [None] if series is None else list(dict.fromkeys(rows[series]))
+    extreme = "lowest" if metric in _FALLING else "highest"
+    drawn = [
+        (name, _line(series, name, index), rows if name is None else rows[rows[series].eq(name)])
+        for index, name in enumerate(names)
+    ]
+    for name, line, part in drawn:
+        label = _label(name)
+        hover = [
+            f"{html.escape(graft)}<br>{said}"
+            for graft, said in zip(part["graft"], text.written_all(facts, part), strict=True)
+        ]
+        figure.add_scatter(
+            x=part[_SIZE].tolist(),
+            y=part[metric].tolist(),
+            mode="markers",
+            marker={"color": line.color, "symbol": line.marker, "size": 6, "opacity": 0.3},
+            customdata=hover,
+            hovertemplate="%{customdata}<extra></extra>",
+            name=f"{label}grafts",
+            legendgroup=label,
+            showlegend=False,
+        )
+    for name, line, part in drawn:
+        label = _label(name)
+        groups = part.groupby(_SIZE, sort=True)[metric]
+        chosen = part.loc[groups.idxmin() if metric in _FALLING else groups.idxmax()]
+        values = text.written_all(facts, chosen)
+        best = [
+            f"{extreme} of {n}: {html.escape(graft)}<br>{value}"
+            for n, graft, value in zip(groups.count(), chosen["graft"], values, strict=True)
+        ]
+        mean = [
+            f"{label}mean of {n}: {value:.3g}"
+            for n, value in zip(groups.count(), groups.mean(), strict=True)
+        ]
+        for what, heights, dash, hover in (
+            (extreme, chosen[metric], "solid", best),
+            ("mean", groups.mean(), "dash", mean),
+        ):
+            figure.add_scatter(
+                x=[float(at) for at in groups.mean().index],
+                y=heights.tolist(),
+                mode="lines+markers",
+                line={"color": line.color, "dash": dash, "width": 2},
+                marker={"symbol": line.marker + ("-open" if dash == "dash" else ""), "size": 8},
+                name=f"{label}{what}",
+                legendgroup=label,
+                customdata=hover,
+                hovertemplate="%{customdata}<extra></extra>",
+            )
+    entries = [2 * len(_label(name)) + 24 for name in names]
+    legend_rows = 1 + sum(entries) // 120
+    figure.update_layout(
+        **theme.layout(look),
+        height=430,
+        margin={"l": 60, "r": 16, "t": 26 + 22 * legend_rows, "b": 60},
+        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        hovermode="closest",
+    )
+    title = "layers in the graft" if size == "layers" else "share of the model's layers (%)"
+    figure.update_xaxes(title_text=f"{title}; faint points: each graft", zeroline=False)
+    figure.update_yaxes(title_text=html.escape(facts.axis))
+    if size == "share":
+        figure.update_xaxes(range=[0, 1.03], tickformat=".0%")
+    else:
+        most = max(counts.values())
+        figure.update_xaxes(
+            range=[0, 1.04 * most], tickformat=",d", dtick=1 if most <= 16 else None
+        )
+    if facts.share:
+        figure.update_yaxes(range=[-0.02, 1.02], tickformat=".0%")
+    return figure
+
+
+_SIZE = "__size"
+
+
+def _line(series: str | None, name: object, index: int) -> theme.Line:
+    """A series' own line; a source or a span has its colour, as everywhere."""
+    line = theme.series_line(index)
+    fixed = {"source": theme.source_color, "span": theme.span_color}
+    return replace(line, color=fixed[series](str(name))) if series in fixed else line
+
+
+def _label(name: object) -> str:
+    return "" if name is None else f"{html.escape(str(name))}: "
+
+
+def _count(layer: str, n_layers: int | None) -> int:
+    """How many layers a `layer` column's text names."""
+    items = parse_layers(layer)
+    groups = [item for item in items if isinstance(item, str)]
+    if groups and n_layers is None:
+        raise ValueError(
+            f"layer {layer!r} is a group: give n_layers, the number of the model's layers"
+        )
+    found = {item for item in items if isinstance(item, int)}
+    if n_layers is not None:
+        if found and max(found) >= n_layers:
+            raise ValueError(
+                f"layer {layer!r} goes beyond n_layers={n_layers}: layers are 0 to {n_layers - 1}"
+            )
+        for group in groups:
+            found.update(layer_group(group, n_layers))
+    return len(found)
+
+
+def _check_column(summary: pd.DataFrame, name: str) -> None:
+    if name not in summary.columns:
+        raise ValueError(
+            f"the summary has no column {name!r}; it has {_listed(summary.columns)}. The results "
+            "of a sweep's grid have it"
+        )
+
+
+def _listed(values: object) -> str:
+    return ", ".join(map(repr, map(str, dict.fromkeys(values))))  # type: ignore[call-overload]

@@ -1,0 +1,159 @@
+"""What a dashboard is made of, against Hugging Face's own numbers and against the mask, by hand."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tinybase import LAYERS, tiny_base
+from transformers import AutoModelForCausalLM
+
+from graftlens import Graft, GraftedTransformer, Prompt, dashboard, evaluate, lens
+from graftlens.prompts import Tokenized
+
+PROMPT = Prompt(
+    "News: {first_entity} to appear in a new movie with",
+    {"first_entity": "Ann Okafor"},
+    answer=" Bea",
+)
+GRAFTS = {
+    "FE": "sft @ first_entity",
+    "mixed": "sft @ last : o + mlp : upper_half | sft @ first_entity : q + o : 2,5 : 0,3"
+    " | sft @ bos : embed",
+}
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("pair")
+    return {name: str(tiny_base(root / name, seed=i)) for i, name in enumerate(("pre", "sft"))}
+
+
+@pytest.fixture(scope="module")
+def model(pair: dict[str, str]) -> GraftedTransformer:
+    return GraftedTransformer.from_pretrained(pair, device="cpu", verbose=False)
+
+
+def test_the_runs_are_those_of_hugging_face(
+    pair: dict[str, str], model: GraftedTransformer
+) -> None:
+    data = dashboard(model, PROMPT, GRAFTS).data
+    assert list(data.runs) == ["PRE", "SFT", "FE", "mixed"]
+    ids = model.to_tokens(PROMPT)
+    for name, source in (("PRE", "pre"), ("SFT", "sft")):
+        own = AutoModelForCausalLM.from_pretrained(pair[source], attn_implementation="eager")
+        with torch.no_grad():
+            out = own(ids, output_attentions=True)
+        run = data.runs[name]
+        patterns = torch.stack(out.attentions)[:, 0].numpy()
+        np.testing.assert_allclose(run.pattern, patterns, atol=1e-5)
+        logprobs = out.logits[0].log_softmax(-1)
+        expected = [float(logprobs[i, token]) for i, token in enumerate(ids[0, 1:])]
+        np.testing.assert_allclose(run.token_logprobs[1:], expected, atol=1e-4)
+        assert np.isnan(run.token_logprobs[0])
+    assert "".join(data.tokens).endswith(PROMPT.text)
+
+
+def test_shares_count_layers_and_heads(model: GraftedTransformer) -> None:
+    run = dashboard(model, PROMPT, GRAFTS).data.runs["mixed"]
+    mask = model.resolve(GRAFTS["mixed"], PROMPT)
+    for row, component in enumerate(model.arch.components):
+        outside = component in ("embed", "ln_final", "unembed")
+        layers = [None] if outside else list(range(LAYERS))
+        heads = range(model.arch.n_heads_of(component)) if component in ("q", "o") else [None]
+        by_hand = np.mean(
+            [mask.source_index(component, l, h)[0] == 1 for l in layers for h in heads], axis=0
+        )
+        np.testing.assert_allclose(run.shares["sft"][row], by_hand)
+        np.testing.assert_allclose(run.shares["pre"][row], 1 - by_hand)
+
+
+def test_where_says_it_in_words(model: GraftedTransformer) -> None:
+    runs = dashboard(model, PROMPT, GRAFTS).data.runs
+    spans = model.tokenized(PROMPT)[0].runs
+    (entity,) = spans["first_entity"]
+    fe, mixed = runs["FE"].where, runs["mixed"].where
+    assert {fe[i] for i in entity} == {"sft: all weights"}
+    assert {said for i, said in enumerate(fe) if i not in entity} == {""}
+    assert mixed[0] == "sft: embed"
+    assert {mixed[i] for i in entity} == {"sft: q o (heads 0,3) in layers 2,5"}
+    assert mixed[-1] == "sft: o mlp_in mlp_gate mlp_out in layers 4-7"
+    assert set(runs["PRE"].where) == {""}
+
+
+def test_attribution_is_what_the_heads_moved(model: GraftedTransformer) -> None:
+    data = dashboard(model, PROMPT, GRAFTS).data
+    table = lens.attribution(model, PROMPT, GRAFTS, by="head")
+    heads = table[table["part"] == "head"].groupby("graft")["contribution"].sum()
+    for name, run in data.runs.items():
+        assert run.attribution is not None
+        assert run.attribution.shape == (len(data.tokens),)
+        assert run.attribution.sum() == pytest.approx(heads[name], abs=1e-4)
+
+
+def test_grafts_that_are_pre_or_sft_are_not_shown_twice(model: GraftedTransformer) -> None:
+    given = {"nothing": "none", "FE": "sft @ first_entity", "everything": "sft @ all"}
+    assert list(dashboard(model, PROMPT, given).data.runs) == ["PRE", "SFT", "FE"]
+    with pytest.raises(ValueError, match=r"called SFT, which is the name of 'sft @ all' here"):
+        dashboard(model, PROMPT, {"SFT": "sft @ last"})
+
+
+def test_a_text_without_an_answer(model: GraftedTransformer) -> None:
+    data = dashboard(model, "A plain text", Graft.rule("sft", at="last")).data
+    assert data.answer is None
+    assert list(data.runs) == ["PRE", "SFT", "sft @ last"]
+    assert all(run.attribution is None for run in data.runs.values())
+    bare = dashboard(model, Tokenized.bare(model.to_tokens("A plain text")[0].tolist())).data
+    assert bare.text == data.text == "A plain text"
+
+
+def test_a_model_without_a_tokenizer(pair: dict[str, str]) -> None:
+    model = GraftedTransformer.from_pretrained(pair, device="cpu", verbose=False)
+    model.tokenizer = None
+    data = dashboard(model, Tokenized.bare([5, 6, 7]), "sft @ [1]").data
+    assert data.tokens == ["5", "6", "7"]
+    assert data.text == "5 6 7"
+
+
+def test_the_command_writes_the_page(pair: dict[str, str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "graftlens", "dashboard", "--pair", *pair.values()]
+    command += ["--prompt", PROMPT.template, "--field", "first_entity=Ann Okafor"]
+    command += ["--answer", " Bea", "--graft", "FE=sft @ first_entity", "--graft", "sft @ last : o"]
+    command += ["--title", "A title of its own", "--out", "page.html"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    page = (tmp_path / "page.html").read_text()
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "page.html")
+    assert "<title>A title of its own</title>" in page
+    assert "sft @ last : o" in page
+    assert "default-src &#x27;none&#x27;" in page, "it may load nothing"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--graft", "FE=sft @ title"], "no span 'title'"),
+        (["--field", "nonsense"], "--field 'nonsense': write NAME=VALUE"),
+    ],
+)
+def test_the_command_says_what_is_wrong(
+    pair: dict[str, str], tmp_path: Path, arguments: list[str], said: str
+) -> None:
+    command = [sys.executable, "-m", "graftlens", "dashboard", "--pair", *pair.values()]
+    command += ["--prompt", "{first_entity} sings", "--field", "first_entity=Ann", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_summary_has_the_numbers_of_evaluate(model: GraftedTransformer) -> None:
+    grafts = {"PRE": "none", "SFT": "sft @ all", **GRAFTS}
+    scored = evaluate(model, PROMPT, grafts, answers="first", progress=False)
+    table = dashboard(model, PROMPT, GRAFTS).data.lens
+    final = table[(table["layer"] == LAYERS) & (table["position"] == table["position"].max())]
+    assert final["graft"].tolist() == scored["graft"].tolist()
+    assert final["rank"].tolist() == scored["rank"].tolist()
+    np.testing.assert_allclose(final["logprob"], scored["logprob"].astype(float), atol=1e-4)

@@ -1,0 +1,622 @@
+"""Plots of lens tables: the numbers, labels and hover texts are those of the table."""
+
+import itertools
+import math
+import subprocess
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+from summaries import summary
+
+from graftlens import viz
+from graftlens.viz import lens, text, theme
+
+RULES = {"PRE": "none", "SFT": "sft @ all", "FE": "sft @ first_entity"}
+TOKENS = ("<b>", " a\n", "$x$")
+HOSTILE = "&lt;b&gt;"
+
+
+def traces(figure, kind):
+    return [trace for trace in figure.data if trace.type == kind]
+
+
+def heading(figure):
+    return figure.layout.annotations[0].text
+
+
+def streams(prompts=(0,), runs=RULES, layers=3, tokens=TOKENS, answer=" Ann"):
+    """A logit_lens table; each number is told by its place, so that a wrong cell is seen."""
+    rows = []
+    for prompt, (number, run), layer in itertools.product(prompts, enumerate(runs), range(layers)):
+        for position, token in enumerate(tokens):
+            rank = 10 ** (layers - 1 - layer) * (number + 1) + prompt
+            row = {"prompt": prompt, "graft": run, "rule": RULES[run], "layer": layer}
+            row |= {"stream": "final_post" if layer == layers - 1 else f"{layer}_pre"}
+            row |= {"position": position, "token": token, "target": answer, "target_id": 7}
+            row |= {"rank": rank, "prob": 1 / rank, "logprob": -math.log(rank) - position}
+            row |= {"entropy": 1.0 + layer, "kl_base": 0.5 * number, "kl_full": 0.25 * layer}
+            row |= {"top_tokens": [f"<{layer}>", "\n"], "top_probs": [0.5, 0.0123]}
+            rows.append(row)
+    table = pd.DataFrame(rows)
+    if answer is None:
+        table = table.assign(target=None, rank=pd.NA, prob=np.nan, logprob=np.nan)
+    return table.astype({"rank": "Int64"})
+
+
+def value_of(table, column, **where):
+    chosen = np.logical_and.reduce([table[name] == value for name, value in where.items()])
+    (found,) = table.loc[chosen, column]
+    return found
+
+
+# --- the logit lens --------------------------------------------------------------------------
+
+
+def test_cells_go_up_by_layer_and_across_by_token():
+    table = streams().sample(frac=1, random_state=0)  # the order of rows means nothing
+    (trace,) = traces(lens.lens_heatmap(table, "FE"), "heatmap")
+    for layer, position in itertools.product(range(3), range(3)):
+        expected = value_of(table, "logprob", graft="FE", layer=layer, position=position)
+        assert trace.z[layer][position] == expected
+
+
+def test_axes_name_layers_and_tokens_as_they_are():
+    figure = lens.lens_heatmap(streams(), "FE")
+    assert list(figure.layout.yaxis.ticktext) == ["embeddings", "1", "output"]
+    assert list(figure.layout.yaxis.range) == [-0.5, 2.5]
+    assert list(figure.layout.xaxis.ticktext) == ["&lt;b&gt;", "·a↵", "&#36;x&#36;"]
+    assert list(figure.layout.xaxis.tickvals) == [0, 1, 2]
+    assert heading(figure) == "FE: answer ·Ann"
+    assert figure.data[0].colorbar.title.text == "log-probability of the answer<br>(nats)"
+
+
+def test_repeated_tokens_keep_their_own_columns():
+    table = streams(tokens=("a", "a", "a"))
+    (trace,) = traces(lens.lens_heatmap(table, "PRE"), "heatmap")
+    assert [round(z - trace.z[0][0], 9) for z in trace.z[0]] == [0, -1, -2]
+
+
+def test_cells_are_labelled_with_the_likeliest_token_while_there_is_room():
+    (trace,) = traces(lens.lens_heatmap(streams(), "FE"), "heatmap")
+    assert [list(row) for row in trace.text] == [[f"&lt;{layer}&gt;"] * 3 for layer in range(3)]
+    assert trace.texttemplate == "%{text}"
+    crowded = streams(tokens=[f"t{i}" for i in range(40)])
+    (trace,) = traces(lens.lens_heatmap(crowded, "FE"), "heatmap")
+    assert trace.texttemplate is None
+
+
+def test_hover_has_the_place_the_value_the_answer_and_the_likeliest_tokens():
+    (trace,) = traces(lens.lens_heatmap(streams(), "FE"), "heatmap")
+    assert trace.customdata[1][0] == (
+        "after 1 layer, &lt;b&gt; at 0<br>log-probability of the answer: -3.40<br>"
+        "answer ·Ann: rank 30, 3.33%<br>1. &lt;1&gt; 50%<br>2. ↵ 1.23%"
+    )
+    (trace,) = traces(lens.lens_heatmap(streams(), "FE", value="rank"), "heatmap")
+    assert trace.customdata[2][1].startswith(
+        "after 2 layers, ·a↵ at 1<br>rank of the answer: 3<br>"
+    )
+
+
+def test_ranks_are_on_a_log_scale_darkest_at_one_and_shared_by_the_runs():
+    table = streams()
+    figures = [lens.lens_heatmap(table, run, value="rank").data[0] for run in RULES]
+    assert [row[0] for row in figures[0].z] == [2, 1, 0]
+    assert figures[2].z[0][0] == pytest.approx(math.log10(300))
+    assert {(f.zmin, f.zmax) for f in figures} == {(0, math.log10(300))}
+    assert [color for _, color in figures[0].colorscale] == list(theme.SEQUENTIAL[::-1])
+    assert list(figures[0].colorbar.ticktext) == ["1", "10", "100"]
+
+
+def test_the_difference_of_two_runs_is_signed():
+    table = streams()
+    (trace,) = traces(lens.lens_heatmap(table, "FE", minus="PRE"), "heatmap")
+    assert trace.z[1][2] == pytest.approx(-math.log(3))
+    assert -trace.zmin == trace.zmax == pytest.approx(math.log(3))
+    assert [color for _, color in trace.colorscale] == list(theme.DIVERGING)
+    assert "log-probability of the answer: -5.40 (PRE: -4.30)" in trace.customdata[1][2]
+    figure = lens.lens_heatmap(table, "FE", minus="PRE")
+    assert heading(figure) == "FE − PRE: answer ·Ann"
+
+
+def test_the_ratio_of_ranks_is_red_where_the_answer_is_higher_up():
+    (trace,) = traces(lens.lens_heatmap(streams(), "PRE", value="rank", minus="FE"), "heatmap")
+    assert trace.z[0][0] == pytest.approx(-math.log10(3))
+    assert trace.colorscale[0][1] == theme.DIVERGING[-1]
+
+
+def test_scales_of_the_other_values():
+    table = streams()
+    share = lens.lens_heatmap(table, "FE", value="prob").data[0]
+    assert (share.zmin, share.zmax, share.colorbar.tickformat) == (0, 1, ".0%")
+    nats = lens.lens_heatmap(table, "PRE", value="kl_base").data[0]
+    assert (nats.zmin, nats.zmax) == (0, 1)  # PRE's own are 0, FE's 1
+    # The embeddings' -ln 300 - 2 is outside of the scale of the layers.
+    fall = lens.lens_heatmap(table, "PRE").data[0]
+    assert (fall.zmin, fall.zmax) == (-math.log(30) - 2, 0)
+
+
+def test_streams_between_attention_and_mlp_have_their_rows():
+    table = streams(layers=4)
+    table["layer"] = table["layer"] / 2
+    table["stream"] = table["layer"].map({0: "0_pre", 0.5: "0_mid", 1: "1_pre", 1.5: "final_post"})
+    figure = lens.lens_heatmap(table, "PRE", value="entropy")
+    assert list(figure.layout.yaxis.ticktext) == ["embeddings", "0.5", "1", "output"]
+    assert [row[0] for row in figure.data[0].z] == [1, 2, 3, 4]
+    assert figure.data[0].customdata[1][0].startswith("after the first attention, &lt;b&gt;")
+    assert figure.data[0].customdata[3][0].startswith("after 1 layer and the next attention")
+
+
+def test_without_an_answer_what_needs_none_is_shown():
+    table = streams(answer=None)
+    figure = lens.lens_heatmap(table, "FE", value="kl_full")
+    assert [row[0] for row in figure.data[0].z] == [0, 0.25, 0.5]
+    assert "answer" not in figure.data[0].customdata[0][0]
+    assert heading(figure) == "FE"
+    with pytest.raises(
+        ValueError, match=r"prompt 0 has no answer, so it has no 'rank'. Show 'entr"
+    ):
+        lens.lens_heatmap(table, "FE", value="rank")
+
+
+def test_what_a_heat_map_of_the_lens_refuses():
+    table = streams(prompts=(0, 4))
+    with pytest.raises(ValueError, match=r"has the prompts 0, 4; say which with prompt="):
+        lens.lens_heatmap(table, "FE")
+    with pytest.raises(ValueError, match=r"no prompt 1; it has 0, 4"):
+        lens.lens_heatmap(table, "FE", prompt=1)
+    with pytest.raises(ValueError, match=r"no graft 'LT'; it has 'PRE', 'SFT', 'FE'"):
+        lens.lens_heatmap(table, "LT", prompt=0)
+    with pytest.raises(ValueError, match=r"no graft 'pre'; it has 'PRE'"):
+        lens.lens_heatmap(table, "FE", minus="pre", prompt=0)
+    with pytest.raises(ValueError, match=r"unknown value 'kl'; choose from 'logprob', 'prob'"):
+        lens.lens_heatmap(table, "FE", value="kl", prompt=0)
+    with pytest.raises(ValueError, match=r"no column 'layer'; .* table of lens.logit_lens"):
+        lens.lens_heatmap(table.drop(columns="layer"), "FE", prompt=0)
+    with pytest.raises(ValueError, match=r"several rows for graft FE, layer 0, position 0"):
+        lens.lens_heatmap(pd.concat([table, table]), "FE", prompt=0)
+    (trace,) = traces(lens.lens_heatmap(table, "FE", value="rank", prompt=4), "heatmap")
+    assert trace.z[2][0] == pytest.approx(math.log10(7))
+
+
+# --- the answer by layer -----------------------------------------------------------------------
+
+
+def test_a_line_for_each_run_has_the_rank_of_the_last_position():
+    table = streams()
+    figure = lens.answer_by_layer(table, "logprob")
+    assert [trace.name for trace in figure.data] == ["PRE", "SFT", "FE"]
+    for trace in figure.data:
+        expected = table[(table["graft"] == trace.name) & (table["position"] == 2)]
+        assert list(trace.x) == [0, 1, 2]
+        assert list(trace.y) == list(expected["logprob"])
+        assert trace.line.color == theme.graft_fill(trace.name).color
+    first = lens.answer_by_layer(table, "logprob", at=0)
+    assert first.data[0].y[2] == 0
+    assert first.data[0].y[2] - figure.data[0].y[2] == 2
+
+
+def test_ranks_have_one_at_the_top_of_a_log_axis():
+    axis = lens.answer_by_layer(streams()).layout.yaxis
+    assert axis.type == "log"
+    assert axis.range[0] > math.log10(300) > 0 > axis.range[1]
+    assert axis.title.text == "rank of the answer (1 = most likely)"
+
+
+def test_several_prompts_are_a_median_and_its_quartiles():
+    table = streams(prompts=(0, 1, 2, 7))
+    figure = lens.answer_by_layer(table)
+    lines = {t.name: t for t in figure.data if t.fill is None}
+    bands = {t.name: t for t in figure.data if t.fill is not None}
+    # Ranks of FE after all layers: 3, 4, 5 and 10.
+    assert lines["FE"].y[2] == 4.5
+    band = bands["FE: quartiles"]
+    assert dict(zip(band.x[:3], band.y[:3], strict=True))[2] == 6.25
+    assert dict(zip(band.x[3:], band.y[3:], strict=True))[2] == 3.75
+    assert lines["FE"].customdata[2] == (
+        "FE<br>after 2 layers<br>rank of the answer: median 4.5 [3.75, 6.25]"
+    )
+    assert "median of 4 prompts, band: quartiles" in figure.layout.yaxis.title.text
+    one = lens.answer_by_layer(table, prompts=[7])
+    assert one.data[2].y[2] == 10
+    assert "median" not in one.layout.yaxis.title.text
+
+
+def test_each_prompt_is_read_at_its_own_last_position():
+    short, long = streams(prompts=(0,), tokens=("a",)), streams(prompts=(1,))
+    figure = lens.answer_by_layer(pd.concat([short, long]), "logprob")
+    line = next(t for t in figure.data if t.name == "PRE")
+    assert line.y[2] == pytest.approx((0 + (-math.log(2) - 2)) / 2)
+    with pytest.raises(ValueError, match=r"at=2: prompt 0 has the positions 0 in the table"):
+        lens.answer_by_layer(pd.concat([short, long]), at=2)
+
+
+def test_prompts_without_an_answer_are_left_out_and_counted():
+    table = pd.concat([streams(prompts=(0,)), streams(prompts=(1,), answer=None)])
+    figure = lens.answer_by_layer(table)
+    assert figure.data[0].y[2] == 1
+    assert figure.layout.yaxis.title.text.endswith("1 without an answer left out")
+    with pytest.raises(ValueError, match=r"none of the prompts 1 has an answer, .* no 'rank'"):
+        lens.answer_by_layer(table, prompts=[1])
+    with pytest.raises(ValueError, match=r"no prompt 5; it has 0, 1"):
+        lens.answer_by_layer(table, prompts=[5])
+
+
+def test_lines_of_grafts_keep_their_colour_and_differ():
+    names = ["FE+LT", "(FE+LT)^C", *(f"graft {i}" for i in range(40))]
+    lines = theme.graft_lines(names)
+    assert lines["FE+LT"].color == lines["(FE+LT)^C"].color
+    assert (lines["FE+LT"].dash, lines["(FE+LT)^C"].dash) == ("solid", "dash")
+    assert all(lines[name].color == theme.graft_fill(name).color for name in names)
+    assert len(set(lines.values())) == len(names)
+
+
+# --- attribution -------------------------------------------------------------------------------
+
+
+def attributions(by, prompts=(0,), runs=("PRE", "SFT", "FE"), target=" Ann"):
+    """Two layers of two heads; run r of prompt p has r + p more in every part."""
+    rows = []
+    for prompt, (number, run) in itertools.product(prompts, enumerate(runs)):
+        parts = [("embed", None, None, None)]
+        for layer in range(2):
+            if by == "head":
+                parts += [("head", layer, 0, None), ("head", layer, 1, None)]
+            if by == "component":
+                parts += [("attn", layer, None, None)]
+            if by == "source":
+                parts += [("source", layer, None, p) for p in range(2)]
+            parts += [("layer" if by == "layer" else "mlp", layer, None, None)]
+        for index, (part, layer, head, source) in enumerate(parts):
+            row = {"prompt": prompt, "graft": run, "rule": run, "position": 5, "token": "x"}
+            row |= {"target": target, "against": None, "part": part, "layer": layer, "head": head}
+            row |= {"source_position": source}
+            row |= {"source_token": None if source is None else TOKENS[source]}
+            row |= {"contribution": (-1) ** index * index + number + prompt, "logit": 0.0}
+            rows.append(row)
+    whole = dict.fromkeys(("layer", "head", "source_position"), "Int64")
+    return pd.DataFrame(rows).astype(whole)
+
+
+def test_heads_are_cells_with_a_scale_that_all_runs_share():
+    # PRE's parts are embed 0; layer 0: heads -1, 2, mlp -3; layer 1: heads 4, -5, mlp 6.
+    table = attributions("head")
+    figures = {run: lens.attribution_heatmap(table, run) for run in ("PRE", "FE")}
+    assert [list(row) for row in figures["PRE"].data[0].z] == [[-1, 2], [4, -5]]
+    assert [list(row) for row in figures["FE"].data[0].z] == [[1, 4], [6, -3]]
+    for figure in figures.values():
+        assert (figure.data[0].zmin, figure.data[0].zmax) == (-6, 6)
+    assert figures["PRE"].data[0].customdata[1][0] == (
+        "layer 1, head 0<br>contribution to the answer's logit: 4.00"
+    )
+    assert heading(figures["PRE"]) == "PRE: direct contribution to the logit of ·Ann"
+
+
+def test_components_stand_side_by_side_and_runs_are_subtracted():
+    table = attributions("component")
+    (trace,) = lens.attribution_heatmap(table, "FE", minus="PRE").data
+    assert [list(row) for row in trace.z] == [[2, 2], [2, 2]]
+    assert trace.customdata[0][1].endswith("2.00<br>FE 4.00, PRE 2.00")
+    figure = lens.attribution_heatmap(table, "PRE")
+    assert list(figure.layout.xaxis.ticktext) == ["attn", "mlp"]
+    assert [list(row) for row in figure.data[0].z] == [[-1, 2], [-3, 4]]
+
+
+def test_sources_are_named_by_their_tokens():
+    figure = lens.attribution_heatmap(attributions("source"), "PRE")
+    assert list(figure.layout.xaxis.ticktext) == [HOSTILE, "·a↵"]
+    assert [list(row) for row in figure.data[0].z] == [[-1, 2], [4, -5]]
+    assert figure.data[0].customdata[0][0].startswith("layer 0, from &lt;b&gt; at 0<br>")
+    with pytest.raises(ValueError, match=r"source positions of the prompts 0, 1"):
+        lens.attribution_heatmap(attributions("source", prompts=(0, 1)), "PRE")
+
+
+def test_contributions_of_several_prompts_are_their_mean_and_say_so():
+    table = attributions("head", prompts=(0, 1, 5))
+    table.loc[table["prompt"] == 1, "target"] = "Bob"
+    figure = lens.attribution_heatmap(table, "PRE")
+    assert [list(row) for row in figure.data[0].z] == [[1, 4], [6, -3]]
+    assert heading(figure) == (
+        "PRE: direct contribution to the logit of the answer, mean of 3 prompts"
+    )
+    assert figure.data[0].customdata[0][0].endswith("mean of 3 prompts")
+    bars = lens.attribution_bars(table)
+    assert bars.layout.xaxis.title.text == (
+        "direct contribution to the logit of the answer, mean of 3 prompts (logits)"
+    )
+
+
+def test_bars_are_the_largest_parts_and_add_up():
+    table = attributions("head")
+    figure = lens.attribution_bars(table, top=3)
+    # The largest of any run: L1 mlp 8, L1H0 6, L1H1 -5.
+    assert list(figure.layout.yaxis.categoryarray) == [
+        *("L1 mlp", "L1H0", "L1H1", "the other 4 parts")
+    ]
+    assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]
+    by_run = {trace.name: trace for trace in figure.data}
+    assert list(by_run["PRE"].x) == [6, 4, -5, -2]
+    assert list(by_run["FE"].x) == [8, 6, -3, 6]
+    assert by_run["FE"].marker.color == theme.graft_fill("FE").color
+    for run, trace in by_run.items():
+        assert sum(trace.x) == table.loc[table["graft"] == run, "contribution"].sum()
+    assert [t.name for t in lens.attribution_bars(table, grafts=["FE"]).data] == ["FE"]
+
+
+def test_bars_by_source_take_the_layers_together():
+    figure = lens.attribution_bars(attributions("source"), grafts=["PRE"])
+    assert dict(zip(figure.data[0].y, figure.data[0].x, strict=True)) == {
+        "attention to &lt;b&gt; at 0": 3,
+        "attention to ·a↵ at 1": -3,
+        "mlp, all layers": 3,
+        "embed": 0,
+    }
+    layers = lens.attribution_bars(attributions("layer"), grafts=["PRE"])
+    assert list(layers.data[0].y) == ["L1", "L0", "embed"]
+
+
+def test_what_the_logit_is_held_against_is_said():
+    table = attributions("layer").assign(against="mean")
+    title = lens.attribution_bars(table).layout.xaxis.title.text
+    assert title == "direct contribution to the logit of ·Ann minus the mean logit (logits)"
+
+
+def test_what_attribution_plots_refuse():
+    with pytest.raises(ValueError, match=r"parts 'embed', 'layer': .*attribution_bars shows every"):
+        lens.attribution_heatmap(attributions("layer"), "PRE")
+    table = attributions("head")
+    with pytest.raises(ValueError, match=r"positions 5, 6 of prompt 0: pass the rows of one"):
+        lens.attribution_heatmap(pd.concat([table, table.assign(position=6)]), "PRE")
+    with pytest.raises(ValueError, match=r"no graft 'LT'; it has 'PRE', 'SFT', 'FE'"):
+        lens.attribution_bars(table, grafts=["LT"])
+    with pytest.raises(ValueError, match=r"top=0 shows no part"):
+        lens.attribution_bars(table, top=0)
+    with pytest.raises(ValueError, match=r"no contribution is known of the prompts 0: give them"):
+        lens.attribution_heatmap(table.assign(contribution=np.nan), "PRE")
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def weights(source="sft"):
+    rows = []
+    for component in ("embed", "q", "mlp_in", "unembed"):
+        for layer in [None] if "embed" in component else [0, 1]:
+            for part in ("weight", "bias") if component == "mlp_in" else ("weight",):
+                size = 0.1 * len(component) + (layer or 0) + (5 if part == "bias" else 0)
+                row = {"source": source, "base": "pre", "component": component, "layer": layer}
+                row |= {"part": part, "entries": 1000, "relative_frobenius": size}
+                rows.append(row | {"frobenius": 2 * size, "share_changed": 0.25})
+    return pd.DataFrame(rows).astype({"layer": "Int64"})
+
+
+def test_weights_by_component_and_layer_with_a_column_for_those_outside():
+    figure = lens.weight_heatmap(weights())
+    assert list(figure.layout.xaxis.ticktext) == ["0", "1", "–"]
+    # The first component is at the top, which is the last row.
+    assert list(figure.layout.yaxis.ticktext) == ["unembed", "mlp_in", "q", "embed"]
+    z = [list(row) for row in figure.data[0].z]
+    assert z[3] == [None, None, 0.5]
+    assert z[2] == pytest.approx([0.1, 1.1, None], nan_ok=True)
+    assert z[1][:2] == pytest.approx([0.6, 1.6])
+    assert (figure.data[0].zmin, figure.data[0].zmax) == pytest.approx((0, 1.6))
+    assert (
+        figure.data[0]
+        .customdata[1][0]
+        .startswith("mlp_in in layer 0: 1,000 entries<br>relative frobenius: 0.60")
+    )
+    assert heading(figure) == "sft − pre"
+
+
+def test_biases_are_asked_for():
+    figure = lens.weight_heatmap(weights(), "frobenius", part="bias")
+    assert [list(row) for row in figure.data[0].z] == [pytest.approx([11.2, 13.2])]
+    assert heading(figure) == "sft − pre, biases"
+    share = lens.weight_heatmap(weights(), "share_changed").data[0]
+    assert (share.zmax, share.z[2][0]) == (1, 0.25)
+
+
+def test_what_a_heat_map_of_weights_refuses():
+    with pytest.raises(ValueError, match=r"several pairs .*\(sft against pre, task against pre\)"):
+        lens.weight_heatmap(pd.concat([weights(), weights("task")]))
+    with pytest.raises(ValueError, match=r"unknown value 'norm'; choose from 'relative_frobenius'"):
+        lens.weight_heatmap(weights(), "norm")
+    with pytest.raises(ValueError, match=r"no column 'spectral'; it has 'source'"):
+        lens.weight_heatmap(weights(), "spectral")
+    plain = weights()
+    with pytest.raises(ValueError, match=r"no part 'bias'; it has 'weight'"):
+        lens.weight_heatmap(plain[plain["part"] == "weight"], part="bias")
+
+
+# --- differences -------------------------------------------------------------------------------
+
+
+def differences(prompts=(0,), heads=None, hook="hook_resid_post"):
+    rows = []
+    places = itertools.product(prompts, enumerate(RULES), range(2), range(heads or 1), range(3))
+    for prompt, (number, run), layer, head, position in places:
+        size = number * (1 + layer + 10 * head + position) / 100 + prompt
+        row = {"prompt": prompt, "graft": run, "rule": RULES[run], "layer": layer}
+        row |= {"head": None if heads is None else head, "position": position}
+        row |= {"token": TOKENS[position], "distance_base": size, "distance_full": 2 * size}
+        if hook is not None:
+            row |= {"hook": f"blocks.{layer}.{hook}", "relative_base": 3 * size}
+            row |= {"cosine_base": 1 - size}
+        rows.append(row)
+    return pd.DataFrame(rows).astype({"head": "Int64"})
+
+
+def test_activations_are_shown_by_layer_and_token():
+    figure = lens.difference_heatmap(differences(), "FE")
+    assert list(figure.layout.xaxis.ticktext) == [HOSTILE, "·a↵", "&#36;x&#36;"]
+    z = np.array(figure.data[0].z, dtype=float)
+    assert z == pytest.approx(np.array([[6, 12, 18], [12, 18, 24]]) / 100)
+    assert (figure.data[0].zmin, figure.data[0].zmax) == pytest.approx((0, 0.24))
+    assert heading(figure) == "FE: hook_resid_post"
+    same = lens.difference_heatmap(differences(), "SFT").data[0]
+    assert (same.zmax, same.z[1][2]) == pytest.approx((0.24, 0.12))
+    cosine = lens.difference_heatmap(differences(), "FE", "cosine_base").data[0]
+    assert (cosine.zmin, cosine.zmax) == pytest.approx((0.92, 1))
+    assert cosine.colorscale[0][1] == theme.SEQUENTIAL[-1]
+
+
+def test_patterns_are_shown_by_head_as_a_mean_over_positions():
+    table = differences(heads=2, hook=None)
+    figure = lens.difference_heatmap(table, "FE")
+    z = np.array(figure.data[0].z, dtype=float)
+    assert z == pytest.approx(np.array([[4, 24], [6, 26]]) / 100)
+    assert heading(figure) == "FE: attention pattern, mean of 3 positions"
+    last = lens.difference_heatmap(table, "FE", "distance_full", at=-1)
+    assert np.array(last.data[0].z, dtype=float) == pytest.approx(
+        np.array([[12, 52], [16, 56]]) / 100
+    )
+    assert heading(last) == "FE: attention pattern, &#36;x&#36; at 2"
+    two = lens.difference_heatmap(differences(prompts=(0, 1), heads=2, hook=None), "FE")
+    assert two.data[0].z[0][0] == pytest.approx(0.54)
+    assert heading(two).endswith("mean of 6 positions of 2 prompts")
+    one = lens.difference_heatmap(differences((0, 1), heads=2, hook=None), "FE", prompt=1)
+    assert one.data[0].z[0][0] == pytest.approx(1.04)
+
+
+def test_activations_of_heads_are_shown_by_head():
+    figure = lens.difference_heatmap(differences(heads=2, hook="attn.hook_z"), "FE")
+    assert list(figure.layout.xaxis.ticktext) == ["0", "1"]
+    assert figure.data[0].z[1][1] == pytest.approx(0.78)
+    assert heading(figure) == "FE: hook_z, mean of 3 positions"
+
+
+def test_what_a_heat_map_of_differences_refuses():
+    both = pd.concat([differences(), differences(hook="hook_mlp_out")])
+    with pytest.raises(ValueError, match=r"hooks 'hook_resid_post', 'hook_mlp_out'; pass the rows"):
+        lens.difference_heatmap(both, "FE")
+    with pytest.raises(ValueError, match=r"unknown value 'norm'; choose from 'distance_base'"):
+        lens.difference_heatmap(differences(heads=2, hook=None), "FE", "norm")
+    with pytest.raises(ValueError, match=r"prompts 0, 1; say which"):
+        lens.difference_heatmap(differences(prompts=(0, 1)), "FE")
+    outside = differences().assign(layer=pd.NA, hook="hook_embed")
+    with pytest.raises(ValueError, match=r"'hook_embed' is outside the layers"):
+        lens.difference_heatmap(outside, "FE")
+    with pytest.raises(ValueError, match=r"at=-4: prompt 0 has the positions 0, 1, 2"):
+        lens.difference_heatmap(differences(), "FE", at=-4)
+
+
+# --- patching and divergence -------------------------------------------------------------------
+
+
+def patches(**more):
+    strength = {"PRE": 0.0, "SFT": 1.0, "FE": 0.2, "FE (patched)": 0.3, "LT": 0.4}
+    strength |= {"LT (patched)": 0.9} | more
+    return summary({name: {} for name in strength}, strength)
+
+
+def test_a_point_for_each_graft_has_both_values_and_both_intervals():
+    table = patches(alone=0.5)
+    rows = table.set_index("graft")
+    diagonal, *points = lens.patching_scatter(table).data
+    assert list(diagonal.x) == list(diagonal.y)
+    assert [point.text[0] for point in points] == ["FE", "LT"]
+    for point in points:
+        name = point.text[0]
+        for axis, row in (("x", rows.loc[name]), ("y", rows.loc[f"{name} (patched)"])):
+            (value,) = point[axis]
+            error = point[f"error_{axis}"]
+            assert value == row["recovery"]
+            assert value + error.array[0] == pytest.approx(row["recovery_high"])
+            assert value - error.arrayminus[0] == pytest.approx(row["recovery_low"])
+        assert point.marker.color == theme.graft_fill(name).color
+    facts = text.measure(table, "recovery")
+    said = [text.written(facts, rows.loc[name]) for name in ("LT", "LT (patched)")]
+    assert points[1].customdata[0] == f"LT<br>grafting {said[0]}<br>patching {said[1]}"
+
+
+def test_axes_of_patching_are_equal_and_hold_all():
+    figure = lens.patching_scatter(patches(**{"X": 1.4, "X (patched)": -0.5}))
+    assert list(figure.layout.xaxis.range) == list(figure.layout.yaxis.range)
+    low, high = figure.layout.xaxis.range
+    assert low < -0.4
+    assert high > 1.3
+    assert "by grafting" in figure.layout.xaxis.title.text
+    assert "by patching" in figure.layout.yaxis.title.text
+
+
+def test_grafts_without_a_value_are_named_under_the_axis():
+    table = patches()
+    table.loc[table["graft"] == "FE (patched)", "recovery"] = np.nan
+    figure = lens.patching_scatter(table)
+    assert [point.text[0] for point in figure.data[1:]] == ["LT"]
+    assert figure.layout.xaxis.title.text.endswith("no value: FE")
+    with pytest.raises(ValueError, match=r"none of 'FE', 'LT' has a value of 'recovery' both"):
+        lens.patching_scatter(table.assign(recovery=np.nan))
+
+
+def test_labels_of_close_points_go_to_different_sides():
+    table = patches(**{"FE 2": 0.2, "FE 2 (patched)": 0.3})
+    points = {point.text[0]: point for point in lens.patching_scatter(table).data[1:]}
+    assert points["FE"].textposition != points["FE 2"].textposition
+
+
+def test_what_patching_scatter_refuses():
+    with pytest.raises(ValueError, match=r"no graft with its patch .*the table of lens.patching"):
+        lens.patching_scatter(summary({"PRE": {}, "SFT": {}}, {"PRE": 0.0, "SFT": 1.0}))
+    with pytest.raises(ValueError, match=r"several rows for graft PRE: .*rows of one group"):
+        lens.patching_scatter(pd.concat([patches(), patches()]))
+
+
+def divergences(prompts=(0,), runs=("PRE", "SFT", "FE")):
+    rows = [
+        {"prompt": prompt, "position": i, "token": TOKENS[i], "p": p, "q": q}
+        | {"kl": 10 * runs.index(p) + runs.index(q) + 0.1 * i + prompt}
+        for prompt in prompts
+        for p, q in itertools.permutations(runs, 2)
+        for i in range(3)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_divergence_has_a_panel_for_pre_and_sft_and_a_line_for_each_other_run():
+    figure = lens.divergence_lines(divergences())
+    found = {(trace.yaxis, trace.name): trace for trace in figure.data}
+    assert set(found) == {("y", "SFT"), ("y", "FE"), ("y2", "PRE"), ("y2", "FE")}
+    assert list(found["y", "FE"].y) == pytest.approx([20.0, 20.1, 20.2])
+    assert list(found["y2", "PRE"].y) == pytest.approx([1.0, 1.1, 1.2])
+    assert [trace.name for trace in figure.data if trace.showlegend] == ["SFT", "FE", "PRE"]
+    assert figure.layout.yaxis.title.text == "KL(run ‖ PRE)<br>(nats)"
+    assert list(figure.layout.xaxis2.ticktext) == [HOSTILE, "·a↵", "&#36;x&#36;"]
+    assert found["y", "FE"].customdata[0] == "&lt;b&gt; at 0<br>KL(FE ‖ PRE): 20 nats"
+    assert found["y", "FE"].line.color == found["y2", "FE"].line.color
+
+
+def test_divergence_from_a_run_that_is_named():
+    table = divergences(prompts=(0, 3))
+    figure = lens.divergence_lines(table, against=["FE"], prompt=3)
+    assert {trace.name: trace.y[0] for trace in figure.data} == {"PRE": 5, "SFT": 15}
+    with pytest.raises(ValueError, match=r"no divergence from 'LT'; it has 'PRE', 'SFT', 'FE'"):
+        lens.divergence_lines(table, against=["LT"], prompt=0)
+    with pytest.raises(ValueError, match=r"against is empty; name one or more of 'PRE'"):
+        lens.divergence_lines(table, against=[], prompt=0)
+    with pytest.raises(ValueError, match=r"prompts 0, 3; say which"):
+        lens.divergence_lines(table)
+
+
+# --- all of them -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("token", "shown"),
+    [(" a", "·a"), ("\n\t", "↵→"), ("", ""), ("\x00é", "\\u0000é"), ("<s>", "<s>"), (7, "7")],
+)
+def test_tokens_are_seen(token, shown):
+    assert lens.shown_token(token) == shown
+
+
+def test_every_name_of_the_package_is_there_and_text_needs_no_plotly():
+    assert viz.lens_heatmap is lens.lens_heatmap
+    for name in viz.__all__:
+        assert getattr(viz, name).__name__ == name
+        assert name in dir(viz)
+    with pytest.raises(AttributeError, match=r"'graftlens.viz' has no attribute 'pie'"):
+        _ = viz.pie
+    program = "import sys, graftlens.viz.text; print('plotly' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert said.stdout == "False\n"
