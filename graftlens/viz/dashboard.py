@@ -777,7 +777,8 @@ function drawGrid() {
         cell.style.backgroundImage =
           `linear-gradient(to top, ${stops.join(", ")}, transparent ${low}%)`;
         for (const {share, mark} of here) {
-          cell.append(share >= 1 ? "●" : String(Math.round(100 * share)));
+          cell.append(share >= 1 ? "●" : share < .01 ? "<1"
+            : String(Math.min(99, Math.round(100 * share))));
           if (data.sources.length > 1) cell.append(made("sup", {textContent: mark}));
         }
         cell.title = `${component} at position ${i}: ` + here.map(({name, share}) =>

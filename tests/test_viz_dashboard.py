@@ -1,0 +1,585 @@
+"""The dashboard and the attention view: numbers equal to what was given, in a browser offline."""
+
+import base64
+import itertools
+import json
+import re
+import struct
+import subprocess
+import sys
+import zlib
+from html import unescape
+
+import numpy as np
+import pandas as pd
+import pytest
+from browser import ask, chromium
+from test_report import Page
+
+from graftlens.viz import attention, page, theme
+from graftlens.viz.dashboard import FULL, Dashboard, DashboardData, Run, dashboard_page
+from graftlens.viz.screenshot import screenshot
+
+TOKENS = ("<bos>", "</script>", " <b>", "&amp;", "\n", " ", "🎬", " film")
+SHOWN = ["<bos>", "</script>", "·<b>", "&amp;", "↵", "·", "🎬", "·film"]
+N, LAYERS, HEADS = len(TOKENS), 3, 4
+COMPONENTS = ("embed", "q", "o", "unembed")
+NAMES = ("PRE", "SFT", "FE+LT", "mine <x>")
+RULES = ("none", "sft @ all", "sft @ first_entity + last", "sft @ [4] : q + o : upper_half")
+HOSTILE = "</script><img src=x onerror=complaints.push('ran')>"
+
+#: Keeps what the page writes to the console.
+LISTEN = """<script>const logged = [];
+for (const kind of ["error", "warn"]) console[kind] = (...said) => logged.push(said.join(" "));
+</script>"""
+SET = """const set = (id, value) => {
+  const place = document.getElementById(id);
+  place.value = value;
+  place.dispatchEvent(new Event("change")); return new Promise(done => setTimeout(done, 300)); };
+const rest = () => new Promise(done => setTimeout(done, 300));
+const words = place => document.querySelector(place).textContent;
+"""
+
+
+def patterns(seed):
+    raw = np.tril(np.random.default_rng(seed).random((LAYERS, HEADS, N, N)))
+    return (raw / raw.sum(-1, keepdims=True)).astype(np.float32)
+
+
+def shares(sft):
+    return {"pre": 1 - sft, "sft": sft}
+
+
+def lens_table(answer):
+    draw = np.random.default_rng(7)
+    rows = []
+    for name, layer, at in itertools.product(NAMES, range(LAYERS + 1), range(N)):
+        probs = np.sort(draw.dirichlet(np.ones(9)))[::-1][:5]
+        top = [*draw.permutation([*TOKENS, " Paris"])[:4].tolist(), HOSTILE]
+        rank = int(draw.integers(1, 5000))
+        row = {"prompt": 0, "graft": name, "rule": "", "layer": layer, "stream": f"{layer}_pre"}
+        row |= {"position": at, "token": TOKENS[at], "target": " Paris", "target_id": 5}
+        row |= {"rank": rank, "logprob": -np.log(rank + 1), "prob": 1 / (rank + 1), "entropy": 1.0}
+        row |= {"kl_base": draw.random(), "kl_full": draw.random()}
+        rows.append(row | {"top_tokens": top, "top_probs": probs.tolist()})
+    table = pd.DataFrame(rows)
+    if answer is None:
+        table[["target", "target_id", "rank", "prob", "logprob"]] = pd.NA
+    # Nothing may hang on the order of the rows.
+    return table.sample(frac=1, random_state=0)
+
+
+def make(answer=" Paris", **changed):
+    some = np.zeros((len(COMPONENTS), N))
+    ends = some.copy()
+    # As a sum over layers comes out: a little less than 1.
+    ends[:, [1, 7]] = sum([0.1] * 10)
+    some[1:3, 4] = 0.5
+    grafted = (some, np.ones_like(some), ends, some)
+    wheres = (
+        [""] * N,
+        ["sft: all"] * N,
+        ["sft: all" if i in (1, 7) else "" for i in range(N)],
+        ["sft: q o in layers 2" if i == 4 else "" for i in range(N)],
+    )
+    draw = np.random.default_rng(3)
+    runs = {}
+    for seed, name in enumerate(NAMES):
+        logprobs = np.r_[np.nan, -draw.random(N - 1)]
+        # The greatest of all runs, on the token that would end the script.
+        logprobs[1] = -8.0 if name == "SFT" else logprobs[1]
+        sft = grafted[seed] if seed else np.zeros_like(some)
+        moved = draw.normal(size=N) if name != "mine <x>" else None
+        where = wheres[seed]
+        runs[name] = Run(RULES[seed], patterns(seed), logprobs, moved, shares(sft), where)
+    divergence = pd.DataFrame(
+        {"prompt": 0, "position": at, "token": TOKENS[at], "p": p, "q": q, "kl": draw.random()}
+        for p, q in itertools.permutations(NAMES, 2)
+        for at in range(N)
+    )
+    values = {"title": "Films & <facts>", "text": "".join(TOKENS), "answer": answer}
+    values |= {"tokens": TOKENS, "components": COMPONENTS, "runs": runs}
+    values |= {"lens": lens_table(answer), "divergence": divergence, "sources": ("pre", "sft")}
+    return DashboardData(**(values | {"provenance": {"models": {"pre": "3f8a"}}} | changed))
+
+
+@pytest.fixture(scope="module")
+def data():
+    return make()
+
+
+@pytest.fixture(scope="module")
+def written(data, tmp_path_factory):
+    path = tmp_path_factory.mktemp("dashboard") / "deeper" / "page.html"
+    made = Dashboard(data)
+    assert made.save(path) == path
+    assert path.read_text(encoding="utf-8") == made.html
+    return path
+
+
+@pytest.fixture(scope="module")
+def answered(written, tmp_path_factory):
+    """Asks the page a script's question; what it complains of or logs is a failure."""
+    folder = tmp_path_factory.mktemp("probe")
+    heard = folder / "heard.html"
+    heard.write_text(
+        written.read_text(encoding="utf-8").replace("<title>", LISTEN + "<title>", 1), "utf-8"
+    )
+
+    def put(script):
+        asked = f"{SET} const found = await (async () => {{ {script} }})(); return [found, logged];"
+        (found, logged), complaints = ask(heard, asked, folder, width=1400)
+        assert complaints == []
+        assert logged == []
+        return found
+
+    return put
+
+
+def cell(data, run, layer, at):
+    table = data.lens
+    mine = (table["graft"] == run) & (table["layer"] == layer) & (table["position"] == at)
+    return table[mine].iloc[0]
+
+
+# --- the page as it is written ---------------------------------------------------------------
+
+
+def test_the_page_is_whole_and_says_what_came_out(written, data):
+    found = Page(written)
+    assert found.stack == []
+    assert [words for tag, words in found.headings if tag == "h2"] == [
+        "Which tokens are grafted",
+        "Tokens",
+        "Logit lens",
+        "Where does the answer come up",
+        "Attention",
+        "What was run and how",
+    ]
+    html = written.read_text(encoding="utf-8")
+    for run in NAMES:
+        last = cell(data, run, LAYERS, N - 1)
+        name = run.replace("<", "&lt;").replace(">", "&gt;")
+        for what, said in (
+            ("rank", f"{last['rank']}"),
+            ("prob", f"{last['prob']:.4f}"),
+            ("logprob", f"−{-last['logprob']:.3f}"),
+        ):
+            assert f"<td data-run='{name}' data-value='{what}'>{said}</td>" in html
+    words = "".join(found.words)
+    assert "Films & <facts>" in words
+    assert "sft @ [4] : q + o : upper_half" in words
+
+
+def test_a_notebook_shows_the_same_page(data):
+    made = Dashboard(data)
+    inside = re.search(r'srcdoc="([^"]*)" title="Films &amp; &lt;facts&gt;"', made._repr_html_())[1]
+    assert unescape(inside) == made.html
+
+
+def test_what_is_grafted_is_marked_and_in_words(written):
+    html = written.read_text(encoding="utf-8")
+    strips = dict(re.findall(r"data-strip='([^']+)'>(.*?)</p>", html))
+    assert re.findall(r"<span class='(\w+)", strips["PRE"]) == ["token"] * N
+    marks = re.findall(r"<span class='(token|from whole|from part)'", strips["FE+LT"])
+    assert [i for i, mark in enumerate(marks) if mark == "from whole"] == [1, 7]
+    partly = re.findall(r"<span class='(token|from whole|from part)'", strips["mine &lt;x&gt;"])
+    assert [i for i, mark in enumerate(partly) if mark != "token"] == [4]
+    assert partly[4] == "from part"
+    assert "title='position 4: sft: q o in layers 2'" in strips["mine &lt;x&gt;"]
+    assert f"--c: {theme.source_color('sft')}" in strips["FE+LT"]
+    words = "".join(Page(written).words)
+    assert "positions 1, 7: sft: all" in words
+    assert "positions 0–7: sft: all" in words
+    assert "pre everywhere" in words
+
+
+def test_patterns_are_packed_and_come_back(written, data):
+    html = written.read_text(encoding="utf-8")
+    rows, columns = np.tril_indices(N)
+    for i, run in enumerate(data.runs.values()):
+        packed = re.search(rf"id='pattern-{i}'>([^<]*)<", html)[1]
+        back = np.frombuffer(base64.b64decode(packed), dtype="<u2") / FULL
+        back = back.reshape(LAYERS, HEADS, -1)
+        assert np.abs(back - run.pattern[:, :, rows, columns]).max() <= 0.5 / FULL + 1e-7
+
+
+def test_scales_are_those_of_all_runs(written, data):
+    html = written.read_text(encoding="utf-8")
+    facts = json.loads(re.search(r"id='dashboard-data'>(.*?)</script>", html)[1])
+    assert facts["measures"]["logprob"]["low"] == -8.0
+    assert facts["measures"]["logprob"]["high"] == 0.0
+    most = max(abs(r.attribution).max() for r in data.runs.values() if r.attribution is not None)
+    drawn = facts["measures"]["attribution"]
+    assert (drawn["low"], drawn["high"]) == (-most, most)
+    ranks = data.lens["rank"].astype(float)
+    assert facts["lens"]["kinds"]["rank"]["high"] == pytest.approx(np.log10(ranks.max()))
+    assert facts["lens"]["kinds"]["kl_base"]["high"] == pytest.approx(
+        data.lens[["kl_base", "kl_full"]].to_numpy().max()
+    )
+    apart = [
+        abs(cell(data, a, layer, at)["logprob"] - cell(data, b, layer, at)["logprob"])
+        for a, b in itertools.product(NAMES, ("PRE", "SFT"))
+        for layer, at in itertools.product(range(LAYERS + 1), range(N))
+    ]
+    kinds = facts["lens"]["kinds"]
+    assert kinds["diff_base"]["high"] == kinds["diff_full"]["high"] == pytest.approx(max(apart))
+    assert kinds["diff_base"]["low"] == -kinds["diff_base"]["high"]
+
+
+def test_circuitsvis_is_inside_once_and_harmless(written):
+    html = written.read_text(encoding="utf-8")
+    assert html.count("createRoot(") == attention.circuitsvis_script().count("createRoot(") > 0
+    assert html.count("const CircuitsVis =") == 1
+    assert "sourceMappingURL=iife" not in html
+    assert "</script" not in attention.circuitsvis_script()
+
+
+def test_circuitsvis_itself_is_not_imported():
+    """Importing it would import torch; its own HTML would ask google.com whether there is a net."""
+    program = (
+        "import sys, numpy as np; from graftlens.viz.attention import attention_view; "
+        "attention_view(np.eye(2)[None], ['a', 'b'])._repr_html_(); "
+        "print(*sorted({'circuitsvis', 'torch', 'urllib.request'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() in ("", "urllib.request")
+
+
+# --- in a browser, without a network ---------------------------------------------------------
+
+
+def test_in_a_browser_everything_is_drawn_and_tokens_are_as_they_are(answered, data):
+    found = answered("""return {
+      busy: document.querySelectorAll("[aria-busy=true]").length,
+      tokens: [...document.querySelectorAll(".colored-tokens > span > span")].map(s => [
+        s.textContent, getComputedStyle(s).backgroundColor]),
+      foreign: document.querySelectorAll(".colored-tokens b, img").length,
+      low: words("#tokens-legend .ends span"),
+      table: [...document.querySelectorAll("#tokens-table tbody tr")].map(row =>
+        [...row.children].map(part => part.textContent)),
+      strip: [...document.querySelectorAll("[data-strip=PRE] > span")].map(s => s.textContent),
+      axis: [...document.querySelectorAll("#lens-shown .xtick text")].map(t => t.textContent),
+      layers: [...document.querySelectorAll("#lens-shown .ytick text")].map(t => t.textContent),
+      lines: document.querySelectorAll("#chart-0 .scatterlayer .trace").length,
+      ranks: Array.from(document.getElementById("chart-0").data[2].y),
+      shown: document.getElementById("tokens-run").selectedOptions[0].textContent,
+    };""")
+    assert found["busy"] == 0
+    assert [text.replace("\u2060", "") for text, _ in found["tokens"]] == SHOWN
+    assert found["foreign"] == 0
+    assert found["shown"] == "FE+LT"
+    assert found["low"] == "−8"
+    assert found["table"][0] == ["0", "<bos>", "–"]
+    logprob = data.runs["FE+LT"].token_logprobs[7]
+    assert float(found["table"][7][2].replace("−", "-")) == pytest.approx(logprob, rel=1e-3)
+    assert found["strip"] == SHOWN
+    assert found["axis"] == SHOWN
+    assert found["layers"] == ["0 embeddings", "1", "2", "3 output"]
+    assert found["lines"] == len(NAMES)
+    assert found["ranks"] == [
+        cell(data, "FE+LT", layer, N - 1)["rank"] for layer in range(LAYERS + 1)
+    ]
+
+
+def test_another_run_and_measure_colour_the_tokens_anew(answered, data):
+    found = answered("""const seen = [];
+    const look = () => seen.push({
+      colors: [...document.querySelectorAll(".colored-tokens > span > span")].map(s =>
+        getComputedStyle(s).backgroundColor),
+      ends: [...document.querySelectorAll("#tokens-legend .ends span")].map(s => s.textContent),
+      last: words("#tokens-table tr:last-child td:last-child"), note: words("#tokens-note")});
+    await set("tokens-run", "1"); look();
+    await set("tokens-measure", "kl_full"); look();
+    await set("tokens-run", "0"); look();
+    await set("tokens-measure", "attribution"); await set("tokens-run", "3"); look();
+    return seen;""")
+    sft, kl_self, kl, none = found
+    red, green, blue = (int(attention.NEGATIVE[i : i + 2], 16) for i in (1, 3, 5))
+    assert sft["colors"][1] == f"rgb({red}, {green}, {blue})"
+    assert sft["colors"][0] == "rgb(255, 255, 255)"
+    assert kl_self["last"] == "0"
+    table = data.divergence.query("p == 'PRE' and q == 'SFT' and position == 7")
+    assert float(kl["last"]) == pytest.approx(table["kl"].iloc[0], rel=1e-3)
+    assert kl["ends"][0] == "0"
+    assert none["note"].startswith("This was not computed for mine <x>")
+    assert none["last"] == "–"
+
+
+def test_the_lens_shows_the_top_five_on_hover(answered, data):
+    found = answered("""const place = document.getElementById("lens-shown"), seen = [];
+    const hover = async (layer, position) => {
+      Plotly.Fx.hover(place, {xval: position, yval: layer}); await rest();
+      return [...document.querySelectorAll("#lens-shown .hoverlayer .nums tspan")].map(
+        s => s.textContent).join("").replace(/\u200b/g, "");
+    };
+    seen.push(await hover(2, 7));
+    const zs = {};
+    for (const kind of ["rank", "top_prob", "kl_full", "diff_base"]) {
+      await set("lens-value", kind); zs[kind] = place.data[0].z[1][3];
+    }
+    await set("lens-run", "1"); await set("lens-value", "logprob");
+    return {seen, zs, other: place.data[0].z[1][3], images: document.querySelectorAll("img").length,
+      range: [place.data[0].zmin, place.data[0].zmax]};""")
+    here = cell(data, "FE+LT", 2, 7)
+    said = found["seen"][0]
+    assert "position 7 ·film, layer 2 (2_pre)" in said
+    assert f"answer: rank {here['rank']}, " in said
+    for k, (token, prob) in enumerate(zip(here["top_tokens"], here["top_probs"], strict=True), 1):
+        start = said.index(f"{k}. {page.visible(token)} ") + len(f"{k}. {page.visible(token)} ")
+        number = re.match(r"[\d.e−]+", said[start:])[0].rstrip(".").replace("−", "-")
+        # The next line's number follows without a break.
+        assert number.startswith(f"{prob:.3g}"[:4])
+    row = cell(data, "FE+LT", 1, 3)
+    assert found["zs"]["rank"] == pytest.approx(np.log10(row["rank"]))
+    assert found["zs"]["top_prob"] == pytest.approx(row["top_probs"][0], rel=1e-4)
+    assert found["zs"]["kl_full"] == pytest.approx(row["kl_full"], rel=1e-4)
+    base = cell(data, "PRE", 1, 3)["logprob"]
+    assert found["zs"]["diff_base"] == pytest.approx(row["logprob"] - base, abs=1e-3)
+    assert found["other"] == pytest.approx(cell(data, "SFT", 1, 3)["logprob"], rel=1e-4)
+    lowest = data.lens["logprob"].astype(float).min()
+    assert found["range"] == [pytest.approx(lowest), 0]
+    assert found["images"] == 0
+
+
+def test_heads_layers_and_differences(answered, data):
+    found = answered("""const seen = [], left = document.getElementById("left");
+    const look = () => seen.push({
+      titles: [words("#left .shown-name"), words("#right .shown-name")],
+      names: [...left.querySelectorAll(".head")].map(h => h.textContent),
+      pressed: [...document.querySelectorAll("#right .head")].findIndex(
+        h => h.ariaPressed === "true"),
+      picture: document.querySelector("#left-pattern canvas").toDataURL(),
+      given: ["left", "right"].map(s =>
+        document.getElementById(s + "-pattern").asked.props.attention),
+      ends: [...document.querySelectorAll("#right-legend .ends span")].map(s => s.textContent),
+      most: words("#right .most")});
+    look();
+    await set("layer", "2"); look();
+    left.querySelectorAll(".head")[3].click(); await rest(); look();
+    document.getElementById("layer-back").click(); await rest(); look();
+    await set("left-a", "1"); await set("right-a", "3"); await set("right-b", "1"); look();
+    return seen;""")
+    start, second, clicked, back, other = found
+    pre, sft, graft, mine = (data.runs[name].pattern for name in NAMES)
+    apart = np.abs(sft[:, :, -1] - pre[:, :, -1]).sum(-1)
+    layer, head = np.argwhere(apart == apart.max())[0]
+    assert start["titles"] == [f"L{layer}H{head}: FE+LT", f"L{layer}H{head}: FE+LT − PRE"]
+    assert second["names"] == ["L2H0", "L2H1", "L2H2", "L2H3"]
+    assert second["picture"] != start["picture"]
+    assert clicked["titles"] == ["L2H3: FE+LT", "L2H3: FE+LT − PRE"]
+    assert clicked["pressed"] == 3
+    assert clicked["picture"] != second["picture"]
+    assert back["titles"][0] == "L1H3: FE+LT"
+    for shot, at, right in ((clicked, (2, 3), graft - pre), (back, (1, 3), graft - pre)):
+        for query, row in enumerate(shot["given"][1]):
+            assert row == pytest.approx(right[at][query, : query + 1], abs=1e-4)
+        for query, row in enumerate(shot["given"][0]):
+            assert row == pytest.approx(graft[at][query, : query + 1], abs=1e-4)
+    # One scale for all layers of a difference.
+    limit = np.abs(np.tril(graft - pre)).max()
+    assert clicked["ends"] == back["ends"]
+    assert float(back["ends"][2]) == pytest.approx(limit, rel=5e-3)
+    assert other["titles"] == ["L1H3: SFT", "L1H3: mine <x> − SFT"]
+    last = (mine - sft)[1, 3, -1]
+    key = int(np.abs(last).argmax())
+    value = f"{last[key]:.4f}".replace("-", "−")
+    assert other["most"].startswith(f"Largest at the last token: {SHOWN[key]} ({key}) {value}")
+
+
+def test_the_grid_has_the_shares(answered):
+    found = answered("""await set("grid-run", "3");
+    return [...document.querySelectorAll("#grid tbody tr")].map(row =>
+      [...row.children].map(part => part.textContent || ""));""")
+    assert found[0] == ["embed"] + [""] * N
+    assert found[1] == ["q", "", "", "", "", "50", "", "", ""]
+    assert found[2] == ["o", "", "", "", "", "50", "", "", ""]
+
+
+def test_a_prompt_without_an_answer(tmp_path):
+    made = Dashboard(make(answer=None))
+    path = made.save(tmp_path / "page.html")
+    found, complaints = ask(
+        path,
+        SET
+        + """return {off: [...document.querySelectorAll("#lens-value option:disabled")].map(
+          o => o.value), value: document.getElementById("lens-value").value,
+          z: document.getElementById("lens-shown").data[0].z.length}""",
+        tmp_path,
+    )
+    assert complaints == []
+    assert found["off"] == ["logprob", "rank", "diff_base", "diff_full"]
+    assert found["value"] == "kl_base"
+    assert found["z"] == LAYERS + 1
+    assert "The prompt has no answer" in made.html
+
+
+def test_several_sources_have_numbers_besides_colours(data, tmp_path):
+    task = np.zeros((len(COMPONENTS), N))
+    task[:, 2] = 1
+    sft = np.zeros_like(task)
+    sft[1, 4], task[1, 4] = 0.5, 0.25
+    mixed = Run("x", patterns(9), np.zeros(N), None, {"sft": sft, "task": task}, ["x"] * N)
+    made = make(runs=dict(data.runs) | {"FE+LT": mixed}, sources=("pre", "sft", "task"))
+    path = Dashboard(made).save(tmp_path / "page.html")
+    strip = re.search(r"data-strip='FE\+LT'>(.*?)</p>", path.read_text(encoding="utf-8"))[1]
+    assert "·&lt;b&gt;<sup>2</sup></span>" in strip
+    assert "↵<sup>1</sup><sup>2</sup></span>" in strip
+    found, complaints = ask(
+        path,
+        SET
+        + """const cell = document.querySelectorAll("#grid tbody tr")[1].children[5];
+        return [cell.textContent, cell.title];""",
+        tmp_path,
+    )
+    assert complaints == []
+    assert found[0] == "501252"
+    assert found[1] == "q at position 4: sft in 50% of the layers, task in 25% of the layers"
+
+
+# --- attention in a notebook -----------------------------------------------------------------
+
+
+def test_the_attention_view_runs_in_a_notebooks_frame(tmp_path):
+    pattern = patterns(1)[0]
+    view = attention.attention_view(pattern, TOKENS, [f"L0H{h}" for h in range(HEADS)])
+    outer = tmp_path / "notebook.html"
+    outer.write_text(
+        f"<!DOCTYPE html><title>n</title><body>{view._repr_html_()}</body>",
+        "utf-8",
+    )
+    found, complaints = ask(
+        outer,
+        """const inside = document.querySelector("iframe").contentDocument;
+        const rest = () => new Promise(done => setTimeout(done, 300));
+        const large = () => [...inside.querySelectorAll("canvas")].at(-1).toDataURL();
+        const names = () => [...inside.querySelectorAll("h2, h3")].map(h => h.textContent);
+        const before = [names(), large()];
+        [...inside.querySelectorAll("h4")][2].closest("div[style*=padding]").click();
+        await rest();
+        return {before, after: [names(), large()],
+          heads: [...inside.querySelectorAll("h4")].map(h => h.textContent)};""",
+        tmp_path,
+    )
+    assert complaints == []
+    assert found["heads"] == ["L0H0", "L0H1", "L0H2", "L0H3"]
+    assert found["before"][0][1:] == ["L0H0 Zoomed", "L0H0"]
+    assert found["after"][0][1:] == ["L0H2 Zoomed", "L0H2"]
+    assert found["after"][1] != found["before"][1]
+
+
+def test_the_attention_view_has_the_numbers_and_a_fitting_scale():
+    def props(pattern):
+        html = attention.attention_view(pattern, TOKENS).html
+        start = html.index("CircuitsVis.AttentionHeads, {") + len("CircuitsVis.AttentionHeads, ")
+        return json.JSONDecoder().raw_decode(html[start:])[0], html
+
+    one, two = patterns(1)[0], patterns(2)[0]
+    given, html = props(one)
+    assert given["attention"][2][3] == pytest.approx(one[2, 3, :4], abs=1e-4)
+    assert given["tokens"] == SHOWN
+    assert given["attentionHeadNames"] == ["head 0", "head 1", "head 2", "head 3"]
+    assert (given["minValue"], given["maxValue"]) == (-1.0, 1.0)
+    assert "from 0 to 1" in html
+    given, html = props(one - two)
+    limit = np.abs(np.tril(one - two)).max()
+    assert (-given["minValue"], given["maxValue"]) == pytest.approx((limit, limit))
+    assert given["positiveColor"] == attention.POSITIVE
+    assert f"from −{limit:.2g} (blue) to {limit:.2g} (red)" in html
+
+
+def test_a_view_of_the_wrong_shape_names_the_fix():
+    with pytest.raises(ValueError, match=r"shape \(3, 4, 8, 8\).*\[head, 8, 8\] for 8 tokens"):
+        attention.attention_view(patterns(0), TOKENS)
+    with pytest.raises(ValueError, match="2 names for 4 heads; give one name a head"):
+        attention.attention_view(patterns(0)[0], TOKENS, ["a", "b"])
+    with pytest.raises(ValueError, match="not finite"):
+        attention.attention_view(np.full((1, 2, 2), np.nan), ["a", "b"])
+
+
+def test_without_circuitsvis_the_fix_is_named(monkeypatch, data):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match="pip install circuitsvis"):
+        dashboard_page(data)
+
+
+# --- what cannot be shown --------------------------------------------------------------------
+
+
+def test_data_that_do_not_go_together_name_the_value(data):
+    runs = dict(data.runs)
+    with pytest.raises(ValueError, match=r"runs are 'SFT', 'PRE'; the first two must be 'PRE'"):
+        make(runs={"SFT": runs["SFT"], "PRE": runs["PRE"]})
+    with pytest.raises(ValueError, match=r"'PRE': pattern has shape .*the prompt has 7 tokens"):
+        make(tokens=TOKENS[:-1])
+    with pytest.raises(
+        ValueError, match=r"'PRE': shares\['pre'\] has shape \(4, 8\).*1 components"
+    ):
+        make(components=("q",))
+    with pytest.raises(ValueError, match=r"'PRE': shares of source 'pre'; the sources are 'x'"):
+        make(sources=("x",))
+    short = Run("x", runs["PRE"].pattern, np.zeros(3), None, {}, [""] * N)
+    with pytest.raises(ValueError, match=r"'a': token_logprobs has shape \(3,\).*\(8,\)"):
+        make(runs=runs | {"a": short})
+    logits = Run("x", runs["PRE"].pattern * 5, np.zeros(N), None, {}, [""] * N)
+    with pytest.raises(ValueError, match=r"'a': pattern goes from 0 to 5.*softmax"):
+        make(runs=runs | {"a": logits})
+
+
+def test_tables_that_lack_rows_name_the_run(data):
+    part = data.lens[(data.lens["graft"] != "SFT") | (data.lens["position"] != 2)]
+    with pytest.raises(ValueError, match=r"28 rows of run 'SFT'.*4 layers and 8 positions.*'all'"):
+        dashboard_page(make(lens=part))
+    two = data.lens.assign(prompt=np.arange(len(data.lens)) % 2)
+    with pytest.raises(ValueError, match="2 prompts; give the rows of one"):
+        dashboard_page(make(lens=two))
+    gone = data.divergence.query("p != 'FE+LT'")
+    with pytest.raises(ValueError, match=r"0 rows of 'FE\+LT' from 'PRE'"):
+        dashboard_page(make(divergence=gone))
+
+
+# --- pictures --------------------------------------------------------------------------------
+
+
+def picture(path):
+    """Width, height and the first pixel of a PNG."""
+    content = path.read_bytes()
+    width, height = struct.unpack(">II", content[16:24])
+    packed, at = b"", 8
+    while at < len(content):
+        (size,) = struct.unpack(">I", content[at : at + 4])
+        if content[at + 4 : at + 8] == b"IDAT":
+            packed += content[at + 8 : at + 8 + size]
+        at += size + 12
+    # After the first row's filter byte; every filter leaves the first pixel as it is.
+    return width, height, tuple(zlib.decompress(packed)[1:4])
+
+
+def rgb(color):
+    return tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def test_a_picture_of_the_page(written, data, tmp_path, monkeypatch):
+    pytest.importorskip("choreographer")
+    monkeypatch.setenv("BROWSER_PATH", chromium())
+    one = screenshot(written, tmp_path / "one.png", width=500, height=300, scale=2)
+    assert picture(one) == (1000, 600, rgb(theme.LIGHT.surface))
+    whole = Dashboard(data).save_image(tmp_path / "two.png", width=900, scale=1, dark=True)
+    width, height, ground = picture(whole)
+    assert width == 900
+    assert height > 2000
+    assert ground == rgb(theme.DARK.surface)
+    with pytest.raises(ValueError, match=r"up to 16384 a side: give height= or a smaller scale="):
+        screenshot(written, tmp_path / "three.png", width=900, scale=20)
+    assert not (tmp_path / "three.png").exists()
+
+
+def test_a_picture_that_cannot_be_taken_names_the_fix(written, tmp_path, monkeypatch):
+    with pytest.raises(FileNotFoundError, match=r"there is no page '.*none\.html'; save it first"):
+        screenshot(tmp_path / "none.html", tmp_path / "a.png")
+    with pytest.raises(ValueError, match="width=0; it must be greater than 0"):
+        screenshot(written, tmp_path / "a.png", width=0)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RuntimeError, match=r"pip install 'graftlens\[plots\]'"):
+        screenshot(written, tmp_path / "a.png")
