@@ -248,7 +248,11 @@ def test_lines_of_grafts_keep_their_colour_and_differ():
     lines = theme.graft_lines(names)
     assert lines["FE+LT"].color == lines["(FE+LT)^C"].color
     assert (lines["FE+LT"].dash, lines["(FE+LT)^C"].dash) == ("solid", "dash")
-    assert all(lines[name].color == theme.graft_fill(name).color for name in names)
+    fills = theme.graft_fills(names)
+    assert all(lines[name].color == fills[name].color for name in names)
+    few = ["PRE", "SFT", "heads", "LT: o + mlp upper", "FE+LT", "one more"]
+    assert len({fill.color for fill in theme.graft_fills(few).values()}) == 6, "none twice"
+    assert all(theme.graft_fills(few)[name] == theme.graft_fill(name) for name in few[:2])
     assert len(set(lines.values())) == len(names)
 
 

@@ -180,7 +180,8 @@ def _fills(grafts: list[str], series: int | None) -> tuple[str, str] | tuple[lis
     if series is not None:
         fill = theme.series_fill(series)
         return fill.color, fill.pattern
-    fills = [theme.graft_fill(graft) for graft in grafts]
+    known = theme.graft_fills(grafts)
+    fills = [known[graft] for graft in grafts]
     return [fill.color for fill in fills], [fill.pattern for fill in fills]
 
 

@@ -205,6 +205,7 @@ class _Lens:
 
 def _header(data: DashboardData, lens: _Lens) -> str:
     rows = []
+    fills = theme.graft_fills(data.runs)
     for name, run in data.runs.items():
         guesses = _guesses(lens.top[name][-1], lens.top_probs[name][-1, -1], lens.target)
         numbers = "".join(
@@ -215,7 +216,7 @@ def _header(data: DashboardData, lens: _Lens) -> str:
                 ("logprob", _written(lens.last(name, "logprob"), ".3f")),
             )
         )
-        color = theme.graft_fill(name).color
+        color = fills[name].color
         rows.append(
             f"<tr><th scope='row'><span class='swatch' style='--c: {color}'></span>"
             f"{escape(name)}</th><td class='text'><code>{escape(run.rule)}</code></td>{numbers}"
@@ -565,6 +566,16 @@ def _scale(values: Iterable[np.ndarray], symmetric: bool) -> dict[str, float]:
     return {"low": low, "high": high}
 
 
+def _after_embeddings(values: Sequence[np.ndarray], symmetric: bool) -> dict[str, object]:
+    """A scale over the layers' rows, and whether the embeddings' own row goes beyond it.
+
+    Log-probabilities of the bare embeddings are so low that they would take the whole scale.
+    """
+    kept = [value[1:] if len(value) > 1 else value for value in values]
+    scale, whole = _scale(kept, symmetric), _scale(values, symmetric)
+    return {**scale, "beyond": whole != scale}
+
+
 def _lens_scale(lens: _Lens, name: str) -> dict[str, object]:
     if name == "top_prob":
         return {"low": 0.0, "high": 1.0, "kind": "sequential"}
@@ -572,8 +583,10 @@ def _lens_scale(lens: _Lens, name: str) -> dict[str, object]:
         # One scale for both differences, so that they can be compared.
         known = lens.numbers
         both = [known[a]["logprob"] - known[b]["logprob"] for a in known for b in ("PRE", "SFT")]
-        return _scale(both, True) | {"kind": "diverging"}
+        return _after_embeddings(both, True) | {"kind": "diverging"}
     values = [numbers[name] for numbers in lens.numbers.values()]
+    if name == "logprob":
+        return _after_embeddings(values, False) | {"kind": "sequential"}
     if name == "rank":
         return {"low": 0.0, "high": _scale([np.log10(v) for v in values], False)["high"]} | {
             "kind": "rank"
@@ -852,6 +865,8 @@ function drawLens() {
   const ends = kind.kind === "rank" ? ["1", number(10 ** kind.high)]
     : kind.kind === "diverging" ? [number(kind.low, 3), "0", number(kind.high, 3)]
     : [number(kind.low, 3), number(kind.high, 3)];
+  if (kind.beyond) ends[0] = "\u2264 " + ends[0];
+  if (kind.beyond && kind.kind === "diverging") ends[2] = "\u2265 " + ends[2];
   scale(at("lens-legend"), kind.title, shown, ends);
   const width = Math.max(scroll.clientWidth, 130 + 22 * n), cell = (width - 130) / n;
   const wide = width > scroll.clientWidth, place = at("lens-shown");

@@ -377,10 +377,9 @@ def attribution_bars(
     shown, rest = list(largest[:top]), list(largest[top:])
     bars = [*shown, *([f"the other {len(rest)} parts"] if rest else [])]
     figure = go.Figure()
-    for name in names:
+    for name, fill in theme.graft_fills(names).items():
         values = [float(frame.loc[part, name]) for part in shown]
         values += [float(frame.loc[rest, name].sum())] if rest else []
-        fill = theme.graft_fill(name)
         figure.add_bar(
             name=_escaped(name),
             orientation="h",

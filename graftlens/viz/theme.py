@@ -83,14 +83,31 @@ def graft_fill(name: str) -> Fill:
     return Fill(*_GRAFTS.get(name, _stable(name)))
 
 
+def graft_fills(names: Iterable[str]) -> dict[str, Fill]:
+    """A fill for each graft of one view: `graft_fill`, but no colour twice while there are others.
+
+    Only names that are not known here give way, the later to the earlier.
+    """
+    names = list(dict.fromkeys(names))
+    fills = {name: graft_fill(name) for name in names if name in _GRAFTS}
+    for name in names:
+        if name in fills:
+            continue
+        fill, taken = graft_fill(name), {other.color for other in fills.values()}
+        start = PALETTE.index(fill.color)
+        turns = (*PALETTE[start:], *PALETTE[:start])
+        color = next((color for color in turns if color not in taken), fill.color)
+        fills[name] = Fill(color, fill.pattern)
+    return {name: fills[name] for name in names}
+
+
 def graft_lines(names: Iterable[str]) -> dict[str, Line]:
-    """A line for each graft, in its fixed colour; one whose bars are hatched is dashed.
+    """A line for each graft, in the colour of `graft_fills`; one whose bars are hatched is dashed.
 
     The marker follows the colour. Of grafts with one colour and dash, the later ones get others.
     """
     lines: dict[str, Line] = {}
-    for name in names:
-        fill = graft_fill(name)
+    for name, fill in graft_fills(names).items():
         color, dash = PALETTE.index(fill.color), DASHES[PATTERNS.index(fill.pattern)]
         turns = (Line(fill.color, dash, m) for m in (*MARKERS[color:], *MARKERS[:color]))
         line = next(turns)
