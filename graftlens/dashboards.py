@@ -240,8 +240,10 @@ def _components_from(arch: Architecture, mask: GraftMask, position: int, source:
 
 
 def _provenance(model: GraftedTransformer, prompt: Prompt | None) -> Mapping[str, object]:
+    # A folder's own name: where it lies is nothing to whoever reads the page.
+    name = model.cfg.model_name
     found: dict[str, object] = {
-        "model": model.cfg.model_name,
+        "model": Path(name).name if Path(name).is_dir() else name,
         "sources": {name: f"SHA-256 {digest}" for name, digest in model.fingerprints().items()},
         "dtype": str(model.cfg.dtype).removeprefix("torch."),
         "device": str(model.cfg.device),

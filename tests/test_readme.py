@@ -2,17 +2,21 @@
 
 import ast
 import re
+import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 from transformers import LlamaConfig
 
+from graftlens.data import evaluation_prompts, make_facts
 from graftlens.experiment.config import find_experiment
 from graftlens.experiment.run import default_folder
 from graftlens.graft import Graft
 from graftlens.model.arch import architecture
+from graftlens.prompts import Prompt
 from graftlens.sweep.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -65,7 +69,7 @@ def test_the_sweep_shown_is_a_config(tmp_path: Path) -> None:
 def test_the_commands_shown_name_configs_that_load(
     command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    name, *arguments = command.split()
+    name, *arguments = shlex.split(command)
     options = {a for a in arguments if a.startswith("--")}
     overrides = [a for a in arguments if "=" in a]
     monkeypatch.chdir(ROOT)
@@ -76,10 +80,32 @@ def test_the_commands_shown_name_configs_that_load(
         experiment = find_experiment(arguments[0], overrides)
         assert options <= {"--dry-run"}
         assert default_folder(experiment).parent.name == "graftlens-runs"
+    elif name == "dashboard":
+        given = list(zip(arguments, arguments[1:], strict=False))
+        for graft in (value for option, value in given if option == "--graft"):
+            assert Graft.parse(graft.partition("=")[2])
+        fields = dict(value.split("=") for option, value in given if option == "--field")
+        (template,) = (value for option, value in given if option == "--prompt")
+        (answer,) = (value for option, value in given if option == "--answer")
+        prompt = Prompt(template, fields, answer=answer)
+        facts = evaluation_prompts(make_facts(40, seed=0), templates=["headline"])
+        assert (prompt.text, prompt.answer) in [(p.text, p.answer) for p in facts]
+        said = subprocess.run(
+            [sys.executable, "-m", "graftlens", "dashboard", "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        assert all(option in said for option in options)
     else:
         assert name == "report"
         assert not options
         assert len(arguments) == 2
+
+
+@pytest.mark.parametrize("path", re.findall(r"\]\(((?!http)[^)]+)\)", README))
+def test_links_and_pictures_are_there(path: str) -> None:
+    assert (ROOT / path).exists()
 
 
 def test_all_the_code_shown_compiles() -> None:

@@ -7,7 +7,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from graftlens.viz.attention import attention_view
     from graftlens.viz.bars import grouped_bars
+    from graftlens.viz.export import exporter, write_figure
     from graftlens.viz.heatmaps import heatmap
     from graftlens.viz.lens import (
         answer_by_layer,
@@ -24,10 +26,12 @@ if TYPE_CHECKING:
 
 _HOME = {
     "answer_by_layer": "graftlens.viz.lens",
+    "attention_view": "graftlens.viz.attention",
     "attribution_bars": "graftlens.viz.lens",
     "attribution_heatmap": "graftlens.viz.lens",
     "difference_heatmap": "graftlens.viz.lens",
     "divergence_lines": "graftlens.viz.lens",
+    "exporter": "graftlens.viz.export",
     "grouped_bars": "graftlens.viz.bars",
     "heatmap": "graftlens.viz.heatmaps",
     "lens_heatmap": "graftlens.viz.lens",
@@ -36,14 +40,17 @@ _HOME = {
     "size_curve": "graftlens.viz.sweeps",
     "weight_heatmap": "graftlens.viz.lens",
     "window_triangle": "graftlens.viz.sweeps",
+    "write_figure": "graftlens.viz.export",
 }
 
 __all__ = [
     "answer_by_layer",
+    "attention_view",
     "attribution_bars",
     "attribution_heatmap",
     "difference_heatmap",
     "divergence_lines",
+    "exporter",
     "grouped_bars",
     "heatmap",
     "lens_heatmap",
@@ -52,6 +59,7 @@ __all__ = [
     "size_curve",
     "weight_heatmap",
     "window_triangle",
+    "write_figure",
 ]
 
 

@@ -117,9 +117,9 @@ class Dashboard:
         self,
         path: str | Path,
         *,
-        width: int = 1280,
+        width: int = 1800,
         height: int | None = None,
-        scale: int | float = 2,
+        scale: int | float = 1,
         dark: bool = False,
     ) -> Path:
         """Write a PNG of the page, as `graftlens.viz.screenshot.screenshot` does."""
@@ -143,10 +143,13 @@ def dashboard_page(data: DashboardData) -> str:
     body = "\n".join(
         (
             _header(data, lens),
+            "<div class='columns'><div>",
             page.section("grafted", "Which tokens are grafted", _grafted(data, chosen)),
             page.section("tokens", "Tokens", _tokens(data, chosen)),
+            "</div><div>",
             page.section("lens", "Logit lens", _lens(data, lens, chosen)),
             page.section("rise", "Where does the answer come up", _rise(data, lens)),
+            "</div></div>",
             page.section("attention", "Attention", _attention(data, chosen)),
             page.section("run", "What was run and how", page.definitions(data.provenance)),
             _held("dashboard-data", page.as_json(_facts(data, lens))),
@@ -684,6 +687,10 @@ _OF_ANSWER = ("logprob", "rank", "diff_base", "diff_full")
 
 _STYLE = """
 main { max-width: 84rem; }
+@media (min-width: 100rem) {
+  main { max-width: 120rem; }
+  .columns { display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 1.25fr); gap: 3rem; }
+}
 .prompt { white-space: pre-wrap; overflow-wrap: anywhere; }
 .swatch { display: inline-block; width: .8em; height: .8em; margin-right: .4em;
   border-radius: 2px; background: var(--c); }
@@ -733,7 +740,7 @@ main { max-width: 84rem; }
 .head canvas { display: block; width: 100%; aspect-ratio: 1; image-rendering: pixelated; }
 .head[aria-pressed=true] { border-color: #1b1f24; font-weight: 700; }
 .panel h3 { margin: .75rem 0 .25rem; }
-.pattern { padding: 0 15px; overflow: hidden; }
+.pattern { padding: 0 15px; overflow: hidden; max-width: 42rem; }
 #lens-shown { min-width: 100%; }
 @media print { .choices, .heads { display: none; } }
 """
