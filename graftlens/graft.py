@@ -593,6 +593,9 @@ class Graft:
         return cls.from_list(rules)
 
 
+#: Positions as an expression, or as numbers of tokens.
+Where = At | str | int | Sequence[int]
+
 #: One or more grafts: by name, or going by their own texts.
 Grafts = Graft | str | Mapping[str, Graft | str] | Sequence[Graft | str]
 

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,7 @@ def test_the_commands_shown_name_configs_that_load(
         assert options <= {"--dry-run"}
         assert default_folder(experiment).parent.name == "graftlens-runs"
     elif name == "dashboard":
-        given = list(zip(arguments, arguments[1:], strict=False))
+        given = list(pairwise(arguments))
         for graft in (value for option, value in given if option == "--graft"):
             assert Graft.parse(graft.partition("=")[2])
         fields = dict(value.split("=") for option, value in given if option == "--field")

@@ -38,7 +38,7 @@ SUFFICIENT = {"PRE": 0.0, "SFT": 1.0, "FE+LT": 0.92, "(FE+LT)^C": 0.05}
 NOT_SUFFICIENT = {"PRE": 0.0, "SFT": 1.0, "FE+LT": 0.1, "(FE+LT)^C": 0.9}
 NEVER_LEARNT = dict.fromkeys(SUFFICIENT, 0.0)
 
-TOKENS = ("<bos>", "Ann", " <b>", "\n", "is", "</script>", "")
+TOKENS = ("<bos>", "Ann", " <b>", "\n", "is\r", "</script>", "")
 EXAMPLE = report.Example(
     title="prompt <1>",
     tokens=TOKENS,
@@ -185,7 +185,7 @@ def test_left_out_prompts_are_counted_with_the_reason(written):
 def test_tokens_are_escaped_and_white_space_is_visible(written):
     path, _, page = written
     words = "".join(page.words)
-    for piece in ("<bos>", "</script>", "</script><img·src=x>", "·<b>", "↵", "∅", "prompt <1>"):
+    for piece in ("<bos>", "</script>", "</script><img·src=x>", "·<b>", "↵", "is␍", "∅", "<1>"):
         assert piece in words
     for tag in ("b", "i", "x", "img", "bos", "facts"):
         assert tag not in {name for name, _ in page.tags}

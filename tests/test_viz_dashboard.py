@@ -16,9 +16,10 @@ import pytest
 from browser import ask, chromium
 from test_report import Page
 
-from graftlens.viz import attention, page, theme
+from graftlens.viz import attention, theme
 from graftlens.viz.dashboard import FULL, Dashboard, DashboardData, Run, dashboard_page
 from graftlens.viz.screenshot import screenshot
+from graftlens.viz.spelling import visible
 
 TOKENS = ("<bos>", "</script>", " <b>", "&amp;", "\n", " ", "🎬", " film")
 SHOWN = ["<bos>", "</script>", "·<b>", "&amp;", "↵", "·", "🎬", "·film"]
@@ -194,6 +195,17 @@ def test_what_is_grafted_is_marked_and_in_words(written):
     assert "pre everywhere" in words
 
 
+def test_the_answer_has_a_line_for_each_run_in_their_order(written, data):
+    html = written.read_text(encoding="utf-8")
+    for chart, value in enumerate(("rank", "logprob")):
+        held = re.search(rf"id='chart-{chart}-figure'>(.*?)</script>", html)[1]
+        lines = json.loads(held)["data"]
+        assert [unescape(line["name"]) for line in lines] == list(NAMES)
+        for run, line in zip(NAMES, lines, strict=True):
+            assert line["x"] == list(range(LAYERS + 1))
+            assert line["y"] == [cell(data, run, layer, N - 1)[value] for layer in line["x"]]
+
+
 def test_patterns_are_packed_and_come_back(written, data):
     html = written.read_text(encoding="utf-8")
     rows, columns = np.tril_indices(N)
@@ -327,7 +339,7 @@ def test_the_lens_shows_the_top_five_on_hover(answered, data):
     assert "position 7 ·film, layer 2 (2_pre)" in said
     assert f"answer: rank {here['rank']}, " in said
     for k, (token, prob) in enumerate(zip(here["top_tokens"], here["top_probs"], strict=True), 1):
-        start = said.index(f"{k}. {page.visible(token)} ") + len(f"{k}. {page.visible(token)} ")
+        start = said.index(f"{k}. {visible(token)} ") + len(f"{k}. {visible(token)} ")
         number = re.match(r"[\d.e−]+", said[start:])[0].rstrip(".").replace("−", "-")
         # The next line's number follows without a break.
         assert number.startswith(f"{prob:.3g}"[:4])

@@ -5,6 +5,8 @@ import importlib.util
 import os
 import re
 import sys
+import tomllib
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -29,6 +31,17 @@ def test_an_older_file_survives_a_failed_write(tmp_path, monkeypatch):
         files.write_whole(path, b"newer")
     assert path.read_text() == "older\n"
     assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
+
+
+def test_what_is_no_module_is_packed_with_the_package():
+    """Pages read their scripts and styles from the package: a wheel without them has no pages."""
+    root = Path(__file__).parent.parent
+    options = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
+    patterns = options["tool"]["setuptools"]["package-data"]["graftlens"]
+    found = [path.relative_to(root / "graftlens") for path in root.glob("graftlens/**/*.*")]
+    others = [path for path in found if path.suffix not in (".py", ".pyc")]
+    assert {"page.js", "page.css", "dashboard.js"} <= {path.name for path in others}
+    assert [path for path in others if not any(path.match(p) for p in patterns)] == []
 
 
 # --- tables ----------------------------------------------------------------------------------

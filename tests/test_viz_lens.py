@@ -11,7 +11,7 @@ import pytest
 from summaries import summary
 
 from graftlens import viz
-from graftlens.viz import lens, text, theme
+from graftlens.viz import lens, spelling, text, theme
 
 RULES = {"PRE": "none", "SFT": "sft @ all", "FE": "sft @ first_entity"}
 TOKENS = ("<b>", " a\n", "$x$")
@@ -56,14 +56,14 @@ def value_of(table, column, **where):
 
 def test_cells_go_up_by_layer_and_across_by_token():
     table = streams().sample(frac=1, random_state=0)  # the order of rows means nothing
-    (trace,) = traces(lens.lens_heatmap(table, "FE"), "heatmap")
+    (trace,) = traces(viz.lens_heatmap(table, "FE"), "heatmap")
     for layer, position in itertools.product(range(3), range(3)):
         expected = value_of(table, "logprob", graft="FE", layer=layer, position=position)
         assert trace.z[layer][position] == expected
 
 
 def test_axes_name_layers_and_tokens_as_they_are():
-    figure = lens.lens_heatmap(streams(), "FE")
+    figure = viz.lens_heatmap(streams(), "FE")
     assert list(figure.layout.yaxis.ticktext) == ["embeddings", "1", "output"]
     assert list(figure.layout.yaxis.range) == [-0.5, 2.5]
     assert list(figure.layout.xaxis.ticktext) == ["&lt;b&gt;", "·a↵", "&#36;x&#36;"]
@@ -74,26 +74,26 @@ def test_axes_name_layers_and_tokens_as_they_are():
 
 def test_repeated_tokens_keep_their_own_columns():
     table = streams(tokens=("a", "a", "a"))
-    (trace,) = traces(lens.lens_heatmap(table, "PRE"), "heatmap")
+    (trace,) = traces(viz.lens_heatmap(table, "PRE"), "heatmap")
     assert [round(z - trace.z[0][0], 9) for z in trace.z[0]] == [0, -1, -2]
 
 
 def test_cells_are_labelled_with_the_likeliest_token_while_there_is_room():
-    (trace,) = traces(lens.lens_heatmap(streams(), "FE"), "heatmap")
+    (trace,) = traces(viz.lens_heatmap(streams(), "FE"), "heatmap")
     assert [list(row) for row in trace.text] == [[f"&lt;{layer}&gt;"] * 3 for layer in range(3)]
     assert trace.texttemplate == "%{text}"
     crowded = streams(tokens=[f"t{i}" for i in range(40)])
-    (trace,) = traces(lens.lens_heatmap(crowded, "FE"), "heatmap")
+    (trace,) = traces(viz.lens_heatmap(crowded, "FE"), "heatmap")
     assert trace.texttemplate is None
 
 
 def test_hover_has_the_place_the_value_the_answer_and_the_likeliest_tokens():
-    (trace,) = traces(lens.lens_heatmap(streams(), "FE"), "heatmap")
+    (trace,) = traces(viz.lens_heatmap(streams(), "FE"), "heatmap")
     assert trace.customdata[1][0] == (
         "after 1 layer, &lt;b&gt; at 0<br>log-probability of the answer: -3.40<br>"
         "answer ·Ann: rank 30, 3.33%<br>1. &lt;1&gt; 50%<br>2. ↵ 1.23%"
     )
-    (trace,) = traces(lens.lens_heatmap(streams(), "FE", value="rank"), "heatmap")
+    (trace,) = traces(viz.lens_heatmap(streams(), "FE", value="rank"), "heatmap")
     assert trace.customdata[2][1].startswith(
         "after 2 layers, ·a↵ at 1<br>rank of the answer: 3<br>"
     )
@@ -101,7 +101,7 @@ def test_hover_has_the_place_the_value_the_answer_and_the_likeliest_tokens():
 
 def test_ranks_are_on_a_log_scale_darkest_at_one_and_shared_by_the_runs():
     table = streams()
-    figures = [lens.lens_heatmap(table, run, value="rank").data[0] for run in RULES]
+    figures = [viz.lens_heatmap(table, run, value="rank").data[0] for run in RULES]
     assert [row[0] for row in figures[0].z] == [2, 1, 0]
     assert figures[2].z[0][0] == pytest.approx(math.log10(300))
     assert {(f.zmin, f.zmax) for f in figures} == {(0, math.log10(300))}
@@ -111,29 +111,29 @@ def test_ranks_are_on_a_log_scale_darkest_at_one_and_shared_by_the_runs():
 
 def test_the_difference_of_two_runs_is_signed():
     table = streams()
-    (trace,) = traces(lens.lens_heatmap(table, "FE", minus="PRE"), "heatmap")
+    (trace,) = traces(viz.lens_heatmap(table, "FE", minus="PRE"), "heatmap")
     assert trace.z[1][2] == pytest.approx(-math.log(3))
     assert -trace.zmin == trace.zmax == pytest.approx(math.log(3))
     assert [color for _, color in trace.colorscale] == list(theme.DIVERGING)
     assert "log-probability of the answer: -5.40 (PRE: -4.30)" in trace.customdata[1][2]
-    figure = lens.lens_heatmap(table, "FE", minus="PRE")
+    figure = viz.lens_heatmap(table, "FE", minus="PRE")
     assert heading(figure) == "FE − PRE: answer ·Ann"
 
 
 def test_the_ratio_of_ranks_is_red_where_the_answer_is_higher_up():
-    (trace,) = traces(lens.lens_heatmap(streams(), "PRE", value="rank", minus="FE"), "heatmap")
+    (trace,) = traces(viz.lens_heatmap(streams(), "PRE", value="rank", minus="FE"), "heatmap")
     assert trace.z[0][0] == pytest.approx(-math.log10(3))
     assert trace.colorscale[0][1] == theme.DIVERGING[-1]
 
 
 def test_scales_of_the_other_values():
     table = streams()
-    share = lens.lens_heatmap(table, "FE", value="prob").data[0]
+    share = viz.lens_heatmap(table, "FE", value="prob").data[0]
     assert (share.zmin, share.zmax, share.colorbar.tickformat) == (0, 1, ".0%")
-    nats = lens.lens_heatmap(table, "PRE", value="kl_base").data[0]
+    nats = viz.lens_heatmap(table, "PRE", value="kl_base").data[0]
     assert (nats.zmin, nats.zmax) == (0, 1)  # PRE's own are 0, FE's 1
     # The embeddings' -ln 300 - 2 is outside of the scale of the layers.
-    fall = lens.lens_heatmap(table, "PRE").data[0]
+    fall = viz.lens_heatmap(table, "PRE").data[0]
     assert (fall.zmin, fall.zmax) == (-math.log(30) - 2, 0)
 
 
@@ -141,7 +141,7 @@ def test_streams_between_attention_and_mlp_have_their_rows():
     table = streams(layers=4)
     table["layer"] = table["layer"] / 2
     table["stream"] = table["layer"].map({0: "0_pre", 0.5: "0_mid", 1: "1_pre", 1.5: "final_post"})
-    figure = lens.lens_heatmap(table, "PRE", value="entropy")
+    figure = viz.lens_heatmap(table, "PRE", value="entropy")
     assert list(figure.layout.yaxis.ticktext) == ["embeddings", "0.5", "1", "output"]
     assert [row[0] for row in figure.data[0].z] == [1, 2, 3, 4]
     assert figure.data[0].customdata[1][0].startswith("after the first attention, &lt;b&gt;")
@@ -150,33 +150,33 @@ def test_streams_between_attention_and_mlp_have_their_rows():
 
 def test_without_an_answer_what_needs_none_is_shown():
     table = streams(answer=None)
-    figure = lens.lens_heatmap(table, "FE", value="kl_full")
+    figure = viz.lens_heatmap(table, "FE", value="kl_full")
     assert [row[0] for row in figure.data[0].z] == [0, 0.25, 0.5]
     assert "answer" not in figure.data[0].customdata[0][0]
     assert heading(figure) == "FE"
     with pytest.raises(
         ValueError, match=r"prompt 0 has no answer, so it has no 'rank'. Show 'entr"
     ):
-        lens.lens_heatmap(table, "FE", value="rank")
+        viz.lens_heatmap(table, "FE", value="rank")
 
 
 def test_what_a_heat_map_of_the_lens_refuses():
     table = streams(prompts=(0, 4))
     with pytest.raises(ValueError, match=r"has the prompts 0, 4; say which with prompt="):
-        lens.lens_heatmap(table, "FE")
+        viz.lens_heatmap(table, "FE")
     with pytest.raises(ValueError, match=r"no prompt 1; it has 0, 4"):
-        lens.lens_heatmap(table, "FE", prompt=1)
+        viz.lens_heatmap(table, "FE", prompt=1)
     with pytest.raises(ValueError, match=r"no graft 'LT'; it has 'PRE', 'SFT', 'FE'"):
-        lens.lens_heatmap(table, "LT", prompt=0)
+        viz.lens_heatmap(table, "LT", prompt=0)
     with pytest.raises(ValueError, match=r"no graft 'pre'; it has 'PRE'"):
-        lens.lens_heatmap(table, "FE", minus="pre", prompt=0)
+        viz.lens_heatmap(table, "FE", minus="pre", prompt=0)
     with pytest.raises(ValueError, match=r"unknown value 'kl'; choose from 'logprob', 'prob'"):
-        lens.lens_heatmap(table, "FE", value="kl", prompt=0)
+        viz.lens_heatmap(table, "FE", value="kl", prompt=0)
     with pytest.raises(ValueError, match=r"no column 'layer'; .* table of lens.logit_lens"):
-        lens.lens_heatmap(table.drop(columns="layer"), "FE", prompt=0)
+        viz.lens_heatmap(table.drop(columns="layer"), "FE", prompt=0)
     with pytest.raises(ValueError, match=r"several rows for graft FE, layer 0, position 0"):
-        lens.lens_heatmap(pd.concat([table, table]), "FE", prompt=0)
-    (trace,) = traces(lens.lens_heatmap(table, "FE", value="rank", prompt=4), "heatmap")
+        viz.lens_heatmap(pd.concat([table, table]), "FE", prompt=0)
+    (trace,) = traces(viz.lens_heatmap(table, "FE", value="rank", prompt=4), "heatmap")
     assert trace.z[2][0] == pytest.approx(math.log10(7))
 
 
@@ -185,28 +185,31 @@ def test_what_a_heat_map_of_the_lens_refuses():
 
 def test_a_line_for_each_run_has_the_rank_of_the_last_position():
     table = streams()
-    figure = lens.answer_by_layer(table, "logprob")
+    figure = viz.answer_by_layer(table, "logprob")
     assert [trace.name for trace in figure.data] == ["PRE", "SFT", "FE"]
     for trace in figure.data:
         expected = table[(table["graft"] == trace.name) & (table["position"] == 2)]
         assert list(trace.x) == [0, 1, 2]
         assert list(trace.y) == list(expected["logprob"])
         assert trace.line.color == theme.graft_fill(trace.name).color
-    first = lens.answer_by_layer(table, "logprob", at=0)
+    first = viz.answer_by_layer(table, "logprob", at=0)
     assert first.data[0].y[2] == 0
     assert first.data[0].y[2] - figure.data[0].y[2] == 2
 
 
 def test_ranks_have_one_at_the_top_of_a_log_axis():
-    axis = lens.answer_by_layer(streams()).layout.yaxis
+    axis = viz.answer_by_layer(streams()).layout.yaxis
     assert axis.type == "log"
     assert axis.range[0] > math.log10(300) > 0 > axis.range[1]
     assert axis.title.text == "rank of the answer (1 = most likely)"
+    # Ranks up to 3 have a decade all the same: an axis with one number has no scale.
+    low = viz.answer_by_layer(streams(layers=1)).layout.yaxis.range
+    assert low[0] > 1 > 0 > low[1]
 
 
 def test_several_prompts_are_a_median_and_its_quartiles():
     table = streams(prompts=(0, 1, 2, 7))
-    figure = lens.answer_by_layer(table)
+    figure = viz.answer_by_layer(table)
     lines = {t.name: t for t in figure.data if t.fill is None}
     bands = {t.name: t for t in figure.data if t.fill is not None}
     # Ranks of FE after all layers: 3, 4, 5 and 10.
@@ -218,29 +221,29 @@ def test_several_prompts_are_a_median_and_its_quartiles():
         "FE<br>after 2 layers<br>rank of the answer: median 4.5 [3.75, 6.25]"
     )
     assert "median of 4 prompts, band: quartiles" in figure.layout.yaxis.title.text
-    one = lens.answer_by_layer(table, prompts=[7])
+    one = viz.answer_by_layer(table, prompts=[7])
     assert one.data[2].y[2] == 10
     assert "median" not in one.layout.yaxis.title.text
 
 
 def test_each_prompt_is_read_at_its_own_last_position():
     short, long = streams(prompts=(0,), tokens=("a",)), streams(prompts=(1,))
-    figure = lens.answer_by_layer(pd.concat([short, long]), "logprob")
+    figure = viz.answer_by_layer(pd.concat([short, long]), "logprob")
     line = next(t for t in figure.data if t.name == "PRE")
     assert line.y[2] == pytest.approx((0 + (-math.log(2) - 2)) / 2)
     with pytest.raises(ValueError, match=r"at=2: prompt 0 has the positions 0 in the table"):
-        lens.answer_by_layer(pd.concat([short, long]), at=2)
+        viz.answer_by_layer(pd.concat([short, long]), at=2)
 
 
 def test_prompts_without_an_answer_are_left_out_and_counted():
     table = pd.concat([streams(prompts=(0,)), streams(prompts=(1,), answer=None)])
-    figure = lens.answer_by_layer(table)
+    figure = viz.answer_by_layer(table)
     assert figure.data[0].y[2] == 1
     assert figure.layout.yaxis.title.text.endswith("1 without an answer left out")
     with pytest.raises(ValueError, match=r"none of the prompts 1 has an answer, .* no 'rank'"):
-        lens.answer_by_layer(table, prompts=[1])
+        viz.answer_by_layer(table, prompts=[1])
     with pytest.raises(ValueError, match=r"no prompt 5; it has 0, 1"):
-        lens.answer_by_layer(table, prompts=[5])
+        viz.answer_by_layer(table, prompts=[5])
 
 
 def test_lines_of_grafts_keep_their_colour_and_differ():
@@ -286,7 +289,7 @@ def attributions(by, prompts=(0,), runs=("PRE", "SFT", "FE"), target=" Ann"):
 def test_heads_are_cells_with_a_scale_that_all_runs_share():
     # PRE's parts are embed 0; layer 0: heads -1, 2, mlp -3; layer 1: heads 4, -5, mlp 6.
     table = attributions("head")
-    figures = {run: lens.attribution_heatmap(table, run) for run in ("PRE", "FE")}
+    figures = {run: viz.attribution_heatmap(table, run) for run in ("PRE", "FE")}
     assert [list(row) for row in figures["PRE"].data[0].z] == [[-1, 2], [4, -5]]
     assert [list(row) for row in figures["FE"].data[0].z] == [[1, 4], [6, -3]]
     for figure in figures.values():
@@ -299,33 +302,33 @@ def test_heads_are_cells_with_a_scale_that_all_runs_share():
 
 def test_components_stand_side_by_side_and_runs_are_subtracted():
     table = attributions("component")
-    (trace,) = lens.attribution_heatmap(table, "FE", minus="PRE").data
+    (trace,) = viz.attribution_heatmap(table, "FE", minus="PRE").data
     assert [list(row) for row in trace.z] == [[2, 2], [2, 2]]
     assert trace.customdata[0][1].endswith("2.00<br>FE 4.00, PRE 2.00")
-    figure = lens.attribution_heatmap(table, "PRE")
+    figure = viz.attribution_heatmap(table, "PRE")
     assert list(figure.layout.xaxis.ticktext) == ["attn", "mlp"]
     assert [list(row) for row in figure.data[0].z] == [[-1, 2], [-3, 4]]
 
 
 def test_sources_are_named_by_their_tokens():
-    figure = lens.attribution_heatmap(attributions("source"), "PRE")
+    figure = viz.attribution_heatmap(attributions("source"), "PRE")
     assert list(figure.layout.xaxis.ticktext) == [HOSTILE, "·a↵"]
     assert [list(row) for row in figure.data[0].z] == [[-1, 2], [4, -5]]
     assert figure.data[0].customdata[0][0].startswith("layer 0, from &lt;b&gt; at 0<br>")
     with pytest.raises(ValueError, match=r"source positions of the prompts 0, 1"):
-        lens.attribution_heatmap(attributions("source", prompts=(0, 1)), "PRE")
+        viz.attribution_heatmap(attributions("source", prompts=(0, 1)), "PRE")
 
 
 def test_contributions_of_several_prompts_are_their_mean_and_say_so():
     table = attributions("head", prompts=(0, 1, 5))
     table.loc[table["prompt"] == 1, "target"] = "Bob"
-    figure = lens.attribution_heatmap(table, "PRE")
+    figure = viz.attribution_heatmap(table, "PRE")
     assert [list(row) for row in figure.data[0].z] == [[1, 4], [6, -3]]
     assert heading(figure) == (
         "PRE: direct contribution to the logit of the answer, mean of 3 prompts"
     )
     assert figure.data[0].customdata[0][0].endswith("mean of 3 prompts")
-    bars = lens.attribution_bars(table)
+    bars = viz.attribution_bars(table)
     assert bars.layout.xaxis.title.text == (
         "direct contribution to the logit of the answer, mean of 3 prompts (logits)"
     )
@@ -333,7 +336,7 @@ def test_contributions_of_several_prompts_are_their_mean_and_say_so():
 
 def test_bars_are_the_largest_parts_and_add_up():
     table = attributions("head")
-    figure = lens.attribution_bars(table, top=3)
+    figure = viz.attribution_bars(table, top=3)
     # The largest of any run: L1 mlp 8, L1H0 6, L1H1 -5.
     assert list(figure.layout.yaxis.categoryarray) == [
         *("L1 mlp", "L1H0", "L1H1", "the other 4 parts")
@@ -345,39 +348,39 @@ def test_bars_are_the_largest_parts_and_add_up():
     assert by_run["FE"].marker.color == theme.graft_fill("FE").color
     for run, trace in by_run.items():
         assert sum(trace.x) == table.loc[table["graft"] == run, "contribution"].sum()
-    assert [t.name for t in lens.attribution_bars(table, grafts=["FE"]).data] == ["FE"]
+    assert [t.name for t in viz.attribution_bars(table, grafts=["FE"]).data] == ["FE"]
 
 
 def test_bars_by_source_take_the_layers_together():
-    figure = lens.attribution_bars(attributions("source"), grafts=["PRE"])
+    figure = viz.attribution_bars(attributions("source"), grafts=["PRE"])
     assert dict(zip(figure.data[0].y, figure.data[0].x, strict=True)) == {
         "attention to &lt;b&gt; at 0": 3,
         "attention to ·a↵ at 1": -3,
         "mlp, all layers": 3,
         "embed": 0,
     }
-    layers = lens.attribution_bars(attributions("layer"), grafts=["PRE"])
+    layers = viz.attribution_bars(attributions("layer"), grafts=["PRE"])
     assert list(layers.data[0].y) == ["L1", "L0", "embed"]
 
 
 def test_what_the_logit_is_held_against_is_said():
     table = attributions("layer").assign(against="mean")
-    title = lens.attribution_bars(table).layout.xaxis.title.text
+    title = viz.attribution_bars(table).layout.xaxis.title.text
     assert title == "direct contribution to the logit of ·Ann minus the mean logit (logits)"
 
 
 def test_what_attribution_plots_refuse():
     with pytest.raises(ValueError, match=r"parts 'embed', 'layer': .*attribution_bars shows every"):
-        lens.attribution_heatmap(attributions("layer"), "PRE")
+        viz.attribution_heatmap(attributions("layer"), "PRE")
     table = attributions("head")
     with pytest.raises(ValueError, match=r"positions 5, 6 of prompt 0: pass the rows of one"):
-        lens.attribution_heatmap(pd.concat([table, table.assign(position=6)]), "PRE")
+        viz.attribution_heatmap(pd.concat([table, table.assign(position=6)]), "PRE")
     with pytest.raises(ValueError, match=r"no graft 'LT'; it has 'PRE', 'SFT', 'FE'"):
-        lens.attribution_bars(table, grafts=["LT"])
+        viz.attribution_bars(table, grafts=["LT"])
     with pytest.raises(ValueError, match=r"top=0 shows no part"):
-        lens.attribution_bars(table, top=0)
+        viz.attribution_bars(table, top=0)
     with pytest.raises(ValueError, match=r"no contribution is known of the prompts 0: give them"):
-        lens.attribution_heatmap(table.assign(contribution=np.nan), "PRE")
+        viz.attribution_heatmap(table.assign(contribution=np.nan), "PRE")
 
 
 # --- weights -----------------------------------------------------------------------------------
@@ -396,7 +399,7 @@ def weights(source="sft"):
 
 
 def test_weights_by_component_and_layer_with_a_column_for_those_outside():
-    figure = lens.weight_heatmap(weights())
+    figure = viz.weight_heatmap(weights())
     assert list(figure.layout.xaxis.ticktext) == ["0", "1", "–"]
     # The first component is at the top, which is the last row.
     assert list(figure.layout.yaxis.ticktext) == ["unembed", "mlp_in", "q", "embed"]
@@ -414,23 +417,23 @@ def test_weights_by_component_and_layer_with_a_column_for_those_outside():
 
 
 def test_biases_are_asked_for():
-    figure = lens.weight_heatmap(weights(), "frobenius", part="bias")
+    figure = viz.weight_heatmap(weights(), "frobenius", part="bias")
     assert [list(row) for row in figure.data[0].z] == [pytest.approx([11.2, 13.2])]
     assert heading(figure) == "sft − pre, biases"
-    share = lens.weight_heatmap(weights(), "share_changed").data[0]
+    share = viz.weight_heatmap(weights(), "share_changed").data[0]
     assert (share.zmax, share.z[2][0]) == (1, 0.25)
 
 
 def test_what_a_heat_map_of_weights_refuses():
     with pytest.raises(ValueError, match=r"several pairs .*\(sft against pre, task against pre\)"):
-        lens.weight_heatmap(pd.concat([weights(), weights("task")]))
+        viz.weight_heatmap(pd.concat([weights(), weights("task")]))
     with pytest.raises(ValueError, match=r"unknown value 'norm'; choose from 'relative_frobenius'"):
-        lens.weight_heatmap(weights(), "norm")
+        viz.weight_heatmap(weights(), "norm")
     with pytest.raises(ValueError, match=r"no column 'spectral'; it has 'source'"):
-        lens.weight_heatmap(weights(), "spectral")
+        viz.weight_heatmap(weights(), "spectral")
     plain = weights()
     with pytest.raises(ValueError, match=r"no part 'bias'; it has 'weight'"):
-        lens.weight_heatmap(plain[plain["part"] == "weight"], part="bias")
+        viz.weight_heatmap(plain[plain["part"] == "weight"], part="bias")
 
 
 # --- differences -------------------------------------------------------------------------------
@@ -452,39 +455,39 @@ def differences(prompts=(0,), heads=None, hook="hook_resid_post"):
 
 
 def test_activations_are_shown_by_layer_and_token():
-    figure = lens.difference_heatmap(differences(), "FE")
+    figure = viz.difference_heatmap(differences(), "FE")
     assert list(figure.layout.xaxis.ticktext) == [HOSTILE, "·a↵", "&#36;x&#36;"]
     z = np.array(figure.data[0].z, dtype=float)
     assert z == pytest.approx(np.array([[6, 12, 18], [12, 18, 24]]) / 100)
     assert (figure.data[0].zmin, figure.data[0].zmax) == pytest.approx((0, 0.24))
     assert heading(figure) == "FE: hook_resid_post"
-    same = lens.difference_heatmap(differences(), "SFT").data[0]
+    same = viz.difference_heatmap(differences(), "SFT").data[0]
     assert (same.zmax, same.z[1][2]) == pytest.approx((0.24, 0.12))
-    cosine = lens.difference_heatmap(differences(), "FE", "cosine_base").data[0]
+    cosine = viz.difference_heatmap(differences(), "FE", "cosine_base").data[0]
     assert (cosine.zmin, cosine.zmax) == pytest.approx((0.92, 1))
     assert cosine.colorscale[0][1] == theme.SEQUENTIAL[-1]
 
 
 def test_patterns_are_shown_by_head_as_a_mean_over_positions():
     table = differences(heads=2, hook=None)
-    figure = lens.difference_heatmap(table, "FE")
+    figure = viz.difference_heatmap(table, "FE")
     z = np.array(figure.data[0].z, dtype=float)
     assert z == pytest.approx(np.array([[4, 24], [6, 26]]) / 100)
     assert heading(figure) == "FE: attention pattern, mean of 3 positions"
-    last = lens.difference_heatmap(table, "FE", "distance_full", at=-1)
+    last = viz.difference_heatmap(table, "FE", "distance_full", at=-1)
     assert np.array(last.data[0].z, dtype=float) == pytest.approx(
         np.array([[12, 52], [16, 56]]) / 100
     )
     assert heading(last) == "FE: attention pattern, &#36;x&#36; at 2"
-    two = lens.difference_heatmap(differences(prompts=(0, 1), heads=2, hook=None), "FE")
+    two = viz.difference_heatmap(differences(prompts=(0, 1), heads=2, hook=None), "FE")
     assert two.data[0].z[0][0] == pytest.approx(0.54)
     assert heading(two).endswith("mean of 6 positions of 2 prompts")
-    one = lens.difference_heatmap(differences((0, 1), heads=2, hook=None), "FE", prompt=1)
+    one = viz.difference_heatmap(differences((0, 1), heads=2, hook=None), "FE", prompt=1)
     assert one.data[0].z[0][0] == pytest.approx(1.04)
 
 
 def test_activations_of_heads_are_shown_by_head():
-    figure = lens.difference_heatmap(differences(heads=2, hook="attn.hook_z"), "FE")
+    figure = viz.difference_heatmap(differences(heads=2, hook="attn.hook_z"), "FE")
     assert list(figure.layout.xaxis.ticktext) == ["0", "1"]
     assert figure.data[0].z[1][1] == pytest.approx(0.78)
     assert heading(figure) == "FE: hook_z, mean of 3 positions"
@@ -493,16 +496,16 @@ def test_activations_of_heads_are_shown_by_head():
 def test_what_a_heat_map_of_differences_refuses():
     both = pd.concat([differences(), differences(hook="hook_mlp_out")])
     with pytest.raises(ValueError, match=r"hooks 'hook_resid_post', 'hook_mlp_out'; pass the rows"):
-        lens.difference_heatmap(both, "FE")
+        viz.difference_heatmap(both, "FE")
     with pytest.raises(ValueError, match=r"unknown value 'norm'; choose from 'distance_base'"):
-        lens.difference_heatmap(differences(heads=2, hook=None), "FE", "norm")
+        viz.difference_heatmap(differences(heads=2, hook=None), "FE", "norm")
     with pytest.raises(ValueError, match=r"prompts 0, 1; say which"):
-        lens.difference_heatmap(differences(prompts=(0, 1)), "FE")
+        viz.difference_heatmap(differences(prompts=(0, 1)), "FE")
     outside = differences().assign(layer=pd.NA, hook="hook_embed")
     with pytest.raises(ValueError, match=r"'hook_embed' is outside the layers"):
-        lens.difference_heatmap(outside, "FE")
+        viz.difference_heatmap(outside, "FE")
     with pytest.raises(ValueError, match=r"at=-4: prompt 0 has the positions 0, 1, 2"):
-        lens.difference_heatmap(differences(), "FE", at=-4)
+        viz.difference_heatmap(differences(), "FE", at=-4)
 
 
 # --- patching and divergence -------------------------------------------------------------------
@@ -517,7 +520,7 @@ def patches(**more):
 def test_a_point_for_each_graft_has_both_values_and_both_intervals():
     table = patches(alone=0.5)
     rows = table.set_index("graft")
-    diagonal, *points = lens.patching_scatter(table).data
+    diagonal, *points = viz.patching_scatter(table).data
     assert list(diagonal.x) == list(diagonal.y)
     assert [point.text[0] for point in points] == ["FE", "LT"]
     for point in points:
@@ -535,7 +538,7 @@ def test_a_point_for_each_graft_has_both_values_and_both_intervals():
 
 
 def test_axes_of_patching_are_equal_and_hold_all():
-    figure = lens.patching_scatter(patches(**{"X": 1.4, "X (patched)": -0.5}))
+    figure = viz.patching_scatter(patches(**{"X": 1.4, "X (patched)": -0.5}))
     assert list(figure.layout.xaxis.range) == list(figure.layout.yaxis.range)
     low, high = figure.layout.xaxis.range
     assert low < -0.4
@@ -547,24 +550,24 @@ def test_axes_of_patching_are_equal_and_hold_all():
 def test_grafts_without_a_value_are_named_under_the_axis():
     table = patches()
     table.loc[table["graft"] == "FE (patched)", "recovery"] = np.nan
-    figure = lens.patching_scatter(table)
+    figure = viz.patching_scatter(table)
     assert [point.text[0] for point in figure.data[1:]] == ["LT"]
     assert figure.layout.xaxis.title.text.endswith("no value: FE")
     with pytest.raises(ValueError, match=r"none of 'FE', 'LT' has a value of 'recovery' both"):
-        lens.patching_scatter(table.assign(recovery=np.nan))
+        viz.patching_scatter(table.assign(recovery=np.nan))
 
 
 def test_labels_of_close_points_go_to_different_sides():
     table = patches(**{"FE 2": 0.2, "FE 2 (patched)": 0.3})
-    points = {point.text[0]: point for point in lens.patching_scatter(table).data[1:]}
+    points = {point.text[0]: point for point in viz.patching_scatter(table).data[1:]}
     assert points["FE"].textposition != points["FE 2"].textposition
 
 
 def test_what_patching_scatter_refuses():
     with pytest.raises(ValueError, match=r"no graft with its patch .*the table of lens.patching"):
-        lens.patching_scatter(summary({"PRE": {}, "SFT": {}}, {"PRE": 0.0, "SFT": 1.0}))
+        viz.patching_scatter(summary({"PRE": {}, "SFT": {}}, {"PRE": 0.0, "SFT": 1.0}))
     with pytest.raises(ValueError, match=r"several rows for graft PRE: .*rows of one group"):
-        lens.patching_scatter(pd.concat([patches(), patches()]))
+        viz.patching_scatter(pd.concat([patches(), patches()]))
 
 
 def divergences(prompts=(0,), runs=("PRE", "SFT", "FE")):
@@ -579,7 +582,7 @@ def divergences(prompts=(0,), runs=("PRE", "SFT", "FE")):
 
 
 def test_divergence_has_a_panel_for_pre_and_sft_and_a_line_for_each_other_run():
-    figure = lens.divergence_lines(divergences())
+    figure = viz.divergence_lines(divergences())
     found = {(trace.yaxis, trace.name): trace for trace in figure.data}
     assert set(found) == {("y", "SFT"), ("y", "FE"), ("y2", "PRE"), ("y2", "FE")}
     assert list(found["y", "FE"].y) == pytest.approx([20.0, 20.1, 20.2])
@@ -593,14 +596,14 @@ def test_divergence_has_a_panel_for_pre_and_sft_and_a_line_for_each_other_run():
 
 def test_divergence_from_a_run_that_is_named():
     table = divergences(prompts=(0, 3))
-    figure = lens.divergence_lines(table, against=["FE"], prompt=3)
+    figure = viz.divergence_lines(table, against=["FE"], prompt=3)
     assert {trace.name: trace.y[0] for trace in figure.data} == {"PRE": 5, "SFT": 15}
     with pytest.raises(ValueError, match=r"no divergence from 'LT'; it has 'PRE', 'SFT', 'FE'"):
-        lens.divergence_lines(table, against=["LT"], prompt=0)
+        viz.divergence_lines(table, against=["LT"], prompt=0)
     with pytest.raises(ValueError, match=r"against is empty; name one or more of 'PRE'"):
-        lens.divergence_lines(table, against=[], prompt=0)
+        viz.divergence_lines(table, against=[], prompt=0)
     with pytest.raises(ValueError, match=r"prompts 0, 3; say which"):
-        lens.divergence_lines(table)
+        viz.divergence_lines(table)
 
 
 # --- all of them -------------------------------------------------------------------------------
@@ -608,10 +611,18 @@ def test_divergence_from_a_run_that_is_named():
 
 @pytest.mark.parametrize(
     ("token", "shown"),
-    [(" a", "·a"), ("\n\t", "↵→"), ("", ""), ("\x00é", "\\u0000é"), ("<s>", "<s>"), (7, "7")],
+    [
+        (" a", "·a"),
+        ("\r\n\t", "␍↵→"),
+        ("\u00a0x", "⍽x"),
+        ("", "∅"),
+        ("\x00é", "\\u0000é"),
+        ("<s>", "<s>"),
+        (7, "7"),
+    ],
 )
 def test_tokens_are_seen(token, shown):
-    assert lens.shown_token(token) == shown
+    assert spelling.visible(token) == shown
 
 
 def test_every_name_of_the_package_is_there_and_text_needs_no_plotly():

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from graftlens.graft import At, Graft, Grafts
-from graftlens.lens.runs import Places, Runs, cached, chunks, hook_names, joined, layer_of
+from graftlens.graft import Graft, Grafts, Where
+from graftlens.lens.runs import Places, Runs, hook_names, layer_of, look_into, tidy
 from graftlens.model.grafted import GraftedTransformer, Input
 
 #: Hooks over pairs of positions: their rows are distributions, or masked.
@@ -23,7 +23,7 @@ def activation_difference(
     grafts: Grafts | None = None,
     *,
     hooks: str | Sequence[str] = "hook_resid_post",
-    at: At | str = "all",
+    at: Where = "all",
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
@@ -51,18 +51,16 @@ def activation_difference(
             )
     runs = Runs.of(model, grafts, full)
     parts = []
-    for places in chunks(model, prompts, at, prepend_bos):
-        caches = {n: cached(model, places.batch, g, names) for n, g in runs.grafts.items()}
+    batch = model.batch(prompts, prepend_bos=prepend_bos)
+    for places, caches in look_into(model, batch, runs, names, at):
         for hook in names:
             taken = {n: places.pick(cache[hook]).double() for n, cache in caches.items()}
-            base, whole = taken[runs.base], taken[runs.full]
+            base, full_run = taken[runs.base], taken[runs.full]
             for name, x in taken.items():
                 about = {**runs.columns(name), "hook": hook, "layer": layer_of(hook)}
-                parts.append(_distances(places, x, base, whole).assign(**about))
-    table = joined(parts, whole=("layer", "head"))
-    first = ["prompt", "graft", "rule", "hook", "layer", "head", "position", "token"]
-    table = table[[*first, *(c for c in table if c not in first)]]
-    return table.sort_values("prompt", kind="stable", ignore_index=True)
+                parts.append(_distances(places, x, base, full_run).assign(**about))
+    first = ("prompt", "graft", "rule", "hook", "layer", "head", "position", "token")
+    return tidy(parts, first, whole=("layer", "head"))
 
 
 @torch.no_grad()
@@ -71,7 +69,7 @@ def pattern_difference(
     prompts: Input,
     grafts: Grafts | None = None,
     *,
-    at: At | str = "all",
+    at: Where = "all",
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
@@ -92,8 +90,8 @@ def pattern_difference(
     runs = Runs.of(model, grafts, full)
     names = hook_names(model, "hook_pattern")
     parts = []
-    for places in chunks(model, prompts, at, prepend_bos):
-        caches = {n: cached(model, places.batch, g, names) for n, g in runs.grafts.items()}
+    batch = model.batch(prompts, prepend_bos=prepend_bos)
+    for places, caches in look_into(model, batch, runs, names, at):
         starts = np.array(places.batch.starts)[places.prompt]
         for hook in names:
             taken = {
@@ -109,10 +107,7 @@ def pattern_difference(
                 }
                 table = _by_head(places, heads).assign(**about, **distances)
                 parts.append(table)
-    table = joined(parts)
-    first = ["prompt", "graft", "rule", "layer", "head", "position", "token"]
-    table = table[[*first, *(c for c in table if c not in first)]]
-    return table.sort_values("prompt", kind="stable", ignore_index=True)
+    return tidy(parts, ("prompt", "graft", "rule", "layer", "head", "position", "token"))
 
 
 def _distances(

@@ -18,8 +18,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from graftlens.components import Component
-from graftlens.graft import At, Graft, Grafts
-from graftlens.lens.runs import Places, Runs, cached, chunks, joined, target_ids, token_text
+from graftlens.graft import Graft, Grafts, Where
+from graftlens.lens.runs import Places, Runs, look_into, needed_target_ids, tidy, token_text
 from graftlens.model.cache import GraftedCache
 from graftlens.model.forward import Gathered, HeadsIn, Norm, TransformerBlock, by_source, per_row
 from graftlens.model.grafted import GraftedTransformer, Input
@@ -39,7 +39,7 @@ def attribution(
     grafts: Grafts | None = None,
     *,
     by: By = "component",
-    at: At | str = "last",
+    at: Where = "last",
     against: Against | None = None,
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
@@ -54,8 +54,8 @@ def attribution(
             what attention moved here by the position that it came from.
         at: the positions at which the logit is read.
         against: what is subtracted from the answer's logit: the `mean` logit over the vocabulary,
-            or the mean logit of the prompt's `distractors` (first tokens). None is the logit
-            itself.
+            or the mean logit of the prompt's `distractors` (first tokens, other than the answer's).
+            None is the logit itself.
         full: the run that counts as SFT; needed where there are several finetuned sources.
         prepend_bos: None leaves BOS to the tokenizer.
 
@@ -77,24 +77,23 @@ def attribution(
     runs = Runs.of(model, grafts, full)
     hooks = _hooks(model, by)
     parts = []
-    for places in chunks(model, prompts, at, prepend_bos):
-        start = int(places.table["prompt"].min())
-        wanted = _Wanted.of(model, places, start, against, prepend_bos)
-        for name, graft in runs.grafts.items():
-            cache = cached(model, places.batch, graft, hooks)
+    whole = model.batch(prompts, prepend_bos=prepend_bos)
+    targets = needed_target_ids(model, whole.prompts, prepend_bos, "attribute")
+    others = _others(model, whole.prompts, targets, against, prepend_bos)
+    for places, caches in look_into(model, whole, runs, hooks, at):
+        asked = places.table["prompt"]
+        wanted = _Wanted([targets[i] for i in asked], [others[i] for i in asked], against == "mean")
+        for name, cache in caches.items():
             read = _Attribution(model, places, cache, wanted)
             said = {**runs.columns(name), "against": against}
             parts += [part.assign(**said) for part in read.parts(by)]
-    whole = ("layer", "head", "source_position")
-    table = joined(parts).reindex(
-        columns=[
-            *("prompt", "graft", "rule", "position", "token", "target", "against"),
-            *("part", "layer", "head", "source_position", "source_token"),
-            *("contribution", "logit"),
-        ]
+    columns = (
+        *("prompt", "graft", "rule", "position", "token", "target", "against"),
+        *("part", "layer", "head", "source_position", "source_token"),
+        *("contribution", "logit"),
     )
-    table = table.astype(dict.fromkeys(whole, "Int64"))
-    return table.sort_values("prompt", kind="stable", ignore_index=True)
+    parts = [part.reindex(columns=columns) for part in parts]
+    return tidy(parts, columns, whole=("layer", "head", "source_position"))
 
 
 @dataclass(frozen=True)
@@ -104,35 +103,6 @@ class _Wanted:
     target: list[int]
     others: list[tuple[int, ...]]
     mean: bool
-
-    @classmethod
-    def of(
-        cls,
-        model: GraftedTransformer,
-        places: Places,
-        start: int,
-        against: Against | None,
-        prepend_bos: bool | None,
-    ) -> "_Wanted":
-        items = places.batch.prompts
-        targets = target_ids(model, items, prepend_bos)
-        for row, target in enumerate(targets):
-            if target is None:
-                raise PromptError(
-                    f"prompt {start + row} has no answer to attribute. Give Prompt(text, answer=…)."
-                )
-        others: list[tuple[int, ...]] = [()] * len(items)
-        if against == "distractors":
-            others = [
-                _distractors(model, start + row, item, prepend_bos)
-                for row, item in enumerate(items)
-            ]
-        chosen = [t for t in targets if t is not None]
-        return cls(
-            [chosen[i] for i in places.prompt],
-            [others[i] for i in places.prompt],
-            against == "mean",
-        )
 
     def of_rows(
         self, table: Float[Tensor, "d_vocab *width"], rows: np.ndarray
@@ -147,8 +117,24 @@ class _Wanted:
         return found - torch.stack(rest)
 
 
+def _others(
+    model: GraftedTransformer,
+    prompts: Sequence[Tokenized],
+    targets: Sequence[int],
+    against: Against | None,
+    prepend_bos: bool | None,
+) -> list[tuple[int, ...]]:
+    """What each prompt's answer is held against: first tokens of its distractors, or nothing."""
+    if against != "distractors":
+        return [()] * len(prompts)
+    return [
+        _distractors(model, i, item, target, prepend_bos)
+        for i, (item, target) in enumerate(zip(prompts, targets, strict=True))
+    ]
+
+
 def _distractors(
-    model: GraftedTransformer, number: int, item: Tokenized, prepend_bos: bool | None
+    model: GraftedTransformer, number: int, item: Tokenized, target: int, prepend_bos: bool | None
 ) -> tuple[int, ...]:
     texts = () if item.prompt is None else item.prompt.distractors
     if not texts:
@@ -156,8 +142,15 @@ def _distractors(
             f"prompt {number} has no distractors. Give Prompt(…, distractors=[…]), or another "
             "against=…"
         )
-    found = (continuation(item, text, model._tokenizer(), prepend_bos)[0] for text in texts)
-    return tuple(dict.fromkeys(found))
+    found = {continuation(item, text, model._tokenizer(), prepend_bos)[0]: text for text in texts}
+    # One that begins as the answer does says nothing about the answer's first token.
+    found.pop(target, None)
+    if not found:
+        raise PromptError(
+            f"prompt {number}: every distractor begins with the answer's first token. Give others, "
+            "or another against=…"
+        )
+    return tuple(found)
 
 
 class _Attribution:
@@ -245,7 +238,8 @@ class _Attribution:
         for row, (number, position) in enumerate(
             zip(self.places.prompt, self.places.position, strict=True)
         ):
-            ids, start = batch.prompts[number].ids, batch.starts[number]
+            start = batch.starts[number]
+            ids = self.places.ids[number][start:]
             about = self.about.iloc[[row] * (position + 1)]
             parts.append(
                 about.assign(

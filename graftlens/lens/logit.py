@@ -8,16 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from graftlens.graft import At, Graft, Grafts
-from graftlens.lens.runs import (
-    Places,
-    Runs,
-    cached,
-    chunks,
-    joined,
-    target_ids,
-    token_text,
-)
+from graftlens.graft import Graft, Grafts, Where
+from graftlens.lens.runs import Places, Runs, look_into, target_ids, tidy, token_text, unpatched
 from graftlens.metrics import next_tokens
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer, Input
@@ -32,7 +24,7 @@ def logit_lens(
     prompts: Input,
     grafts: Grafts | None = None,
     *,
-    at: At | str = "all",
+    at: Where = "all",
     incl_mid: bool = False,
     top_k: int = 5,
     full: Graft | str | None = None,
@@ -74,13 +66,11 @@ def logit_lens(
         raise ValueError(f"top_k={top_k}: write a number from 1.")
     runs = Runs.of(model, grafts, full)
     streams = _streams(model, incl_mid)
+    hooks = [hook for _, _, hook in streams]
     parts = []
-    for places in chunks(model, prompts, at, prepend_bos):
-        targets = target_ids(model, places.batch.prompts, prepend_bos)
-        caches = {
-            name: cached(model, places.batch, graft, [hook for _, _, hook in streams])
-            for name, graft in runs.grafts.items()
-        }
+    whole = model.batch(prompts, prepend_bos=prepend_bos)
+    targets = target_ids(model, whole.prompts, prepend_bos)
+    for places, caches in look_into(model, whole, runs, hooks, at):
         found: dict[str, list[pd.DataFrame]] = {name: [] for name in runs.grafts}
         for layer, stream, hook in streams:
             read = _Reading(model, runs, places, caches, hook, targets, top_k)
@@ -88,13 +78,9 @@ def logit_lens(
                 columns = {**runs.columns(name), "layer": layer, "stream": stream}
                 found[name].append(table.assign(**columns))
         parts += [table for tables in found.values() for table in tables]
-    table = joined(parts, whole=("target_id", "rank"))
-    # Prompt by prompt, as they were given; within one, run by run and from the embeddings on.
-    table = table.sort_values("prompt", kind="stable", ignore_index=True)
-    if not incl_mid:
-        table["layer"] = table["layer"].astype(int)
-    first = ["prompt", "graft", "rule", "layer", "stream", "position", "token"]
-    return table[[*first, *(c for c in table if c not in first)]]
+    first = ("prompt", "graft", "rule", "layer", "stream", "position", "token")
+    table = tidy(parts, first, whole=("target_id", "rank"))
+    return table if incl_mid else table.astype({"layer": int})
 
 
 def emergence(table: pd.DataFrame, k: int = 1) -> pd.DataFrame:
@@ -135,7 +121,7 @@ def divergence(
     prompts: Input,
     grafts: Grafts | None = None,
     *,
-    at: At | str = "all",
+    at: Where = "all",
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
@@ -153,10 +139,10 @@ def divergence(
     """
     runs = Runs.of(model, grafts, full)
     hook = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
+    pairs = [(p, q) for p in runs.grafts for q in runs.grafts if p != q]
     parts = []
-    for places in chunks(model, prompts, at, prepend_bos):
-        caches = {n: cached(model, places.batch, g, [hook]) for n, g in runs.grafts.items()}
-        pairs = [(p, q) for p in runs.grafts for q in runs.grafts if p != q]
+    whole = model.batch(prompts, prepend_bos=prepend_bos)
+    for places, caches in look_into(model, whole, runs, [hook], at):
         kl: dict[tuple[str, str], list[np.ndarray]] = {pair: [] for pair in pairs}
         for start in range(0, len(places.rows), ROWS):
             rows = slice(start, start + ROWS)
@@ -165,7 +151,7 @@ def divergence(
                 kl[p, q].append(_kl(said[p], said[q]).cpu().numpy())
         for (p, q), values in kl.items():
             parts.append(places.table.assign(p=p, q=q, kl=np.concatenate(values)))
-    return joined(parts).sort_values("prompt", kind="stable", ignore_index=True)
+    return tidy(parts, ("prompt", "position", "token", "p", "q"))
 
 
 def _streams(model: GraftedTransformer, incl_mid: bool) -> list[tuple[float, str, str]]:
@@ -199,7 +185,7 @@ class _Reading:
     ) -> None:
         self.model, self.runs, self.places, self.caches = model, runs, places, caches
         self.hook, self.top_k = hook, top_k
-        self.targets = [targets[i] for i in places.prompt]
+        self.targets = [targets[i] for i in places.table["prompt"]]
 
     def tables(self) -> dict[str, pd.DataFrame]:
         parts: dict[str, list[pd.DataFrame]] = {name: [] for name in self.runs.grafts}
@@ -247,7 +233,8 @@ def _read(
     """A stream at some places as logits, by what the graft chose there."""
     index = places.rows[rows]
     resid = cache[hook].flatten(0, 1)[torch.from_numpy(index).to(cache[hook].device)]
-    return model.logits_from(resid[None], cache.mask.pick(index[None]))[0].float()
+    with unpatched():
+        return model.logits_from(resid[None], cache.mask.pick(index[None]))[0].float()
 
 
 def _logprobs(

@@ -20,13 +20,21 @@ from torch.utils.hooks import RemovableHandle
 
 from graftlens.components import Component
 from graftlens.graft import Graft, Grafts
-from graftlens.lens.runs import Places, Runs, chunks, joined, target_ids, token_text
+from graftlens.lens.runs import (
+    SUSPENDED,
+    Places,
+    Runs,
+    chunks,
+    needed_target_ids,
+    tidy,
+    token_text,
+    unpatched,
+)
 from graftlens.metrics import next_tokens
 from graftlens.model.forward import HeadsIn, HeadsOut
 from graftlens.model.grafted import GraftedTransformer, GraftLike, Input
 from graftlens.model.inputs import Batch
-from graftlens.model.mask import HeadSelection, Selection
-from graftlens.prompts import PromptError
+from graftlens.model.mask import GraftMask, HeadSelection, Selection
 
 C = Component
 
@@ -42,7 +50,8 @@ def patched(
 
     Each site (component, layer, position, head) that the graft gives to a source has the output of
     the component replaced by what it is when that source runs everywhere. All else runs as it
-    would: the base, or the graft that the run is given.
+    would: the base, or the graft that the run is given. Hooks that are attached to the model act in
+    that source's run too.
 
     Args:
         model: the model.
@@ -68,15 +77,25 @@ def patched(
         for (component, layer), chosen in mask.sites.items()
     ]
     for source in sorted({s for site in sites for s in site.sources}):
-        with ExitStack() as handles, torch.no_grad():
+        with ExitStack() as handles, unpatched(), torch.no_grad():
             for site in sites:
                 handles.enter_context(_hooked(site.module, site.capture(source)))
             model(batch, graft=Graft.rule(model.sources[source]))
+
+    def put(site: _Site) -> Callable[..., Tensor]:
+        def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            if SUSPENDED.get():
+                return out
+            _check_rows(model, batch)
+            return site.put(module, args, out)
+
+        return hook
+
     with ExitStack() as handles:
         handles.enter_context(_checked(model, batch))
         for site in sites:
             if site.sources:
-                handles.enter_context(_hooked(site.module, site.put))
+                handles.enter_context(_hooked(site.module, put(site)))
         yield model
 
 
@@ -110,17 +129,17 @@ def patching(
         ValueError: as for `patched`.
     """
     runs = Runs.of(model, grafts, full)
+    for name in runs.grafts:
+        if PATCHED.format(name) in runs.grafts:
+            raise ValueError(
+                f"a graft is called {PATCHED.format(name)!r}, which is what the patch of {name!r} "
+                "is called. Give it another name."
+            )
     parts = []
-    for places in chunks(model, prompts, "last", prepend_bos):
-        batch = places.batch
-        targets = target_ids(model, batch.prompts, prepend_bos)
-        for row, target in enumerate(targets):
-            if target is None:
-                number = int(places.table["prompt"].iloc[row])
-                raise PromptError(
-                    f"prompt {number} has no answer to score. Give Prompt(text, answer=…)."
-                )
-        ids = [target for target in targets if target is not None]
+    whole = model.batch(prompts, prepend_bos=prepend_bos)
+    targets = needed_target_ids(model, whole.prompts, prepend_bos, "score")
+    for places in chunks(model, whole, runs, "last"):
+        batch, ids = places.batch, [targets[i] for i in places.table["prompt"]]
         for name, graft in runs.grafts.items():
             said = runs.columns(name) | {"how": "graft"}
             parts.append(_scored(model, places, model(batch, graft=graft), ids, top_k, said))
@@ -130,7 +149,7 @@ def patching(
                 logits = model(batch, graft=Graft())
             said |= {"graft": PATCHED.format(name), "how": "patch"}
             parts.append(_scored(model, places, logits, ids, top_k, said))
-    table = joined(parts).sort_values("prompt", kind="stable", ignore_index=True)
+    table = tidy(parts, ("prompt", "graft", "rule", "how"))
     table.attrs["recovery"] = {"base": runs.base, "full": runs.full}
     return table
 
@@ -183,18 +202,19 @@ class _Site:
     ) -> None:
         self.module = module
         self.kept: list[_Kept] = []
-        groups: list[tuple[tuple[int, ...] | None, Selection]] = (
-            [(None, chosen)] if isinstance(chosen, Selection) else list(chosen.groups)
-        )
+        whole = chosen.whole.choice if isinstance(chosen, HeadSelection) else chosen.choice
         #: (source, heads, rows) of everything that is not the base's.
-        self.wanted = [
-            (int(source), heads, np.flatnonzero((selection.choice == source) & real))
-            for heads, selection in groups
-            for source in np.unique(selection.choice[real])
-            if source != 0
-        ]
+        self.wanted: list[tuple[int, tuple[int, ...] | None, np.ndarray]] = []
+        for source in np.unique(whole[real]):
+            rows = np.flatnonzero((whole == source) & real)
+            self.wanted.append((int(source), None, rows))
+        # Where all heads are of one source, o's bias is too; else each head comes by itself.
+        for heads, selection in chosen.groups if isinstance(chosen, HeadSelection) else ():
+            for source in np.unique(selection.choice[real]):
+                some = (selection.choice == source) & (whole != source) & real
+                self.wanted.append((int(source), heads, np.flatnonzero(some)))
+        self.wanted = [(s, heads, rows) for s, heads, rows in self.wanted if s and len(rows)]
         self.sources = {source for source, _, _ in self.wanted}
-        self.by_head = isinstance(chosen, HeadSelection)
 
     def capture(self, source: int) -> Callable[..., None]:
         """A forward hook that keeps what this site needs of a source's own run."""
@@ -203,16 +223,15 @@ class _Site:
             for wanted, heads, rows in self.wanted:
                 if wanted == source:
                     index = torch.from_numpy(rows).to(out.device)
-                    parts = self._parts(module, args, out)[index]
-                    self.kept.append(_Kept(index, heads, parts.clone()))
+                    given = _rows(out) if heads is None else _by_head(module, args, out)
+                    self.kept.append(_Kept(index, heads, given[index]))
 
         return keep
 
     def put(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         """A forward hook that puts in what was kept."""
         made = out.clone()
-        # Rows [batch · pos], whatever the map's own shape: a view, so that `made` is written to.
-        flat = made if made.ndim == 2 else made.view(-1, *made.shape[2:]).flatten(1)
+        flat = _rows(made)
         for kept in self.kept:
             if kept.heads is None:
                 flat[kept.rows] = kept.values
@@ -220,24 +239,25 @@ class _Site:
             heads = list(kept.heads)
             if isinstance(module, HeadsIn):
                 # Heads of o add up: theirs for ours.
-                ours = self._parts(module, args, out)[kept.rows]
+                ours = _by_head(module, args, out)[kept.rows]
                 flat[kept.rows] += (kept.values - ours)[:, heads].sum(1)
             else:
-                assert isinstance(module, HeadsOut), "only q, k, v and o have heads"
-                by_head = flat.view(len(flat), module.n_heads, -1)
                 index = torch.tensor(heads, device=out.device)
-                by_head[kept.rows[:, None], index] = kept.values[:, heads]
+                _by_head(module, args, flat)[kept.rows[:, None], index] = kept.values[:, heads]
         return made
 
-    def _parts(self, module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-        """The output row by row, and head by head where heads differ."""
-        if not self.by_head:
-            return out if out.ndim == 2 else out.flatten(0, 1).flatten(1)
-        if isinstance(module, HeadsIn):
-            z, chosen = args[0].x, args[1]
-            return module.results(z.unflatten(1, (module.n_heads, -1)), chosen)
-        assert isinstance(module, HeadsOut), "only q, k, v and o have heads"
-        return out.unflatten(1, (module.n_heads, -1))
+
+def _rows(out: Tensor) -> Tensor:
+    """A view of an output as rows [batch · pos, width], whatever shape its map gives."""
+    return out if out.ndim == 2 else out.view(-1, *out.shape[2:]).flatten(1)
+
+
+def _by_head(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+    """[row, head, width]: what each head gives; of o, what it adds to the residual stream."""
+    if isinstance(module, HeadsIn):
+        return module.results(args[0].x.unflatten(1, (module.n_heads, -1)), args[1])
+    assert isinstance(module, HeadsOut), "only q, k, v and o have heads"
+    return out.view(len(out), module.n_heads, -1)
 
 
 @contextmanager
@@ -251,23 +271,38 @@ def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[RemovableHa
 
 @contextmanager
 def _checked(model: GraftedTransformer, batch: Batch) -> Iterator[None]:
-    """Runs of other prompts are refused: the rows would be other prompts' rows."""
+    """Runs of other prompts are refused: their rows are other prompts' rows."""
 
     def check(_: nn.Module, args: tuple[Any, ...]) -> None:
+        if SUSPENDED.get():
+            return
         _check_flags(model)
-        given = args[0]
-        if given.shape != batch.tokens.shape or not torch.equal(given.cpu(), batch.tokens.cpu()):
-            raise ValueError(
-                f"these are not the prompts that are patched: tokens {tuple(given.shape)}, patched "
-                f"are {tuple(batch.tokens.shape)}. Inside patched(…), run the prompts that it was "
-                "given, padded on the same side."
-            )
+        _check_rows(model, batch)
+        if not torch.equal(args[0], batch.tokens.to(args[0].device)):
+            raise ValueError(_OTHERS)
 
     handle = model.embed.register_forward_pre_hook(check)
     try:
         yield
     finally:
         handle.remove()
+
+
+_OTHERS = (
+    "these are not the prompts that are patched, or not all their rows. Inside patched(…), run the "
+    "prompts that it was given, as a whole and padded on the same side: model(prompts), "
+    "run_with_cache, run_with_hooks."
+)
+
+
+def _check_rows(model: GraftedTransformer, batch: Batch) -> None:
+    """That the pass under way has the rows that are patched, at their places."""
+    mask = model.active.current
+    if not isinstance(mask, GraftMask) or (mask.shape, mask.places) != (
+        batch.real.shape,
+        batch.places,
+    ):
+        raise ValueError(_OTHERS)
 
 
 def _check_flags(model: GraftedTransformer) -> None:

@@ -1,8 +1,10 @@
 """What all lens functions share: the runs to look into, prompts in chunks, and rows of places."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from itertools import chain, count
 
 import numpy as np
 import pandas as pd
@@ -11,14 +13,27 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from graftlens.components import suggest
-from graftlens.graft import At, Graft, Grafts, named_grafts
+from graftlens.graft import At, Graft, Grafts, Where, named_grafts
 from graftlens.model.cache import GraftedCache
-from graftlens.model.grafted import GraftedTransformer, Input
+from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import Batch
 from graftlens.prompts import PromptError, Tokenized, continuation
 
+#: True while what runs is not to be changed by patches that are in force.
+SUSPENDED: ContextVar[bool] = ContextVar("suspended", default=False)
+
 #: Prompts that run together; what is kept of them is one cache a run.
 CHUNK = 8
+
+
+@contextmanager
+def unpatched() -> Iterator[None]:
+    """Inside, no patch acts: for a source's own run, and for reading a stream of a patched run."""
+    token = SUSPENDED.set(True)
+    try:
+        yield
+    finally:
+        SUSPENDED.reset(token)
 
 
 @dataclass(frozen=True)
@@ -59,7 +74,9 @@ class Runs:
         names = []
         for usual, graft in (("PRE", Graft()), ("SFT", full)):
             known = next((name for name, g in given.items() if g == graft), None)
-            names.append(known or (usual if usual not in given else str(graft)))
+            # A name that is given to another graft is not taken from it.
+            free = chain((usual, str(graft)), (f"{usual} {n}" for n in count(2)))
+            names.append(known or next(name for name in free if name not in given))
         first = dict(zip(names, (Graft(), full), strict=True))
         return cls(first | given, *names)
 
@@ -74,6 +91,7 @@ class Places:
 
     Attributes:
         batch: the prompts.
+        ids: their token ids [batch][pos], on the host.
         prompt: per place, the row of its prompt in the batch.
         position: per place, its position in its prompt.
         rows: per place, its row in `[batch · pos]`.
@@ -81,6 +99,7 @@ class Places:
     """
 
     batch: Batch
+    ids: list[list[int]]
     prompt: Int[np.ndarray, " place"]
     position: Int[np.ndarray, " place"]
     rows: Int[np.ndarray, " place"]
@@ -92,26 +111,27 @@ class Places:
         return x.flatten(0, 1).index_select(0, index)
 
 
-def chunks(
-    model: GraftedTransformer, prompts: Input, at: At | str, prepend_bos: bool | None
-) -> Iterator[Places]:
+def chunks(model: GraftedTransformer, whole: Batch, runs: Runs, at: Where) -> Iterator[Places]:
     """The places `at` of the prompts, a few prompts at a time, in their order.
 
     Raises:
-        PromptError: prompts that cannot be run, or that have no such place.
+        PromptError: prompts that cannot be run, that have no such place, or that one of the runs'
+            grafts cannot be applied to.
         ValueError: `at` is no expression over spans.
     """
     where = At.parse(at)
-    if isinstance(prompts, Batch):
-        items = prompts.prompts
-    else:
-        items = model.batch(prompts, prepend_bos=prepend_bos).prompts
-    for start in range(0, len(items), CHUNK):
-        batch = model.batch(items[start : start + CHUNK])
-        yield _places(model, batch, start, where)
+    # Before anything runs, and with the prompts' own numbers in what is said.
+    for graft in runs.grafts.values():
+        model.resolve(graft, whole)
+    ids = whole.tokens.tolist()
+    for start in range(0, len(ids), CHUNK):
+        batch = whole.rows(slice(start, start + CHUNK))
+        yield _places(model, batch, ids[start : start + CHUNK], start, where)
 
 
-def _places(model: GraftedTransformer, batch: Batch, first: int, where: At) -> Places:
+def _places(
+    model: GraftedTransformer, batch: Batch, ids: list[list[int]], first: int, where: At
+) -> Places:
     prompt, position, rows, tokens = [], [], [], []
     width = batch.real.shape[1]
     for row, item in enumerate(batch.prompts):
@@ -121,14 +141,15 @@ def _places(model: GraftedTransformer, batch: Batch, first: int, where: At) -> P
             raise PromptError(f"prompt {first + row}, at={str(where)!r}: {error}") from None
         if not len(chosen):
             raise PromptError(f"prompt {first + row}: at={str(where)!r} selects no position.")
+        columns = batch.starts[row] + chosen
         prompt += [row] * len(chosen)
         position += chosen.tolist()
-        rows += (row * width + batch.starts[row] + chosen).tolist()
-        tokens += [token_text(model, item.ids[i]) for i in chosen]
+        rows += (row * width + columns).tolist()
+        tokens += [token_text(model, ids[row][i]) for i in columns]
     table = pd.DataFrame(
         {"prompt": first + np.array(prompt), "position": position, "token": tokens}
     )
-    return Places(batch, np.array(prompt), np.array(position), np.array(rows), table)
+    return Places(batch, ids, np.array(prompt), np.array(position), np.array(rows), table)
 
 
 def token_text(model: GraftedTransformer, token: int) -> str:
@@ -146,6 +167,24 @@ def target_ids(
         else continuation(item, item.prompt.answer, model._tokenizer(), prepend_bos)[0]
         for item in prompts
     ]
+
+
+def needed_target_ids(
+    model: GraftedTransformer, prompts: Sequence[Tokenized], prepend_bos: bool | None, what: str
+) -> list[int]:
+    """The first token of each prompt's answer.
+
+    Raises:
+        PromptError: a prompt without an answer `what` needs.
+    """
+    found: list[int] = []
+    for number, target in enumerate(target_ids(model, prompts, prepend_bos)):
+        if target is None:
+            raise PromptError(
+                f"prompt {number} has no answer to {what}. Give Prompt(text, answer=…)."
+            )
+        found.append(target)
+    return found
 
 
 @torch.no_grad()
@@ -184,12 +223,35 @@ def layer_of(hook: str) -> int | None:
     return int(hook.split(".")[1]) if hook.startswith("blocks.") else None
 
 
-def joined(parts: Sequence[pd.DataFrame], whole: Sequence[str] = ()) -> pd.DataFrame:
-    """One table of all parts, in order; `whole` names columns of whole numbers that may be NA."""
+def look_into(
+    model: GraftedTransformer,
+    whole: Batch,
+    runs: Runs,
+    hooks: Sequence[str],
+    at: Where,
+) -> Iterator[tuple[Places, dict[str, GraftedCache]]]:
+    """The places `at` of a few prompts at a time, with the hooks' activations in every run."""
+    for places in chunks(model, whole, runs, at):
+        yield (
+            places,
+            {
+                name: cached(model, places.batch, graft, hooks)
+                for name, graft in runs.grafts.items()
+            },
+        )
+
+
+def tidy(
+    parts: Sequence[pd.DataFrame], first: Sequence[str], whole: Sequence[str] = ()
+) -> pd.DataFrame:
+    """One table of all parts, prompt by prompt.
+
+    Args:
+        parts: tables with a column `prompt`, each in the order that it shall have.
+        first: the columns that come first; the others follow in their order.
+        whole: columns of whole numbers that may be NA.
+    """
     table = pd.concat(parts, ignore_index=True)
-    return table.astype({name: "Int64" for name in whole if name in table})
-
-
-def repeated(table: pd.DataFrame, columns: Mapping[str, Any]) -> pd.DataFrame:
-    """`table` with further columns, values or one for all."""
-    return table.assign(**dict(columns))
+    table = table.astype(dict.fromkeys([c for c in whole if c in table], "Int64"))
+    table = table[[*first, *(c for c in table if c not in first)]]
+    return table.sort_values("prompt", kind="stable", ignore_index=True)

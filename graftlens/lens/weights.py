@@ -38,7 +38,8 @@ def weight_difference(
         largest singular value of ΔW, and `relative_spectral`, the same over that of W;
         `effective_rank` of ΔW, the exponential of the entropy of its singular values as a
         distribution (Roy and Vetterli 2007); `stable_rank` ‖ΔW‖_F² / ‖ΔW‖₂²; and `share_changed`,
-        the share of entries that differ. A ΔW of zeros has ranks of 0. With tied embeddings `embed`
+        the share of entries that differ. Norms are those of the tensors as stored (Gemma's norm
+        weights are w - 1). A ΔW of zeros has ranks of 0. With tied embeddings `embed`
         and `unembed` are two rows of one tensor.
 
     Raises:
@@ -58,6 +59,8 @@ def weight_difference(
                 f"{what}={name!r} is no source of this model. Allowed: "
                 f"{' '.join(model.sources)}.{suggest(name, model.sources)}"
             )
+    if source == base:
+        raise ValueError(f"source={source!r} is the base itself. Name another source or base.")
     after, before = model.sources.index(source), model.sources.index(base)
     rows = []
     for component in model.arch.components:

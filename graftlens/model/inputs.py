@@ -46,6 +46,16 @@ class Batch:
         """Whether any place holds no token."""
         return not bool(self.real.all())
 
+    def rows(self, which: slice) -> "Batch":
+        """Some of the prompts, in a rectangle of the same width."""
+        return Batch(
+            self.tokens[which],
+            self.real[which],
+            self.prompts[which],
+            self.starts[which],
+            self.totals[which],
+        )
+
     def position_ids(self) -> Int[np.ndarray, "batch pos"]:
         """Each row's own count from 0; padding gets 0."""
         return np.where(self.real, np.cumsum(self.real, axis=1) - 1, 0)

@@ -174,10 +174,7 @@ class SweepConfig(Section):
 
     def locations(self) -> dict[str, str]:
         """Name -> what `GraftedTransformer.from_pretrained` takes; fetches SmolLM2 if need be."""
-        return {
-            name: located(place)
-            for name, place in self.sources.items()
-        }
+        return {name: located(place) for name, place in self.sources.items()}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:

@@ -8,37 +8,31 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graftlens.viz.attention import attention_view
+    from graftlens.viz.attribution import attribution_bars, attribution_heatmap
     from graftlens.viz.bars import grouped_bars
+    from graftlens.viz.differences import difference_heatmap, weight_heatmap
     from graftlens.viz.export import exporter, write_figure
     from graftlens.viz.heatmaps import heatmap
-    from graftlens.viz.lens import (
-        answer_by_layer,
-        attribution_bars,
-        attribution_heatmap,
-        difference_heatmap,
-        divergence_lines,
-        lens_heatmap,
-        patching_scatter,
-        weight_heatmap,
-    )
+    from graftlens.viz.lens import answer_by_layer, divergence_lines, lens_heatmap
     from graftlens.viz.linecharts import lines
+    from graftlens.viz.patching import patching_scatter
     from graftlens.viz.sweeps import size_curve, window_triangle
 
 _HOME = {
     "answer_by_layer": "graftlens.viz.lens",
     "attention_view": "graftlens.viz.attention",
-    "attribution_bars": "graftlens.viz.lens",
-    "attribution_heatmap": "graftlens.viz.lens",
-    "difference_heatmap": "graftlens.viz.lens",
+    "attribution_bars": "graftlens.viz.attribution",
+    "attribution_heatmap": "graftlens.viz.attribution",
+    "difference_heatmap": "graftlens.viz.differences",
     "divergence_lines": "graftlens.viz.lens",
     "exporter": "graftlens.viz.export",
     "grouped_bars": "graftlens.viz.bars",
     "heatmap": "graftlens.viz.heatmaps",
     "lens_heatmap": "graftlens.viz.lens",
     "lines": "graftlens.viz.linecharts",
-    "patching_scatter": "graftlens.viz.lens",
+    "patching_scatter": "graftlens.viz.patching",
     "size_curve": "graftlens.viz.sweeps",
-    "weight_heatmap": "graftlens.viz.lens",
+    "weight_heatmap": "graftlens.viz.differences",
     "window_triangle": "graftlens.viz.sweeps",
     "write_figure": "graftlens.viz.export",
 }

@@ -11,6 +11,7 @@ import numpy as np
 
 from graftlens.viz import page, theme
 from graftlens.viz.files import write_whole
+from graftlens.viz.spelling import visible
 
 #: From no attention to all of it, and below zero, zero, above zero in differences.
 PATTERN = theme.SEQUENTIAL[-1]
@@ -134,7 +135,7 @@ def attention_view(
             for head in np.round(pattern, 4).tolist()
         ],
         "attentionHeadNames": names,
-        "tokens": [page.visible(token) for token in tokens],
+        "tokens": [visible(token) for token in tokens],
         "maxValue": limit,
         "minValue": -limit,
         "negativeColor": NEGATIVE,

@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from html import escape
+from importlib import resources
 from pathlib import Path
 from urllib.parse import quote
 
@@ -121,7 +122,9 @@ def document(
         "img-src data: blob:; base-uri 'none'; form-action 'none'"
     )
     looks = {"light": asdict(theme.LIGHT), "dark": asdict(theme.DARK)}
-    drawing = [get_plotlyjs(), f"const looks = {as_json(looks)};\n{_SCRIPT}"] if charts else []
+    drawing = (
+        [get_plotlyjs(), f"const looks = {as_json(looks)};", asset("page.js")] if charts else []
+    )
     ends = "\n".join(f"<script>{script}</script>" for script in (*drawing, *scripts))
     return f"""<!DOCTYPE html>
 <html lang="en">
@@ -133,7 +136,7 @@ def document(
 <title>{escape(title)}</title>
 <style>{_variables(theme.LIGHT)}
 @media screen and (prefers-color-scheme: dark) {{ {_variables(theme.DARK)} }}
-{_STYLE}{style}</style>
+{asset("page.css")}{style}</style>
 </head>
 <body>
 <main>
@@ -228,19 +231,9 @@ def rules(known: Mapping[str, Iterable[str]]) -> str:
     return f"<dl>{items}</dl>"
 
 
-def visible(token: str) -> str:
-    """A token's text with its white space and control characters as marks; not escaped.
-
-    A space is "·", a line break "↵", a tab "→", a no-break space "⍽", nothing at all "∅".
-    """
-    marks = {" ": "·", "\n": "↵", "\t": "→", "\u00a0": "⍽"}
-    return (
-        "".join(
-            marks.get(char) or (char if char.isprintable() else f"\\u{ord(char):04x}")
-            for char in token
-        )
-        or "∅"
-    )
+def asset(name: str) -> str:
+    """A script or a style sheet of the package."""
+    return resources.files("graftlens.viz").joinpath(name).read_text(encoding="utf-8")
 
 
 def as_json(value: object) -> str:
@@ -319,116 +312,3 @@ def _variables(look: theme.Theme) -> str:
         f":root {{ --surface: {look.surface}; --text: {look.text}; --muted: {look.muted}; "
         f"--grid: {look.grid}; --sft: {theme.source_color('sft')}; }}"
     )
-
-
-_STYLE = """
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--surface); color: var(--text);
-  font: 16px/1.5 system-ui, -apple-system, "Segoe UI", "DejaVu Sans", sans-serif; }
-main { max-width: 70rem; margin: 0 auto; padding: 1.5rem 1.25rem 4rem; }
-h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .75rem; }
-h2 { font-size: 1.25rem; margin: 2.25rem 0 .75rem; padding-bottom: .25rem;
-  border-bottom: 1px solid var(--grid); }
-h3 { font-size: 1.05rem; margin: 1.5rem 0 .25rem; }
-h4 { font-size: .95rem; margin: .75rem 0 .15rem; }
-small { color: var(--muted); font-weight: normal; font-size: .85em; }
-.lead { font-size: 1.15rem; margin: 0; padding: .75rem 1rem; border-left: 4px solid var(--sft); }
-code { font: .9em ui-monospace, "DejaVu Sans Mono", monospace; overflow-wrap: anywhere; }
-figure { margin: 0 0 1.5rem; }
-figcaption, .notes, .legend { color: var(--muted); font-size: .9rem; }
-.chart { width: 100%; }
-.scroll { overflow-x: auto; margin: 0 0 1.25rem; }
-table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; font-weight: 600; padding: .25rem 0; }
-th, td { padding: .3rem .7rem; text-align: right; vertical-align: top; white-space: nowrap;
-  border-bottom: 1px solid var(--grid); }
-th small, td small { display: block; }
-th:first-child { text-align: left; position: sticky; left: 0; background: var(--surface); }
-th.words, td.words { text-align: left; }
-td:first-child { position: sticky; left: 0; background: var(--surface); }
-a { color: inherit; text-underline-offset: .15em; }
-.question { font-style: italic; margin: 0 0 .75rem; color: var(--muted); }
-.files { white-space: nowrap; }
-nav ol { columns: 18rem; padding-left: 1.4rem; margin: 1rem 0 0; }
-details { margin: 0 0 1rem; }
-.text { text-align: left; white-space: normal; min-width: 12rem; }
-.ranks .text + .text { min-width: 8rem; }
-summary { cursor: pointer; margin-bottom: .5rem; }
-.tokens { margin: 0; line-height: 2.1; overflow-wrap: anywhere; }
-.token, mark { display: inline-block; max-width: 100%; line-height: 1.5; padding: .1rem .12rem;
-  border-radius: 2px; color: inherit; }
-.token { border-bottom: 1px dotted var(--muted); margin-right: 2px; }
-mark { border-bottom: 3px solid var(--sft); font-weight: 600; margin-right: 2px;
-  background: color-mix(in srgb, var(--sft) 22%, transparent); }
-.ws { color: var(--muted); font-weight: normal; user-select: none; }
-.guesses { list-style: none; display: flex; flex-wrap: wrap; gap: .3rem 1rem; margin: .1rem 0 0;
-  padding: 0; font-size: .9rem; color: var(--muted); }
-.guesses .right { color: var(--text); font-weight: 600; }
-dl { display: grid; grid-template-columns: minmax(6rem, max-content) 1fr; gap: .25rem 1.25rem;
-  margin: 0; }
-dt { font-weight: 600; overflow-wrap: anywhere; }
-dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
-dd > dl { padding-left: .75rem; border-left: 2px solid var(--grid); }
-@media (min-width: 60rem) { caption { white-space: nowrap; } }
-@media (max-width: 40rem) {
-  main { padding: 1rem .8rem 3rem; }
-  h1 { font-size: 1.35rem; }
-  .lead { font-size: 1.05rem; }
-  dl { grid-template-columns: 1fr; gap: 0; }
-  dd { margin-bottom: .4rem; }
-}
-@media print {
-  main { max-width: none; padding: 0; }
-  .modebar { display: none !important; }
-  mark, .lead { print-color-adjust: exact; -webkit-print-color-adjust: exact; }
-  figure, tr, article > div { break-inside: avoid; }
-  h2, h3, h4 { break-after: avoid; }
-  .scroll { overflow: visible; }
-  table { font-size: .7rem; }
-  th, td { padding: .15rem .3rem; }
-}
-"""
-
-_SCRIPT = """
-const wantsDark = window.matchMedia("(prefers-color-scheme: dark)");
-const charts = [...document.querySelectorAll(".chart")];
-const drawn = new Set();
-const settings = {responsive: true, displaylogo: false, showSendToCloud: false,
-  displayModeBar: window.innerWidth > 640 ? "hover" : false,
-  plotlyServerURL: "", modeBarButtonsToRemove: ["sendChartToCloud", "select2d", "lasso2d"]};
-function dress(chart, printing) {
-  const look = looks[wantsDark.matches && !printing ? "dark" : "light"];
-  const layout = {"font.color": look.text, "modebar.color": look.muted,
-    "modebar.activecolor": look.text};
-  for (const axis of Object.keys(chart.layout).filter(key => /^[xy]axis/.test(key))) {
-    layout[axis + ".gridcolor"] = look.grid;
-    layout[axis + ".linecolor"] = layout[axis + ".zerolinecolor"] = look.muted;
-  }
-  const bars = chart.data.map((trace, i) => trace.type === "bar" ? i : -1).filter(i => i >= 0);
-  const outlines = {"error_y.color": look.text, "marker.line.color": look.text,
-    "marker.pattern.fgcolor": look.surface, "marker.opacity": look.bar_opacity};
-  const empty = chart.data.map((trace, i) => trace.name === "no value" ? i : -1)
-    .filter(i => i >= 0);
-  if (empty.length) return Plotly.update(chart, {"marker.line.color": look.muted}, layout, empty);
-  return bars.length ? Plotly.update(chart, outlines, layout, bars)
-                     : Plotly.relayout(chart, layout);
-}
-function draw(chart) {
-  if (drawn.has(chart)) return;
-  drawn.add(chart);
-  const figure = JSON.parse(document.getElementById(chart.id + "-figure").textContent);
-  Plotly.newPlot(chart, figure.data, figure.layout, settings).then(() => dress(chart, false));
-}
-// One chart a turn, so that a page of many can be read and scrolled at once.
-function drawNext() {
-  const next = charts.find(chart => !drawn.has(chart));
-  if (next) { draw(next); setTimeout(drawNext); }
-}
-drawNext();
-wantsDark.addEventListener("change", () => drawn.forEach(chart => dress(chart, false)));
-window.addEventListener("beforeprint", () => charts.forEach(chart => {
-  draw(chart);
-  dress(chart, true);
-}));
-window.addEventListener("afterprint", () => charts.forEach(chart => dress(chart, false)));
-"""

@@ -10,6 +10,7 @@ import pandas as pd
 from graftlens.viz import page, text
 from graftlens.viz.figures import bar_chart
 from graftlens.viz.files import write_whole
+from graftlens.viz.spelling import characters
 
 #: With more grafts than this the ranks prompt by prompt are no table that anyone reads.
 MAX_GRAFTS = 40
@@ -210,16 +211,10 @@ def _tick(hit: bool) -> str:
 
 def _token(token: str) -> str:
     """A token's text as HTML: escaped, its white space and control characters made visible."""
-    marks = {" ": "·", "\n": "↵", "\t": "→", "\u00a0": "⍽"}
-    parts = []
-    for char in token:
-        if char in marks:
-            parts.append(f"<span class='ws'>{marks[char]}</span>")
-        elif char.isprintable():
-            parts.append(escape(char))
-        else:
-            parts.append(f"<span class='ws'>\\u{ord(char):04x}</span>")
-    return "".join(parts) or "<span class='ws'>∅</span>"
+    return "".join(
+        f"<span class='ws'>{shown}</span>" if mark else escape(shown)
+        for shown, mark in characters(token)
+    )
 
 
 def _prompts(table: pd.DataFrame, max_prompts: int) -> str:

@@ -1,0 +1,526 @@
+"""Cross-model activation patching, held against hooks on Hugging Face's own modules.
+
+The oracle's base has hooks that give, at the sites of a graft, what the same modules of the other
+model gave in its own run; under a graft as well, the sequential algorithm runs that hooked model.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import pytest
+import reference
+import torch
+from conftest import MakeTiny, Tiny
+from lensoracle import (
+    FAMILIES,
+    PROMPTS,
+    Asked,
+    Oracle,
+    Watched,
+    chooser,
+    mixed,
+    n_layers,
+    oracle_of,
+    patched_copy,
+)
+from reference import components_of, sequential_graft
+from torch import Tensor
+
+from graftlens.evaluate import evaluate
+from graftlens.graft import Graft
+from graftlens.lens import logit_lens, patched, patching
+from graftlens.prompts import Prompt, PromptError
+from graftlens.stats import compare, summarise
+
+EACH_FAMILY = pytest.mark.parametrize("variant", FAMILIES)
+OracleOf = Callable[[str], Oracle]
+
+
+@pytest.fixture(scope="module")
+def oracles(tiny: MakeTiny) -> OracleOf:
+    """The oracle of a variant."""
+    return partial(oracle_of, tiny)
+
+
+def _ids(n: int = 6, seed: int = 0) -> list[int]:
+    return torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def _close(ours: Tensor, theirs: Tensor, tolerance: float = 3e-5) -> None:
+    assert ours.shape == theirs.shape
+    difference = float(((ours - theirs).abs().max() / theirs.abs().max()).detach())
+    assert difference < tolerance, difference
+
+
+def _runs(n: int) -> dict[str, list[list[int]]]:
+    return {"bos": [[0]], "last": [[n - 1]], "all": [list(range(n))]}
+
+
+def _expected(
+    t: Tiny, ids: Sequence[int], text: str, runs: Any = None, onto: str = "pre"
+) -> Tensor:
+    """Logits [pos, d_vocab] of the hooked Hugging Face model `onto`."""
+    patch = chooser(text, runs or _runs(len(ids)), len(ids))
+    model = patched_copy(t.sources, ids, patch, onto)
+    with torch.no_grad():
+        return model(torch.tensor([list(ids)]), use_cache=False).logits[0]
+
+
+def _ours(t: Tiny, ids: Sequence[int], text: str, **run: Any) -> Tensor:
+    tokens = torch.tensor([list(ids)])
+    with patched(t.model, tokens, text), torch.no_grad():
+        return t.model(tokens, **run)[0]
+
+
+# --- Sites ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "gemma3", "phi3-longrope"])
+def test_each_component_at_two_places(tiny: MakeTiny, variant: str) -> None:
+    t = tiny(variant)
+    ids = _ids()
+    base = t.logits("pre", ids)
+    for component in components_of(t.sources["pre"]):
+        layer = "" if component in reference.MODEL_COMPONENTS else " : 1"
+        text = f"sft @ [2, -1] : {component}{layer}"
+        ours = _ours(t, ids, text)
+        _close(ours, _expected(t, ids, text))
+        moved = (ours - base).abs().amax(-1)
+        assert (moved[:2] < 1e-5).all(), "nothing before the patch"
+        assert moved[-1] > 1e-4, component
+
+
+@EACH_FAMILY
+def test_many_prompts_of_different_lengths(oracles: OracleOf, variant: str) -> None:
+    """A padded batch, spans, heads of q, k, v and o, and every kind of component."""
+    oracle = oracles(variant)
+    model, text = oracle.tiny.model, mixed(variant) + " | sft @ [3] : q + k : 0,2 : 1"
+    for side in ("right", "left") if variant == "qwen3" else ("right",):
+        batch = model.batch(list(PROMPTS), padding_side=side)
+        with patched(model, batch, text), torch.no_grad():
+            logits = model(list(PROMPTS), padding_side=side)
+        for row, start, asked in zip(logits, batch.starts, oracle.asked, strict=True):
+            ours = row[start : start + len(asked.ids)]
+            _close(ours, _expected(oracle.tiny, asked.ids, text, asked.runs))
+
+
+@pytest.mark.parametrize("variant", ["neox-parallel", "phi3-longrope"])
+@pytest.mark.parametrize("component", ["q", "k", "v", "o"])
+def test_single_heads(tiny: MakeTiny, variant: str, component: str) -> None:
+    t = tiny(variant)
+    ids = _ids()
+    seen = []
+    for heads in ("0", "1"):
+        text = f"sft @ [1, 4] : {component} : 0,2 : {heads}"
+        ours = _ours(t, ids, text)
+        _close(ours, _expected(t, ids, text))
+        seen.append(ours)
+    assert (seen[0] - seen[1]).abs().max() > 1e-3, "heads must differ"
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama-biased", "neox-parallel"])
+def test_the_bias_of_o_comes_with_all_its_heads(tiny: MakeTiny, variant: str) -> None:
+    """Also where another position of the same layer has some of its heads patched only."""
+    t = tiny(variant)
+    ids = _ids()
+    alone = "sft @ [1] : o : 1"
+    _close(_ours(t, ids, alone), _expected(t, ids, alone))
+    beside = alone + " | sft @ [3] : o : 1 : 0"
+    ours = _ours(t, ids, beside)
+    _close(ours, _expected(t, ids, beside))
+    _close(ours[:3], _ours(t, ids, alone)[:3])
+
+
+def test_all_heads_one_by_one_are_all_heads(tiny: MakeTiny) -> None:
+    t = tiny("llama-biased")
+    ids = _ids()
+    one_by_one = " | ".join(f"sft @ [1] : o : 1 : {head}" for head in range(4))
+    _close(_ours(t, ids, one_by_one), _ours(t, ids, "sft @ [1] : o : 1"))
+
+
+def test_a_later_rule_takes_sites_back(tiny: MakeTiny) -> None:
+    t = tiny("qwen3")
+    ids = _ids()
+    text = "sft @ all : attn + mlp | pre @ [2] | pre @ all : v : 1 : 0"
+    _close(_ours(t, ids, text), _expected(t, ids, text))
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "gemma3"])
+def test_each_site_from_the_source_that_is_named(tiny: MakeTiny, variant: str) -> None:
+    t = tiny(variant, ("pre", "task", "relation"))
+    ids = _ids()
+    text = (
+        "task @ all : attn : 0-1 | relation @ [3] : mlp | task @ last : mlp : 1 "
+        "| relation @ last : o : 1 : 2 | relation @ last : unembed | task @ [0] : embed"
+    )
+    _close(_ours(t, ids, text), _expected(t, ids, text))
+    onto = "task @ all"
+    ours = _ours(t, ids, "relation @ [1, -1] : mlp_out", graft=onto)
+    _close(ours, _expected(t, ids, "relation @ [1, -1] : mlp_out", onto="task"))
+
+
+# --- What must hold whatever the weights ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "neox-parallel", "gemma3"])
+def test_everything_everywhere_is_the_other_model(tiny: MakeTiny, variant: str) -> None:
+    t = tiny(variant)
+    ids = _ids()
+    _close(_ours(t, ids, "sft @ all"), t.logits("sft", ids))
+    _close(
+        _ours(t, ids, "sft @ last : unembed"),
+        torch.cat([t.logits("pre", ids)[:-1], t.logits("sft", ids)[-1:]]),
+    )
+    tokens = torch.tensor([ids])
+    base = t.model(tokens)
+    for nothing in ("none", "pre @ all", Graft(), "sft @ all | pre @ all"):
+        with patched(t.model, tokens, nothing):
+            assert torch.equal(t.model(tokens), base)
+
+
+def test_a_patch_at_the_residual_stream_carries_the_other_models_information(
+    tiny: MakeTiny,
+) -> None:
+    """All that is written into position 2 by layers 0 and 1 is sft's: so is the stream there."""
+    t = tiny("gpt2")
+    ids = _ids()
+    tokens = torch.tensor([ids])
+    writes = "sft @ [2] : embed + pos_embed | sft @ [2] : o + mlp_out : 0-1"
+    with patched(t.model, tokens, writes):
+        _, cache = t.model.run_with_cache(tokens)
+    watched = Watched(t.sources["sft"])
+    with torch.no_grad():
+        sft = watched.run(watched.model(tokens, use_cache=False).logits[0])
+    _close(cache["resid_post", 1][0, 2], sft.resid[2, 2])
+    base = t.model.run_with_cache(tokens)[1]
+    others = [0, 1, 3, 4, 5]
+    assert (cache["resid_post", 1][0, others] - sft.resid[2, others]).abs().max() > 0.1
+    _close(cache["resid_pre", 0][0, others], base["resid_pre", 0][0, others])
+
+
+# --- With caches, hooks and grafts ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama-biased", "gemma2", "olmo2"])
+def test_a_patch_under_a_graft(tiny: MakeTiny, variant: str) -> None:
+    """What is patched is the source's own; all else runs under the graft, position by position."""
+    t = tiny(variant)
+    ids = _ids()
+    tokens, n = torch.tensor([ids]), len(ids)
+    patch = "sft @ [1] : mlp_out + o : 0,1 | sft @ [4] : o : 1 : 1 | sft @ [2] : v : all : 0"
+    graft = "sft @ [0, 4] | sft @ last : attn + unembed | sft @ [3] : o : 1 : 0,2"
+    runner = patched_copy(t.sources, ids, chooser(patch, _runs(n), n), "pre")
+    watched = Watched(runner)
+    models = {**t.sources, "pre": watched.model}
+    wanted = watched.run(sequential_graft(models, ids, chooser(graft, _runs(n), n)))
+    with patched(t.model, tokens, patch):
+        logits, cache = t.model.run_with_cache(tokens, graft=graft)
+        with t.model.grafted(graft):
+            again = t.model(tokens)
+    _close(logits[0], wanted.logits)
+    _close(again[0], wanted.logits)
+    for l in range(n_layers(runner)):
+        _close(cache["resid_post", l][0], wanted.resid[l + 1])
+        _close(cache["mlp_out", l][0], wanted.mlp[l])
+        _close(cache["z", l][0], wanted.z[l])
+
+
+def test_caches_and_hooks_see_the_patch(tiny: MakeTiny) -> None:
+    t = tiny("llama-biased")
+    ids = _ids()
+    tokens = torch.tensor([ids])
+    own = Watched(t.sources["sft"])
+    with torch.no_grad():
+        sft = own.run(own.model(tokens, use_cache=False).logits[0])
+    text = "sft @ [2] : v + mlp_out : 1"
+    with patched(t.model, tokens, text):
+        _, cache = t.model.run_with_cache(tokens)
+        seen: list[Tensor] = []
+        logits = t.model.run_with_hooks(
+            tokens, fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: seen.append(x.clone()))]
+        )
+        no_mlp = t.model.run_with_hooks(
+            tokens, fwd_hooks=[("blocks.1.hook_mlp_out", lambda x, hook: x * 0)]
+        )
+    _close(cache["v", 1][0, 2], sft.v[1, 2])
+    _close(cache["mlp_out", 1][0, 2], sft.mlp[1, 2])
+    _close(seen[0][0, 2], sft.mlp[1, 2])
+    _close(logits[0], _expected(t, ids, text))
+    assert (no_mlp - logits)[0, 2].abs().max() > 1e-2
+
+
+def test_a_patch_is_the_sources_own_whatever_is_in_force_outside(tiny: MakeTiny) -> None:
+    t = tiny("gpt2", ("pre", "task", "relation"))
+    ids = _ids()
+    tokens = torch.tensor([ids])
+    text = "relation @ [2] : mlp_out : 1"
+    with t.model.grafted("task @ all"), patched(t.model, tokens, text):
+        ours = t.model(tokens)
+    _close(ours[0], _expected(t, ids, text, onto="task"))
+
+
+def test_patches_within_patches(tiny: MakeTiny) -> None:
+    """Each source is patched in from its own run, not from one that the outer patch has changed."""
+    t = tiny("gpt2", ("pre", "task", "relation"))
+    ids = _ids()
+    tokens = torch.tensor([ids])
+    outer, inner = "task @ [1] : mlp_out : 0", "relation @ [3] : mlp_out : 1"
+    with patched(t.model, tokens, outer), patched(t.model, tokens, inner):
+        ours = t.model(tokens)
+    _close(ours[0], _expected(t, ids, f"{outer} | {inner}"))
+
+
+def test_the_lens_of_a_patched_run(oracles: OracleOf) -> None:
+    oracle = oracles("gpt2")
+    model, text = oracle.tiny.model, "sft @ first_entity : o + mlp_out : 0,1"
+    asked = oracle.asked[2]
+    runner = patched_copy(
+        oracle.tiny.sources, asked.ids, chooser(text, asked.runs, len(asked.ids)), "pre"
+    )
+    watched = Watched(runner)
+    with torch.no_grad():
+        run = watched.run(watched.model(torch.tensor([asked.ids]), use_cache=False).logits[0])
+    with patched(model, PROMPTS[2], text):
+        table = logit_lens(model, PROMPTS[2])
+    for layer in range(4):
+        rows = table[(table["graft"] == "PRE") & (table["layer"] == layer)]
+        said = oracle.read(2, "none", run.resid[layer])
+        assert rows["logprob"].tolist() == pytest.approx(said[:, asked.target].tolist(), abs=1e-4)
+
+
+# --- What is left behind, what is refused --------------------------------------------------------
+
+
+def _is_clean(t: Tiny) -> bool:
+    hooks = (m._forward_hooks or m._forward_pre_hooks for m in t.model.modules())
+    return not any(hooks) and not t.model.active.stack and not t.model.active.running
+
+
+def test_nothing_is_left_behind(tiny: MakeTiny) -> None:
+    t = tiny("gpt2")
+    tokens = torch.tensor([_ids()])
+    base, prints = t.model(tokens), t.model.fingerprints()
+    with patched(t.model, tokens, "sft @ last : mlp") as model:
+        assert model is t.model
+        assert not torch.equal(t.model(tokens), base)
+        assert not _is_clean(t)
+    assert _is_clean(t)
+    assert torch.equal(t.model(tokens), base)
+    with pytest.raises(RuntimeError, match="in between"), patched(t.model, tokens, "sft @ last"):
+        raise RuntimeError("in between")
+    assert _is_clean(t)
+
+    def fail(x: Tensor, hook: Any) -> None:
+        raise RuntimeError("in a hook")
+
+    with (
+        pytest.raises(RuntimeError, match="in a hook"),
+        patched(t.model, tokens, "sft @ last"),
+    ):
+        t.model.run_with_hooks(tokens, fwd_hooks=[("blocks.1.hook_mlp_out", fail)])
+    assert _is_clean(t)
+    # While the source's own run is made.
+    with (
+        t.model.hooks(fwd_hooks=[("blocks.1.hook_mlp_out", fail)]),
+        pytest.raises(RuntimeError, match="in a hook"),
+        patched(t.model, tokens, "sft @ last"),
+    ):
+        pass
+    assert not any(m._forward_pre_hooks for m in t.model.modules())
+    assert _is_clean(t)
+    assert torch.equal(t.model(tokens), base)
+    assert t.model.fingerprints() == prints
+    assert torch.is_grad_enabled()
+
+
+def test_other_prompts_are_refused(oracles: OracleOf) -> None:
+    t = oracles("llama-biased").tiny
+    tokens, other = torch.tensor([_ids()]), torch.tensor([_ids(seed=4)])
+    refused = pytest.raises(ValueError, match=r"these are not the prompts that are patched")
+    with patched(t.model, tokens, "sft @ last : o"):
+        for wrong in (other, tokens[:, :-1], tokens.repeat(2, 1)):
+            with refused:
+                t.model(wrong)
+        with refused:
+            t.model.generate(PROMPTS[0], max_new_tokens=2)
+        t.model(tokens)
+    with patched(t.model, list(PROMPTS), "sft @ last : o"), refused:
+        t.model(list(PROMPTS), padding_side="left")
+    with patched(t.model, list(PROMPTS), "sft @ last : o"), refused:
+        t.model(list(PROMPTS)[::-1])
+    assert _is_clean(t)
+
+
+def test_the_same_tokens_padded_elsewhere_are_refused(tiny: MakeTiny) -> None:
+    """The pad token also stands in the prompt: which rows are the prompt's, tokens do not say."""
+    t = tiny("gpt2")
+    tokens = torch.tensor([[5, 9, 8, 5], [7, 6, 4, 3]])
+    right = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1]])
+    left = torch.tensor([[0, 1, 1, 1], [1, 1, 1, 1]])
+    batch = t.model.batch(tokens, attention_mask=right)
+    with (
+        patched(t.model, batch, "sft @ last : mlp_out"),
+        pytest.raises(ValueError, match="these are not the prompts"),
+    ):
+        t.model(tokens, attention_mask=left)
+
+
+@pytest.mark.parametrize("flag", ["use_split_qkv_input", "use_attn_in", "use_attn_result"])
+def test_flags_by_which_maps_do_not_run_as_one(tiny: MakeTiny, flag: str) -> None:
+    t = tiny("gpt2")
+    tokens = torch.tensor([_ids()])
+    message = rf"model.cfg.{flag} is on, .*model.set_{flag}\(False\)"
+    with patched(t.model, tokens, "sft @ last : o"):
+        getattr(t.model, f"set_{flag}")(True)
+        with pytest.raises(ValueError, match=message):
+            t.model(tokens)
+    with pytest.raises(ValueError, match=message), patched(t.model, tokens, "sft @ last : o"):
+        pass
+    assert _is_clean(t)
+
+
+def test_grafts_that_do_not_fit_are_refused(oracles: OracleOf) -> None:
+    t = oracles("gpt2").tiny
+    for graft, message in (
+        ("sft @ friend", "no span 'friend'"),
+        ("sft @ last : mlp_gate", "no component 'mlp_gate'"),
+        ("stf @ last", "no source 'stf'"),
+        ("sft @ last : mlp : 9", "no layer 9"),
+    ):
+        with pytest.raises(ValueError, match=message), patched(t.model, PROMPTS[0], graft):
+            pass
+        with pytest.raises(ValueError, match=message):
+            patching(t.model, PROMPTS[0], graft)
+    assert _is_clean(t)
+
+
+def test_what_reads_a_few_rows_only_is_refused(oracles: OracleOf) -> None:
+    """Regression: a sweep's token tree had the rows replaced that stand at the patched numbers, so
+    position 0's logits were taken for the last one's."""
+    model, one = oracles("gpt2").tiny.model, PROMPTS[0]
+    refused = pytest.raises(ValueError, match="not the prompts that are patched, or not all their")
+    for text in ("sft @ [0] : unembed", "sft @ last", "sft @ first_entity : mlp_out"):
+        with patched(model, one, text):
+            for grafts in (["none"], ["none", "sft @ last"], ["sft @ last : mlp", "none"]):
+                with suppress(ValueError):
+                    table = evaluate(model, one, grafts, answers="first", progress=False)
+                    found = table[table["graft"] == "none"]["logprob"].iloc[0]
+                    target = int(table["target_id"].iloc[0])
+                    wanted = model(one)[0, -1].log_softmax(-1)[target]
+                    assert found == pytest.approx(float(wanted), abs=1e-4)
+    with patched(model, one, "sft @ [0] : unembed"):
+        with refused:
+            evaluate(model, one, ["none"], answers="first", progress=False)
+        with refused:
+            model.logits_at(one, [[1]])
+
+
+def test_the_lens_reads_streams_by_the_runs_own_norm_and_unembedding(oracles: OracleOf) -> None:
+    """A patch of the output is no patch of what the lens makes of an earlier stream."""
+    oracle = oracles("gpt2")
+    with patched(oracle.tiny.model, PROMPTS[1], "sft @ first_entity : unembed"):
+        table = logit_lens(oracle.tiny.model, PROMPTS[1])
+    rows = table[(table["graft"] == "PRE") & (table["layer"] == 1)]
+    said = oracle.read(1, "none", oracle.run(1, "none").resid[1])
+    wanted = said[:, oracle.asked[1].target].tolist()
+    assert rows["logprob"].tolist() == pytest.approx(wanted, abs=1e-4)
+
+
+# --- The table -----------------------------------------------------------------------------------
+
+GRAFTS: Mapping[str, str] = {
+    "FE": "sft @ first_entity",
+    "LT": "sft @ last : o + mlp_out : 1-2",
+}
+
+
+@pytest.mark.parametrize("variant", ["gpt2"])
+def test_grafts_and_patches_side_by_side(oracles: OracleOf, variant: str) -> None:
+    oracle = oracles(variant)
+    tokenizer = oracle.tiny.tokenizer
+    assert tokenizer is not None
+    table = patching(oracle.tiny.model, PROMPTS, GRAFTS, top_k=3)
+    names = ["PRE", "SFT", "FE", "FE (patched)", "LT", "LT (patched)"]
+    assert table["graft"].tolist() == names * 3
+    assert table["prompt"].tolist() == [i for i in range(3) for _ in names]
+    assert table["how"].tolist() == ["graft", "graft", *["graft", "patch"] * 2] * 3
+    assert table.attrs["recovery"] == {"base": "PRE", "full": "SFT"}
+    texts = {"PRE": "none", "SFT": "sft @ all", **GRAFTS}
+    for _, row in table.iterrows():
+        i, asked = row["prompt"], oracle.asked[row["prompt"]]
+        text = texts[row["graft"].removesuffix(" (patched)")]
+        assert row["rule"] == str(Graft.parse(text))
+        if row["how"] == "patch":
+            logits = _expected(oracle.tiny, asked.ids, text, asked.runs)[-1]
+        else:
+            logits = oracle.run(i, text).logits[-1]
+        said = logits.log_softmax(-1)
+        assert row["target_id"] == asked.target
+        assert row["target"] == tokenizer.decode([asked.target])
+        assert (row["text"], row["answer"]) == (asked.prompt.text, asked.prompt.answer)
+        assert row["logprob"] == pytest.approx(float(said[asked.target]), abs=1e-4)
+        assert row["prob"] == pytest.approx(float(said[asked.target].exp()), rel=1e-3)
+        assert row["rank"] == 1 + int((said > said[asked.target]).sum())
+        top = said.topk(3)
+        assert row["top_tokens"] == [tokenizer.decode([t]) for t in top.indices.tolist()]
+        assert row["top_probs"] == pytest.approx(top.values.exp().tolist(), rel=1e-3)
+    assert (table["reason"].isna()).all()
+
+
+def test_the_table_goes_into_the_statistics(oracles: OracleOf) -> None:
+    oracle = oracles("gpt2")
+    prompts = [PROMPTS[2 * (i % 2)] for i in range(10)]
+    table = patching(oracle.tiny.model, prompts, GRAFTS)
+    assert table["prompt"].tolist() == [i for i in range(10) for _ in range(6)]
+    summary = summarise(table, by=(), resamples=200).set_index("graft")
+    means = table.groupby("graft")["logprob"].mean()
+    for name in ("FE", "FE (patched)", "LT (patched)"):
+        recovery = (means[name] - means["PRE"]) / (means["SFT"] - means["PRE"])
+        assert summary.loc[name, "recovery"] == pytest.approx(recovery)
+        assert summary.loc[name, "n"] == 10
+    found = compare(table, "FE (patched)", "FE", "logprob", resamples=200, permutations=200)
+    assert found.difference == pytest.approx(means["FE (patched)"] - means["FE"])
+
+
+def test_names_of_patched_runs_are_their_own(oracles: OracleOf) -> None:
+    """Two runs of one name would be one graft to the statistics."""
+    model = oracles("gpt2").tiny.model
+    grafts = {"FE": "sft @ first_entity", "FE (patched)": "sft @ last"}
+    with pytest.raises(ValueError, match=r"'FE \(patched\)', which is what the patch of 'FE' is"):
+        patching(model, PROMPTS[0], grafts)
+
+
+def test_prompts_that_cannot_be_scored(oracles: OracleOf) -> None:
+    model, graft = oracles("gpt2").tiny.model, GRAFTS["LT"]
+    bare = Prompt("Ann met")
+    with pytest.raises(PromptError, match=r"prompt 1 has no answer to score"):
+        patching(model, [PROMPTS[0], bare], graft)
+    with pytest.raises(PromptError, match=r"prompt 9 has no answer to score"):
+        patching(model, [PROMPTS[0]] * 9 + [bare], graft)
+    with pytest.raises(PromptError, match=r"prompt 0 has no answer to score"):
+        patching(model, "Ann met", graft)
+    with pytest.raises(PromptError, match=r"prompt 9, rule 'sft @ first_entity': no span"):
+        patching(model, [PROMPTS[0]] * 9 + [Prompt("Al met", answer=" Robert")], GRAFTS)
+
+
+def test_several_sources_need_one_to_be_held_against(tiny: MakeTiny) -> None:
+    t = tiny("gpt2", ("pre", "task", "relation"), tokenizer="gpt2")
+    with pytest.raises(ValueError, match=r'sources pre task relation: .*full="relation @ all"'):
+        patching(t.model, PROMPTS[0], "task @ last")
+    both = "task @ first_entity | relation @ last : mlp"
+    table = patching(t.model, PROMPTS[0], {"both": both}, full="task @ all")
+    asked = Asked(PROMPTS[0], t.tokenizer)
+    ours = table.set_index("graft")["logprob"]
+    wanted = _expected(t, asked.ids, both, asked.runs)[-1].log_softmax(-1)[asked.target]
+    assert ours["both (patched)"] == pytest.approx(float(wanted), abs=1e-4)
+    said = t.logits("task", asked.ids)[-1].log_softmax(-1)[asked.target]
+    assert ours["SFT"] == pytest.approx(float(said), abs=1e-4)
+
+
+def test_ends_under_their_own_names_are_not_patched(oracles: OracleOf) -> None:
+    model = oracles("gpt2").tiny.model
+    table = patching(model, PROMPTS[0], {"whole": "sft @ all", "LT": "sft @ last : o"})
+    assert table["graft"].tolist() == ["PRE", "whole", "LT", "LT (patched)"]
+    assert table.attrs["recovery"] == {"base": "PRE", "full": "whole"}
