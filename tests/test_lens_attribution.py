@@ -310,12 +310,11 @@ def test_order_and_columns(oracles: OracleOf) -> None:
 
 def test_a_distractor_that_begins_as_the_answer_says_nothing(oracles: OracleOf) -> None:
     model = oracles("gpt2").tiny.model
-    same, other = " Bo", " Cy"
-    prompt = Prompt("Ann met", answer=same, distractors=(same, other))
+    prompt = dataclasses.replace(PROMPTS[2], distractors=(" with", "."))
     both = attribution(model, prompt, against="distractors")
-    alone = dataclasses.replace(prompt, distractors=(other,))
+    alone = dataclasses.replace(prompt, distractors=(".",))
     pd.testing.assert_frame_equal(both, attribution(model, alone, against="distractors"))
-    nothing = dataclasses.replace(prompt, distractors=(same,))
+    nothing = dataclasses.replace(prompt, distractors=(" with",))
     with pytest.raises(PromptError, match="every distractor begins with the answer's first token"):
         attribution(model, nothing, against="distractors")
 
