@@ -64,7 +64,13 @@ __all__ = [
 ]
 
 
+#: Parts that are used by their names: lens.logit_lens, viz.heatmap, data.make_facts.
+_PARTS = ("data", "lens", "viz")
+
+
 def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return import_module(f"graftlens.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'graftlens' has no attribute {name!r}")
     value = getattr(import_module(_HOME[name]), name)
@@ -73,4 +79,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+    return sorted({*_HOME, *_PARTS, "__version__"})

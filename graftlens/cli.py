@@ -1,6 +1,7 @@
 """The command line. Each command parses, validates and makes one library call."""
 
 import sys
+from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -257,7 +258,9 @@ def dashboard(
     ] = None,
     full: Annotated[
         str | None,
-        typer.Option(metavar="GRAFT", help='What SFT is, with further sources: "task @ all".'),
+        typer.Option(
+            metavar="GRAFT", help="What SFT stands for, if not the pair's sft: such as task."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("dashboard.html"),
     image: Annotated[
@@ -272,10 +275,21 @@ def dashboard(
     Example: graftlens dashboard --pair smollm2 my-model --prompt "{first_entity} starred with"
     --field "first_entity=Ann Lee" --answer " Bo" --graft "FE=sft @ first_entity"
     """
-    named = dict(_named(text, "--graft") if "=" in text else (text, text) for text in graft or ())
-    fields = dict(_named(text, "--field") for text in field or ())
-    sources = dict(zip(("pre", "sft"), pair, strict=True))
-    sources |= dict(_named(text, "--source") for text in source or ())
+    named = _all_named("--graft", (g if "=" in g else f"{g}={g}" for g in graft or ()))
+    fields = _all_named("--field", field or ())
+    more = _all_named("--source", source or ())
+    for name in fields:
+        if f"{{{name}}}" not in prompt:
+            raise typer.BadParameter(f"--field {name}: the prompt has no {{{name}}}.")
+    for name in ("pre", "sft"):
+        if name in more:
+            raise typer.BadParameter(f"--source {name} is one of the pair. Name it otherwise.")
+    if image is not None and image.suffix.lower() != ".png":
+        raise typer.BadParameter(f"--image {image}: the picture is a PNG. Name it so.")
+    for path in (out, image):
+        if path is not None and path.is_dir():
+            raise typer.BadParameter(f"{path} is a folder. Name a file in it.")
+    sources = dict(zip(("pre", "sft"), pair, strict=True)) | more
     from graftlens.dashboards import write_dashboard
     from graftlens.prompts import Prompt
 
@@ -364,6 +378,17 @@ def _named(text: str, option: str) -> tuple[str, str]:
     if not separator or not name.strip():
         raise typer.BadParameter(f"{option} {text!r}: write NAME=VALUE.")
     return name.strip(), value
+
+
+def _all_named(option: str, texts: Iterable[str]) -> dict[str, str]:
+    """Name -> value of ``NAME=VALUE`` options, each name once."""
+    found: dict[str, str] = {}
+    for text in texts:
+        name, value = _named(text, option)
+        if name in found:
+            raise typer.BadParameter(f"{option} {name!r} is given twice. Give it another name.")
+        found[name] = value
+    return found
 
 
 def _devices(text: str | None) -> list[str]:

@@ -1,6 +1,7 @@
 """A dashboard of one prompt: runs it under several grafts and hands the page what they gave."""
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from graftlens.graft import Graft, Grafts, named_grafts
 from graftlens.lens import attribution, divergence, logit_lens
 from graftlens.lens.runs import Runs, token_text
 from graftlens.model.arch import Architecture
-from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.grafted import GraftedTransformer, Input
 from graftlens.model.inputs import Batch
 from graftlens.model.mask import GraftMask, HeadSelection
 from graftlens.model.smollm2 import located
@@ -27,7 +28,7 @@ C = Component
 
 def dashboard(
     model: GraftedTransformer,
-    prompt: Prompt | str | Tokenized,
+    prompt: Input | Tokenized,
     grafts: Grafts | None = None,
     *,
     full: Graft | str | None = None,
@@ -44,9 +45,10 @@ def dashboard(
 
     Args:
         model: the model.
-        prompt: what is run. With an answer, the answer is ranked and attributed.
+        prompt: one prompt, as anything that can be run. With an answer, the answer is ranked and
+            attributed.
         grafts: name -> graft, or grafts that go by their texts, after PRE and SFT.
-        full: the run that counts as SFT; needed where there are several finetuned sources.
+        full: the run that counts as SFT, if it is not the source `sft` or the only one.
         title: of the page.
         top_k: how many of the likeliest tokens the logit lens shows.
         prepend_bos: None leaves BOS to the tokenizer.
@@ -57,11 +59,22 @@ def dashboard(
 
     Raises:
         PromptError: a prompt that cannot be run.
-        ValueError: a graft that the model cannot run, or one named PRE or SFT that is not.
+        ValueError: several prompts; a graft that the model cannot run, or one named PRE or SFT that
+            is not.
     """
     runs = _runs(model, grafts, full)
-    (item,) = model.tokenized([prompt], prepend_bos)
+    one = [prompt] if isinstance(prompt, Tokenized) else prompt
+    given = model.batch(one, prepend_bos=prepend_bos)
+    if len(given.prompts) != 1:
+        raise ValueError(
+            f"{len(given.prompts)} prompts: a dashboard shows one. Make one for each, or compare "
+            "them with graftlens.lens."
+        )
+    start, total = given.starts[0], given.totals[0]
+    ids = tuple(given.tokens[0, start : start + total].tolist())
+    item = Tokenized(ids, given.prompts[0].runs, given.prompts[0].prompt)
     batch = model.batch([item])
+    _warn_of_size(model, len(ids), len(runs.grafts))
     asked = item.prompt
     answer = None if asked is None else asked.answer
     lens = logit_lens(
@@ -99,6 +112,22 @@ def dashboard(
             provenance=_provenance(model, asked),
         )
     )
+
+
+#: Megabytes of attention patterns from which a page is slow to open.
+LARGE = 50
+
+
+def _warn_of_size(model: GraftedTransformer, length: int, runs: int) -> None:
+    heads = model.cfg.n_layers * model.cfg.n_heads
+    # 16 bits for each place on or below the diagonal, as text.
+    size = runs * heads * length * (length + 1) / 2 * 2 * 4 / 3 / 1e6
+    if size > LARGE:
+        warnings.warn(
+            f"the page will hold about {size:.0f} MB of attention patterns ({length} tokens, "
+            f"{runs} runs). A shorter prompt or fewer grafts make it smaller.",
+            stacklevel=3,
+        )
 
 
 def write_dashboard(

@@ -90,7 +90,7 @@ def evaluate(
         ValueError: no prompts or grafts; a graft that the model cannot run; a graft that fails on
             every prompt (such as a misspelt span).
     """
-    if isinstance(prompts, Prompt):
+    if isinstance(prompts, Prompt | str):
         prompts = [prompts]
     for prompt in prompts:
         if not isinstance(prompt, Prompt):

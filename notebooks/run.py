@@ -202,12 +202,17 @@ def _photographed(page: str) -> bytes:
 
 
 def _small(picture: bytes) -> str:
-    """A PNG of 256 colours, in base64: a fifth of what a browser writes; charts need no more."""
+    """A PNG of 256 colours, in base64: a third of what a browser writes, to the eye the same.
+
+    Colours are chosen to cover the range, not by how often they occur: the few pixels that say
+    which run is which keep their colour.
+    """
     from PIL import Image
 
     image = Image.open(io.BytesIO(picture)).convert("RGB")
+    cover, plain = Image.Quantize.MAXCOVERAGE, Image.Dither.NONE
     written = io.BytesIO()
-    image.quantize(256, dither=Image.Dither.NONE).save(written, "png", optimize=True)
+    image.quantize(256, method=cover, dither=plain).save(written, "png", optimize=True)
     return base64.b64encode(written.getvalue()).decode()
 
 

@@ -117,6 +117,32 @@ def test_a_model_without_a_tokenizer(pair: dict[str, str]) -> None:
     assert data.text == "5 6 7"
 
 
+def test_token_tensors_and_batches(model: GraftedTransformer) -> None:
+    tokens = model.to_tokens("A plain text")
+    by_text = dashboard(model, "A plain text").data
+    for given in (tokens, tokens[0], model.batch("A plain text"), ["A plain text"]):
+        data = dashboard(model, given).data
+        assert data.tokens == by_text.tokens
+        np.testing.assert_array_equal(data.runs["SFT"].pattern, by_text.runs["SFT"].pattern)
+    with pytest.raises(ValueError, match="2 prompts: a dashboard shows one"):
+        dashboard(model, ["A", "B"])
+
+
+def test_a_page_that_will_be_large_is_announced(
+    model: GraftedTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftlens.dashboards.LARGE", 0.005)
+    with pytest.warns(UserWarning, match=r"0 MB of attention patterns \(\d+ tokens, 2 runs\)"):
+        dashboard(model, PROMPT)
+
+
+def test_further_sources_do_not_take_sfts_name(pair: dict[str, str]) -> None:
+    sources = {**pair, "task": pair["sft"]}
+    model = GraftedTransformer.from_pretrained(sources, device="cpu", verbose=False)
+    assert dashboard(model, PROMPT, "task @ last").data.runs["SFT"].rule == "sft @ all"
+    assert dashboard(model, PROMPT, full="task").data.runs["SFT"].rule == "task @ all"
+
+
 def test_the_command_writes_the_page(pair: dict[str, str], tmp_path: Path) -> None:
     command = [sys.executable, "-m", "graftlens", "dashboard", "--pair", *pair.values()]
     command += ["--prompt", PROMPT.template, "--field", "first_entity=Ann Okafor"]
@@ -136,6 +162,11 @@ def test_the_command_writes_the_page(pair: dict[str, str], tmp_path: Path) -> No
     [
         (["--graft", "FE=sft @ title"], "no span 'title'"),
         (["--field", "nonsense"], "--field 'nonsense': write NAME=VALUE"),
+        (["--field", "title=It"], "--field title: the prompt has no {title}"),
+        (["--graft", "a=sft @ last", "--graft", "a=none"], "--graft 'a' is given twice"),
+        (["--source", "sft=there"], "--source sft is one of the pair"),
+        (["--image", "page.jpg"], "the picture is a PNG"),
+        (["--out", "."], ". is a folder"),
     ],
 )
 def test_the_command_says_what_is_wrong(

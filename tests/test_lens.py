@@ -802,3 +802,27 @@ def test_parallel_blocks_have_no_middle(oracles: OracleOf) -> None:
         ValueError, match=r"incl_mid=True: attention and MLP of gpt_neox are parallel"
     ):
         logit_lens(oracles("neox-parallel").tiny.model, PROMPTS[0], incl_mid=True)
+
+
+def test_hooks_of_the_output_rest_while_streams_are_read(oracles: OracleOf) -> None:
+    """Regression: they saw the lens's rows as [batch, pos], and changed other prompts' rows."""
+    model = oracles("gpt2").tiny.model
+    plain = logit_lens(model, PROMPTS, at="last")
+    fired = []
+
+    def zero_last(x: Any, hook: Any) -> Any:
+        fired.append(hook.name)
+        x[:, -1] = 0
+        return x
+
+    with model.hooks(fwd_hooks=[("ln_final.hook_normalized", zero_last)]):
+        pd.testing.assert_frame_equal(logit_lens(model, PROMPTS, at="last"), plain)
+        assert not fired
+        model(PROMPTS[0])
+    assert fired == ["ln_final.hook_normalized"], "and act again afterwards"
+
+
+@pytest.mark.parametrize("hooks", [(), []])
+def test_no_hook_is_not_all_hooks(oracles: OracleOf, hooks: Any) -> None:
+    with pytest.raises(ValueError, match="names no hook"):
+        activation_difference(oracles("gpt2").tiny.model, PROMPTS[0], hooks=hooks)

@@ -9,6 +9,7 @@ from contextlib import suppress
 from functools import partial
 from typing import Any
 
+import pandas as pd
 import pytest
 import reference
 import torch
@@ -453,7 +454,8 @@ def test_grafts_and_patches_side_by_side(oracles: OracleOf, variant: str) -> Non
         text = texts[row["graft"].removesuffix(" (patched)")]
         assert row["rule"] == str(Graft.parse(text))
         if row["how"] == "patch":
-            logits = _expected(oracle.tiny, asked.ids, text, asked.runs)[-1]
+            inside = f"{text} | pre @ all : ln_final + unembed"
+            logits = _expected(oracle.tiny, asked.ids, inside, asked.runs)[-1]
         else:
             logits = oracle.run(i, text).logits[-1]
         said = logits.log_softmax(-1)
@@ -482,6 +484,37 @@ def test_the_table_goes_into_the_statistics(oracles: OracleOf) -> None:
         assert summary.loc[name, "n"] == 10
     found = compare(table, "FE (patched)", "FE", "logprob", resamples=200, permutations=200)
     assert found.difference == pytest.approx(means["FE (patched)"] - means["FE"])
+
+
+def test_the_output_itself_is_not_patched(oracles: OracleOf) -> None:
+    """SFT's own logits are SFT's answer whatever came before, which would say nothing."""
+    oracle = oracles("gpt2")
+    inside = "sft @ last | pre @ all : ln_final + unembed"
+    grafts = {"LT": "sft @ last", "LT inside": inside, "out": "sft @ last : unembed"}
+    table = patching(oracle.tiny.model, PROMPTS[0], grafts).set_index("graft")
+    assert table.loc["LT (patched)", "logprob"] == table.loc["LT inside (patched)", "logprob"]
+    assert table.loc["LT (patched)", "logprob"] != pytest.approx(table.loc["SFT", "logprob"])
+    asked = oracle.asked[0]
+    wanted = _expected(oracle.tiny, asked.ids, inside, asked.runs)[-1].log_softmax(-1)
+    wanted_logprob = pytest.approx(float(wanted[asked.target]), abs=1e-4)
+    assert table.loc["LT inside (patched)", "logprob"] == wanted_logprob
+    assert pd.isna(table.loc["out (patched)", "logprob"])
+    assert "output is the answer itself" in table.loc["out (patched)", "reason"]
+    assert table.loc["out", "reason"] is None
+    summary = summarise(table.reset_index(), by=(), grafts=["PRE", "SFT", "LT"], resamples=50)
+    assert summary["n"].tolist() == [1, 1, 1]
+
+
+def test_the_lens_of_many_patched_prompts(oracles: OracleOf) -> None:
+    """Those that are patched together run together, however many they are."""
+    oracle = oracles("gpt2")
+    many = [PROMPTS[0]] * 10
+    with patched(oracle.tiny.model, many, "sft @ last : mlp_out"):
+        table = logit_lens(oracle.tiny.model, many, at="last")
+    asked = oracle.asked[0]
+    wanted = _expected(oracle.tiny, asked.ids, "sft @ last : mlp_out", asked.runs)[-1]
+    ours = table[(table["graft"] == "PRE") & (table["layer"] == 3)]["logprob"]
+    assert ours.tolist() == pytest.approx([float(wanted.log_softmax(-1)[asked.target])] * 10)
 
 
 def test_names_of_patched_runs_are_their_own(oracles: OracleOf) -> None:

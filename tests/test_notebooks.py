@@ -258,6 +258,24 @@ def test_figures_and_pages_become_pictures() -> None:
     assert shot.convert("RGB").getpixel((0, 0)) == (255, 0, 0), "the page inside the frame"
 
 
+def test_rare_colours_survive_in_small_pictures() -> None:
+    """Choosing colours by how often they occur had merged the marks of two runs into one."""
+    image = pytest.importorskip("PIL.Image")
+    shades = [(x, x, y) for y in range(200, 256) for x in range(100, 256)]
+    picture = image.new("RGB", (156, 56))
+    picture.putdata(shades)
+    marks = [(242, 182, 47), (11, 127, 97), (63, 143, 220)]
+    for number, mark in enumerate(marks):
+        picture.putpixel((number, 0), mark)
+    written = io.BytesIO()
+    picture.save(written, "png")
+    small = image.open(io.BytesIO(base64.b64decode(run._small(written.getvalue()))))
+    assert len(small.getcolors(256)) <= 256
+    for number, mark in enumerate(marks):
+        kept = small.convert("RGB").getpixel((number, 0))
+        assert max(abs(a - b) for a, b in zip(kept, mark, strict=True)) <= 8
+
+
 def test_names_choose_notebooks() -> None:
     assert [p.stem for p in run.notebooks(["2_positions", "1_first_graft.ipynb"])] == [
         "2_positions",

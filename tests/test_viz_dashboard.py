@@ -328,7 +328,7 @@ def test_the_lens_shows_the_top_five_on_hover(answered, data):
     };
     seen.push(await hover(2, 7));
     const zs = {};
-    for (const kind of ["rank", "top_prob", "kl_full", "diff_base"]) {
+    for (const kind of ["rank", "top_prob", "kl_full", "diff_base", "diff_full"]) {
       await set("lens-value", kind); zs[kind] = place.data[0].z[1][3];
     }
     await set("lens-run", "1"); await set("lens-value", "logprob");
@@ -349,10 +349,24 @@ def test_the_lens_shows_the_top_five_on_hover(answered, data):
     assert found["zs"]["kl_full"] == pytest.approx(row["kl_full"], rel=1e-4)
     base = cell(data, "PRE", 1, 3)["logprob"]
     assert found["zs"]["diff_base"] == pytest.approx(row["logprob"] - base, abs=1e-3)
-    assert found["other"] == pytest.approx(cell(data, "SFT", 1, 3)["logprob"], rel=1e-4)
+    full = cell(data, "SFT", 1, 3)["logprob"]
+    assert found["zs"]["diff_full"] == pytest.approx(row["logprob"] - full, abs=1e-3)
+    assert found["other"] == pytest.approx(full, rel=1e-4)
     lowest = data.lens["logprob"].astype(float).min()
     assert found["range"] == [pytest.approx(lowest), 0]
     assert found["images"] == 0
+
+
+def test_a_view_that_is_asked_again_before_it_is_there(answered):
+    """Regression: React mounts after a while on a long page; a click before that was an error."""
+    found = answered("""const place = document.createElement("div");
+    place.id = "late"; place.setAttribute("aria-busy", "true"); document.body.append(place);
+    circuits(place, CircuitsVis.ColoredTokens, {tokens: ["one"], values: [0]});
+    circuits(place, CircuitsVis.ColoredTokens, {tokens: ["two"], values: [0]});
+    const before = place.getAttribute("aria-busy"); await rest();
+    return {before, text: place.textContent, after: place.getAttribute("aria-busy")};""")
+    assert found["before"] == "true", "nothing is drawn yet"
+    assert (found["text"], found["after"]) == ("two", None)
 
 
 def test_heads_layers_and_differences(answered, data):
@@ -447,7 +461,8 @@ def test_several_sources_have_numbers_besides_colours(data, tmp_path):
     )
     assert complaints == []
     assert found[0] == "501252"
-    assert found[1] == "q at position 4: sft in 50% of the layers, task in 25% of the layers"
+    of_all = "of its layers and heads"
+    assert found[1] == f"q at position 4: sft in 50% {of_all}, task in 25% {of_all}"
 
 
 # --- attention in a notebook -----------------------------------------------------------------

@@ -259,6 +259,14 @@ def test_lines_of_grafts_keep_their_colour_and_differ():
     assert len(set(lines.values())) == len(names)
 
 
+def test_sources_of_one_view_differ_and_the_base_is_grey():
+    colors = theme.source_colors(["pre", "rel", "task", "a"])
+    assert len(set(colors.values())) == 4
+    assert (colors["pre"], colors["task"]) == (theme.GREY, theme.source_color("task"))
+    assert theme.source_colors(["b", "foo"])["b"] == theme.GREY
+    assert theme.source_colors(["b", "foo"])["foo"] != theme.GREY
+
+
 # --- attribution -------------------------------------------------------------------------------
 
 

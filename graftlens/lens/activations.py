@@ -9,11 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from graftlens.graft import Graft, Grafts, Where
-from graftlens.lens.runs import Places, Runs, hook_names, layer_of, look_into, tidy
+from graftlens.lens.runs import PAIRS, Places, Runs, hook_names, layer_of, look_into, tidy
 from graftlens.model.grafted import GraftedTransformer, Input
-
-#: Hooks over pairs of positions: their rows are distributions, or masked.
-_PAIRS = ("hook_pattern", "hook_attn_scores")
 
 
 @torch.no_grad()
@@ -45,7 +42,7 @@ def activation_difference(
     """
     names = hook_names(model, hooks)
     for name in names:
-        if name.endswith(_PAIRS):
+        if name.endswith(PAIRS):
             raise ValueError(
                 f"{name!r} is over pairs of positions. Use pattern_difference for attention."
             )

@@ -63,7 +63,8 @@ def attribution(
         One row per prompt, graft, position and part, with `part` (`embed`, `pos_embed`, `layer`,
         `attn`, `attn_bias`, `head`, `source`, `mlp`, or `bias`, which is the final norm's and the
         unembedding's), `layer`, `head`, `source_position` and `source_token` where the part has
-        one, `contribution` (logits) and `logit`, to which the contributions of a position add up.
+        one, `contribution` (logits) and `logit`, to which the contributions of a position add up
+        (to the rounding of the model's dtype, and unless a hook changes the stream between parts).
         Where an architecture caps its logits (Gemma 2), `logit` is the one before the cap.
 
     Raises:

@@ -9,7 +9,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from graftlens.graft import Graft, Grafts, Where
-from graftlens.lens.runs import Places, Runs, look_into, target_ids, tidy, token_text, unpatched
+from graftlens.lens.runs import (
+    Places,
+    Runs,
+    look_into,
+    target_ids,
+    tidy,
+    token_text,
+    unhooked,
+    unpatched,
+)
 from graftlens.metrics import next_tokens
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer, Input
@@ -34,7 +43,8 @@ def logit_lens(
 
     Logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens"): each stream goes through
     the run's final norm and unembedding. Under a graft these are the ones that the graft chose at
-    that position, so the last layer gives the run's own output.
+    that position, so the last layer gives the run's own output. Hooks that are attached to the
+    model act on the layers, not on this reading (those of `ln_final` and `unembed`).
 
     Args:
         model: the model.
@@ -59,11 +69,11 @@ def logit_lens(
 
     Raises:
         PromptError: prompts that cannot be run, or without the positions `at`.
-        ValueError: a graft that the model cannot run, `top_k` below 1, or `incl_mid` with parallel
-            attention and MLP, which have no stream between them.
+        ValueError: a graft that the model cannot run, a `top_k` that is no number from 1, or
+            `incl_mid` with parallel attention and MLP, which have no stream between them.
     """
-    if top_k < 1:
-        raise ValueError(f"top_k={top_k}: write a number from 1.")
+    if not isinstance(top_k, int) or top_k < 1:
+        raise ValueError(f"top_k={top_k}: write a whole number from 1.")
     runs = Runs.of(model, grafts, full)
     streams = _streams(model, incl_mid)
     hooks = [hook for _, _, hook in streams]
@@ -233,7 +243,7 @@ def _read(
     """A stream at some places as logits, by what the graft chose there."""
     index = places.rows[rows]
     resid = cache[hook].flatten(0, 1)[torch.from_numpy(index).to(cache[hook].device)]
-    with unpatched():
+    with unpatched(), unhooked(model):
         return model.logits_from(resid[None], cache.mask.pick(index[None]))[0].float()
 
 

@@ -22,6 +22,7 @@ from graftlens.components import Component
 from graftlens.graft import Graft, Grafts
 from graftlens.lens.runs import (
     SUSPENDED,
+    TOGETHER,
     Places,
     Runs,
     chunks,
@@ -51,7 +52,7 @@ def patched(
     Each site (component, layer, position, head) that the graft gives to a source has the output of
     the component replaced by what it is when that source runs everywhere. All else runs as it
     would: the base, or the graft that the run is given. Hooks that are attached to the model act in
-    that source's run too.
+    that source's run too. What `lens` calls PRE or SFT inside is the patched run of that graft.
 
     Args:
         model: the model.
@@ -92,6 +93,7 @@ def patched(
         return hook
 
     with ExitStack() as handles:
+        handles.enter_context(_whole_batches())
         handles.enter_context(_checked(model, batch))
         for site in sites:
             if site.sources:
@@ -110,6 +112,10 @@ def patching(
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
     """Every graft as a graft and as a patch, side by side: does the fact originate there or pass?
+
+    The output itself is not patched: `ln_final` and `unembed` are left out of every patch, because
+    SFT's own logits would be SFT's answer whatever came before. A graft of these alone has no
+    patch: its row has a `reason` and no numbers.
 
     Args:
         model: the model.
@@ -145,13 +151,37 @@ def patching(
             parts.append(_scored(model, places, model(batch, graft=graft), ids, top_k, said))
             if name in (runs.base, runs.full):
                 continue
-            with patched(model, batch, graft):
-                logits = model(batch, graft=Graft())
             said |= {"graft": PATCHED.format(name), "how": "patch"}
-            parts.append(_scored(model, places, logits, ids, top_k, said))
+            inside = _without_output(model.resolve(graft, batch))
+            with patched(model, batch, inside):
+                scored = _scored(model, places, model(batch, graft=Graft()), ids, top_k, said)
+            if not any(_differs(chosen) for chosen in inside.sites.values()):
+                numbers = ["rank", "prob", "logprob", "top_tokens", "top_probs"]
+                scored = scored.assign(**dict.fromkeys(numbers, pd.NA), reason=_OUTPUT_ONLY)
+            parts.append(scored)
     table = tidy(parts, ("prompt", "graft", "rule", "how"))
     table.attrs["recovery"] = {"base": runs.base, "full": runs.full}
     return table
+
+
+_OUTPUT_ONLY = "the graft is of ln_final and unembed only, whose output is the answer itself"
+
+
+def _without_output(mask: GraftMask) -> GraftMask:
+    """The mask with the base at the final norm and the unembedding."""
+    rows = int(np.prod(mask.shape))
+    base = Selection(np.zeros(rows, dtype=np.int8), np.ones(rows, dtype=bool))
+    sites = {
+        site: base if site[0] in (C.LN_FINAL, C.UNEMBED) else chosen
+        for site, chosen in mask.sites.items()
+    }
+    return GraftMask(mask.graft, mask.sources, mask.shape, sites, mask.places)
+
+
+def _differs(chosen: Selection | HeadSelection) -> bool:
+    """Whether any row is not the base's."""
+    groups = (chosen,) if isinstance(chosen, Selection) else (s for _, s in chosen.groups)
+    return any(set(selection.sources) != {0} for selection in groups)
 
 
 def _scored(
@@ -258,6 +288,16 @@ def _by_head(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
         return module.results(args[0].x.unflatten(1, (module.n_heads, -1)), args[1])
     assert isinstance(module, HeadsOut), "only q, k, v and o have heads"
     return out.view(len(out), module.n_heads, -1)
+
+
+@contextmanager
+def _whole_batches() -> Iterator[None]:
+    """The lens runs all prompts together here: a few of them are not the prompts patched."""
+    token = TOGETHER.set(True)
+    try:
+        yield
+    finally:
+        TOGETHER.reset(token)
 
 
 @contextmanager

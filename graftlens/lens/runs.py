@@ -1,5 +1,6 @@
 """What all lens functions share: the runs to look into, prompts in chunks, and rows of places."""
 
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,6 +12,7 @@ import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import suggest
 from graftlens.graft import At, Graft, Grafts, Where, named_grafts
@@ -19,11 +21,17 @@ from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import Batch
 from graftlens.prompts import PromptError, Tokenized, continuation
 
+#: Hooks over pairs of positions: their rows are distributions, or masked.
+PAIRS = ("hook_pattern", "hook_attn_scores")
+
 #: True while what runs is not to be changed by patches that are in force.
 SUSPENDED: ContextVar[bool] = ContextVar("suspended", default=False)
 
-#: Prompts that run together; what is kept of them is one cache a run.
-CHUNK = 8
+#: True where prompts must not be run a few at a time.
+TOGETHER: ContextVar[bool] = ContextVar("together", default=False)
+
+#: Prompts that run together at most, and bytes that their caches may take if it is several.
+CHUNK, BUDGET = 8, 1 << 30
 
 
 @contextmanager
@@ -34,6 +42,25 @@ def unpatched() -> Iterator[None]:
         yield
     finally:
         SUSPENDED.reset(token)
+
+
+@contextmanager
+def unhooked(model: GraftedTransformer) -> Iterator[None]:
+    """Inside, hooks of the final norm and the unembedding rest: what is read is no [batch, pos]."""
+    points = [
+        point
+        for module in (model.ln_final, model.unembed)
+        for point in module.modules()
+        if isinstance(point, HookPoint)
+    ]
+    kept = [(point, point._forward_hooks) for point in points]
+    for point in points:
+        point._forward_hooks = OrderedDict()
+    try:
+        yield
+    finally:
+        for point, hooks in kept:
+            point._forward_hooks = hooks
 
 
 @dataclass(frozen=True)
@@ -59,17 +86,20 @@ class Runs:
         Those of `grafts` that are one of the two keep the names they have there.
 
         Raises:
-            ValueError: a model of several finetuned sources, of which `full` must name one, or a
-                graft that is no graft.
+            ValueError: a model of several finetuned sources, none of them `sft`, of which `full`
+                must name one; or a graft that is no graft.
         """
         given = {} if grafts is None else named_grafts(grafts)
+        if isinstance(full, str) and full in model.sources:
+            full = Graft.rule(full)
         if full is None:
-            if len(model.sources) != 2:
+            others = model.sources[1:]
+            if len(others) > 1 and "sft" not in others:
                 raise ValueError(
                     f"this model has the sources {' '.join(model.sources)}: say which one the runs "
                     f'are held against, such as full="{model.sources[-1]} @ all".'
                 )
-            full = Graft.rule(model.sources[1])
+            full = Graft.rule("sft" if "sft" in others else others[0])
         full = Graft.parse(full) if isinstance(full, str) else full
         names = []
         for usual, graft in (("PRE", Graft()), ("SFT", full)):
@@ -111,7 +141,9 @@ class Places:
         return x.flatten(0, 1).index_select(0, index)
 
 
-def chunks(model: GraftedTransformer, whole: Batch, runs: Runs, at: Where) -> Iterator[Places]:
+def chunks(
+    model: GraftedTransformer, whole: Batch, runs: Runs, at: Where, size: int = CHUNK
+) -> Iterator[Places]:
     """The places `at` of the prompts, a few prompts at a time, in their order.
 
     Raises:
@@ -124,9 +156,10 @@ def chunks(model: GraftedTransformer, whole: Batch, runs: Runs, at: Where) -> It
     for graft in runs.grafts.values():
         model.resolve(graft, whole)
     ids = whole.tokens.tolist()
-    for start in range(0, len(ids), CHUNK):
-        batch = whole.rows(slice(start, start + CHUNK))
-        yield _places(model, batch, ids[start : start + CHUNK], start, where)
+    size = len(ids) if TOGETHER.get() else size
+    for start in range(0, len(ids), size):
+        batch = whole.rows(slice(start, start + size))
+        yield _places(model, batch, ids[start : start + size], start, where)
 
 
 def _places(
@@ -203,8 +236,10 @@ def hook_names(model: GraftedTransformer, wanted: str | Sequence[str]) -> list[s
     """Full hook names; a name without a module, such as `hook_resid_post`, is that of every layer.
 
     Raises:
-        ValueError: a name that no hook has.
+        ValueError: a name that no hook has, or no name.
     """
+    if not wanted:
+        raise ValueError(f"hooks={wanted!r} names no hook. Name one, such as hook_resid_post.")
     names: list[str] = []
     for want in [wanted] if isinstance(wanted, str) else wanted:
         found = [n for n in model.hook_dict if n == want or n.endswith(f".{want}")]
@@ -231,7 +266,8 @@ def look_into(
     at: Where,
 ) -> Iterator[tuple[Places, dict[str, GraftedCache]]]:
     """The places `at` of a few prompts at a time, with the hooks' activations in every run."""
-    for places in chunks(model, whole, runs, at):
+    size = BUDGET // (len(runs.grafts) * _cache_bytes(model, whole, hooks))
+    for places in chunks(model, whole, runs, at, max(1, min(CHUNK, size))):
         yield (
             places,
             {
@@ -239,6 +275,14 @@ def look_into(
                 for name, graft in runs.grafts.items()
             },
         )
+
+
+def _cache_bytes(model: GraftedTransformer, whole: Batch, hooks: Sequence[str]) -> int:
+    """What the hooks of one prompt take in a cache, at most."""
+    arch, width = model.arch, whole.real.shape[1]
+    row = max(arch.d_model, arch.n_heads * arch.d_head, arch.d_mlp)
+    sizes = [width * arch.n_heads if name.endswith(PAIRS) else row for name in hooks]
+    return 4 * width * sum(sizes)
 
 
 def tidy(

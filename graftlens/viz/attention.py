@@ -41,11 +41,15 @@ class Shown {
   }
 }
 Shown.prototype.isReactComponent = {};
+Shown.prototype.componentDidMount = function () {
+  this.props.place.removeAttribute("aria-busy");
+};
 function circuits(place, component, props) {
   const first = !place.asked;
   place.asked = {component, props};
   if (first) CircuitsVis.render(place.id, Shown, {place});
-  else place.shown.updater.enqueueForceUpdate(place.shown);
+  // One that is not there yet will be made of what is asked last.
+  else if (place.shown) place.shown.updater.enqueueForceUpdate(place.shown);
 }
 """
 

@@ -16,7 +16,7 @@ const short = (text, most) => [...text].length > most
   ? [...text].slice(0, most - 1).join("") + "…" : text;
 function number(value, digits = 4) {
   if (value === null || Number.isNaN(value)) return "–";
-  if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(1).replace("-", "−");
+  if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(1).replaceAll("-", "−");
   return String(+value.toPrecision(digits)).replace("-", "−");
 }
 // A gradient with what its ends (and its middle) stand for.
@@ -56,7 +56,7 @@ function drawGrid() {
           if (data.sources.length > 1) cell.append(made("sup", {textContent: mark}));
         }
         cell.title = `${component} at position ${i}: ` + here.map(({name, share}) =>
-          share >= 1 ? name : `${name} in ${number(100 * share, 3)}% of the layers`).join(", ");
+          share >= 1 ? name : `${name} in ${number(100 * share, 3)}% of its layers and heads`).join(", ");
       }
       row.append(cell);
     }
@@ -92,7 +92,6 @@ function drawTokens() {
     ...tokens.map((textContent, i) => made("tr", {}, made("th", {scope: "row", textContent: i}),
       made("td", {textContent, className: "words"}),
       made("td", {textContent: number(values ? values[i] : null)})))));
-  done(at("tokens-shown"));
 }
 
 // --- logit lens ---
@@ -270,7 +269,6 @@ function drawHead() {
       .sort((a, b) => Math.abs(b.v) - Math.abs(a.v)).slice(0, 5);
     panel.root.querySelector(".most").textContent = "Largest at the last token: " + last.map(
       ({token, key, v}) => `${token} (${key}) ${v.toFixed(4).replace("-", "−")}`).join(", ");
-    done(panel.place);
   }
 }
 

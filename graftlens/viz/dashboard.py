@@ -37,7 +37,7 @@ class Run:
     attribution: np.ndarray | None
     """[pos]: what attention moved from there to the answer's logit (logits), if it was computed."""
     shares: Mapping[str, np.ndarray]
-    """Source -> [component, pos]: the share of the layers whose component comes from it."""
+    """Source -> [component, pos]: the share of the component, over layers and heads, from it."""
     where: Sequence[str]
     """[pos]: what is grafted there, in words; "" where nothing is."""
 
@@ -127,6 +127,9 @@ class Dashboard:
         with tempfile.TemporaryDirectory(prefix="graftlens-") as folder:
             saved = self.save(Path(folder) / "dashboard.html")
             return screenshot(saved, path, width=width, height=height, scale=scale, dark=dark)
+
+    def __repr__(self) -> str:
+        return f"<dashboard of {self.data.text!r} under {_listed(self.data.runs)}>"
 
     def _repr_html_(self) -> str:
         return attention.frame(self.html, height=900, title=self.data.title)
@@ -228,6 +231,11 @@ def _header(data: DashboardData, lens: _Lens) -> str:
             f"<td class='text'>{guesses}</td></tr>"
         )
     target = "" if lens.target is None else f" <code>{escape(visible(lens.target))}</code>"
+    named = (
+        ""
+        if lens.target is None
+        else f"; the answer's first token{target} in rank, probability and log-probability"
+    )
     answer = (
         "The prompt has no answer, so there is nothing to rank."
         if data.answer is None
@@ -237,8 +245,7 @@ def _header(data: DashboardData, lens: _Lens) -> str:
         f"<header><h1>{escape(data.title)}</h1><p class='lead prompt'>{escape(data.text)}</p>"
         f"<p>{answer}</p></header>"
         "<div class='scroll' tabindex='0' role='region' aria-label='What each run says'>"
-        f"<table id='outputs'><caption>What comes after the last token; the answer's first token"
-        f"{target} in rank, probability and log-probability</caption><thead><tr>"
+        f"<table id='outputs'><caption>What comes after the last token{named}</caption><thead><tr>"
         "<th scope='col'>run</th><th scope='col' class='words'>graft</th>"
         "<th scope='col'>rank<small>1 = most likely</small></th>"
         "<th scope='col'>probability</th><th scope='col'>log-prob.<small>nats</small></th>"
@@ -259,8 +266,9 @@ def _guesses(tokens: Sequence[str], probs: Iterable[float], target: str | None) 
 
 def _grafted(data: DashboardData, chosen: int) -> str:
     others = list(data.sources[1:])
+    known = theme.source_colors(data.sources)
     swatches = "".join(
-        f"<span class='from whole' style='--c: {theme.source_color(source)}'>{escape(source)}"
+        f"<span class='from whole' style='--c: {known[source]}'>{escape(source)}"
         f"{_mark(others, source)}</span> "
         for source in others
     )
@@ -273,8 +281,9 @@ def _grafted(data: DashboardData, chosen: int) -> str:
     strips = "".join(_strip(data, name, run, others) for name, run in data.runs.items())
     grid = (
         f"<h3>Component by component</h3><div class='choices'>{_runs('grid-run', data, chosen)}"
-        "</div><p class='legend'>Each cell: the share of the layers whose component comes from "
-        "another source than the base, in height and, unless it is all (●), in percent.</p>"
+        "</div><p class='legend'>Each cell: the share of the component, over layers and heads, "
+        "that comes from another source than the base, in height and, unless it is all (●), in "
+        "percent.</p>"
         "<div class='scroll' tabindex='0' role='region' aria-label='Components by position'>"
         "<table id='grid' aria-busy='true'></table></div>"
     )
@@ -288,6 +297,7 @@ def _mark(others: Sequence[str], source: str) -> str:
 
 def _strip(data: DashboardData, name: str, run: Run, others: Sequence[str]) -> str:
     shares = {s: np.asarray(run.shares[s], dtype=float) for s in others if s in run.shares}
+    known = theme.source_colors(data.sources)
     tokens = []
     for at, token in enumerate(data.tokens):
         here = {source: share[:, at] for source, share in shares.items() if share[:, at].any()}
@@ -297,7 +307,7 @@ def _strip(data: DashboardData, name: str, run: Run, others: Sequence[str]) -> s
             continue
         # A share is a sum of many small ones.
         whole = len(here) == 1 and bool(np.all(next(iter(here.values())) > 1 - 1e-6))
-        colors = [theme.source_color(source) for source in here]
+        colors = [known[source] for source in here]
         several = (
             f"; background-image: linear-gradient(to right, {', '.join(_stripes(colors))})"
             if len(colors) > 1
@@ -456,6 +466,7 @@ def _facts(data: DashboardData, lens: _Lens) -> dict[str, object]:
         )
     _, heads, _, _ = np.shape(data.runs["PRE"].pattern)
     others = list(data.sources[1:])
+    known = theme.source_colors(data.sources)
     return {
         "tokens": [visible(token) for token in data.tokens],
         "runs": list(data.runs),
@@ -468,7 +479,7 @@ def _facts(data: DashboardData, lens: _Lens) -> dict[str, object]:
             for name, values in measures.items()
         },
         "components": list(data.components),
-        "sources": [{"name": s, "color": theme.source_color(s)} for s in others],
+        "sources": [{"name": s, "color": known[s]} for s in others],
         "shares": [
             [_short(np.asarray(run.shares[s])) if s in run.shares else None for s in others]
             for run in data.runs.values()

@@ -6,7 +6,7 @@ bars have patterns and outlines, marked tokens are underlined.
 """
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -118,6 +118,24 @@ def graft_lines(names: Iterable[str]) -> dict[str, Line]:
 def source_color(name: str) -> str:
     """The same colour for a source's name in every plot."""
     return _SOURCES.get(name, _stable(name)[0])
+
+
+def source_colors(names: Sequence[str]) -> dict[str, str]:
+    """A colour for each source of one view, the base first: `source_color`'s, but none twice.
+
+    Names that are not known here give way: the base to grey, the others to a free colour.
+    """
+    colors = {name: _SOURCES[name] for name in names if name in _SOURCES}
+    for name in names:
+        if name not in colors:
+            start = 0 if name == names[0] else PALETTE.index(source_color(name))
+            first = (GREY,) if name == names[0] else ()
+            turns = (*first, *PALETTE[start:], *PALETTE[:start])
+            free = [c for c in turns if c not in colors.values()]
+            # Grey is the base's as long as there is another.
+            free.sort(key=lambda color: color == GREY and name != names[0])
+            colors[name] = free[0] if free else source_color(name)
+    return {name: colors[name] for name in names}
 
 
 def span_color(name: str) -> str:
