@@ -224,9 +224,10 @@ def _header(data: DashboardData, lens: _Lens) -> str:
                 ("logprob", _written(lens.last(name, "logprob"), ".3f")),
             )
         )
-        color = fills[name].color
+        fill = fills[name]
+        kind = "swatch hatched" if fill.pattern else "swatch"
         rows.append(
-            f"<tr><th scope='row'><span class='swatch' style='--c: {color}'></span>"
+            f"<tr><th scope='row'><span class='{kind}' style='--c: {fill.color}'></span>"
             f"{escape(name)}</th><td class='text'><code>{escape(run.rule)}</code></td>{numbers}"
             f"<td class='text'>{guesses}</td></tr>"
         )
