@@ -20,7 +20,6 @@ from toytokenizers import gpt2_style, llama3_style
 from graftlens.data import MoviesConfig, evaluation_prompts, make_dataset, make_facts, save_dataset
 from graftlens.graft import Graft
 from graftlens.model.load import preview
-from graftlens.sweep import config as configs
 from graftlens.sweep.config import Checked, ConfigError, SweepConfig, check, describe, load_config
 from graftlens.sweep.scoring import prepare
 
@@ -601,7 +600,7 @@ def test_an_adapter_counts_as_the_base(tmp_path: Path) -> None:
 def test_smollm2_stands_for_the_cached_checkpoint(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(configs, "smollm2", lambda: folder / "pre")
+    monkeypatch.setattr("graftlens.model.smollm2.smollm2", lambda: folder / "pre")
     checked = made("sources: {pre: smollm2, sft: ./sft}", tmp_path / "s.yaml")
     assert checked.config.sources["pre"] == "smollm2"
     assert checked.config.locations() == {"pre": str(folder / "pre"), "sft": "./sft"}
@@ -609,7 +608,7 @@ def test_smollm2_stands_for_the_cached_checkpoint(
     def fails() -> Path:
         raise RuntimeError("no route gave the checkpoint")
 
-    monkeypatch.setattr(configs, "smollm2", fails)
+    monkeypatch.setattr("graftlens.model.smollm2.smollm2", fails)
     with pytest.raises(ConfigError, match="sources: no route gave the checkpoint"):
         made("sources: {pre: smollm2, sft: ./sft}", tmp_path / "s.yaml")
 
