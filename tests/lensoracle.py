@@ -6,12 +6,13 @@ written in the direction of the forward pass. Nothing here imports what it is an
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from typing import Any
 
 import positions
+import pytest
 import reference
 import torch
 from conftest import MakeTiny, Tiny
@@ -50,6 +51,17 @@ FAMILIES = {
     "qwen3": "llama3",
     "phi3-longrope": "sentencepiece",
 }
+
+#: The others run with the slow tests.
+QUICK = ("gpt2", "llama-biased", "gemma2")
+
+
+def variants(names: Iterable[str], *rest: object) -> list[Any]:
+    """Parameters of a test: a variant and what else it takes; all but a few variants are slow."""
+    return [
+        pytest.param(name, *rest, marks=() if name in QUICK else pytest.mark.slow) for name in names
+    ]
+
 
 #: By components, heads and layers. At the last position o is sft's, sft's in two heads, and pre's,
 #: by layer; norm and unembedding are of either source, in all four pairs.

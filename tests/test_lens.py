@@ -17,7 +17,18 @@ import pytest
 import torch
 from conftest import MakeTiny
 from families import tiny_model
-from lensoracle import ENDS, MIXED, PROMPTS, Oracle, kl, mixed, n_layers, oracle_of
+from lensoracle import (
+    ENDS,
+    FAMILIES,
+    MIXED,
+    PROMPTS,
+    Oracle,
+    kl,
+    mixed,
+    n_layers,
+    oracle_of,
+    variants,
+)
 from torch import Tensor
 
 from graftlens.graft import Graft
@@ -57,19 +68,7 @@ def _ids(n: int = 6, seed: int = 0) -> list[int]:
 # --- The logit lens ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "variant",
-    [
-        "gpt2",
-        "neox-parallel",
-        "llama-biased",
-        "gemma2",
-        "gemma3",
-        "olmo2",
-        "qwen3",
-        "phi3-longrope",
-    ],
-)
+@pytest.mark.parametrize("variant", variants(FAMILIES))
 def test_every_row_of_the_logit_lens(oracles: OracleOf, variant: str) -> None:
     oracle = oracles(variant)
     parallel = variant == "neox-parallel"
@@ -751,7 +750,7 @@ def _unchecked(function: Callable[..., Any]) -> Callable[..., Any]:
 def test_errors_say_what_is_allowed(oracles: OracleOf) -> None:
     model = oracles("gpt2").tiny.model
     one = PROMPTS[0]
-    with pytest.raises(ValueError, match=r"top_k=0: write a number from 1"):
+    with pytest.raises(ValueError, match=r"top_k=0: write a whole number from 1"):
         logit_lens(model, one, top_k=0)
     with pytest.raises(ValueError, match=r"k=0: write a rank from 1"):
         emergence(logit_lens(model, one), k=0)

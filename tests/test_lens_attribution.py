@@ -8,7 +8,6 @@ sources that the graft chose, and gives logits over the whole vocabulary.
 import dataclasses
 from collections.abc import Callable
 from functools import cache, partial
-from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -27,6 +26,7 @@ from lensoracle import (
     oracle_of,
     out_bias,
     out_weight,
+    variants,
 )
 from torch import Tensor
 
@@ -120,7 +120,12 @@ def _compare(ours: dict[Key, float], theirs: dict[Key, Tensor], of: Callable[...
 
 @pytest.mark.parametrize(
     ("variant", "by"),
-    [*product(FINE, ("head", "source")), *product(COARSE, ("layer", "component", "head"))],
+    [
+        *(param for by in ("head", "source") for param in variants(FINE, by)),
+        *(param for by in ("layer", "component", "head") for param in variants(COARSE, by)),
+        ("gpt2", "layer"),
+        ("gemma2", "component"),
+    ],
 )
 def test_every_contribution(oracles: OracleOf, variant: str, by: str) -> None:
     oracle = oracles(variant)

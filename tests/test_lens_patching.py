@@ -25,6 +25,7 @@ from lensoracle import (
     n_layers,
     oracle_of,
     patched_copy,
+    variants,
 )
 from reference import components_of, sequential_graft
 from torch import Tensor
@@ -35,7 +36,7 @@ from graftlens.lens import logit_lens, patched, patching
 from graftlens.prompts import Prompt, PromptError
 from graftlens.stats import compare, summarise
 
-EACH_FAMILY = pytest.mark.parametrize("variant", FAMILIES)
+EACH_FAMILY = pytest.mark.parametrize("variant", variants(FAMILIES))
 OracleOf = Callable[[str], Oracle]
 
 
