@@ -769,9 +769,15 @@ def test_errors_say_what_is_allowed(oracles: OracleOf) -> None:
     with pytest.raises(ValueError, match="no source 'other'"):
         divergence(model, one, full="other @ all")
     with pytest.raises(ValueError, match="is no rule"):
-        divergence(model, one, full="sft")
+        divergence(model, one, full="stf")
     with pytest.raises(PromptError, match="no prompts: give at least one"):
         logit_lens(model, [])
+
+
+def test_a_sources_name_is_that_source_everywhere(oracles: OracleOf) -> None:
+    model = oracles("gpt2").tiny.model
+    by_name = divergence(model, PROMPTS[0], full="sft")
+    pd.testing.assert_frame_equal(by_name, divergence(model, PROMPTS[0], full="sft @ all"))
 
 
 def test_errors_of_prompts_name_the_prompt(oracles: OracleOf) -> None:
