@@ -3,7 +3,7 @@
 The residual stream before the final norm is a sum of what embeddings, heads and MLPs wrote. With
 the norm's scale held at the value that it had, the answer's logit is linear in that sum, so each
 part has a contribution and they add up (Elhage et al. 2021, "A Mathematical Framework for
-Transformer Circuits"; Wang et al. 2022, arXiv 2211.00593, section 3). Each part is read with the
+Transformer Circuits"; Wang et al. 2022, arXiv 2211.00593). Each part is read with the
 weights that the graft chose at its position: W_O, norms and unembedding.
 """
 
@@ -56,7 +56,7 @@ def attribution(
         against: what is subtracted from the answer's logit: the `mean` logit over the vocabulary,
             or the mean logit of the prompt's `distractors` (first tokens, other than the answer's).
             None is the logit itself.
-        full: the run that counts as SFT; needed where there are several finetuned sources.
+        full: the run that counts as SFT, as in `logit_lens`.
         prepend_bos: None leaves BOS to the tokenizer.
 
     Returns:

@@ -54,8 +54,8 @@ def logit_lens(
         at: the positions to read, as in a rule: `"last"`, `"first_entity + last"`.
         incl_mid: also the streams between attention and MLP.
         top_k: how many of the likeliest tokens to keep.
-        full: the run that `kl_full` is measured against; needed where there are several finetuned
-            sources.
+        full: the run that counts as SFT and that `kl_full` is measured against: a graft, or a
+            source's name; needed where there are several finetuned sources, none called `sft`.
         prepend_bos: None leaves BOS to the tokenizer.
 
     Returns:

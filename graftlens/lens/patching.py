@@ -4,7 +4,7 @@ A graft changes the *mechanism* at a place: its weights run on whatever comes in
 the *information*: the outputs that the finetuned model's own run had there are put in, whoever
 computed what led to them. A fact that a patch brings back at a site, and a graft does not, passes
 through there and originates before (activation patching: Vig et al. 2020, arXiv 2004.12265; across
-finetuned models: Prakash et al. 2024, arXiv 2402.14811, section 5).
+finetuned models, as CMAP: Prakash et al. 2024, arXiv 2402.14811).
 """
 
 from collections.abc import Callable, Iterator
@@ -122,7 +122,7 @@ def patching(
         prompts: prompts with answers.
         grafts: name -> graft, or grafts that go by their texts; PRE and SFT are always among them.
         top_k: how many of the likeliest tokens to keep.
-        full: the run that counts as SFT; needed where there are several finetuned sources.
+        full: the run that counts as SFT, as in `logit_lens`.
         prepend_bos: None leaves BOS to the tokenizer.
 
     Returns:
