@@ -343,7 +343,9 @@ def finetune(
     processes.from_first(partial(_take, lock))
     try:
         with _keep_random_state():
-            return _finetune(config, texts, heldout_texts, model, tokenizer, progress, processes)
+            result = _finetune(config, texts, heldout_texts, model, tokenizer, progress, processes)
+        processes.leave_at_exit()
+        return result
     finally:
         lock.release()  # nothing to the processes that never held it
 

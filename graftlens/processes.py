@@ -4,6 +4,7 @@ Each has a part of every batch. Only the first one touches the run's folder; the
 read or made there.
 """
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -65,6 +66,23 @@ class Processes:
         finally:
             torch.distributed.broadcast_object_list(box, src=0)
 
+    def leave_at_exit(self) -> None:
+        """Leave the group before the interpreter ends, as all that was done together is done.
+
+        A thread of the group that still holds tensors then aborts the process
+        (https://github.com/pytorch/pytorch/pull/179291). Where something failed, leaving could
+        wait for processes that never come; so this is called at a good end only.
+        """
+        if self.count > 1:
+            atexit.register(_leave)
+
+
+def _leave() -> None:
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
 
 def is_first() -> bool:
     """Whether this process is the first of those that a launcher started, or the only one."""
@@ -81,5 +99,6 @@ def started_together(*, cpu: bool) -> Processes:
         return Processes()
     from accelerate import PartialState  # type: ignore[import-untyped]
 
+    atexit.unregister(_leave)  # what begins now may fail
     state = PartialState(cpu=cpu, timeout=PATIENCE)
     return Processes(state.process_index, state.num_processes)

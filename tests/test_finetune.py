@@ -938,8 +938,8 @@ def test_the_demonstrations_recipe_is_valid(tmp_path):
 
 # The command line, in processes that die at a step where the environment says so.
 MEMBER = """
-import os, signal, sys
-import transformers
+import atexit, os, signal, sys
+import torch, transformers
 from graftlens.cli import main
 
 rank, step = (int(part) for part in os.environ.get("KILL", "-1 0").split())
@@ -951,6 +951,10 @@ def counted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(*args, **kwargs)
 
+def left():  # runs after what is registered later
+    print("left the group:", not torch.distributed.is_initialized())
+
+atexit.register(left)
 transformers.Trainer.training_step = counted
 main()
 """
@@ -1005,6 +1009,7 @@ def together(shared) -> FinetuneResult:
     done = two_processes(shared, f"output={shared / 'together'}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("held-out perplexity") == 1
+    assert done.stdout.count("left the group: True") == 2
     return finetuned(shared, "together")
 
 
