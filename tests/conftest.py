@@ -1,5 +1,6 @@
 """Fixtures that several test files share: quiet libraries, and sources built once a session."""
 
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -30,6 +31,15 @@ class Tiny:
 
 
 MakeTiny = Callable[..., Tiny]
+
+
+def pytest_configure() -> None:
+    """Workers of pytest-xdist share the cores: with threads for all cores each, they starve."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        share = max(1, (os.cpu_count() or 1) // workers)
+        threads = os.environ.setdefault("OMP_NUM_THREADS", str(share))  # for child processes, too
+        torch.set_num_threads(int(threads))
 
 
 @pytest.fixture(scope="session", autouse=True)
