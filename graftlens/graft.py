@@ -17,7 +17,7 @@ position: a k or v graft at position i changes what later positions read there.
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -604,9 +604,31 @@ def named_grafts(grafts: Grafts) -> dict[str, Graft]:
     """Grafts by name; those given without a name go by their own texts.
 
     Raises:
-        ValueError: text that is no graft.
+        ValueError: text that is no graft, or what is neither a graft nor its text.
     """
-    if isinstance(grafts, Graft | str):
-        grafts = [grafts]
-    named = grafts if isinstance(grafts, Mapping) else {str(g): g for g in grafts}
-    return {n: Graft.parse(g) if isinstance(g, str) else g for n, g in named.items()}
+    if isinstance(grafts, Mapping):
+        return {name: as_graft(g, f"grafts[{name!r}]") for name, g in grafts.items()}
+    if isinstance(grafts, Graft | str) or not isinstance(grafts, Iterable):
+        return {str(grafts): as_graft(grafts, "grafts")}
+    return {str(g): as_graft(g, f"grafts[{i}]") for i, g in enumerate(grafts)}
+
+
+def as_graft(given: Any, what: str) -> Graft:
+    """A graft, or its text, as a graft; `what` is what a message calls it.
+
+    Raises:
+        ValueError: text that is no graft, or what is neither a graft nor its text.
+    """
+    if isinstance(given, str):
+        return Graft.parse(given)
+    if isinstance(given, Graft):
+        return given
+    if isinstance(getattr(given, "graft", None), Graft):
+        raise ValueError(
+            f"{what} is a {type(given).__name__}, which belongs to one batch of prompts. "
+            "Give the graft itself: mask.graft."
+        )
+    raise ValueError(
+        f"{what}={given!r} is no graft. Give a Graft or its one-line text, such as "
+        '"sft @ last : o + mlp"; "none" is the base alone.'
+    )

@@ -7,8 +7,11 @@ the sequential algorithm (`lensoracle`).
 import copy
 import dataclasses
 import inspect
+import subprocess
+import sys
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -38,6 +41,7 @@ from graftlens.lens import (
     divergence,
     emergence,
     logit_lens,
+    patching,
     pattern_difference,
     weight_difference,
 )
@@ -227,6 +231,7 @@ def _ranks(ranks: list[Any], graft: str = "g", layers: list[float] | None = None
             "layer": list(range(len(ranks))) if layers is None else layers,
             "position": 4,
             "rank": pd.array(ranks, dtype="Int64"),
+            "stream": [*["some"] * (len(ranks) - 1), "final_post"],
         }
     )
 
@@ -273,6 +278,25 @@ def test_emergence_keeps_runs_positions_and_prompts_apart() -> None:
     assert found["layer"].fillna(-1).tolist() == [0, 1, 2, -1]
     halves = emergence(_ranks([3, 2, 1, 1, 1], layers=[0, 0.5, 1, 1.5, 2]), k=2)
     assert halves["layer"].tolist() == [0.5]
+
+
+def test_emergence_of_tables_that_do_not_say(oracles: OracleOf) -> None:
+    """Regression: without the last layer, or with rows of several runs under one name, a layer
+    came out all the same."""
+    table = logit_lens(oracles("gpt2").tiny.model, PROMPTS[:2], at="last")
+    assert len(emergence(table, k=50)) == 4
+    cut = table[(table["graft"] != "SFT") | (table["prompt"] != 1) | (table["layer"] < 3)]
+    with pytest.raises(ValueError, match=r"prompt 1, graft 'SFT', position \d+: .* final_post"):
+        emergence(cut)
+    with pytest.raises(ValueError, match=r"no row of the last layer"):
+        emergence(table[table["layer"] < 3])
+    other = table[(table["prompt"] == 1) & (table["layer"] == 2)]
+    with pytest.raises(ValueError, match=r"prompt 1, graft 'PRE', .* two rows of layer 2\. "):
+        emergence(pd.concat([table, other]))
+    some = table[table["layer"] != 1]
+    assert len(emergence(some, k=50)) == 4
+    with pytest.raises(ValueError, match="it is not logit_lens's"):
+        emergence(table.drop(columns="stream"))
 
 
 def test_emergence_of_real_runs(oracles: OracleOf) -> None:
@@ -717,6 +741,26 @@ def test_a_bos_that_is_forced_is_there_everywhere(tiny: MakeTiny) -> None:
     _close(parts[parts["graft"] == "SFT"]["contribution"].sum(), wanted)
 
 
+@pytest.mark.parametrize(("tokenizer", "bos"), [("gpt2", True), ("llama3", False)])
+def test_a_batch_says_itself_whether_it_has_a_bos(
+    tiny: MakeTiny, tokenizer: str, bos: bool
+) -> None:
+    """Regression: where the tokenizer would do otherwise, its answers "began no token"."""
+    model = tiny("llama-biased", tokenizer=tokenizer).model
+    batch = model.batch(list(PROMPTS[:1]), prepend_bos=bos)
+    single = model.tokenized(PROMPTS[0], prepend_bos=bos)
+    assert batch.prompts == single
+    assert single != model.tokenized(PROMPTS[0]), "the tokenizer does otherwise"
+    for function in (
+        partial(logit_lens, at="last"),
+        partial(attribution, against="distractors"),
+        partial(patching, grafts="sft @ last : o"),
+    ):
+        wanted = function(model, PROMPTS[:1], prepend_bos=bos)
+        for given, said in ((batch, None), (single, None), (batch, not bos), (batch, bos)):
+            pd.testing.assert_frame_equal(function(model, given, prepend_bos=said), wanted)
+
+
 def test_a_vocabulary_wider_than_the_tokenizer(tiny: MakeTiny) -> None:
     """Models are padded beyond their tokenizer: such ids may be likeliest and have no text."""
     reader = tiny("gpt2", tokenizer="gpt2").tokenizer
@@ -752,7 +796,7 @@ def test_errors_say_what_is_allowed(oracles: OracleOf) -> None:
     one = PROMPTS[0]
     with pytest.raises(ValueError, match=r"top_k=0: write a whole number from 1"):
         logit_lens(model, one, top_k=0)
-    with pytest.raises(ValueError, match=r"k=0: write a rank from 1"):
+    with pytest.raises(ValueError, match=r"k=0: write a whole number from 1"):
         emergence(logit_lens(model, one), k=0)
     with pytest.raises(ValueError, match=r"by='neuron'. Allowed: layer component head source\."):
         _unchecked(attribution)(model, one, by="neuron")
@@ -768,8 +812,6 @@ def test_errors_say_what_is_allowed(oracles: OracleOf) -> None:
         logit_lens(model, one, "stf @ last")
     with pytest.raises(ValueError, match="no source 'other'"):
         divergence(model, one, full="other @ all")
-    with pytest.raises(ValueError, match="is no rule"):
-        divergence(model, one, full="stf")
     with pytest.raises(PromptError, match="no prompts: give at least one"):
         logit_lens(model, [])
 
@@ -778,6 +820,31 @@ def test_a_sources_name_is_that_source_everywhere(oracles: OracleOf) -> None:
     model = oracles("gpt2").tiny.model
     by_name = divergence(model, PROMPTS[0], full="sft")
     pd.testing.assert_frame_equal(by_name, divergence(model, PROMPTS[0], full="sft @ all"))
+
+
+def test_a_given_grafts_name_is_that_graft(oracles: OracleOf) -> None:
+    model = oracles("gpt2").tiny.model
+    for grafts in ({"most": "sft @ ~last"}, {"sft": "sft @ ~last"}):
+        (name,) = grafts
+        table = logit_lens(model, PROMPTS[0], grafts, full=name)
+        assert list(dict.fromkeys(table["graft"])) == ["PRE", name]
+        assert set(table[table["graft"] == name]["rule"]) == {"sft @ ~last"}
+        assert (table[table["graft"] == name]["kl_full"] == 0).all()
+    named = divergence(model, PROMPTS[0], ["sft @ last"], full="sft @ last")
+    assert set(named["p"]) == {"PRE", "sft @ last"}
+
+
+def test_what_cannot_count_as_sft(tiny: MakeTiny) -> None:
+    """Regression: the base was taken for the run that PRE is held against."""
+    model = tiny("gpt2", ("pre", "task", "relation"), tokenizer="gpt2").model
+    grafts = {"nothing": "none", "mostly": "task @ ~last"}
+    for full in ("none", "pre", "pre @ all", "pre @ last : o", "nothing", Graft()):
+        with pytest.raises(ValueError, match=r"no run of a finetuned source.* sources task relat"):
+            logit_lens(model, PROMPTS[0], grafts, full=full)
+    for slip, meant in (("tsk", "task"), ("mostyl", "mostly")):
+        message = rf"full='{slip}' is no run .* sources task relation, .* Did you mean '{meant}'\?"
+        with pytest.raises(ValueError, match=message):
+            divergence(model, PROMPTS[0], grafts, full=slip)
 
 
 def test_errors_of_prompts_name_the_prompt(oracles: OracleOf) -> None:
@@ -827,7 +894,127 @@ def test_hooks_of_the_output_rest_while_streams_are_read(oracles: OracleOf) -> N
     assert fired == ["ln_final.hook_normalized"], "and act again afterwards"
 
 
+def test_hooks_are_given_all_prompts_together(oracles: OracleOf) -> None:
+    """Regression: they were given eight at a time, so one that knows rows changed three prompts."""
+    model = oracles("gpt2").tiny.model
+    order = [i % 3 for i in range(20)]
+    prompts = [PROMPTS[i] for i in order]
+    name = "blocks.0.hook_resid_post"
+    rows = []
+
+    def zero_fourth(x: Any, hook: Any) -> None:
+        rows.append(len(x))
+        x[3] = 0
+
+    for function in (
+        partial(logit_lens, at="last"),
+        divergence,
+        partial(activation_difference, at="last"),
+        partial(pattern_difference, at="last"),
+        attribution,
+        partial(patching, grafts="sft @ last : o"),
+    ):
+        plain = function(model, prompts)
+        with model.hooks(fwd_hooks=[(name, zero_fourth)]):
+            table = function(model, prompts)
+        value = plain.select_dtypes("float").columns[-1]
+        changed = ~np.isclose(plain[value], table[value], atol=1e-4)
+        assert set(plain["prompt"][changed]) == {3}
+        assert set(rows) == {20}
+    handle = model.hook_dict[name].register_forward_hook(lambda m, args, out: rows.append(len(out)))
+    rows.clear()
+    logit_lens(model, prompts, at="last")
+    handle.remove()
+    assert set(rows) == {20}
+
+
 @pytest.mark.parametrize("hooks", [(), []])
 def test_no_hook_is_not_all_hooks(oracles: OracleOf, hooks: Any) -> None:
     with pytest.raises(ValueError, match="names no hook"):
         activation_difference(oracles("gpt2").tiny.model, PROMPTS[0], hooks=hooks)
+
+
+def test_wrong_types_are_named_for_users_who_run_without_type_checks() -> None:
+    """Under pytest the run-time checks refuse these first; users see the library's own words.
+
+    Regression: a tokenizer's output ran as the prompts "input_ids" and "attention_mask", and
+    others were "object is not iterable".
+    """
+    program = r"""
+import numpy as np
+import torch
+from families import tiny_pair
+from lensoracle import PROMPTS
+from toytokenizers import TOKENIZERS
+from graftlens import evaluate
+from graftlens.lens import *
+from graftlens.model.grafted import GraftedTransformer
+
+tokenizer = TOKENIZERS["gpt2"]()
+model = GraftedTransformer.from_pretrained(
+    tiny_pair("gpt2", 1, len(tokenizer)), tokenizer=tokenizer, check=False, verbose=False
+)
+one = PROMPTS[0]
+encoded = tokenizer(one.text, return_tensors="pt")
+mask = model.resolve("sft @ last", one)
+
+def tried(function, *args, **more):
+    try:
+        print("accepted", len(function(model, *args, **more)))
+    except ValueError as error:
+        print(" ".join(str(error).split())[:88])
+
+tried(logit_lens, encoded)
+tried(type(model).forward, dict(encoded))
+tried(logit_lens, model.batch(encoded["input_ids"], attention_mask=encoded["attention_mask"]))
+tried(logit_lens, None)
+tried(logit_lens, 5)
+for grafts in (mask, {"a": mask}, [mask], {"a": None}, 5, [None]):
+    tried(logit_lens, one, grafts)
+tried(evaluate, [one], {"a": mask}, progress=False)
+tried(evaluate, [one], {"a": None}, progress=False)
+tried(logit_lens, one, full=mask)
+tried(logit_lens, one, full=5)
+for top_k in (np.int64(3), True, "3", 3.0, 0, None):
+    tried(logit_lens, one, at="last", top_k=top_k)
+    tried(patching, one, "sft @ last : o", top_k=top_k)
+table = logit_lens(model, one, at="last")
+for k in (np.int64(2), True, "1", 1.5, None):
+    tried(lambda model, **more: emergence(table, **more), k=k)
+tried(weight_difference, source=1)
+for hooks in (5, None, [5], np.array(["hook_z", "hook_q"])):
+    tried(activation_difference, one, hooks=hooks, at="last")
+for at in (torch.tensor([0]), torch.tensor(-1), np.array([0, -1]), torch.tensor([0.5]), None):
+    tried(logit_lens, one, at=at)
+tried(logit_lens, one, at=torch.tensor([True]))
+"""
+    printed = subprocess.run(
+        [sys.executable, "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=Path(__file__).parent,
+    ).stdout.splitlines()
+    tokens = "with the keys input_ids attention_mask is no prompt. Of what a tokenizer"
+    none = "is no prompt. Give texts, Prompts, or a tensor of token ids."
+    mask = "is a GraftMask, which belongs to one batch of prompts. Give the graft"
+    graft = "is no graft. Give a Graft or its one-line text"
+    number = "write a whole number from 1."
+    options = [f"top_k={k}: {number}" for k in ("True", "'3'", "3.0", "0", "None") for _ in (0, 1)]
+    hook = "Write a hook's name, or its last part for every layer: hook_embed"
+    wanted = [
+        *(f"a BatchEncoding {tokens}", f"a dict {tokens}", "accepted 56"),
+        *(f"None {none}", f"5 {none}"),
+        *(f"grafts {mask}", f"grafts['a'] {mask}", f"grafts[0] {mask}"),
+        *(f"grafts['a']=None {graft}", f"grafts=5 {graft}", f"grafts[0]=None {graft}"),
+        *(f"grafts['a'] {mask}", f"grafts['a']=None {graft}"),
+        *(f"full {mask}", f"full=5 {graft}"),
+        *("accepted 8", "accepted 4", *options),
+        *("accepted 2", *(f"k={k}: {number}" for k in ("True", "'1'", "1.5", "None"))),
+        "source=1 is no source of this model. Allowed: pre sft.",
+        *(f"no hook {name}. {hook}" for name in (5, None, 5)),
+        *("accepted 48", "accepted 8", "accepted 8", "accepted 16"),
+        *("at=[0.5]: 0.5 is no whole number.", "at=None is no position.", "at=[True]: True is no"),
+    ]
+    for said, start in zip(printed, wanted, strict=True):
+        assert said.startswith(start)

@@ -32,7 +32,8 @@ from torch import Tensor
 
 from graftlens.evaluate import evaluate
 from graftlens.graft import Graft
-from graftlens.lens import logit_lens, patched, patching
+from graftlens.lens import attribution, divergence, logit_lens, patched, patching
+from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt, PromptError
 from graftlens.stats import compare, summarise
 
@@ -177,7 +178,7 @@ def test_everything_everywhere_is_the_other_model(tiny: MakeTiny, variant: str) 
     )
     tokens = torch.tensor([ids])
     base = t.model(tokens)
-    for nothing in ("none", "pre @ all", Graft(), "sft @ all | pre @ all"):
+    for nothing in ("none", Graft(), t.model.resolve(None, tokens)):
         with patched(t.model, tokens, nothing):
             assert torch.equal(t.model(tokens), base)
 
@@ -381,6 +382,9 @@ def test_flags_by_which_maps_do_not_run_as_one(tiny: MakeTiny, flag: str) -> Non
     with pytest.raises(ValueError, match=message), patched(t.model, tokens, "sft @ last : o"):
         pass
     assert _is_clean(t)
+    # Where nothing is patched, nothing is in the way.
+    with patched(t.model, tokens, Graft()):
+        assert torch.equal(t.model(tokens), t.model(tokens, graft="none"))
 
 
 def test_grafts_that_do_not_fit_are_refused(oracles: OracleOf) -> None:
@@ -419,15 +423,113 @@ def test_what_reads_a_few_rows_only_is_refused(oracles: OracleOf) -> None:
             model.logits_at(one, [[1]])
 
 
-def test_the_lens_reads_streams_by_the_runs_own_norm_and_unembedding(oracles: OracleOf) -> None:
-    """A patch of the output is no patch of what the lens makes of an earlier stream."""
-    oracle = oracles("gpt2")
-    with patched(oracle.tiny.model, PROMPTS[1], "sft @ first_entity : unembed"):
-        table = logit_lens(oracle.tiny.model, PROMPTS[1])
-    rows = table[(table["graft"] == "PRE") & (table["layer"] == 1)]
-    said = oracle.read(1, "none", oracle.run(1, "none").resid[1])
-    wanted = said[:, oracle.asked[1].target].tolist()
-    assert rows["logprob"].tolist() == pytest.approx(wanted, abs=1e-4)
+@pytest.mark.parametrize(
+    ("variant", "rest"), [("gpt2", "embed + pos_embed + block"), ("gemma2", "embed + block")]
+)
+def test_streams_are_not_read_where_the_output_is_patched(
+    oracles: OracleOf, variant: str, rest: str
+) -> None:
+    """Regression: they were read by the run's own norm and unembedding, which is another run's
+    output. What the message advises patches all that comes before, and its output is the run's."""
+    oracle = oracles(variant)
+    model, asked = oracle.tiny.model, oracle.asked[1]
+    for text, named in (
+        ("sft @ last", "ln_final and unembed"),
+        ("sft @ first_entity : unembed", "unembed"),
+        ("sft @ last : ln_final + mlp", "ln_final"),
+    ):
+        with patched(model, PROMPTS[1], text), patched(model, PROMPTS[1], "sft @ [0] : v"):
+            for function in (logit_lens, divergence, attribution):
+                with pytest.raises(ValueError, match=rf"patched\(…\) of {named}: ") as error:
+                    function(model, PROMPTS[1])
+                assert f'(": {rest}" is all the rest)' in str(error.value)
+    advised = f"sft @ last : {rest}"
+    inside = "sft @ last | pre @ all : ln_final + unembed"
+    wanted = _expected(oracle.tiny, asked.ids, inside, asked.runs)[-1]
+    with patched(model, PROMPTS[1], advised):
+        lens = logit_lens(model, PROMPTS[1], at="last").set_index(["graft", "stream"])
+        parts = attribution(model, PROMPTS[1])
+        spread = divergence(model, PROMPTS[1], at="last").set_index(["p", "q"])
+        sft = model(PROMPTS[1], graft="sft @ all")[0, -1].log_softmax(-1)
+    said = wanted.log_softmax(-1)
+    ours = lens.loc[("PRE", "final_post"), "logprob"]
+    assert ours == pytest.approx(float(said[asked.target]), abs=1e-4)
+    kl = float((said.exp() * (said - sft)).sum().detach())
+    assert spread.loc[("PRE", "SFT"), "kl"] == pytest.approx(kl, abs=1e-4)
+    if variant == "gpt2":  # Gemma 2 caps its logits
+        total = parts[parts["graft"] == "PRE"]["contribution"].sum()
+        assert total == pytest.approx(float(wanted[asked.target]), abs=1e-4)
+    # Of another model, nothing is patched.
+    with patched(model, PROMPTS[1], "sft @ last"):
+        assert len(logit_lens(oracles("llama-biased").tiny.model, PROMPTS[1], at="last")) == 8
+
+
+@pytest.mark.parametrize(
+    ("variant", "text", "named"),
+    [
+        ("gpt2", "sft @ last : o + mlp : 1-2", r"o \(layers 1-2\)"),
+        ("gpt2", "sft @ first_entity : o : 0 : 1", r"o \(layers 0\)"),
+        ("gemma2", "sft @ last : ln1_post : 1", r"ln1_post \(layers 1\)"),
+    ],
+)
+def test_heads_do_not_add_up_to_a_patched_attention(
+    oracles: OracleOf, variant: str, text: str, named: str
+) -> None:
+    """Regression: their contributions were not those of what was patched in, without a word."""
+    model = oracles(variant).tiny.model
+
+    def gaps(by: str) -> pd.Series:
+        table = attribution(model, PROMPTS, by=by, at="first_entity + last")
+        runs = table.groupby(["prompt", "graft", "position"])
+        return runs["contribution"].sum() - runs["logit"].first()
+
+    with patched(model, PROMPTS, text):
+        for by in ("head", "source"):
+            with pytest.raises(ValueError, match=rf'{named}: what by=\'{by}\' .*by="component" or'):
+                gaps(by)
+        for by in ("component", "layer"):
+            assert gaps(by).abs().max() < 1e-4
+    with patched(model, PROMPTS, "sft @ last : q + k + v + mlp : 1"):
+        for by in ("head", "source"):
+            assert gaps(by).abs().max() < 1e-4
+
+
+# --- Patching the base in ------------------------------------------------------------------------
+
+
+def test_nothing_of_the_base_can_be_patched_in(oracles: OracleOf) -> None:
+    """Regression: `pre @ …` patched nothing, and what ran was what runs without a patch."""
+    model = oracles("gpt2").tiny.model
+    texts = ("pre @ first_entity", "sft @ all | pre @ all")
+    masks = (model.resolve(texts[0], PROMPTS[0]),)
+    for graft in (*texts, *map(Graft.parse, texts), *masks):
+        with (
+            pytest.raises(ValueError, match=r"gives no site to another source than the") as error,
+            patched(model, PROMPTS[0], graft),
+        ):
+            pass
+        assert 'from_pretrained({"sft": …, "pre": …})) and patch "pre @ …"' in str(error.value)
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "gemma3"])
+def test_the_base_is_patched_onto_the_finetuned_model_that_is_loaded_first(
+    tiny: MakeTiny, variant: str
+) -> None:
+    """As the message above advises: PRE's activations in SFT's run."""
+    pair = tiny(variant).sources
+    turned = {"sft": pair["sft"], "pre": pair["pre"]}
+    model = GraftedTransformer.from_pretrained(turned, check=False, verbose=False)
+    ids = _ids()
+    tokens = torch.tensor([ids])
+    text = "pre @ [1, 3] : mlp + v : 0-1 | pre @ [2] : o : 1 : 0"
+    choose = chooser(text, _runs(len(ids)), len(ids), base="sft")
+    runner = patched_copy(turned, ids, choose, "sft")
+    with torch.no_grad(), patched(model, tokens, text):
+        ours = model(tokens)[0]
+        wanted = runner(tokens, use_cache=False).logits[0]
+        sft = turned["sft"](tokens, use_cache=False).logits[0]
+    _close(ours, wanted)
+    assert (ours - sft)[1:].abs().max() > 1e-2
 
 
 # --- The table -----------------------------------------------------------------------------------
@@ -504,6 +606,43 @@ def test_the_output_itself_is_not_patched(oracles: OracleOf) -> None:
     assert table.loc["out", "reason"] is None
     summary = summarise(table.reset_index(), by=(), grafts=["PRE", "SFT", "LT"], resamples=50)
     assert summary["n"].tolist() == [1, 1, 1]
+
+
+def test_a_graft_without_sites_has_no_patch(oracles: OracleOf) -> None:
+    """Regression: the reason was that of a graft of the output, whatever the graft was."""
+    model = oracles("gpt2").tiny.model
+    alone = Prompt("{first_entity}", {"first_entity": "A"}, " Robert")
+    grafts = {
+        "base": "none",
+        "base again": "none",
+        "written out": "pre @ all",
+        "taken back": "sft @ last | pre @ first_entity",
+        "out": "sft @ last : unembed | pre @ first_entity",
+    }
+    table = patching(model, [alone, PROMPTS[0]], grafts)
+    assert table["graft"].iloc[0] == "base"
+    table = table.set_index(["graft", "prompt"])
+    no_site = "the graft gives no site to another source than the base"
+    for name, reasons in (
+        ("base again", [no_site, no_site]),
+        ("written out", [no_site, no_site]),
+        ("taken back", [no_site, None]),
+        ("out", [no_site, "the graft is of ln_final and unembed only"]),
+    ):
+        for prompt, reason in enumerate(reasons):
+            row = table.loc[(f"{name} (patched)", prompt)]
+            assert row["how"] == "patch"
+            assert str(row["reason"]).startswith(str(reason))
+            numbers = row[["rank", "prob", "logprob", "top_tokens", "top_probs"]]
+            assert [n is pd.NA for n in numbers] == [reason is not None] * 5
+            graft = table.loc[(name, prompt)]
+            assert graft["reason"] is None
+            assert graft["rank"] >= 1, "the graft's own row keeps its numbers"
+    moved = table.loc[("taken back (patched)", 1), "logprob"]
+    with patched(model, PROMPTS[0], "sft @ last : embed + pos_embed + block | pre @ first_entity"):
+        said = model(PROMPTS[0])[0, -1].log_softmax(-1).detach()
+    target = table.loc[("base", 1), "target_id"]
+    assert moved == pytest.approx(float(said[target]), abs=1e-4)
 
 
 def test_the_lens_of_many_patched_prompts(oracles: OracleOf) -> None:

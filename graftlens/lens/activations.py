@@ -46,7 +46,7 @@ def activation_difference(
             raise ValueError(
                 f"{name!r} is over pairs of positions. Use pattern_difference for attention."
             )
-    runs = Runs.of(model, grafts, full)
+    runs = Runs.of(model.sources, grafts, full)
     parts = []
     batch = model.batch(prompts, prepend_bos=prepend_bos)
     for places, caches in look_into(model, batch, runs, names, at):
@@ -84,7 +84,7 @@ def pattern_difference(
     Raises:
         PromptError: prompts that cannot be run, or without the positions `at`.
     """
-    runs = Runs.of(model, grafts, full)
+    runs = Runs.of(model.sources, grafts, full)
     names = hook_names(model, "hook_pattern")
     parts = []
     batch = model.batch(prompts, prepend_bos=prepend_bos)

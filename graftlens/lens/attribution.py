@@ -19,12 +19,22 @@ from torch import Tensor
 
 from graftlens.components import Component
 from graftlens.graft import Graft, Grafts, Where
-from graftlens.lens.runs import Places, Runs, look_into, needed_target_ids, tidy, token_text
+from graftlens.lens.runs import (
+    Places,
+    Runs,
+    first_token,
+    look_into,
+    needed_target_ids,
+    refuse_patched_output,
+    refuse_patches,
+    tidy,
+    token_text,
+)
 from graftlens.model.cache import GraftedCache
 from graftlens.model.forward import Gathered, HeadsIn, Norm, TransformerBlock, by_source, per_row
 from graftlens.model.grafted import GraftedTransformer, Input
 from graftlens.model.mask import GraftMask, HeadSelection, Selection, plain
-from graftlens.prompts import PromptError, Tokenized, continuation
+from graftlens.prompts import PromptError, Tokenized
 
 C = Component
 
@@ -65,17 +75,29 @@ def attribution(
         unembedding's), `layer`, `head`, `source_position` and `source_token` where the part has
         one, `contribution` (logits) and `logit`, to which the contributions of a position add up
         (to the rounding of the model's dtype, and unless a hook changes the stream between parts).
-        Where an architecture caps its logits (Gemma 2), `logit` is the one before the cap.
+        `logit` is worked out in float32 from the last stream: a model in bfloat16 or float16 gives
+        its own logit with the rounding of that dtype. Where an architecture caps its logits
+        (Gemma 2), `logit` is the one before the cap.
 
     Raises:
         PromptError: a prompt without an answer, or without distractors where they are asked for.
-        ValueError: a word for `by` or `against` that is none of those above.
+        ValueError: a word for `by` or `against` that is none of those above; a patch of `ln_final`
+            or `unembed` in force, which the stream is not read by; or, with `head` and `source`, a
+            patch of `o` or `ln1_post`, after which what heads wrote is not what attention wrote.
     """
     if by not in get_args(By):
         raise ValueError(f"by={by!r}. Allowed: {' '.join(get_args(By))}.")
     if against is not None and against not in get_args(Against):
         raise ValueError(f"against={against!r}. Allowed: {' '.join(get_args(Against))}, or None.")
-    runs = Runs.of(model, grafts, full)
+    refuse_patched_output(model)
+    if by in ("head", "source"):
+        refuse_patches(
+            model,
+            (C.O, C.LN1_POST),
+            f"what by={by!r} finds in the heads does not add up to what attention wrote",
+            'Use by="component" or by="layer", which add up.',
+        )
+    runs = Runs.of(model.sources, grafts, full)
     hooks = _hooks(model, by)
     parts = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
@@ -143,7 +165,7 @@ def _distractors(
             f"prompt {number} has no distractors. Give Prompt(…, distractors=[…]), or another "
             "against=…"
         )
-    found = {continuation(item, text, model._tokenizer(), prepend_bos)[0]: text for text in texts}
+    found = {first_token(model, item, text, prepend_bos): text for text in texts}
     # One that begins as the answer does says nothing about the answer's first token.
     found.pop(target, None)
     if not found:

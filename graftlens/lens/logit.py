@@ -12,12 +12,13 @@ from graftlens.graft import Graft, Grafts, Where
 from graftlens.lens.runs import (
     Places,
     Runs,
+    from_1,
     look_into,
+    refuse_patched_output,
     target_ids,
     tidy,
     token_text,
     unhooked,
-    unpatched,
 )
 from graftlens.metrics import next_tokens
 from graftlens.model.cache import GraftedCache
@@ -44,7 +45,8 @@ def logit_lens(
     Logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens"): each stream goes through
     the run's final norm and unembedding. Under a graft these are the ones that the graft chose at
     that position, so the last layer gives the run's own output. Hooks that are attached to the
-    model act on the layers, not on this reading (those of `ln_final` and `unembed`).
+    model act on the layers, not on this reading (those of `ln_final` and `unembed`). Nor does a
+    patch of `ln_final` or `unembed`, which is refused.
 
     Args:
         model: the model.
@@ -54,8 +56,9 @@ def logit_lens(
         at: the positions to read, as in a rule: `"last"`, `"first_entity + last"`.
         incl_mid: also the streams between attention and MLP.
         top_k: how many of the likeliest tokens to keep.
-        full: the run that counts as SFT and that `kl_full` is measured against: a graft, or a
-            source's name; needed where there are several finetuned sources, none called `sft`.
+        full: the run that counts as SFT and that `kl_full` is measured against: a graft, the name
+            of one of `grafts`, or a finetuned source's name; needed where there are several
+            finetuned sources, none called `sft`.
         prepend_bos: None leaves BOS to the tokenizer.
 
     Returns:
@@ -69,12 +72,13 @@ def logit_lens(
 
     Raises:
         PromptError: prompts that cannot be run, or without the positions `at`.
-        ValueError: a graft that the model cannot run, a `top_k` that is no number from 1, or
-            `incl_mid` with parallel attention and MLP, which have no stream between them.
+        ValueError: a graft that the model cannot run, a `top_k` that is no number from 1, a patch
+            of `ln_final` or `unembed` in force, or `incl_mid` with parallel attention and MLP,
+            which have no stream between them.
     """
-    if not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"top_k={top_k}: write a whole number from 1.")
-    runs = Runs.of(model, grafts, full)
+    top_k = from_1("top_k", top_k)
+    refuse_patched_output(model)
+    runs = Runs.of(model.sources, grafts, full)
     streams = _streams(model, incl_mid)
     hooks = [hook for _, _, hook in streams]
     parts = []
@@ -97,26 +101,40 @@ def emergence(table: pd.DataFrame, k: int = 1) -> pd.DataFrame:
     """Where the answer comes up: the first layer from which its rank stays within `k`.
 
     Args:
-        table: from `logit_lens`, with one position a prompt (`at="last"`), or several.
+        table: from `logit_lens`, with one position a prompt (`at="last"`), or several; with the
+            last layer's rows (stream `final_post`).
         k: the rank that counts, 1 for the likeliest token.
 
     Returns:
         `prompt`, `graft`, `position` and `layer`: how many layers have run when the answer's rank
-        is at most `k` and stays so to the output; NA where the output's rank is above `k`.
+        is at most `k` and stays so to the output; NA where the output's rank is above `k`. Prompts
+        without an answer have no row.
 
     Raises:
-        ValueError: `k` below 1, or a table without answers.
+        ValueError: `k` is no whole number from 1, or a table without answers, without the last
+            layer of some run, or with two rows for one layer of it.
     """
-    if k < 1:
-        raise ValueError(f"k={k}: write a rank from 1.")
-    if "rank" not in table or table["rank"].isna().all():
+    k = from_1("k", k)
+    if not {"rank", "layer", "stream"} <= set(table) or table["rank"].isna().all():
         raise ValueError(
-            "no prompt of this table has an answer. Give logit_lens Prompts with answer=…"
+            "no prompt of this table has an answer, or it is not logit_lens's. Give the table of "
+            "logit_lens of Prompts with answer=…"
         )
     ranked = table[table["rank"].notna()]
     rows = []
     for key, part in ranked.groupby(["prompt", "graft", "position"], sort=False):
         part = part.sort_values("layer")
+        about = "prompt {}, graft {!r}, position {}".format(*key)
+        if part["stream"].iloc[-1] != "final_post":
+            raise ValueError(
+                f"{about}: this table has no row of the last layer (stream final_post). Give all "
+                "layers of logit_lens."
+            )
+        if twice := part["layer"][part["layer"].duplicated()].tolist():
+            raise ValueError(
+                f"{about}: this table has two rows of layer {twice[0]:g}. Where it is joined of "
+                "several, give their prompts numbers of their own."
+            )
         within = (part["rank"] <= k).to_numpy(dtype=bool)
         after = len(within) - int(np.argmin(within[::-1])) if not within.all() else 0
         layer = part["layer"].iloc[after] if within[-1] else pd.NA
@@ -137,6 +155,9 @@ def divergence(
 ) -> pd.DataFrame:
     """How far the runs' next-token distributions are from one another, position by position.
 
+    Hooks that are attached to `ln_final` and `unembed` do not act on it, as in `logit_lens`, and
+    patches of these are refused.
+
     Args:
         model, prompts, grafts, at, full, prepend_bos: as in `logit_lens`.
 
@@ -147,7 +168,8 @@ def divergence(
     Raises:
         PromptError, ValueError: as in `logit_lens`.
     """
-    runs = Runs.of(model, grafts, full)
+    refuse_patched_output(model)
+    runs = Runs.of(model.sources, grafts, full)
     hook = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     pairs = [(p, q) for p in runs.grafts for q in runs.grafts if p != q]
     parts = []
@@ -243,7 +265,7 @@ def _read(
     """A stream at some places as logits, by what the graft chose there."""
     index = places.rows[rows]
     resid = cache[hook].flatten(0, 1)[torch.from_numpy(index).to(cache[hook].device)]
-    with unpatched(), unhooked(model):
+    with unhooked(model):
         return model.logits_from(resid[None], cache.mask.pick(index[None]))[0].float()
 
 

@@ -9,35 +9,39 @@ finetuned models, as CMAP: Prakash et al. 2024, arXiv 2402.14811).
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from graftlens.components import Component
 from graftlens.graft import Graft, Grafts
 from graftlens.lens.runs import (
-    SUSPENDED,
-    TOGETHER,
+    PATCHES,
     Places,
     Runs,
     chunks,
+    from_1,
     needed_target_ids,
     tidy,
     token_text,
-    unpatched,
 )
 from graftlens.metrics import next_tokens
 from graftlens.model.forward import HeadsIn, HeadsOut
 from graftlens.model.grafted import GraftedTransformer, GraftLike, Input
 from graftlens.model.inputs import Batch
-from graftlens.model.mask import GraftMask, HeadSelection, Selection
+from graftlens.model.mask import GraftMask, HeadSelection, Selection, Site
 
 C = Component
+
+#: True while what runs is not to be changed by patches that are in force.
+SUSPENDED: ContextVar[bool] = ContextVar("suspended", default=False)
 
 #: What the run is called in which a graft's sites are patched.
 PATCHED = "{} (patched)"
@@ -53,6 +57,11 @@ def patched(
     the component replaced by what it is when that source runs everywhere. All else runs as it
     would: the base, or the graft that the run is given. Hooks that are attached to the model act in
     that source's run too. What `lens` calls PRE or SFT inside is the patched run of that graft.
+    A graft without rules patches nothing.
+
+    `logit_lens`, `divergence` and `attribution` read streams by the norm and the unembedding of the
+    run's own graft, so they refuse a patch of `ln_final` or `unembed`, as `"sft @ last"` is. Patch
+    `: embed + pos_embed + block` (`pos_embed` where the model has one), or read `model(prompts)`.
 
     Args:
         model: the model.
@@ -65,21 +74,24 @@ def patched(
         ...     logits, cache = model.run_with_cache(prompt)
 
     Raises:
-        PromptError, ValueError: as for a run under the graft; inside, a run of other prompts; and a
-            flag by which q, k, v or o do not run as one map (`use_split_qkv_input`,
-            `use_attn_in`, `use_attn_result`).
+        PromptError, ValueError: as for a run under the graft; rules that give no site to another
+            source than the base; inside, a run of other prompts; and a flag by which q, k, v or o
+            do not run as one map (`use_split_qkv_input`, `use_attn_in`, `use_attn_result`).
     """
     batch = prompts if isinstance(prompts, Batch) else model.batch(prompts, prepend_bos=prepend_bos)
     mask = model.resolve(graft, batch)
-    _check_flags(model)
     real = batch.real.reshape(-1)
-    sites = [
-        _Site(model.part(component, layer), chosen, real)
-        for (component, layer), chosen in mask.sites.items()
-    ]
-    for source in sorted({s for site in sites for s in site.sources}):
-        with ExitStack() as handles, unpatched(), torch.no_grad():
-            for site in sites:
+    made = {site: _Site(model.part(*site), chosen, real) for site, chosen in mask.sites.items()}
+    sites = {where: site for where, site in made.items() if site.sources}
+    if not sites:
+        if mask.graft:
+            raise ValueError(_of_the_base(model, mask.graft))
+        yield model
+        return
+    _check_flags(model)
+    for source in sorted({s for site in sites.values() for s in site.sources}):
+        with ExitStack() as handles, _suspended(), torch.no_grad():
+            for site in sites.values():
                 handles.enter_context(_hooked(site.module, site.capture(source)))
             model(batch, graft=Graft.rule(model.sources[source]))
 
@@ -93,12 +105,21 @@ def patched(
         return hook
 
     with ExitStack() as handles:
-        handles.enter_context(_whole_batches())
+        handles.enter_context(_in_force(model, frozenset(sites)))
         handles.enter_context(_checked(model, batch))
-        for site in sites:
-            if site.sources:
-                handles.enter_context(_hooked(site.module, put(site)))
+        for site in sites.values():
+            handles.enter_context(_hooked(site.module, put(site)))
         yield model
+
+
+def _of_the_base(model: GraftedTransformer, graft: Graft) -> str:
+    base, other = model.sources[0], model.sources[-1]
+    return (
+        f"the patch {str(graft)!r} {_NO_SITE}. Nothing of the base "
+        f"({base}) can be patched in, which is what runs already. To patch it onto {other}, load "
+        f'{other} as the base (GraftedTransformer.from_pretrained({{"{other}": …, "{base}": …}})) '
+        f'and patch "{base} @ …".'
+    )
 
 
 @torch.no_grad()
@@ -115,7 +136,8 @@ def patching(
 
     The output itself is not patched: `ln_final` and `unembed` are left out of every patch, because
     SFT's own logits would be SFT's answer whatever came before. A graft of these alone has no
-    patch: its row has a `reason` and no numbers.
+    patch, and neither has one that gives a prompt's sites to the base only: its row has a `reason`
+    and no numbers.
 
     Args:
         model: the model.
@@ -132,9 +154,11 @@ def patching(
 
     Raises:
         PromptError: a prompt without an answer, or one that a graft cannot be applied to.
-        ValueError: as for `patched`.
+        ValueError: a `top_k` that is no number from 1, a graft that goes by the name of another
+            one's patch, or a flag, as for `patched`.
     """
-    runs = Runs.of(model, grafts, full)
+    top_k = from_1("top_k", top_k)
+    runs = Runs.of(model.sources, grafts, full)
     for name in runs.grafts:
         if PATCHED.format(name) in runs.grafts:
             raise ValueError(
@@ -148,23 +172,32 @@ def patching(
         batch, ids = places.batch, [targets[i] for i in places.table["prompt"]]
         for name, graft in runs.grafts.items():
             said = runs.columns(name) | {"how": "graft"}
-            parts.append(_scored(model, places, model(batch, graft=graft), ids, top_k, said))
+            scored = _scored(model, places, model(batch, graft=graft), ids, top_k, said)
+            parts.append(scored)
             if name in (runs.base, runs.full):
                 continue
             said |= {"graft": PATCHED.format(name), "how": "patch"}
-            inside = _without_output(model.resolve(graft, batch))
-            with patched(model, batch, inside):
-                scored = _scored(model, places, model(batch, graft=Graft()), ids, top_k, said)
-            if not any(_differs(chosen) for chosen in inside.sites.values()):
-                numbers = ["rank", "prob", "logprob", "top_tokens", "top_probs"]
-                scored = scored.assign(**dict.fromkeys(numbers, pd.NA), reason=_OUTPUT_ONLY)
-            parts.append(scored)
+            mask = model.resolve(graft, batch)
+            inside = _without_output(mask)
+            kept = _prompts_of(inside, batch)
+            if kept.any():
+                with patched(model, batch, inside):
+                    scored = _scored(model, places, model(batch, graft=Graft()), ids, top_k, said)
+            if not kept.all():
+                numbers = ("rank", "prob", "logprob", "top_tokens", "top_probs")
+                none = {c: scored[c].astype(object).where(kept, pd.NA) for c in numbers}
+                why = np.where(_prompts_of(mask, batch), _OUTPUT_ONLY, f"the graft {_NO_SITE}")
+                reason = [None if k else str(w) for k, w in zip(kept, why, strict=True)]
+                none["reason"] = pd.Series(reason, scored.index, dtype=object)  # None stays None
+                scored = scored.assign(**none)
+            parts.append(scored.assign(**said))
     table = tidy(parts, ("prompt", "graft", "rule", "how"))
     table.attrs["recovery"] = {"base": runs.base, "full": runs.full}
     return table
 
 
 _OUTPUT_ONLY = "the graft is of ln_final and unembed only, whose output is the answer itself"
+_NO_SITE = "gives no site to another source than the base"
 
 
 def _without_output(mask: GraftMask) -> GraftMask:
@@ -178,10 +211,14 @@ def _without_output(mask: GraftMask) -> GraftMask:
     return GraftMask(mask.graft, mask.sources, mask.shape, sites, mask.places)
 
 
-def _differs(chosen: Selection | HeadSelection) -> bool:
-    """Whether any row is not the base's."""
-    groups = (chosen,) if isinstance(chosen, Selection) else (s for _, s in chosen.groups)
-    return any(set(selection.sources) != {0} for selection in groups)
+def _prompts_of(mask: GraftMask, batch: Batch) -> Bool[np.ndarray, " batch"]:
+    """Which prompts have a site that is not the base's."""
+    found = np.zeros(batch.real.shape, dtype=bool)
+    for chosen in mask.sites.values():
+        groups = [chosen] if isinstance(chosen, Selection) else [s for _, s in chosen.groups]
+        for selection in groups:
+            found |= selection.choice.reshape(found.shape) != 0
+    return (found & batch.real).any(1)
 
 
 def _scored(
@@ -291,13 +328,23 @@ def _by_head(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
 
 
 @contextmanager
-def _whole_batches() -> Iterator[None]:
-    """The lens runs all prompts together here: a few of them are not the prompts patched."""
-    token = TOGETHER.set(True)
+def _suspended() -> Iterator[None]:
+    """Inside, no patch acts: for a source's own run."""
+    token = SUSPENDED.set(True)
     try:
         yield
     finally:
-        TOGETHER.reset(token)
+        SUSPENDED.reset(token)
+
+
+@contextmanager
+def _in_force(model: GraftedTransformer, sites: frozenset[Site]) -> Iterator[None]:
+    """Tells the lens: a few of the prompts are not those patched, and some sites it reads anew."""
+    token = PATCHES.set((*PATCHES.get(), (model, sites)))
+    try:
+        yield
+    finally:
+        PATCHES.reset(token)
 
 
 @contextmanager

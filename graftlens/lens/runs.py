@@ -1,7 +1,7 @@
 """What all lens functions share: the runs to look into, prompts in chunks, and rows of places."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -14,34 +14,69 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from graftlens.components import suggest
-from graftlens.graft import At, Graft, Grafts, Where, named_grafts
+from graftlens.components import Component, format_numbers, suggest
+from graftlens.graft import At, Graft, Grafts, Where, as_graft, named_grafts
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import Batch
-from graftlens.prompts import PromptError, Tokenized, continuation
+from graftlens.model.mask import Site
+from graftlens.prompts import PromptError, Tokenized, continuation, encode
+
+C = Component
 
 #: Hooks over pairs of positions: their rows are distributions, or masked.
 PAIRS = ("hook_pattern", "hook_attn_scores")
 
-#: True while what runs is not to be changed by patches that are in force.
-SUSPENDED: ContextVar[bool] = ContextVar("suspended", default=False)
-
-#: True where prompts must not be run a few at a time.
-TOGETHER: ContextVar[bool] = ContextVar("together", default=False)
+#: The models that are patched here, each with the sites whose outputs are replaced.
+PATCHES: ContextVar[tuple[tuple[GraftedTransformer, frozenset[Site]], ...]] = ContextVar(
+    "patches", default=()
+)
 
 #: Prompts that run together at most, and bytes that their caches may take if it is several.
 CHUNK, BUDGET = 8, 1 << 30
 
 
-@contextmanager
-def unpatched() -> Iterator[None]:
-    """Inside, no patch acts: for a source's own run, and for reading a stream of a patched run."""
-    token = SUSPENDED.set(True)
-    try:
-        yield
-    finally:
-        SUSPENDED.reset(token)
+def refuse_patches(
+    model: GraftedTransformer, components: Collection[Component], why: str, instead: str
+) -> None:
+    """That none of the components is patched where a table would not tell the patched run.
+
+    Args:
+        model: the model.
+        components: those that must not be patched.
+        why, instead: what is not told of the patched run, and what to do.
+
+    Raises:
+        ValueError: one of the components is patched here.
+    """
+    layers: dict[Component, list[int]] = {}
+    for component, layer in chain(*(sites for patched, sites in PATCHES.get() if patched is model)):
+        if component in components:
+            layers.setdefault(component, []).extend([] if layer is None else [layer])
+    if layers:
+        names = [
+            c + (f" (layers {format_numbers(sorted(set(layers[c])))})" if layers[c] else "")
+            for c in Component
+            if c in layers
+        ]
+        raise ValueError(f"inside patched(…) of {' and '.join(names)}: {why}. {instead}")
+
+
+def refuse_patched_output(model: GraftedTransformer) -> None:
+    """That neither the final norm nor the unembedding is patched where streams are read anew.
+
+    Raises:
+        ValueError: one of them is.
+    """
+    inside = [c for c in (C.EMBED, C.POS_EMBED) if c in model.arch.components]
+    refuse_patches(
+        model,
+        (C.LN_FINAL, C.UNEMBED),
+        "streams are read here by the norm and the unembedding of the run's own graft, which no "
+        "patch changes",
+        f'Leave them out of the patch (": {" + ".join([*inside, "block"])}" is all the rest), or '
+        "take the patched output itself from model(prompts).",
+    )
 
 
 @contextmanager
@@ -78,41 +113,57 @@ class Runs:
     full: str
 
     @classmethod
-    def of(
-        cls, model: GraftedTransformer, grafts: Grafts | None, full: Graft | str | None
-    ) -> "Runs":
+    def of(cls, sources: Sequence[str], grafts: Grafts | None, full: Graft | str | None) -> "Runs":
         """The base (PRE) and one source everywhere (SFT), and `grafts`.
 
         Those of `grafts` that are one of the two keep the names they have there.
 
         Raises:
             ValueError: a model of several finetuned sources, none of them `sft`, of which `full`
-                must name one; or a graft that is no graft.
+                must name one; a graft that is no graft; or a `full` that is the base.
         """
         given = {} if grafts is None else named_grafts(grafts)
-        if isinstance(full, str) and full in model.sources:
-            full = Graft.rule(full)
-        if full is None:
-            others = model.sources[1:]
-            if len(others) > 1 and "sft" not in others:
-                raise ValueError(
-                    f"this model has the sources {' '.join(model.sources)}: say which one the runs "
-                    f'are held against, such as full="{model.sources[-1]} @ all".'
-                )
-            full = Graft.rule("sft" if "sft" in others else others[0])
-        full = Graft.parse(full) if isinstance(full, str) else full
+        whole = full_run(sources, given, full)
         names = []
-        for usual, graft in (("PRE", Graft()), ("SFT", full)):
+        for usual, graft in (("PRE", Graft()), ("SFT", whole)):
             known = next((name for name, g in given.items() if g == graft), None)
             # A name that is given to another graft is not taken from it.
             free = chain((usual, str(graft)), (f"{usual} {n}" for n in count(2)))
             names.append(known or next(name for name in free if name not in given))
-        first = dict(zip(names, (Graft(), full), strict=True))
+        first = dict(zip(names, (Graft(), whole), strict=True))
         return cls(first | given, *names)
 
     def columns(self, name: str) -> dict[str, str]:
         """What a table says of a run."""
         return {"graft": name, "rule": str(self.grafts[name])}
+
+
+def full_run(sources: Sequence[str], given: Mapping[str, Graft], full: Graft | str | None) -> Graft:
+    """The run that counts as SFT: a given graft's name comes before a source's.
+
+    Raises:
+        ValueError: as for `Runs.of`.
+    """
+    base, *others = sources
+    if full is None:
+        if len(others) > 1 and "sft" not in others:
+            raise ValueError(
+                f"this model has the sources {' '.join(sources)}: say which one the runs "
+                f'are held against, such as full="{sources[-1]} @ all".'
+            )
+        return Graft.rule("sft" if "sft" in others else others[0])
+    known = {name: Graft.rule(name) for name in sources} | dict(given)
+    found = known.get(full, full) if isinstance(full, str) else full
+    # A text without an @ is no rule: a name with a slip, or the base's.
+    slip = isinstance(found, str) and "@" not in found
+    whole = Graft() if slip else as_graft(found, "full")
+    if set(whole.sources) <= {base}:
+        raise ValueError(
+            f"full={str(full)!r} is no run of a finetuned source. Give one of the sources "
+            f"{' '.join(others)}, the name of one of the grafts, or a graft, such as "
+            f'"{others[-1]} @ all".{suggest(str(full), [*others, *given])}'
+        )
+    return whole
 
 
 @dataclass(frozen=True)
@@ -144,19 +195,23 @@ class Places:
 def chunks(
     model: GraftedTransformer, whole: Batch, runs: Runs, at: Where, size: int = CHUNK
 ) -> Iterator[Places]:
-    """The places `at` of the prompts, a few prompts at a time, in their order.
+    """The places `at` of the prompts, in their order: a few prompts at a time, or all of them where
+    patches or hooks are there, which are made for the whole batch.
 
     Raises:
         PromptError: prompts that cannot be run, that have no such place, or that one of the runs'
             grafts cannot be applied to.
         ValueError: `at` is no expression over spans.
     """
-    where = At.parse(at)
+    where = At.parse(at.tolist() if isinstance(at, Tensor | np.ndarray) else at)
     # Before anything runs, and with the prompts' own numbers in what is said.
     for graft in runs.grafts.values():
         model.resolve(graft, whole)
     ids = whole.tokens.tolist()
-    size = len(ids) if TOGETHER.get() else size
+    if any(model is one for one, _ in PATCHES.get()) or any(
+        point._forward_hooks for point in model.hook_dict.values()
+    ):
+        size = len(ids)
     for start in range(0, len(ids), size):
         batch = whole.rows(slice(start, start + size))
         yield _places(model, batch, ids[start : start + size], start, where)
@@ -197,9 +252,25 @@ def target_ids(
     return [
         None
         if item.prompt is None or item.prompt.answer is None
-        else continuation(item, item.prompt.answer, model._tokenizer(), prepend_bos)[0]
+        else first_token(model, item, item.prompt.answer, prepend_bos)
         for item in prompts
     ]
+
+
+def first_token(
+    model: GraftedTransformer, item: Tokenized, text: str, prepend_bos: bool | None
+) -> int:
+    """The first token of a text that follows a prompt.
+
+    Raises:
+        PromptError: a prompt without a text, or a text that begins no token of its own.
+    """
+    tokenizer = model._tokenizer()
+    if item.prompt is not None:
+        ids, _ = encode(item.prompt.text, tokenizer, prepend_bos)
+        if tuple(ids) != item.ids:  # made elsewhere, with another prepend_bos
+            prepend_bos = item.ids[0] == tokenizer.bos_token_id
+    return continuation(item, text, tokenizer, prepend_bos)[0]
 
 
 def needed_target_ids(
@@ -238,19 +309,32 @@ def hook_names(model: GraftedTransformer, wanted: str | Sequence[str]) -> list[s
     Raises:
         ValueError: a name that no hook has, or no name.
     """
-    if not wanted:
+    single = isinstance(wanted, str) or not isinstance(wanted, Iterable)
+    asked = [wanted] if single else list(wanted)
+    if not asked:
         raise ValueError(f"hooks={wanted!r} names no hook. Name one, such as hook_resid_post.")
     names: list[str] = []
-    for want in [wanted] if isinstance(wanted, str) else wanted:
+    for want in asked:
         found = [n for n in model.hook_dict if n == want or n.endswith(f".{want}")]
         if not found:
             short = dict.fromkeys(n.rsplit(".", 1)[-1] for n in model.hook_dict)
             raise ValueError(
                 f"no hook {want!r}. Write a hook's name, or its last part for every layer: "
-                f"{' '.join(short)}.{suggest(want, short)}"
+                f"{' '.join(short)}.{suggest(str(want), short)}"
             )
         names += found
     return list(dict.fromkeys(names))
+
+
+def from_1(what: str, number: object) -> int:
+    """An option that is a whole number from 1.
+
+    Raises:
+        ValueError: anything else.
+    """
+    if isinstance(number, bool) or not isinstance(number, int | np.integer) or number < 1:
+        raise ValueError(f"{what}={number!r}: write a whole number from 1.")
+    return int(number)
 
 
 def layer_of(hook: str) -> int | None:

@@ -57,7 +57,7 @@ def weight_difference(
         if name not in model.sources:
             raise ValueError(
                 f"{what}={name!r} is no source of this model. Allowed: "
-                f"{' '.join(model.sources)}.{suggest(name, model.sources)}"
+                f"{' '.join(model.sources)}.{suggest(str(name), model.sources)}"
             )
     if source == base:
         raise ValueError(f"source={source!r} is the base itself. Name another source or base.")

@@ -2,7 +2,7 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -626,9 +626,18 @@ class GraftedTransformer(HookedRootModule):
         """Prompts as tokens with spans; a single prompt counts as a list of one.
 
         Raises:
-            ValueError: texts for a model without a tokenizer, or something that is no prompt.
+            ValueError: texts for a model without a tokenizer, or something that is no prompt, such
+                as what a tokenizer returns.
         """
-        items = [prompts] if isinstance(prompts, str | Prompt | Tokenized) else list(prompts)
+        if isinstance(prompts, Mapping):
+            raise ValueError(
+                f"a {type(prompts).__name__} with the keys {' '.join(map(str, prompts))} is no "
+                'prompt. Of what a tokenizer returns, give the tensors (return_tensors="pt"): '
+                'model.batch(enc["input_ids"], attention_mask=enc["attention_mask"]) is a batch '
+                "that everything runs."
+            )
+        single = isinstance(prompts, str | Prompt | Tokenized) or not isinstance(prompts, Iterable)
+        items = [prompts] if single else list(prompts)
         for item in items:
             if not isinstance(item, str | Prompt | Tokenized):
                 raise ValueError(
