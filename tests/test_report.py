@@ -352,8 +352,34 @@ def test_fills_are_fixed():
     assert theme.graft_fill("FE+LT") == theme.graft_fill("FE+LT") == theme.Fill(theme.BLUE, "")
     assert theme.graft_fill("(FE+LT)^C").color == theme.graft_fill("FE+LT").color
     # Written down here so that a change of colours between versions is seen.
-    assert theme.graft_fill("window 3") == theme.Fill(theme.VERMILION, "\\")
+    assert theme.graft_fill("window 3") == theme.Fill(theme.BLUE, "x")
     assert theme.source_color("sft") == theme.VERMILION
+
+
+def test_no_other_graft_looks_like_a_known_one():
+    known = [theme.graft_fill(name) for name in (*SUFFICIENT, "FE", "LT", "not-FE", "not-LT")]
+    others = [theme.graft_fill(f"sft @ last : mlp : {layer}") for layer in range(100)]
+    assert not {*known} & {*others}
+    assert not {theme.GREY, theme.VERMILION} & {fill.color for fill in others}
+    # In one view, too, where they give way to one another.
+    view = theme.graft_fills(["PRE", "SFT", "FE+LT", *map(str, range(15))])
+    assert len(set(view.values())) == 18
+    reserved = [name for name, fill in view.items() if fill.color in (theme.GREY, theme.VERMILION)]
+    assert reserved == ["PRE", "SFT"]
+
+
+@pytest.mark.parametrize("ground", [theme.LIGHT.surface, theme.DARK.surface])
+def test_colours_stand_out_from_the_ground(ground):
+    """A contrast of 3, which WCAG 2.2 asks of graphics (success criterion 1.4.11)."""
+    for color in theme.PALETTE:
+        dark, light = sorted(float(linear(c) @ [0.2126, 0.7152, 0.0722]) for c in (color, ground))
+        assert (light + 0.05) / (dark + 0.05) >= 3, color
+
+
+def linear(color):
+    """Linear RGB of a colour such as #4291E1."""
+    srgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
 
 # Matrices for full dichromacy (Machado, Oliveira & Fernandes 2009), linear RGB.
@@ -368,9 +394,7 @@ VISION = {
 @pytest.mark.parametrize("vision", VISION)
 def test_the_palette_stays_apart_for_colour_blind_readers(vision):
     def lab(color):
-        srgb = np.array([int(color[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-        linear = np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
-        seen = np.clip(np.array(VISION[vision]) @ linear, 0, 1)
+        seen = np.clip(np.array(VISION[vision]) @ linear(color), 0, 1)
         to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
         f = np.cbrt(np.array(to_xyz) @ seen / (0.9505, 1.0, 1.089))
         return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])

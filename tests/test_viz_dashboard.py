@@ -1,6 +1,7 @@
 """The dashboard and the attention view: numbers equal to what was given, in a browser offline."""
 
 import base64
+import dataclasses
 import itertools
 import json
 import re
@@ -27,6 +28,12 @@ N, LAYERS, HEADS = len(TOKENS), 3, 4
 COMPONENTS = ("embed", "q", "o", "unembed")
 NAMES = ("PRE", "SFT", "FE+LT", "mine <x>")
 RULES = ("none", "sft @ all", "sft @ first_entity + last", "sft @ [4] : q + o : upper_half")
+#: Grafts without names go by their rules.
+LONG = tuple(
+    f"sft @ first_entity + last : q + k + v + o + mlp_in + mlp_out : {layers} : heads 0,2,4-8,11"
+    for layers in ("15-29", "10-14", "0-9", "lower_half")
+)
+BACKWARDS = ("<bos>", " the", " של", "ום", " مر", " 77", "أ", " film")
 HOSTILE = "</script><img src=x onerror=complaints.push('ran')>"
 
 #: Keeps what the page writes to the console.
@@ -135,6 +142,24 @@ def answered(written, tmp_path_factory):
         return found
 
     return put
+
+
+@pytest.fixture(scope="module")
+def named_by_rules(data, tmp_path_factory):
+    """A page of six runs, four of which go by their rules, and of tokens from right to left."""
+    runs = {name: data.runs[name] for name in NAMES[:2]}
+    runs |= {rule: dataclasses.replace(data.runs["FE+LT"], rule=rule) for rule in LONG}
+
+    def copied(table, column):
+        one = table[table[column] == "FE+LT"]
+        ends = table[table[column].isin(NAMES[:2])]
+        return pd.concat([ends, *(one.assign(**{column: rule}) for rule in LONG)])
+
+    lens = copied(data.lens, "graft")
+    lens["top_tokens"] = [[*BACKWARDS[2:5], "a", "b"]] * len(lens)
+    divergence = copied(copied(data.divergence, "p"), "q")
+    made = make(runs=runs, lens=lens, divergence=divergence, tokens=BACKWARDS)
+    return Dashboard(made).save(tmp_path_factory.mktemp("rules") / "page.html")
 
 
 def cell(data, run, layer, at):
@@ -336,7 +361,7 @@ def test_the_lens_shows_the_top_five_on_hover(answered, data):
       range: [place.data[0].zmin, place.data[0].zmax]};""")
     here = cell(data, "FE+LT", 2, 7)
     said = found["seen"][0]
-    assert "position 7 ·film, layer 2 (2_pre)" in said
+    assert "position 7 ·film, 2 layers have run (2_pre)" in said
     assert f"answer: rank {here['rank']}, " in said
     for k, (token, prob) in enumerate(zip(here["top_tokens"], here["top_probs"], strict=True), 1):
         start = said.index(f"{k}. {visible(token)} ") + len(f"{k}. {visible(token)} ")
@@ -439,6 +464,77 @@ def test_a_prompt_without_an_answer(tmp_path):
     assert found["value"] == "kl_base"
     assert found["z"] == LAYERS + 1
     assert "The prompt has no answer" in made.html
+    head = re.search(r"<table id='outputs'>.*?</thead>", made.html)[0]
+    assert re.findall(r"<th [^>]*>([^<]*)", head) == ["run", "graft", "most likely tokens"]
+    assert "data-value=" not in made.html
+
+
+def test_a_rule_that_is_the_name_is_said_once(named_by_rules, written):
+    html = named_by_rules.read_text(encoding="utf-8")
+    for rule in LONG:
+        assert f"<code>{rule}</code>" not in html
+        assert f"<h4>{rule}</h4>" in html
+    assert html.count("as named") == len(LONG)
+    assert "<h4>SFT <small><code>sft @ all</code></small></h4>" in html
+    assert "as named" not in written.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("width", [800, 1400])
+def test_long_names_leave_the_table_and_the_charts_room(named_by_rules, width, tmp_path):
+    found, complaints = ask(
+        named_by_rules,
+        """const box = place => document.querySelector(place).getBoundingClientRect();
+        const chart = name => {
+          const legend = box(`${name} .legend .scrollbox`), title = box(`${name} .ytitle`);
+          const texts = [...document.querySelectorAll(`${name} .legendtext`)];
+          return {plot: document.querySelector(name)._fullLayout._size.h,
+            beside: Math.max(...texts.map(t => t.getBoundingClientRect().right)),
+            right: box(name).right, below: title.top - legend.bottom,
+            named: texts.map(t => t.textContent)};
+        };
+        const rem = parseFloat(getComputedStyle(document.documentElement).fontSize);
+        return {run: Math.max(...[...document.querySelectorAll("#outputs th[scope=row]")].map(
+            th => th.getBoundingClientRect().width)) / rem,
+          charts: ["#chart-0", "#chart-1"].map(chart)};""",
+        tmp_path,
+        width=width,
+    )
+    assert complaints == []
+    # 14rem and the padding of a cell.
+    assert 10 < found["run"] <= 15.5
+    for chart in found["charts"]:
+        assert chart["plot"] > 240
+        assert chart["beside"] <= chart["right"]
+        assert chart["below"] > -8, "the axis title begins below the legend"
+        assert len(set(chart["named"])) == 6
+        assert max(map(len, chart["named"])) <= 44
+
+
+def test_tokens_from_right_to_left_stand_in_the_order_of_the_prompt(named_by_rules, tmp_path):
+    found, complaints = ask(
+        named_by_rules,
+        """const lefts = places => [...document.querySelectorAll(places)].map(
+          place => Math.round(place.getBoundingClientRect().left));
+        return {tokens: lefts(".colored-tokens > span"), strip: lefts("[data-strip=SFT] > span"),
+          given: document.getElementById("left-pattern").asked.props.tokens,
+          axis: [...document.querySelectorAll("#lens-shown .xtick text")].map(t => t.textContent),
+          hover: document.getElementById("lens-shown").data[0].hovertext[0][2],
+        };""",
+        tmp_path,
+        width=1400,
+    )
+    assert complaints == []
+    for row in (found["tokens"], found["strip"]):
+        assert len(row) == N
+        assert row == sorted(row)
+    shown = [visible(token) for token in BACKWARDS]
+    right = {2, 3, 4, 6}
+    isolated = [f"\u2066{t}\u2069" if i in right else t for i, t in enumerate(shown)]
+    # CircuitsVis writes a token's position behind it.
+    assert found["given"] == isolated
+    assert found["axis"] == shown
+    assert found["hover"].startswith("position 2 <b>\u2066·של\u2069</b>, embeddings (0_pre)<br>")
+    assert "<br>2. <b>\u2066ום\u2069</b> 0." in found["hover"]
 
 
 def test_several_sources_have_numbers_besides_colours(data, tmp_path):

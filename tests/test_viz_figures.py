@@ -1,6 +1,8 @@
 """Heat maps, lines and bars: the numbers in a figure are those of its table."""
 
+import base64
 import itertools
+import json
 
 import numpy as np
 import pandas as pd
@@ -224,6 +226,38 @@ def test_a_graft_that_some_groups_lack_keeps_its_place():
     table = table[~((table["template"] == "a") & (table["graft"] == "SFT"))]
     figure = bars.grouped_bars(table)
     assert list(figure.layout.xaxis.categoryarray) == ["PRE", "FE+LT", "(FE+LT)^C", "SFT"]
+
+
+def test_without_an_interval_no_whiskers_are_drawn():
+    one = positions(n=1)
+    assert list(one["recovery_low"].isna()) == [False, False, True, True]
+    figure = bars.grouped_bars(one, "recovery")
+    error = json.loads(figure.to_json())["data"][0]["error_y"]
+    # Of null, plotly would draw an interval of no width; typed arrays have NaN.
+    assert {error["array"]["dtype"], error["arrayminus"]["dtype"]} == {"f8"}
+    ends = np.frombuffer(base64.b64decode(error["array"]["bdata"]))
+    assert list(np.isnan(ends)) == [False, False, True, True]
+    assert figure.layout.xaxis.title.text == "graft; no interval: one prompt"
+    assert figures.bar_chart(one, "recovery").caption.endswith("; no interval: one prompt.")
+    many = positions()
+    assert bars.grouped_bars(many).layout.xaxis.title.text == "graft; whiskers: 95% interval"
+    assert "; whiskers: 95% intervals over prompts." in figures.bar_chart(many, "top5").caption
+
+
+def test_names_are_no_markup_and_no_mathematics():
+    name = "<b>&$x$ %"
+    table = positions({"PRE": 0.0, "SFT": 1.0, name: 0.5})
+    spelled = "&lt;b&gt;&amp;&#36;x&#36; %"
+    assert bars.grouped_bars(table).data[0].x[2] == spelled
+    marked = table.assign(component=["q", "q", name], layer=["0", "1", "1"])
+    marked["base"], marked["full"] = "none", "none"
+    (cells,) = traces(heatmaps.heatmap(marked), "heatmap")
+    assert list(cells.y) == ["q", spelled]
+
+
+def test_many_bars_say_that_not_all_are_named():
+    table = positions({"PRE": 0.0, "SFT": 1.0} | {f"graft {i}": 0.5 for i in range(70)})
+    assert "not every graft is written" in bars.grouped_bars(table).layout.xaxis.title.text
 
 
 def test_fills_of_many_series_differ():

@@ -14,7 +14,7 @@ import pytest
 from browser import ask, chromium
 from summaries import positions, site_map
 
-from graftlens.viz import bars, export, files, heatmaps, tables, text
+from graftlens.viz import bars, export, files, heatmaps, tables, text, theme
 
 # --- files appear whole ----------------------------------------------------------------------
 
@@ -159,8 +159,15 @@ def test_pictures_are_written_on_white_and_alike(pictures):
 def test_a_figure_is_left_as_it_was(pictures):
     figure = bars.grouped_bars(positions())
     before = figure.to_json()
-    export._on_white(figure, "A title")
+    export._on_ground(figure, "A title")
     assert figure.to_json() == before
+
+
+def test_a_figure_for_a_dark_page_has_a_dark_ground():
+    for look in (theme.DARK, theme.LIGHT):
+        made = export._on_ground(bars.grouped_bars(positions(), look=look), "A title")
+        assert made["layout"]["paper_bgcolor"] == made["layout"]["plot_bgcolor"] == look.surface
+        assert made["layout"]["title"]["font"]["color"] == look.text
 
 
 def test_without_kaleido_pictures_are_skipped_with_the_reason(tmp_path, monkeypatch):

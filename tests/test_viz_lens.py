@@ -1,5 +1,6 @@
 """Plots of lens tables: the numbers, labels and hover texts are those of the table."""
 
+import html
 import itertools
 import math
 import subprocess
@@ -16,6 +17,9 @@ from graftlens.viz import lens, spelling, text, theme
 RULES = {"PRE": "none", "SFT": "sft @ all", "FE": "sft @ first_entity"}
 TOKENS = ("<b>", " a\n", "$x$")
 HOSTILE = "&lt;b&gt;"
+#: Grafts without names go by their rules. The first two differ in the middle alone.
+ATTENTION = "sft @ first_entity + last : q + k + v : {} : heads 0,1,2,3,4,5,6,7,8,9,10,11,12,13,14"
+LONG = [ATTENTION.format("15-29"), ATTENTION.format("10-14"), "sft @ $x$ : " + "mlp_in + " * 9]
 
 
 def traces(figure, kind):
@@ -124,6 +128,9 @@ def test_the_ratio_of_ranks_is_red_where_the_answer_is_higher_up():
     (trace,) = traces(viz.lens_heatmap(streams(), "PRE", value="rank", minus="FE"), "heatmap")
     assert trace.z[0][0] == pytest.approx(-math.log10(3))
     assert trace.colorscale[0][1] == theme.DIVERGING[-1]
+    figure = viz.lens_heatmap(streams(), "PRE", value="rank", minus="FE")
+    assert heading(figure) == "PRE / FE: answer ·Ann"
+    assert figure.data[0].colorbar.title.text.startswith("ratio of the ranks")
 
 
 def test_scales_of_the_other_values():
@@ -244,6 +251,67 @@ def test_prompts_without_an_answer_are_left_out_and_counted():
         viz.answer_by_layer(table, prompts=[1])
     with pytest.raises(ValueError, match=r"no prompt 5; it has 0, 1"):
         viz.answer_by_layer(table, prompts=[5])
+
+
+def called(table, *columns):
+    """The table with the three runs under `LONG` names."""
+    return table.replace({column: dict(zip(RULES, LONG, strict=True)) for column in columns})
+
+
+def unescaped(said):
+    return html.unescape(said.replace("<br>", " "))
+
+
+def test_long_names_are_short_in_a_legend_and_whole_on_hover():
+    short, long = (viz.answer_by_layer(t) for t in (streams(), called(streams(), "graft")))
+    entries = [unescaped(trace.name) for trace in long.data]
+    assert all(len(said) <= 44 for said in entries)
+    assert len(set(entries)) == 3
+    assert entries[2].startswith("sft @ $x$ : mlp_in")
+    for name, trace in zip(LONG, long.data, strict=True):
+        assert unescaped(trace.customdata[0]).startswith(f"{name.strip()} embeddings")
+        assert max(map(len, trace.customdata[0].split("<br>"))) < 60
+    # Two rows more than the one of short names.
+    assert long.layout.height - short.layout.height == 40
+    apart, before = (viz.divergence_lines(t) for t in (called(divergences(), *"pq"), divergences()))
+    assert {unescaped(trace.name) for trace in apart.data} == set(entries)
+    assert apart.layout.height - before.layout.height == 40
+    assert len({axis.title.text for axis in (apart.layout.yaxis, apart.layout.yaxis2)}) == 2
+    assert max(map(len, apart.layout.yaxis.title.text.split("<br>"))) <= 24
+    assert f"KL({LONG[1]} ‖ {LONG[0]})" in unescaped(apart.data[0].customdata[0])
+    bars = viz.attribution_bars(called(attributions("head"), "graft"))
+    assert [unescaped(trace.name) for trace in bars.data] == entries
+    assert LONG[0] in unescaped(bars.data[0].hovertemplate)
+
+
+def test_names_that_fit_are_left_as_they_are():
+    assert spelling.shortened(["FE", "x" * 40]) == {"FE": "FE", "x" * 40: "x" * 40}
+    assert spelling.shortened(["a" * 50 + "z"]) == {"a" * 50 + "z": "a" * 20 + "…" + "a" * 18 + "z"}
+
+
+def test_a_long_heading_is_in_lines_and_makes_room_for_them():
+    table = attributions("head")
+    plain = viz.attribution_heatmap(table, "SFT", minus="PRE")
+    figure = viz.attribution_heatmap(called(table, "graft"), LONG[1], minus=LONG[0])
+    said = heading(figure)
+    assert unescaped(said) == (f"{LONG[1]} − {LONG[0]}: direct contribution to the logit of ·Ann")
+    assert max(map(len, said.split("<br>"))) <= 80
+    more = 18 * said.count("<br>")
+    assert more > 0
+    assert figure.layout.margin.t - plain.layout.margin.t == more
+    assert figure.layout.height - plain.layout.height == more
+
+
+def test_a_token_from_right_to_left_leaves_what_follows_it_in_its_place():
+    table = streams(tokens=(" של", "a"), answer="مر")
+    for row in table["top_tokens"]:
+        row[1] = "ום"
+    (trace,) = traces(viz.lens_heatmap(table, "FE", value="entropy"), "heatmap")
+    assert trace.customdata[1][0] == (
+        "after 1 layer, \u2066·של\u2069 at 0<br>entropy of the next token: 2.00<br>"
+        "answer \u2066مر\u2069: rank 30, 3.33%<br>"
+        "1. &lt;1&gt; 50%<br>2. \u2066ום\u2069 1.23%"
+    )
 
 
 def test_lines_of_grafts_keep_their_colour_and_differ():
@@ -569,6 +637,26 @@ def test_labels_of_close_points_go_to_different_sides():
     table = patches(**{"FE 2": 0.2, "FE 2 (patched)": 0.3})
     points = {point.text[0]: point for point in viz.patching_scatter(table).data[1:]}
     assert points["FE"].textposition != points["FE 2"].textposition
+
+
+def test_names_without_room_are_left_to_the_hover_text():
+    # In one place, one name has room on each side of the point, as it lies far from the edges.
+    close = [f"sft @ last : mlp : {i}" for i in range(8)]
+    names = [*close, "sft @ last : mlp : far"]
+    strength = {"PRE": 0.0, "SFT": 1.0}
+    strength |= {name: 0.5 for graft in names for name in (graft, f"{graft} (patched)")}
+    table = summary({name: {} for name in strength}, strength)
+    ends = ["recovery", "recovery_low", "recovery_high"]
+    table[ends] = 0.5
+    table.loc[table["graft"].str.contains("far"), ends] = -0.5
+    figure = viz.patching_scatter(table)
+    written = [point.text[0] for point in figure.data[1:]]
+    assert written[8] == "far"
+    assert sorted(written[:8]) == ["", "", "", "", "0", "1", "2", "3"]
+    assert all("sft @ last : mlp : " in point.customdata[0] for point in figure.data[1:])
+    title = figure.layout.xaxis.title.text
+    assert "all names begin with “sft @ last : mlp :”" in title
+    assert "4 of 9 names where there is no room: hover" in title
 
 
 def test_what_patching_scatter_refuses():

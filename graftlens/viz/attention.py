@@ -11,7 +11,7 @@ import numpy as np
 
 from graftlens.viz import page, theme
 from graftlens.viz.files import write_whole
-from graftlens.viz.spelling import visible
+from graftlens.viz.spelling import isolated, visible
 
 #: From no attention to all of it, and below zero, zero, above zero in differences.
 PATTERN = theme.SEQUENTIAL[-1]
@@ -139,7 +139,7 @@ def attention_view(
             for head in np.round(pattern, 4).tolist()
         ],
         "attentionHeadNames": names,
-        "tokens": [visible(token) for token in tokens],
+        "tokens": [isolated(visible(token)) for token in tokens],
         "maxValue": limit,
         "minValue": -limit,
         "negativeColor": NEGATIVE,

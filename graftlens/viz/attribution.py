@@ -16,7 +16,7 @@ from graftlens.viz.lenstables import (
     prompts_of,
     tokens_of,
 )
-from graftlens.viz.spelling import escaped, visible
+from graftlens.viz.spelling import escaped, shortened, visible
 
 _LOGIT = grid.Value("contribution to the answer's logit", "logits")
 
@@ -122,11 +122,12 @@ def attribution_bars(
     shown, rest = list(largest[:top]), list(largest[top:])
     bars = [*shown, *([f"the other {len(rest)} parts"] if rest else [])]
     figure = go.Figure()
+    entries = shortened(names)
     for name, fill in theme.graft_fills(names).items():
         values = [float(frame.loc[part, name]) for part in shown]
         values += [float(frame.loc[rest, name].sum())] if rest else []
         figure.add_bar(
-            name=escaped(name),
+            name=escaped(entries[name]),
             orientation="h",
             x=values,
             y=[escaped(part) for part in bars],
@@ -143,15 +144,14 @@ def attribution_bars(
                 },
             },
             customdata=[_LOGIT.written(value) for value in values],
-            hovertemplate=f"{escaped(name)}<br>%{{y}}: %{{customdata}}<extra></extra>",
+            hovertemplate=f"{grid.wrapped(name, 70)}<br>%{{y}}: %{{customdata}}<extra></extra>",
         )
     figure.update_layout(
         **theme.layout(look),
-        **grid.legend_above(names),
+        **grid.legend_above(names, 130 + len(bars) * max(22, 11 * len(names) + 6)),
         barmode="group",
         bargap=0.3,
         bargroupgap=0.05,
-        height=130 + len(bars) * max(22, 11 * len(names) + 6),
     )
     said = ", ".join([f"direct contribution to the logit of {_answer(table)}", *_mean_said(count)])
     figure.update_xaxes(title_text=escaped(f"{said} (logits)"))

@@ -1,6 +1,5 @@
 """Bar charts of a summary: a table in, a figure out."""
 
-import html
 import math
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from graftlens.viz import text, theme
+from graftlens.viz.spelling import escaped, shortened
 
 
 def grouped_bars(
@@ -35,42 +35,36 @@ def grouped_bars(
     facts = text.measure(summary, metric)
     parts = _ordered(text.groups(summary), order)
     names = list(dict.fromkeys(str(graft) for part in parts.values() for graft in part["graft"]))
-    longest = max(map(len, names), default=0)
+    labels = shortened(names)
+    longest = max(map(len, labels.values()), default=0)
     # Whether labels stand side by side, at about 130 characters to a full-width chart; if they do
     # not, they lean and need height.
     angled = (longest + 2) * len(names) > 130
+    # With a colour for each bar, plotly takes no other colour for the hatch.
+    hatch = {"fillmode": "replace", "solidity": 0.45}
+    if len(parts) > 1:
+        hatch = {"fillmode": "overlay", "fgcolor": look.surface, "fgopacity": 0.75}
+    thin = (1.3, 3) if len(names) * len(parts) <= 60 else (1, 1.5)
     figure = go.Figure()
     for index, (name, part) in enumerate(parts.items()):
         grafts = [str(graft) for graft in part["graft"]]
         color, pattern = _fills(grafts, index if len(parts) > 1 else None)
         value, low, high = (part[c].to_numpy(dtype=float) for c in _columns(metric))
         figure.add_bar(
-            name=html.escape(name) + (" (n/a)" if part[metric].isna().all() else ""),
-            x=[html.escape(graft) for graft in grafts],
+            name=escaped(name) + (" (n/a)" if part[metric].isna().all() else ""),
+            x=[escaped(graft) for graft in grafts],
             y=value.tolist(),
-            error_y={
-                "type": "data",
-                "symmetric": False,
-                "array": (high - value).tolist(),
-                "arrayminus": (value - low).tolist(),
-                "color": look.text,
-                "thickness": 1.3 if len(names) * len(parts) <= 60 else 1,
-                "width": 3 if len(names) * len(parts) <= 60 else 1.5,
-            },
+            error_y=theme.whiskers(
+                value, low, high, color=look.text, thickness=thin[0], width=thin[1]
+            ),
             marker={
                 "color": color,
                 "opacity": look.bar_opacity,
                 "line": {"color": look.text, "width": 1},
-                "pattern": {
-                    "shape": pattern,
-                    "fillmode": "overlay",
-                    "fgcolor": look.surface,
-                    "fgopacity": 0.75,
-                    "size": 7,
-                },
+                "pattern": {"shape": pattern, "size": 7, **hatch},
             },
             customdata=[[said] for said in text.written_all(facts, part)],
-            hovertemplate=f"%{{x}}, {html.escape(name)}<br>%{{customdata[0]}}<extra></extra>",
+            hovertemplate=f"%{{x}}, {escaped(name)}<br>%{{customdata[0]}}<extra></extra>",
         )
     rows = _legend_rows(list(parts), legend_title) if len(parts) > 1 else 0
     figure.update_layout(
@@ -86,23 +80,28 @@ def grouped_bars(
             "x": 0,
             "y": 1.02,
             "yanchor": "bottom",
-            "title_text": html.escape(legend_title),
+            "title_text": escaped(legend_title),
         },
     )
-    below = [f"graft; whiskers: {text.level(summary)} interval", *_missing(parts, metric)]
+    crowded = len(names) > 60
+    thinned = ["not every graft is written: hover, or draw a heatmap"] if crowded else []
+    below = [f"graft; {text.whiskers(summary, facts)}", *thinned, *_missing(parts, metric)]
     figure.update_xaxes(
-        title={"text": html.escape("; ".join(below)), "standoff": 10},
+        title={"text": escaped("; ".join(below)), "standoff": 10},
         type="category",
         showgrid=False,
     )
     figure.update_xaxes(
         categoryorder="array",
-        categoryarray=[html.escape(name) for name in names],
-        # Every label is written, unless there are too many to be read.
-        dtick=1 if len(names) <= 60 else None,
+        categoryarray=[escaped(name) for name in names],
     )
+    if not crowded:  # every label is written, unless there are too many to be read
+        figure.update_xaxes(
+            tickvals=[escaped(name) for name in names],
+            ticktext=[escaped(labels[name]) for name in names],
+        )
     figure.update_xaxes(autotickangles=[0, -40, -90], tickfont_size=11 if angled else 12)
-    figure.update_yaxes(title_text=html.escape(facts.axis))
+    figure.update_yaxes(title_text=escaped(facts.axis))
     if facts.share:
         figure.update_yaxes(range=[0, 1], tickformat=".0%")
     if baselines:
@@ -151,7 +150,7 @@ def _add_baselines(
             labels.append((value, [name]))
     for value, names in labels:
         figure.add_annotation(
-            text=html.escape(", ".join(names)),
+            text=escaped(", ".join(names)),
             x=1,
             xref="x domain",
             xanchor="left",

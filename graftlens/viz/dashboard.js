@@ -11,9 +11,14 @@ function made(tag, props = {}, ...inner) {
   element.append(...inner);
   return element;
 }
-const clean = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-const short = (text, most) => [...text].length > most
-  ? [...text].slice(0, most - 1).join("") + "…" : text;
+// Text that plotly shows as it is, as graftlens.viz.spelling.escaped spells it.
+const clean = text => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;")
+  .replace(/\$/g, "&#36;");
+// A token that stands alone needs no marks of direction.
+function short(text, most) {
+  const bare = [...text.replace(/[\u2066\u2069]/g, "")];
+  return bare.length > most ? bare.slice(0, most - 1).join("") + "…" : bare.join("");
+}
 function number(value, digits = 4) {
   if (value === null || Number.isNaN(value)) return "–";
   if (value !== 0 && Math.abs(value) < 1e-3) return value.toExponential(1).replaceAll("-", "−");
@@ -106,8 +111,7 @@ function lensValues(run, kind) {
 }
 function lensHover(run, l, i, kind, value) {
   const of = lens.runs[run], rank = of.rank[l][i];
-  const lines = [`position ${i} <b>${clean(tokens[i])}</b>, layer ${lens.layers[l]} ` +
-    `(${clean(lens.streams[l])})`];
+  const lines = [`position ${i} <b>${clean(tokens[i])}</b>, ${clean(lens.reached[l])}`];
   if (rank !== null) lines.push(`answer: rank ${rank}, probability ${number(of.prob[l][i])}, ` +
     `log-probability ${number(of.logprob[l][i])}`);
   lines.push(`KL to PRE ${number(of.kl_base[l][i])}, to SFT ${number(of.kl_full[l][i])} nats`);

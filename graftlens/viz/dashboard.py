@@ -14,11 +14,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from graftlens.viz import attention, page, theme
+from graftlens.viz import attention, grid, page, theme
 from graftlens.viz.files import write_whole
 from graftlens.viz.lens import answer_by_layer
 from graftlens.viz.screenshot import screenshot
-from graftlens.viz.spelling import visible
+from graftlens.viz.spelling import isolated, visible
+
+#: The narrowest that two charts side by side come to, pixels.
+NARROW = 416
 
 #: Attention is kept as 16-bit numbers: this stands for 1.
 FULL = 65535
@@ -210,25 +213,30 @@ class _Lens:
             return f"{said} embeddings"
         return f"{said} output" if layer == self.layers[-1] else said
 
+    def reached(self, layer: float) -> str:
+        """Where in the run that is, for a text."""
+        run = f"{layer:g} {'layer has' if layer == 1 else 'layers have'} run"
+        said = "embeddings" if layer == 0 else run
+        return f"{said} ({self.streams[layer]})"
+
 
 def _header(data: DashboardData, lens: _Lens) -> str:
     rows = []
     fills = theme.graft_fills(data.runs)
+    ranked = () if lens.target is None else _RANKED
     for name, run in data.runs.items():
         guesses = _guesses(lens.top[name][-1], lens.top_probs[name][-1, -1], lens.target)
         numbers = "".join(
-            f"<td data-run='{escape(name)}' data-value='{what}'>{escape(said)}</td>"
-            for what, said in (
-                ("rank", _written(lens.last(name, "rank"), ".0f")),
-                ("prob", _written(lens.last(name, "prob"), ".4f")),
-                ("logprob", _written(lens.last(name, "logprob"), ".3f")),
-            )
+            f"<td data-run='{escape(name)}' data-value='{what}'>"
+            f"{escape(_written(lens.last(name, what), form))}</td>"
+            for what, form, _ in ranked
         )
         fill = fills[name]
         kind = "swatch hatched" if fill.pattern else "swatch"
         rows.append(
-            f"<tr><th scope='row'><span class='{kind}' style='--c: {fill.color}'></span>"
-            f"{escape(name)}</th><td class='text'><code>{escape(run.rule)}</code></td>{numbers}"
+            f"<tr><th scope='row'><span class='name'><span class='{kind}' "
+            f"style='--c: {fill.color}'></span>{escape(name)}</span></th>"
+            f"<td class='text'>{_rule(name, run) or '<small>as named</small>'}</td>{numbers}"
             f"<td class='text'>{guesses}</td></tr>"
         )
     target = "" if lens.target is None else f" <code>{escape(visible(lens.target))}</code>"
@@ -237,6 +245,7 @@ def _header(data: DashboardData, lens: _Lens) -> str:
         if lens.target is None
         else f"; the answer's first token{target} in rank, probability and log-probability"
     )
+    columns = "".join(f"<th scope='col'>{heading}</th>" for _, _, heading in ranked)
     answer = (
         "The prompt has no answer, so there is nothing to rank."
         if data.answer is None
@@ -247,12 +256,15 @@ def _header(data: DashboardData, lens: _Lens) -> str:
         f"<p>{answer}</p></header>"
         "<div class='scroll' tabindex='0' role='region' aria-label='What each run says'>"
         f"<table id='outputs'><caption>What comes after the last token{named}</caption><thead><tr>"
-        "<th scope='col'>run</th><th scope='col' class='words'>graft</th>"
-        "<th scope='col'>rank<small>1 = most likely</small></th>"
-        "<th scope='col'>probability</th><th scope='col'>log-prob.<small>nats</small></th>"
+        f"<th scope='col'>run</th><th scope='col' class='words'>graft</th>{columns}"
         "<th scope='col' class='words'>most likely tokens</th></tr></thead>"
         f"<tbody>{''.join(rows)}</tbody></table></div>{_KEY}"
     )
+
+
+def _rule(name: str, run: Run) -> str:
+    """The graft's text; nothing where it is the run's name as well."""
+    return "" if run.rule == name else f"<code>{escape(run.rule)}</code>"
 
 
 def _guesses(tokens: Sequence[str], probs: Iterable[float], target: str | None) -> str:
@@ -332,8 +344,9 @@ def _strip(data: DashboardData, name: str, run: Run, others: Sequence[str]) -> s
         listed = f"<details><summary>{len(places)} different places</summary>{listed}</details>"
     if not items:
         listed = f"<p class='notes'>{escape(data.sources[0])} everywhere</p>"
+    rule = _rule(name, run)
     return (
-        f"<div class='graft'><h4>{escape(name)} <small><code>{escape(run.rule)}</code></small></h4>"
+        f"<div class='graft'><h4>{escape(name)}{f' <small>{rule}</small>' if rule else ''}</h4>"
         f"<p class='tokens' data-strip='{escape(name)}'>{''.join(tokens)}</p>{listed}</div>"
     )
 
@@ -395,13 +408,14 @@ def _lens(data: DashboardData, lens: _Lens, chosen: int) -> str:
 def _rise(data: DashboardData, lens: _Lens) -> str:
     if lens.target is None:
         return "<p>The prompt has no answer, so there is nothing to rank.</p>"
-    target, runs = visible(lens.target), ", ".join(data.runs)
+    target, runs = isolated(visible(lens.target)), ", ".join(data.runs)
+    fitting = grid.legend_above(list(data.runs), 380, NARROW)
     rows = pd.concat([data.lens[data.lens["graft"] == run] for run in data.runs])
     charts = [
         page.Figure(
             f"{what[0].upper()}{what[1:]} of {target} at the last position, by layer{how}",
             f"Lines of {runs}: the answer's {what} after each layer.",
-            answer_by_layer(rows, value).update_layout(height=380),
+            answer_by_layer(rows, value).update_layout(fitting),
         )
         for value, what, how in (
             ("rank", "rank", " (logarithmic; 1 on top)"),
@@ -456,7 +470,7 @@ def _facts(data: DashboardData, lens: _Lens) -> dict[str, object]:
     for run in data.runs:
         k = lens.top_probs[run].shape[-1]
         shape = (*lens.numbers[run]["rank"].shape, k)
-        ids = [words.setdefault(visible(t), len(words)) for ts in lens.top[run] for t in ts]
+        ids = [words.setdefault(_token(t), len(words)) for ts in lens.top[run] for t in ts]
         lenses.append(
             {name: _short(values) for name, values in lens.numbers[run].items()}
             | {
@@ -469,7 +483,7 @@ def _facts(data: DashboardData, lens: _Lens) -> dict[str, object]:
     others = list(data.sources[1:])
     known = theme.source_colors(data.sources)
     return {
-        "tokens": [visible(token) for token in data.tokens],
+        "tokens": [_token(token) for token in data.tokens],
         "runs": list(data.runs),
         "measures": {
             name: _MEASURES[name] | _scale(values.values(), name == "attribution")
@@ -487,7 +501,7 @@ def _facts(data: DashboardData, lens: _Lens) -> dict[str, object]:
         ],
         "lens": {
             "layers": [lens.layer_name(layer) for layer in lens.layers],
-            "streams": [str(lens.streams[layer]) for layer in lens.layers],
+            "reached": [lens.reached(layer) for layer in lens.layers],
             "words": list(words),
             "runs": lenses,
             "kinds": {
@@ -505,6 +519,10 @@ def _facts(data: DashboardData, lens: _Lens) -> dict[str, object]:
             "diverging": theme.DIVERGING,
         },
     }
+
+
+def _token(token: str) -> str:
+    return isolated(visible(token))
 
 
 def _measured(data: DashboardData, name: str) -> dict[str, np.ndarray]:
@@ -628,6 +646,13 @@ def _listed(names: Iterable[str]) -> str:
 _KEY = (
     "<p class='legend'>In tokens, · is a space, ↵ a line break, → a tab. ✓ is the answer's first "
     "token.</p>"
+)
+
+#: Columns on the answer: value, how it is written, heading.
+_RANKED = (
+    ("rank", ".0f", "rank<small>1 = most likely</small>"),
+    ("prob", ".4f", "probability"),
+    ("logprob", ".3f", "log-prob.<small>nats</small>"),
 )
 
 _MEASURES: dict[str, dict[str, object]] = {

@@ -47,10 +47,10 @@ def write_figure(
 ) -> Written:
     """Write a figure to `stem`.html, `stem`.png and `stem`.svg; each appears whole or not at all.
 
-    The HTML opens without a network. Pictures have a white ground and need kaleido
-    (`graftlens[plots]`) and a Chrome or Chromium; without them they are skipped with the reason,
-    and so is a figure that the browser fails to draw. The browser starts for each call, or once
-    for all calls inside `exporter()`.
+    The HTML opens without a network. Pictures have the ground of the figure's `look`, white unless
+    it is dark, and need kaleido (`graftlens[plots]`) and a Chrome or Chromium; without them they
+    are skipped with the reason, and so is a figure that the browser fails to draw. The browser
+    starts for each call, or once for all calls inside `exporter()`.
 
     Raises:
         ValueError: an unknown format.
@@ -110,7 +110,7 @@ class Browser:
         options: dict[str, Any] = {"format": format, "width": WIDTH}
         options["scale"] = SCALE if format == "png" else 1
         try:
-            drawn = self._wait(self._kaleido.calc_fig(_on_white(figure, title), opts=options))
+            drawn = self._wait(self._kaleido.calc_fig(_on_ground(figure, title), opts=options))
         except TimeoutError:
             # The next figure would only wait as long again.
             self.close()
@@ -178,9 +178,10 @@ async def _started(kind: Any) -> Any:
     return made
 
 
-def _on_white(figure: go.Figure, title: str) -> dict[str, Any]:
+def _on_ground(figure: go.Figure, title: str) -> dict[str, Any]:
     made = go.Figure(figure)
-    made.update_layout(paper_bgcolor="#ffffff", plot_bgcolor="#ffffff")
+    look = theme.DARK if made.layout.font.color == theme.DARK.text else theme.LIGHT
+    made.update_layout(paper_bgcolor=look.surface, plot_bgcolor=look.surface)
     made.update_layout(font_family="DejaVu Sans, Arial, sans-serif")
     if title:
         top = (made.layout.margin.t or 0) + 34
@@ -195,7 +196,7 @@ def _on_white(figure: go.Figure, title: str) -> dict[str, Any]:
                 "yref": "container",
                 "yanchor": "top",
                 "pad": {"t": 12},
-                "font": {"size": 16, "color": theme.LIGHT.text},
+                "font": {"size": 16, "color": look.text},
             },
         )
     found: dict[str, Any] = json.loads(made.to_json())

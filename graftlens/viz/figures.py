@@ -25,10 +25,10 @@ def bar_chart(
 ) -> Figure:
     """`grouped_bars(summary, metric, **options)` with its caption and description."""
     facts = text.measure(summary, metric)
-    caption = (
-        f"{_capital(facts.title)}; whiskers: {text.level(summary)} intervals over "
-        f"{text.resampled(summary)}."
-    )
+    caption = f"{_capital(facts.title)}; {text.whiskers(summary, facts)}"
+    if text.has_intervals(summary, facts):
+        caption += f"s over {text.resampled(summary)}"
+    caption += "."
     parts = text.groups(summary)
     said = []
     for name, part in parts.items():

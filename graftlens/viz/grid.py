@@ -1,6 +1,7 @@
 """What plots of lens tables share: values and their scales, and a heat map of labelled cells."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,7 +10,7 @@ import plotly.graph_objects as go
 
 from graftlens.viz import theme
 from graftlens.viz.lenstables import listed
-from graftlens.viz.spelling import escaped
+from graftlens.viz.spelling import escaped, shortened
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,10 @@ def draw(
         texttemplate="%{text}" if labelled else None,
         textfont_size=10 if row >= 20 else 9,
         customdata=[
-            ["not there" if c is None else "<br>".join(map(escaped, c.said)) for c in line]
+            [
+                "not there" if c is None else "<br>".join(wrapped(said, 70) for said in c.said)
+                for c in line
+            ]
             for line in found
         ],
         hovertemplate="%{customdata}<extra></extra>",
@@ -152,9 +156,10 @@ def draw(
     figure.data[0].colorbar.title.text = (
         title.replace(" (", "<br>(") if 7.5 * len(title) > inner else title
     )
-    figure.update_layout(
-        **theme.layout(look), height=inner + 116, margin={"l": 70, "r": 16, "t": 40, "b": 76}
-    )
+    headed = wrapped(heading, 80)
+    more = 18 * headed.count("<br>")
+    margin = {"l": 70, "r": 16, "t": 40 + more, "b": 76}
+    figure.update_layout(**theme.layout(look), height=inner + 116 + more, margin=margin)
     axis = {"showgrid": False, "zeroline": False}
     figure.update_xaxes(
         **axis, **ticks(across[1]), range=[-0.5, len(across[0]) - 0.5], title_text=titles[0]
@@ -169,7 +174,8 @@ def draw(
         title_text=titles[1],
     )
     figure.add_annotation(
-        text=escaped(heading),
+        text=headed,
+        align="left",
         x=0,
         xref="paper",
         xanchor="left",
@@ -193,12 +199,26 @@ def ticks(names: Sequence[str]) -> dict[str, object]:
     }
 
 
-def legend_above(names: Sequence[str]) -> dict[str, Any]:
-    """Plotly layout of a chart with a legend above, which takes a row for about 120 characters."""
-    rows = 1 + sum(len(name) + 8 for name in names) // 120
+def wrapped(words: str, most: int) -> str:
+    """Text for plotly in lines of at most `most` characters, escaped."""
+    return "<br>".join(map(escaped, textwrap.wrap(words, most, break_on_hyphens=False) or [""]))
+
+
+def legend_above(names: Sequence[str], height: int, width: int = 700) -> dict[str, Any]:
+    """Plotly layout of a chart with a legend of `shortened` names above it.
+
+    `height` is the chart's if the legend takes one row; with more rows it is higher, so that a
+    chart `width` pixels wide keeps its plot. Plotly makes the room: it moves the top margin.
+    """
+    entries = [45 + 7 * len(said) for said in shortened(names).values()]
+    # What does not fit into one row stands in columns as wide as the widest.
+    inside = width - 86
+    columns = len(entries) if sum(entries) <= inside else max(1, int(inside / max(entries)))
+    rows = math.ceil(len(entries) / max(1, columns))
     above = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"}
     return {
-        "margin": {"l": 70, "r": 16, "t": 26 + 22 * rows, "b": 60},
+        "height": height + 20 * (rows - 1),
+        "margin": {"l": 70, "r": 16, "t": 48, "b": 60},
         "legend": above,
         "hovermode": "closest",
         "showlegend": True,

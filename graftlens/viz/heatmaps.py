@@ -1,6 +1,5 @@
 """Heat maps of a summary: one cell a graft, in rows and columns that say what was grafted."""
 
-import html
 import math
 import re
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from plotly.subplots import make_subplots
 
 from graftlens.stats import GRAFT_COLUMNS
 from graftlens.viz import text, theme
+from graftlens.viz.spelling import escaped
 
 #: Metrics whose zero means something, so that signs are told apart by hue.
 SIGNED = ("recovery", "logit_diff")
@@ -71,7 +71,7 @@ def heatmap(
         cols=1,
         row_heights=[height / sum(heights) for height in heights],
         vertical_spacing=between / inner if len(panels) > 1 else 0,
-        subplot_titles=[html.escape(name) for name in panels] if panel is not None else None,
+        subplot_titles=[escaped(name) for name in panels] if panel is not None else None,
     )
     kept = summary.reset_index(drop=True)
     said = text.written_all(facts, kept)
@@ -92,11 +92,11 @@ def heatmap(
             hover.append([])
             for across in columns:
                 at = grid.row.get((name, down, across))
-                where = f"{x} {html.escape(across)}, {y} {html.escape(down)}"
+                where = f"{x} {escaped(across)}, {y} {escaped(down)}"
                 if at is None or math.isnan(values[at]):
                     why = "not run" if at is None else _no_value(notes[at] if notes else None)
                     if at is not None or cross_not_run:
-                        gaps.append((across, down, f"{where}<br>{html.escape(why)}"))
+                        gaps.append((across, down, f"{where}<br>{escaped(why)}"))
                     z[-1].append(None)
                     hover[-1].append("")
                     continue
@@ -105,12 +105,12 @@ def heatmap(
                 z[-1].append(values[at])
                 hover[-1].append(
                     f"{where}<br>{said[at]}<br>{int(kept['n'].iloc[at])} prompts"
-                    f"<br>{html.escape(str(kept['graft'].iloc[at]))}"
+                    f"<br>{escaped(str(kept['graft'].iloc[at]))}"
                 )
         figure.add_trace(
             go.Heatmap(
-                x=[html.escape(value) for value in columns],
-                y=[html.escape(value) for value in rows],
+                x=[escaped(value) for value in columns],
+                y=[escaped(value) for value in rows],
                 z=z,
                 customdata=hover,
                 hovertemplate="%{customdata}<extra></extra>",
@@ -133,7 +133,7 @@ def heatmap(
         figure.update_xaxes(range=[-0.5, len(columns) - 0.5], row=number)
         figure.update_yaxes(range=[len(rows) - 0.5, -0.5], row=number)
         for update, order in ((figure.update_xaxes, columns), (figure.update_yaxes, rows)):
-            labels = [html.escape(label) for label in order]
+            labels = [escaped(label) for label in order]
             update(categoryorder="array", categoryarray=labels, row=number)
     marks = ["dot: the interval excludes 0"] if metric in SIGNED else []
     marks += ["×: no value"] if any(_is_empty(trace) for trace in figure.data) else []
@@ -149,7 +149,7 @@ def heatmap(
     figure.update_yaxes(**axis, type="category", dtick=1, tickfont_size=12, ticksuffix=" ")
     figure.update_annotations(font_size=13, x=0, xanchor="left")
     title = x if not marks else f"{x} ({'; '.join(marks)})"
-    figure.update_xaxes(title_text=html.escape(title), row=len(panels))
+    figure.update_xaxes(title_text=escaped(title), row=len(panels))
     return figure
 
 
@@ -231,7 +231,7 @@ def _coloraxis(facts: text.Measure, values: Sequence[float], room: int) -> dict[
         bounds = (0.0, 1.0) if facts.share else (min(held), max(held))
         if bounds[0] == bounds[1]:
             bounds = (bounds[0] - 0.5, bounds[1] + 0.5)
-    title = html.escape(facts.axis)
+    title = escaped(facts.axis)
     if 8 * len(title) > room:
         title = title.replace(" (", "<br>(")
     bar = {
@@ -251,8 +251,8 @@ def _coloraxis(facts: text.Measure, values: Sequence[float], room: int) -> dict[
 def _marks(marked: Sequence[tuple[str, str, str]], marker: dict[str, object]) -> go.Scatter:
     hover = [said for _, _, said in marked]
     return go.Scatter(
-        x=[html.escape(across) for across, _, _ in marked],
-        y=[html.escape(down) for _, down, _ in marked],
+        x=[escaped(across) for across, _, _ in marked],
+        y=[escaped(down) for _, down, _ in marked],
         mode="markers",
         marker=marker,
         customdata=hover,

@@ -26,7 +26,7 @@ from graftlens.viz.lenstables import (
     refuse_doubled,
     tokens_of,
 )
-from graftlens.viz.spelling import escaped, short, visible
+from graftlens.viz.spelling import escaped, isolated, short, shortened, visible
 
 #: Pixels: about how wide the inside of a figure is, and a character of a cell's label.
 _INSIDE, _CHARACTER = 780, 6.4
@@ -93,16 +93,16 @@ def lens_heatmap(
             z -= facts.coloured(without_it)
             said += f" ({minus}: {facts.written(without_it)})"
         top = [str(token) for token in row["top_tokens"]]
-        lines = [f"{_layer(layer)}, {visible(row['token'])} at {position}", said]
+        lines = [f"{_layer(layer)}, {_token(row['token'])} at {position}", said]
         if not pd.isna(row["target"]) and value not in ("rank", "prob"):
             rank, share = (as_float(row[name]) for name in ("rank", "prob"))
             lines.append(
-                f"answer {visible(row['target'])}: rank {LENS_VALUES['rank'].written(rank)}, "
+                f"answer {_token(row['target'])}: rank {LENS_VALUES['rank'].written(rank)}, "
                 f"{LENS_VALUES['prob'].written(share)}"
             )
         chances = (LENS_VALUES["prob"].written(float(p)) for p in row["top_probs"])
         lines += [
-            f"{place}. {visible(token)} {chance}"
+            f"{place}. {_token(token)} {chance}"
             for place, (token, chance) in enumerate(zip(top, chances, strict=True), start=1)
         ]
         label = short(visible(top[0]), labels) if top and labels >= 3 else ""
@@ -112,9 +112,10 @@ def lens_heatmap(
     # Those of the embeddings themselves are so low that they would take the whole scale.
     scaled = rows[rows["layer"] > 0] if facts.kind == "fall" and layers[-1] > 0 else rows
     held = [facts.coloured(v) for v in as_floats(scaled[value])]
-    heading = graft if minus is None else f"{graft} − {minus}"
+    how = "/" if facts.kind == "rank" else "−"
+    heading = graft if minus is None else f"{graft} {how} {minus}"
     if not pd.isna(shown["target"].iloc[0]):
-        heading += f": answer {visible(shown['target'].iloc[0])}"
+        heading += f": answer {_token(shown['target'].iloc[0])}"
     return grid.draw(
         cells,
         across=(list(positions), list(positions.values())),
@@ -169,7 +170,7 @@ def answer_by_layer(
         )
     figure = go.Figure()
     names = grafts_of(kept)
-    lines = theme.graft_lines(names)
+    lines, entries = theme.graft_lines(names), shortened(names)
     found: dict[str, pd.DataFrame] = {}
     for name in names:
         groups = kept[kept["graft"].astype(str) == name].groupby("layer", sort=True)[value]
@@ -191,7 +192,7 @@ def answer_by_layer(
                 name=f"{escaped(name)}: quartiles",
             )
     for name, ends in found.items():
-        line, label = lines[name], escaped(name)
+        line, label = lines[name], grid.wrapped(name, 48)
         hover = []
         for layer, low, middle, high in ends.itertuples():
             said = facts.written(middle)
@@ -201,15 +202,15 @@ def answer_by_layer(
         figure.add_scatter(
             x=[float(layer) for layer in ends.index],
             y=ends[0.5].tolist(),
-            name=label,
-            legendgroup=label,
+            name=escaped(entries[name]),
+            legendgroup=escaped(name),
             mode="lines+markers",
             line={"color": line.color, "dash": line.dash, "width": 2},
             marker={"symbol": line.marker, "size": 6},
             customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
         )
-    figure.update_layout(**theme.layout(look), **grid.legend_above(names), height=430)
+    figure.update_layout(**theme.layout(look), **grid.legend_above(names, 430))
     last = float(kept["layer"].max())
     figure.update_xaxes(
         title_text=f"layers that have run (0: embeddings, {last:g}: output)", zeroline=False
@@ -266,7 +267,8 @@ def divergence_lines(
         shared_xaxes=True,
         vertical_spacing=0.06 / len(panels),
     )
-    lines = theme.graft_lines(names)
+    lines, entries = theme.graft_lines(names), shortened(names)
+    panel_names = shortened(names, 20)
     labelled: set[str] = set()
     for number, other in enumerate(panels, start=1):
         part = rows[rows["q"].astype(str) == other]
@@ -276,8 +278,8 @@ def divergence_lines(
                 continue
             line, kl = lines[name], as_floats(found["kl"])
             hover = [
-                f"{escaped(visible(token))} at {int(position)}"
-                f"<br>KL({escaped(name)} ‖ {escaped(other)}): {value:.3g} nats"
+                f"{escaped(_token(token))} at {int(position)}<br>"
+                + grid.wrapped(f"KL({name} ‖ {other}): {value:.3g} nats", 70)
                 for token, position, value in zip(
                     found["token"], found["position"], kl, strict=True
                 )
@@ -285,7 +287,7 @@ def divergence_lines(
             figure.add_scatter(
                 x=[list(positions).index(int(position)) for position in found["position"]],
                 y=kl,
-                name=escaped(name),
+                name=escaped(entries[name]),
                 legendgroup=name,
                 showlegend=name not in labelled,
                 legendrank=names.index(name) + 1,
@@ -299,10 +301,12 @@ def divergence_lines(
             )
             labelled.add(name)
         figure.update_yaxes(
-            title_text=f"KL(run ‖ {escaped(other)})<br>(nats)", rangemode="tozero", row=number
+            title_text=grid.wrapped(f"KL(run ‖ {panel_names[other]})", 24) + "<br>(nats)",
+            rangemode="tozero",
+            row=number,
         )
     layout = theme.layout(look)
-    figure.update_layout(**layout, **grid.legend_above(names), height=110 + 250 * len(panels))
+    figure.update_layout(**layout, **grid.legend_above(names, 110 + 250 * len(panels)))
     figure.update_yaxes(layout["yaxis"])
     figure.update_xaxes(layout["xaxis"])
     figure.update_xaxes(**grid.ticks(list(positions.values())), zeroline=False)
@@ -314,6 +318,10 @@ def _lookup(rows: pd.DataFrame, value: str) -> dict[tuple[float, int], float]:
     places = zip(rows["layer"], rows["position"], strict=True)
     keys = [(float(layer), int(position)) for layer, position in places]
     return dict(zip(keys, as_floats(rows[value]), strict=True))
+
+
+def _token(token: object) -> str:
+    return isolated(visible(token))
 
 
 def _layer(layer: float) -> str:

@@ -1,12 +1,12 @@
 """Line charts: a metric along a number, such as a share of layers."""
 
-import html
 from collections.abc import Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from graftlens.viz import text, theme
+from graftlens.viz.spelling import escaped
 
 
 def lines(
@@ -47,9 +47,9 @@ def lines(
         line = theme.series_line(index)
         if part[_AT].duplicated().any():
             drawn = True
-            _add_draws(figure, part, facts, html.escape(label), line, x)
+            _add_draws(figure, part, facts, escaped(label), line, x)
         else:
-            _add_points(figure, part, facts, html.escape(label), line, x)
+            _add_points(figure, part, facts, escaped(label), line, x)
     figure.update_layout(
         **theme.layout(look),
         height=430,
@@ -60,15 +60,14 @@ def lines(
             "x": 0,
             "y": 1.02,
             "yanchor": "bottom",
-            "title_text": html.escape((series or "").replace("_", " ")),
+            "title_text": escaped((series or "").replace("_", " ")),
         },
         hovermode="closest",
     )
-    whiskers = f"whiskers: {text.level(frame)} interval"
     draws = "lines: mean of the draws, dots: each draw, band: least to greatest"
-    said = draws if drawn else whiskers
-    figure.update_xaxes(title_text=html.escape(f"{x.replace('_', ' ')} ({said})"), zeroline=False)
-    figure.update_yaxes(title_text=html.escape(facts.axis))
+    said = draws if drawn else text.whiskers(frame, facts)
+    figure.update_xaxes(title_text=escaped(f"{x.replace('_', ' ')} ({said})"), zeroline=False)
+    figure.update_yaxes(title_text=escaped(facts.axis))
     if at.between(0, 1).all() and not pd.api.types.is_integer_dtype(frame[x].dtype):
         figure.update_xaxes(range=[-0.03, 1.03], tickformat=".0%")
     if facts.share:
@@ -98,17 +97,9 @@ def _add_points(
         mode="lines+markers",
         line={"color": line.color, "dash": line.dash, "width": 2},
         marker={"symbol": line.marker, "size": 8},
-        error_y={
-            "type": "data",
-            "symmetric": False,
-            "array": (high - value).tolist(),
-            "arrayminus": (value - low).tolist(),
-            "color": line.color,
-            "thickness": 1.2,
-            "width": 4,
-        },
+        error_y=theme.whiskers(value, low, high, color=line.color),
         customdata=[[said] for said in text.written_all(facts, part)],
-        hovertemplate=f"{label}<br>{html.escape(x)} %{{x}}<br>%{{customdata[0]}}<extra></extra>",
+        hovertemplate=f"{label}<br>{escaped(x)} %{{x}}<br>%{{customdata[0]}}<extra></extra>",
     )
 
 
@@ -143,7 +134,7 @@ def _add_draws(
         mode="markers",
         marker={"color": line.color, "size": 5, "opacity": 0.45},
         customdata=[[said] for said in text.written_all(facts, part)],
-        hovertemplate=f"{label}, one draw<br>{html.escape(x)} %{{x}}<br>%{{customdata[0]}}"
+        hovertemplate=f"{label}, one draw<br>{escaped(x)} %{{x}}<br>%{{customdata[0]}}"
         "<extra></extra>",
         showlegend=False,
         legendgroup=label,
@@ -164,7 +155,7 @@ def _add_draws(
         customdata=[
             [f"mean of {int(n)}: {mean}"] for n, mean in zip(found["count"], said, strict=True)
         ],
-        hovertemplate=f"{label}<br>{html.escape(x)} %{{x}}<br>%{{customdata[0]}}<extra></extra>",
+        hovertemplate=f"{label}<br>{escaped(x)} %{{x}}<br>%{{customdata[0]}}<extra></extra>",
     )
 
 

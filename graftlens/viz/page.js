@@ -16,7 +16,10 @@ function dress(chart, printing) {
   }
   const bars = chart.data.map((trace, i) => trace.type === "bar" ? i : -1).filter(i => i >= 0);
   const outlines = {"error_y.color": look.text, "marker.line.color": look.text,
-    "marker.pattern.fgcolor": look.surface, "marker.opacity": look.bar_opacity};
+    "marker.opacity": look.bar_opacity,
+    // A hatch that replaces the fill has the bar's colour, one over it that of the page.
+    "marker.pattern.fgcolor": bars.map(i => chart.data[i].marker.pattern?.fillmode === "replace"
+      ? chart.data[i].marker.color : look.surface)};
   const empty = chart.data.map((trace, i) => trace.name === "no value" ? i : -1)
     .filter(i => i >= 0);
   if (empty.length) return Plotly.update(chart, {"marker.line.color": look.muted}, layout, empty);

@@ -1,6 +1,8 @@
 """How text is spelled in figures and on pages: tokens that can be seen, labels that fit."""
 
 import html
+import unicodedata
+from collections.abc import Iterable
 
 #: White space, and what stands for it.
 _MARKS = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍", "\u00a0": "⍽"}
@@ -31,6 +33,30 @@ def visible(token: object) -> str:
 def short(words: str, most: int) -> str:
     """`words`, cut to `most` characters."""
     return words if len(words) <= most else words[: most - 1] + "…"
+
+
+def isolated(words: str) -> str:
+    """A token for the midst of a text: written right to left, it leaves what follows in its place.
+
+    The marks around it (U+2066, U+2069) have no width; a token that needs none gets none.
+    """
+    backwards = any(unicodedata.bidirectional(char) in ("R", "AL", "AN") for char in words)
+    return f"\u2066{words}\u2069" if backwards else words
+
+
+def shortened(names: Iterable[str], most: int = 40) -> dict[str, str]:
+    """Names as a legend has room for them: long ones without their middle, and still different."""
+    cut = {
+        name: name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}"
+        for name in names
+    }
+    seen: dict[str, list[str]] = {}
+    for name, said in cut.items():
+        seen.setdefault(said, []).append(name)
+    return {
+        name: f"{said} ({seen[said].index(name) + 1})" if len(seen[said]) > 1 else said
+        for name, said in cut.items()
+    }
 
 
 def escaped(words: str) -> str:

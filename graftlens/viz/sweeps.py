@@ -1,6 +1,5 @@
 """Plots of sweeps over windows and groups of layers: a summary in, a figure out."""
 
-import html
 import re
 from dataclasses import replace
 from typing import Literal
@@ -12,6 +11,7 @@ from graftlens.components import layer_group
 from graftlens.graft import parse_layers
 from graftlens.viz import text, theme
 from graftlens.viz.heatmaps import heatmap
+from graftlens.viz.spelling import escaped
 
 _WINDOW = re.compile(r"(\d+)(?:-(\d+))?")
 
@@ -125,7 +125,7 @@ def size_curve(
     for name, line, part in drawn:
         label = _label(name)
         hover = [
-            f"{html.escape(graft)}<br>{said}"
+            f"{escaped(graft)}<br>{said}"
             for graft, said in zip(part["graft"], text.written_all(facts, part), strict=True)
         ]
         figure.add_scatter(
@@ -145,7 +145,7 @@ def size_curve(
         chosen = part.loc[groups.idxmin() if metric in _FALLING else groups.idxmax()]
         values = text.written_all(facts, chosen)
         best = [
-            f"{extreme} of {n}: {html.escape(graft)}<br>{value}"
+            f"{extreme} of {n}: {escaped(graft)}<br>{value}"
             for n, graft, value in zip(groups.count(), chosen["graft"], values, strict=True)
         ]
         mean = [
@@ -178,7 +178,7 @@ def size_curve(
     )
     title = "layers in the graft" if size == "layers" else "share of the model's layers (%)"
     figure.update_xaxes(title_text=f"{title}; faint points: each graft", zeroline=False)
-    figure.update_yaxes(title_text=html.escape(facts.axis))
+    figure.update_yaxes(title_text=escaped(facts.axis))
     if size == "share":
         figure.update_xaxes(range=[0, 1.03], tickformat=".0%")
     else:
@@ -202,7 +202,7 @@ def _line(series: str | None, name: object, index: int) -> theme.Line:
 
 
 def _label(name: object) -> str:
-    return "" if name is None else f"{html.escape(str(name))}: "
+    return "" if name is None else f"{escaped(str(name))}: "
 
 
 def _count(layer: str, n_layers: int | None) -> int:

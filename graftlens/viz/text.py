@@ -145,6 +145,22 @@ def level(summary: pd.DataFrame) -> str:
     return f"{100 * float(summary['level'].iloc[0]):g}%"
 
 
+def has_intervals(summary: pd.DataFrame, facts: Measure) -> bool:
+    """Whether any graft has one, but for the ends of recovery, which are 0 and 1 by definition."""
+    low = summary[f"{facts.name}_low"]
+    if facts.name == "recovery":
+        low = low[~(summary["graft"].eq(summary["base"]) | summary["graft"].eq(summary["full"]))]
+    return bool(low.notna().any())
+
+
+def whiskers(summary: pd.DataFrame, facts: Measure) -> str:
+    """What an axis says of the intervals: their level, or that there are none."""
+    if has_intervals(summary, facts):
+        return f"whiskers: {level(summary)} interval"
+    few = "n" in summary and bool((summary["n"] <= 1).all())
+    return "no interval: one prompt" if few else "no intervals"
+
+
 def resampled(summary: pd.DataFrame) -> str:
     """What the intervals are over: prompts, or prompts grouped by a unit such as the fact."""
     unit = str(summary["unit"].iloc[0]) if "unit" in summary else "prompt"

@@ -1,6 +1,7 @@
 """The colours of every plot: fixed for grafts and sources, safe for colour-blind readers.
 
-The six hues stay apart under simulated protanopia, deuteranopia and tritanopia (a test holds it).
+The six hues stay apart under simulated protanopia, deuteranopia and tritanopia, and each has a
+contrast of at least 3 with white and with the dark surface (tests hold both).
 A graft and its complement share a hue; the complement is hatched. Colour is never the only mark:
 bars have patterns and outlines, marked tokens are underlined.
 """
@@ -10,34 +11,26 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-GREY = "#9A9A9A"
-VERMILION = "#C9440E"
-AMBER = "#F2B92E"
-GREEN = "#0B7F63"
-BLUE = "#3F8FDD"
-PURPLE = "#8A3FA8"
+import numpy as np
 
-PALETTE = (BLUE, VERMILION, AMBER, PURPLE, GREEN, GREY)
+GREY = "#8F8F8F"
+VERMILION = "#B63A0D"
+AMBER = "#C38800"
+GREEN = "#147351"
+BLUE = "#4291E1"
+PURPLE = "#9542A5"
+
+PALETTE = (PURPLE, BLUE, AMBER, GREEN, VERMILION, GREY)
 PATTERNS = ("", "/", ".", "x", "\\", "-")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star")
 
 #: Below zero, zero, above zero. Zero is a light grey, so that it differs from an empty cell.
-DIVERGING = ("#0a2f5c", "#2166ac", "#8fbfe6", "#ebebeb", "#f0a582", "#c9440e", "#661a00")
+DIVERGING = ("#0a2f5c", "#2166ac", "#8fbfe6", "#ebebeb", "#f0a582", "#b63a0d", "#661a00")
 #: From nothing to all, darker all the way.
 SEQUENTIAL = ("#e9eff2", "#b7d7e0", "#74b3cc", "#3a86b4", "#215b92", "#112a5c")
 
 _SOURCES = {"pre": GREY, "sft": VERMILION, "task": PURPLE, "relation": GREEN}
-_GRAFTS = {
-    "PRE": (GREY, ""),
-    "SFT": (VERMILION, ""),
-    "FE": (AMBER, ""),
-    "not-FE": (AMBER, "/"),
-    "LT": (GREEN, ""),
-    "not-LT": (GREEN, "/"),
-    "FE+LT": (BLUE, ""),
-    "(FE+LT)^C": (BLUE, "/"),
-}
 _SPANS = {"first_entity": "FE", "last": "LT", "first_entity + last": "FE+LT"}
 
 
@@ -64,6 +57,25 @@ class Fill:
     pattern: str
 
 
+_GRAFTS = {
+    "PRE": Fill(GREY, ""),
+    "SFT": Fill(VERMILION, ""),
+    "FE": Fill(AMBER, ""),
+    "not-FE": Fill(AMBER, "/"),
+    "LT": Fill(GREEN, ""),
+    "not-LT": Fill(GREEN, "/"),
+    "FE+LT": Fill(BLUE, ""),
+    "(FE+LT)^C": Fill(BLUE, "/"),
+}
+#: Fills of grafts with names of their own, purple first.
+_OTHERS = tuple(
+    fill
+    for pattern in PATTERNS
+    for color in (PURPLE, BLUE, AMBER, GREEN)
+    if (fill := Fill(color, pattern)) not in _GRAFTS.values()
+)
+
+
 @dataclass(frozen=True)
 class Line:
     """How a line is drawn, in plotly's words for dashes and marker symbols."""
@@ -79,25 +91,30 @@ def colorscale(colors: tuple[str, ...]) -> list[list[object]]:
 
 
 def graft_fill(name: str) -> Fill:
-    """The same fill for a graft's name in every plot; a name not known here gets a stable one."""
-    return Fill(*_GRAFTS.get(name, _stable(name)))
+    """The same fill for a graft's name in every plot; a name not known here gets a stable one.
+
+    No other graft has the fill of a known one, nor the hues of PRE and SFT.
+    """
+    return _GRAFTS.get(name) or _stable(name)
 
 
 def graft_fills(names: Iterable[str]) -> dict[str, Fill]:
-    """A fill for each graft of one view: `graft_fill`, but no colour twice while there are others.
+    """A fill for each graft of one view: `graft_fill`, but no hue twice while there are others.
 
-    Only names that are not known here give way, the later to the earlier.
+    Only names that are not known here give way, the later to the earlier: first to a hue that is
+    free, then to a hatch.
     """
     names = list(dict.fromkeys(names))
-    fills = {name: graft_fill(name) for name in names if name in _GRAFTS}
+    fills = {name: _GRAFTS[name] for name in names if name in _GRAFTS}
     for name in names:
         if name in fills:
             continue
-        fill, taken = graft_fill(name), {other.color for other in fills.values()}
-        start = PALETTE.index(fill.color)
-        turns = (*PALETTE[start:], *PALETTE[:start])
-        color = next((color for color in turns if color not in taken), fill.color)
-        fills[name] = Fill(color, fill.pattern)
+        wanted = _OTHERS.index(graft_fill(name))
+        turns = (*_OTHERS[wanted:], *_OTHERS[:wanted])
+        free = [fill for fill in turns if fill not in fills.values()]
+        hues = {fill.color for fill in fills.values()}
+        new = [fill for fill in free if fill.color not in hues]
+        fills[name] = (new or free or turns)[0]
     return {name: fills[name] for name in names}
 
 
@@ -117,7 +134,7 @@ def graft_lines(names: Iterable[str]) -> dict[str, Line]:
 
 def source_color(name: str) -> str:
     """The same colour for a source's name in every plot."""
-    return _SOURCES.get(name, _stable(name)[0])
+    return _SOURCES.get(name) or PALETTE[_number(name) % len(PALETTE)]
 
 
 def source_colors(names: Sequence[str]) -> dict[str, str]:
@@ -158,6 +175,31 @@ def series_line(index: int) -> Line:
     )
 
 
+def whiskers(
+    value: "np.ndarray | Sequence[float]",
+    low: "np.ndarray | Sequence[float]",
+    high: "np.ndarray | Sequence[float]",
+    *,
+    color: str,
+    thickness: float | int = 1.2,
+    width: float | int = 4,
+) -> dict[str, Any]:
+    """Plotly's error bars from `low` to `high`; none where an end is NaN.
+
+    The arrays are numpy's, which keep NaN; of lists, plotly would draw an interval of no width.
+    """
+    at = np.asarray(value, dtype=float)
+    return {
+        "type": "data",
+        "symmetric": False,
+        "array": np.asarray(high, dtype=float) - at,
+        "arrayminus": at - np.asarray(low, dtype=float),
+        "color": color,
+        "thickness": thickness,
+        "width": width,
+    }
+
+
 def layout(theme: Theme) -> dict[str, Any]:
     """Plotly layout settings that every figure shares: transparent, so that it fits any page."""
     axis = {
@@ -177,7 +219,10 @@ def layout(theme: Theme) -> dict[str, Any]:
     }
 
 
-def _stable(name: str) -> tuple[str, str]:
+def _number(name: str) -> int:
     # crc32 and not hash(): the same colour in every process.
-    number = zlib.crc32(name.encode())
-    return PALETTE[number % len(PALETTE)], PATTERNS[number // len(PALETTE) % len(PATTERNS)]
+    return zlib.crc32(name.encode())
+
+
+def _stable(name: str) -> Fill:
+    return _OTHERS[_number(name) % len(_OTHERS)]
