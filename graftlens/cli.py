@@ -1,5 +1,6 @@
 """The command line. Each command parses, validates and makes one library call."""
 
+import re
 import sys
 from collections.abc import Iterable
 from enum import StrEnum
@@ -9,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from graftlens import __version__
+from graftlens.components import suggest
 
 #: The exit code of a command that Ctrl-C ended.
 INTERRUPTED = 130
@@ -280,7 +282,8 @@ def dashboard(
     more = _all_named("--source", source or ())
     for name in fields:
         if f"{{{name}}}" not in prompt:
-            raise typer.BadParameter(f"--field {name}: the prompt has no {{{name}}}.")
+            near = suggest(name, re.findall(r"{(\w+)}", prompt))
+            raise typer.BadParameter(f"--field {name}: the prompt has no {{{name}}}.{near}")
     for name in ("pre", "sft"):
         if name in more:
             raise typer.BadParameter(f"--source {name} is one of the pair. Name it otherwise.")

@@ -14,13 +14,15 @@ from graftlens import __version__
 from graftlens.components import MODEL_COMPONENTS, Component, format_numbers
 from graftlens.graft import Graft, Grafts, named_grafts
 from graftlens.lens import attribution, divergence, logit_lens
-from graftlens.lens.runs import Runs, token_text
+from graftlens.lens.runs import Runs, full_run, token_text
 from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer, Input
 from graftlens.model.inputs import Batch
-from graftlens.model.mask import GraftMask, HeadSelection
+from graftlens.model.load import preview
+from graftlens.model.mask import GraftMask, HeadSelection, select, sites_of
 from graftlens.model.smollm2 import located
-from graftlens.prompts import Prompt, Tokenized
+from graftlens.prompts import Prompt, Tokenized, tokenize
+from graftlens.sweep.scoring import joined_answers
 from graftlens.viz.dashboard import Dashboard, DashboardData, Run
 
 C = Component
@@ -62,7 +64,7 @@ def dashboard(
         ValueError: several prompts; a graft that the model cannot run, or one named PRE or SFT that
             is not.
     """
-    runs = _runs(model, grafts, full)
+    runs = _runs(model.sources, grafts, full)
     one = [prompt] if isinstance(prompt, Tokenized) else prompt
     given = model.batch(one, prepend_bos=prepend_bos)
     if len(given.prompts) != 1:
@@ -77,6 +79,8 @@ def dashboard(
     _warn_of_size(model, len(ids), len(runs.grafts))
     asked = item.prompt
     answer = None if asked is None else asked.answer
+    if asked is not None and (note := joined_answers([asked])):
+        warnings.warn(note, stacklevel=2)
     lens = logit_lens(
         model, batch, runs.grafts, top_k=top_k, full=runs.grafts[runs.full], prepend_bos=prepend_bos
     )
@@ -95,7 +99,7 @@ def dashboard(
     return Dashboard(
         DashboardData(
             title=title or "graftlens dashboard",
-            text=asked.text if asked is not None else str(text or " ".join(tokens)),
+            text=asked.text if asked is not None else str(text or f"token ids {' '.join(tokens)}"),
             answer=answer,
             tokens=tokens,
             components=[str(c) for c in model.arch.components],
@@ -155,6 +159,7 @@ def write_dashboard(
         ValueError, RuntimeError: as `dashboard` and `Dashboard.save_image`.
     """
     places = {name: located(place) for name, place in sources.items()}
+    _check(places, prompt, _runs(list(places), grafts, full))
     model = GraftedTransformer.from_pretrained(places, device=device)
     view = dashboard(model, prompt, grafts, full=full, title=title, top_k=top_k)
     page = view.save(path)
@@ -163,10 +168,22 @@ def write_dashboard(
     return page
 
 
-def _runs(model: GraftedTransformer, grafts: Grafts | None, full: Graft | str | None) -> Runs:
+def _check(places: Mapping[str, str], prompt: Prompt, runs: Runs) -> None:
+    """Refuse what cannot run before any weight is read."""
+    arch, tokenizer = preview(places)
+    if tokenizer is None:
+        raise ValueError("no source brings a tokenizer. Save one beside the base's weights.")
+    item = tokenize(prompt, tokenizer)
+    for graft in runs.grafts.values():
+        for rule in graft.rules:
+            sites_of(rule, arch, list(places))
+            select(rule, item)
+
+
+def _runs(sources: Sequence[str], grafts: Grafts | None, full: Graft | str | None) -> Runs:
     """The runs, whose first two are called PRE and SFT whatever the caller calls them."""
     given = {} if grafts is None else named_grafts(grafts)
-    ends = Runs.of(model, None, full)
+    ends = Runs.of(sources, None, full_run(sources, given, full))
     known = set(ends.grafts.values())
     rest = {name: graft for name, graft in given.items() if graft not in known}
     for name in (ends.base, ends.full):
@@ -258,14 +275,19 @@ def _components_from(arch: Architecture, mask: GraftMask, position: int, source:
     for (all_layers, which), components in together.items():
         words = " ".join(components)
         if which is not None:
-            words += f" (heads {format_numbers(which)})"
+            words += f" ({_numbered('head', which)})"
         numbers = [layer for layer in all_layers if layer is not None]
         if numbers and len(numbers) < arch.n_layers:
-            words += f" in layers {format_numbers(numbers)}"
+            words += f" in {_numbered('layer', numbers)}"
         elif numbers:
             words += " in all layers"
         pieces.append(words)
     return ", ".join(pieces)
+
+
+def _numbered(what: str, numbers: Sequence[int]) -> str:
+    written = format_numbers(numbers).replace("-", "–").replace(",", ", ")
+    return f"{what}{'s' if len(numbers) > 1 else ''} {written}"
 
 
 def _provenance(model: GraftedTransformer, prompt: Prompt | None) -> Mapping[str, object]:

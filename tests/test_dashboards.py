@@ -1,5 +1,6 @@
 """What a dashboard is made of, against Hugging Face's own numbers and against the mask, by hand."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,8 @@ from tinybase import LAYERS, tiny_base
 from transformers import AutoModelForCausalLM
 
 from graftlens import Graft, GraftedTransformer, Prompt, dashboard, evaluate, lens
+from graftlens.dashboards import write_dashboard
+from graftlens.model.smollm2 import located
 from graftlens.prompts import Tokenized
 
 PROMPT = Prompt(
@@ -78,8 +81,8 @@ def test_where_says_it_in_words(model: GraftedTransformer) -> None:
     assert {fe[i] for i in entity} == {"sft: all weights"}
     assert {said for i, said in enumerate(fe) if i not in entity} == {""}
     assert mixed[0] == "sft: embed"
-    assert {mixed[i] for i in entity} == {"sft: q o (heads 0,3) in layers 2,5"}
-    assert mixed[-1] == "sft: o mlp_in mlp_gate mlp_out in layers 4-7"
+    assert {mixed[i] for i in entity} == {"sft: q o (heads 0, 3) in layers 2, 5"}
+    assert mixed[-1] == "sft: o mlp_in mlp_gate mlp_out in layers 4–7"
     assert set(runs["PRE"].where) == {""}
 
 
@@ -114,7 +117,7 @@ def test_a_model_without_a_tokenizer(pair: dict[str, str]) -> None:
     model.tokenizer = None
     data = dashboard(model, Tokenized.bare([5, 6, 7]), "sft @ [1]").data
     assert data.tokens == ["5", "6", "7"]
-    assert data.text == "5 6 7"
+    assert data.text == "token ids 5 6 7"
 
 
 def test_token_tensors_and_batches(model: GraftedTransformer) -> None:
@@ -163,6 +166,7 @@ def test_the_command_writes_the_page(pair: dict[str, str], tmp_path: Path) -> No
         (["--graft", "FE=sft @ title"], "no span 'title'"),
         (["--field", "nonsense"], "--field 'nonsense': write NAME=VALUE"),
         (["--field", "title=It"], "--field title: the prompt has no {title}"),
+        (["--field", "first_entty=It"], "Did you mean 'first_entity'?"),
         (["--graft", "a=sft @ last", "--graft", "a=none"], "--graft 'a' is given twice"),
         (["--source", "sft=there"], "--source sft is one of the pair"),
         (["--image", "page.jpg"], "the picture is a PNG"),
@@ -178,6 +182,48 @@ def test_the_command_says_what_is_wrong(
     assert done.returncode != 0
     assert said in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("grafts", "full", "said"),
+    [
+        ({"LT": "stf @ last"}, None, "no source 'stf'. This model has: pre sft. Did you mean"),
+        ({"LT": "sft @ last : mlp : 9"}, None, "no layer 9"),
+        ({"FE": "sft @ title"}, None, "no span 'title' here"),
+        ({"PRE": "sft @ last"}, None, "'sft @ last' is called PRE"),
+        ({}, "stf", "full='stf' is no run of a finetuned source"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_weights_are_read(
+    pair: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    grafts: dict[str, str],
+    full: str | None,
+    said: str,
+) -> None:
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("weights were read")
+
+    monkeypatch.setattr(GraftedTransformer, "from_pretrained", load)
+    asked = Prompt("{first_entity} sings", {"first_entity": "Ann"})
+    with pytest.raises(ValueError, match=re.escape(said)):
+        write_dashboard(pair, asked, grafts, tmp_path / "page.html", full=full)
+    # What is right goes on to the weights.
+    with pytest.raises(AssertionError, match="weights were read"):
+        write_dashboard(pair, asked, {"LT": "sft @ last"}, tmp_path / "page.html", full="LT")
+
+
+def test_a_near_miss_of_smollm2_is_not_asked_of_the_hub() -> None:
+    with pytest.raises(ValueError, match=r"'smolm2' is no folder, .* Did you mean 'smollm2'\?"):
+        located("smolm2")
+    assert located("gpt2") == "gpt2"
+    assert located("me/smollm2") == "me/smollm2"
+
+
+def test_an_answer_that_goes_on_with_a_word_is_told_of(model: GraftedTransformer) -> None:
+    with pytest.warns(UserWarning, match=r"the answer 'Bo' goes on with the prompt's last word"):
+        dashboard(model, Prompt("Ann met", answer="Bo"))
 
 
 def test_the_summary_has_the_numbers_of_evaluate(model: GraftedTransformer) -> None:

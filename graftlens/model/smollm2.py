@@ -26,6 +26,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from graftlens.components import suggest
 from graftlens.model.quiet import quiet
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -237,5 +238,14 @@ def _is_true(value: str | None) -> bool:
 
 
 def located(place: str) -> str:
-    """Where a source is: `smollm2` stands for SmolLM2-135M-Instruct from graftlens' own cache."""
-    return str(smollm2()) if place == "smollm2" else place
+    """Where a source is: `smollm2` stands for SmolLM2-135M-Instruct from graftlens' own cache.
+
+    Raises:
+        ValueError: a near miss of `smollm2`, for which the hub would be asked in vain.
+    """
+    if place == "smollm2":
+        return str(smollm2())
+    hint = suggest(place, ["smollm2"])
+    if hint and "/" not in place and not Path(place).exists():
+        raise ValueError(f"{place!r} is no folder, and a model of the hub is OWNER/NAME.{hint}")
+    return place
