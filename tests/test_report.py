@@ -361,6 +361,8 @@ def test_no_other_graft_looks_like_a_known_one():
     others = [theme.graft_fill(f"sft @ last : mlp : {layer}") for layer in range(100)]
     assert not {*known} & {*others}
     assert not {theme.GREY, theme.VERMILION} & {fill.color for fill in others}
+    sources = {theme.source_color(f"model {i}") for i in range(100)}
+    assert not {theme.GREY, theme.VERMILION} & sources
     # In one view, too, where they give way to one another.
     view = theme.graft_fills(["PRE", "SFT", "FE+LT", *map(str, range(15))])
     assert len(set(view.values())) == 18

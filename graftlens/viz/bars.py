@@ -90,8 +90,6 @@ def grouped_bars(
         title={"text": escaped("; ".join(below)), "standoff": 10},
         type="category",
         showgrid=False,
-    )
-    figure.update_xaxes(
         categoryorder="array",
         categoryarray=[escaped(name) for name in names],
     )

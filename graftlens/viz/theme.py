@@ -20,7 +20,9 @@ GREEN = "#147351"
 BLUE = "#4291E1"
 PURPLE = "#9542A5"
 
-PALETTE = (PURPLE, BLUE, AMBER, GREEN, VERMILION, GREY)
+#: For names that are not known here: not the hues of PRE and SFT.
+_FREE = (PURPLE, BLUE, AMBER, GREEN)
+PALETTE = (*_FREE, VERMILION, GREY)
 PATTERNS = ("", "/", ".", "x", "\\", "-")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 MARKERS = ("circle", "square", "diamond", "triangle-up", "x", "star")
@@ -71,7 +73,7 @@ _GRAFTS = {
 _OTHERS = tuple(
     fill
     for pattern in PATTERNS
-    for color in (PURPLE, BLUE, AMBER, GREEN)
+    for color in _FREE
     if (fill := Fill(color, pattern)) not in _GRAFTS.values()
 )
 
@@ -134,7 +136,7 @@ def graft_lines(names: Iterable[str]) -> dict[str, Line]:
 
 def source_color(name: str) -> str:
     """The same colour for a source's name in every plot."""
-    return _SOURCES.get(name) or PALETTE[_number(name) % len(PALETTE)]
+    return _SOURCES.get(name) or _FREE[_number(name) % len(_FREE)]
 
 
 def source_colors(names: Sequence[str]) -> dict[str, str]:
