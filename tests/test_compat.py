@@ -19,8 +19,8 @@ from torch import Tensor
 from toytokenizers import gpt2_style
 from transformers import PreTrainedModel
 
+from graftlens.model.arch import PairError
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.model.load import PairError
 
 pytestmark = pytest.mark.compat
 

@@ -31,6 +31,7 @@ BESIDE = {
     "data": {"sweep", "cli", "viz"},
     "engines": {"sweep", "finetune", "model", "cli", "viz"},
     "finetune": {"sweep", "cli", "viz"},
+    "folder": {"data", "finetune", "model", "sweep", "cli", "viz"},
     "metrics": {"sweep", "cli", "viz"},
     "presets": {"model", "sweep", "cli", "viz"},
     "processes": {"model", "sweep", "cli", "viz"},

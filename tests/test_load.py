@@ -36,9 +36,9 @@ from transformers import (
 import graftlens.model.arch as arch_module
 from graftlens.components import Component
 from graftlens.graft import Graft
-from graftlens.model.arch import UnsupportedArchitectureError, architecture
+from graftlens.model.arch import PairError, UnsupportedArchitectureError, architecture
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.model.load import PairError, load
+from graftlens.model.load import load
 from graftlens.prompts import Prompt
 
 TOLERANCE = 1e-4  # relative to the largest logit, float32

@@ -14,21 +14,22 @@ import pytest
 from browser import ask, chromium
 from summaries import positions, site_map
 
-from graftlens.viz import bars, export, files, heatmaps, tables, text, theme
+from graftlens.folder import write_whole
+from graftlens.viz import bars, export, heatmaps, tables, text, theme
 
 # --- files appear whole ----------------------------------------------------------------------
 
 
 def test_an_older_file_survives_a_failed_write(tmp_path, monkeypatch):
     path = tmp_path / "deeper" / "file.txt"
-    assert files.write_whole(path, "older\n") == path
+    assert write_whole(path, "older\n") == path
 
     def fail(number):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        files.write_whole(path, b"newer")
+        write_whole(path, b"newer")
     assert path.read_text() == "older\n"
     assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
 

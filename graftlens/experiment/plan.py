@@ -22,11 +22,11 @@ from graftlens.data.settings import Settings
 from graftlens.experiment.analysis import check_figures
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig, PromptsConfig
 from graftlens.finetune import FinetuneRun, TrainingData
+from graftlens.folder import write_whole
 from graftlens.model.load import preview
 from graftlens.sweep.config import Checked, SweepConfig, check
 from graftlens.sweep.promptsets import DatasetSection
 from graftlens.sweep.results import read_manifest
-from graftlens.viz.files import write_whole
 
 T = TypeVar("T")
 

@@ -27,11 +27,11 @@ from graftlens.experiment.config import NamedExperiment, find_experiment
 from graftlens.experiment.plan import Plan, Store, plan
 from graftlens.experiment.show import show_part
 from graftlens.finetune import FinetuneResult, FinetuneRun, InUseError, finetune_run
+from graftlens.folder import write_whole
 from graftlens.sweep.config import describe
 from graftlens.sweep.launch import launch_local
 from graftlens.sweep.runner import SweepResult, prepare_sweep, run_sweep, sweep_result
 from graftlens.viz.export import exporter
-from graftlens.viz.files import write_whole
 from graftlens.viz.page import ExperimentPage, Part, experiment_page
 
 #: Where experiments and what they share are written.

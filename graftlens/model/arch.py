@@ -124,6 +124,10 @@ class Family:
     covered: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
 
 
+class PairError(ValueError):
+    """The sources do not make a set that can be grafted; the message says which differ and how."""
+
+
 class UnsupportedArchitectureError(ValueError):
     """The checkpoint's family, or one of its options, is not exactly supported."""
 

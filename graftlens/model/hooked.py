@@ -7,8 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from graftlens.components import Component
-from graftlens.model.arch import Architecture, UnsupportedArchitectureError
-from graftlens.model.load import PairError, Source, unaltered
+from graftlens.model.arch import Architecture, PairError, UnsupportedArchitectureError
+from graftlens.model.source import Source
+from graftlens.model.tokenizers import unaltered
 from graftlens.model.weights import Weights
 
 C = Component

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from graftlens.folder import write_whole
 from graftlens.viz import page, theme
-from graftlens.viz.files import write_whole
 from graftlens.viz.spelling import isolated, visible
 
 #: From no attention to all of it, and below zero, zero, above zero in differences.

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from graftlens.folder import write_whole
 from graftlens.viz import attention, grid, page, theme
-from graftlens.viz.files import write_whole
 from graftlens.viz.lens import answer_by_layer
 from graftlens.viz.screenshot import screenshot
 from graftlens.viz.spelling import isolated, visible

@@ -15,8 +15,8 @@ from typing import Any, Literal, get_args
 
 import plotly.graph_objects as go
 
+from graftlens.folder import write_whole
 from graftlens.viz import page, theme
-from graftlens.viz.files import write_whole
 
 Format = Literal["html", "png", "svg"]
 

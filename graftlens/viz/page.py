@@ -18,8 +18,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from graftlens.folder import write_whole
 from graftlens.viz import tables, theme
-from graftlens.viz.files import write_whole
 
 #: Longer tables are cut on a page; their CSV has all rows.
 MAX_ROWS = 60

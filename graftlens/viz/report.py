@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from graftlens.folder import write_whole
 from graftlens.viz import page, text
 from graftlens.viz.figures import bar_chart
-from graftlens.viz.files import write_whole
 from graftlens.viz.spelling import characters
 
 #: With more grafts than this the ranks prompt by prompt are no table that anyone reads.

@@ -7,8 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from graftlens.folder import write_whole
 from graftlens.viz.export import PATIENCE
-from graftlens.viz.files import write_whole
 
 #: More pixels in a row or a column than this a browser does not paint.
 MAX_PIXELS = 16384

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pandas as pd
 
+from graftlens.folder import write_whole
 from graftlens.stats import GRAFT_COLUMNS
 from graftlens.viz import text
-from graftlens.viz.files import write_whole
 
 
 def write_table(
