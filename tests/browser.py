@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from waiting import HANG
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 
@@ -56,7 +57,7 @@ def ask(page: Path, script: str, folder: Path, *, width: int = 1200, height: int
         "--dump-dom",
         copy.as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
     copy.unlink()
     said = re.search(r'<pre id="probe">(.*?)</pre>', done.stdout, flags=re.DOTALL)
     assert said, f"the page did not answer; the browser said {done.stderr[-2000:]}"

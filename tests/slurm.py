@@ -18,9 +18,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from waiting import HANG, until
+
 PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 COMMANDS = ("slurmctld", "slurmd", "munged", "sbatch", "srun", "squeue", "scontrol", "scancel")
-READY = 30  # seconds in which a daemon should be there
 
 # A requeued job waits for cred_expire seconds; below 5, that means the default of 120.
 CONFIG = """
@@ -65,7 +66,7 @@ class Slurm:
 
     def run(self, *command: str) -> str:
         """A command's output."""
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=HANG)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stderr}"
         return done.stdout
 
@@ -126,14 +127,14 @@ def slurm() -> Iterator[Slurm]:
         _start(cluster, daemons)
         yield cluster
         with contextlib.suppress(subprocess.SubprocessError, OSError):
-            subprocess.run(["scancel", "--user=root"], timeout=10, capture_output=True)
-            time.sleep(1)
+            subprocess.run(["scancel", "--user=root"], timeout=HANG, capture_output=True)
+            until(lambda: not cluster.run("squeue", "-h"), cluster.logs)
     finally:
         for daemon in reversed(daemons):
             daemon.terminate()
         for daemon in daemons:
             try:
-                daemon.wait(10)
+                daemon.wait(HANG)
             except subprocess.TimeoutExpired:
                 daemon.kill()
                 daemon.wait()
@@ -142,14 +143,6 @@ def slurm() -> Iterator[Slurm]:
         else:
             os.environ["SLURM_CONF"] = before
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def wait_for(what: Callable[[], object], seconds: float, why: Callable[[], str]) -> None:
-    """Wait until something is so; after `seconds`, fail and say why."""
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, f"not within {seconds} s: {why()}"
-        time.sleep(0.05)
 
 
 def _install() -> None:
@@ -176,10 +169,10 @@ def _install() -> None:
                 stdin=subprocess.DEVNULL,
                 capture_output=True,
                 text=True,
-                timeout=150,
+                timeout=HANG,
             )
         except subprocess.TimeoutExpired:
-            raise UnavailableError(f"{' '.join(command)} did not end within 150 s") from None
+            raise UnavailableError(f"{' '.join(command)} did not end") from None
         said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
         missing = [name for name in COMMANDS if shutil.which(name) is None]
         if not missing:
@@ -204,7 +197,7 @@ def _configure(folder: Path) -> None:
         host=socket.gethostname().split(".")[0], controller=ports[0], node=ports[1], folder=folder
     )
     (folder / "slurm.conf").write_text(config)
-    said = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, timeout=10).stdout
+    said = subprocess.run(["slurmd", "-V"], capture_output=True, text=True, timeout=HANG).stdout
     release = tuple(int(part) for part in said.split()[-1].split(".")[:2])
     if release >= (23, 11):  # looks for systemd and cgroups even where nothing uses them
         (folder / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
@@ -229,16 +222,20 @@ def _start(cluster: Slurm, daemons: list[subprocess.Popen[bytes]]) -> None:
                 preexec_fn=_end_with_parent,
             )
         daemons.append(daemon)
-        end = time.monotonic() + READY
-        while not is_ready():
-            if daemon.poll() is not None or time.monotonic() > end:
-                raise UnavailableError(f"{command[0]} does not start:\n{cluster.logs()}")
-            time.sleep(0.1)
+        _await(command[0], daemon, is_ready, cluster)
+
+
+def _await(
+    name: str, daemon: "subprocess.Popen[bytes]", is_ready: Callable[[], bool], cluster: Slurm
+) -> None:
+    until(lambda: is_ready() or daemon.poll() is not None, cluster.logs, every=0.1)
+    if daemon.poll() is not None:
+        raise UnavailableError(f"{name} does not start:\n{cluster.logs()}")
 
 
 def _answers(*question: str, said: str = "UP") -> bool:
     try:
-        done = subprocess.run(["scontrol", *question], capture_output=True, text=True, timeout=5)
+        done = subprocess.run(["scontrol", *question], capture_output=True, text=True, timeout=HANG)
     except subprocess.TimeoutExpired:
         return False
     return done.returncode == 0 and said in done.stdout

@@ -14,7 +14,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from waiting import until
 
 TEMPLATES = {
     "plays": "{first_entity} plays with",
@@ -37,7 +37,6 @@ GRAFTS = {
     "o at LT": "sft @ last : o : 1-2",
     "two": "sft @ bos | sft @ last : q : 0 : 1",
 }
-SECONDS = 120  # after which a process that should have ended is given up
 FAILED = 3  # the exit code of a process whose folder could not be written
 
 
@@ -229,10 +228,9 @@ class Processes:
 
     def wait(self, pid: int) -> int:
         """The exit code, once it has ended."""
-        end = time.monotonic() + SECONDS
-        while (code := self.ended(pid)) is None:
-            assert time.monotonic() < end, f"process {pid} did not end within {SECONDS} s"
-            time.sleep(0.01)
+        until(lambda: self.ended(pid) is not None, lambda: f"process {pid} does not end")
+        code = self.ended(pid)
+        assert code is not None
         return code
 
     def run(self, config: Any, out: Path, **options: Any) -> int:
@@ -242,7 +240,8 @@ class Processes:
         return code
 
     def kill(self, pid: int) -> int:
-        os.kill(pid, signal.SIGKILL)
+        if self.ended(pid) is None:
+            os.kill(pid, signal.SIGKILL)
         return self.wait(pid)
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from tinybase import LAYERS, tiny_base
 from transformers import AutoModelForCausalLM
+from waiting import HANG
 
 from graftlens import Graft, GraftedTransformer, Prompt, dashboard, evaluate, lens
 from graftlens.dashboards import write_dashboard
@@ -151,7 +152,7 @@ def test_the_command_writes_the_page(pair: dict[str, str], tmp_path: Path) -> No
     command += ["--prompt", PROMPT.template, "--field", "first_entity=Ann Okafor"]
     command += ["--answer", " Bea", "--graft", "FE=sft @ first_entity", "--graft", "sft @ last : o"]
     command += ["--title", "A title of its own", "--out", "page.html"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.html").read_text()
     assert done.stdout.splitlines()[-1] == str(tmp_path / "page.html")
@@ -178,7 +179,7 @@ def test_the_command_says_what_is_wrong(
 ) -> None:
     command = [sys.executable, "-m", "graftlens", "dashboard", "--pair", *pair.values()]
     command += ["--prompt", "{first_entity} sings", "--field", "first_entity=Ann", *arguments]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
     assert done.returncode != 0
     assert said in done.stderr
     assert not list(tmp_path.iterdir())

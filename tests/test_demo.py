@@ -6,7 +6,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pandas as pd
 import pytest
 from families import save_checkpoint, tiny_model
 from toytokenizers import gpt2_style
+from waiting import HANG, until
 
 from graftlens import __version__
 from graftlens import demo as demo_module
@@ -148,12 +148,9 @@ def real_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "graftlens.cli", "demo"]
     first = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
     log = folder / "graftlens-demo/facts-40-epochs-6-seed-0/finetune/run.json"
-    deadline = time.monotonic() + 300
-    while not log.exists() and first.poll() is None and time.monotonic() < deadline:
-        time.sleep(1)
-    time.sleep(10)
+    until(lambda: log.exists() or first.poll() is not None)
     first.send_signal(signal.SIGINT)
-    _, errors = first.communicate(timeout=120)
+    _, errors = first.communicate(timeout=HANG)
     assert first.returncode == 130, errors
     assert "Run the same command again" in errors
     assert "Traceback" not in errors

@@ -6,7 +6,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from itertools import product
@@ -24,6 +23,7 @@ from reference import sequential_graft
 from test_report import Page
 from tinybase import FACTS, LAYERS, RECIPE, small, tiny_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from waiting import HANG, until
 
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data import dataset as dataset_module
@@ -41,8 +41,6 @@ ROOT = Path(__file__).parent.parent
 SHIPPED = sorted((ROOT / "experiments").glob("*.yaml"))
 #: Those that have hundreds of grafts, or train long.
 MANY = ("directions", "layer_dropout", "layer_groups", "site_map")
-
-SECONDS = 900  # after which a process that should have ended is given up
 
 
 @pytest.fixture(scope="module")
@@ -905,7 +903,7 @@ def graftlens(*words: object, cwd: Path, **options: Any) -> "subprocess.Complete
     env = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     env["BROWSER_PATH"] = str(cwd / "none")  # no pictures
     return subprocess.run(
-        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=SECONDS, **options
+        command, cwd=cwd, env=env, capture_output=True, text=True, timeout=HANG, **options
     )
 
 
@@ -916,12 +914,9 @@ def killed_at(happens: Callable[[], bool], *words: object, cwd: Path) -> None:
     process = subprocess.Popen(
         command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    end = time.monotonic() + SECONDS
     try:
-        while not happens():
-            assert process.poll() is None, process.communicate()[0]
-            assert time.monotonic() < end
-            time.sleep(0.002)
+        until(lambda: happens() or process.poll() is not None, every=0.002)
+        assert process.poll() is None, process.communicate()[0]
         process.send_signal(signal.SIGKILL)
     finally:
         process.kill()

@@ -16,6 +16,7 @@ from datasets import Dataset, DatasetDict
 from filelock import FileLock
 from pydantic import ValidationError
 from safetensors.torch import load_file
+from waiting import HANG
 
 from graftlens.data import MoviesConfig, load_dataset, make_facts, training_texts
 from graftlens.finetune import (
@@ -232,7 +233,7 @@ def kill(config: FinetuneConfig, moments: dict[str, int]) -> dict[str, Path]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -998,7 +999,7 @@ def two_processes(folder: Path, *overrides: str, kill: str = "-1 0", accelerate:
         env=os.environ | {"OMP_NUM_THREADS": "1", "KILL": kill},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG,
         check=False,
     )
 

@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -23,6 +22,7 @@ from filelock import FileLock
 from slurm import UnavailableError, slurm
 from sweeps import assert_equal_tables, checkpoints, read_whole
 from sweeps import config as sweep_config
+from waiting import HANG, until
 
 from graftlens.configfile import ConfigError, read_settings
 from graftlens.data import (
@@ -90,20 +90,24 @@ def test_a_process_that_dies_or_fails_is_told_of_and_the_others_go_on(tmp_path: 
 PROGRAM = """
 import sys; sys.path[:] = {path!r}
 from functools import partial; from pathlib import Path
-import toytasks; from graftlens.engines import run_processes
+import toytasks; from graftlens import engines; from graftlens.engines import run_processes
+engines.GRACE = {patience}
 run_processes({{name: partial(toytasks.wait_long, Path({folder!r}) / name) for name in "ab"}})
 """
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
 def test_processes_end_with_the_one_that_started_them(how: str, tmp_path: Path) -> None:
-    program = PROGRAM.format(path=sys.path, folder=str(tmp_path))
+    program = PROGRAM.format(path=sys.path, folder=str(tmp_path), patience=HANG)
     parent = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     marks = [tmp_path / name for name in "ab"]
-    _until(lambda: all(mark.is_file() and mark.read_text() for mark in marks))
+    until(
+        lambda: all(mark.is_file() and mark.read_text() for mark in marks),
+        lambda: f"the parent's exit code is {parent.poll()}",
+    )
     parent.send_signal(getattr(signal, how))
-    parent.wait(20)
-    _until(lambda: not any(map(_alive, marks)))
+    parent.wait(HANG)
+    until(lambda: not any(map(_alive, marks)))
     ended = [mark.with_suffix(".ended").is_file() for mark in marks]
     assert ended == [True, True], "they were interrupted, and could clean up"
 
@@ -114,13 +118,6 @@ def _alive(mark: Path) -> bool:
     except ProcessLookupError:
         return False
     return True
-
-
-def _until(what: Callable[[], bool], seconds: float = 30.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, f"not within {seconds} s"
-        time.sleep(0.05)
 
 
 # A sweep in several processes
@@ -340,7 +337,7 @@ def test_an_interrupted_task_is_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     array = submit(
         partial(toytasks.need_turns, turns, 2), tasks=1, folder=tmp_path / "job", cluster="local"
     )
-    _until(turns.is_file)
+    until(turns.is_file)
     # Left by a process that was killed while it saved its turn.
     left = tmp_path / "job" / f"{array.job_id}_submitted.pkl.save_tmp"
     left.write_text("half")

@@ -15,10 +15,12 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from slurm import Slurm, UnavailableError, slurm, wait_for
+from filelock import FileLock
+from slurm import Slurm, UnavailableError, slurm
 from sweeps import assert_equal_tables, checkpoints, read_whole, unfinished_files
 from sweeps import config as sweep_config
 from toytasks import die, need_turns, threads
+from waiting import HANG, until
 
 pytest.importorskip("submitit")
 
@@ -31,7 +33,6 @@ from graftlens.sweep.runner import is_done, prepare_sweep
 
 pytestmark = pytest.mark.slow
 
-SECONDS = 90  # after which a job that should have ended is given up
 
 #: A minute is the least that Slurm allows.
 BRIEF = {"timeout_min": 10, "slurm_partition": "main", "cpus_per_task": 1}
@@ -62,11 +63,8 @@ def cluster() -> Iterator[Slurm]:
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A sweep of many shards of one cell, so that it can be struck on its way."""
-    given = sweep_config(checkpoints(tmp_path_factory.mktemp("pair")), shards=1)
-    first = given["prompts"][0]
-    given["prompts"] += [first | {"fields": {"first_entity": f"Ann {n}"}} for n in range(200)]
-    return given
+    """A sweep of shards of one cell each, so that it can be struck on its way."""
+    return sweep_config(checkpoints(tmp_path_factory.mktemp("pair")), shards=1)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +97,7 @@ def launch(out: Path, **more: Any) -> tuple[Any, list[str]]:
 
     thread = Thread(target=run, daemon=True)
     thread.start()
-    wait_for(lambda: said, 30, lambda: "no job was submitted")
+    until(lambda: said, lambda: "no job was submitted")
     return thread, said
 
 
@@ -127,7 +125,22 @@ def logs(out: Path) -> str:
 
 
 def at_least(out: Path, shards: int) -> None:
-    wait_for(lambda: shards_done(out)[0] >= shards, SECONDS, lambda: logs(out))
+    until(lambda: shards_done(out)[0] >= shards, lambda: logs(out))
+
+
+class Gate:
+    """Holds the shards of a prepared sweep from one on, so that it gets no further."""
+
+    def __init__(self, out: Path, first: int) -> None:
+        shards = range(first, shards_done(out)[1])
+        self.locks = {n: FileLock(out / "locks" / f"{n:05d}.lock") for n in shards}
+        for lock in self.locks.values():
+            lock.acquire(timeout=0)
+
+    def open(self, upto: int | None = None) -> None:
+        """Let the shards before `upto` go, all of them by default."""
+        for number in [n for n in self.locks if upto is None or n < upto]:
+            self.locks.pop(number).release()
 
 
 def test_a_killed_task_costs_its_shard(
@@ -138,16 +151,18 @@ def test_a_killed_task_costs_its_shard(
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(config, sort_keys=False))
     command = ["sweep", str(path), "--out", str(out), "--tasks", "2"]
+    prepare_sweep(config, out)
+    gate = Gate(out, 3)
     with graftlens(*command) as process:
-        wait_for((out / "sweep.json").is_file, SECONDS, lambda: "nothing happens")
         at_least(out, 3)
         job = job_of(out)
         pids = [cluster.worker(f"{job}_{index}") for index in (0, 1)]
         victim = next(index for index, pid in enumerate(pids) if pid is not None)
         os.kill(pids[victim] or 0, signal.SIGKILL)
         done, total = shards_done(out)
-        assert 3 <= done < total
-        said, _ = process.communicate(timeout=SECONDS)
+        assert 3 == done < total
+        gate.open()
+        said, _ = process.communicate(timeout=HANG)
     assert process.returncode == 0
     assert_as_local(out, local)
     first, death, *_, last = said.splitlines()
@@ -167,25 +182,25 @@ def test_a_requeued_task_goes_on(
     """Told by its signal that time is over; then preempted by Slurm without a word."""
     out = tmp_path / "out"
     prepare_sweep(config, out)
+    gate = Gate(out, 2)
     thread, said = launch(out, tasks=1)
     job = job_of(out)
     for shards, command in (
         (2, ("scancel", "--signal=USR2", job)),
         (4, ("scontrol", "requeue", job)),
     ):
-        already = shards_done(out)[0]
-        at_least(out, max(shards, already + 1))
+        gate.open(shards)
+        at_least(out, shards)
         cluster.run(*command)
-        wait_for(
-            lambda: cluster.tasks(job) == {job: "PENDING"}, 30, lambda: str(cluster.tasks(job))
-        )
+        until(lambda: cluster.tasks(job) == {job: "PENDING"}, lambda: str(cluster.tasks(job)))
         done, total = shards_done(out)
-        assert done < total
+        assert shards == done < total
         if shards == 2:  # the same command joins the job that waits
             joined: list[str] = []
             launch_slurm(out, tasks=1, resources=BRIEF, wait=False, say=joined.append)
             assert joined[0].startswith(f"Slurm job {job} is at it already. To look: squeue -j")
-    thread.join(SECONDS)
+    gate.open()
+    thread.join(HANG)
     assert not thread.is_alive(), logs(out)
     assert said[1:] == []
     assert_as_local(out, local)
@@ -195,7 +210,7 @@ def test_a_requeued_task_goes_on(
 
 def ended(array: Array) -> Task:
     """How the one task of an array ended."""
-    end = time.monotonic() + SECONDS
+    end = time.monotonic() + HANG
     (task,) = array.wait(lambda _: time.monotonic() > end, longest_s=1.0)
     return task
 
@@ -219,9 +234,9 @@ def test_a_task_preempted_before_it_began_is_requeued(cluster: Slurm, tmp_path: 
     turns = tmp_path / "turns"
     array = submit(partial(need_turns, turns, 1), tasks=1, folder=tmp_path, resources=BRIEF)
     job = array.job_id
-    wait_for(lambda: cluster.worker(job), 30, cluster.logs)
+    until(lambda: cluster.worker(job), cluster.logs)
     cluster.run("scancel", "--signal=USR2", job)
-    wait_for(lambda: cluster.tasks(job) == {job: "PENDING"}, 30, cluster.logs)
+    until(lambda: cluster.tasks(job) == {job: "PENDING"}, cluster.logs)
     assert not turns.exists()
     task = ended(array)
     assert task.state == "done", task.problem
@@ -266,12 +281,12 @@ def test_finetuning_preempted_once(cluster: Slurm, config: dict[str, Any], tmp_p
     out = tmp_path / "run"
     with graftlens("finetune", str(recipe), f"output={out}") as process:
         checkpoints = out / "checkpoints"
-        wait_for(lambda: any(checkpoints.glob("*/complete.json")), SECONDS, lambda: logs(out))
+        until(lambda: any(checkpoints.glob("*/complete.json")), lambda: logs(out))
         job = job_of(out)
         cluster.run("scancel", "--signal=USR2", job)
-        wait_for(lambda: cluster.tasks(job) == {job: "PENDING"}, 30, lambda: logs(out))
+        until(lambda: cluster.tasks(job) == {job: "PENDING"}, lambda: logs(out))
         assert not (out / "model").exists()
-        said, _ = process.communicate(timeout=SECONDS)
+        said, _ = process.communicate(timeout=HANG)
     assert process.returncode == 0
     first, last = said.splitlines()
     assert first.startswith(f"Slurm job {job} of 1 task(s) is submitted. To look: squeue -j {job};")

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from waiting import HANG
 
 from graftlens.model import smollm2 as module
 from graftlens.model.smollm2 import (
@@ -138,7 +139,7 @@ def test_the_gguf_file_is_checked(tmp_path):
 
 
 SLOW_WRITER = """
-import os, sys, time
+import os, sys
 from pathlib import Path
 from graftlens.model import smollm2 as module
 
@@ -146,17 +147,24 @@ def route(checkpoint, work):
     checkpoint.mkdir()
     (checkpoint / "config.json").write_text("{}")
     print("writing", flush=True)
-    time.sleep(float(sys.argv[2]))
+    sys.stdin.read()  # until whoever started it lets it go on
     return {"route": "wheel", "process": os.getpid()}
 
+class Lock(module.FileLock):
+    def acquire(self, *args, **kwargs):
+        print("at the lock", flush=True)
+        return super().acquire(*args, **kwargs)
+
 module._from_hub = route
+module.FileLock = Lock
 print(module.smollm2(Path(sys.argv[1])), flush=True)
 """
 
 
-def start(cache: Path, seconds: float) -> subprocess.Popen[str]:
+def start(cache: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW_WRITER, str(cache), str(seconds)],
+        [sys.executable, "-c", SLOW_WRITER, str(cache)],
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -164,12 +172,12 @@ def start(cache: Path, seconds: float) -> subprocess.Popen[str]:
 
 @pytest.mark.slow
 def test_a_killed_process_leaves_nothing_that_counts(tmp_path, monkeypatch):
-    process = start(tmp_path, 60)
+    process = start(tmp_path)
     assert process.stdout is not None
+    assert process.stdout.readline() == "at the lock\n"
     assert process.stdout.readline() == "writing\n"
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    process.stdout.close()
+    process.communicate()
     assert not (tmp_path / FOLDER).exists()
     assert len(visible(tmp_path)) == 1
     monkeypatch.setattr(module, "_from_hub", fake_route("hub", []))
@@ -179,9 +187,14 @@ def test_a_killed_process_leaves_nothing_that_counts(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_of_two_processes_at_once_one_writes(tmp_path):
-    processes = [start(tmp_path, 1), start(tmp_path, 1)]
-    said = [process.communicate(timeout=60)[0].splitlines() for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
+    processes = [start(tmp_path), start(tmp_path)]
+    for process in processes:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "at the lock\n"
+    for process in processes:
+        process.stdin.close()
+    said = [process.stdout.read().splitlines() for process in processes]
+    assert [process.wait(HANG) for process in processes] == [0, 0]
     assert sorted(len(lines) for lines in said) == [1, 2]
     writer = processes[0 if len(said[0]) == 2 else 1]
     provenance = json.loads((tmp_path / FOLDER / "provenance.json").read_text())

@@ -7,6 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from waiting import HANG
+
+from graftlens import engines
+
 
 def write(path: Path, text: str = "done") -> None:
     print(f"writing {path.name}")
@@ -26,9 +30,10 @@ def fail(message: str) -> None:
 
 def wait_long(path: Path) -> None:
     """Leave one mark at the start and another at the end, which comes early at an interruption."""
-    path.write_text(str(os.getpid()))
+    engines.GRACE = 2 * HANG  # a busy machine may take its time to write the other mark
     try:
-        time.sleep(120)
+        path.write_text(str(os.getpid()))
+        time.sleep(HANG)
     finally:
         path.with_suffix(".ended").write_text("ended")
 
@@ -38,7 +43,7 @@ def need_turns(path: Path, turns: int) -> None:
     with path.open("a") as file:
         file.write("turn\n")
     if len(path.read_text().splitlines()) < turns:
-        time.sleep(120)
+        time.sleep(HANG)
 
 
 def threads(path: Path) -> None:
