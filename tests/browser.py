@@ -33,7 +33,10 @@ def chromium() -> str:
     for name in (os.environ.get("BROWSER_PATH"), *NAMES):
         if name and (found := shutil.which(name)):
             return found
-    pytest.skip(f"no Chromium: none of {', '.join(NAMES)} is in PATH, and BROWSER_PATH is not set")
+    pytest.skip(
+        f"no Chromium: none of {', '.join(NAMES)} is in PATH, and BROWSER_PATH is not set. Install "
+        "one (Debian: apt-get install chromium)"
+    )
 
 
 def ask(page: Path, script: str, folder: Path, *, width: int = 1200, height: int = 3000):

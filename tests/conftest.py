@@ -14,6 +14,8 @@ from transformers.utils import logging
 
 from graftlens.model.grafted import GraftedTransformer
 
+pytest_plugins = ["progress"]
+
 
 @dataclass(frozen=True)
 class Tiny:

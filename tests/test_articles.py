@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from needs import needs
 from pydantic import ValidationError
 from toytokenizers import TOKENIZERS
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -734,7 +735,7 @@ class Server(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     """(address, requests so far) of a server on this machine."""
-    pytest.importorskip("openai", reason="the extra llm is not installed")
+    needs("openai")
     for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.lower(), raising=False)

@@ -12,8 +12,10 @@ from pathlib import Path
 import jaxtyping
 import pytest
 import torch
+import transformers
 from datasets import Dataset, DatasetDict
 from filelock import FileLock
+from needs import needs
 from pydantic import ValidationError
 from safetensors.torch import load_file
 from waiting import HANG
@@ -28,8 +30,6 @@ from graftlens.finetune import (
     finetune,
     perplexity,
 )
-
-transformers = pytest.importorskip("transformers")
 
 
 def texts(count: int = 12) -> list[str]:
@@ -561,7 +561,7 @@ def test_an_unknown_family_cannot_be_frozen(tiny, tmp_path):
 
 
 def test_adapters_are_not_put_on_frozen_parts(tiny, tmp_path):
-    pytest.importorskip("peft")
+    needs("peft")
     settings = {"freeze": ("embed",), "lora": LoraSettings(rank=2, target_modules=("wte",))}
     with pytest.raises(ValueError, match=r"lora\.target_modules names 'wte', which freeze=\['emb"):
         run(recipe(tiny, tmp_path / "run", **settings), model=untied(tiny))
@@ -575,7 +575,7 @@ def test_adapters_are_not_put_on_frozen_parts(tiny, tmp_path):
 
 @pytest.mark.parametrize(("target", "other"), [("lm_head", "transformer.wte"), ("wte", "lm_head")])
 def test_adapters_are_not_put_on_tied_weights(target, other, tiny, tmp_path):
-    pytest.importorskip("peft")
+    needs("peft")
     settings = {"lora": LoraSettings(rank=2, target_modules=("c_attn", target))}
     message = rf"target_modules names '{target}', whose weight is also that of {other} \(tied weig"
     with pytest.raises(ValueError, match=message):
@@ -584,7 +584,7 @@ def test_adapters_are_not_put_on_tied_weights(target, other, tiny, tmp_path):
 
 
 def test_adapters_on_an_unembedding_of_its_own_are_saved_merged(tiny, tmp_path):
-    pytest.importorskip("peft")
+    needs("peft")
     settings = {"lora": LoraSettings(rank=2, target_modules=("lm_head",)), "learning_rate": 3e-2}
     result = run(recipe(tiny, tmp_path / "run", **settings), model=untied(tiny))
     saved = transformers.AutoModelForCausalLM.from_pretrained(result.folder)
@@ -862,7 +862,7 @@ def test_autocast_keeps_float32_weights(tiny, tmp_path):
 
 
 def test_adapters_are_saved_merged(tiny, tmp_path):
-    pytest.importorskip("peft")
+    needs("peft")
     lora = LoraSettings(rank=2, target_modules=("c_attn",))
     result = run(recipe(tiny, tmp_path / "run", lora=lora))
     base, merged = load_file(tiny / "model.safetensors"), weights(result)
@@ -874,7 +874,7 @@ def test_adapters_are_saved_merged(tiny, tmp_path):
 
 
 def test_adapters_too_are_resumed_exactly(tiny, tmp_path, monkeypatch):
-    pytest.importorskip("peft")
+    needs("peft")
     lora = LoraSettings(rank=2, dropout=0.2, target_modules=("c_attn",))
     whole = run(recipe(tiny, tmp_path / "whole", lora=lora))
     original, calls = transformers.Trainer.training_step, []
@@ -892,7 +892,7 @@ def test_adapters_too_are_resumed_exactly(tiny, tmp_path, monkeypatch):
 
 
 def test_adapters_are_merged_into_each_kept_epoch_and_go_on_as_they_were(tiny, tmp_path):
-    pytest.importorskip("peft")
+    needs("peft")
     lora = LoraSettings(rank=2, dropout=0.2, target_modules=("c_attn",))
     settings = {"lora": lora, "learning_rate": 2e-2}
     plain = run(recipe(tiny, tmp_path / "plain", **settings))

@@ -19,6 +19,7 @@ import toytasks
 import yaml
 from datasets import Dataset
 from filelock import FileLock
+from needs import needs
 from slurm import UnavailableError, slurm
 from sweeps import assert_equal_tables, checkpoints, read_whole
 from sweeps import config as sweep_config
@@ -287,7 +288,7 @@ def test_a_missing_submitit_is_named_with_its_extra(
 def test_a_machine_without_slurm_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("submitit")
+    needs("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(EngineError, match="there is no Slurm here: srun, sbatch and squeue are"):
         submit(print, tasks=1, folder=tmp_path)
@@ -300,7 +301,7 @@ def test_a_machine_without_slurm_is_told_of(
 def test_an_array_whose_tasks_end_well_are_killed_and_fail(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("submitit")
+    needs("submitit")
     monkeypatch.setattr("graftlens.engines.LATE", 1.0)
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     cases = {
@@ -331,7 +332,7 @@ def test_an_array_whose_tasks_end_well_are_killed_and_fail(
 
 @pytest.mark.slow
 def test_an_interrupted_task_is_run_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("submitit")
+    needs("submitit")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     turns = tmp_path / "turns"
     array = submit(

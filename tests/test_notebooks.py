@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 import pytest
 from browser import chromium
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from needs import needs
 from tinybase import FACTS, tiny_base
 
 from graftlens.data import MoviesConfig, make_dataset
@@ -233,7 +234,7 @@ def test_tidying_keeps_a_picture_and_drops_what_differs_between_runs() -> None:
 def test_figures_and_pages_become_pictures() -> None:
     """Plotly's bundle and a page in a frame are PNGs afterwards, the same ones every time."""
     chromium()
-    image = pytest.importorskip("PIL.Image")
+    image = needs("PIL.Image")
     figure = go.Figure(go.Bar(x=["FE", "LT"], y=[0.1, 0.5])).to_plotly_json()
     framed = (
         f'<iframe srcdoc="&lt;body style=&quot;background:#f00&quot;&gt;{"x" * 60_000}"></iframe>'
@@ -260,7 +261,7 @@ def test_figures_and_pages_become_pictures() -> None:
 
 def test_rare_colours_survive_in_small_pictures() -> None:
     """Choosing colours by how often they occur had merged the marks of two runs into one."""
-    image = pytest.importorskip("PIL.Image")
+    image = needs("PIL.Image")
     shades = [(x, x, y) for y in range(200, 256) for x in range(100, 256)]
     picture = image.new("RGB", (156, 56))
     picture.putdata(shades)

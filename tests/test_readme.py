@@ -133,7 +133,7 @@ def test_nothing_tracked_is_large() -> None:
         ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     if listed.returncode:
-        pytest.skip("not a git checkout")
+        pytest.skip("this is not a git checkout: clone the repository to run it")
     for name in filter(None, listed.stdout.split("\0")):
         file = ROOT / name
         assert not file.exists() or file.stat().st_size < 1_000_000, name

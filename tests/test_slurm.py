@@ -16,13 +16,12 @@ import pytest
 import torch
 import yaml
 from filelock import FileLock
+from needs import needs
 from slurm import Slurm, UnavailableError, slurm
 from sweeps import assert_equal_tables, checkpoints, read_whole, unfinished_files
 from sweeps import config as sweep_config
 from toytasks import die, need_turns, threads
 from waiting import HANG, until
-
-pytest.importorskip("submitit")
 
 from safetensors.torch import load_file
 
@@ -30,6 +29,8 @@ from graftlens.engines import Array, EngineError, Task, submit
 from graftlens.finetune import FinetuneRun, finetune_run
 from graftlens.sweep.launch import launch_local, launch_slurm, shards_done
 from graftlens.sweep.runner import is_done, prepare_sweep
+
+needs("submitit")
 
 pytestmark = pytest.mark.slow
 

@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browser import ask, chromium
+from needs import needs
 from test_report import Page
 
 from graftlens.viz import attention, theme
@@ -684,7 +685,7 @@ def rgb(color):
 
 
 def test_a_picture_of_the_page(written, data, tmp_path, monkeypatch):
-    pytest.importorskip("choreographer")
+    needs("choreographer")
     monkeypatch.setenv("BROWSER_PATH", chromium())
     one = screenshot(written, tmp_path / "one.png", width=500, height=300, scale=2)
     assert picture(one) == (1000, 600, rgb(theme.LIGHT.surface))

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from browser import ask, chromium
+from needs import needs
 from summaries import positions, site_map
 
 from graftlens.folder import write_whole
@@ -131,7 +132,7 @@ def test_a_figures_page_is_alone_and_draws(tmp_path):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    pytest.importorskip("kaleido", reason="kaleido is not installed (extra `plots`)")
+    needs("kaleido")
     chromium()
     folder = tmp_path_factory.mktemp("pictures")
     figure = bars.grouped_bars(positions(templates=("a", "b")))
@@ -184,7 +185,7 @@ def test_without_kaleido_pictures_are_skipped_with_the_reason(tmp_path, monkeypa
 
 
 def test_without_a_browser_pictures_are_skipped_with_the_reason(tmp_path, monkeypatch):
-    pytest.importorskip("kaleido", reason="kaleido is not installed (extra `plots`)")
+    needs("kaleido")
     monkeypatch.setenv("BROWSER_PATH", str(tmp_path / "no-such-browser"))
     from choreographer.browsers.chromium import Chromium
 
@@ -196,7 +197,7 @@ def test_without_a_browser_pictures_are_skipped_with_the_reason(tmp_path, monkey
 
 
 def test_a_browser_that_dies_is_a_reason_and_no_error(tmp_path, monkeypatch):
-    pytest.importorskip("kaleido", reason="kaleido is not installed (extra `plots`)")
+    needs("kaleido")
     broken = tmp_path / "broken-browser"
     broken.write_text("#!/bin/sh\nexit 3\n")
     broken.chmod(0o755)

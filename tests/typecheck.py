@@ -1,8 +1,8 @@
 """What holds annotations against values in tests: beartype, asked once for each function's text.
 
-jaxtyping wraps a function each time its `def` runs, so one inside another is compiled by beartype at
-each call of the outer one: 40 % of the time of some tests. jaxtyping gives the checker a function
-without a body, which is the same for every such `def`.
+jaxtyping wraps a function each time its `def` runs, so one inside another is compiled by beartype
+at each call of the outer one: 40 % of the time of some tests. jaxtyping gives the checker a
+function without a body, which is the same for every such `def`.
 """
 
 import inspect
