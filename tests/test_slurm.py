@@ -17,13 +17,12 @@ import torch
 import yaml
 from filelock import FileLock
 from needs import needs
+from safetensors.torch import load_file
 from slurm import Slurm, UnavailableError, slurm
 from sweeps import assert_equal_tables, checkpoints, read_whole, unfinished_files
 from sweeps import config as sweep_config
 from toytasks import die, need_turns, threads
 from waiting import HANG, until
-
-from safetensors.torch import load_file
 
 from graftlens.engines import Array, EngineError, Task, submit
 from graftlens.finetune import FinetuneRun, finetune_run
