@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from graftlens.prompts import PromptError, Tokenized
+from graftlens.prompts import Prompt, PromptError, Tokenized
 
 Padding = Literal["left", "right"]
 
@@ -63,6 +63,10 @@ class Batch:
     def last_columns(self) -> tuple[int, ...]:
         """Per row, the column of the prompt's own last token."""
         return tuple(s + len(p) - 1 for s, p in zip(self.starts, self.prompts, strict=True))
+
+
+#: What a run can be given: token tensors, texts, prompts, or a batch made of them.
+Input = Int[Tensor, "batch pos"] | Int[Tensor, " pos"] | str | Prompt | Sequence[Any] | Batch
 
 
 def collate(
