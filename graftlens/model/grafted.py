@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -41,7 +42,7 @@ from graftlens.model.forward import (
 from graftlens.model.generation import Generation
 from graftlens.model.inputs import Batch, Input, Padding
 from graftlens.model.mask import GraftLike, GraftMask, Selection, plain, resolve, uniform_source
-from graftlens.model.reading import Reading
+from graftlens.model.reading import Reading, tell, whole
 from graftlens.model.tree import TreeBatch, TreeShape
 from graftlens.model.weights import Sourced, Weights, equal_sources
 
@@ -96,7 +97,8 @@ class GraftedConfig:
     final_rms: bool = False
     attention_dir: str = "causal"
     ungroup_grouped_query_attention: bool = False
-    default_prepend_bos: bool = False
+    #: Whether texts get a BOS token; None leaves it to the tokenizer. May be set at any time.
+    default_prepend_bos: bool | None = None
     tokenizer_name: str | None = None
 
     @property
@@ -178,8 +180,8 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         activation: nn.Module,
         tokenizer: Any = None,
         model_name: str = "",
-        end_tokens: Sequence[int] = (),
-        pad_token: int | None = None,
+        end_tokens: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        pad_token: Mapping[str, int | None] = MappingProxyType({}),
         hf_config: Any = None,
     ) -> None:
         """Put a model together from checked parts; `from_pretrained` checks them.
@@ -189,17 +191,23 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
             weights: source name -> its tensors, the base first.
             rotary: the checkpoint's own rotary module; None with learned positions.
             activation: the MLP's non-linearity.
-            tokenizer: a Hugging Face fast tokenizer, or None for token tensors only.
+            tokenizer: a Hugging Face fast tokenizer, or None for token tensors only. The model
+                pads on the right: one that pads on the left is copied. Set
+                `model.tokenizer.padding_side` for another side.
             model_name: what the config calls the model.
-            end_tokens, pad_token: token ids that end a generation and that fill up after its end,
-                as the base's own settings name them.
+            end_tokens, pad_token: source name -> token ids that end a generation, and the one that
+                fills up after its end, as the source's own settings name them.
             hf_config: the base's Hugging Face config, for checks against Hugging Face's forward.
         """
         super().__init__()
         self.hf_config = hf_config
-        self.end_tokens, self.pad_token = tuple(end_tokens), pad_token
+        self.end_tokens = {name: tuple(end_tokens.get(name, ())) for name in weights}
+        self.pad_token = {name: pad_token.get(name) for name in weights}
         self.arch = arch
         self.sources = tuple(weights)
+        if getattr(tokenizer, "padding_side", "right") != "right":
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.padding_side = "right"
         self.tokenizer = tokenizer
         # Its tables are float32 whatever the model's dtype is, so `.to` must not reach it.
         object.__setattr__(self, "rotary", copy.deepcopy(rotary))
@@ -269,11 +277,11 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         return_type: Literal["logits", "loss", "both"] | None = "logits",
         *,
         graft: GraftLike = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         prepend_bos: bool | None = None,
-        padding_side: Padding = "right",
+        padding_side: Padding | None = None,
         loss_per_token: bool = False,
-        stop_at_layer: int | None = None,
+        stop_at_layer: Any = None,
     ) -> Any:
         """One forward pass under a graft.
 
@@ -283,22 +291,32 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
                 in nats; `both`; or None.
             graft: a `Graft`, its one-line text, or a mask from `resolve`; None is the graft of the
                 surrounding `with model.grafted(…)`, else the base alone.
-            attention_mask: 1 for tokens, 0 for padding; only with token ids.
-            prepend_bos: None leaves BOS to the tokenizer.
-            padding_side: where texts of different lengths are padded.
+            attention_mask: 1 for tokens, 0 for padding; only with token ids. Without one, token
+                ids that look padded are refused: see `batch`.
+            prepend_bos: for texts; None is `model.cfg.default_prepend_bos`, which leaves BOS to the
+                tokenizer unless it is set.
+            padding_side: where texts of different lengths are padded; None is
+                `model.tokenizer.padding_side`, "right" unless it is set.
             loss_per_token: losses [batch, pos - 1] instead of their mean; padding gives 0.
-            stop_at_layer: return the residual stream [batch, pos, d_model] before this layer.
+            stop_at_layer: an integer: run `model.blocks[:stop_at_layer]` only and return the
+                residual stream [batch, pos, d_model]. 0 gives the embeddings, -1 the stream before
+                the last layer, the number of layers or more the stream after the last.
+
+        A prompt longer than the model's context runs with a warning where positions are rotary.
 
         Raises:
             PromptError: prompts that cannot be run, or a graft that selects nothing in one.
-            ValueError: a source, component, layer or head that the model lacks.
+            ValueError: a source, component, layer or head that the model lacks, or a prompt longer
+                than its learned positions.
         """
         batch = self.batch(
             input, attention_mask=attention_mask, prepend_bos=prepend_bos, padding_side=padding_side
         )
         mask = self.resolve(graft, batch)
-        resid = self._residual(batch, mask, stop_at_layer)
-        if stop_at_layer is not None:
+        self._warn_beyond_context(max(batch.totals))
+        stop = None if stop_at_layer is None else whole(stop_at_layer, "stop_at_layer")
+        resid = self._residual(batch, mask, stop)
+        if stop is not None:
             return resid
         if return_type is None:
             return None
@@ -345,11 +363,17 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         keys = batch.real if past is None else np.concatenate([past, batch.real], axis=1)
         order = AttentionOrder(keys, counts.shape[1], tokens.device)
         run = Pass(mask, self._rotary_tables(resid, positions, counts), order, cache)
-        n_layers = self.arch.n_layers
-        stop = n_layers if stop_at_layer is None else range(n_layers + 1)[stop_at_layer]
-        for block in self.blocks[:stop]:
+        for block in self.blocks[:stop_at_layer]:
             resid = block(resid, run)
         return resid
+
+    def _warn_beyond_context(self, longest: int) -> None:
+        """Rotary positions go on without end, but no source was made for them."""
+        if longest > self.arch.n_ctx and self.arch.rotary_dim:
+            tell(
+                f"{longest} tokens are more than the model's context of {self.arch.n_ctx}: what it "
+                "computes there means little. Shorten the prompt or what is generated."
+            )
 
     def _embedded(
         self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], mask: GraftMask
@@ -446,6 +470,7 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         """
         batch = self.batch(prompts)
         mask = self.resolve(graft, batch)
+        self._warn_beyond_context(max(batch.totals))
         width = batch.real.shape[1]
         rows = np.array([[i * width + c for i, cs in enumerate(columns) for c in cs]])
         resid = self._residual(batch, mask).flatten(0, 1)
@@ -495,24 +520,22 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
 
         Its head results, biases and final projections use the weights that the graft chose.
         """
-        mask = self.resolve(graft, self._as_batch(model_args, kwargs))
+        given = model_args[0] if model_args else kwargs.pop("input")
+        names = ("attention_mask", "prepend_bos", "padding_side")
+        batch = self.batch(given, **{n: kwargs.pop(n) for n in names if n in kwargs})
+        mask = self.resolve(graft, batch)
         if remove_batch_dim and mask.shape[0] != 1:
             raise ValueError(
                 f"remove_batch_dim=True with {mask.shape[0]} prompts: give one, or leave it out."
             )
         out, activations = super().run_with_cache(
-            *model_args, remove_batch_dim=remove_batch_dim, graft=mask, **kwargs
+            batch, *model_args[1:], remove_batch_dim=remove_batch_dim, graft=mask, **kwargs
         )
         if not return_cache_object:
             return out, activations
         kept = np.atleast_1d(sliced(torch.arange(mask.shape[1]), kwargs.get("pos_slice"), 0))
         mask = mask.take(None, kept)
         return out, GraftedCache(activations, self, mask, has_batch_dim=not remove_batch_dim)
-
-    def _as_batch(self, model_args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
-        given = model_args[0] if model_args else kwargs["input"]
-        names = ("attention_mask", "prepend_bos", "padding_side")
-        return self.batch(given, **{n: kwargs[n] for n in names if n in kwargs})
 
     @contextmanager
     def grafted(self, graft: GraftLike) -> Iterator["GraftedTransformer"]:
@@ -901,9 +924,6 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
 def _config(
     arch: Architecture, sources: tuple[str, ...], name: str, sample: Tensor, tokenizer: Any
 ) -> GraftedConfig:
-    adds_bos = False
-    if tokenizer is not None and tokenizer.bos_token_id is not None:
-        adds_bos = list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
     return GraftedConfig(
         model_name=name,
         n_layers=arch.n_layers,
@@ -928,7 +948,6 @@ def _config(
         dtype=sample.dtype,
         device=sample.device,
         sources=sources,
-        default_prepend_bos=adds_bos,
         tokenizer_name=getattr(tokenizer, "name_or_path", None),
     )
 
