@@ -31,7 +31,7 @@ class Generation:
         top_k: int | None = None,
         generator: torch.Generator | None = None,
         stop_at_eos: bool = True,
-        eos_token_id: int | Sequence[int] | None = None,
+        eos_token_id: int | Sequence[Any] | Tensor | None = None,
         prepend_bos: bool | None = None,
         return_type: Literal["input", "str", "tokens"] = "input",
         new_only: bool = False,
@@ -86,7 +86,7 @@ class Generation:
         given = self.batch(input, attention_mask=attention_mask, prepend_bos=prepend_bos)
         batch = _left_padded(given, self._pad_id())
         longest = max(batch.totals)
-        self._warn_beyond_context(longest)
+        self.warn_beyond_context(longest)
 
         # Where rotary tables change with the length, keys that are kept would be out of date.
         limit = self.arch.rope_limit
@@ -115,7 +115,7 @@ class Generation:
             if step == max_new_tokens - 1 or (enders and bool(done.all())):
                 break
             if longest + step == self.arch.n_ctx:
-                self._warn_beyond_context(longest + step + 1)
+                self.warn_beyond_context(longest + step + 1)
             if cache is None:
                 grown = Batch(
                     tokens, real, batch.prompts, batch.starts, tuple(real.sum(1).tolist())
@@ -160,11 +160,14 @@ class Generation:
         return str(self.to_string([*added]))
 
     def _ends(
-        self: Any, given: int | Sequence[int] | None, row_sources: Sequence[Sequence[str]]
+        self: Any,
+        given: int | Sequence[Any] | Tensor | None,
+        row_sources: Sequence[Sequence[str]],
     ) -> list[tuple[int, ...]]:
         """The tokens that end each row."""
         if given is not None:
-            listed = [given] if isinstance(given, int) else given
+            given = given.flatten().tolist() if isinstance(given, Tensor) else given
+            listed = given if isinstance(given, Sequence) else [given]
             return [tuple(whole(end, "eos_token_id") for end in listed)] * len(row_sources)
         known = getattr(self.tokenizer, "eos_token_id", None)
         usual = () if known is None else (int(known),)

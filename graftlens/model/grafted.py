@@ -313,7 +313,7 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
             input, attention_mask=attention_mask, prepend_bos=prepend_bos, padding_side=padding_side
         )
         mask = self.resolve(graft, batch)
-        self._warn_beyond_context(max(batch.totals))
+        self.warn_beyond_context(max(batch.totals))
         stop = None if stop_at_layer is None else whole(stop_at_layer, "stop_at_layer")
         resid = self._residual(batch, mask, stop)
         if stop is not None:
@@ -367,7 +367,7 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
             resid = block(resid, run)
         return resid
 
-    def _warn_beyond_context(self, longest: int) -> None:
+    def warn_beyond_context(self, longest: int) -> None:
         """Rotary positions go on without end, but no source was made for them."""
         if longest > self.arch.n_ctx and self.arch.rotary_dim:
             tell(
@@ -470,7 +470,7 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         """
         batch = self.batch(prompts)
         mask = self.resolve(graft, batch)
-        self._warn_beyond_context(max(batch.totals))
+        self.warn_beyond_context(max(batch.totals))
         width = batch.real.shape[1]
         rows = np.array([[i * width + c for i, cs in enumerate(columns) for c in cs]])
         resid = self._residual(batch, mask).flatten(0, 1)

@@ -16,7 +16,7 @@ from graftlens.model.inputs import Batch, Input, Padding, collate, from_tokens
 from graftlens.prompts import Prompt, Tokenized, doubled_bos, encode, tokenize
 
 #: Whose lines a warning does not point at.
-_PASSED_ON = ("graftlens", "torch", "transformer_lens", "contextlib")
+_PASSED_ON = ("graftlens", "torch", "transformer_lens", "contextlib", "jaxtyping")
 
 
 def tell(note: str) -> None:
