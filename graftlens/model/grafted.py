@@ -247,7 +247,9 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         Args:
             sources: name -> hub id, checkpoint folder, PEFT adapter folder, transformers model,
                 `TransformerBridge` or (TransformerLens 3.9) `HookedTransformer`.
-            tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own.
+            tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own. The
+                model's pads on the right whatever it was saved with; set
+                `model.tokenizer.padding_side` to pad elsewhere.
             device: the GPU where there is one, else the CPU, unless given.
             dtype: float32 on the CPU and the checkpoints' own dtype on a GPU, unless given.
             check: hold each source's logits against its own model's, and the tokenizers against
@@ -372,7 +374,7 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         if longest > self.arch.n_ctx and self.arch.rotary_dim:
             tell(
                 f"{longest} tokens are more than the model's context of {self.arch.n_ctx}: what it "
-                "computes there means little. Shorten the prompt or what is generated."
+                "computes beyond may mean little. Shorten the prompt or what is generated."
             )
 
     def _embedded(
