@@ -53,7 +53,7 @@ def dashboard(
         full: the run that counts as SFT, if it is not the source `sft` or the only one.
         title: of the page.
         top_k: how many of the likeliest tokens the logit lens shows.
-        prepend_bos: None leaves BOS to the tokenizer.
+        prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
 
     Example:
         >>> view = dashboard(model, prompt, {"FE+LT": "sft @ first_entity + last"})

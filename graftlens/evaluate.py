@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 
 from graftlens.graft import Graft, Grafts, named_grafts
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.prompts import Prompt
+from graftlens.prompts import Prompt, doubled_bos
 from graftlens.sweep.scoring import COLUMNS, Scorer, joined_answers
 
 __all__ = ["COLUMNS", "evaluate", "position_grafts"]
@@ -72,7 +72,7 @@ def evaluate(
         answers: measure the log-probability of the whole answer, or its first token only
             (cheaper; `answer_logprob` is NA then).
         distractors: likewise, where `"whole"` fills `distractor_logprobs`.
-        prepend_bos: None leaves BOS to the tokenizer.
+        prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
         row_budget: token rows a forward pass at most; None measures free memory.
         progress: whether to show a progress bar.
 
@@ -107,7 +107,8 @@ def evaluate(
 
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer, so prompts cannot be run. Load one with it.")
-    if note := joined_answers(prompts):
+    bos = doubled_bos(prompts, model.tokenizer, model.prepends_bos(prepend_bos))
+    for note in filter(None, (joined_answers(prompts), bos)):
         warnings.warn(note, stacklevel=2)
     scorer = Scorer(
         model,

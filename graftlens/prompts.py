@@ -54,7 +54,7 @@ class Prompt:
 
     Raises:
         ValueError: a field that is missing, empty, or named like a standard span; a malformed
-            template; an empty answer or distractor.
+            template; an empty answer or distractor; a text that holds half of a character.
     """
 
     template: str
@@ -88,6 +88,12 @@ class Prompt:
                 raise ValueError(
                     f"{what}={text!r}: write a text that is not empty, or leave it out."
                 )
+        named = [("template", self.template), ("name", self.name), ("answer", self.answer)]
+        named += [("distractor", text) for text in self.distractors]
+        named += [(f"field {key!r}:", value) for key, value in self.fields.items()]
+        for what, text in named:
+            if isinstance(text, str) and (half := lone_surrogate(text)):
+                raise ValueError(f"{what} {half}")
         if not self.text:
             raise ValueError(
                 "template='' gives an empty prompt. Write a text of one token or more."
@@ -184,6 +190,20 @@ def _standard(length: int) -> dict[str, tuple[tuple[int, ...], ...]]:
     return {"bos": ((0,),), "last": ((length - 1,),), "all": (tuple(range(length)),)}
 
 
+def lone_surrogate(text: str) -> str | None:
+    """What is wrong with a text that holds half of a surrogate pair, which is no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = error.start
+        return (
+            f"{text[max(0, place - 20) : place + 21]!r} holds U+{ord(text[place]):X} at character "
+            f"{place}: half of a surrogate pair, which is not a character. Read the text again in "
+            "its right encoding, or leave it out."
+        )
+    return None
+
+
 def encode(
     text: str, tokenizer: Any, prepend_bos: bool | None = None
 ) -> tuple[list[int], list[tuple[int, int]]]:
@@ -196,8 +216,11 @@ def encode(
             the tokenizer appends is left out: the prompt is to be continued.
 
     Raises:
-        PromptError: a tokenizer without character offsets, or without a BOS token to prepend.
+        PromptError: a tokenizer without character offsets, or without a BOS token to prepend; a
+            text that holds half of a character.
     """
+    if half := lone_surrogate(text):
+        raise PromptError(f"the text {half}")
     if not getattr(tokenizer, "is_fast", False):
         raise PromptError(
             f"{type(tokenizer).__name__} gives no character offsets, so spans cannot be found. "
@@ -220,6 +243,33 @@ def encode(
             ids.insert(0, tokenizer.bos_token_id)
             offsets.insert(0, (0, 0))
     return ids, offsets
+
+
+def doubled_bos(
+    prompts: Sequence[Any], tokenizer: Any, prepend_bos: bool | None = None
+) -> str | None:
+    """A note on texts that begin with the BOS token and get another one put before it.
+
+    Args:
+        prompts: texts and `Prompt`s; anything else is passed over.
+        tokenizer: a Hugging Face fast tokenizer, or None.
+        prepend_bos: None leaves BOS to the tokenizer, True and False force it.
+    """
+    bos = getattr(tokenizer, "bos_token", None) or ""
+    texts = [p.text if isinstance(p, Prompt) else p if isinstance(p, str) else "" for p in prompts]
+    numbers = [i for i, text in enumerate(texts) if bos and text.lstrip().startswith(bos)]
+    if not numbers or not getattr(tokenizer, "is_fast", False):
+        return None
+    first = texts[numbers[0]]
+    ids, _ = encode(first, tokenizer, prepend_bos)
+    if ids.count(tokenizer.bos_token_id) <= first.count(bos):
+        return None
+    more = f" (And {len(numbers) - 1} prompts more.)" if len(numbers) > 1 else ""
+    return (
+        f"prompt {numbers[0]} begins with the BOS token {bos!r}, and another one is put before it: "
+        "the model reads both. Pass prepend_bos=False where the text brings its own, or leave it "
+        f"out of the text.{more}"
+    )
 
 
 def tokenize(prompt: "Prompt | str", tokenizer: Any, prepend_bos: bool | None = None) -> Tokenized:

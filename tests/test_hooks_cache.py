@@ -802,6 +802,6 @@ def test_stopping_at_a_layer_gives_what_enters_it(tiny: MakeTiny, variant: str) 
     tokens = _ids()
     _, hidden = sequential_graft(t.sources, tokens, _mixed, hidden=True)
     n = t.model.arch.n_layers
-    for stop, index in [(0, 0), (1, 1), (n, n), (-1, n)]:
+    for stop, index in [(0, 0), (1, 1), (n, n), (-1, n - 1), (-n, 0), (-99, 0), (99, n)]:
         ours = t.model(torch.tensor([tokens]), graft=MIXED, stop_at_layer=stop)
         _close(ours[0], hidden[index])

@@ -67,7 +67,7 @@ def attribution(
             or the mean logit of the prompt's `distractors` (first tokens, other than the answer's).
             None is the logit itself.
         full: the run that counts as SFT, as in `logit_lens`.
-        prepend_bos: None leaves BOS to the tokenizer.
+        prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
 
     Returns:
         One row per prompt, graft, position and part, with `part` (`embed`, `pos_embed`, `layer`,

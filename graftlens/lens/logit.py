@@ -59,7 +59,7 @@ def logit_lens(
         full: the run that counts as SFT and that `kl_full` is measured against: a graft, the name
             of one of `grafts`, or a finetuned source's name; needed where there are several
             finetuned sources, none called `sft`.
-        prepend_bos: None leaves BOS to the tokenizer.
+        prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
 
     Returns:
         One row per prompt, graft, layer and position: `prompt` (its number), `graft`, `rule`,

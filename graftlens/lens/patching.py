@@ -67,7 +67,7 @@ def patched(
         model: the model.
         prompts: the prompts that are run inside; anything that `model` runs.
         graft: where to patch, and from which source: a graft, its text, or a mask.
-        prepend_bos: None leaves BOS to the tokenizer.
+        prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
 
     Example:
         >>> with patched(model, prompt, "sft @ first_entity : mlp : 8-15"):
@@ -145,7 +145,7 @@ def patching(
         grafts: name -> graft, or grafts that go by their texts; PRE and SFT are always among them.
         top_k: how many of the likeliest tokens to keep.
         full: the run that counts as SFT, as in `logit_lens`.
-        prepend_bos: None leaves BOS to the tokenizer.
+        prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
 
     Returns:
         One row per prompt and run, with `evaluate`'s columns of the answer's first token and `how`

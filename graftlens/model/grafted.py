@@ -2,10 +2,11 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -38,19 +39,17 @@ from graftlens.model.forward import (
     per_head_out,
     per_row,
 )
-from graftlens.model.inputs import Batch, Padding, collate, from_tokens
-from graftlens.model.mask import GraftMask, Selection, plain, resolve, uniform_source
+from graftlens.model.generation import Generation
+from graftlens.model.inputs import Batch, Input, Padding
+from graftlens.model.mask import GraftLike, GraftMask, Selection, plain, resolve, uniform_source
+from graftlens.model.reading import Reading, tell, whole
 from graftlens.model.tree import TreeBatch, TreeShape
 from graftlens.model.weights import Sourced, Weights, equal_sources
-from graftlens.prompts import Prompt, Tokenized, encode, tokenize
+
+__all__ = ["GraftLike", "GraftedConfig", "GraftedTransformer", "Input"]
 
 C = Component
 T = TypeVar("T")
-
-#: What a run can be given: token tensors, texts, prompts, or a batch made of them.
-Input = Int[Tensor, "batch pos"] | Int[Tensor, " pos"] | str | Prompt | Sequence[Any] | Batch
-#: What says which weights run: a graft, its one-line text, a resolved mask, or nothing (the base).
-GraftLike = Graft | GraftMask | str | None
 
 #: hook -> the flag that makes it fire; HookedTransformer leaves these off to save memory.
 _FLAGGED = {
@@ -98,7 +97,8 @@ class GraftedConfig:
     final_rms: bool = False
     attention_dir: str = "causal"
     ungroup_grouped_query_attention: bool = False
-    default_prepend_bos: bool = False
+    #: Whether texts get a BOS token; None leaves it to the tokenizer. May be set at any time.
+    default_prepend_bos: bool | None = None
     tokenizer_name: str | None = None
 
     @property
@@ -160,7 +160,7 @@ class _Unembed(nn.Module):
         return self.linear.bias_or_zeros(self.owner.active.source(C.UNEMBED, None))
 
 
-class GraftedTransformer(HookedRootModule):
+class GraftedTransformer(Reading, Generation, HookedRootModule):
     """A language model in several sources (PRE, SFT, …), run under a graft.
 
     Hooks, caches and shapes are HookedTransformer's; the weights have a leading source axis
@@ -180,8 +180,8 @@ class GraftedTransformer(HookedRootModule):
         activation: nn.Module,
         tokenizer: Any = None,
         model_name: str = "",
-        end_tokens: Sequence[int] = (),
-        pad_token: int | None = None,
+        end_tokens: Mapping[str, Sequence[int]] = MappingProxyType({}),
+        pad_token: Mapping[str, int | None] = MappingProxyType({}),
         hf_config: Any = None,
     ) -> None:
         """Put a model together from checked parts; `from_pretrained` checks them.
@@ -191,17 +191,23 @@ class GraftedTransformer(HookedRootModule):
             weights: source name -> its tensors, the base first.
             rotary: the checkpoint's own rotary module; None with learned positions.
             activation: the MLP's non-linearity.
-            tokenizer: a Hugging Face fast tokenizer, or None for token tensors only.
+            tokenizer: a Hugging Face fast tokenizer, or None for token tensors only. The model
+                pads on the right: one that pads on the left is copied. Set
+                `model.tokenizer.padding_side` for another side.
             model_name: what the config calls the model.
-            end_tokens, pad_token: token ids that end a generation and that fill up after its end,
-                as the base's own settings name them.
+            end_tokens, pad_token: source name -> token ids that end a generation, and the one that
+                fills up after its end, as the source's own settings name them.
             hf_config: the base's Hugging Face config, for checks against Hugging Face's forward.
         """
         super().__init__()
         self.hf_config = hf_config
-        self.end_tokens, self.pad_token = tuple(end_tokens), pad_token
+        self.end_tokens = {name: tuple(end_tokens.get(name, ())) for name in weights}
+        self.pad_token = {name: pad_token.get(name) for name in weights}
         self.arch = arch
         self.sources = tuple(weights)
+        if getattr(tokenizer, "padding_side", "right") != "right":
+            tokenizer = copy.copy(tokenizer)
+            tokenizer.padding_side = "right"
         self.tokenizer = tokenizer
         # Its tables are float32 whatever the model's dtype is, so `.to` must not reach it.
         object.__setattr__(self, "rotary", copy.deepcopy(rotary))
@@ -241,7 +247,9 @@ class GraftedTransformer(HookedRootModule):
         Args:
             sources: name -> hub id, checkpoint folder, PEFT adapter folder, transformers model,
                 `TransformerBridge` or (TransformerLens 3.9) `HookedTransformer`.
-            tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own.
+            tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own. The
+                model's pads on the right whatever it was saved with; set
+                `model.tokenizer.padding_side` to pad elsewhere.
             device: the GPU where there is one, else the CPU, unless given.
             dtype: float32 on the CPU and the checkpoints' own dtype on a GPU, unless given.
             check: hold each source's logits against its own model's, and the tokenizers against
@@ -271,11 +279,11 @@ class GraftedTransformer(HookedRootModule):
         return_type: Literal["logits", "loss", "both"] | None = "logits",
         *,
         graft: GraftLike = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Any = None,
         prepend_bos: bool | None = None,
-        padding_side: Padding = "right",
+        padding_side: Padding | None = None,
         loss_per_token: bool = False,
-        stop_at_layer: int | None = None,
+        stop_at_layer: Any = None,
     ) -> Any:
         """One forward pass under a graft.
 
@@ -285,22 +293,32 @@ class GraftedTransformer(HookedRootModule):
                 in nats; `both`; or None.
             graft: a `Graft`, its one-line text, or a mask from `resolve`; None is the graft of the
                 surrounding `with model.grafted(…)`, else the base alone.
-            attention_mask: 1 for tokens, 0 for padding; only with token ids.
-            prepend_bos: None leaves BOS to the tokenizer.
-            padding_side: where texts of different lengths are padded.
+            attention_mask: 1 for tokens, 0 for padding; only with token ids. Without one, token
+                ids that look padded are refused: see `batch`.
+            prepend_bos: for texts; None is `model.cfg.default_prepend_bos`, which leaves BOS to the
+                tokenizer unless it is set.
+            padding_side: where texts of different lengths are padded; None is
+                `model.tokenizer.padding_side`, "right" unless it is set.
             loss_per_token: losses [batch, pos - 1] instead of their mean; padding gives 0.
-            stop_at_layer: return the residual stream [batch, pos, d_model] before this layer.
+            stop_at_layer: an integer: run `model.blocks[:stop_at_layer]` only and return the
+                residual stream [batch, pos, d_model]. 0 gives the embeddings, -1 the stream before
+                the last layer, the number of layers or more the stream after the last.
+
+        A prompt longer than the model's context runs with a warning where positions are rotary.
 
         Raises:
             PromptError: prompts that cannot be run, or a graft that selects nothing in one.
-            ValueError: a source, component, layer or head that the model lacks.
+            ValueError: a source, component, layer or head that the model lacks, or a prompt longer
+                than its learned positions.
         """
         batch = self.batch(
             input, attention_mask=attention_mask, prepend_bos=prepend_bos, padding_side=padding_side
         )
         mask = self.resolve(graft, batch)
-        resid = self._residual(batch, mask, stop_at_layer)
-        if stop_at_layer is not None:
+        self.warn_beyond_context(max(batch.totals))
+        stop = None if stop_at_layer is None else whole(stop_at_layer, "stop_at_layer")
+        resid = self._residual(batch, mask, stop)
+        if stop is not None:
             return resid
         if return_type is None:
             return None
@@ -347,11 +365,17 @@ class GraftedTransformer(HookedRootModule):
         keys = batch.real if past is None else np.concatenate([past, batch.real], axis=1)
         order = AttentionOrder(keys, counts.shape[1], tokens.device)
         run = Pass(mask, self._rotary_tables(resid, positions, counts), order, cache)
-        n_layers = self.arch.n_layers
-        stop = n_layers if stop_at_layer is None else range(n_layers + 1)[stop_at_layer]
-        for block in self.blocks[:stop]:
+        for block in self.blocks[:stop_at_layer]:
             resid = block(resid, run)
         return resid
+
+    def warn_beyond_context(self, longest: int) -> None:
+        """Rotary positions go on without end, but no source was made for them."""
+        if longest > self.arch.n_ctx and self.arch.rotary_dim:
+            tell(
+                f"{longest} tokens are more than the model's context of {self.arch.n_ctx}: what it "
+                "computes beyond may mean little. Shorten the prompt or what is generated."
+            )
 
     def _embedded(
         self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], mask: GraftMask
@@ -448,6 +472,7 @@ class GraftedTransformer(HookedRootModule):
         """
         batch = self.batch(prompts)
         mask = self.resolve(graft, batch)
+        self.warn_beyond_context(max(batch.totals))
         width = batch.real.shape[1]
         rows = np.array([[i * width + c for i, cs in enumerate(columns) for c in cs]])
         resid = self._residual(batch, mask).flatten(0, 1)
@@ -497,24 +522,22 @@ class GraftedTransformer(HookedRootModule):
 
         Its head results, biases and final projections use the weights that the graft chose.
         """
-        mask = self.resolve(graft, self._as_batch(model_args, kwargs))
+        given = model_args[0] if model_args else kwargs.pop("input")
+        names = ("attention_mask", "prepend_bos", "padding_side")
+        batch = self.batch(given, **{n: kwargs.pop(n) for n in names if n in kwargs})
+        mask = self.resolve(graft, batch)
         if remove_batch_dim and mask.shape[0] != 1:
             raise ValueError(
                 f"remove_batch_dim=True with {mask.shape[0]} prompts: give one, or leave it out."
             )
         out, activations = super().run_with_cache(
-            *model_args, remove_batch_dim=remove_batch_dim, graft=mask, **kwargs
+            batch, *model_args[1:], remove_batch_dim=remove_batch_dim, graft=mask, **kwargs
         )
         if not return_cache_object:
             return out, activations
         kept = np.atleast_1d(sliced(torch.arange(mask.shape[1]), kwargs.get("pos_slice"), 0))
         mask = mask.take(None, kept)
         return out, GraftedCache(activations, self, mask, has_batch_dim=not remove_batch_dim)
-
-    def _as_batch(self, model_args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Batch:
-        given = model_args[0] if model_args else kwargs["input"]
-        names = ("attention_mask", "prepend_bos", "padding_side")
-        return self.batch(given, **{n: kwargs[n] for n in names if n in kwargs})
 
     @contextmanager
     def grafted(self, graft: GraftLike) -> Iterator["GraftedTransformer"]:
@@ -571,261 +594,6 @@ class GraftedTransformer(HookedRootModule):
             return mask[component, None]
         source = self.active.source(component, None)
         return Selection(np.full(rows, source, dtype=np.int8), np.ones(rows, dtype=bool))
-
-    # -- inputs ----------------------------------------------------------------------------------
-
-    def batch(
-        self,
-        input: Input,
-        *,
-        attention_mask: Tensor | None = None,
-        prepend_bos: bool | None = None,
-        padding_side: Padding = "right",
-    ) -> Batch:
-        """Whatever can be run, as a batch.
-
-        Raises:
-            PromptError: an empty input, or a malformed attention mask.
-            ValueError: texts for a model without a tokenizer, or token ids outside the vocabulary.
-        """
-        if isinstance(input, Batch):
-            return input
-        if isinstance(input, Tensor):
-            if input.is_floating_point() or input.ndim not in (1, 2):
-                raise ValueError(
-                    f"tokens of shape {tuple(input.shape)} and dtype {input.dtype}: "
-                    "give whole numbers, [batch, pos] or [pos]."
-                )
-            if input.device.type == "cpu" and input.numel():
-                low, high = int(input.min()), int(input.max())
-                if low < 0 or high >= self.arch.d_vocab:
-                    raise ValueError(
-                        f"token id {low if low < 0 else high} is outside the vocabulary "
-                        f"(0 to {self.arch.d_vocab - 1})."
-                    )
-            return from_tokens(
-                input.long(),
-                attention_mask,
-                pad_id=getattr(self.tokenizer, "pad_token_id", None),
-                bos_id=getattr(self.tokenizer, "bos_token_id", None),
-            )
-        if attention_mask is not None:
-            raise ValueError("attention_mask goes with token ids; texts bring their own padding.")
-        if padding_side not in ("left", "right"):
-            raise ValueError(f'padding_side={padding_side!r}. Allowed: "left" or "right".')
-        prompts = self.tokenized(input, prepend_bos)
-        high = max((i for prompt in prompts for i in prompt.ids), default=0)
-        if high >= self.arch.d_vocab:
-            raise ValueError(
-                f"token id {high} is outside the vocabulary (0 to {self.arch.d_vocab - 1}): "
-                "the tokenizer has tokens that the model lacks. Check tokenizer=…"
-            )
-        return collate(prompts, pad_id=self._pad_id(), side=padding_side)
-
-    def tokenized(self, prompts: Any, prepend_bos: bool | None = None) -> tuple[Tokenized, ...]:
-        """Prompts as tokens with spans; a single prompt counts as a list of one.
-
-        Raises:
-            ValueError: texts for a model without a tokenizer, or something that is no prompt, such
-                as what a tokenizer returns.
-        """
-        if isinstance(prompts, Mapping):
-            raise ValueError(
-                f"a {type(prompts).__name__} with the keys {' '.join(map(str, prompts))} is no "
-                'prompt. Of what a tokenizer returns, give the tensors (return_tensors="pt"): '
-                'model.batch(enc["input_ids"], attention_mask=enc["attention_mask"]) is a batch '
-                "that everything runs."
-            )
-        single = isinstance(prompts, str | Prompt | Tokenized) or not isinstance(prompts, Iterable)
-        items = [prompts] if single else list(prompts)
-        for item in items:
-            if not isinstance(item, str | Prompt | Tokenized):
-                raise ValueError(
-                    f"{item!r} is no prompt. Give texts, Prompts, or a tensor of token ids."
-                )
-        return tuple(
-            item if isinstance(item, Tokenized) else tokenize(item, self._tokenizer(), prepend_bos)
-            for item in items
-        )
-
-    def _tokenizer(self) -> Any:
-        if self.tokenizer is None:
-            raise ValueError(
-                "this model was loaded without a tokenizer, so it runs token tensors only. "
-                "Load it with tokenizer=…, or set model.tokenizer."
-            )
-        return self.tokenizer
-
-    def _pad_id(self) -> int:
-        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
-            known = getattr(self.tokenizer, name, None)
-            if known is not None and known < self.arch.d_vocab:
-                return int(known)
-        return 0
-
-    def to_tokens(
-        self,
-        input: Any,
-        prepend_bos: bool | None = None,
-        padding_side: Padding = "right",
-    ) -> Int[Tensor, "batch pos"]:
-        """Token ids [batch, pos], padded. BOS is the tokenizer's own choice unless it is forced.
-
-        To run texts of different lengths, give `model(…)` the texts: it knows what is padding.
-        """
-        batch = self.batch(input, prepend_bos=prepend_bos, padding_side=padding_side)
-        return batch.tokens.to(self.cfg.device)
-
-    def to_string(self, tokens: Any) -> str | list[str]:
-        """The text of token ids, or a list of texts for [batch, pos]."""
-        ids = tokens.tolist() if isinstance(tokens, Tensor | np.ndarray) else tokens
-        decode = partial(self._tokenizer().decode, clean_up_tokenization_spaces=False)
-        if isinstance(ids, list) and ids and isinstance(ids[0], list):
-            return [decode(row) for row in ids]
-        return decode(ids if isinstance(ids, list) else [ids])
-
-    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:
-        """The text of each token of one prompt; a list of such lists for several."""
-        if isinstance(input, Tensor | np.ndarray):
-            rows = input.tolist()
-            many = bool(rows) and isinstance(rows[0], list) and len(rows) > 1
-            rows = rows if rows and isinstance(rows[0], list) else [rows]
-        else:
-            many = not isinstance(input, str | Prompt | Tokenized)
-            rows = [list(t.ids) for t in self.tokenized(input, prepend_bos)]
-        texts = [[self.to_string([i]) for i in row] for row in rows]
-        return texts if many else texts[0]
-
-    def to_single_token(self, string: str) -> int:
-        """The id of a text that is one token.
-
-        Raises:
-            ValueError: a text of more tokens, or of none.
-        """
-        ids, _ = encode(string, self._tokenizer(), prepend_bos=False)
-        if len(ids) != 1:
-            raise ValueError(
-                f"{string!r} is {len(ids)} tokens ({ids}), not one. "
-                "Check the leading space, or take one of model.to_tokens(…, prepend_bos=False)."
-            )
-        return ids[0]
-
-    def to_single_str_token(self, token: int) -> str:
-        """The text of one token id."""
-        text = self.to_string([token])
-        assert isinstance(text, str)
-        return text
-
-    # -- generation ------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def generate(
-        self,
-        input: Input,
-        max_new_tokens: int = 10,
-        *,
-        graft: GraftLike = None,
-        attention_mask: Tensor | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
-        stop_at_eos: bool = True,
-        eos_token_id: int | Sequence[int] | None = None,
-        prepend_bos: bool | None = None,
-        return_type: Literal["input", "str", "tokens"] = "input",
-        use_past_kv_cache: bool = True,
-    ) -> Any:
-        """Continue prompts under a graft, greedily unless `do_sample`.
-
-        At every step `last` is the position generated from, as in the paper's token-by-token
-        algorithm: keys and values of earlier positions stay as they were computed. Numbers such as
-        [-1] and fields keep to the prompt.
-
-        Args:
-            input: anything that `forward` runs.
-            max_new_tokens: how many tokens to add at most.
-            graft: as in `forward`; not a mask, since positions are added.
-            attention_mask: 1 for tokens, 0 for padding; only with token ids.
-            do_sample: draw from the distribution instead of taking its mode.
-            temperature: divides the logits when drawing.
-            top_k: draw from the k likeliest only.
-            generator: the randomness for drawing.
-            stop_at_eos: a prompt that gave an EOS token is finished; it is filled up with padding.
-            eos_token_id: the tokens that end a prompt; unless given, those of the base's generation
-                settings, else the tokenizer's EOS.
-            prepend_bos: None leaves BOS to the tokenizer.
-            return_type: `input` gives texts for texts, tokens for tokens; the prompt is included.
-            use_past_kv_cache: False recomputes every step from the start (slow; the same result).
-
-        Returns:
-            The text, a list of texts, or tokens [batch, pos + new]; texts of different lengths are
-            padded on the left.
-        """
-        if max_new_tokens < 0:
-            raise ValueError(f"max_new_tokens={max_new_tokens}: write a number from 0.")
-        if isinstance(graft, GraftMask):
-            raise ValueError("generate adds positions: give it the graft, not a resolved mask.")
-        if do_sample and temperature <= 0:
-            raise ValueError(
-                f"temperature={temperature}: write a number above 0, or do_sample=False."
-            )
-        given = self.batch(input, attention_mask=attention_mask, prepend_bos=prepend_bos)
-        batch = _left_padded(given, self._pad_id())
-        ends = self._ends(eos_token_id) if stop_at_eos else ()
-        # What fills up after the end: as Hugging Face chooses it.
-        known = (self.pad_token, getattr(self.tokenizer, "pad_token_id", None), *ends, 0)
-        filler = next(token for token in known if token is not None)
-
-        # Where rotary tables change with the length, keys that are kept would be out of date.
-        limit, longest = self.arch.rope_limit, max(batch.totals) + max_new_tokens
-        kept = use_past_kv_cache and (limit is None or longest <= limit)
-        cache = KeyValueCache() if kept else None
-        mask = self.resolve(graft, batch)
-        logits = self.logits_from(self._residual(batch, mask, cache=cache)[:, -1:], _last(mask))
-        rule = mask.graft
-        tokens, real = batch.tokens.to(self.cfg.device), batch.real
-        done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
-        step_mask: GraftMask | None = None
-        for step in range(max_new_tokens):
-            new = _pick(logits[:, -1], do_sample, temperature, top_k, generator)
-            new = torch.where(done, torch.full_like(new, filler), new)
-            for end in ends:
-                done |= new == end
-            tokens = torch.cat([tokens, new[:, None]], dim=1)
-            past, real = real, np.pad(real, ((0, 0), (0, 1)), constant_values=True)
-            if step == max_new_tokens - 1 or (ends and bool(done.all())):
-                break
-            grown = Batch(tokens, real, batch.prompts, batch.starts, tuple(real.sum(1).tolist()))
-            if cache is None:
-                mask = self.resolve(rule, grown)
-                logits = self.logits_from(self._residual(grown, mask)[:, -1:], _last(mask))
-                continue
-            if step_mask is None:
-                # Every later step has the same selection: the new position is `last`.
-                step_mask = _last(self.resolve(rule, grown))
-            one = Batch(
-                tokens[:, -1:], real[:, -1:], batch.prompts, batch.starts, (1,) * len(tokens)
-            )
-            resid = self._residual(one, step_mask, cache=cache, past=past)
-            logits = self.logits_from(resid, step_mask)
-        if return_type == "tokens" or (
-            return_type == "input" and isinstance(input, Tensor | Batch)
-        ):
-            return tokens
-        texts = []
-        for row, start, prompt in zip(tokens.tolist(), batch.starts, batch.prompts, strict=True):
-            ids = row[start:]
-            stop = next((i for i in range(len(prompt), len(ids)) if ids[i] in ends), len(ids))
-            begin = int(ids[0] == getattr(self.tokenizer, "bos_token_id", None))
-            texts.append(self.to_string(ids[begin:stop]))
-        return texts[0] if isinstance(input, str | Prompt) else texts
-
-    def _ends(self, given: int | Sequence[int] | None) -> tuple[int, ...]:
-        if given is not None:
-            return (given,) if isinstance(given, int) else tuple(given)
-        known = getattr(self.tokenizer, "eos_token_id", None)
-        return self.end_tokens or (() if known is None else (int(known),))
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -1158,9 +926,6 @@ class GraftedTransformer(HookedRootModule):
 def _config(
     arch: Architecture, sources: tuple[str, ...], name: str, sample: Tensor, tokenizer: Any
 ) -> GraftedConfig:
-    adds_bos = False
-    if tokenizer is not None and tokenizer.bos_token_id is not None:
-        adds_bos = list(tokenizer("a")["input_ids"])[:1] == [tokenizer.bos_token_id]
     return GraftedConfig(
         model_name=name,
         n_layers=arch.n_layers,
@@ -1185,14 +950,8 @@ def _config(
         dtype=sample.dtype,
         device=sample.device,
         sources=sources,
-        default_prepend_bos=adds_bos,
         tokenizer_name=getattr(tokenizer, "name_or_path", None),
     )
-
-
-def _last(mask: GraftMask) -> GraftMask:
-    """The mask of the last column."""
-    return mask.take(None, np.array([mask.shape[1] - 1]))
 
 
 def _no_graft(value: object) -> str:
@@ -1206,31 +965,3 @@ def _places(places: Sequence[tuple[int, int, int]]) -> str:
     """The columns of the first few prompts of a batch, for a message."""
     shown = [f"{start}-{start + total - 1}" for start, _, total in places[:3]]
     return f"columns {', '.join(shown)}{' …' if len(places) > 3 else ''}"
-
-
-def _left_padded(batch: Batch, pad_id: int) -> Batch:
-    """The same prompts with padding on the left, so that new tokens join on at one column."""
-    if not batch.padded or batch.real[:, -1].all():
-        return batch
-    rows = batch.tokens.tolist()
-    prompts = [
-        Tokenized(tuple(row[s : s + len(p)]), p.runs, p.prompt)
-        for row, s, p in zip(rows, batch.starts, batch.prompts, strict=True)
-    ]
-    return collate(prompts, pad_id=pad_id, side="left", device=batch.tokens.device)
-
-
-def _pick(
-    logits: Float[Tensor, "batch d_vocab"],
-    do_sample: bool,
-    temperature: float,
-    top_k: int | None,
-    generator: torch.Generator | None,
-) -> Int[Tensor, " batch"]:
-    if not do_sample:
-        return logits.argmax(-1)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        floor = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < floor, -torch.inf)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]

@@ -1,15 +1,15 @@
 """A batch as the forward reads it: tokens, positions, which rows are real, and their spans."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from graftlens.prompts import PromptError, Tokenized
+from graftlens.prompts import Prompt, PromptError, Tokenized
 
 Padding = Literal["left", "right"]
 
@@ -65,6 +65,10 @@ class Batch:
         return tuple(s + len(p) - 1 for s, p in zip(self.starts, self.prompts, strict=True))
 
 
+#: What a run can be given: token tensors, texts, prompts, or a batch made of them.
+Input = Int[Tensor, "batch pos"] | Int[Tensor, " pos"] | str | Prompt | Sequence[Any] | Batch
+
+
 def collate(
     prompts: Sequence[Tokenized],
     *,
@@ -96,45 +100,39 @@ def collate(
 
 def from_tokens(
     tokens: Int[Tensor, "batch pos"] | Int[Tensor, " pos"],
-    attention_mask: Int[Tensor, "rows columns"] | Bool[Tensor, "rows columns"] | None = None,
+    attention_mask: Any = None,
     *,
     pad_id: int | None = None,
     bos_id: int | None = None,
+    eos_ids: Collection[int] = (),
 ) -> Batch:
     """A batch of bare tokens. Without an attention mask every place is a token of the prompt.
 
     Args:
-        tokens: token ids.
-        attention_mask: 1 for tokens, 0 for padding on the left or on the right.
-        pad_id, bos_id: where known, rows on the host are searched for padding that no mask
-            accounts for.
+        tokens: token ids, on any device.
+        attention_mask: of the tokens' shape, 1 for tokens and 0 for padding on the left or on the
+            right.
+        pad_id: the pad token, where known: without a mask, rows are searched for padding. Four
+            columns are copied to the host for it.
+        bos_id, eos_ids: tokens that may begin and end a prompt. A pad token that is one of them is
+            taken for it where it stands once, in every row.
 
     Raises:
-        PromptError: a mask of another shape or with a gap, a row without tokens, or rows that end
-            in padding when there is no mask.
+        PromptError: a mask of another shape, with other values or with a gap, a row without tokens,
+            or rows that begin or end in padding when there is no mask.
     """
-    tokens = tokens[None] if tokens.ndim == 1 else tokens
+    single = tokens.ndim == 1
+    tokens = tokens[None] if single else tokens
     count, width = tokens.shape
     if count == 0 or width == 0:
         raise PromptError(f"tokens of shape {tuple(tokens.shape)}: give at least one token.")
     if attention_mask is None:
-        if pad_id is not None and count > 1 and tokens.device.type == "cpu":
-            _refuse_hidden_padding(tokens, pad_id, bos_id)
+        if pad_id is not None:
+            _refuse_hidden_padding(tokens, pad_id, bos_id, eos_ids)
         real = np.ones((count, width), dtype=bool)
     else:
-        if attention_mask.shape != tokens.shape:
-            raise PromptError(
-                f"attention_mask has shape {tuple(attention_mask.shape)}, tokens have "
-                f"{tuple(tokens.shape)}. Give one value per token."
-            )
-        real = attention_mask.detach().to("cpu", torch.bool).numpy()
-        edges = np.diff(np.pad(real, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-        if not (np.abs(edges).sum(axis=1) == 2).all():
-            row = int(np.argmax(np.abs(edges).sum(axis=1) != 2))
-            raise PromptError(
-                f"attention_mask row {row} is {real[row].astype(int).tolist()}: the tokens of a "
-                "prompt must stand in one run, with padding on the left or on the right only."
-            )
+        real = _real_places(attention_mask, tuple(tokens.shape[single:]))
+        real = real[None] if single else real
     lengths = real.sum(axis=1).tolist()
     starts = tuple(np.argmax(real, axis=1).tolist())
     ids = tokens.detach().cpu().numpy() if tokens.device.type == "cpu" else None
@@ -145,15 +143,57 @@ def from_tokens(
     return Batch(tokens, real, prompts, starts, tuple(lengths))
 
 
+def _real_places(attention_mask: Any, shape: tuple[int, ...]) -> Bool[np.ndarray, "*shape"]:
+    """An attention mask on the host, its rows each one run of tokens."""
+    if not isinstance(attention_mask, Tensor):
+        raise PromptError(
+            f"attention_mask is a {type(attention_mask).__name__}. Give a tensor of the tokens' "
+            "shape, 1 for tokens and 0 for padding."
+        )
+    if tuple(attention_mask.shape) != shape:
+        raise PromptError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}, tokens have {shape}. "
+            "Give one value per token."
+        )
+    host = attention_mask.detach().cpu()
+    real = host == 1
+    # A mask to be added to scores has 0 for tokens: its meaning would be turned around.
+    if not bool((real | (host == 0)).all()):
+        raise PromptError(
+            f"attention_mask holds {host[~(real | (host == 0))][0].item()}. "
+            "Write 1 for tokens and 0 for padding."
+        )
+    rows = np.atleast_2d(real.numpy())
+    edges = np.abs(np.diff(np.pad(rows, ((0, 0), (1, 1))).astype(np.int8), axis=1)).sum(axis=1)
+    if not (edges == 2).all():
+        row = int(np.argmax(edges != 2))
+        raise PromptError(
+            f"attention_mask row {row} is {rows[row].astype(int).tolist()}: the tokens of a "
+            "prompt must stand in one run, with padding on the left or on the right only."
+        )
+    return real.numpy()
+
+
 def _refuse_hidden_padding(
-    tokens: Int[Tensor, "batch pos"], pad_id: int, bos_id: int | None
+    tokens: Int[Tensor, "batch pos"], pad_id: int, bos_id: int | None, eos_ids: Collection[int]
 ) -> None:
-    """Some rows begin or end in padding: where their prompts lie is not to be guessed."""
-    first = 1 if pad_id == bos_id and tokens.shape[1] > 1 else 0
-    for what, column in (("begins", first), ("ends", -1)):
-        rows = (tokens[:, column] == pad_id).nonzero().flatten().tolist()
-        if 0 < len(rows) < len(tokens):
-            raise PromptError(
-                f"row {rows[0]} {what} in the pad token {pad_id}, so where its prompt lies is "
-                "unknown. Pass attention_mask (1 for tokens, 0 for padding), or prompts as text."
-            )
+    """Rows that begin or end in padding: where their prompts lie is not to be guessed."""
+    width = tokens.shape[1]
+    if width == 1:
+        return  # a prompt has a token, so there is no room for padding
+    outer_first = torch.cat([tokens[:, :2], tokens[:, -2:].flip(1)], dim=1)
+    padding = outer_first.detach().cpu().numpy() == pad_id  # one copy from any device
+    edges = (
+        ("begins", padding[:, :2], pad_id == bos_id),
+        ("ends", padding[:, 2:], pad_id in eos_ids),
+    )
+    for what, pads, may_be_meant in edges:
+        once, twice = pads[:, 0], pads.all(axis=1)
+        if not once.any() or (may_be_meant and once.all() and not twice.any()):
+            continue
+        row = int(np.argmax(twice if twice.any() else once))
+        raise PromptError(
+            f"row {row} {what} in the pad token {pad_id}, so where its prompt lies is unknown. "
+            "Pass attention_mask (1 for tokens, 0 for padding; torch.ones_like(tokens) where all "
+            "are tokens), or prompts as text."
+        )

@@ -112,8 +112,8 @@ def load(
         activation=_activation(base.arch.act_fn),
         tokenizer=shared,
         model_name=base.origin,
-        end_tokens=base.end_tokens,
-        pad_token=base.pad_token,
+        end_tokens={source.name: source.end_tokens for source in read},
+        pad_token={source.name: source.pad_token for source in read},
         hf_config=base.config,
     )
     model.to(target)
@@ -335,7 +335,9 @@ def _probe(model: GraftedTransformer, read: list[Source], dtype: torch.dtype) ->
     worst = 0.0
     for source in read:
         with torch.no_grad():
-            ours = model(tokens, graft=Graft.rule(source.name)).float()
+            ours = model(
+                tokens, graft=Graft.rule(source.name), attention_mask=torch.ones_like(tokens)
+            ).float()
         theirs = source.logits(tokens, dtype).to(ours)
         order = torch.inf if exact else 2
         difference = float(

@@ -176,6 +176,10 @@ class GraftMask:
         return GraftMask(self.graft, self.sources, (rows.shape[0], rows.shape[1]), sites)
 
 
+#: What says which weights run: a graft, its one-line text, a resolved mask, or nothing (the base).
+GraftLike = Graft | GraftMask | str | None
+
+
 def resolve(
     graft: Graft, batch: Batch, arch: Architecture, sources: Sequence[str], base: int = 0
 ) -> GraftMask:

@@ -21,7 +21,7 @@ from graftlens.model.arch import Architecture
 from graftlens.model.load import preview
 from graftlens.model.mask import select, sites_of
 from graftlens.model.smollm2 import located
-from graftlens.prompts import Prompt, PromptError, Tokenized
+from graftlens.prompts import Prompt, PromptError, Tokenized, doubled_bos
 from graftlens.sweep.grid import GraftField, Grid
 from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.promptsets import (
@@ -289,7 +289,8 @@ def check(config: SweepConfig) -> Checked:
     places: dict[Graft, str] = {}
     for where, _, graft in named:
         places.setdefault(graft, where)
-    if note := joined_answers(prompts):
+    bos = doubled_bos(prompts, tokenizer, config.prepend_bos)
+    for note in filter(None, (joined_answers(prompts), bos)):
         warnings.warn(note, stacklevel=2)
     ready, failed = _tokenized(config, arch, tokenizer, prompts)
     problems += failed

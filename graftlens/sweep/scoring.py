@@ -158,7 +158,7 @@ class Scorer:
             )
         self.model, self.grafts, self.say = model, dict(grafts), say
         self.answers, self.distractors = answers, distractors
-        self.top_k, self.prepend_bos = top_k, prepend_bos
+        self.top_k, self.prepend_bos = top_k, model.prepends_bos(prepend_bos)
         self.planner = Planner(
             model.arch, model.sources, list(self.grafts.values()), model.equal_sources
         )
@@ -226,6 +226,8 @@ class Scorer:
                 )
             except PromptError as error:
                 unready[number] = str(error)
+        whole = (len(s.tokens) + max(map(len, self._continuations(s))) - 1 for s in ready)
+        self.model.warn_beyond_context(max(whole, default=0))
         return ready, unready
 
     def _branches(self, scored: Scored) -> Branches:

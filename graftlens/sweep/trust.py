@@ -167,6 +167,7 @@ def trust_report(
         cells: how many cells are computed again by the sequential algorithm.
         row_budget, prepend_bos, answers: as the sweep was run.
     """
+    prepend_bos = model.prepends_bos(prepend_bos)
     options: dict[str, Any] = {"prepend_bos": prepend_bos, "answers": answers}
     results = results.reset_index(drop=True)
     numbers, names = list(prompts), list(grafts)

@@ -1,0 +1,235 @@
+"""Texts, prompts and tokens: what a model is given as a batch, and tokens read as text."""
+
+import operator
+import sys
+import warnings
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+from torch import Tensor
+
+from graftlens.model.arch import Architecture
+from graftlens.model.inputs import Batch, Input, Padding, collate, from_tokens
+from graftlens.prompts import Prompt, Tokenized, doubled_bos, encode, tokenize
+
+#: Whose lines a warning does not point at.
+_PASSED_ON = ("graftlens", "torch", "transformer_lens", "contextlib", "jaxtyping")
+
+
+def tell(note: str) -> None:
+    """Warn, pointing at the line that called this library, through whatever module."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _PASSED_ON:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(note, stacklevel=level)
+
+
+def whole(value: Any, what: str) -> int:
+    """A whole number of any kind, as an int."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{what}={value!r}: write a whole number, or leave it out.") from None
+
+
+class Reading:
+    """The part of `GraftedTransformer` that reads what it is given."""
+
+    arch: Architecture
+    cfg: Any
+    hf_config: Any
+    tokenizer: Any
+    end_tokens: Mapping[str, tuple[int, ...]]
+    pad_token: Mapping[str, int | None]
+
+    def batch(
+        self,
+        input: Input,
+        *,
+        attention_mask: Any = None,
+        prepend_bos: bool | None = None,
+        padding_side: Padding | None = None,
+    ) -> Batch:
+        """Whatever can be run, as a batch.
+
+        Args:
+            input: as in `forward`.
+            attention_mask: a tensor of the tokens' shape, 1 for tokens, 0 for padding. Token ids
+                without one are all tokens of the prompts, so those that look padded are refused:
+                rows that begin or end in the pad token. Where it is the BOS token, too, it may
+                begin every row once; where it is an EOS token, it may end every row once.
+            prepend_bos: for texts; None is `model.cfg.default_prepend_bos`, which leaves it to the
+                tokenizer unless it is set.
+            padding_side: for texts; None is `model.tokenizer.padding_side`. A prompt's own numbers
+                do not depend on it, only the columns that they stand in.
+
+        Raises:
+            PromptError: an empty input, a malformed attention mask, or padding without one.
+            ValueError: texts for a model without a tokenizer, or token ids outside the vocabulary.
+        """
+        if isinstance(input, Batch):
+            if attention_mask is not None:
+                raise ValueError("attention_mask goes with token ids; a Batch knows its padding.")
+            return input
+        if isinstance(input, Tensor):
+            if input.is_floating_point() or input.ndim not in (1, 2):
+                raise ValueError(
+                    f"tokens of shape {tuple(input.shape)} and dtype {input.dtype}: "
+                    "give whole numbers, [batch, pos] or [pos]."
+                )
+            if input.device.type == "cpu" and input.numel():
+                low, high = int(input.min()), int(input.max())
+                if low < 0 or high >= self.arch.d_vocab:
+                    raise ValueError(
+                        f"token id {low if low < 0 else high} is outside the vocabulary "
+                        f"(0 to {self.arch.d_vocab - 1})."
+                    )
+            begins = self.hf_config if self.tokenizer is None else self.tokenizer
+            ends = {end for ends in self.end_tokens.values() for end in ends}
+            if (eos := getattr(self.tokenizer, "eos_token_id", None)) is not None:
+                ends.add(eos)
+            return from_tokens(
+                input.long(),
+                attention_mask,
+                pad_id=self._padding(),
+                bos_id=getattr(begins, "bos_token_id", None),
+                eos_ids=ends,
+            )
+        if attention_mask is not None:
+            raise ValueError("attention_mask goes with token ids; texts bring their own padding.")
+        side = padding_side or getattr(self.tokenizer, "padding_side", "right")
+        if side not in ("left", "right"):
+            raise ValueError(f'padding_side={side!r}. Allowed: "left" or "right".')
+        prompts = self.tokenized(input, prepend_bos)
+        high = max((i for prompt in prompts for i in prompt.ids), default=0)
+        if high >= self.arch.d_vocab:
+            raise ValueError(
+                f"token id {high} is outside the vocabulary (0 to {self.arch.d_vocab - 1}): "
+                "the tokenizer has tokens that the model lacks. Check tokenizer=…"
+            )
+        return collate(prompts, pad_id=self._pad_id(), side=side)
+
+    def tokenized(self, prompts: Any, prepend_bos: bool | None = None) -> tuple[Tokenized, ...]:
+        """Prompts as tokens with spans; a single prompt counts as a list of one.
+
+        Raises:
+            ValueError: texts for a model without a tokenizer, or something that is no prompt, such
+                as what a tokenizer returns.
+        """
+        if isinstance(prompts, Mapping):
+            raise ValueError(
+                f"a {type(prompts).__name__} with the keys {' '.join(map(str, prompts))} is no "
+                'prompt. Of what a tokenizer returns, give the tensors (return_tensors="pt"): '
+                'model.batch(enc["input_ids"], attention_mask=enc["attention_mask"]) is a batch '
+                "that everything runs."
+            )
+        single = isinstance(prompts, str | Prompt | Tokenized) or not isinstance(prompts, Iterable)
+        items = [prompts] if single else list(prompts)
+        for item in items:
+            if not isinstance(item, str | Prompt | Tokenized):
+                raise ValueError(
+                    f"{item!r} is no prompt. Give texts, Prompts, or a tensor of token ids."
+                )
+        bos = self.prepends_bos(prepend_bos)
+        if note := doubled_bos(items, self.tokenizer, bos):
+            tell(note)
+        return tuple(
+            item if isinstance(item, Tokenized) else tokenize(item, self._tokenizer(), bos)
+            for item in items
+        )
+
+    def _tokenizer(self) -> Any:
+        if self.tokenizer is None:
+            raise ValueError(
+                "this model was loaded without a tokenizer, so it runs token tensors only. "
+                "Load it with tokenizer=…, or set model.tokenizer."
+            )
+        return self.tokenizer
+
+    def _padding(self) -> int | None:
+        """The token that prompts are padded with: the tokenizer's, else the settings' own."""
+        if self.tokenizer is None:
+            return next((pad for pad in self.pad_token.values() if pad is not None), None)
+        for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
+            known = getattr(self.tokenizer, name, None)
+            if known is not None and known < self.arch.d_vocab:
+                return int(known)
+        return None
+
+    def _pad_id(self) -> int:
+        return self._padding() or 0
+
+    def prepends_bos(self, asked: bool | None = None) -> bool | None:
+        """Whether texts get a BOS token: what is asked for, else `cfg.default_prepend_bos`.
+
+        Returns:
+            None where it is left to the tokenizer.
+
+        Raises:
+            ValueError: `cfg.default_prepend_bos` is set to something else.
+        """
+        chosen = self.cfg.default_prepend_bos if asked is None else asked
+        if chosen is not None and not isinstance(chosen, bool):
+            raise ValueError(
+                f"prepend_bos is {chosen!r}. Write True or False, or None to leave it to the "
+                "tokenizer (so, too, in model.cfg.default_prepend_bos)."
+            )
+        return chosen
+
+    def to_tokens(
+        self,
+        input: Any,
+        prepend_bos: bool | None = None,
+        padding_side: Padding | None = None,
+    ) -> Int[Tensor, "batch pos"]:
+        """Token ids [batch, pos], padded; `prepend_bos` and `padding_side` as in `batch`.
+
+        To run texts of different lengths, give `model(…)` the texts: it knows what is padding.
+        """
+        batch = self.batch(input, prepend_bos=prepend_bos, padding_side=padding_side)
+        return batch.tokens.to(self.cfg.device)
+
+    def to_string(self, tokens: Any) -> str | list[str]:
+        """The text of token ids, or a list of texts for [batch, pos]."""
+        ids = tokens.tolist() if isinstance(tokens, Tensor | np.ndarray) else tokens
+        decode = partial(self._tokenizer().decode, clean_up_tokenization_spaces=False)
+        if isinstance(ids, list) and ids and isinstance(ids[0], list):
+            return [decode(row) for row in ids]
+        return decode(ids if isinstance(ids, list) else [ids])
+
+    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:
+        """The text of each token of one prompt; a list of such lists for several."""
+        if isinstance(input, Tensor | np.ndarray):
+            rows = input.tolist()
+            many = bool(rows) and isinstance(rows[0], list) and len(rows) > 1
+            rows = rows if rows and isinstance(rows[0], list) else [rows]
+        else:
+            many = not isinstance(input, str | Prompt | Tokenized)
+            rows = [list(t.ids) for t in self.tokenized(input, prepend_bos)]
+        texts = [[self.to_string([i]) for i in row] for row in rows]
+        return texts if many else texts[0]
+
+    def to_single_token(self, string: str) -> int:
+        """The id of a text that is one token.
+
+        Raises:
+            ValueError: a text of more tokens, or of none.
+        """
+        ids, _ = encode(string, self._tokenizer(), prepend_bos=False)
+        if len(ids) != 1:
+            raise ValueError(
+                f"{string!r} is {len(ids)} tokens ({ids}), not one. "
+                "Check the leading space, or take one of model.to_tokens(…, prepend_bos=False)."
+            )
+        return ids[0]
+
+    def to_single_str_token(self, token: int) -> str:
+        """The text of one token id."""
+        text = self.to_string([token])
+        assert isinstance(text, str)
+        return text
