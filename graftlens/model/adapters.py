@@ -15,7 +15,6 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-import regex
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
@@ -34,7 +33,7 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora
 _PLAIN = re.compile(r"[\w.^$\\-]+")
 
 #: Seconds of the processor that all patterns of one adapter may take; honest ones take far less.
-_PATTERN_SECONDS = 1.0
+_PATTERN_SECONDS = 0.4
 
 
 def read_adapter(name: str, folder: Path, base: Any) -> Source:
@@ -63,9 +62,7 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
         from transformers import AutoModelForCausalLM
 
         with quiet() if Path(base).is_dir() else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(
-                base, dtype="auto", trust_remote_code=False
-            )
+            model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
     elif "PeftModel" in {cls.__name__ for cls in type(base).__mro__}:
         raise PairError(
             f"source {name!r} is a PEFT adapter, and the base is one, too. Give as the base a "
@@ -79,17 +76,34 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
             "Adapters go on a checkpoint or a transformers model."
         )
     stated = config.base_model_name_or_path
-    if isinstance(base, str) and stated and Path(stated).name != Path(base).name:
+    if (
+        isinstance(base, str)
+        and isinstance(stated, str)
+        and stated
+        and Path(stated).name != Path(base).name
+    ):
         warnings.warn(
             f"source {name!r}: the adapter {folder} says that it was trained on {stated}; here it "
             f"is put on {base}. Its numbers mean something only if these are the same weights.",
             stacklevel=2,
         )
+    tokenizer = read_tokenizer(str(folder))
     dtypes = tuple(sorted({p.dtype for p in model.parameters()}, key=str))
     adapter = _put_on(name, folder, config, widened(model))
     kind = getattr(config.peft_type, "value", config.peft_type)
     source = read_peft(name, adapter, f"{folder} ({kind} adapter, merged)")
-    return replace(source, dtypes=dtypes, tokenizer=read_tokenizer(str(folder)))
+    return replace(source, dtypes=dtypes, tokenizer=tokenizer)
+
+
+def preview_adapter(name: str, folder: Path) -> Any:
+    """An adapter's tokenizer, or None; its settings and the head of its weights are checked.
+
+    Raises:
+        PairError: as `read_adapter`, as far as that shows without the base and the weights.
+        UnsupportedArchitectureError: likewise.
+    """
+    read_settings(name, folder)
+    return read_tokenizer(str(folder))
 
 
 def read_settings(name: str, folder: Path) -> Any:
@@ -141,6 +155,7 @@ def read_settings(name: str, folder: Path) -> Any:
             "is a causal language model (CAUSAL_LM)."
         )
     start = given.get("init_lora_weights", True)
+    start = start.lower() if isinstance(start, str) else start
     if kind == "LORA" and not (start is None or start in _STARTS):
         raise UnsupportedArchitectureError(
             f"source {name!r}: the adapter {folder} began with init_lora_weights={start!r}, which "
@@ -197,9 +212,9 @@ def read_peft(name: str, adapter: Any, origin: str) -> Source:
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer")
             merged = adapter.merge_and_unload()
     source = read_transformers(name, merged, origin, copied=False)
-    tokens = torch.randint(
-        source.arch.d_vocab, (2, min(source.arch.n_ctx, 24)), generator=torch.Generator().manual_seed(0)
-    )
+    draw = torch.Generator().manual_seed(0)
+    length = min(source.arch.n_ctx, 24)
+    tokens = torch.randint(source.arch.d_vocab, (2, length), generator=draw)
     dtype = next(merged.parameters()).dtype
     with _told(name, f"PEFT could not run {origin}"):
         theirs = unmerged(tokens, dtype)
@@ -234,8 +249,9 @@ def _check_weights(name: str, folder: Path) -> None:
     """That the folder holds weights, whole as far as the file's head tells."""
     safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if safe.is_file():
-        with _told(name, f"the weights {safe} are damaged; save or fetch them again"):
-            safe_open(safe, framework="pt")
+        damaged = f"the weights {safe} are damaged; save or fetch them again"
+        with _told(name, damaged), safe_open(safe, framework="pt"):
+            pass
     elif not pickled.is_file():
         raise PairError(
             f"source {name!r}: the adapter's folder {folder} has no weights "
@@ -286,14 +302,14 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
     return adapter
 
 
-def _check_tensors(
-    name: str, folder: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
-) -> None:
+def _check_tensors(name: str, folder: Path, tensors: Any, wanted: Mapping[str, Tensor]) -> None:
+    """Refuse a file that holds anything but floating-point tensors by name."""
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise PairError(
+            f"source {name!r}: the weights in {folder} are not tensors by name. Save the adapter "
+            "by PEFT's save_pretrained."
+        )
     for key, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise PairError(
-                f"source {name!r}: {key} in {folder} is a {type(tensor).__name__} and not a tensor."
-            )
         asked = wanted.get(key)
         whole = asked is not None and not asked.is_floating_point()
         if not whole and not (tensor.is_floating_point() and torch.finfo(tensor.dtype).bits >= 16):
@@ -342,9 +358,7 @@ def _told(name: str, what: str) -> Iterator[None]:
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise PairError(
-            f"source {name!r}: {what} ({type(error).__name__}: {reason})."
-        ) from error
+        raise PairError(f"source {name!r}: {what} ({type(error).__name__}: {reason}).") from error
 
 
 # -- patterns ----------------------------------------------------------------------------------
@@ -386,8 +400,8 @@ def _bound_patterns(name: str, folder: Path, config: Any, modules: list[str]) ->
                 # PEFT looks for the pattern at the end of a module's name, the first one wins.
                 at_end = rf"(?:.*\.)?(?:{key})"
                 plain = _PLAIN.fullmatch(key)
-                for found in [key] if plain else matcher.names(option, at_end, modules):
-                    bounded.setdefault(found, each)
+                for end in [key] if plain else matcher.names(option, at_end, modules):
+                    bounded.setdefault(end, each)
             setattr(config, option, bounded)
 
 
@@ -400,6 +414,8 @@ class _Matcher:
 
     def names(self, option: str, pattern: str, modules: Iterable[str]) -> list[str]:
         """The modules whose whole name matches."""
+        import regex  # its matcher stops when told to
+
         try:
             re.compile(pattern)
             compiled = regex.compile(pattern)

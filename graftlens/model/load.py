@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from graftlens.components import Component
 from graftlens.graft import Graft, Rule
-from graftlens.model.adapters import copied, read_adapter, read_peft, read_settings, widened
+from graftlens.model.adapters import copied, preview_adapter, read_adapter, read_peft, widened
 from graftlens.model.arch import (
     Architecture,
     PairError,
@@ -141,24 +141,23 @@ def preview(
     """
     _check_names(sources)
     read: list[Source] = []
-    tokenizers: list[tuple[str, Any]] = []
+    adapters: list[tuple[str, Any]] = []
     for name, given in sources.items():
         folder = Path(given).expanduser()
         if (folder / "adapter_config.json").is_file():
             if not read:
                 read_adapter(name, folder, folder)  # says that the base cannot be one
-            read_settings(name, folder)
-            tokenizers.append((name, read_tokenizer(str(folder))))
+            adapters.append((name, preview_adapter(name, folder)))
             continue
         path = str(folder) if folder.exists() else str(given)
         config = read_config(name, path)
         config = config.get_text_config() if config.model_type == "gemma3" else config
         empty = Source(name, path, architecture(config), {}, None, read_tokenizer(path), _unread)
         read.append(replace(empty, config=config))
-        tokenizers.append((name, empty.tokenizer))
     for source in read:
         _check_pair(read[0], source)
-    return read[0].arch, shared_tokenizer(tokenizers, tokenizer)
+    found = [(s.name, s.tokenizer) for s in read] + adapters
+    return read[0].arch, shared_tokenizer(found, tokenizer)
 
 
 def _unread(
