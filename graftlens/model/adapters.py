@@ -58,6 +58,7 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
             '{"pre": base, "sft": adapter}.'
         )
     config = read_settings(name, folder)
+    _check_weights(name, folder, needed=True)
     if isinstance(base, str):
         from transformers import AutoModelForCausalLM
 
@@ -96,13 +97,15 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
 
 
 def preview_adapter(name: str, folder: Path) -> Any:
-    """An adapter's tokenizer, or None; its settings and the head of its weights are checked.
+    """An adapter's tokenizer, or None; its settings and, where there are some, the head of its
+    weights are checked.
 
     Raises:
         PairError: as `read_adapter`, as far as that shows without the base and the weights.
         UnsupportedArchitectureError: likewise.
     """
     read_settings(name, folder)
+    _check_weights(name, folder, needed=False)
     return read_tokenizer(str(folder))
 
 
@@ -110,7 +113,7 @@ def read_settings(name: str, folder: Path) -> Any:
     """An adapter's PEFT config, checked as far as that goes without the base and its weights.
 
     Raises:
-        PairError: settings or weights that are missing or damaged, or no package peft.
+        PairError: settings that are missing or damaged, or no package peft.
         UnsupportedArchitectureError: a kind or option of adapter whose merge is not exact.
     """
     try:
@@ -171,9 +174,7 @@ def read_settings(name: str, folder: Path) -> Any:
     with _told(name, f"PEFT could not read {place}"):
         given = {key: value for key, value in given.items() if key in names}
         given.pop("runtime_config", None)
-        config = known.from_peft_type(**known.check_kwargs(**given))
-    _check_weights(name, folder)
-    return config
+        return known.from_peft_type(**known.check_kwargs(**given))
 
 
 def widened(model: Any) -> Any:
@@ -245,14 +246,14 @@ def _check_kind(name: str, kind: str, origin: str) -> None:
         )
 
 
-def _check_weights(name: str, folder: Path) -> None:
-    """That the folder holds weights, whole as far as the file's head tells."""
+def _check_weights(name: str, folder: Path, *, needed: bool) -> None:
+    """That the folder holds weights, where they are `needed`, whole as far as a head tells."""
     safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if safe.is_file():
         damaged = f"the weights {safe} are damaged; save or fetch them again"
         with _told(name, damaged), safe_open(safe, framework="pt"):
             pass
-    elif not pickled.is_file():
+    elif needed and not pickled.is_file():
         raise PairError(
             f"source {name!r}: the adapter's folder {folder} has no weights "
             f"({safe.name} or {pickled.name}). Save the adapter again, or fetch the file."
@@ -279,13 +280,14 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
             adapter, state_dict=state, save_embedding_layers=False
         )
     _check_tensors(name, folder, tensors, {**state, **wanted})
-    try:
-        found = set_peft_model_state_dict(adapter, tensors)
-        missing, unknown = found.missing_keys, found.unexpected_keys
-    except KeyError as error:  # a whole module that is saved beside the adapter's own tensors
-        missing, unknown = [error.args[0]], []
-    except RuntimeError as error:
-        raise PairError(_misfit(name, folder, tensors, {**state, **wanted})) from error
+    with _told(name, f"the adapter {folder} does not fit the base"):
+        try:
+            found = set_peft_model_state_dict(adapter, tensors)
+            missing, unknown = found.missing_keys, found.unexpected_keys
+        except KeyError as error:  # a whole module that is saved beside the adapter's own tensors
+            missing, unknown = [error.args[0]], []
+        except RuntimeError as error:
+            raise PairError(_misfit(name, folder, tensors, {**state, **wanted})) from error
     spelled = {id(tensor): key for key, tensor in wanted.items()}
     lacking = {spelled.get(id(state.get(key)), "" if key in state else key) for key in missing}
     held = set(map(id, state.values()))
