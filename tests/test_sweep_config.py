@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_checkpoint(tiny_model("llama", 1, vocab), root / "falcon")
     (root / "falcon" / "config.json").write_text('{"model_type": "falcon"}')
     (root / "adapter").mkdir()
-    (root / "adapter" / "adapter_config.json").write_text("{}")
+    (root / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     (root / "empty").mkdir()
     for weights in root.glob("*/*.safetensors"):
         weights.unlink()

@@ -1,28 +1,54 @@
-"""PEFT adapters as sources: put on the base, merged, and proved against PEFT's own forward."""
+"""PEFT adapters as sources: put on the base, merged, and proved against PEFT's own forward.
+
+PEFT only warns of tensors that a folder lacks and drops those that it does not know, merges an
+adapter of one of two tied embeddings into both, and matches a folder's patterns without a bound.
+Here the first is refused, the second untied, the third matched within a bound.
+"""
 
 import copy
-import json
+import re
+import time
 import warnings
-from contextlib import nullcontext
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
+from torch import Tensor, nn
 
-from graftlens.model.arch import PairError
+from graftlens.folder import read_json
+from graftlens.model.arch import PairError, UnsupportedArchitectureError
 from graftlens.model.quiet import quiet
 from graftlens.model.source import Source, own_logits, read_transformers, renew_rotary
+from graftlens.model.tokenizers import read_tokenizer
+
+#: `init_lora_weights` under which the base stays as it is, or (the last two) changes in a way that
+#: PEFT can repeat. The other ones change it by data or at random, and the folder does not say how.
+_STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora")
+
+#: What PEFT puts into a pattern as it is: a name, or a name's end, without anything to repeat.
+_PLAIN = re.compile(r"[\w.^$\\-]+")
+
+#: Seconds of the processor that all patterns of one adapter may take; honest ones take far less.
+_PATTERN_SECONDS = 0.4
 
 
 def read_adapter(name: str, folder: Path, base: Any) -> Source:
-    try:
-        from peft import PeftModel
-    except ImportError:
-        raise PairError(
-            f"source {name!r} is a PEFT adapter, which needs the package peft: "
-            'pip install "graftlens[peft]".'
-        ) from None
+    """An adapter's folder as a source: the base's weights with the adapter merged into them.
+
+    Args:
+        name: the source's name.
+        folder: where `save_pretrained` wrote the adapter.
+        base: what it goes on: a hub id, a checkpoint's folder, or a transformers model.
+
+    Raises:
+        PairError: an adapter that is damaged or that does not fit the base.
+        UnsupportedArchitectureError: a kind or option of adapter whose merge is not exact, or
+            tensors that are missing or unknown.
+    """
     if isinstance(base, str | Path):
         here = Path(base).expanduser()
         base = str(here) if here.exists() else str(base)
@@ -31,11 +57,18 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
             f"source {name!r}, the base, is a PEFT adapter. Put the model that it adapts first: "
             '{"pre": base, "sft": adapter}.'
         )
-    if isinstance(base, str | Path):
+    config = read_settings(name, folder)
+    _check_weights(name, folder, needed=True)
+    if isinstance(base, str):
         from transformers import AutoModelForCausalLM
 
         with quiet() if Path(base).is_dir() else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto")
+            model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+    elif "PeftModel" in {cls.__name__ for cls in type(base).__mro__}:
+        raise PairError(
+            f"source {name!r} is a PEFT adapter, and the base is one, too. Give as the base a "
+            "model that has its adapter merged: base.merge_and_unload()."
+        )
     elif hasattr(base, "config") and hasattr(base, "save_pretrained"):
         model = copy.deepcopy(base)
     else:
@@ -43,18 +76,105 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
             f"source {name!r} is a PEFT adapter, and the base is a {type(base).__name__}. "
             "Adapters go on a checkpoint or a transformers model."
         )
-    adapted = json.loads((folder / "adapter_config.json").read_text())
-    stated = adapted.get("base_model_name_or_path")
-    if isinstance(base, str | Path) and stated and Path(stated).name != Path(base).name:
+    stated = config.base_model_name_or_path
+    if (
+        isinstance(base, str)
+        and isinstance(stated, str)
+        and stated
+        and Path(stated).name != Path(base).name
+    ):
         warnings.warn(
             f"source {name!r}: the adapter {folder} says that it was trained on {stated}; here it "
             f"is put on {base}. Its numbers mean something only if these are the same weights.",
             stacklevel=2,
         )
-    kind = adapted.get("peft_type", "PEFT")
+    tokenizer = read_tokenizer(str(folder))
     dtypes = tuple(sorted({p.dtype for p in model.parameters()}, key=str))
-    adapter = PeftModel.from_pretrained(widened(model), str(folder))
-    return replace(read_peft(name, adapter, f"{folder} ({kind} adapter, merged)"), dtypes=dtypes)
+    adapter = _put_on(name, folder, config, widened(model))
+    kind = getattr(config.peft_type, "value", config.peft_type)
+    source = read_peft(name, adapter, f"{folder} ({kind} adapter, merged)")
+    return replace(source, dtypes=dtypes, tokenizer=tokenizer)
+
+
+def preview_adapter(name: str, folder: Path) -> Any:
+    """An adapter's tokenizer, or None; its settings and, where there are some, the head of its
+    weights are checked.
+
+    Raises:
+        PairError: as `read_adapter`, as far as that shows without the base and the weights.
+        UnsupportedArchitectureError: likewise.
+    """
+    read_settings(name, folder)
+    _check_weights(name, folder, needed=False)
+    return read_tokenizer(str(folder))
+
+
+def read_settings(name: str, folder: Path) -> Any:
+    """An adapter's PEFT config, checked as far as that goes without the base and its weights.
+
+    Raises:
+        PairError: settings that are missing or damaged, or no package peft.
+        UnsupportedArchitectureError: a kind or option of adapter whose merge is not exact.
+    """
+    try:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+    except ImportError:
+        raise PairError(
+            f"source {name!r} is a PEFT adapter, which needs the package peft: "
+            'pip install "graftlens[peft]".'
+        ) from None
+    place = folder / "adapter_config.json"
+    try:
+        given = read_json(place, "Save the adapter again, or fetch the file again.")
+    except ValueError as error:
+        raise PairError(f"source {name!r}: {error}") from None
+    if not isinstance(given, dict) or not isinstance(given.get("peft_type"), str):
+        raise PairError(
+            f"source {name!r}: {place} does not say which kind of adapter it is (peft_type), as "
+            "PEFT's save_pretrained writes it. Save the adapter again, or fetch the file again."
+        )
+    kind = given["peft_type"]
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: {place} has peft_type {kind!r}, which the installed peft does not "
+            f"know. It knows: {' '.join(sorted(map(str, PEFT_TYPE_TO_CONFIG_MAPPING)))}."
+        )
+    _check_kind(name, kind, str(folder))
+    known = PEFT_TYPE_TO_CONFIG_MAPPING[kind]
+    names = {field.name for field in fields(known)} | {"runtime_config"}
+    # A newer PEFT writes all its options; those that are off change nothing.
+    strange = {key: value for key, value in given.items() if key not in names and value}
+    if strange:
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: {place} has options that the installed peft does not know: "
+            f"{', '.join(f'{k}={v!r}'[:80] for k, v in list(strange.items())[:5])}. "
+            "Install the version of peft that the adapter was saved with "
+            f"({given.get('peft_version') or 'or a newer one'})."
+        )
+    task = given.get("task_type")
+    if task not in (None, "CAUSAL_LM"):
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: the adapter {folder} was trained for the task {task}, and a source "
+            "is a causal language model (CAUSAL_LM)."
+        )
+    start = given.get("init_lora_weights", True)
+    start = start.lower() if isinstance(start, str) else start
+    if kind == "LORA" and not (start is None or start in _STARTS):
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: the adapter {folder} began with init_lora_weights={start!r}, which "
+            "changes the base's weights in a way that the folder does not hold. Save it as a plain "
+            "adapter of the original base (PEFT's path_initial_model_for_weight_conversion), or "
+            "give the merged model."
+        )
+    if given.get("layer_replication"):
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: the adapter {folder} repeats layers of the base "
+            f"(layer_replication={given['layer_replication']!r}), which makes another architecture."
+        )
+    with _told(name, f"PEFT could not read {place}"):
+        given = {key: value for key, value in given.items() if key in names}
+        given.pop("runtime_config", None)
+        return known.from_peft_type(**known.check_kwargs(**given))
 
 
 def widened(model: Any) -> Any:
@@ -66,9 +186,255 @@ def widened(model: Any) -> Any:
     return model
 
 
+def copied(adapter: Any) -> Any:
+    """A PeftModel of one's own."""
+    # Layers that PEFT ties keep what they were made from, which torch may refuse to copy.
+    made = [getattr(module, "kwargs", None) or {} for module in adapter.modules()]
+    return copy.deepcopy(adapter, {id(k["tied_adapter"]): {} for k in made if "tied_adapter" in k})
+
+
 def read_peft(name: str, adapter: Any, origin: str) -> Source:
-    """Merge a PeftModel that is ours to change, and prove the merge against PEFT's own forward."""
-    unmerged = copy.deepcopy(adapter)
-    merged = read_transformers(name, adapter.merge_and_unload(), origin, copied=False)
-    own = own_logits(unmerged, copied=False)
-    return replace(merged, logits=own)
+    """Merge a PeftModel that is ours to change, and prove the merge against PEFT's own forward.
+
+    Raises:
+        PairError: an adapter that PEFT cannot merge.
+        UnsupportedArchitectureError: a kind of adapter that has nothing to merge, or whose merged
+            weights give other logits than the adapter itself.
+    """
+    active = adapter.active_adapters
+    for each in [active] if isinstance(active, str) else active:
+        kind = adapter.peft_config[each].peft_type
+        _check_kind(name, getattr(kind, "value", str(kind)), origin)
+    adapter.eval()
+    unmerged = own_logits(copied(adapter), copied=False)
+    with _told(name, f"PEFT could not merge {origin}"):
+        _untie(adapter)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Input and output embeddings are no longer")
+            merged = adapter.merge_and_unload()
+    source = read_transformers(name, merged, origin, copied=False)
+    draw = torch.Generator().manual_seed(0)
+    length = min(source.arch.n_ctx, 24)
+    tokens = torch.randint(source.arch.d_vocab, (2, length), generator=draw)
+    dtype = next(merged.parameters()).dtype
+    with _told(name, f"PEFT could not run {origin}"):
+        theirs = unmerged(tokens, dtype)
+    ours = source.logits(tokens, dtype)
+    off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-9))
+    # Values that are not finite are told of by name when the pair is checked.
+    if off > 1e-4:
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: merged into the weights, {origin} gives other logits than as an "
+            f"adapter (off by {off:.1e}, relative). Adapters that are switched off, that repeat "
+            "layers or that depend on the prompt cannot be merged exactly."
+        )
+    return replace(source, logits=unmerged)
+
+
+# -- the adapter's folder ----------------------------------------------------------------------
+
+
+def _check_kind(name: str, kind: str, origin: str) -> None:
+    """Refuse what is no change of weights."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "merge_and_unload"):
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: {origin} is an adapter of the kind {kind}, which trains additions "
+            "to the prompt or to the layers' outputs, and no weights that could be grafted. "
+            "Adapters that PEFT can merge into the weights, such as LORA, are supported."
+        )
+
+
+def _check_weights(name: str, folder: Path, *, needed: bool) -> None:
+    """That the folder holds weights, where they are `needed`, whole as far as a head tells."""
+    safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
+    if safe.is_file():
+        damaged = f"the weights {safe} are damaged; save or fetch them again"
+        with _told(name, damaged), safe_open(safe, framework="pt"):
+            pass
+    elif needed and not pickled.is_file():
+        raise PairError(
+            f"source {name!r}: the adapter's folder {folder} has no weights "
+            f"({safe.name} or {pickled.name}). Save the adapter again, or fetch the file."
+        )
+
+
+def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
+    """A PeftModel of the model and of all of the folder's tensors."""
+    from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    renamed = getattr(model, "_checkpoint_conversion_mapping", None)
+    with _told(name, f"the weights in {folder} are damaged; save or fetch them again"):
+        tensors = load_peft_weights(str(folder), device="cpu", key_mapping=renamed)
+    with _told(name, f"the adapter {folder} does not fit the base"):
+        _bound_patterns(name, folder, config, [key for key, _ in model.named_modules() if key])
+        config.inference_mode = True
+        with warnings.catch_warnings():
+            # Tied embeddings, which PEFT warns of, are untied before the merge.
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            adapter = PeftModel(model, config)
+        state = adapter.state_dict()
+        wanted: dict[str, Tensor] = get_peft_model_state_dict(
+            adapter, state_dict=state, save_embedding_layers=False
+        )
+    _check_tensors(name, folder, tensors, {**state, **wanted})
+    with _told(name, f"the adapter {folder} does not fit the base"):
+        try:
+            found = set_peft_model_state_dict(adapter, tensors)
+            missing, unknown = found.missing_keys, found.unexpected_keys
+        except KeyError as error:  # a whole module that is saved beside the adapter's own tensors
+            missing, unknown = [error.args[0]], []
+        except RuntimeError as error:
+            raise PairError(_misfit(name, folder, tensors, {**state, **wanted})) from error
+    spelled = {id(tensor): key for key, tensor in wanted.items()}
+    lacking = {spelled.get(id(state.get(key)), "" if key in state else key) for key in missing}
+    held = set(map(id, state.values()))
+    # Some kinds save what they derive, such as a mask's indices.
+    lacking |= {key for key, tensor in wanted.items() if id(tensor) not in held} - tensors.keys()
+    for problem, keys in (("lacks", lacking - {""}), ("holds unused", set(unknown))):
+        if keys:
+            listed = sorted(keys)
+            raise UnsupportedArchitectureError(
+                f"source {name!r}: the adapter {folder} {problem} tensors: {', '.join(listed[:5])}"
+                f"{' …' if len(listed) > 5 else ''}. graftlens refuses what it cannot run exactly: "
+                "save the adapter by save_pretrained of the model that PEFT made, without wrappers."
+            )
+    return adapter
+
+
+def _check_tensors(name: str, folder: Path, tensors: Any, wanted: Mapping[str, Tensor]) -> None:
+    """Refuse a file that holds anything but floating-point tensors by name."""
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise PairError(
+            f"source {name!r}: the weights in {folder} are not tensors by name. Save the adapter "
+            "by PEFT's save_pretrained."
+        )
+    for key, tensor in tensors.items():
+        asked = wanted.get(key)
+        whole = asked is not None and not asked.is_floating_point()
+        if not whole and not (tensor.is_floating_point() and torch.finfo(tensor.dtype).bits >= 16):
+            raise PairError(
+                f"source {name!r}: {key} in {folder} is {tensor.dtype}: quantised weights cannot "
+                "be grafted exactly."
+            )
+
+
+def _misfit(
+    name: str, folder: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
+) -> str:
+    """What to say of tensors with another shape than the base and the adapter's config imply."""
+    here = f"source {name!r}: the adapter {folder} does not fit the base"
+    for key, tensor in tensors.items():
+        if key in wanted and tensor.shape != wanted[key].shape:
+            told = (
+                f"{here}: {key} has shape {tuple(tensor.shape)}; the base and the adapter's config "
+                f"say {tuple(wanted[key].shape)}. "
+            )
+            if re.search(r"embed|lm_head|wte", key) and tensor.shape[1:] == wanted[key].shape[1:]:
+                return (
+                    f"{told}Where finetuning added tokens, resize the base's embeddings to match: "
+                    f"base.resize_token_embeddings({len(tensor)})."
+                )
+            return f"{told}Give the model that it was trained on as the base."
+    return f"{here}: its tensors have other shapes. Give the model that it was trained on."
+
+
+def _untie(adapter: Any) -> None:
+    """Let an adapter of one of two tied embeddings be merged into that one alone."""
+    wrapped = adapter.get_base_model().get_input_embeddings().modules()
+    weight = next(module for module in wrapped if isinstance(module, nn.Embedding)).weight
+    tied = [(k, m) for k, m in adapter.named_modules() if m._parameters.get("weight") is weight]
+    if any(key.endswith((".base_layer", ".original_module")) for key, _ in tied):
+        for _, module in tied[1:]:
+            module.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
+
+
+@contextmanager
+def _told(name: str, what: str) -> Iterator[None]:
+    """Another library's exception as one sentence of ours that says what it was about."""
+    try:
+        yield
+    except (PairError, UnsupportedArchitectureError):
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise PairError(f"source {name!r}: {what} ({type(error).__name__}: {reason}).") from error
+
+
+# -- patterns ----------------------------------------------------------------------------------
+
+
+def _bound_patterns(name: str, folder: Path, config: Any, modules: list[str]) -> None:
+    """Put the names of the base's modules in the place of every pattern that PEFT would match.
+
+    A pattern comes with the adapter, and Python's own matcher can take longer than the universe
+    lives; PEFT is given the names that it matches.
+    """
+    matcher = _Matcher(name, folder)
+    for option in ("target_modules", "exclude_modules", "feedforward_modules"):
+        value = getattr(config, option, None)
+        if isinstance(value, str) and value.lower() != "all-linear":
+            # PEFT also asks whether a pattern matches these two alone, to tie what is put on them.
+            found = matcher.names(option, value, [*modules, "embed_tokens", "lm_head"])
+            setattr(config, option, "|".join(map(re.escape, found)))
+            if option == "target_modules" and not set(found) & set(modules):
+                raise PairError(
+                    f"source {name!r}: target_modules={value!r} of the adapter {folder} matches no "
+                    "module of the base. Give the model that it was trained on as the base."
+                )
+        elif value:
+            # In a list PEFT compares names; what cannot be one matches nothing.
+            setattr(config, option, [each for each in value if _PLAIN.fullmatch(str(each))])
+    for option in ("modules_to_save", "layers_pattern", "target_parameters"):
+        value = getattr(config, option, None) or []
+        for each in [value] if isinstance(value, str) else value:
+            if not _PLAIN.fullmatch(str(each)):
+                raise UnsupportedArchitectureError(
+                    f"source {name!r}: {option} of the adapter {folder} has {each!r}, which is not "
+                    "a module's name. Write the names of the modules."
+                )
+    for option, value in vars(config).items():
+        if option.endswith("_pattern") and isinstance(value, dict):
+            bounded: dict[str, Any] = {}
+            for key, each in value.items():
+                # PEFT looks for the pattern at the end of a module's name, the first one wins.
+                at_end = rf"(?:.*\.)?(?:{key})"
+                plain = _PLAIN.fullmatch(key)
+                for end in [key] if plain else matcher.names(option, at_end, modules):
+                    bounded.setdefault(end, each)
+            setattr(config, option, bounded)
+
+
+class _Matcher:
+    """Full matches of patterns from one adapter, within a bound for all of them."""
+
+    def __init__(self, name: str, folder: Path) -> None:
+        self._where = f"source {name!r}: the adapter {folder}"
+        self._left = _PATTERN_SECONDS
+
+    def names(self, option: str, pattern: str, modules: Iterable[str]) -> list[str]:
+        """The modules whose whole name matches."""
+        import regex  # its matcher stops when told to
+
+        try:
+            re.compile(pattern)
+            compiled = regex.compile(pattern)
+        except (re.error, regex.error, RecursionError, OverflowError) as error:
+            raise PairError(
+                f"{self._where} has {option}={pattern[:80]!r}, which is not a pattern ({error})."
+            ) from None
+        found = []
+        for module in modules:
+            begun = time.process_time()
+            try:
+                if compiled.fullmatch(module, timeout=self._left):
+                    found.append(module)
+            except TimeoutError:
+                raise PairError(
+                    f"{self._where} has {option}={pattern[:80]!r}, which takes too long to match. "
+                    "Write the names of the modules into its adapter_config.json."
+                ) from None
+            self._left = max(0.01, self._left - (time.process_time() - begun))
+        return found

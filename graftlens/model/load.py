@@ -4,7 +4,6 @@ What is not exactly supported is refused. Loading reads Hugging Face state dicts
 loaded model that is given as a source is neither changed nor kept.
 """
 
-import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from graftlens.components import Component
 from graftlens.graft import Graft, Rule
-from graftlens.model.adapters import read_adapter, read_peft, widened
+from graftlens.model.adapters import copied, preview_adapter, read_adapter, read_peft, widened
 from graftlens.model.arch import (
     Architecture,
     PairError,
@@ -142,11 +141,13 @@ def preview(
     """
     _check_names(sources)
     read: list[Source] = []
+    adapters: list[tuple[str, Any]] = []
     for name, given in sources.items():
         folder = Path(given).expanduser()
         if (folder / "adapter_config.json").is_file():
             if not read:
                 read_adapter(name, folder, folder)  # says that the base cannot be one
+            adapters.append((name, preview_adapter(name, folder)))
             continue
         path = str(folder) if folder.exists() else str(given)
         config = read_config(name, path)
@@ -155,7 +156,8 @@ def preview(
         read.append(replace(empty, config=config))
     for source in read:
         _check_pair(read[0], source)
-    return read[0].arch, shared_tokenizer([(s.name, s.tokenizer) for s in read], tokenizer)
+    found = [(s.name, s.tokenizer) for s in read] + adapters
+    return read[0].arch, shared_tokenizer(found, tokenizer)
 
 
 def _unread(
@@ -198,7 +200,7 @@ def _read(name: str, given: Any, base: Any) -> Source:
     if "PeftModel" in kinds:
         # The adapter's own tensors are float32 whatever the model's are.
         dtypes = (given.get_base_model().get_input_embeddings().weight.dtype,)
-        ours = widened(copy.deepcopy(given))
+        ours = widened(copied(given))
         return replace(read_peft(name, ours, f"{name} (PEFT, merged)"), dtypes=dtypes)
     if isinstance(given, nn.Module) and hasattr(given, "config"):
         return read_transformers(name, given, f"{name} ({type(given).__name__})")

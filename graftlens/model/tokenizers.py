@@ -1,23 +1,61 @@
 """The sources' tokenizers: read, and compared by the tokens that they give."""
 
-from collections.abc import Sequence
+import codecs
+import json
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from graftlens.folder import read_json
 from graftlens.model.arch import PairError
+from graftlens.prompts import encode
 
 _PROBE_TEXT = " The first of 1,234 cafés opened in São Tomé — didn't it?\n\tYes: 東京 \U0001f642"
 
+#: Of the parts of a fast tokenizer, those that no prompt's tokens come from: how it decodes, and
+#: how it fills up and cuts batches, which is the caller's choice.
+_IDLE = ("version", "truncation", "padding", "decoder")
+
 
 def read_tokenizer(path: str) -> Any:
-    """The tokenizer beside a checkpoint, or None where a local folder has none."""
+    """The tokenizer beside a checkpoint or an adapter, or None where a local folder has none.
+
+    Code that a tokenizer brings along is never run.
+
+    Raises:
+        PairError: a tokenizer that is damaged or that cannot be fetched; the message names the
+            file.
+    """
     from transformers import AutoTokenizer
 
     folder = Path(path)
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
     if folder.is_dir() and not any((folder / n).is_file() for n in names):
         return None
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # the library raises whatever the damage leads to
+        raise PairError(_damage(folder, error)) from error
+
+
+def _damage(folder: Path, error: Exception) -> str:
+    """What is wrong with a tokenizer that transformers could not read."""
+    advice = "Save the tokenizer again, or fetch the file again."
+    names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+    for name in (*names, "added_tokens.json", "vocab.json"):
+        if (folder / name).is_file():
+            if (folder / name).read_bytes().startswith(codecs.BOM_UTF8):
+                return f"{folder / name} begins with a byte order mark. Save it without one."
+            try:
+                content = read_json(folder / name, advice)
+            except ValueError as fault:
+                return str(fault)
+            part = "model" if name == "tokenizer.json" else None
+            if not isinstance(content, dict) or (part and part not in content):
+                return f"{folder / name} does not hold what a tokenizer is made from. {advice}"
+    reason = " ".join(str(error).split())[:300]
+    return f"the tokenizer of {folder} could not be read ({type(error).__name__}: {reason})."
 
 
 def unaltered(tokenizer: Any) -> Any:
@@ -29,19 +67,24 @@ def unaltered(tokenizer: Any) -> Any:
     path = getattr(tokenizer, "name_or_path", "")
     try:
         return (read_tokenizer(path) if path else None) or tokenizer
-    except (OSError, ValueError):
+    except PairError:
         return tokenizer
 
 
 def shared_tokenizer(found: Sequence[tuple[str, Any]], given: Any) -> Any:
     """The one tokenizer of all sources: the one given, or the first where all agree.
 
+    They agree where every prompt has the same tokens. The token that ends a text is not a prompt's:
+    an appended one is left out (`graftlens.prompts.encode`), and a generation ends as the
+    checkpoint's generation settings say. A difference in it is warned of and no more; fill-up
+    tokens and sides, chat templates and classes are not compared.
+
     Args:
         found: each source's name and its tokenizer, None where it brought none.
         given: a tokenizer, or where to load one from; None to take the sources' own.
 
     Raises:
-        PairError: tokenizers that give different tokens.
+        PairError: tokenizers that give different tokens, or one that cannot be read.
     """
     if given is not None:
         if isinstance(given, str | Path):
@@ -61,6 +104,12 @@ def shared_tokenizer(found: Sequence[tuple[str, Any]], given: Any) -> Any:
                 "Grafting needs the same tokens in both; "
                 "pass tokenizer=… if you know which one is right."
             )
+        if (ours := _ending(first)) != (theirs := _ending(other)):
+            warnings.warn(
+                f"the tokenizers of {first_name!r} and {name!r} end texts differently ({ours}; "
+                f"{theirs}). Prompts are run without an end, so their tokens are the same.",
+                stacklevel=3,
+            )
     return first
 
 
@@ -69,9 +118,50 @@ def _tokenizers_differ(a: Any, b: Any) -> str:
     if ours != theirs:
         odd = sorted(t for t in ours.keys() | theirs.keys() if ours.get(t) != theirs.get(t))
         return f"{len(odd)} vocabulary entries, such as {odd[0]!r}"
-    for name in ("bos_token_id", "eos_token_id"):
-        if getattr(a, name) != getattr(b, name):
-            return f"{name} is {getattr(a, name)} and {getattr(b, name)}"
-    if a(_PROBE_TEXT)["input_ids"] != b(_PROBE_TEXT)["input_ids"]:
-        return "the same text gives other tokens"
+    if a.bos_token_id != b.bos_token_id:
+        return f"bos_token_id is {a.bos_token_id} and {b.bos_token_id}"
+    for text in _probes(a, b):
+        if _prompt(text, a) != _prompt(text, b):
+            if a.eos_token_id != b.eos_token_id:
+                return f"eos_token_id is {a.eos_token_id} and {b.eos_token_id}"
+            return "the same text gives other tokens"
     return ""
+
+
+def _probes(a: Any, b: Any) -> Iterator[str]:
+    """Texts that show a difference; where a fast tokenizer's parts differ, all of its words."""
+    yield _PROBE_TEXT
+    parts = [_parts(tokenizer) for tokenizer in (a, b)]
+    if parts[0] and parts[0] == parts[1]:
+        return
+    vocabulary = a.get_vocab()
+    special = set(a.all_special_tokens) | set(a.get_added_vocab())
+    plain = sorted(vocabulary.keys() - special, key=vocabulary.__getitem__)
+    texts = [a.convert_tokens_to_string([word]) for word in plain]
+    for start in range(0, len(texts), 1000):
+        yield " ".join(texts[start : start + 1000])
+        yield "".join(texts[start : start + 1000])
+    for word in sorted(special):
+        yield f"x {word} y{word}z"
+
+
+def _parts(tokenizer: Any) -> dict[str, Any]:
+    """What a fast tokenizer makes a text's tokens with; empty for a slow one."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    parts = json.loads(backend.to_str()) if hasattr(backend, "to_str") else {}
+    return {key: value for key, value in parts.items() if key not in _IDLE}
+
+
+def _prompt(text: str, tokenizer: Any) -> list[int]:
+    """A text's tokens as a prompt's."""
+    if getattr(tokenizer, "is_fast", False):
+        return encode(text, tokenizer)[0]
+    return list(tokenizer(text)["input_ids"])
+
+
+def _ending(tokenizer: Any) -> str:
+    """The token that ends a text, and whether each text gets it."""
+    if tokenizer.eos_token is None:
+        return "no token"
+    appended = list(tokenizer("a")["input_ids"])[-1:] == [tokenizer.eos_token_id]
+    return f"{tokenizer.eos_token!r}{'' if appended else ' not'} appended"
