@@ -187,14 +187,14 @@ def sealed_json(value: Mapping[str, Any]) -> dict[str, Any]:
     return {**value, "sha256": digest(json.loads(json.dumps(value)))}
 
 
-def check_json(content: Mapping[str, Any]) -> None:
-    """Check the checksum of a JSON file's content, if it bears one.
+def check_json(content: Mapping[str, Any], *, required: bool = False) -> None:
+    """Check the checksum of a JSON file's content, if it bears or must bear one.
 
     Raises:
         DamagedError: the content is not what was written.
     """
     rest = {key: value for key, value in content.items() if key != "sha256"}
-    if "sha256" in content and content["sha256"] != digest(rest):
+    if (required or "sha256" in content) and content.get("sha256") != digest(rest):
         raise DamagedError("its checksum is another")
 
 

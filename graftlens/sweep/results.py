@@ -240,7 +240,7 @@ def read_prompts(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
     Raises:
         ValueError: a table that is missing or damaged.
     """
-    path = Path(out) / "prompts.parquet"
+    path = Path(out).expanduser() / "prompts.parquet"
     required = read_manifest(out).sealed
     try:
         with _parquet(path, required=required) as file:
@@ -273,6 +273,7 @@ def read_end(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         OSError, ValueError: one of them is missing or damaged.
     """
+    required = read_manifest(out).sealed
     found: list[dict[str, Any]] = []
     for name, wanted in (
         ("done.json", {"cells": int, "not_run": dict}),
@@ -285,7 +286,8 @@ def read_end(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
             raise DamagedError(f"{out / name} lacks {' or '.join(wanted)}")
         try:
             # No few bits make true of false, so that `ok` is outside of the checksum.
-            check_json({key: value for key, value in content.items() if key != "ok"})
+            rest = {key: value for key, value in content.items() if key != "ok"}
+            check_json(rest, required=required)
         except DamagedError as error:
             raise DamagedError(f"{out / name}: {error}") from None
         found.append(content)
