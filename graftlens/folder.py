@@ -6,6 +6,7 @@ name, and is left alone.
 """
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -91,17 +92,92 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     half = _half(path)
     try:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
-        with os.fdopen(os.open(half, flags, 0o666), "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
+        _write(half, content.encode() if isinstance(content, str) else content)
         half.replace(path)
     finally:
         with contextlib.suppress(OSError):
             half.unlink(missing_ok=True)
     sync(path.parent)
     return path
+
+
+class UnwritableError(OSError):
+    """A place that cannot be written; the message names it and says what to do."""
+
+
+def writable(path: str | Path) -> Path:
+    """The path of a file that is to be written later, with `~` expanded, if it can be.
+
+    To be asked before long work. Nothing is left behind.
+
+    Raises:
+        UnwritableError: a folder of that name, a folder that cannot be made or written, a name that
+            is too long, a full disk.
+    """
+    path = Path(path).expanduser()
+    try:
+        probe(path)
+    except OSError as error:
+        why = (error.strerror or str(error)).lower()
+        raise UnwritableError(
+            f"{path} cannot be written ({why}). Make its folder writable, or choose another place."
+        ) from None
+    return path
+
+
+def probe(path: Path) -> None:
+    """Write something beside a file that is to be written later, and take it away again.
+
+    Raises:
+        OSError: the file cannot be written there.
+    """
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    with contextlib.suppress(FileNotFoundError):
+        os.lstat(path)  # finds names that are too long
+    missing: list[Path] = []
+    for folder in path.parents:
+        if os.path.lexists(folder):
+            break
+        missing.append(folder)
+    made: list[Path] = []
+    try:
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                folder.mkdir()
+                made.append(folder)
+        half = _half(path)
+        try:
+            _write(half, bytes(4096))
+        finally:
+            with contextlib.suppress(OSError):
+                half.unlink(missing_ok=True)
+    finally:
+        for folder in reversed(made):
+            with contextlib.suppress(OSError):  # another process has written into it
+                folder.rmdir()
+
+
+#: The file in a folder that says what of ours the folder is.
+MARKER = ".graftlens"
+
+
+def mark(folder: Path, what: str) -> None:
+    """Write into a folder that it is ours, and what it is.
+
+    Raises:
+        OSError: a folder that cannot be written.
+    """
+    if not is_marked(folder, what):
+        write_whole(folder / MARKER, f"graftlens {what}\n")
+
+
+def is_marked(folder: Path, what: str) -> bool:
+    """Whether a folder has our marker, whatever its name is."""
+    try:
+        return (folder / MARKER).read_bytes() == f"graftlens {what}\n".encode()
+    except OSError:
+        return False
 
 
 def sync(folder: Path) -> None:
@@ -116,8 +192,13 @@ def sync(folder: Path) -> None:
 
 def halves(path: Path) -> Iterator[Path]:
     """What killed writers of `path` left beside it."""
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9]+-[0-9a-f]{{16}}\.tmp")
-    return (beside for beside in path.parent.iterdir() if ours.fullmatch(beside.name))
+    return halves_of(path.parent, re.escape(_shortened(path.name)))
+
+
+def halves_of(folder: Path, names: str) -> Iterator[Path]:
+    """What killed writers left in a folder of files with certain names (a regular expression)."""
+    ours = re.compile(rf"\.(?:{names})\.[0-9]+-[0-9a-f]{{16}}\.tmp")
+    return (path for path in folder.iterdir() if ours.fullmatch(path.name))
 
 
 def inside(folder: Path, *names: str) -> Path:
@@ -142,4 +223,20 @@ def inside(folder: Path, *names: str) -> Path:
 
 def _half(path: Path) -> Path:
     """A name that nobody can have guessed, for the file while it is being written."""
-    return path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
+    name = _shortened(path.name)
+    return path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
+
+
+def _shortened(name: str) -> str:
+    """As much of a name as leaves room for what `_half` adds: names have 255 bytes at most."""
+    return os.fsencode(name)[:200].decode(errors="ignore")
+
+
+def _write(half: Path, content: bytes) -> None:
+    """Write a new file, on the disk when this returns."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0)
+    flags |= getattr(os, "O_BINARY", 0)
+    with os.fdopen(os.open(half, flags, 0o666), "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

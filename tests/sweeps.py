@@ -7,7 +7,6 @@ a sweep needs, so that each start takes no longer than the sweep itself.
 import contextlib
 import errno
 import importlib
-import io
 import json
 import os
 import signal
@@ -114,8 +113,8 @@ def unfinished_files(out: Path) -> list[str]:
 class Faults:
     """Something happens at the k-th thing that is asked of the disk, counted from 1.
 
-    Asked are: the writing of a file (half of it is written), fsync of file or folder, and rename
-    (just before it, and once it is done).
+    Asked are: the making of a file (once it is there), its writing (half of it is written), fsync
+    of file or folder, and rename (just before it, and once it is done).
     """
 
     def __init__(self, at: int, strike: Any) -> None:
@@ -128,8 +127,9 @@ class Faults:
 
     @contextlib.contextmanager
     def installed(self) -> Iterator["Faults"]:
-        replace, fsync, opener = os.replace, os.fsync, io.open
+        replace, fsync, opener, wrap = os.replace, os.fsync, os.open, os.fdopen
         faults = self
+        halves: set[int] = set()
 
         class Half:
             """A file whose writing can fail half-way."""
@@ -152,9 +152,24 @@ class Faults:
             def __exit__(self, *error: Any) -> None:
                 self.file.close()
 
-        def faulty_open(path: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-            file = opener(path, mode, *args, **kwargs)
-            return Half(file) if "w" in mode and str(path).endswith(".tmp") else file
+        def faulty_open(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+            handle = opener(path, flags, *args, **kwargs)
+            if str(path).endswith(".tmp"):
+                halves.add(handle)
+                try:
+                    faults._count()
+                except OSError:
+                    os.close(handle)
+                    Path(path).unlink()  # as if it had not been made
+                    raise
+            return handle
+
+        def faulty_fdopen(handle: int, *args: Any, **kwargs: Any) -> Any:
+            file = wrap(handle, *args, **kwargs)
+            if handle not in halves:
+                return file
+            halves.remove(handle)
+            return Half(file)
 
         def faulty_replace(*args: Any, **kwargs: Any) -> None:
             faults._count()
@@ -165,11 +180,12 @@ class Faults:
             faults._count()
             fsync(handle)
 
-        os.replace, os.fsync, io.open = faulty_replace, faulty_fsync, faulty_open  # type: ignore[assignment]
+        os.replace, os.fsync = faulty_replace, faulty_fsync  # type: ignore[assignment]
+        os.open, os.fdopen = faulty_open, faulty_fdopen
         try:
             yield self
         finally:
-            os.replace, os.fsync, io.open = replace, fsync, opener  # type: ignore[assignment]
+            os.replace, os.fsync, os.open, os.fdopen = replace, fsync, opener, wrap
 
 
 def _strike(fault: str) -> None:
@@ -287,6 +303,7 @@ def _serve() -> None:
 def _sweep(job: Mapping[str, Any]) -> None:
     """In a child: run and exit."""
     from graftlens.sweep import runner
+    from graftlens.sweep.disk import FolderError
 
     log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
@@ -300,7 +317,7 @@ def _sweep(job: Mapping[str, Any]) -> None:
             runner.run_sweep(job["config"], Path(job["out"]), progress=False)
         code = 0
         Path(job["log"]).with_name("modules").write_text("\n".join(sys.modules))
-    except runner.FolderError as error:
+    except FolderError as error:
         print(error)
         code = FAILED
     except BaseException:

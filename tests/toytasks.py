@@ -55,7 +55,7 @@ def die_once(mark: Path, out: Path, **more: Any) -> None:
     """Be a sweep's worker that is killed at its second shard, if it is the first to get there."""
     from graftlens.sweep import runner
 
-    write, shards = runner._write, []
+    write, shards = runner.write, []
 
     def fatal(folder: Path, path: Path, content: bytes) -> None:
         if path.parent.name == "shards":  # the shard's lock is held
@@ -66,7 +66,7 @@ def die_once(mark: Path, out: Path, **more: Any) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         write(folder, path, content)
 
-    runner._write = fatal
+    runner.write = fatal
     runner.work(out, **more)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from graftlens.experiment.analysis import TAGS
+from graftlens.folder import writable
 from graftlens.stats import GRAFT_COLUMNS
 from graftlens.viz.compare import compare_page
 
@@ -26,10 +27,13 @@ def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Pa
     Raises:
         ValueError: fewer than two runs, a folder that holds none, no part in common, a metric that
             they lack.
+        OSError: a page that cannot be written.
     """
+    out = writable(out)
     if len(runs) < 2:
         raise ValueError(f"{len(runs)} given: name two or more folders that graftlens run wrote.")
-    records = {Path(run): _record(Path(run)) for run in runs}
+    runs = [Path(run).expanduser() for run in runs]
+    records = {run: _record(run) for run in runs}
     if len(records) < len(runs):
         raise ValueError("a folder is named twice. Name each run once.")
     labels = _labels(records)

@@ -27,8 +27,9 @@ from graftlens.experiment.config import NamedExperiment, find_experiment
 from graftlens.experiment.plan import Plan, Store, plan
 from graftlens.experiment.show import show_part
 from graftlens.finetune import FinetuneResult, FinetuneRun, InUseError, finetune_run
-from graftlens.folder import write_whole
+from graftlens.folder import writable, write_whole
 from graftlens.sweep.config import describe
+from graftlens.sweep.devices import check_devices
 from graftlens.sweep.launch import launch_local
 from graftlens.sweep.runner import SweepResult, prepare_sweep, run_sweep, sweep_result
 from graftlens.viz.export import exporter
@@ -93,8 +94,11 @@ def run_experiment(
     started = time.monotonic()
     named = _named(experiment, overrides)
     config = named.config
-    folder = Path(out) if out is not None else default_folder(named)
-    planned = plan(config, Store(Path(store) if store is not None else RUNS / "store"))
+    if devices:
+        check_devices(devices)
+    folder = Path(out).expanduser() if out is not None else default_folder(named)
+    writable(folder / "index.html")
+    planned = plan(config, Store(_store(store)))
     planned.check()
     planned.refuse_others(folder)
 
@@ -160,7 +164,7 @@ def describe_experiment(
         ConfigError: everything that is wrong with the config.
     """
     named = _named(experiment, overrides)
-    planned = plan(named.config, Store(Path(store) if store is not None else RUNS / "store"))
+    planned = plan(named.config, Store(_store(store)))
     planned.check()
     lines = [f"{named.config.title}: {named.config.question}", ""]
     for name, run in planned.runs.items():
@@ -177,6 +181,10 @@ def describe_experiment(
     for name in named.config.parts:
         lines += ["", f"part      {name}", describe(planned.checked(name, trained=False))]
     return "\n".join(lines)
+
+
+def _store(given: str | Path | None) -> Path:
+    return Path(given).expanduser() if given is not None else RUNS / "store"
 
 
 def default_folder(named: NamedExperiment) -> Path:

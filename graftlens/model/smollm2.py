@@ -24,9 +24,8 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from graftlens.components import suggest
+from graftlens.locks import locked
 from graftlens.model.quiet import quiet
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -54,12 +53,12 @@ def smollm2(cache: Path | None = None) -> Path:
         cache: folder that holds the checkpoint's folder. Default: ``$GRAFTLENS_CACHE``, else
             ``$XDG_CACHE_HOME/graftlens``, else ``~/.cache/graftlens``, read at each call.
     """
-    root = Path(cache) if cache is not None else default_cache()
+    root = Path(cache).expanduser() if cache is not None else default_cache()
     folder = root / FOLDER
     if is_complete(folder):
         return folder
     root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".{FOLDER}.lock"):
+    with locked(root / f".{FOLDER}.lock", say=logger.warning):
         if is_complete(folder):
             return folder
         if folder.exists():

@@ -5,17 +5,15 @@ none is left. A process that dies costs the shard that it was at; the others tak
 """
 
 import os
-import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from tqdm.auto import tqdm
 
-from graftlens.configfile import ConfigError
 from graftlens.engines import EngineError, Say, SlurmResources, Task, run_processes, submit
+from graftlens.sweep.devices import check_devices
 from graftlens.sweep.results import read_manifest, shard_path
 from graftlens.sweep.runner import is_done, is_finished, work
 
@@ -40,8 +38,9 @@ def launch_local(
         ValueError: a folder without a sweep.
         EngineError: the sweep is not finished, since every process died.
     """
-    out = Path(out).resolve()
-    names = _check_devices(devices)
+    out = Path(out).expanduser().resolve()
+    check_devices(devices)
+    names = _names(devices)
     with _Bar(out, progress, say) as bar:
         if not bar.finished():
             environment = {}
@@ -84,7 +83,7 @@ def launch_slurm(
         EngineError: submitit or Slurm is missing, Slurm refused the job, or the sweep is not
             finished, since every task died.
     """
-    out = Path(out).resolve()
+    out = Path(out).expanduser().resolve()
     with _Bar(out, progress and wait, say) as bar:
         if bar.finished():
             return
@@ -187,35 +186,8 @@ def _check_finished(out: Path, tasks: Sequence[Task]) -> None:
     )
 
 
-def _check_devices(devices: Sequence[str]) -> list[str]:
+def _names(devices: Sequence[str]) -> list[str]:
     """A name for each process."""
-    here = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if len(here) > 1:
-        here.append("cuda")
-    if torch.backends.mps.is_available():
-        here.append("mps")
-    if isinstance(devices, str) or not devices:
-        raise ConfigError(
-            (
-                "devices",
-                f"{devices!r} is no list of devices. Give one or more of {', '.join(here)}.",
-            )
-        )
-    if unknown := [device for device in devices if device not in here]:
-        raise ConfigError(
-            (
-                "devices",
-                f"{', '.join(map(repr, unknown))} is not here. There are {', '.join(here)}.",
-            )
-        )
-    if len({re.sub(":.*", "", device) for device in devices}) > 1:
-        raise ConfigError(
-            (
-                "devices",
-                f"{', '.join(devices)} are of several kinds, whose last digits differ: a row would "
-                "show which one computed it. Give devices of one kind.",
-            )
-        )
     return [
         device if devices.count(device) == 1 else f"{device} #{devices[:i].count(device) + 1}"
         for i, device in enumerate(devices)

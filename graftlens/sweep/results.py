@@ -8,14 +8,15 @@
   under a block of grafts; it counts if it can be read, has all its rows and bears the sweep's key;
 - ``trust.json``, ``done.json``: the trust report, and that everything is there.
 
-Every file appears whole, in one rename.
+Every file appears whole, in one rename, and bears a checksum (see `disk.py`).
 """
 
+import contextlib
 import hashlib
 import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -24,8 +25,12 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
+from pydantic import TypeAdapter, ValidationError
 
+from graftlens.folder import parse_json, read_text
 from graftlens.prompts import Prompt
+from graftlens.sweep.disk import DamagedError, check_json, digest, sealed, sealed_json, unsealed
 
 #: What a shard holds: `prompt` is the prompt's number, `graft` the graft's place in the config.
 SHARD = pa.schema(
@@ -86,6 +91,8 @@ class Manifest:
         versions: of the packages at the first start.
         models: weights' fingerprints, dtype, row budget and pair check, as the first worker found
             them; None before.
+        config_sha256: of ``config.yaml``; None in a folder that version 0.1.0 began, whose files
+            need not bear checksums.
     """
 
     identity: Mapping[str, Any]
@@ -98,9 +105,16 @@ class Manifest:
     graft_blocks: Sequence[Sequence[int]]
     versions: Mapping[str, str]
     models: Mapping[str, Any] | None = None
+    config_sha256: str | None = None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self) | {"shards": self.shards}, indent=1, ensure_ascii=False)
+        content = sealed_json(asdict(self) | {"shards": self.shards})
+        return json.dumps(content, indent=1, ensure_ascii=False)
+
+    @property
+    def sealed(self) -> bool:
+        """Whether every file must bear its checksum."""
+        return self.config_sha256 is not None
 
     @property
     def shards(self) -> int:
@@ -134,9 +148,7 @@ class Manifest:
         return digest([self.identity, ran])
 
 
-def digest(value: Any) -> str:
-    """SHA-256 of a value's JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+_MANIFEST = TypeAdapter(Manifest)
 
 
 def shard_path(out: Path, shard: int) -> Path:
@@ -147,23 +159,44 @@ def read_manifest(out: Path) -> Manifest:
     """The manifest of a sweep's folder.
 
     Raises:
-        ValueError: a folder that holds no sweep.
+        ValueError: a folder that holds no sweep, or a damaged manifest.
     """
-    path = Path(out) / "sweep.json"
+    path = Path(out).expanduser() / "sweep.json"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        content.pop("shards")
-        return Manifest(**content)
+        content = parse_json(read_text(path), path)
+        check_json(content)
+        if unknown := content.keys() - {f.name for f in fields(Manifest)} - {"shards", "sha256"}:
+            raise DamagedError(f"unknown: {', '.join(sorted(unknown))}")
+        manifest = _MANIFEST.validate_python(
+            {key: value for key, value in content.items() if key not in ("shards", "sha256")}
+        )
+        if manifest.shards != content["shards"]:
+            raise DamagedError(f"{content['shards']!r} shards")
+        return manifest
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"{out} holds no sweep (there is no sweep.json in it). Give the folder that "
             "`graftlens sweep` wrote."
         ) from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
         raise ValueError(
-            f"{path} is not what this version of graftlens writes ({error}). Start the sweep in a "
-            "new folder."
+            f"{path} cannot be read ({error.strerror or error}). Make it readable."
         ) from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise damaged(path, f"{where}: {first['msg']}") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, why: object) -> ValueError:
+    """What to say of a manifest that is not one."""
+    return ValueError(
+        f"{path} is damaged, or is not what this version of graftlens writes ({why}). Remove that "
+        "file and give the sweep's own command again: shards that are whole are kept. Or start the "
+        "sweep in a new folder."
+    )
 
 
 def prompt_table(
@@ -207,10 +240,14 @@ def read_prompts(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
     Raises:
         ValueError: a table that is missing or damaged.
     """
-    path = Path(out) / "prompts.parquet"
+    path = Path(out).expanduser() / "prompts.parquet"
+    required = read_manifest(out).sealed
     try:
-        return pq.read_table(path, columns=columns, page_checksum_verification=True)
-    except (OSError, pa.ArrowException) as error:
+        with _parquet(path, required=required) as file:
+            if not file.schema_arrow.equals(_PROMPTS):
+                raise DamagedError("it has other columns")
+            return file.read(columns=columns)
+    except (OSError, pa.ArrowException, DamagedError) as error:
         raise ValueError(
             f"{path} cannot be read ({error}). Give the sweep's own command again: it writes the "
             "file anew."
@@ -218,10 +255,96 @@ def read_prompts(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def to_bytes(table: pa.Table) -> bytes:
-    """A table as the bytes of a Parquet file, whose pages bear checksums."""
+    """A table as the bytes of a Parquet file, whose pages and which itself bear checksums."""
     buffer = pa.BufferOutputStream()
     pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    return buffer.getvalue().to_pybytes()
+    return sealed(buffer.getvalue().to_pybytes())
+
+
+def _parquet(path: Path, *, required: bool) -> pq.ParquetFile:
+    """A Parquet file whose every byte was checked, where it bears a checksum."""
+    content = unsealed(path.read_bytes(), required=required)
+    return pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
+
+
+def read_end(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The content of ``done.json`` and of ``trust.json``.
+
+    Raises:
+        OSError, ValueError: one of them is missing or damaged.
+    """
+    required = read_manifest(out).sealed
+    found: list[dict[str, Any]] = []
+    for name, wanted in (
+        ("done.json", {"cells": int, "not_run": dict}),
+        ("trust.json", {"ok": bool, "text": str}),
+    ):
+        content = parse_json(read_text(out / name), out / name)
+        if not isinstance(content, dict) or any(
+            type(content.get(key)) is not kind for key, kind in wanted.items()
+        ):
+            raise DamagedError(f"{out / name} lacks {' or '.join(wanted)}")
+        try:
+            # No few bits make true of false, so that `ok` is outside of the checksum.
+            rest = {key: value for key, value in content.items() if key != "ok"}
+            check_json(rest, required=required)
+        except DamagedError as error:
+            raise DamagedError(f"{out / name}: {error}") from None
+        found.append(content)
+    done, trust = found
+    if not all(type(count) is int for count in done["not_run"].values()):
+        raise DamagedError(f"{out / 'done.json'}: not_run are not numbers")
+    return done, trust
+
+
+def to_mend(
+    out: Path, there: Manifest, files: Mapping[str, bytes], table: pa.Table
+) -> dict[str, bytes]:
+    """The files of a claimed sweep that are to be written again, and their content.
+
+    Args:
+        there: the sweep's manifest.
+        files: what is to be in them; of the config, the text that was given first stays.
+        table: the prompts: another version of Parquet's writer may write the same in other bytes.
+    """
+    wrong = {}
+    given = _content(out / "config.yaml")
+    if there.sealed:
+        if hashlib.sha256(given).hexdigest() != there.config_sha256:
+            digest_of = hashlib.sha256(files["config.yaml"]).hexdigest()
+            renewed = replace(there, config_sha256=digest_of)
+            wrong["config.yaml"] = files["config.yaml"]
+            wrong["sweep.json"] = renewed.to_json().encode()
+    elif not _is_mapping(given):
+        wrong["config.yaml"] = files["config.yaml"]
+    if _content(out / "grafts.yaml") != files["grafts.yaml"]:
+        wrong["grafts.yaml"] = files["grafts.yaml"]
+    try:
+        right = read_prompts(out).equals(table)
+    except ValueError:
+        right = False
+    if not right:
+        wrong["prompts.parquet"] = files["prompts.parquet"]
+    with contextlib.suppress(OSError, ValueError):
+        text = f"{read_end(out)[1]['text']}\n".encode()
+        if _content(out / "trust.txt") != text:
+            wrong["trust.txt"] = text
+    return wrong
+
+
+def _content(path: Path) -> bytes:
+    """A file's bytes; none where it cannot be read."""
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""
+
+
+def _is_mapping(content: bytes) -> bool:
+    try:
+        return isinstance(yaml.safe_load(content), dict)
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False
 
 
 def read_shard(
@@ -229,12 +352,12 @@ def read_shard(
 ) -> pa.Table | None:
     """A shard's rows; None where it is missing, damaged, or another sweep's."""
     try:
-        with pq.ParquetFile(shard_path(out, shard), page_checksum_verification=True) as file:
+        with _parquet(shard_path(out, shard), required=manifest.sealed) as file:
             bears = (file.schema_arrow.metadata or {}).get(b"graftlens.key")
             if bears != manifest.key.encode() or file.metadata.num_rows != manifest.rows(shard):
                 return None
             return file.read(columns=columns, use_threads=False)
-    except (OSError, pa.ArrowException):
+    except (OSError, pa.ArrowException, DamagedError):
         return None
 
 
@@ -261,7 +384,7 @@ def read_results(
     Raises:
         ValueError: a folder that holds no sweep, an unknown column, no row a batch.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     manifest = read_manifest(out)
     wanted = list(RESULT_COLUMNS if columns is None else columns)
     if isinstance(columns, str) or (unknown := [c for c in wanted if c not in RESULT_COLUMNS]):

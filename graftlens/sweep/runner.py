@@ -7,13 +7,13 @@ worker that finds all shards there writes the trust report and the marker that t
 """
 
 import contextlib
-import errno
+import hashlib
 import io
 import json
 import os
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -24,27 +24,43 @@ import pandas as pd
 import pyarrow as pa
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from graftlens.configfile import settings_from
+from graftlens.folder import probe
 from graftlens.graft import Graft
+from graftlens.locks import holder
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt, PromptError
 from graftlens.sweep.config import Checked, SweepConfig, check, load_config
+from graftlens.sweep.devices import check_devices
+from graftlens.sweep.disk import (
+    FolderError,
+    clear_halves,
+    digest,
+    lock,
+    lock_path,
+    make_folders,
+    refuse_foreign,
+    sealed_json,
+    write,
+    writing,
+)
 from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.results import (
     SHARD,
     Manifest,
     as_given,
-    digest,
+    damaged,
     prompt_table,
+    read_end,
     read_manifest,
     read_prompts,
     read_results,
     read_shard,
     shard_path,
     to_bytes,
+    to_mend,
 )
 from graftlens.sweep.scoring import Scorer, prepare
 from graftlens.sweep.trust import trust_report
@@ -68,10 +84,6 @@ PLANNERS = 4
 POLL = 0.5
 
 Say = Callable[[str], None]
-
-
-class FolderError(OSError):
-    """A sweep's folder that cannot be written; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -134,9 +146,18 @@ def run_sweep(
         ValueError: a config that cannot be run, or a folder that holds another sweep.
         FolderError: a folder that cannot be written, or a full disk.
     """
-    out = Path(out)
-    prepare_sweep(config, out, overrides=overrides)
-    work(out, device=device, progress=progress, say=say)
+    out = Path(out).expanduser()
+    if device is not None:
+        check_devices([device])
+    claimed = (out / "sweep.json").is_file()
+    prepare_sweep(config, out, overrides=overrides, say=say)
+    try:
+        work(out, device=device, progress=progress, say=say)
+    except ValueError:
+        # Models that are refused: the mended config is to find the folder free.
+        if not claimed:
+            _give_up(out, say)
+        raise
     result = sweep_result(out)
     say(result.line())
     return result
@@ -146,19 +167,28 @@ def sweep_result(out: str | Path) -> SweepResult:
     """What a finished sweep came to.
 
     Raises:
-        ValueError: a sweep that is not finished.
+        ValueError: a sweep that is not finished, or whose record of that is damaged.
     """
-    out = Path(out)
-    if not is_done(out):
+    out = Path(out).expanduser()
+    if not (out / "done.json").is_file():
         raise ValueError(f"{out} is not finished. Give the sweep's command again to go on.")
-    done = json.loads((out / "done.json").read_text(encoding="utf-8"))
-    trust = json.loads((out / "trust.json").read_text(encoding="utf-8"))
+    try:
+        done, trust = read_end(out)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{out}: the record of its end is damaged ({error}). Give the sweep's command again: "
+            "it makes the record again from the shards."
+        ) from None
     return SweepResult(out, done["cells"], done["not_run"], trust)
 
 
 def is_done(out: Path) -> bool:
-    """Whether the sweep's marker says that it is finished."""
-    return (out / "done.json").is_file()
+    """Whether the sweep's marker says that it is finished, and its trust report is there."""
+    try:
+        read_end(out)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def is_finished(out: Path) -> bool:
@@ -168,8 +198,7 @@ def is_finished(out: Path) -> bool:
     manifest = read_manifest(out)
     if manifest.models is None or not is_done(out) or _missing(out, manifest):
         return False
-    locations = SweepConfig.model_validate(manifest.config).locations()
-    return bool(manifest.models["files"] == _files(locations))
+    return bool(manifest.models.get("files") == _files(_config(out, manifest).locations()))
 
 
 # -- claiming the folder -----------------------------------------------------------------------
@@ -180,46 +209,54 @@ def prepare_sweep(
     out: str | Path,
     *,
     overrides: Sequence[str] = (),
+    say: Say = print,
 ) -> Manifest:
     """Claim the folder for a sweep, or find it claimed for the same one; no weights are read.
 
+    Files of a claimed sweep that are damaged are written again. A refusal leaves nothing behind.
+
     Raises:
-        ValueError: a config that cannot be run, or a folder that holds another sweep.
+        ValueError: a config that cannot be run, or a folder that holds another sweep, or files that
+            are not a sweep's where its files would be.
         FolderError: a folder that cannot be written, or a full disk.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     checked, text = _checked(config, overrides)
     manifest, blocks = _plan(checked, overrides)
+    manifest = replace(manifest, config_sha256=hashlib.sha256(text.encode()).hexdigest())
+    table = prompt_table(checked.prompts, checked.dataset, blocks)
     files = {
         "config.yaml": text.encode(),
         "grafts.yaml": _yaml({str(g["name"]): g["rule"] for g in manifest.grafts}).encode(),
-        "prompts.parquet": to_bytes(prompt_table(checked.prompts, checked.dataset, blocks)),
+        "prompts.parquet": to_bytes(table),
     }
-
-    def wrong() -> list[str]:
-        """The files to write; of the config, the text that was given first stays."""
-        here = {name: out / name for name in files if (out / name).is_file()}
-        right = [n for n in here if n == "config.yaml" or here[n].read_bytes() == files[n]]
-        return [name for name in files if name not in right]
+    new = manifest.to_json().encode()
 
     # A folder that needs nothing may be one that cannot be written.
     if (out / "sweep.json").is_file():
         agreed = _agree(out, manifest, checked.prompts)
-        if not wrong():
+        if not to_mend(out, agreed, files, table):
             return agreed
-    with _writing(out):
-        for folder in (out, out / "shards", out / "locks"):
-            folder.mkdir(parents=True, exist_ok=True)
-            _sync(folder.parent)
-    with _lock(out, "claim"):
-        claimed = (out / "sweep.json").is_file()
-        if claimed:
-            manifest = _agree(out, manifest, checked.prompts)
-        for name in wrong() if claimed else files:
-            _write(out, out / name, files[name])
-        if not claimed:
-            _write(out, out / "sweep.json", manifest.to_json().encode())
-    return manifest
+    refuse_foreign(out)
+    with writing(out):
+        probe(out / "sweep.json")
+        make_folders(out)
+    with lock(out, "claim", say=say):
+        if (out / "sweep.json").is_file():
+            needed = to_mend(out, _agree(out, manifest, checked.prompts), files, table)
+        else:
+            needed = files | {"sweep.json": new}
+        for name, content in needed.items():
+            write(out, out / name, content)
+        return read_manifest(out)
+
+
+def _give_up(out: Path, say: Say) -> None:
+    """Take back a claim under which nothing was computed."""
+    with lock(out, "claim", say=say), writing(out):
+        if read_manifest(out).models is None:
+            for name in ("sweep.json", "config.yaml", "grafts.yaml", "prompts.parquet"):
+                (out / name).unlink(missing_ok=True)
 
 
 def _checked(
@@ -388,12 +425,14 @@ def work(
         ValueError: a folder that holds no sweep, or other weights than it was begun with.
         FolderError: a folder that cannot be written, or a full disk.
     """
-    out = Path(out)
+    out = Path(out).expanduser()
     manifest = read_manifest(out)
-    config = SweepConfig.model_validate(manifest.config)
+    config = _config(out, manifest)
     if is_finished(out):
         say(f"{out} is finished: nothing to run.")
         return
+    with writing(out):
+        probe(out / "sweep.json")
     if (lines := _differences(manifest.versions, _versions())) and (manifest.models is not None):
         say("\n".join(["this sweep was begun with other versions:", *lines]))
         say("What is computed now may differ from what is there in the last digits.")
@@ -404,7 +443,7 @@ def work(
             config.locations(), tokenizer=config.tokenizer, device=device, dtype=config.dtype
         )
     say(loaded.getvalue().strip())
-    manifest = _record(out, model, config, loaded.getvalue().strip(), files)
+    manifest = _record(out, model, config, loaded.getvalue().strip(), files, say)
     missing = _missing(out, manifest)
     _, grafts, blocks = _given(out, manifest)
     places = {name: place for place, name in enumerate(grafts)}
@@ -456,7 +495,10 @@ def work(
                     bar.update(done / each - bar.n)
             if missing and len(missing) == before:
                 if not waiting:
-                    say(f"waiting for other processes: {len(missing)} of {manifest.shards} shards")
+                    say(
+                        f"waiting for other processes: {len(missing)} of {manifest.shards} shards, "
+                        f"the first held by {holder(lock_path(out, _lock_name(missing[0])))}"
+                    )
                 waiting = True
                 time.sleep(POLL)
     finish(out, model, say)
@@ -468,15 +510,14 @@ def finish(out: Path, model: GraftedTransformer, say: Say = print) -> None:
     Raises:
         FolderError: a folder that cannot be written, or a full disk.
     """
-    with _lock(out, "finish"):
-        with _lock(out, "claim"):  # nobody else writes now: these are killed writers'
-            for half in (*out.glob("*.tmp"), *(out / "shards").glob("*.tmp")):
-                half.unlink(missing_ok=True)
+    with lock(out, "finish", say=say):
+        with lock(out, "claim", say=say), writing(out):  # nobody else writes now
+            clear_halves(out)
         if is_done(out):
             return
         say("all shards are there; recomputing some cells for the trust report")
         manifest = read_manifest(out)
-        config = SweepConfig.model_validate(manifest.config)
+        config = _config(out, manifest)
         prompts, grafts, _ = _given(out, manifest)
         # The lists are most of a table's memory.
         lists = () if manifest.cells <= LISTED else ("top_tokens", "top_probs")
@@ -485,7 +526,7 @@ def finish(out: Path, model: GraftedTransformer, say: Say = print) -> None:
         if len(results) < manifest.cells:
             raise FolderError(
                 f"shards went missing from {out} while the sweep ran. Give the same command again: "
-                "it computes them anew."
+                "it computes them again."
             )
         report = trust_report(
             model,
@@ -497,19 +538,20 @@ def finish(out: Path, model: GraftedTransformer, say: Say = print) -> None:
             prepend_bos=config.prepend_bos,
             answers=config.metrics.answers,
         )
-        trust = report.to_dict() | {"ok": report.ok, "text": report.text()}
+        found = {name: value for name, value in report.to_dict().items() if name != "ok"}
+        trust = {"ok": report.ok} | sealed_json(found | {"text": report.text()})
         reasons = results["reason"].value_counts()
-        done = {
+        done: dict[str, Any] = {
             "cells": len(results),
             "not_run": {str(reason): int(count) for reason, count in reasons.items()},
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "device": _device_name(model),
         }
-        _write(out, out / "trust.txt", f"{report.text()}\n".encode())
-        for name, content in (("trust.json", trust), ("done.json", done)):
+        write(out, out / "trust.txt", f"{report.text()}\n".encode())
+        for name, content in (("trust.json", trust), ("done.json", sealed_json(done))):
             text = json.dumps(content, indent=1, ensure_ascii=False)
-            _write(out, out / name, text.encode())
+            write(out, out / name, text.encode())
 
 
 def _device_name(model: GraftedTransformer) -> str:
@@ -528,10 +570,22 @@ def _take(out: Path, manifest: Manifest, shard: int, compute: Callable[[int], by
     """Compute a shard unless another process does; whether it is there now."""
     if read_shard(out, manifest, shard) is not None:
         return True
-    with _lock(out, f"{shard:05d}", wait=False) as held:
+    with lock(out, _lock_name(shard), wait=False) as held:
         if held and read_shard(out, manifest, shard) is None:
-            _write(out, shard_path(out, shard), compute(shard))
+            write(out, shard_path(out, shard), compute(shard))
         return held
+
+
+def _lock_name(shard: int) -> str:
+    return f"{shard:05d}"
+
+
+def _config(out: Path, manifest: Manifest) -> SweepConfig:
+    try:
+        return SweepConfig.model_validate(manifest.config)
+    except ValueError as error:
+        said = str(error).splitlines()
+        raise damaged(out / "sweep.json", "config: " + " ".join(said[1:3])) from None
 
 
 def _given(out: Path, manifest: Manifest) -> tuple[dict[int, Prompt], dict[str, Graft], list[Any]]:
@@ -549,10 +603,15 @@ def _given(out: Path, manifest: Manifest) -> tuple[dict[int, Prompt], dict[str, 
 
 
 def _record(
-    out: Path, model: GraftedTransformer, config: SweepConfig, pair_check: str, files: Any
+    out: Path,
+    model: GraftedTransformer,
+    config: SweepConfig,
+    pair_check: str,
+    files: Any,
+    say: Say,
 ) -> Manifest:
     """Write down which models run, or check that they are those that the folder was begun with."""
-    with _lock(out, "claim"):
+    with lock(out, "claim", say=say):
         manifest = read_manifest(out)
         given = {
             "dtype": str(model.cfg.dtype).removeprefix("torch."),
@@ -575,7 +634,7 @@ def _record(
             found = {name: there[name] for name in ("row_budget", "pair_check")}
         ours = replace(manifest, models=given | found | {"files": files})
         if ours != manifest:
-            _write(out, out / "sweep.json", ours.to_json().encode())
+            write(out, out / "sweep.json", ours.to_json().encode())
         return ours
 
 
@@ -591,76 +650,6 @@ def _files(sources: Mapping[str, Any]) -> dict[str, dict[str, list[int]]]:
         for name, folder in folders.items()
         if folder.is_dir()
     }
-
-
-# -- the disk ----------------------------------------------------------------------------------
-
-
-def _write(out: Path, path: Path, content: bytes) -> None:
-    """Put a whole file in place, on the disk when this returns."""
-    # Its own name, so that two writers cannot meet where locks do not reach.
-    half = path.with_name(f"{path.name}.{platform.node()}-{os.getpid()}.tmp")
-    with _writing(out):
-        try:
-            with half.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            half.replace(path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                half.unlink(missing_ok=True)
-            raise
-        _sync(path.parent)
-
-
-def _sync(folder: Path) -> None:
-    """Ask the disk to hold the folder's names."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-
-
-@contextlib.contextmanager
-def _lock(out: Path, name: str, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock of the sweep, which the system takes back from a process that dies.
-
-    Gives whether it is held: without `wait`, another process may hold it.
-    """
-    lock = FileLock(out / "locks" / f"{name}.lock")
-    held = False
-    with _writing(out), contextlib.suppress(Timeout):
-        lock.acquire(timeout=-1 if wait else 0)
-        held = True
-    try:
-        yield held
-    finally:
-        if held:
-            lock.release()
-
-
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    """Say of an error of the disk which folder it hit and what to do."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, FolderError):
-            raise
-        kept = "what is finished is kept."
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = f"Free space there and give the same command again: {kept}"
-        else:
-            advice = (
-                "Make sure that the folder can be written, or choose another; then give the same "
-                f"command again: {kept}"
-            )
-        raise FolderError(
-            f"the sweep's folder {out} cannot be written ({error}). {advice}"
-        ) from error
 
 
 def _yaml(value: Mapping[str, Any]) -> str:
