@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-
 #: Names that Windows keeps for devices, whatever their ending.
 _DEVICES = frozenset(
     {"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in "0123456789¹²³")}
@@ -43,7 +42,8 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_json(text: str, where: str | Path) -> Any:
-    """Plain values of a JSON text; a key that appears twice is refused, as in YAML.
+    """Plain values of a JSON text; a key that appears twice is refused, as in YAML, and so is what
+    no text or number can hold: half of a surrogate pair, a number of thousands of digits.
 
     Args:
         text: the JSON text.
@@ -61,8 +61,18 @@ def parse_json(text: str, where: str | Path) -> Any:
             made[key] = value
         return made
 
+    def whole(digits: str) -> int:
+        if len(digits) > 1000:
+            raise ValueError(f"{where}: a number of {len(digits)} digits is too long.")
+        return int(digits)
+
     try:
-        return json.loads(text, object_pairs_hook=once)
+        values = json.loads(text, object_pairs_hook=once, parse_int=whole)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(values, ensure_ascii=False).encode()
+        return values
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} has half of a surrogate pair in a text (\\ud…).") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error}).") from None
     except RecursionError:
@@ -190,7 +200,7 @@ def name_problems(names: Iterable[str]) -> list[tuple[str, str]]:
         same = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
         other = known.setdefault(same, name)
         if other != name:
-            what = f"{ascii(other)} and {ascii(name)} are one name to some file systems."
+            what = f"{other!a} and {name!a} are one name to some file systems."
             problems.append((name, f"{what} Choose another for one of them."))
     return problems
 

@@ -54,7 +54,8 @@ _ADDRESS = re.compile(
 
 #: What any server is sent beside the key.
 _HEADERS = frozenset(
-    "accept accept-encoding connection content-length content-type host user-agent".split()
+    ("accept", "accept-encoding", "connection", "content-length", "content-type", "host")
+    + ("user-agent",)
 )
 
 logger = logging.getLogger(__name__)
