@@ -6,8 +6,6 @@ are left out of the training texts, or training sees the article only as a langu
 it.
 """
 
-import contextlib
-import json
 import logging
 import random
 import unicodedata
@@ -242,7 +240,8 @@ class ArticlesSpec(DatasetSpec):
     source: Path | None = None
     """A ``.jsonl`` file with an article a line, or a folder of articles: ``NAME.txt`` with
     ``NAME.json`` beside it for everything but the text, or ``NAME.json`` with the text in it; files
-    of other kinds are not looked at. All in UTF-8. Left out: the shipped articles about invented films."""
+    of other kinds are not looked at. All in UTF-8. Left out: the shipped articles about invented
+    films."""
 
     context: Context = "sentence"
     """What a prompt has: its sentence, or the whole article up to there. A prompt never names what
@@ -549,12 +548,11 @@ def _articles(raw: tuple[_Raw, ...]) -> tuple[Article, ...]:
 
 
 def _json(text: str, where: str) -> Any:
-    with contextlib.suppress(RecursionError):  # parse_json has a word for it
-        try:
-            json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is no JSON ({error.msg}). Mend it.") from None
-    return parse_json(text, where)
+    try:
+        return parse_json(text, where)
+    except ValueError as error:
+        said = str(error).replace(f"{where} is not JSON", f"{where} is no JSON")
+        raise ValueError(f"{said} Mend it.") from None
 
 
 def _plain(value: Any) -> Any:

@@ -371,7 +371,7 @@ def _json_rows(text: str, name: str) -> list[dict[str, Any]]:
             raise ValueError(f"row {number}, from 0, is no mapping of columns.")
     if not rows:
         raise ValueError("it holds no row.")
-    return rows  # type: ignore[no-any-return]
+    return rows
 
 
 def _rows(data: Any, origin: str) -> list[dict[str, Any]]:

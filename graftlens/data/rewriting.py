@@ -54,8 +54,8 @@ _ADDRESS = re.compile(
 
 #: What any server is sent beside the key.
 _HEADERS = frozenset(
-    ("accept", "accept-encoding", "connection", "content-length", "content-type", "host")
-    + ("user-agent",)
+    {"accept", "accept-encoding", "connection", "content-length", "content-type", "host"}
+    | {"user-agent"}
 )
 
 logger = logging.getLogger(__name__)

@@ -50,8 +50,8 @@ def occurrences(text: str, name: str) -> tuple[Stretch, ...]:
     name ends before an accent or vowel sign that belongs to its last letter.
     """
     found: list[Stretch] = []
-    place = 0 if name.strip() else len(text) + 1
-    while match := _pattern(name).search(text, place):
+    place = 0
+    while name.strip() and (match := _pattern(name).search(text, place)):
         start, end = match.span()
         whole = _whole(text, start, end)
         found += [(start, end)] if whole else []

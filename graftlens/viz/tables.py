@@ -6,6 +6,7 @@ before it, which `read_table` takes off again; in Markdown, what would be an ima
 is escaped.
 """
 
+import csv
 import io
 import re
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
@@ -57,9 +58,7 @@ def write_table(
             about += f" Recovery: {text.measure(frame, 'recovery').title}."
         lines += ["", _markdown(about)]
     return {
-        "csv": write_whole(
-            _with(stem, "csv"), _inert(frame).to_csv(index=False, lineterminator="\n")
-        ),
+        "csv": write_whole(_with(stem, "csv"), _csv(_inert(frame))),
         "md": write_whole(_with(stem, "md"), "\n".join([*lines, ""])),
     }
 
@@ -88,6 +87,14 @@ def read_table(path: str | Path, dtype: Mapping[Hashable, Any] | None = None) ->
         why = said if said.startswith(str(path)) else f"{path} is not a table ({said.strip()})."
         raise ValueError(why) from None
     return _each_text(frame, lambda text: text[1:] if _marked(text) else text)
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    said = str(frame.to_csv(index=False, lineterminator="\n"))
+    if "\r" in said:  # a line break to many readers, but not to the writer, who leaves it bare
+        quoted = csv.QUOTE_NONNUMERIC
+        said = str(frame.to_csv(index=False, lineterminator="\n", quoting=quoted))
+    return said
 
 
 def _inert(frame: pd.DataFrame) -> pd.DataFrame:
@@ -191,7 +198,7 @@ def _markdown(cell: object) -> str:
     entity or HTML. An interval's brackets are no text and stay."""
     said = " ".join(str(cell).split())
     if not _INTERVAL.fullmatch(said):
-        said = re.sub(r"[\[\]]", r"\\\g<0>", said.replace("\\", "\\\\"))
+        said = re.sub(r"[\[\]]|(?<=\])\(", r"\\\g<0>", said.replace("\\", "\\\\"))
     for mark in "|*_`<>&~$":
         said = said.replace(mark, f"\\{mark}")
     # Addresses are links even without a mark, and so is what looks like mail.
