@@ -589,7 +589,8 @@ def test_a_key_in_the_wrong_place_is_not_said(given, message):
 @pytest.mark.parametrize(
     "endpoint",
     ["https://api.openai.com\\.evil.org/v1", "https://a b/v1", "https:///v1", "ftp://x/v1",
-     "https://x\n/v1", "https://x:99999/v1", "https://x:0/v1", "https://é.org/v1", "https://x/\u2028", "https://", ""],
+     "https://x\n/v1", "https://x:99999/v1", "https://x:0/v1", "https://é.org/v1",
+     "https://x/\u2028", "https://", ""],
 )  # fmt: skip
 def test_what_two_readers_could_take_for_two_hosts_is_no_address(endpoint):
     with pytest.raises(ConfigError, match="is no address"):
@@ -725,8 +726,9 @@ def test_a_text_that_is_a_formula_is_a_text(tmp_path):
 ATTACKS = (
     "![x](http://evil.org/x.png)", "[x](http://evil.org)", "<img src=http://evil.org/x>",
     "<http://evil.org>", "<script>alert(1)</script>", "&lt;b&gt;", "`x`", "a|b", "http://evil.org/x",
-    "www.evil.org", "a@evil.org", "\\![x](http://e.org)", "[x]: http://evil.org", "![x][y]", "a\n\n# b", "*b* _i_ ~~s~~",
-    "$x$", "a\u2028| b", "\\", "\\[x](http://e.org)",
+    "www.evil.org", "a@evil.org", "\\![x](http://e.org)", "[x]: http://evil.org", "![x][y]",
+    "a\n\n# b",
+    "*b* _i_ ~~s~~", "$x$", "a\u2028| b", "\\", "\\[x](http://e.org)",
 )  # fmt: skip
 
 
