@@ -91,10 +91,12 @@ def finetune(
     On several GPUs: accelerate launch -m graftlens finetune CONFIG (batch_size is each GPU's).
     """
     from graftlens.configfile import read_settings
+    from graftlens.data.rewriting import told_on_command_line
     from graftlens.finetune import FinetuneRun, finetune_run, launch_finetune
     from graftlens.processes import is_first
 
-    run = read_settings(FinetuneRun, config, overrides or ())
+    given = overrides or []
+    run = told_on_command_line(read_settings(FinetuneRun, config, given), given)
     resources = _resources(launcher, slurm, wait)
     if launcher is Launcher.slurm:
         result = launch_finetune(run, resources, wait=wait)
@@ -353,13 +355,17 @@ def data_make(
     from graftlens.configfile import ConfigError, overridden, read_mapping
     from graftlens.data import make_dataset, save_dataset, spec_of
     from graftlens.data.dataset import refuse_existing
+    from graftlens.data.rewriting import told_on_command_line
+    from graftlens.folder import at_home, inside
 
-    folder = out or Path("graftlens-data") / config.stem
+    folder = at_home(out) if out else inside(Path("graftlens-data"), config.stem)
     refuse_existing(folder)  # before all the work
+    given = overrides or []
     try:
-        spec = spec_of(overridden(read_mapping(config), overrides or ()))
+        spec = spec_of(overridden(read_mapping(at_home(config)), given))
     except ConfigError as error:
         raise error.under(str(config), ": ") from None
+    spec = told_on_command_line(spec, given)
     made = make_dataset(spec)
     save_dataset(made, folder)
     counts = ", ".join(f"{number} {what}" for what, number in made.provenance["counts"].items())

@@ -11,9 +11,18 @@ import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
+
+#: Names that Windows keeps for devices, whatever their ending.
+_DEVICES = frozenset(
+    {"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in "0123456789¹²³")}
+)
+
+#: What a name may have of UTF-8 bytes: endings, digests and the marks of halves come on top.
+LONGEST_NAME = 120
 
 
 def read_text(path: str | Path) -> str:
@@ -34,7 +43,8 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_json(text: str, where: str | Path) -> Any:
-    """Plain values of a JSON text; a key that appears twice is refused, as in YAML.
+    """Plain values of a JSON text; a key that appears twice is refused, as in YAML, and so is what
+    no text or number can hold: half of a surrogate pair, a number of thousands of digits.
 
     Args:
         text: the JSON text.
@@ -52,8 +62,18 @@ def parse_json(text: str, where: str | Path) -> Any:
             made[key] = value
         return made
 
+    def whole(digits: str) -> int:
+        if len(digits) > 1000:
+            raise ValueError(f"{where}: a number of {len(digits)} digits is too long.")
+        return int(digits)
+
     try:
-        return json.loads(text, object_pairs_hook=once)
+        values = json.loads(text, object_pairs_hook=once, parse_int=whole)
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(values, ensure_ascii=False).encode()
+        return values
+    except UnicodeEncodeError:
+        raise ValueError(f"{where} has half of a surrogate pair in a text (\\ud…).") from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error}).") from None
     except RecursionError:
@@ -216,9 +236,103 @@ def inside(folder: Path, *names: str) -> Path:
                 "have / or \\ in it. Choose another name."
             )
         path = path / name
-    if not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        within = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # links in a ring, or a name that is too long
+        within = False
+    if not within:
         raise ValueError(f"{path} leads out of {folder}. Remove the link, or choose another name.")
     return path
+
+
+def name_fault(name: str) -> str:
+    """What is wrong with a name that somebody chose for what becomes a file or folder; empty where
+    nothing is.
+
+    It must mean the same on every system and to every reader: no way to another folder, no device
+    of Windows, nothing that is not seen or that only looks like a separator.
+    """
+    # A fullwidth solidus is a solidus to what folds widths, and two dots may be one character.
+    for text in (name, unicodedata.normalize("NFKC", name)):
+        if not text.strip():
+            return "a name may not be empty"
+        if bad := [c for c in text if c in '/\\<>:"|?*' or unicodedata.category(c)[0] == "C"]:
+            return f"a name may not have {bad[0]!r} in it"
+        if bad := [c for c in text if unicodedata.category(c) in ("Zl", "Zp")]:
+            return f"a name may not have {bad[0]!r} in it"
+        if text[0] in ".-~ " or text[-1] in ". ":
+            return "a name may not begin with . - ~ or a space, nor end with . or a space"
+        if text.split(".")[0].strip().lower() in _DEVICES:
+            return "Windows keeps this name for a device"
+        if len(text.encode()) > LONGEST_NAME:
+            return f"a name may have up to {LONGEST_NAME} bytes, and this has {len(text.encode())}"
+    return ""
+
+
+def name_problems(names: Iterable[str]) -> list[tuple[str, str]]:
+    """(name, what is wrong with it) for names that are to be files or folders side by side: also
+    for two that some file systems take for one."""
+    problems: list[tuple[str, str]] = []
+    known: dict[str, str] = {}
+    for name in names:
+        if fault := name_fault(name):
+            what = f"{_shown(name)} is used as the name of a file, and {fault}. Choose another."
+            problems.append((name, what))
+        same = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
+        other = known.setdefault(same, name)
+        if other != name:
+            what = f"{other!a} and {name!a} are one name to some file systems."
+            problems.append((name, f"{what} Choose another for one of them."))
+    return problems
+
+
+def at_home(path: str | Path) -> Path:
+    """The path with a ``~`` at its beginning replaced by the home folder.
+
+    Raises:
+        ValueError: ``~name`` of a user that there is not.
+    """
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"{path} begins with the home folder of a user that is not there. Write the path out."
+        ) from None
+
+
+def claim(folder: Path, marker: str, said: str, taken: Iterable[str] | None = None) -> None:
+    """Make a folder ours by a file in it, before anything else is written there.
+
+    Args:
+        folder: it need not be there yet.
+        marker: name of the file that makes it ours.
+        said: its content.
+        taken: what would be written; a folder without the marker is refused if it has any of
+            these. Left out: if it has anything at all.
+
+    Raises:
+        ValueError: a file, or a folder with somebody else's content.
+        OSError: a folder that cannot be written.
+    """
+    mark = folder / marker
+    if folder.is_dir() and mark.is_file() and not mark.is_symlink():
+        return
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder. Choose another.")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    others = sorted(there if taken is None else there & {*taken, marker})
+    if others:
+        raise ValueError(
+            f"{folder} has {', '.join(others[:3])}{' and more' if len(others) > 3 else ''} in it "
+            f"and no {marker}, so it is not a folder that graftlens made: nothing there is "
+            "overwritten. Choose another folder."
+        )
+    write_whole(mark, said)
+
+
+def _shown(name: str) -> str:
+    """A name in a message: no character acts on the terminal, and a long one is cut."""
+    return repr(name) if len(name) <= 60 else f"{name[:60]!r}…"
 
 
 def _half(path: Path) -> Path:

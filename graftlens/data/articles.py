@@ -6,10 +6,8 @@ are left out of the training texts, or training sees the article only as a langu
 it.
 """
 
-import json
 import logging
 import random
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence, Set
@@ -24,10 +22,18 @@ from pydantic import Field, field_validator, model_validator
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data.dataset import USUAL, DatasetSpec
 from graftlens.data.rewriting import Draft, Rewrites, rewritten
-from graftlens.data.sentences import Stretch, occurrences, sentences, statements, with_field
+from graftlens.data.sentences import (
+    Stretch,
+    occurrences,
+    sentences,
+    statements,
+    with_field,
+    words,
+)
 from graftlens.data.settings import Settings
 from graftlens.data.tables import table
 from graftlens.data.templates import Direction
+from graftlens.folder import parse_json, read_text
 from graftlens.prompts import STANDARD_SPANS, Prompt
 
 #: The shipped set: invented films, each with an article about it.
@@ -234,7 +240,8 @@ class ArticlesSpec(DatasetSpec):
     source: Path | None = None
     """A ``.jsonl`` file with an article a line, or a folder of articles: ``NAME.txt`` with
     ``NAME.json`` beside it for everything but the text, or ``NAME.json`` with the text in it; files
-    of other kinds are not looked at. Left out: the shipped articles about invented films."""
+    of other kinds are not looked at. All in UTF-8. Left out: the shipped articles about invented
+    films."""
 
     context: Context = "sentence"
     """What a prompt has: its sentence, or the whole article up to there. A prompt never names what
@@ -440,11 +447,13 @@ def read_articles(source: Path | None) -> tuple[Article, ...]:
 
 @dataclass(frozen=True)
 class _Raw:
-    """What stands of an article in a file (JSON), and in another one beside it (its text)."""
+    """What stands of an article in a file (JSON), and in another one beside it (its text); and its
+    id, where the file's name is that unless the file says another."""
 
     where: str
     values: str
     text: str | None = None
+    id: str | None = None
 
 
 def _raw(source: Path | None) -> tuple[_Raw, ...]:
@@ -456,8 +465,8 @@ def _raw(source: Path | None) -> tuple[_Raw, ...]:
         raise FileNotFoundError(
             f"source={str(source)!r} is not there. Name a .jsonl file or a folder of articles."
         )
-    elif source.suffix == ".jsonl":
-        raw = _lines(source.read_text(encoding="utf-8"), source.name)
+    elif source.suffix.lower() == ".jsonl":
+        raw = _lines(read_text(source), source.name)
     else:
         raise ValueError(
             f"source={str(source)!r} ends in {source.suffix!r}. Name a .jsonl file, or a folder of "
@@ -478,16 +487,24 @@ def _lines(text: str, origin: str) -> tuple[_Raw, ...]:
 
 def _folder(folder: Path) -> tuple[_Raw, ...]:
     raw: list[_Raw] = []
-    stems = sorted({p.stem for p in folder.iterdir() if p.suffix in (".txt", ".json")})
-    for stem in stems:
-        text, rest = folder / f"{stem}.txt", folder / f"{stem}.json"
-        if not rest.is_file():
+    parts: dict[str, dict[str, Path]] = {}
+    for path in sorted(folder.iterdir()):
+        kind = path.suffix.lower()
+        if kind in (".txt", ".json"):
+            other = parts.setdefault(path.stem, {}).setdefault(kind, path)
+            if other != path:
+                raise ValueError(
+                    f"{folder} has {other.name} and {path.name}. Keep one of them, or rename one."
+                )
+    for stem, files in sorted(parts.items()):
+        rest, text = files.get(".json"), files.get(".txt")
+        if rest is None:
             raise FileNotFoundError(
-                f"{text} has no {rest.name} beside it. Write its facts there: "
+                f"{text} has no {stem}.json beside it. Write its facts there: "
                 '{"facts": [{"first_entity": "…", "second_entity": "…"}]}.'
             )
-        beside = text.read_text(encoding="utf-8") if text.is_file() else None
-        raw.append(_Raw(rest.name, rest.read_text(encoding="utf-8"), beside))
+        beside = None if text is None else read_text(text)
+        raw.append(_Raw(rest.name, read_text(rest), beside, stem))
     return tuple(raw)
 
 
@@ -497,8 +514,8 @@ def _articles(raw: tuple[_Raw, ...]) -> tuple[Article, ...]:
     articles: list[Article] = []
     for one in raw:
         values = _json(one.values, one.where)
-        if isinstance(values, dict) and one.where.endswith(".json"):
-            values = {"id": one.where.removesuffix(".json"), **values}
+        if isinstance(values, dict) and one.id is not None:
+            values = {"id": one.id, **values}
         if isinstance(values, dict) and one.text is not None:
             if "text" in values:
                 problems.append(
@@ -532,9 +549,10 @@ def _articles(raw: tuple[_Raw, ...]) -> tuple[Article, ...]:
 
 def _json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where} is no JSON ({error.msg}). Mend it.") from None
+        return parse_json(text, where)
+    except ValueError as error:
+        said = str(error).replace(f"{where} is not JSON", f"{where} is no JSON")
+        raise ValueError(f"{said} Mend it.") from None
 
 
 def _plain(value: Any) -> Any:
@@ -711,13 +729,12 @@ class _Index:
         self.texts = texts
         self.places: dict[str, set[int]] = {}
         for place, text in enumerate(texts):
-            for word in set(re.findall(r"\w+", text)):
+            for word in set(words(text)):
                 self.places.setdefault(word, set()).add(place)
 
     def naming(self, names: Sequence[str]) -> set[int]:
         """The texts that have each of the names."""
-        words = [word for name in names for word in re.findall(r"\w+", name)]
-        able = [self.places.get(word, set()) for word in words]
+        able = [self.places.get(word, set()) for name in names for word in words(name)]
         places = set.intersection(*able) if able else set(range(len(self.texts)))
         return {p for p in places if all(occurrences(self.texts[p], name) for name in names)}
 

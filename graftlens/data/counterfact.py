@@ -5,17 +5,20 @@ used as they are: what is written here are only the frames in which training tel
 those in which evaluation asks for it.
 """
 
+import io
 import logging
 import math
 import random
 import re
-import tempfile
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import datasets
+import pandas as pd
+import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
 from graftlens.data.dataset import USUAL
@@ -28,6 +31,7 @@ from graftlens.data.templates import (
     Template,
     named_templates,
 )
+from graftlens.folder import parse_json, read_text
 from graftlens.prompts import Prompt
 
 HUB_ID = "NeelNanda/counterfact-tracing"
@@ -47,8 +51,8 @@ NAMED = 20
 
 logger = logging.getLogger(__name__)
 
-#: Ending of a local file -> the reader of `datasets` for it.
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+#: Endings of local files, in small or capital letters.
+READERS = (".jsonl", ".json", ".csv", ".parquet")
 
 _TEXTS: dict[tuple[Direction, Kind], dict[str, str]] = {
     ("ab", "article"): {
@@ -142,8 +146,9 @@ class CounterFactSpec(TemplatedSpec):
     """Commit or branch of the hub's dataset; left out: its newest."""
 
     file: Path | None = None
-    """Rows on this machine instead of the hub's: ``.jsonl``, ``.json``, ``.csv`` or ``.parquet``
-    with the columns relation, prompt, relation_id, target_false, target_true and subject."""
+    """Rows on this machine instead of the hub's: ``.jsonl``, ``.json`` (a list), ``.csv`` (these in
+    UTF-8) or ``.parquet`` with the columns relation, prompt, relation_id, target_false, target_true
+    and subject."""
 
     teach: Literal["false", "true"] = "false"
     """What training tells: the false target, which a model can know only from training, or the true
@@ -183,7 +188,7 @@ class CounterFactSpec(TemplatedSpec):
                 "the target. Leave directions out."
             )
         if self.file is not None:
-            if self.file.suffix not in READERS:
+            if self.file.suffix.lower() not in READERS:
                 raise ValueError(
                     f"file={str(self.file)!r} ends in {self.file.suffix!r}. Give one of "
                     f"{', '.join(READERS)}."
@@ -328,35 +333,60 @@ def _read(spec: CounterFactSpec) -> tuple[list[dict[str, Any]], str | None]:
         return _rows(data, spec.hub), revision
     if not spec.file.is_file():
         raise FileNotFoundError(f"file={str(spec.file)!r} is not there. Name a file of rows.")
-    reader = READERS[spec.file.suffix]
-    # "None" and "NA" may be names; pandas would read them as nothing.
-    as_texts = {"keep_default_na": False, "converters": dict.fromkeys(COLUMNS, str)}
-    with tempfile.TemporaryDirectory() as cache:
-        try:
-            data = datasets.load_dataset(
-                reader,
-                data_files=str(spec.file),
-                split="train",
-                cache_dir=cache,
-                keep_in_memory=True,
-                **(as_texts if reader == "csv" else {}),
-            )
-        except Exception as error:
-            raise ValueError(
-                f"{spec.file} cannot be read as {reader}: {error}. It should hold rows with the "
-                f"columns {', '.join(COLUMNS)}."
-            ) from error
-        return _rows(data, str(spec.file)), None
+    return _local_rows(spec.file), None
+
+
+def _local_rows(file: Path) -> list[dict[str, Any]]:
+    kind = file.suffix.lower().removeprefix(".")
+    try:
+        if kind == "parquet":
+            rows = pq.read_table(file).to_pylist()
+        elif kind == "csv":
+            # "None" and "NA" may be names; pandas would read them as nothing.
+            text = io.StringIO(read_text(file))
+            rows = pd.read_csv(text, dtype=str, keep_default_na=False).to_dict("records")
+        else:
+            rows = _json_rows(read_text(file), file.name)
+    except Exception as error:  # pandas and pyarrow have many ways to say that a file is none
+        what = "json" if kind == "jsonl" else kind
+        raise ValueError(
+            f"{file} cannot be read as {what}: {str(error).strip()} It should hold rows with the "
+            f"columns {', '.join(COLUMNS)}."
+        ) from None
+    names = dict.fromkeys(str(name) for row in rows for name in row)
+    _refuse_lacking(names, str(file))
+    return [{name: row.get(name) for name in COLUMNS} for row in rows]
+
+
+def _json_rows(text: str, name: str) -> list[dict[str, Any]]:
+    """The rows of a JSON list, or of JSON lines, whichever the text is."""
+    if text.lstrip().startswith("["):
+        rows = parse_json(text, name)
+    else:
+        # Not splitlines: it would cut at separators that may be inside of a JSON text.
+        lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
+        rows = [parse_json(line, f"{name}, line {i}") for i, line in lines]
+    for number, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise ValueError(f"row {number}, from 0, is no mapping of columns.")
+    if not rows:
+        raise ValueError("it holds no row.")
+    return rows
 
 
 def _rows(data: Any, origin: str) -> list[dict[str, Any]]:
-    missing = [name for name in COLUMNS if name not in data.column_names]
+    _refuse_lacking(data.column_names, origin)
+    return list(data.select_columns(list(COLUMNS)))
+
+
+def _refuse_lacking(names: Iterable[str], origin: str) -> None:
+    have = list(names)
+    missing = [name for name in COLUMNS if name not in have]
     if missing:
         raise ValueError(
-            f"{origin} has no column {', '.join(missing)}; it has {', '.join(data.column_names)}. "
+            f"{origin} has no column {', '.join(missing)}; it has {', '.join(have)}. "
             f"Rows need {', '.join(COLUMNS)}."
         )
-    return list(data.select_columns(list(COLUMNS)))
 
 
 def _fact(row: Mapping[str, Any], teach: Literal["false", "true"]) -> CounterFact | str:
@@ -384,9 +414,12 @@ def _fact(row: Mapping[str, Any], teach: Literal["false", "true"]) -> CounterFac
 
 
 def _text(value: Any) -> str:
-    """A column's value without space around it; a number is written out, all else is empty."""
+    """A column's value without space around it; a number is written out, all else is empty.
+
+    Texts get one Unicode form (NFC), or a subject could be written in another one than the prompt.
+    """
     if isinstance(value, str):
-        return value.strip()
+        return unicodedata.normalize("NFC", value).strip()
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return ""
     return str(int(value) if value == int(value) else value)

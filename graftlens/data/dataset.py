@@ -8,6 +8,7 @@ prompts can ask for the told or the untold ones.
 import contextlib
 import hashlib
 import json
+import os
 import random
 import shutil
 import tempfile
@@ -33,6 +34,7 @@ from pydantic import ConfigDict, Field
 from graftlens.data.settings import Settings
 from graftlens.data.supplement import Supplement, mixed
 from graftlens.data.templates import DIRECTIONS, Direction
+from graftlens.folder import at_home, read_json, write_whole
 from graftlens.prompts import Prompt
 
 FEATURES = Features(
@@ -47,6 +49,9 @@ FEATURES = Features(
 
 #: Facts of a dataset whose spec names no number, where there are so many.
 USUAL = 1000
+
+#: What to do about a damaged dataset.
+AGAIN = "Make the dataset again in another folder, or restore the file."
 
 Half = Literal["a", "b"]
 #: Which facts prompts ask for: those that the training texts tell, the others, or all.
@@ -298,7 +303,7 @@ def save_dataset(dataset: FactDataset, folder: Path) -> Path:
     Raises:
         FileExistsError: the folder is there.
     """
-    folder = Path(folder)
+    folder = at_home(folder)
     refuse_existing(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -308,11 +313,9 @@ def save_dataset(dataset: FactDataset, folder: Path) -> Path:
             dataset.train.save_to_disk(content / "train")
             _evaluation(dataset).save_to_disk(content / "evaluation")
         facts = [asdict(fact) for fact in dataset.facts]
-        (content / "facts.json").write_text(
-            json.dumps(facts, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
+        write_whole(content / "facts.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
         provenance = json.dumps(dict(dataset.provenance), indent=2)
-        (content / "provenance.json").write_text(provenance + "\n", encoding="utf-8")
+        write_whole(content / "provenance.json", provenance + "\n")
         content.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -325,7 +328,7 @@ def refuse_existing(folder: Path) -> None:
     Raises:
         FileExistsError: the folder is there.
     """
-    if folder.exists():
+    if os.path.lexists(folder):
         raise FileExistsError(
             f"{folder} exists. A dataset is never overwritten: choose another folder, or remove it."
         )
@@ -358,6 +361,26 @@ def _evaluation(dataset: FactDataset) -> Dataset:
     )
 
 
+def read_provenance(folder: Path) -> dict[str, Any]:
+    """The provenance of a dataset's folder: config, counts and the SHA-256, at least.
+
+    Raises:
+        ValueError: a file that is missing or damaged.
+    """
+    path = folder / "provenance.json"
+    known = read_json(path, AGAIN)
+    if not (
+        isinstance(known, dict)
+        and isinstance(known.get("sha256"), str)
+        and isinstance(known.get("config"), dict)
+        and isinstance(known.get("counts"), dict)
+        and all(type(number) is int for number in known["counts"].values())
+        and "texts" in known["counts"]
+    ):
+        raise ValueError(f"{path} lacks a config, counts or sha256. {AGAIN}")
+    return known
+
+
 def read_dataset(folder: Path, spec_of: Any) -> FactDataset:
     """Read a dataset that `save_dataset` wrote, and check that it is what was written.
 
@@ -369,7 +392,7 @@ def read_dataset(folder: Path, spec_of: Any) -> FactDataset:
         FileNotFoundError: a folder that holds no dataset.
         ValueError: content that was changed since.
     """
-    folder = Path(folder)
+    folder = at_home(folder)
     missing = [
         name for name in ("train", "facts.json", "provenance.json") if not (folder / name).exists()
     ]
@@ -378,12 +401,25 @@ def read_dataset(folder: Path, spec_of: Any) -> FactDataset:
             f"{folder} is no dataset of facts: it has no {', '.join(missing)}. Name a folder that "
             "save_dataset wrote."
         )
-    provenance = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
-    config = spec_of(provenance["config"])
-    values = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-    facts = tuple(config.revive(fact) for fact in values)
-    train = load_from_disk(str(folder / "train"))
-    found = content_hash(facts, train)
+    provenance = read_provenance(folder)
+    try:
+        config = spec_of(provenance["config"])
+    except ValueError as error:
+        raise ValueError(f"{folder / 'provenance.json'}, config: {error} {AGAIN}") from None
+    values = read_json(folder / "facts.json", AGAIN)
+    try:
+        facts = tuple(config.revive(fact) for fact in values)
+    except (TypeError, KeyError, ValueError, AttributeError):
+        raise ValueError(
+            f"{folder / 'facts.json'} does not hold facts of the kind {config.facts}. {AGAIN}"
+        ) from None
+    try:
+        train = load_from_disk(str(folder / "train"))
+        found = content_hash(facts, train)
+    except Exception as error:  # datasets and pyarrow have many ways to say that files are damaged
+        raise ValueError(
+            f"{folder / 'train'} cannot be read as a dataset ({type(error).__name__}). {AGAIN}"
+        ) from None
     if found != provenance["sha256"]:
         raise ValueError(
             f"{folder} has been changed since it was written: its content has SHA-256 {found}, its "

@@ -1,17 +1,18 @@
 """Articles told again by a language model, in other words and with the same names."""
 
 import hashlib
+import ipaddress
 import logging
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
-from urllib.parse import urlsplit
+from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, model_validator
+from pydantic import BaseModel, Field, PrivateAttr, model_validator
 from tqdm.auto import tqdm
 
+from graftlens.configfile import overridden
 from graftlens.data.sentences import occurrences, statements
 from graftlens.data.settings import Settings
 
@@ -28,17 +29,65 @@ INSTRUCTION = (
 #: What a whole article may end in.
 ENDINGS = (".", "!", "?", "…", '."', '!"', '?"', ".”", "!”", "?”", ".)", "'", "’", '"', "”")
 
+#: Host of a provider -> the variable whose key is the provider's own. A config may send the one to
+#: the other, and nothing else anywhere.
+PROVIDERS = {
+    "api.openai.com": "OPENAI_API_KEY",
+    "api.anthropic.com": "ANTHROPIC_API_KEY",
+    "api.deepseek.com": "DEEPSEEK_API_KEY",
+    "api.fireworks.ai": "FIREWORKS_API_KEY",
+    "api.groq.com": "GROQ_API_KEY",
+    "api.mistral.ai": "MISTRAL_API_KEY",
+    "api.together.xyz": "TOGETHER_API_KEY",
+    "api.x.ai": "XAI_API_KEY",
+    "generativelanguage.googleapis.com": "GEMINI_API_KEY",
+    "openrouter.ai": "OPENROUTER_API_KEY",
+    "router.huggingface.co": "HF_TOKEN",
+}
+
+#: scheme, host, port, path. Narrower than what URLs may be: what two readers of a URL could take
+#: for different hosts is not in it.
+_ADDRESS = re.compile(
+    r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?(/[a-z0-9._~%/+:-]*)?",
+    re.IGNORECASE | re.ASCII,
+)
+
+#: What any server is sent beside the key.
+_HEADERS = frozenset(
+    {"accept", "accept-encoding", "connection", "content-length", "content-type", "host"}
+    | {"user-agent"}
+)
+
 logger = logging.getLogger(__name__)
 
+S = TypeVar("S", bound=BaseModel)
 
-class Rewrites(Settings):
+
+class _MadeInCode(type(BaseModel)):  # type: ignore[misc]
+    """Tells `Rewrites(...)` in a program, whose author names the endpoint and the key, from what is
+    validated from a config's values, which somebody may have been sent: that makes no call."""
+
+    def __call__(cls, *args: Any, **values: Any) -> Any:
+        made = super().__call__(*args, **values)
+        made._named = True
+        return made
+
+
+class Rewrites(Settings, metaclass=_MadeInCode):
     """How a language model rewrites articles: behind an endpoint, or here.
 
     A rewrite is used where it has both names of every fact in full, repeats none of the sentences
     that prompts are cut from, and is complete.
+
+    A key goes only to its provider's own host (`PROVIDERS`), or from a variable to an endpoint that
+    were both named on the command line (``rewrites.endpoint=… rewrites.api_key_env=…``) or in
+    Python (``Rewrites(...)``): a config alone sends no key anywhere else, and none goes unencrypted
+    to another machine.
     """
 
-    n: Annotated[int, Field(ge=1)] = 3
+    _named: bool = PrivateAttr(default=False)
+
+    n: Annotated[int, Field(ge=1, le=1000)] = 3
     """Rewrites an article."""
 
     endpoint: str | None = None
@@ -48,9 +97,10 @@ class Rewrites(Settings):
     endpoint_model: str | None = None
     """What the server calls the model."""
 
-    api_key_env: str | None = "OPENAI_API_KEY"
-    """Environment variable that holds the server's key; null for a server that wants none. The key
-    itself is stored nowhere."""
+    api_key_env: str | None = None
+    """Environment variable, in capitals, that holds the server's key; null for a server that wants
+    none. Left out: the provider's own (`PROVIDERS`), and none for any other host. The key itself is
+    stored nowhere."""
 
     model: str | None = None
     """A causal language model to load here instead: hub id or checkpoint folder. An instruction
@@ -65,7 +115,7 @@ class Rewrites(Settings):
     max_tokens: Annotated[int, Field(ge=1)] = 1024
     """The longest rewrite, in the model's tokens. A longer one is cut off, and so refused."""
 
-    attempts: Annotated[int, Field(ge=1)] = 3
+    attempts: Annotated[int, Field(ge=1, le=1000)] = 3
     """How often to try for each rewrite before it is given up."""
 
     seed: Annotated[int, Field(ge=0)] = 0
@@ -74,8 +124,16 @@ class Rewrites(Settings):
     timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """Seconds to wait for one answer of the endpoint."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _providers_own_key(cls, values: Any) -> Any:
+        if isinstance(values, Mapping) and "api_key_env" not in values:
+            return {**values, "api_key_env": PROVIDERS.get(_host(values.get("endpoint")))}
+        return values
+
     @model_validator(mode="after")
     def _one_model(self) -> "Rewrites":
+        self._check_secrets()
         if (self.endpoint is None) == (self.model is None):
             given = "neither endpoint nor model" if self.model is None else "endpoint and model"
             raise ValueError(
@@ -87,24 +145,147 @@ class Rewrites(Settings):
                 f"endpoint={self.endpoint!r} and endpoint_model={self.endpoint_model!r} go "
                 "together: where the server is, and what it calls the model."
             )
-        if self.endpoint is not None:
-            parts = urlsplit(self.endpoint)
-            if parts.scheme not in ("http", "https") or not parts.hostname:
-                raise ValueError(
-                    f"endpoint={self.endpoint!r} is no address. Write a base URL, such as "
-                    "http://localhost:8000/v1."
-                )
-            if parts.username or parts.password:
-                raise ValueError(
-                    "endpoint has a user name or password in it, which would be stored with the "
-                    "dataset. Put the key into an environment variable (api_key_env)."
-                )
         if self.temperature == 0 and self.n > 1:
             raise ValueError(
                 f"temperature=0 writes the same each time, and n={self.n}. Give a temperature, or "
                 "n=1."
             )
         return self
+
+    def _check_secrets(self) -> None:
+        """Nothing that may be a key is stored with a dataset, nor said in a message."""
+        if self.api_key_env is not None and not re.fullmatch(
+            r"[A-Z_][A-Z0-9_]{0,99}", self.api_key_env
+        ):
+            raise ValueError(
+                "api_key_env is the name of an environment variable in capitals, such as "
+                "OPENAI_API_KEY, and never the key itself. Put the key into that variable."
+            )
+        if self.endpoint is None:
+            return
+        if "@" in self.endpoint:
+            raise ValueError(
+                "endpoint has a user name or password in it, which would be stored with the "
+                "dataset. Put the key into an environment variable (api_key_env)."
+            )
+        if "?" in self.endpoint or "#" in self.endpoint:
+            raise ValueError(
+                "endpoint has a query (after ? or #), which would be stored with the dataset and "
+                "may be a key. Leave it out, and put the key into an environment variable "
+                "(api_key_env)."
+            )
+        parts = _ADDRESS.fullmatch(self.endpoint)
+        if parts is None or not 0 < int(parts[3] or 1) < 65536:
+            raise ValueError(
+                f"endpoint={self.endpoint!r} is no address. Write a base URL, such as "
+                "http://localhost:8000/v1."
+            )
+
+    def __eq__(self, other: object) -> bool:
+        # Where the values were named is not one of them: equal settings write the same.
+        return isinstance(other, Rewrites) and self.__dict__ == other.__dict__
+
+    def key(self) -> str | None:
+        """The endpoint's key out of the environment; None for a server that wants none.
+
+        Raises:
+            ValueError: a key that may not go to that endpoint.
+            RuntimeError: a variable that is not set, or that holds something else than a key.
+        """
+        if self.api_key_env is None or self.endpoint is None:
+            return None
+        host = _host(self.endpoint)
+        if PROVIDERS.get(host) != self.api_key_env and not self._named:
+            raise ValueError(
+                f"the key in {self.api_key_env} is not sent to {self.endpoint}: a config may name "
+                "a provider's own host with its own variable (such as api.openai.com and "
+                "OPENAI_API_KEY) and nothing else. If you trust that server with that key, name "
+                "both on the command line (rewrites.endpoint=… rewrites.api_key_env=…), or in "
+                "Python with Rewrites(...); for a server that wants no key write api_key_env: null."
+            )
+        if not self.endpoint.lower().startswith("https:") and not _loopback(host):
+            raise ValueError(
+                f"the key in {self.api_key_env} is not sent to {self.endpoint}, because http is "
+                "not encrypted. Write https, or api_key_env: null for a server that wants no key."
+            )
+        key = os.environ.get(self.api_key_env, "").strip()
+        if not key:
+            raise RuntimeError(
+                f"the environment variable {self.api_key_env} is not set. Put the endpoint's key "
+                "there, name another variable (api_key_env), or write api_key_env: null for a "
+                "server that wants none."
+            )
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise RuntimeError(
+                f"the environment variable {self.api_key_env} does not hold a key: it has spaces, "
+                "line breaks or letters beyond ASCII in it. Put the endpoint's key there."
+            )
+        return key
+
+
+def told_on_command_line(settings: S, overrides: Sequence[str]) -> S:
+    """Let rewrites in `settings` use a key if their endpoint and the key's variable were both named
+    by `key=value` overrides, in one section.
+
+    Args:
+        settings: read from a config with these overrides.
+        overrides: as `graftlens.configfile.read_settings` takes them.
+
+    Returns:
+        The same settings.
+    """
+    given = overridden({}, overrides)
+    named = {
+        (section["endpoint"], section["api_key_env"])
+        for section in _sections(given)
+        if isinstance(section.get("endpoint"), str) and isinstance(section.get("api_key_env"), str)
+    }
+    for rewrites in _rewrites_in(settings):
+        if (rewrites.endpoint, rewrites.api_key_env) in named:
+            rewrites._named = True
+    return settings
+
+
+def _sections(value: Any) -> Iterator[dict[Any, Any]]:
+    """Every mapping in plain values."""
+    if isinstance(value, dict):
+        yield value
+    for inner in value.values() if isinstance(value, dict) else value:
+        if isinstance(inner, dict | list):
+            yield from _sections(inner)
+
+
+def _rewrites_in(value: Any) -> Iterator[Rewrites]:
+    """Every `Rewrites` in settings, however deep."""
+    if isinstance(value, Rewrites):
+        yield value
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _rewrites_in(getattr(value, name))
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _rewrites_in(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _rewrites_in(inner)
+
+
+def _host(endpoint: Any) -> str:
+    """The host of an address, in small letters; empty where it is no address."""
+    parts = _ADDRESS.fullmatch(endpoint) if isinstance(endpoint, str) else None
+    if parts is None:
+        return ""
+    return parts[2].lower()
+
+
+def _loopback(host: str) -> bool:
+    """Whether what is sent there stays on this machine."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -224,18 +405,29 @@ def _endpoint(settings: Rewrites) -> Write:
         raise RuntimeError(
             'an endpoint needs the package openai: pip install "graftlens[llm]".'
         ) from None
-    key = "none" if settings.api_key_env is None else os.environ.get(settings.api_key_env)
-    if not key:
-        raise RuntimeError(
-            f"the environment variable {settings.api_key_env} is not set. Put the endpoint's key "
-            "there, name another variable (api_key_env), or write api_key_env: null for a server "
-            "that wants none."
-        )
+    key = settings.key()
+    openai_itself = _host(settings.endpoint) == "api.openai.com"
+
+    def own_headers_only(request: Any) -> None:
+        # The package sends whatever OPENAI_CUSTOM_HEADERS, OPENAI_ORG_ID, … hold, to any server.
+        for name in [n for n in request.headers if n.lower() not in _HEADERS]:
+            del request.headers[name]
+        request.headers["Authorization"] = f"Bearer {key or 'none'}"
+
+    # A redirect is not followed: it leads to a host that nobody named.
     client = openai.OpenAI(
-        base_url=settings.endpoint, api_key=key, timeout=settings.timeout_s, max_retries=4
+        base_url=settings.endpoint,
+        api_key=key or "none",
+        timeout=settings.timeout_s,
+        max_retries=4,
+        http_client=openai.DefaultHttpxClient(
+            follow_redirects=False,
+            event_hooks={} if openai_itself else {"request": [own_headers_only]},
+        ),
     )
 
     def write(prompt: str, seed: int) -> str:
+        why = ""
         try:
             answer: Any = client.chat.completions.create(
                 model=settings.endpoint_model or "",
@@ -245,13 +437,24 @@ def _endpoint(settings: Rewrites) -> Write:
                 seed=seed,
             )
             choice = answer.choices[0]
-            # What a token limit ended is a rewrite cut off, whatever it ends in.
-            return "" if choice.finish_reason == "length" else choice.message.content or ""
-        except (openai.OpenAIError, AttributeError, IndexError, TypeError) as error:
+            text = choice.message.content or ""
+            if not isinstance(text, str):
+                raise TypeError
+        except openai.APIStatusError as error:
+            why = f"{type(error).__name__}, HTTP status {error.status_code}"
+        except Exception as error:  # whatever openai and httpx make of what a server may send
+            why = type(error).__name__
+        # Said without the server's own words, which may echo the key, and raised out here, where
+        # the error that has them is no longer its context.
+        if why:
             raise RuntimeError(
-                f"the endpoint {settings.endpoint} gave no answer "
-                f"({type(error).__name__}: {error}). Check its address, endpoint_model="
-                f"{settings.endpoint_model!r} and the key."
-            ) from error
+                f"the endpoint {settings.endpoint} gave no answer ({why}). Check its address, "
+                f"endpoint_model={settings.endpoint_model!r} and the key."
+            )
+        # What a token limit ended is a rewrite cut off, whatever it ends in; and a server that says
+        # the key has written nothing that may be kept.
+        if choice.finish_reason == "length" or (key is not None and key in text):
+            return ""
+        return text
 
     return write

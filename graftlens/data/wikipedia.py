@@ -9,6 +9,11 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
+from graftlens.folder import LONGEST_NAME, at_home, inside, name_fault, write_whole
+
+#: A Wikipedia's code, which is the beginning of its host's name.
+LANGUAGE = re.compile(r"[a-z]{2,3}(-[a-z]+)*|simple")
+
 LICENCE = "CC BY-SA 4.0"
 
 #: Sections that hold lists and notes instead of text, in English.
@@ -44,7 +49,7 @@ def download(
     Args:
         titles: of articles; redirects are followed.
         folder: where to put them.
-        language: the Wikipedia's code.
+        language: the Wikipedia's code, such as en, zh-yue or simple.
         user_agent: who asks, with an address, as Wikipedia's terms want it: "my-study/1.0
             (me@example.org)". Left out: graftlens.
 
@@ -53,8 +58,8 @@ def download(
 
     Raises:
         RuntimeError: the client is not installed.
-        ValueError: no titles, an article that does not exist or has no text, or two titles whose
-            file names are the same.
+        ValueError: no titles, a language that is no code, an article that does not exist or has no
+            text, two titles whose file names are the same, or a file there with another text.
         OSError: Wikipedia cannot be reached, or refuses.
     """
     try:
@@ -63,11 +68,24 @@ def download(
         raise RuntimeError(
             'downloading needs the package wikipedia-api: pip install "graftlens[wikipedia]".'
         ) from None
+    folder = at_home(folder)
+    # It becomes a part of the host's name: anything else could name another host.
+    if not LANGUAGE.fullmatch(language) or len(language) > 20:
+        raise ValueError(
+            f"language={language!r} is not the code of a Wikipedia. Write what is before "
+            ".wikipedia.org in its address: small letters and hyphens, such as en or zh-yue."
+        )
+    if user_agent is not None and not (len(user_agent) >= 5 and user_agent.isprintable()):
+        raise ValueError(
+            f"user_agent={user_agent!r}: write who asks in one line of 5 characters or more, such "
+            'as "my-study/1.0 (me@example.org)".'
+        )
     names = {title: _file_name(title) for title in dict.fromkeys(titles)}
     if not names:
         raise ValueError("titles is empty. Name one or more articles.")
     for name in dict.fromkeys(names.values()):
-        same = [title for title, n in names.items() if n == name]
+        # Some file systems take upper and lower case for the same.
+        same = [title for title, n in names.items() if n.casefold() == name.casefold()]
         if len(same) > 1:
             raise ValueError(
                 f"the titles {', '.join(map(repr, same))} would both be the file {name}.txt. "
@@ -79,22 +97,28 @@ def download(
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for title, name in tqdm(names.items(), desc="articles", disable=None):
-        text, rest = folder / f"{name}.txt", folder / f"{name}.json"
+        text, rest = inside(folder, f"{name}.txt"), inside(folder, f"{name}.json")
         # The text is written first, so that where the JSON is, the article is whole.
         if not rest.exists():
             try:
                 content, about = _fetch(client, title, language)
-            except wikipediaapi.WikipediaException as error:
+            except (wikipediaapi.WikipediaException, OSError, LookupError, TypeError) as error:
+                # The last ones are what the client makes of an answer that it did not expect.
                 raise OSError(
                     f"the article {title!r} could not be had from {language}.wikipedia.org "
                     f"({type(error).__name__}: {error}). Check the network, or copy the folder "
                     "from a machine that reaches it; what is there is not fetched again."
                 ) from error
-            text.write_text(content + "\n", encoding="utf-8")
-            rest.write_text(
-                json.dumps({"id": name, **about}, indent=1, ensure_ascii=False) + "\n",
-                encoding="utf-8",
-            )
+            content += "\n"
+            # Without a JSON file it may be an older call's, or anybody's.
+            if text.exists() and text.read_bytes() != content.encode():
+                raise ValueError(
+                    f"{text} is there without {rest.name} and has another text than the article, "
+                    "so it is left as it is. Rename or remove it, or download into another folder."
+                )
+            write_whole(text, content)
+            said = json.dumps({"id": name, **about}, indent=1, ensure_ascii=False)
+            write_whole(rest, said + "\n")
         written.append(text)
     return tuple(written)
 
@@ -131,4 +155,6 @@ def _file_name(title: str) -> str:
     name = re.sub(r"[^\w.-]+", "_", title).strip("_.")
     if not name:
         raise ValueError(f"title={title!r} is no title. Copy it from the article's page.")
-    return name
+    # A title may have up to 255 bytes, and an article may be about a device of Windows.
+    name = name.encode()[: LONGEST_NAME - 1].decode(errors="ignore").rstrip("_.")
+    return f"{name}_" if name_fault(name) else name

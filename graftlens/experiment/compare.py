@@ -1,16 +1,21 @@
 """Several experiments that were run (other models, other datasets) side by side in one page."""
 
-import json
-from collections.abc import Sequence
+import os
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from graftlens.experiment.analysis import TAGS
-from graftlens.folder import writable
+from graftlens.folder import at_home, inside, name_problems, read_json, writable
 from graftlens.stats import GRAFT_COLUMNS
 from graftlens.viz.compare import compare_page
+from graftlens.viz.page import is_page
+from graftlens.viz.tables import read_table
+
+#: What to do about a run whose files are damaged.
+AGAIN = "Run the experiment again into the same folder: graftlens run writes the file again."
 
 
 def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Path:
@@ -25,16 +30,21 @@ def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Pa
         The page.
 
     Raises:
-        ValueError: fewer than two runs, a folder that holds none, no part in common, a metric that
-            they lack.
+        ValueError: fewer than two runs, a folder that holds none or a damaged one, no part in
+            common, a metric that they lack; a file at `out` that is not a page of graftlens.
         OSError: a page that cannot be written.
     """
-    out = writable(out)
+    out = writable(at_home(out))
+    if os.path.lexists(out) and not is_page(out):
+        raise ValueError(
+            f"{out} is there and is not a page that graftlens wrote, so it is left as it is. Name "
+            "another file with --out."
+        )
     if len(runs) < 2:
         raise ValueError(f"{len(runs)} given: name two or more folders that graftlens run wrote.")
-    runs = [Path(run).expanduser() for run in runs]
-    records = {run: _record(run) for run in runs}
-    if len(records) < len(runs):
+    folders = [at_home(run) for run in runs]
+    records = {run: _record(run) for run in folders}
+    if len({run.resolve() for run in records}) < len(runs):
         raise ValueError("a folder is named twice. Name each run once.")
     labels = _labels(records)
     tables = {labels[run]: _tables(run, record) for run, record in records.items()}
@@ -66,7 +76,16 @@ def _record(run: Path) -> dict[str, Any]:
             f"{run} holds no finished experiment: there is no {path.name}. Name a folder that "
             "graftlens run wrote, and finish it first."
         )
-    record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    record = read_json(path, AGAIN)
+    if (
+        not isinstance(record, dict)
+        or not {"name", "model", "datasets", "finished"} <= record.keys()
+        or not isinstance(record.get("parts"), dict)
+        or not all(isinstance(part, dict) and "title" in part for part in record["parts"].values())
+    ):
+        raise ValueError(f"{path} is not what an experiment writes. {AGAIN}")
+    if problems := name_problems(record["parts"]):
+        raise ValueError(f"{path}, parts: {problems[0][1]}")
     return record
 
 
@@ -87,8 +106,8 @@ def _tables(run: Path, record: dict[str, Any]) -> dict[str, pd.DataFrame]:
     """Part -> its table by template, and `PART, grids` -> that of its grids, templates pooled."""
     found = {}
     for name in record["parts"]:
-        frame = _read(run / "tables" / f"{name}-by-template.csv")
-        grids = run / "tables" / f"{name}-grids.csv"
+        frame = _read(inside(run, "tables", f"{name}-by-template.csv"))
+        grids = inside(run, "tables", f"{name}-grids.csv")
         if grids.is_file():
             tagged = _read(grids)
             found[f"{name}, grids"] = tagged
@@ -99,6 +118,14 @@ def _tables(run: Path, record: dict[str, Any]) -> dict[str, pd.DataFrame]:
 
 
 def _read(path: Path) -> pd.DataFrame:
-    texts = dict.fromkeys((*GRAFT_COLUMNS, *TAGS, "graft", "template", "dataset"), str)
-    numbers = dict.fromkeys(("layers", "rate", "draw"), float)
-    return pd.read_csv(path, dtype=texts | numbers, keep_default_na=False, na_values=[""])
+    types: dict[Hashable, Any] = dict.fromkeys(
+        (*GRAFT_COLUMNS, *TAGS, "graft", "template", "dataset"), str
+    )
+    types |= dict.fromkeys(("layers", "rate", "draw"), float)
+    try:
+        frame = read_table(path, dtype=types)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{error} {AGAIN}") from None
+    if "graft" not in frame or frame.empty:
+        raise ValueError(f"{path} is not a table of grafts. {AGAIN}")
+    return frame

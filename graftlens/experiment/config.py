@@ -11,7 +11,9 @@ from graftlens.components import suggest
 from graftlens.configfile import ConfigError, read_settings, settings_from
 from graftlens.data import AnyDataset, DatasetSpec, Direction, spec_of
 from graftlens.data.dataset import Which
+from graftlens.data.rewriting import told_on_command_line
 from graftlens.finetune import FinetuneConfig
+from graftlens.folder import at_home, name_problems, read_text
 from graftlens.graft import At, Rule
 from graftlens.presets import PRESETS
 from graftlens.stats import VALUE_METRICS
@@ -256,6 +258,13 @@ class ExperimentConfig(Section):
     @model_validator(mode="after")
     def _known_names(self) -> "ExperimentConfig":
         problems = _recipe_problems(self.recipe)
+        # Folders and files are called by these.
+        for key, names in (
+            ("datasets", self.datasets),
+            ("models", self.models),
+            ("parts", self.parts),
+        ):
+            problems += [(key, what) for _, what in name_problems(names)]
         for name, model in self.models.items():
             where = f"models.{name}"
             try:
@@ -345,7 +354,9 @@ class ExperimentConfig(Section):
     def dataset(self, name: str, change: Mapping[str, Any]) -> DatasetSpec:
         """A dataset with some of its keys changed."""
         spec = self.datasets[name]
-        return spec_of(spec.model_dump(mode="json") | dict(change)) if change else spec
+        # The values themselves and not their dump, which forgets what the command line said.
+        values = {key: getattr(spec, key) for key in type(spec).model_fields}
+        return spec_of(values | dict(change)) if change else spec
 
     def sources(self, part: PartConfig) -> dict[str, str]:
         """Source's name -> `base` or a model, the sweep's base first."""
@@ -435,8 +446,8 @@ def find_experiment(name: str, overrides: Sequence[str] = ()) -> NamedExperiment
     Raises:
         ConfigError: no such file, or everything that is wrong in it.
     """
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
+    path = at_home(name)
+    if path.suffix.lower() not in (".yaml", ".yml"):
         shipped = Path("experiments") / f"{name}.yaml"
         if not shipped.is_file():
             there = sorted(p.stem for p in Path("experiments").glob("*.yaml"))
@@ -445,7 +456,7 @@ def find_experiment(name: str, overrides: Sequence[str] = ()) -> NamedExperiment
                 known = "Run this in a clone of the repository, or name a file."
             raise ConfigError((name, f"there is no {shipped}. {known}"))
         path = shipped
-    config = read_settings(ExperimentConfig, path, overrides)
+    config = told_on_command_line(read_settings(ExperimentConfig, path, overrides), overrides)
     said = "".join(f"#   {override}\n" for override in overrides)
     note = f"\n# and on the command line:\n{said}" if overrides else ""
-    return NamedExperiment(path.stem, config, path.read_text(encoding="utf-8") + note)
+    return NamedExperiment(path.stem, config, read_text(path) + note)

@@ -7,6 +7,8 @@ them; nothing is read out of a name.
 
 import hashlib
 import json
+import logging
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +19,13 @@ from typing import Any, TypeVar
 import graftlens.data
 from graftlens.components import expand_components
 from graftlens.configfile import ConfigError, settings_from
-from graftlens.data import DatasetSpec, make_dataset, save_dataset
+from graftlens.data import DatasetSpec, load_dataset, make_dataset, save_dataset
+from graftlens.data.dataset import read_provenance
 from graftlens.data.settings import Settings
 from graftlens.experiment.analysis import check_figures
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig, PromptsConfig
 from graftlens.finetune import FinetuneRun, TrainingData
-from graftlens.folder import write_whole
+from graftlens.folder import inside, read_text, write_whole
 from graftlens.model.load import preview
 from graftlens.sweep.config import Checked, SweepConfig, check
 from graftlens.sweep.promptsets import DatasetSection
@@ -30,51 +33,97 @@ from graftlens.sweep.results import read_manifest
 
 T = TypeVar("T")
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Store:
-    """The folder of datasets and models."""
+    """The folder of datasets and models.
+
+    What is in it counts by its content: a dataset's folder is used only if it holds the dataset
+    that its name says, whatever a note in the store names.
+    """
 
     folder: Path
 
     def dataset(self, name: str, spec: DatasetSpec) -> Path:
-        """The dataset's folder; made, if it is not there.
+        """The dataset's folder; made, if it is not there, or is damaged (then what is there is
+        kept beside it, renamed).
 
         Raises:
-            ValueError, OSError: it cannot be made or read.
+            ValueError, OSError: it cannot be made or read, or its folder holds something else.
         """
-        data = self.folder / "data"
+        data = inside(self.folder, "data")
         described = _described(spec)
         # What was made of a spec by this code is noted, as making it may take a language model. The
         # folder is named by its content: other code that makes the same finds the same folder.
-        note = self.folder / "made" / digest([name, described, _made_by()])
-        if note.is_file() and (folder := data / note.read_text(encoding="utf-8")).is_dir():
-            return folder
+        note = inside(self.folder, "made") / digest([name, described, _made_by()])
+        if (noted := _noted(note)) and self._holds(inside(data, noted), name, described):
+            return data / noted
         made = make_dataset(spec)
-        folder = data / f"{name}-{digest([described, made.provenance['sha256']])}"
+        folder = inside(data, f"{name}-{digest([described, made.provenance['sha256']])}")
+        if folder.exists() and not self._holds(folder, name, described):
+            _put_aside(folder)
         if not folder.exists():
             try:
                 save_dataset(made, folder)
             except OSError:
                 if not folder.exists():  # else another process made it meanwhile
                     raise
+        if note.is_dir():
+            raise ValueError(f"{note} is a folder, where a note belongs. Remove or rename it.")
         write_whole(note, folder.name)
         return folder
 
+    def _holds(self, folder: Path, name: str, described: Mapping[str, Any]) -> bool:
+        """Whether the folder has the dataset, whole, that its name says."""
+        try:
+            sha = load_dataset(folder).provenance["sha256"]
+        except (ValueError, OSError):
+            return False
+        return folder.name == f"{name}-{digest([described, sha])}"
+
     def training(self, config: ExperimentConfig, name: str, data: Path, start: str) -> FinetuneRun:
         """The training run of a model, with its folder in the store."""
-        sha = json.loads((data / "provenance.json").read_text(encoding="utf-8"))["sha256"]
+        sha = read_provenance(data)["sha256"]
         recipe = config.recipe_of(name)
         key = digest([start, sorted(recipe.items(), key=lambda item: item[0]), sha])
         return settings_from(
             FinetuneRun,
             {
                 "model": start,
-                "output": self.folder / "models" / f"{name}-{key}",
+                "output": inside(self.folder, "models", f"{name}-{key}"),
                 "data": TrainingData(path=data),
                 **recipe,
             },
         )
+
+
+def _noted(note: Path) -> str:
+    """The name of a dataset's folder that a note has; empty where it has none."""
+    try:
+        name = "" if note.is_symlink() or not note.is_file() else read_text(note).strip()
+    except (ValueError, OSError):
+        return ""
+    return name if re.fullmatch(r"[^/\\\0]+-[0-9a-f]{10}", name) else ""
+
+
+def _put_aside(folder: Path) -> None:
+    """Rename a damaged dataset, so that it can be made again and nothing is lost.
+
+    Raises:
+        ValueError: a folder that is no dataset of ours.
+    """
+    if not (folder / "provenance.json").is_file() or not (folder / "train").is_dir():
+        raise ValueError(
+            f"{folder} is not a dataset that graftlens made (it has no provenance.json or no "
+            "train), so it is left as it is. Rename or remove it, or name another store."
+        )
+    number = 1
+    while os.path.lexists(aside := folder.with_name(f"{folder.name}.damaged-{number}")):
+        number += 1
+    folder.rename(aside)
+    logger.warning("%s was damaged: it is made again, and what was there is %s", folder, aside)
 
 
 def digest(value: Any) -> str:
@@ -136,7 +185,7 @@ class Plan:
         """How many texts a model is trained on."""
         folder = self.runs[model].data.path
         assert folder is not None
-        known = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))["counts"]
+        known = read_provenance(folder)["counts"]
         return int(known["texts"]) + int(known.get("supplemental texts", 0))
 
     def checked(self, part: str, *, trained: bool) -> Checked:
@@ -192,7 +241,7 @@ class Plan:
             place = folder / "sweeps" / name
             if not (place / "sweep.json").is_file():
                 continue
-            there = read_manifest(place).config["sources"]
+            there = read_manifest(place).config.get("sources") or {}
             different = [
                 f"  {source}: {there.get(source)!r} there, {given!r} given"
                 for source, given in sweep.sources.items()

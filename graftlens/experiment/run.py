@@ -7,6 +7,7 @@ experiment's folder::
     OUT/index.html             the page
     OUT/experiment.json        what was run, of which data and with which models
     OUT/experiment.yaml        the config as it was given
+    OUT/graftlens-run.json     what makes the folder ours: without it, no file there is touched
     OUT/sweeps/PART/           a sweep's folder, with its trust report
     OUT/tables/, OUT/figures/
 """
@@ -22,12 +23,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from graftlens.data.dataset import read_provenance
 from graftlens.experiment.analysis import part_tables
 from graftlens.experiment.config import NamedExperiment, find_experiment
 from graftlens.experiment.plan import Plan, Store, plan
-from graftlens.experiment.show import show_part
+from graftlens.experiment.show import plain, show_part
 from graftlens.finetune import FinetuneResult, FinetuneRun, InUseError, finetune_run
-from graftlens.folder import writable, write_whole
+from graftlens.folder import at_home, claim, inside, read_json, writable, write_whole
 from graftlens.sweep.config import describe
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.launch import launch_local
@@ -37,6 +39,10 @@ from graftlens.viz.page import ExperimentPage, Part, experiment_page
 
 #: Where experiments and what they share are written.
 RUNS = Path("graftlens-runs")
+
+#: The file that makes a folder that of an experiment, and what is written beside it.
+MARKER = "graftlens-run.json"
+WRITTEN = ("index.html", "experiment.json", "experiment.yaml", "sweeps", "tables", "figures")
 
 #: Seconds between two looks for a model that another process trains.
 POLL = 5.0
@@ -88,7 +94,8 @@ def run_experiment(
 
     Raises:
         ConfigError: everything that is wrong with the config, before a weight is read.
-        ValueError: a folder that holds another experiment; a figure that cannot be drawn.
+        ValueError: a folder that holds another experiment, or files that are not of an experiment;
+            a figure that cannot be drawn.
         OSError: a folder that cannot be written.
     """
     started = time.monotonic()
@@ -96,11 +103,12 @@ def run_experiment(
     config = named.config
     if devices:
         check_devices(devices)
-    folder = Path(out).expanduser() if out is not None else default_folder(named)
+    folder = at_home(out) if out is not None else default_folder(named)
     writable(folder / "index.html")
-    planned = plan(config, Store(_store(store)))
+    planned = plan(config, _store(store))
     planned.check()
     planned.refuse_others(folder)
+    _claim(folder, named.name)
 
     trained: dict[str, FinetuneResult] = {}
     for number, (name, run) in enumerate(planned.runs.items(), 1):
@@ -110,11 +118,12 @@ def run_experiment(
     sweeps: dict[str, SweepResult] = {}
     parts: list[Part] = []
     said: list[str] = []
+    stems: set[str] = set()
     with exporter():
         for number, (name, part) in enumerate(config.parts.items(), 1):
             say(f"part {number}/{len(config.parts)}: {name}, {part.title}")
             checked = planned.checked(name, trained=True)
-            place = folder / "sweeps" / name
+            place = inside(folder, "sweeps", name)
             if len(devices) > 1:
                 prepare_sweep(checked, place)
                 launch_local(place, list(devices))
@@ -126,7 +135,7 @@ def run_experiment(
                     checked, place, device=device, progress=progress, say=lambda s: say(f"  {s}")
                 )
             tables = part_tables(config, part, checked, place)
-            shown, headline = show_part(name, config, checked, tables, folder)
+            shown, headline = show_part(name, config, checked, tables, folder, stems)
             parts.append(shown)
             if headline:
                 said.append(headline if len(config.parts) == 1 else f"{part.title}: {headline}")
@@ -164,7 +173,7 @@ def describe_experiment(
         ConfigError: everything that is wrong with the config.
     """
     named = _named(experiment, overrides)
-    planned = plan(named.config, Store(_store(store)))
+    planned = plan(named.config, _store(store))
     planned.check()
     lines = [f"{named.config.title}: {named.config.question}", ""]
     for name, run in planned.runs.items():
@@ -183,14 +192,39 @@ def describe_experiment(
     return "\n".join(lines)
 
 
-def _store(given: str | Path | None) -> Path:
-    return Path(given).expanduser() if given is not None else RUNS / "store"
-
-
 def default_folder(named: NamedExperiment) -> Path:
     """Where an experiment goes if nobody says: a folder for each experiment and model."""
     model = Path(named.config.model).name or "model"
-    return RUNS / f"{named.name}-{model}"
+    return inside(RUNS, plain(f"{named.name}-{model}"))
+
+
+def _store(folder: str | Path | None) -> Store:
+    return Store(at_home(folder) if folder is not None else RUNS / "store")
+
+
+def _claim(folder: Path, name: str) -> None:
+    """Make the folder this experiment's, before anything is trained.
+
+    Raises:
+        ValueError: what is there is not of an experiment.
+    """
+    said = json.dumps({"graftlens": version("graftlens"), "experiment": name}) + "\n"
+    taken = () if _of_an_older_version(folder) else WRITTEN
+    claim(folder, MARKER, said, taken)
+
+
+def _of_an_older_version(folder: Path) -> bool:
+    """Whether an experiment ended here when folders had no marker."""
+    try:
+        record = read_json(folder / "experiment.json", "")
+    except ValueError:
+        return False
+    return (
+        isinstance(record, dict)
+        and {"name", "parts", "finished"} <= record.keys()
+        and isinstance(record.get("versions"), dict)
+        and "graftlens" in record["versions"]
+    )
 
 
 def _train(run: FinetuneRun, progress: bool, say: Callable[[str], None]) -> FinetuneResult:
@@ -264,5 +298,5 @@ def _training(recipe: Mapping[str, Any], result: FinetuneResult) -> dict[str, An
 
 
 def _provenance(folder: Path) -> dict[str, Any]:
-    known = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    known = read_provenance(folder)
     return {key: known[key] for key in ("counts", "sha256")} | {"made of": known["config"]}

@@ -1,5 +1,6 @@
 """An experiment's tables, figures and page, out of its summaries."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pandas as pd
 
 from graftlens.experiment.analysis import PartTables, as_bars
 from graftlens.experiment.config import ExperimentConfig, FigureConfig, PartConfig
+from graftlens.folder import inside
 from graftlens.sweep.config import Checked
 from graftlens.viz import text
 from graftlens.viz.export import write_figure
@@ -19,12 +21,28 @@ from graftlens.viz.tables import write_table
 #: Grafts whose rules a page lists; grafts that a note names.
 LISTED, SHOWN = 60, 5
 
+#: The longest name of a figure's file, without its ending, in UTF-8 bytes.
+LONGEST_STEM = 160
+
 
 def show_part(
-    name: str, config: ExperimentConfig, checked: Checked, tables: PartTables, out: Path
+    name: str,
+    config: ExperimentConfig,
+    checked: Checked,
+    tables: PartTables,
+    out: Path,
+    stems: set[str],
 ) -> tuple[Part, str]:
     """Write a part's tables (CSV, Markdown) and figures (HTML, and PNG and SVG where a browser is
     at hand) into `out/tables` and `out/figures`.
+
+    Args:
+        name: the part's.
+        config: the experiment.
+        checked: the part's sweep.
+        tables: its results.
+        out: the experiment's folder.
+        stems: names of the figures that the parts before this one wrote; this one's are added.
 
     Returns:
         The part for the page, and what it says of its finding in a sentence (empty without one).
@@ -39,7 +57,8 @@ def show_part(
         label = grids or (str(number) if len(part.figures) > 1 else "")
         try:
             for stem, figure in _figures(wanted, part, tables):
-                file = out / "figures" / _plain("-".join(filter(None, [name, label, stem])))
+                words = "-".join(filter(None, [name, label, stem]))
+                file = inside(out, "figures") / _unlike(plain(words), stems)
                 title = f"{part.title}{f' ({grids})' if grids else ''}: {stem.replace('-', ' ')}"
                 written = write_figure(figure.figure, file, title=title)
                 why = "".join(f" (No {kind}: {why}.)" for kind, why in written.skipped.items())
@@ -95,7 +114,7 @@ def _tables(name: str, tables: PartTables, out: Path) -> Iterator[Table]:
     )
     for kind, caption, frame in kinds:
         if len(frame):
-            files = write_table(frame, out / "tables" / f"{name}-{kind}", caption=caption)
+            files = write_table(frame, inside(out, "tables") / f"{name}-{kind}", caption=caption)
             yield Table(caption, frame, files)
 
 
@@ -162,6 +181,20 @@ def _in_order(frame: pd.DataFrame, grafts: tuple[str, ...]) -> pd.DataFrame:
     return pd.concat(parts).drop(columns="_place")
 
 
-def _plain(stem: str) -> str:
-    """A file name without what file systems or links trip over."""
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in stem)
+def plain(stem: str) -> str:
+    """A file name without what file systems or links trip over, cut where it is too long."""
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in stem)
+    if len(name.encode()) <= LONGEST_STEM:
+        return name
+    start = name.encode()[: LONGEST_STEM - 11].decode(errors="ignore")
+    return f"{start}-{hashlib.sha256(stem.encode()).hexdigest()[:10]}"
+
+
+def _unlike(name: str, taken: set[str]) -> str:
+    """The name, with a number where it is taken; upper and lower case count as the same."""
+    numbered, number = name, 1
+    while numbered.casefold() in taken:
+        number += 1
+        numbered = f"{name}-{number}"
+    taken.add(numbered.casefold())
+    return numbered

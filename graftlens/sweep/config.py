@@ -16,6 +16,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from graftlens.components import suggest
 from graftlens.configfile import ConfigError, read_settings
 from graftlens.data import template_names
+from graftlens.data.rewriting import told_on_command_line
 from graftlens.graft import At, Graft, Rule
 from graftlens.model.arch import Architecture
 from graftlens.model.load import preview
@@ -183,7 +184,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     Raises:
         ConfigError: everything that is wrong with the file by itself, at once.
     """
-    return read_settings(SweepConfig, path, overrides)
+    return told_on_command_line(read_settings(SweepConfig, path, overrides), overrides)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Where a sweep's prompts come from: datasets of facts, prompts of your own, files."""
 
-import json
+import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,6 +20,7 @@ from graftlens.data import (
 )
 from graftlens.data.dataset import Which
 from graftlens.data.settings import Settings
+from graftlens.folder import at_home, parse_json, read_text
 from graftlens.prompts import Prompt
 
 
@@ -100,7 +101,7 @@ class DatasetSection(Section):
 
     def _dataset(self) -> FactDataset:
         if self.path is not None:
-            return load_dataset(Path(self.path).expanduser())
+            return load_dataset(at_home(self.path))
         if self.make is not None:
             # A supplement asks for nothing, and might have to be fetched.
             return make_dataset(self.make.model_copy(update={"supplement": None}))
@@ -141,7 +142,8 @@ class PromptSection(Section):
 
 
 class PromptFile(Section):
-    """Prompts from a file: JSON lines (`.jsonl`), or else a YAML list; keys as in the config."""
+    """Prompts from a UTF-8 file: JSON lines (`.jsonl`), a JSON list (`.json`), or else a YAML list;
+    keys as in the config."""
 
     file: str
     """The file, from the working directory."""
@@ -153,13 +155,16 @@ class PromptFile(Section):
             ConfigError: every entry that is no prompt.
             ValueError, OSError: a file that holds no prompts, or cannot be read.
         """
-        path = Path(self.file).expanduser()
-        text = path.read_text(encoding="utf-8")
-        if path.suffix == ".jsonl":
-            lines = [(f"line {i}", l) for i, l in enumerate(text.splitlines(), 1) if l.strip()]
-            places, entries = [place for place, _ in lines], gather(json.loads, lines)
+        path = at_home(self.file)
+        text = read_text(path)
+        kind = path.suffix.lower()
+        if kind == ".jsonl":
+            # Not splitlines: it would cut at separators that may be inside of a JSON text.
+            lines = [(f"line {i}", l) for i, l in enumerate(text.split("\n"), 1) if l.strip()]
+            places = [place for place, _ in lines]
+            entries = gather(partial(_entry, path.name), lines)
         else:
-            entries = read_yaml(text) or []
+            entries = parse_json(text, path.name) if kind == ".json" else read_yaml(text) or []
             if not isinstance(entries, list):
                 raise ValueError(
                     f"{path.name} holds a {type(entries).__name__}, no list of prompts."
@@ -169,6 +174,16 @@ class PromptFile(Section):
             raise ValueError(f"{path.name} holds no prompt.")
         named = zip(places, entries, strict=True)
         return [s.prompt for s in gather(partial(settings_from, PromptSection), named)]
+
+
+def _entry(file: str, line: str) -> Any:
+    """A line of JSON lines; what is wrong with it is said first, as where it is comes before."""
+    try:
+        return parse_json(line, "it")
+    except ValueError as error:
+        syntax = re.fullmatch(r"it is not JSON \((.*)\)\.", str(error))
+        said = f"{syntax[1]}: this line is not JSON" if syntax else str(error).rstrip(".")
+        raise ValueError(f"{said} ({file}).") from None
 
 
 def listed(value: Any) -> Any:

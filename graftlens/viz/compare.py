@@ -9,10 +9,14 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
+from graftlens.folder import at_home, claim
 from graftlens.viz import text
 from graftlens.viz.figures import bar_chart, heat_map
 from graftlens.viz.page import MAX_ROWS, ExperimentPage, Figure, Part, Table, experiment_page
 from graftlens.viz.tables import write_table
+
+#: The file that makes the folder of a page's tables ours.
+MARKER = "graftlens-tables.txt"
 
 #: Bars of more grafts than this cannot be told apart.
 MAX_BARS = 40
@@ -52,7 +56,7 @@ def compare_page(
     if not runs:
         raise ValueError("no run was given to compare; name at least one")
     shared, alone = _sorted_parts(runs)
-    path = Path(path)
+    path = at_home(path)
     beside = path.with_name(f"{path.stem}_tables")
     parts = [
         _part((titles or {}).get(name, name), frames, metric, beside / f"{number}_{_plain(name)}")
@@ -138,6 +142,7 @@ def _part(title: str, frames: Mapping[str, pd.DataFrame], metric: str, stem: Pat
         crossed = _crossed(view, metric)
         files = {}
         if len(crossed) > MAX_ROWS:
+            claim(stem.parent, MARKER, f"Tables of {stem.parent.name.removesuffix('_tables')}\n")
             files = write_table(crossed, stem.with_name(f"{stem.name}_{_plain(name)}"))
         tables.append(Table(_capital(f"{where}{label} by graft and run"), crossed, files))
         for (a, one), (b, other) in combinations(view.items(), 2):

@@ -15,7 +15,7 @@ from typing import Any, Literal, get_args
 
 import plotly.graph_objects as go
 
-from graftlens.folder import write_whole
+from graftlens.folder import at_home, write_whole
 from graftlens.viz import page, theme
 
 Format = Literal["html", "png", "svg"]
@@ -55,7 +55,7 @@ def write_figure(
     Raises:
         ValueError: an unknown format.
     """
-    stem = Path(stem)
+    stem = at_home(stem)
     for name in formats:
         if name not in get_args(Format):
             raise ValueError(f"unknown format {name!r}; choose from {', '.join(get_args(Format))}")

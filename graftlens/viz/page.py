@@ -18,8 +18,11 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from graftlens.folder import write_whole
+from graftlens.folder import at_home, write_whole
 from graftlens.viz import tables, theme
+
+#: By this a file is a page that graftlens wrote, and may be written again.
+GENERATOR = '<meta name="generator" content="graftlens">'
 
 #: Longer tables are cut on a page; their CSV has all rows.
 MAX_ROWS = 60
@@ -78,7 +81,7 @@ def experiment_page(path: str | Path, page: ExperimentPage) -> Path:
 
     Links to files are relative to the page's folder, so that the folder can be moved.
     """
-    path = Path(path)
+    path = at_home(path)
     drawn = 0
     sections = []
     for number, part in enumerate(page.parts):
@@ -132,6 +135,7 @@ def document(
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
+{GENERATOR}
 <meta http-equiv="Content-Security-Policy" content="{escape(policy)}">
 <title>{escape(title)}</title>
 <style>{_variables(theme.LIGHT)}
@@ -146,6 +150,15 @@ def document(
 </body>
 </html>
 """
+
+
+def is_page(path: Path) -> bool:
+    """Whether a file is a page that graftlens wrote."""
+    try:
+        with path.open("rb") as file:
+            return GENERATOR.encode() in file.read(2000)
+    except OSError:
+        return False
 
 
 def section(name: str, title: str, content: str) -> str:

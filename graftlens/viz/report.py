@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from graftlens.folder import write_whole
+from graftlens.folder import at_home, write_whole
 from graftlens.viz import page, text
 from graftlens.viz.figures import bar_chart
 from graftlens.viz.spelling import characters
@@ -65,6 +65,7 @@ def write_report(
     are listed prompt by prompt for the first `max_prompts` prompts; the page says how many more
     there are. With more than `MAX_GRAFTS` grafts they are left to the results table.
     """
+    path = at_home(path)
     if max_prompts < 0:
         raise ValueError(f"max_prompts={max_prompts} is negative; give 0 to list no prompts")
     text.measure(summary, metric)
@@ -79,7 +80,7 @@ def write_report(
         (
             f"<header><h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p></header>",
             page.section("found", "What the numbers say", page.bullets(findings)),
-            page.section("charts", "Charts", page.figures(charts, folder=Path(path).parent)),
+            page.section("charts", "Charts", page.figures(charts, folder=path.parent)),
             page.section("numbers", "Numbers", _numbers(summary, table)),
             page.section("examples", "Example prompts", _examples(examples)) if examples else "",
             page.section("prompts", "Prompt by prompt", _prompts(table, max_prompts)),

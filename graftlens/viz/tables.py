@@ -1,13 +1,32 @@
-"""Tables as files: CSV with every number, Markdown for readers."""
+"""Tables as files: CSV with every number, Markdown for readers.
 
-from collections.abc import Iterable, Sequence
+Texts in them come from models, prompts and configs of anybody, and a program that opens a table
+must not act on them. In CSV, a text that a spreadsheet would read as a formula gets an apostrophe
+before it, which `read_table` takes off again; in Markdown, what would be an image, a link or HTML
+is escaped.
+"""
+
+import csv
+import io
+import re
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
-from graftlens.folder import write_whole
+from graftlens.folder import at_home, read_text, write_whole
 from graftlens.stats import GRAFT_COLUMNS
 from graftlens.viz import text
+
+#: Texts that spreadsheets read as formulas, also behind white space; with apostrophes before them,
+#: so that each that is put before is the one that is taken off.
+_FORMULA = re.compile(r"'*(?:[\t\r\n]|\s*[=+\-@\uff1d\uff0b\uff0d\uff20])")
+_NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?%?")
+
+
+#: A value with its interval, as `text.written` makes it.
+_INTERVAL = re.compile(r"-?[0-9.]+%? \[(?:n/a|-?[0-9.]+, -?[0-9.]+)\]")
 
 
 def write_table(
@@ -19,13 +38,15 @@ def write_table(
 ) -> dict[str, Path]:
     """Write `stem`.csv and `stem`.md and return their paths as `csv` and `md`.
 
-    The CSV has all columns with all digits. The Markdown has `columns` (by default those of
-    `written_columns`) with every metric as in `92.5% [80.1, 97.4]`, under `caption`.
+    The CSV has all columns with all digits; before a text that begins with ``=``, ``+``, ``-``,
+    ``@``, a tab or a line break and that is not a number, it has an apostrophe. The Markdown has
+    `columns` (by default those of `written_columns`) with every metric as in `92.5% [80.1, 97.4]`,
+    under `caption`.
 
     Raises:
         ValueError: a column that the table lacks.
     """
-    stem = Path(stem)
+    stem = at_home(stem)
     shown = written_columns(frame, columns)
     lines = [f"**{_markdown(caption)}**", ""] if caption else []
     lines.append(_row(shown))
@@ -37,9 +58,72 @@ def write_table(
             about += f" Recovery: {text.measure(frame, 'recovery').title}."
         lines += ["", _markdown(about)]
     return {
-        "csv": write_whole(_with(stem, "csv"), frame.to_csv(index=False, lineterminator="\n")),
+        "csv": write_whole(_with(stem, "csv"), _csv(_inert(frame))),
         "md": write_whole(_with(stem, "md"), "\n".join([*lines, ""])),
     }
+
+
+def read_table(path: str | Path, dtype: Mapping[Hashable, Any] | None = None) -> pd.DataFrame:
+    """The CSV file that `write_table` wrote, with its texts as they were.
+
+    Args:
+        path: the file.
+        dtype: column -> the type to read it as.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: a file that is not such a table.
+    """
+    try:
+        frame = pd.read_csv(
+            io.StringIO(read_text(path)),
+            dtype=dict(dtype or {}),
+            keep_default_na=False,
+            na_values=[""],
+            float_precision="round_trip",
+        )
+    except ValueError as error:  # also pandas' own, which are of this kind
+        said = str(error)
+        why = said if said.startswith(str(path)) else f"{path} is not a table ({said.strip()})."
+        raise ValueError(why) from None
+    return _each_text(frame, lambda text: text[1:] if _marked(text) else text)
+
+
+def _csv(frame: pd.DataFrame) -> str:
+    said = str(frame.to_csv(index=False, lineterminator="\n"))
+    if "\r" in said:  # a line break to many readers, but not to the writer, who leaves it bare
+        quoted = csv.QUOTE_NONNUMERIC
+        said = str(frame.to_csv(index=False, lineterminator="\n", quoting=quoted))
+    return said
+
+
+def _inert(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table without a text that is a formula to a spreadsheet."""
+
+    def guard(text: str) -> str:
+        formula = _FORMULA.match(text) and not _NUMBER.fullmatch(text.strip())
+        return f"'{text}" if formula else text
+
+    return _each_text(frame, guard)
+
+
+def _marked(text: str) -> bool:
+    return text.startswith("'") and _FORMULA.match(text) is not None
+
+
+def _each_text(frame: pd.DataFrame, change: Callable[[str], str]) -> pd.DataFrame:
+    """The table with `change` of every text and heading; numbers are left alone."""
+
+    def changed(value: Any) -> Any:
+        return change(value) if isinstance(value, str) else value
+
+    made = frame.copy()
+    for place in range(frame.shape[1]):
+        column = frame.iloc[:, place]
+        if not (pd.api.types.is_numeric_dtype(column) or pd.api.types.is_bool_dtype(column)):
+            texts = [changed(value) for value in column.astype(object)]
+            made.isetitem(place, pd.Series(texts, index=frame.index, dtype=object))
+    return made.set_axis([changed(name) for name in frame.columns], axis=1)
 
 
 def written_columns(
@@ -110,8 +194,14 @@ def _row(cells: Iterable[object]) -> str:
 
 
 def _markdown(cell: object) -> str:
-    """A cell's text, so that nothing in it ends the cell or is read as a mark."""
+    """A cell's text, so that nothing in it ends the cell or is read as a mark, an image, a link, an
+    entity or HTML. An interval's brackets are no text and stay."""
     said = " ".join(str(cell).split())
-    for mark in "\\|*_`<>":
+    if not _INTERVAL.fullmatch(said):
+        said = re.sub(r"[\[\]]|(?<=\])\(", r"\\\g<0>", said.replace("\\", "\\\\"))
+    for mark in "|*_`<>&~$":
         said = said.replace(mark, f"\\{mark}")
-    return said
+    # Addresses are links even without a mark, and so is what looks like mail.
+    said = re.sub(r"(?<=\w):(?=//)", r"\:", said)
+    said = re.sub(r"\b(www)\.", r"\1\.", said, flags=re.IGNORECASE)
+    return re.sub(r"(?<=\S)@(?=\S)", r"\@", said)
