@@ -3,7 +3,6 @@
 import copy
 import json
 import warnings
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,13 @@ from typing import Any
 import torch
 
 from graftlens.model.arch import PairError
-from graftlens.model.quiet import quiet
-from graftlens.model.source import Source, own_logits, read_transformers, renew_rotary
+from graftlens.model.source import (
+    Source,
+    open_model,
+    own_logits,
+    read_transformers,
+    renew_rotary,
+)
 
 
 def read_adapter(name: str, folder: Path, base: Any) -> Source:
@@ -32,10 +36,7 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
             '{"pre": base, "sft": adapter}.'
         )
     if isinstance(base, str | Path):
-        from transformers import AutoModelForCausalLM
-
-        with quiet() if Path(base).is_dir() else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(str(base), dtype="auto")
+        model, _ = open_model(f"the base of source {name!r}", str(base))
     elif hasattr(base, "config") and hasattr(base, "save_pretrained"):
         model = copy.deepcopy(base)
     else:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlens.model.arch import PairError
+from graftlens.model.places import place_of, said
 
 _PROBE_TEXT = " The first of 1,234 cafés opened in São Tomé — didn't it?\n\tYes: 東京 \U0001f642"
 
@@ -17,7 +18,13 @@ def read_tokenizer(path: str) -> Any:
     names = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
     if folder.is_dir() and not any((folder / n).is_file() for n in names):
         return None
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # of the hub, the network, or whatever damaged files set off
+        raise PairError(
+            f"the tokenizer of {path} could not be loaded ({said(error)}). Save or fetch it again; "
+            "code that comes with a checkpoint (auto_map) is never run."
+        ) from error
 
 
 def unaltered(tokenizer: Any) -> Any:
@@ -45,7 +52,8 @@ def shared_tokenizer(found: Sequence[tuple[str, Any]], given: Any) -> Any:
     """
     if given is not None:
         if isinstance(given, str | Path):
-            loaded = read_tokenizer(str(given))
+            files = ("tokenizer_config.json", "tokenizer.json", "config.json")
+            loaded = read_tokenizer(place_of(f"tokenizer={str(given)!r}", given, files))
             if loaded is None:
                 raise PairError(f"tokenizer={str(given)!r}: this folder holds no tokenizer.")
             return loaded

@@ -5,7 +5,11 @@ from typing import Any
 
 import torch
 
+from graftlens.model.arch import PairError
+from graftlens.model.places import place_of
 from graftlens.model.quiet import quiet
+from graftlens.model.source import open_model
+from graftlens.model.tokenizers import read_tokenizer
 
 
 def writer(
@@ -30,18 +34,17 @@ def writer(
         as before.
 
     Raises:
-        OSError: no model of that name.
+        PairError: no model of that name, or one whose files are damaged.
         ValueError: from the answer function, for a prompt that leaves no room for an answer.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    with quiet():
-        # In float32 on a CPU, where half precision is slow or missing.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32 if target.type == "cpu" else "auto"
-        )
+    what = f"model={model!r}"
+    # In float32 on a CPU, where half precision is slow or missing.
+    dtype = torch.float32 if target.type == "cpu" else None
+    loaded, _ = open_model(what, model, dtype, any_family=True)
+    tokenizer: Any = read_tokenizer(place_of(what, model))
+    if tokenizer is None:
+        raise PairError(f"{what}: the folder {model} has no tokenizer.")
     loaded.to(target).eval()
     window = getattr(loaded.config, "max_position_embeddings", None)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}

@@ -1,0 +1,153 @@
+"""Where a checkpoint is: a folder here, or a model of the hub that has a chance to be there."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from graftlens.folder import read_json
+from graftlens.model.arch import PairError
+
+#: Seconds that the hub has to answer whether it knows a model.
+PROBE_SECONDS = 10.0
+
+
+def place_of(what: str, given: str | Path, files: Sequence[str] = ("config.json",)) -> str:
+    """The folder, or the hub id, that `given` names.
+
+    A hub id that is not in the local cache is asked for once, without the hub client's retries: a
+    mistyped folder is told of at once.
+
+    Args:
+        what: what is looked for, for messages: ``source 'sft'``.
+        given: a folder or a hub id.
+        files: names of files of which a hub model has one or more.
+
+    Raises:
+        PairError: neither a folder here nor a model of the hub.
+    """
+    name = str(given)
+    path = os.path.expanduser(name)  # noqa: PTH111 (Path's raises where there is no such user)
+    if os.path.isdir(path):  # noqa: PTH112 (Path's raises on names that are too long)
+        return path
+    if os.path.exists(path):  # noqa: PTH110
+        raise PairError(f"{what}: {name} is a file. Give the folder that save_pretrained wrote.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise PairError(f"{what}: there is no folder {name}.")
+
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise PairError(
+            f"{what}: there is no folder {name!r}, and it cannot be a model of the hub, whose "
+            "names are OWNER/NAME."
+        ) from None
+    if any(_cached(name, file) for file in files):
+        return name
+    neither = f"{what}: {name!r} is neither a folder here nor"
+    if constants.HF_HUB_OFFLINE:
+        raise PairError(
+            f"{neither} a model in the local cache, and HF_HUB_OFFLINE is set, so the hub is not "
+            "asked. Check the folder's path, or fetch the model first."
+        )
+    try:
+        get_hf_file_metadata(hf_hub_url(name, files[0]), timeout=PROBE_SECONDS)
+    except RepositoryNotFoundError:
+        raise PairError(
+            f"{neither} a model that the hub shows you. Check the spelling; if the model is "
+            "private or gated, log in with `hf auth login`."
+        ) from None
+    except EntryNotFoundError:
+        pass  # the model is there; whoever reads it says what it lacks
+    except HfHubHTTPError as error:
+        # Of a hub that is busy, the loading code may still get an answer: it asks again.
+        if error.response is None or error.response.status_code in (401, 403):
+            raise PairError(
+                f"{what}: the hub does not give out {name!r} ({_line(error)}). If the model is "
+                "gated, ask for access on its page and log in with `hf auth login`."
+            ) from None
+    except Exception as error:  # every kind of network failure has its own class
+        raise PairError(
+            f"{neither} a model in the local cache, and the hub could not be reached "
+            f"({type(error).__name__}: {_line(error)}). Check the folder's path or the connection."
+        ) from None
+    return name
+
+
+def folder_of(place: str | Path) -> Path | None:
+    """The folder whose files a place has: itself, or a hub model's snapshot in the local cache."""
+    path = Path(os.path.expanduser(str(place)))  # noqa: PTH111
+    if path.is_dir():
+        return path
+    try:
+        cached = _cached(str(place), "config.json")
+    except ValueError:  # a name that no model of the hub has
+        return None
+    return None if cached is None else cached.parent
+
+
+def read_object(what: str, path: Path) -> dict[str, Any]:
+    """A checkpoint's JSON file, which holds an object of finite numbers.
+
+    Raises:
+        PairError: a file that is missing, of another encoding, not JSON, or with something else in
+            it; the message names the file.
+    """
+    advice = "Save or fetch the checkpoint again."
+    try:
+        content = read_json(path, advice)
+    except ValueError as error:
+        raise PairError(f"{what}: {error}") from None
+    if path.read_bytes().startswith(b"\xef\xbb\xbf"):
+        raise PairError(
+            f"{what}: {path} begins with a byte order mark, which transformers cannot read. "
+            "Save it as UTF-8 without one."
+        )
+    if not isinstance(content, dict):
+        raise PairError(f"{what}: {path} holds {_kind(content)}, not settings. {advice}")
+    for name, value in _leaves(content):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PairError(f"{what}: {path} has {name}={json.dumps(value)}. {advice}")
+    return content
+
+
+def said(error: BaseException) -> str:
+    """Another library's exception in one line, for a sentence of ours."""
+    return f"{type(error).__name__}: {_line(error)}"
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]} …"
+
+
+def _cached(name: str, file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text", type(None): "null"}.get(type(value), "a number")
+
+
+def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        inner = [_leaves(v, f"{name}.{k}" if name else k) for k, v in value.items()]
+    elif isinstance(value, list):
+        inner = [_leaves(v, f"{name}[{i}]") for i, v in enumerate(value)]
+    else:
+        return [(name, value)]
+    return [leaf for leaves in inner for leaf in leaves]
