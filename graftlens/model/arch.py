@@ -428,19 +428,24 @@ def architecture(config: Any) -> Architecture:
 
 
 def refuse_quantised(config: Any) -> None:
-    """Refuse a config that says that its weights are quantised.
+    """Refuse a config, or the content of its file, that says that its weights are quantised.
 
     Raises:
         UnsupportedArchitectureError: it does.
     """
-    for part in (config, getattr(config, "text_config", None)):
+
+    def get(settings: Any, key: str) -> Any:
+        known = isinstance(settings, Mapping)
+        return settings.get(key) if known else getattr(settings, key, None)
+
+    for part in (config, get(config, "text_config")):
         for key in ("quantization_config", "compression_config"):
-            if found := getattr(part, key, None):
+            if found := get(part, key):
                 shown = repr(found) if len(repr(found)) <= 80 else f"{repr(found)[:80]}…"
                 raise UnsupportedArchitectureError(
-                    f"{config.model_type} with {key}={shown} is not supported: quantised weights "
-                    "cannot be grafted exactly. Give the checkpoint that was quantised, or one "
-                    "that was dequantised and saved (model.dequantize() in transformers)."
+                    f"{get(config, 'model_type')} with {key}={shown} is not supported: quantised "
+                    "weights cannot be grafted exactly. Give the checkpoint that was quantised, or "
+                    "one that was dequantised and saved (model.dequantize() in transformers)."
                 )
 
 

@@ -7,7 +7,7 @@ changed nor kept.
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +28,7 @@ from graftlens.model.arch import (
     architecture,
     refuse_quantised,
 )
+from graftlens.model.identity import rotary_tables
 from graftlens.model.places import folder_of, place_of, read_object, said
 from graftlens.model.quiet import quiet
 from graftlens.model.stored import (
@@ -40,6 +41,9 @@ from graftlens.model.stored import (
 )
 from graftlens.model.tokenizers import read_tokenizer, unaltered
 from graftlens.model.weights import OLD_BUFFERS, Weights, read_weights
+
+#: Lists with an entry for each layer are made from the config; more is a damaged one.
+MOST_LAYERS = 1000
 
 #: Tensors that stand for a weight which is computed when it is used.
 _COMPUTED = re.compile(r"\.parametrizations\.|\.weight_(g|v|orig|mask)$")
@@ -102,53 +106,86 @@ def preview_checkpoint(name: str, path: str) -> Source:
     what = f"source {name!r}"
     path = place_of(what, path)
     config = open_config(what, path)
-    arch = architecture(text_config(config))
-    folder = folder_of(path)
-    if folder is not None and Path(path).is_dir():
-        _check_settings(what, folder)
-        stored = stored_tensors(what, weight_files(what, path, folder, config))
+    text = text_config(config)
+    empty = _blueprint(what, path, text)
+    if Path(path).is_dir():
+        _check_settings(what, Path(path))
+        stored = stored_tensors(what, weight_files(what, path, Path(path), config))
         stored_dtypes(what, stored)
-        _check_shapes(what, path, stored, config, arch)
-    config = text_config(config)
-    empty = Source(name, path, arch, {}, _rotary_alone(config), read_tokenizer(path), _unread)
-    return replace(empty, config=config)
+        _check_tensors(what, path, stored, config, empty)
+    rotary = _check_tables(what, path, empty)
+    tokenizer = read_tokenizer(path)
+    return Source(name, path, architecture(text), {}, rotary, tokenizer, _unread, config=text)
 
 
-def _check_shapes(
-    what: str, path: str, stored: dict[str, Stored], config: Any, arch: Architecture
-) -> None:
-    """Refuse files that lack tensors of the model, or hold others, by their names and shapes."""
-    names = {name: name for name in stored}
-    if config.model_type == "gemma3":
-        # Its language model is one part of three, under names that changed with the years.
-        own = re.compile(r"^(?:language_model\.model|model\.language_model)\.")
-        names = {own.sub("model.", name): name for name in stored if own.match(name)}
-        if heads := [name for name in stored if name.endswith("lm_head.weight")]:
-            names["lm_head.weight"] = heads[0]
-    embedding = FAMILIES[arch.family].layout.modules[Component.EMBED]
-    if f"{embedding}.weight" not in names:
-        prefix = embedding.split(".")[0]  # a file of the body alone leaves it out
-        names = {n if n.startswith("lm_head.") else f"{prefix}.{n}": s for n, s in names.items()}
-    state = {name: torch.empty(stored[there].shape, device="meta") for name, there in names.items()}
-    head = f"{FAMILIES[arch.family].layout.modules[Component.UNEMBED]}.weight"
-    if head not in state and not getattr(config, "tie_word_embeddings", True):
-        raise UnsupportedArchitectureError(
-            f"{what}: the checkpoint {path} lacks tensors: {head}. graftlens refuses what it "
-            "cannot run exactly."
-        )
-    try:
-        read_weights(state, arch)
-    except UnsupportedArchitectureError as error:
-        raise UnsupportedArchitectureError(f"{what} ({path}): {error}") from None
-
-
-def _rotary_alone(config: Any) -> nn.Module | None:
-    """The rotary module that a config's model has, without the model."""
+def _blueprint(what: str, path: str, config: Any) -> Any:
+    """The model that a config describes, without memory for its weights."""
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
 
-    with quiet(), init_empty_weights(include_buffers=False):
-        return rotary_of(AutoModelForCausalLM.from_config(copy.deepcopy(config)))
+    try:
+        with quiet(), init_empty_weights(include_buffers=True):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    except Exception as error:  # each kind of wrong value sets off another
+        raise PairError(
+            f"{what}: the config of {path} describes no model ({said(error)}). Save or fetch the "
+            "checkpoint again."
+        ) from error
+
+
+def _check_tables(what: str, path: str, empty: Any) -> nn.Module | None:
+    """The rotary module of a model without weights, whose tables are finite."""
+    rotary = rotary_of(empty)
+    tables = [] if rotary is None else rotary_tables(architecture(empty.config), rotary)
+    if not all(bool(torch.isfinite(table).all()) for table in tables):
+        raise PairError(
+            f"{what}: rope_parameters={empty.config.rope_parameters} in the config of {path} give "
+            "no finite tables. Save or fetch the checkpoint again."
+        )
+    return rotary
+
+
+def _check_tensors(
+    what: str, path: str, stored: Mapping[str, Stored], config: Any, empty: Any
+) -> None:
+    """Hold what files hold against what the config says, before memory is asked for."""
+    named = {name: name for name in stored if not name.endswith(OLD_BUFFERS)}
+    if config.model_type == "gemma3":
+        # Its language model is one part of three, under names that changed with the years.
+        own = re.compile(r"^(language_model\.model|model\.language_model)\.|^(.*\.)?(?=lm_head\.)")
+        named = {
+            own.sub(lambda m: "model." if m[1] else "", name): name
+            for name in stored
+            if own.match(name)
+        }
+    prefix = f"{empty.base_model_prefix}."
+    if not any(name.startswith(prefix) for name in named):  # a file of the body alone
+        named = {n if n.startswith("lm_head.") else prefix + n: s for n, s in named.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    layout = FAMILIES[empty.config.model_type].layout
+    head = f"{layout.modules[Component.UNEMBED]}.weight"
+    tied = getattr(config, "tie_word_embeddings", True)
+    missing = sorted(expected.keys() - named.keys() - ({head} if tied else set()))
+    unused = sorted(there for name, there in named.items() if name not in expected)
+    _refuse_names(what, path, missing, unused)
+    wrong = [n for n in expected.keys() & named.keys() if stored[named[n]].shape != expected[n]]
+    if wrong:
+        name = min(wrong)
+        more = f" (and {len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+        raise UnsupportedArchitectureError(
+            f"{what}: in {stored[named[name]].file}, {named[name]} has shape "
+            f"{stored[named[name]].shape}; the config says {expected[name]}{more}. Put back the "
+            "config.json that belongs to these weights."
+        )
+
+
+def _refuse_names(what: str, path: str, missing: Sequence[str], unused: Sequence[str]) -> None:
+    for names, problem in ((missing, "lacks"), (unused, "holds unused")):
+        if names:
+            raise UnsupportedArchitectureError(
+                f"{what}: the checkpoint {path} {problem} tensors: {', '.join(names[:5])}"
+                f"{' …' if len(names) > 5 else ''}. graftlens refuses what it cannot run exactly."
+            )
 
 
 def _unread(
@@ -186,6 +223,11 @@ def open_model(
     stored = stored_tensors(what, weight_files(what, path, folder, config))
     dtypes = stored_dtypes(what, stored)
     _check_settings(what, folder)
+    text = text_config(config)
+    if text.model_type in FAMILIES:
+        empty = _blueprint(what, path, text)
+        _check_tensors(what, path, stored, config, empty)
+        _check_tables(what, path, empty)
     loader: Any = (
         AutoModelForImageTextToText if config.model_type == "gemma3" else AutoModelForCausalLM
     )
@@ -196,7 +238,6 @@ def open_model(
                 config=config,
                 dtype=dtype or widest(dtypes),
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told of below
                 trust_remote_code=False,
                 **({} if local or folder is None else {"revision": folder.name}),
             )
@@ -206,19 +247,11 @@ def open_model(
                 "be incomplete or not fit their config: save or fetch them again."
             ) from error
     # transformers only warns: it draws what is missing at random and drops what it does not know.
-    for kind, problem in (("missing_keys", "lacks"), ("unexpected_keys", "holds unused")):
-        if names := sorted(n for n in info[kind] if not n.endswith(OLD_BUFFERS)):
-            raise UnsupportedArchitectureError(
-                f"{what}: the checkpoint {path} {problem} tensors: {', '.join(names[:5])}"
-                f"{' …' if len(names) > 5 else ''}. graftlens refuses what it cannot run exactly."
-            )
-    if wrong := sorted(info.get("mismatched_keys") or ()):
-        tensor, there, expected = wrong[0]
-        more = f" (and {len(wrong) - 1} more are of other shapes)" if len(wrong) > 1 else ""
-        raise UnsupportedArchitectureError(
-            f"{what}: in the files of {path}, {tensor} has shape {tuple(there)}; the config says "
-            f"{tuple(expected)}{more}. Put back the config.json that belongs to these weights."
-        )
+    missing, unused = (
+        sorted(name for name in info[kind] if not name.endswith(OLD_BUFFERS))
+        for kind in ("missing_keys", "unexpected_keys")
+    )
+    _refuse_names(what, path, missing, unused)
     return model, stored
 
 
@@ -253,25 +286,35 @@ def open_config(what: str, path: str, any_family: bool = False) -> Any:
             raise PairError(f"{what}: {path} could not be loaded ({said(error)}).") from error
     content = read_object(what, file)
     kind = content.get("model_type")
-    native = isinstance(kind, str) and (kind in FAMILIES or kind == "gemma3")
+    if not isinstance(kind, str):
+        raise PairError(f"{what}: {file} has model_type={kind!r}; give the name of a family.")
+    native = kind in FAMILIES or kind == "gemma3"
     if content.get("auto_map") and not native:
         raise UnsupportedArchitectureError(
             f"{what}: {file} asks for code that comes with the checkpoint (auto_map), which "
             f"graftlens never runs. Supported are transformers' own {' '.join(FAMILIES)}."
         )
+    if not any_family:
+        try:
+            refuse_quantised(content)
+        except UnsupportedArchitectureError as error:
+            raise UnsupportedArchitectureError(f"{what}: {file}: {error}") from None
+    for part in (content, content.get("text_config") or {}):
+        for key in ("num_hidden_layers", "n_layer"):
+            if isinstance(part, dict) and isinstance(n := part.get(key), int) and n > MOST_LAYERS:
+                raise PairError(f"{what}: {file} has {key}={n}. No model has so many layers.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # each kind of wrong value sets off another
-        if isinstance(kind, str) and not native:
+        if not native:
             raise UnsupportedArchitectureError(
-                f"{what}: {file} has model_type={kind!r}, which was not understood "
-                f"({said(error)}). Supported: {' '.join(FAMILIES)}."
+                f"{what}: {file} has model_type={kind!r}, which is not supported. "
+                f"Supported: {' '.join(FAMILIES)}."
             ) from error
         raise PairError(
             f"{what}: {file} was not understood ({said(error)}). Save or fetch the checkpoint "
             "again."
         ) from error
-    refuse_quantised(config)
     try:
         if native or not any_family:
             architecture(text_config(config))

@@ -102,6 +102,8 @@ def weight_files(what: str, place: str, folder: Path | None, config: Any) -> lis
             f"{what}: {found} does not say which file has which tensor (weight_map, and metadata "
             f"beside it). {_ADVICE}"
         )
+    if not shards:
+        raise PairError(f"{what}: {found} names no tensor. {_ADVICE}")
     files = []
     for shard in sorted(set(shards.values())):
         file = get(shard)
