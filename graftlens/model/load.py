@@ -24,6 +24,7 @@ from graftlens.model.arch import (
 )
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.identity import rotary_tables
+from graftlens.model.places import is_adapter
 from graftlens.model.source import (
     Source,
     preview_checkpoint,
@@ -162,12 +163,12 @@ def preview(
     _check_names(sources)
     read: list[Source] = []
     for name, given in sources.items():
-        folder = Path(given).expanduser()
-        if (folder / "adapter_config.json").is_file():
+        if is_adapter(given):
+            folder = Path(given).expanduser()
             if not read:
                 read_adapter(name, folder, folder)  # says that the base cannot be one
             continue
-        read.append(preview_checkpoint(name, str(folder) if folder.exists() else str(given)))
+        read.append(preview_checkpoint(name, str(given)))
     for source in read:
         _check_pair(read[0], source)
     return _pair_arch(read), shared_tokenizer([(s.name, s.tokenizer) for s in read], tokenizer)
@@ -193,11 +194,9 @@ def _check_names(sources: Mapping[str, Any]) -> None:
 def _read(name: str, given: Any, base: Any) -> Source:
     kinds = {cls.__name__ for cls in type(given).__mro__}
     if isinstance(given, str | Path):
-        folder = Path(given).expanduser()
-        given = str(folder) if folder.exists() else str(given)
-        if (folder / "adapter_config.json").is_file():
-            return read_adapter(name, folder, base)
-        return read_checkpoint(name, given)
+        if is_adapter(given):
+            return read_adapter(name, Path(given).expanduser(), base)
+        return read_checkpoint(name, str(given))
     if "TransformerBridge" in kinds:
         return read_bridge(name, given)
     if "HookedTransformer" in kinds:

@@ -15,10 +15,10 @@ PROBE_SECONDS = 10.0
 
 
 def place_of(what: str, given: str | Path, files: Sequence[str] = ("config.json",)) -> str:
-    """The folder, or the hub id, that `given` names.
+    """The folder, or the id of a hub model that is there, that `given` names.
 
-    A hub id that is not in the local cache is asked for once, without the hub client's retries: a
-    mistyped folder is told of at once.
+    The hub is asked once, without its client's retries, so a mistyped folder is told of at once.
+    Where the hub does not answer, a model that was fetched before is its folder in the local cache.
 
     Args:
         what: what is looked for, for messages: ``source 'sft'``.
@@ -29,10 +29,10 @@ def place_of(what: str, given: str | Path, files: Sequence[str] = ("config.json"
         PairError: neither a folder here nor a model of the hub.
     """
     name = str(given)
-    path = os.path.expanduser(name)  # noqa: PTH111 (Path's raises where there is no such user)
-    if os.path.isdir(path):  # noqa: PTH112 (Path's raises on names that are too long)
-        return path
-    if os.path.exists(path):  # noqa: PTH110
+    here = os.path.expanduser(name)  # noqa: PTH111 (Path's raises where there is no such user)
+    if os.path.isdir(here):  # noqa: PTH112 (Path's raises on names that are too long)
+        return here
+    if os.path.exists(here):  # noqa: PTH110
         raise PairError(f"{what}: {name} is a file. Give the folder that save_pretrained wrote.")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise PairError(f"{what}: there is no folder {name}.")
@@ -53,43 +53,53 @@ def place_of(what: str, given: str | Path, files: Sequence[str] = ("config.json"
             f"{what}: there is no folder {name!r}, and it cannot be a model of the hub, whose "
             "names are OWNER/NAME."
         ) from None
-    if any(_cached(name, file) for file in files):
-        return name
+    cached = next((path.parent for file in files if (path := _cached(name, file))), None)
     neither = f"{what}: {name!r} is neither a folder here nor"
+    why = ""
     if constants.HF_HUB_OFFLINE:
-        raise PairError(
+        why = (
             f"{neither} a model in the local cache, and HF_HUB_OFFLINE is set, so the hub is not "
             "asked. Check the folder's path, or fetch the model first."
         )
-    try:
-        get_hf_file_metadata(hf_hub_url(name, files[0]), timeout=PROBE_SECONDS)
-    except RepositoryNotFoundError:
-        raise PairError(
-            f"{neither} a model that the hub shows you. Check the spelling; if the model is "
-            "private or gated, log in with `hf auth login`."
-        ) from None
-    except EntryNotFoundError:
-        pass  # the model is there; whoever reads it says what it lacks
-    except HfHubHTTPError as error:
-        # Of a hub that is busy, the loading code may still get an answer: it asks again.
-        if error.response is None or error.response.status_code in (401, 403):
-            raise PairError(
-                f"{what}: the hub does not give out {name!r} ({_line(error)}). If the model is "
-                "gated, ask for access on its page and log in with `hf auth login`."
-            ) from None
-    except Exception as error:  # every kind of network failure has its own class
-        raise PairError(
-            f"{neither} a model in the local cache, and the hub could not be reached "
-            f"({type(error).__name__}: {_line(error)}). Check the folder's path or the connection."
-        ) from None
-    return name
+    else:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, files[0]), timeout=PROBE_SECONDS)
+        except RepositoryNotFoundError:
+            why = (
+                f"{neither} a model that the hub shows you. Check the spelling; if the model is "
+                "private or gated, log in with `hf auth login`."
+            )
+        except EntryNotFoundError:
+            pass  # the model is there; whoever reads it says what it lacks
+        except HfHubHTTPError as error:
+            # A hub that is busy may still answer the loading code, which asks again.
+            if error.response is None or error.response.status_code in (401, 403):
+                why = (
+                    f"{what}: the hub does not give out {name!r} ({_line(error)}). If the model is "
+                    "gated, ask for access on its page and log in with `hf auth login`."
+                )
+        except Exception as error:  # every kind of network failure has its own class
+            why = (
+                f"{neither} a model in the local cache, and the hub could not be reached "
+                f"({said(error)}). Check the folder's path or the connection."
+            )
+    if not why:
+        return name
+    if cached is None:
+        raise PairError(why)
+    return str(cached)  # what was fetched before; asking for each of its files would take minutes
+
+
+def is_adapter(given: str | Path) -> bool:
+    """Whether this is a folder with a PEFT adapter in it."""
+    return os.path.isfile(os.path.join(os.path.expanduser(given), "adapter_config.json"))  # noqa: PTH111, PTH113, PTH118
 
 
 def folder_of(place: str | Path) -> Path | None:
     """The folder whose files a place has: itself, or a hub model's snapshot in the local cache."""
-    path = Path(os.path.expanduser(str(place)))  # noqa: PTH111
-    if path.is_dir():
-        return path
+    path = os.path.expanduser(place)  # noqa: PTH111
+    if os.path.isdir(path):  # noqa: PTH112
+        return Path(path)
     try:
         cached = _cached(str(place), "config.json")
     except ValueError:  # a name that no model of the hub has

@@ -34,6 +34,7 @@ from graftlens.model.quiet import quiet
 from graftlens.model.stored import (
     Stored,
     check_loaded,
+    has_weights,
     stored_dtypes,
     stored_tensors,
     weight_files,
@@ -88,12 +89,13 @@ class Source:
 
 
 def read_checkpoint(name: str, path: str) -> Source:
-    model, stored = open_model(f"source {name!r}", path)
-    source = read_transformers(name, model, path, copied=False)
+    place = place_of(f"source {name!r}", path)
+    model, stored = open_model(f"source {name!r}", place)
+    source = read_transformers(name, model, _origin(path, place), copied=False)
     state = dict(model.state_dict())
     return replace(
         source,
-        tokenizer=read_tokenizer(path),
+        tokenizer=read_tokenizer(place),
         dtypes=stored_dtypes(f"source {name!r}", stored),
         prove=partial(
             check_loaded, f"source {name!r}", stored, state, getattr(model, "base_model_prefix", "")
@@ -102,20 +104,21 @@ def read_checkpoint(name: str, path: str) -> Source:
 
 
 def preview_checkpoint(name: str, path: str) -> Source:
-    """A checkpoint without its weights; of a folder, the headers of its files are checked."""
+    """A checkpoint without its weights; of a folder that has them, the headers are checked."""
     what = f"source {name!r}"
-    path = place_of(what, path)
+    given, path = path, place_of(what, path)
     config = open_config(what, path)
     text = text_config(config)
     empty = _blueprint(what, path, text)
-    if Path(path).is_dir():
+    if Path(path).is_dir() and has_weights(Path(path), config):
         _check_settings(what, Path(path))
         stored = stored_tensors(what, weight_files(what, path, Path(path), config))
         stored_dtypes(what, stored)
         _check_tensors(what, path, stored, config, empty)
     rotary = _check_tables(what, path, empty)
     tokenizer = read_tokenizer(path)
-    return Source(name, path, architecture(text), {}, rotary, tokenizer, _unread, config=text)
+    origin = _origin(given, path)
+    return Source(name, origin, architecture(text), {}, rotary, tokenizer, _unread, config=text)
 
 
 def _blueprint(what: str, path: str, config: Any) -> Any:
@@ -167,6 +170,11 @@ def _check_tensors(
     tied = getattr(config, "tie_word_embeddings", True)
     missing = sorted(expected.keys() - named.keys() - ({head} if tied else set()))
     unused = sorted(there for name, there in named.items() if name not in expected)
+    # Old names that transformers translates (GPT-NeoX's embed_out) are left to it.
+    for name in tuple(missing):
+        if same := [there for there in unused if stored[there].shape == expected[name]]:
+            missing.remove(name)
+            unused.remove(same[0])
     _refuse_names(what, path, missing, unused)
     wrong = [n for n in expected.keys() & named.keys() if stored[named[n]].shape != expected[n]]
     if wrong:
@@ -192,6 +200,11 @@ def _unread(
     tokens: Int[Tensor, "batch pos"], dtype: torch.dtype
 ) -> Float[Tensor, "batch pos d_vocab"]:
     raise AssertionError("a preview has no weights to run")
+
+
+def _origin(given: str, place: str) -> str:
+    """A hub model by its id, wherever its files are; a folder as it is."""
+    return place if Path(given).expanduser().exists() else given
 
 
 def open_model(

@@ -42,6 +42,22 @@ class Stored:
     shape: tuple[int, ...]
 
 
+def _names(config: Any) -> tuple[str, ...]:
+    """The files that transformers looks for, in its order."""
+    from transformers import utils
+
+    named = getattr(config, "transformers_weights", None)
+    if isinstance(named, str):
+        return (named,)
+    safe = (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME)
+    return (*safe, utils.WEIGHTS_NAME, utils.WEIGHTS_INDEX_NAME)
+
+
+def has_weights(folder: Path, config: Any) -> bool:
+    """Whether a folder has weights, and not a config and a tokenizer alone."""
+    return any((folder / name).exists() for name in _names(config))
+
+
 def weight_files(what: str, place: str, folder: Path | None, config: Any) -> list[Path]:
     """The files that transformers reads a checkpoint's weights from; the hub's are fetched.
 
@@ -54,13 +70,7 @@ def weight_files(what: str, place: str, folder: Path | None, config: Any) -> lis
     Raises:
         PairError: a folder without weights, a damaged index, or a shard that is missing.
     """
-    from transformers.utils import (
-        SAFE_WEIGHTS_INDEX_NAME,
-        SAFE_WEIGHTS_NAME,
-        WEIGHTS_INDEX_NAME,
-        WEIGHTS_NAME,
-        cached_file,
-    )
+    from transformers.utils import cached_file
 
     # A hub model's files are all of the commit that its config is of.
     commit = {} if folder is None or str(folder) == place else {"revision": folder.name}
@@ -76,15 +86,9 @@ def weight_files(what: str, place: str, folder: Path | None, config: Any) -> lis
             return None
         return Path(found) if found else None
 
-    named = getattr(config, "transformers_weights", None)
-    names: tuple[str, ...] = (
-        SAFE_WEIGHTS_NAME,
-        SAFE_WEIGHTS_INDEX_NAME,
-        WEIGHTS_NAME,
-        WEIGHTS_INDEX_NAME,
-    )
-    names = (named,) if isinstance(named, str) else names
-    found = next((path for name in names if (path := get(name)) is not None), None)
+    names = _names(config)
+    here = [] if folder is None else [folder / name for name in names if (folder / name).is_file()]
+    found = here[0] if here else next((path for n in names if (path := get(n)) is not None), None)
     if found is None:
         raise PairError(
             f"{what}: {place} has a config and no weights ({' or '.join(names)}). {_ADVICE}"
