@@ -68,8 +68,12 @@ from graftlens.data.supplement import Supplement, mixed
 from graftlens.data.texts import check_ending, read_paragraphs, read_texts
 from graftlens.engines import EngineError, SlurmResources, Task, submit
 from graftlens.model.arch import FAMILIES, supported
+from graftlens.model.identity import config_settings, tokenizer_digest
+from graftlens.model.places import place_of
 from graftlens.model.quiet import quiet
 from graftlens.model.smollm2 import smollm2
+from graftlens.model.source import open_model
+from graftlens.model.tokenizers import read_tokenizer
 from graftlens.presets import preset
 from graftlens.processes import Processes, started_together
 
@@ -619,13 +623,13 @@ def _finetune(
     progress: bool,
     processes: Processes,
 ) -> FinetuneResult:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(config.model)
+        tokenizer = read_tokenizer(place_of(f"model={config.model!r}", config.model))
+        if tokenizer is None:
+            raise ValueError(f"model={config.model!r}: the folder {config.model} has no tokenizer.")
     if model is None:
-        with quiet() if Path(config.model).is_dir() else contextlib.nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(config.model, dtype=torch.float32)
+        what = f"model={config.model!r}"
+        model, _ = open_model(what, config.model, torch.float32, any_family=True)
     model.float()
     frozen = _frozen_modules(config, model)
     _check_targets(config, model)
@@ -651,10 +655,12 @@ def _finetune(
             },
             start={
                 "weights_sha256": _weight_hash(model),
-                "tokenizer_sha256": _vocabulary(tokenizer),
+                "tokenizer_sha256": tokenizer_digest(tokenizer),
+                "settings": config_settings(model.config),
             },
             processes=processes.count,
         )
+        _refuse_earlier(config.output)
         # A setting that an earlier release did not know had what is now its default.
         defaults = FinetuneConfig(model="", output=Path()).model_dump(mode="json")
         claim(
@@ -1146,8 +1152,17 @@ def _weight_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-def _vocabulary(tokenizer: Any) -> str:
-    return _text_hash([json.dumps(sorted(tokenizer.get_vocab().items()))])
+def _refuse_earlier(folder: Path) -> None:
+    """Refuse a folder whose ``run.json`` does not have what the start's config was."""
+    start: Any = None
+    with contextlib.suppress(OSError, ValueError, LookupError, TypeError):  # `claim` tells of it
+        start = json.loads((folder / "run.json").read_text(encoding="utf-8"))["start"]
+    if isinstance(start, dict) and "settings" not in start:
+        raise ValueError(
+            f"{folder} was begun by an earlier release, which did not write down the config of the "
+            "model that it starts from, so whether that is still the same cannot be known. Its "
+            "checkpoints can be used; to train, choose another output folder."
+        )
 
 
 @contextlib.contextmanager

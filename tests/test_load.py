@@ -396,7 +396,6 @@ def test_different_families() -> None:
         ({"num_key_value_heads": 4}, "n_kv_heads (2 and 4)"),
         ({"rms_norm_eps": 1e-5}, "eps (0.03 and 1e-05)"),
         ({"hidden_act": "gelu"}, "act_fn ('silu' and 'gelu')"),
-        ({"max_position_embeddings": 32}, "n_ctx (64 and 32)"),
     ],
 )
 def test_different_architectures(

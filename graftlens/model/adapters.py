@@ -10,7 +10,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,13 @@ from torch import Tensor, nn
 
 from graftlens.folder import read_json
 from graftlens.model.arch import PairError, UnsupportedArchitectureError
-from graftlens.model.quiet import quiet
-from graftlens.model.source import Source, own_logits, read_transformers, renew_rotary
+from graftlens.model.source import (
+    Source,
+    open_model,
+    own_logits,
+    read_transformers,
+    renew_rotary,
+)
 from graftlens.model.tokenizers import read_tokenizer
 
 #: `init_lora_weights` under which the base stays as it is, or (the last two) changes in a way that
@@ -60,10 +65,7 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
     config = read_settings(name, folder)
     _check_weights(name, folder, needed=True)
     if isinstance(base, str):
-        from transformers import AutoModelForCausalLM
-
-        with quiet() if Path(base).is_dir() else nullcontext():
-            model = AutoModelForCausalLM.from_pretrained(base, dtype="auto")
+        model, _ = open_model(f"the base of source {name!r}", base)
     elif "PeftModel" in {cls.__name__ for cls in type(base).__mro__}:
         raise PairError(
             f"source {name!r} is a PEFT adapter, and the base is one, too. Give as the base a "

@@ -5,6 +5,7 @@ This table is the only place that knows one family from another. The forward rea
 Hugging Face's logits.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -130,6 +131,10 @@ class PairError(ValueError):
 
 class UnsupportedArchitectureError(ValueError):
     """The checkpoint's family, or one of its options, is not exactly supported."""
+
+
+class ConfigValueError(UnsupportedArchitectureError):
+    """A config's values are not those of any model."""
 
 
 def _llama_modules(**changes: str) -> dict[Component, str]:
@@ -397,11 +402,9 @@ def architecture(config: Any) -> Architecture:
             f"model_type {kind!r} is not supported. Supported: {' '.join(supported())}. "
             "A family is added by an entry in graftlens/model/arch.py (see the README)."
         )
+    refuse_quantised(config)
     family = FAMILIES[kind]
-    everywhere: dict[str, tuple[Any, ...]] = {
-        "quantization_config": (None,),
-        "is_encoder_decoder": (False, None),
-    }
+    everywhere: dict[str, tuple[Any, ...]] = {"is_encoder_decoder": (False, None)}
     for option, values in {**everywhere, **family.covered}.items():
         value = getattr(config, option, None)
         if value not in values:
@@ -410,4 +413,77 @@ def architecture(config: Any) -> Architecture:
                 f"{option}={' or '.join(repr(v) for v in values if v is not None)}. "
                 "graftlens refuses what it cannot run exactly."
             )
-    return family.read(config)
+    try:
+        arch = family.read(config)
+    except UnsupportedArchitectureError:
+        raise
+    except Exception as error:  # each kind of wrong value sets off another
+        raise ConfigValueError(
+            f"{kind}: its values make no model ({type(error).__name__}: {error})"
+        ) from error
+    if wrong := [name for name in vars(arch) if not _possible(arch, name)]:
+        listed = ", ".join(f"{name}={brief(getattr(arch, name))}" for name in wrong)
+        raise ConfigValueError(f"{kind} with {listed} is not a model")
+    return arch
+
+
+def refuse_quantised(config: Any) -> None:
+    """Refuse a config, or the content of its file, that says that its weights are quantised.
+
+    Raises:
+        UnsupportedArchitectureError: it does.
+    """
+
+    def get(settings: Any, key: str) -> Any:
+        known = isinstance(settings, Mapping)
+        return settings.get(key) if known else getattr(settings, key, None)
+
+    for part in (config, get(config, "text_config")):
+        for key in ("quantization_config", "compression_config"):
+            if found := get(part, key):
+                shown = repr(found) if len(repr(found)) <= 80 else f"{repr(found)[:80]}…"
+                raise UnsupportedArchitectureError(
+                    f"{get(config, 'model_type')} with {key}={shown} is not supported: quantised "
+                    "weights cannot be grafted exactly. Give the checkpoint that was quantised, or "
+                    "one that was dequantised and saved (model.dequantize() in transformers)."
+                )
+
+
+def _possible(arch: Architecture, name: str) -> bool:
+    """Whether a fact is one that a model can have."""
+    value = getattr(arch, name)
+
+    def number(given: Any, least: float = -math.inf) -> bool:
+        plain = isinstance(given, int | float) and not isinstance(given, bool)
+        return plain and math.isfinite(given) and given >= least
+
+    match name:
+        case "n_layers" | "d_model" | "n_heads" | "d_head" | "d_mlp" | "d_vocab" | "n_ctx":
+            return isinstance(value, int) and number(value, 1.0)
+        case "n_kv_heads":
+            return isinstance(value, int) and number(value, 1.0) and arch.n_heads % value == 0
+        case "rotary_dim":
+            return isinstance(value, int) and 0 <= value <= arch.d_head
+        case "rope_limit":
+            return value is None or number(value, 1.0)
+        case "windows":
+            return len(value) == arch.n_layers and all(w is None or number(w, 1.0) for w in value)
+        case "attn_scales":
+            return all(number(scale, 0.0) for scale in value)
+        case "eps":
+            return number(value, 0.0)
+        case "embed_scale" | "norm_offset":
+            return number(value)
+        case "attn_softcap" | "logit_softcap" | "qkv_clip":
+            return value is None or number(value, 0.0)
+        case "act_fn":
+            return isinstance(value, str)
+        case _:
+            return True
+
+
+def brief(value: object) -> str:
+    """A fact for a message; of a tuple over layers only as much as shows what it is."""
+    if isinstance(value, tuple) and len(value) > 2:
+        return f"{value[0]!r}, … over {len(value)} layers"
+    return repr(value)

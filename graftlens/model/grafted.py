@@ -40,6 +40,7 @@ from graftlens.model.forward import (
     per_row,
 )
 from graftlens.model.generation import Generation
+from graftlens.model.identity import config_settings, facts_digest, tokenizer_digest
 from graftlens.model.inputs import Batch, Input, Padding
 from graftlens.model.mask import GraftLike, GraftMask, Selection, plain, resolve, uniform_source
 from graftlens.model.reading import Reading, tell, whole
@@ -651,7 +652,13 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         )
 
     def fingerprints(self) -> dict[str, str]:
-        """Source name -> SHA-256 over its tensors, in the dtype they run in."""
+        """Source name -> SHA-256 of what decides its numbers.
+
+        These are its tensors, in the dtype they run in, what the forward pass takes from the
+        config (norms' epsilon, rotary embedding, …), and the tokenizer.
+        """
+        shared = [facts_digest(self.arch, self.hf_config, self.rotary)]
+        shared.append(str(tokenizer_digest(self.tokenizer)))
         names = [n for n, m in self.named_modules() if isinstance(m, Sourced)]
         prints = {}
         for index, source in enumerate(self.sources):
@@ -662,8 +669,14 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
                 raw = weight[index].detach().cpu().contiguous().view(torch.uint8)
                 digest.update(name.encode())
                 digest.update(raw.numpy().data)
+            digest.update(" ".join(shared).encode())
             prints[source] = digest.hexdigest()
         return prints
+
+    def settings(self) -> dict[str, Any]:
+        """What fingerprints cover beside tensors, in the config's own words: for messages."""
+        config = {} if self.hf_config is None else config_settings(self.hf_config)
+        return {"config": config, "tokenizer": tokenizer_digest(self.tokenizer)}
 
     @property
     def W_Q(self) -> Float[Tensor, "source layer head d_model d_head"]:

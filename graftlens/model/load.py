@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from graftlens.components import Component
@@ -20,18 +19,22 @@ from graftlens.model.arch import (
     Architecture,
     PairError,
     UnsupportedArchitectureError,
-    architecture,
+    brief,
 )
 from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.identity import rotary_tables
+from graftlens.model.places import is_adapter
 from graftlens.model.source import (
     Source,
+    preview_checkpoint,
     read_bridge,
     read_checkpoint,
-    read_config,
     read_transformers,
 )
-from graftlens.model.tokenizers import read_tokenizer, shared_tokenizer
+from graftlens.model.tokenizers import shared_tokenizer
 from graftlens.model.weights import Weights
+
+_WIDER = 'float16 overflows: load with dtype="bfloat16" or dtype="float32".'
 
 
 def load(
@@ -52,15 +55,20 @@ def load(
             `HookedTransformer` whose weights were not processed.
         tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own.
         device: where to put the model; the GPU where there is one, else the CPU.
-        dtype: the dtype to run in. Left out, it is float32 on the CPU and the checkpoints' own on a
-            GPU, and checkpoints of different dtypes are refused.
-        check: compare each source's logits with its own model's on a probe.
+        dtype: the dtype to run in. Left out, it is float32 on the CPU (float64 for checkpoints in
+            float64) and the checkpoints' own on a GPU, and checkpoints of different dtypes are
+            refused. A checkpoint's own dtype is that of its files, whatever its config says.
+        check: compare each source's tensors with its files, and its logits with its own model's
+            on a probe.
         verbose: print one line about what was loaded and checked.
 
     Raises:
         PairError: sources that differ in architecture, shapes, dtype or tokenizer, that are not
-            finite, that were processed (folded), or whose logits are not reproduced. A bias that
-            only some sources have is no difference: it is zero in the others.
+            finite, that were processed (folded), or whose logits are not reproduced; files that
+            are missing, damaged or quantised; float16 where a number overflows in it. A bias that
+            only some sources have is no difference: it is zero in the others. Nor are contexts of
+            different lengths with rotary positions: the pair's is the longest. Rotary settings are
+            compared by the tables that they come to.
         ValueError: a source's name that the text form of grafts could not hold, or a GPU that is
             not there.
         UnsupportedArchitectureError: a family or option that is not exactly supported.
@@ -77,6 +85,11 @@ def load(
         raise PairError(
             f'dtype={dtype!r} is no floating-point dtype of torch. Write, for example, "bfloat16".'
         )
+    if wanted is not None and torch.finfo(wanted).bits < 16:
+        raise PairError(
+            f"dtype={dtype!r}: the forward runs in float64, float32, bfloat16 or float16. Give one "
+            "of them."
+        )
 
     read: list[Source] = []
     for name, given in sources.items():
@@ -84,6 +97,7 @@ def load(
     _fill_biases(read)
     for source in read:
         _check_pair(read[0], source)
+    arch = _pair_arch(read)
     own = {name: _dtypes(source) for name, source in zip(sources, read, strict=True)}
     if wanted is None:
         distinct = {d for found in own.values() for d in found}
@@ -93,7 +107,9 @@ def load(
                 f"the sources' dtypes differ ({listed}). Name the one to run in, such as "
                 "dtype=torch.float32."
             )
-        wanted = torch.float32 if target.type == "cpu" else distinct.pop()
+        (wanted,) = distinct
+        if target.type == "cpu":
+            wanted = torch.promote_types(wanted, torch.float32)
 
     shared = shared_tokenizer([(s.name, s.tokenizer) for s in read], tokenizer)
     base = read[0]
@@ -104,11 +120,14 @@ def load(
         }
         for source in read
     }
+    if wanted is torch.float16:
+        _refuse_overflow(prepared)
     model = GraftedTransformer(
-        base.arch,
+        arch,
         _share_tied(prepared),
-        rotary=base.rotary,
-        activation=_activation(base.arch.act_fn),
+        # Tables that are kept, as a HookedTransformer's, end with the source's context.
+        rotary=max(read, key=lambda source: source.arch.n_ctx).rotary,
+        activation=_activation(arch.act_fn),
         tokenizer=shared,
         model_name=base.origin,
         end_tokens={source.name: source.end_tokens for source in read},
@@ -135,7 +154,8 @@ def preview(
         The architecture, and the tokenizer or None where no source brings one.
 
     Raises:
-        PairError: a source that is not there, or sources whose architecture or tokenizers differ.
+        PairError: a source that is not there or whose files are missing or damaged (of a folder
+            their headers are read), or sources whose architecture or tokenizers differ.
         ValueError: a source's name that the text form of grafts could not hold.
         UnsupportedArchitectureError: a family or option that is not exactly supported.
     """
@@ -143,27 +163,17 @@ def preview(
     read: list[Source] = []
     adapters: list[tuple[str, Any]] = []
     for name, given in sources.items():
-        folder = Path(given).expanduser()
-        if (folder / "adapter_config.json").is_file():
+        if is_adapter(given):
+            folder = Path(given).expanduser()
             if not read:
                 read_adapter(name, folder, folder)  # says that the base cannot be one
             adapters.append((name, preview_adapter(name, folder)))
             continue
-        path = str(folder) if folder.exists() else str(given)
-        config = read_config(name, path)
-        config = config.get_text_config() if config.model_type == "gemma3" else config
-        empty = Source(name, path, architecture(config), {}, None, read_tokenizer(path), _unread)
-        read.append(replace(empty, config=config))
+        read.append(preview_checkpoint(name, str(given)))
     for source in read:
         _check_pair(read[0], source)
     found = [(s.name, s.tokenizer) for s in read] + adapters
-    return read[0].arch, shared_tokenizer(found, tokenizer)
-
-
-def _unread(
-    tokens: Int[Tensor, "batch pos"], dtype: torch.dtype
-) -> Float[Tensor, "batch pos d_vocab"]:
-    raise AssertionError("a preview has no weights to run")
+    return _pair_arch(read), shared_tokenizer(found, tokenizer)
 
 
 def _check_names(sources: Mapping[str, Any]) -> None:
@@ -186,11 +196,9 @@ def _check_names(sources: Mapping[str, Any]) -> None:
 def _read(name: str, given: Any, base: Any) -> Source:
     kinds = {cls.__name__ for cls in type(given).__mro__}
     if isinstance(given, str | Path):
-        folder = Path(given).expanduser()
-        given = str(folder) if folder.exists() else str(given)
-        if (folder / "adapter_config.json").is_file():
-            return read_adapter(name, folder, base)
-        return read_checkpoint(name, given)
+        if is_adapter(given):
+            return read_adapter(name, Path(given).expanduser(), base)
+        return read_checkpoint(name, str(given))
     if "TransformerBridge" in kinds:
         return read_bridge(name, given)
     if "HookedTransformer" in kinds:
@@ -214,10 +222,11 @@ def _read(name: str, given: Any, base: Any) -> Source:
 
 
 def _check_pair(base: Source, other: Source) -> None:
-    if base.arch != other.arch:
-        ours, theirs = vars(base.arch), vars(other.arch)
+    arch = _comparable(other.arch, base.arch)
+    if base.arch != arch:
+        ours, theirs = vars(base.arch), vars(arch)
         differing = [
-            f"{k} ({_brief(ours[k])} and {_brief(theirs[k])})" for k in ours if ours[k] != theirs[k]
+            f"{k} ({brief(ours[k])} and {brief(theirs[k])})" for k in ours if ours[k] != theirs[k]
         ]
         hint = ""
         if base.arch.d_vocab != other.arch.d_vocab:
@@ -229,12 +238,12 @@ def _check_pair(base: Source, other: Source) -> None:
             f"{base.name!r} ({base.origin}) and {other.name!r} ({other.origin}) differ in "
             f"architecture: {', '.join(differing)}.{hint}"
         )
-    rope = [
-        getattr(s.config, "rope_parameters", None) for s in (base, other) if s.config is not None
-    ]
-    if len(rope) == 2 and rope[0] != rope[1]:
+    if not _same_tables(base, other):
+        first, second = _rope_settings(base), _rope_settings(other)
+        if first == second:  # some kinds of tables depend on the context's length
+            first, second = base.arch.n_ctx, other.arch.n_ctx
         raise PairError(
-            f"{base.name!r} and {other.name!r} differ in rope_parameters: {rope[0]} and {rope[1]}. "
+            f"{base.name!r} and {other.name!r} differ in rope_parameters: {first} and {second}. "
             "Positions must mean the same in both."
         )
     if base.weights.keys() != other.weights.keys():
@@ -251,7 +260,7 @@ def _check_pair(base: Source, other: Source) -> None:
                 f"{where} has shape {tuple(tensor.shape)}; {base.name!r} has "
                 f"{tuple(base.weights[component, layer, part].shape)}."
             )
-        if not tensor.is_floating_point():
+        if not tensor.is_floating_point() or torch.finfo(tensor.dtype).bits < 16:
             raise PairError(
                 f"{where} is {tensor.dtype}: quantised weights cannot be grafted exactly."
             )
@@ -262,11 +271,49 @@ def _check_pair(base: Source, other: Source) -> None:
             )
 
 
-def _brief(value: object) -> str:
-    """A fact for a message; of a tuple over layers only as much as shows what it is."""
-    if isinstance(value, tuple) and len(value) > 2:
-        return f"{value[0]!r}, … over {len(value)} layers"
-    return repr(value)
+def _comparable(arch: Architecture, base: Architecture) -> Architecture:
+    """An architecture with what changes no number spelled as in the base's."""
+    if arch.rotary_dim and base.rotary_dim:
+        arch = replace(arch, n_ctx=base.n_ctx)
+    if arch.act_fn != base.act_fn:
+        x = torch.linspace(-8, 8, 257)
+        if torch.equal(_activation(arch.act_fn)(x), _activation(base.act_fn)(x)):
+            arch = replace(arch, act_fn=base.act_fn)
+    return arch
+
+
+def _pair_arch(read: list[Source]) -> Architecture:
+    """The architecture of sources that make a pair: with rotary positions, the longest context."""
+    return replace(read[0].arch, n_ctx=max(source.arch.n_ctx for source in read))
+
+
+def _same_tables(base: Source, other: Source) -> bool:
+    if base.rotary is None or other.rotary is None or base is other:
+        return True
+    # A HookedTransformer keeps its tables, which end with its context.
+    kept = [s.arch.n_ctx for s in (base, other) if s.config is None]
+    longest = min([1 << 17, *kept])
+    ours = rotary_tables(base.arch, base.rotary, longest)
+    theirs = rotary_tables(other.arch, other.rotary, longest)
+    if type(base.rotary) is type(other.rotary):
+        return all(map(torch.equal, ours, theirs))
+    # It also computes them in another way, with other last digits.
+    return all(torch.allclose(a, b, atol=1e-2) for a, b in zip(ours, theirs, strict=True))
+
+
+def _rope_settings(source: Source) -> Any:
+    return getattr(source.config, "rope_parameters", None)
+
+
+def _refuse_overflow(prepared: Mapping[str, Weights]) -> None:
+    for name, weights in prepared.items():
+        for (component, layer, part), tensor in weights.items():
+            if not bool(torch.isfinite(tensor).all()):
+                where = "" if layer is None else f", layer {layer}"
+                raise PairError(
+                    f"source {name!r}: {component} {part}{where} has numbers beyond float16's "
+                    "65504. " + _WIDER
+                )
 
 
 def _fill_biases(read: list[Source]) -> None:
@@ -330,12 +377,14 @@ def _probe(model: GraftedTransformer, read: list[Source], dtype: torch.dtype) ->
     # what Hugging Face's own half precision differs from its float32 on the families tested.
     allowed = 1e-4 if exact else 3 * torch.finfo(dtype).eps * (1 + arch.n_layers) ** 0.5
     # Long enough to pass a sliding window, where that is affordable.
-    length = min(arch.n_ctx, max([24, *(w + 8 for w in windows if w <= 120)]))
+    length = min([*(s.arch.n_ctx for s in read), max([24, *(w + 8 for w in windows if w <= 120)])])
     tokens = torch.randint(
         arch.d_vocab, (2, length), generator=torch.Generator().manual_seed(0)
     ).to(model.cfg.device)
     worst = 0.0
     for source in read:
+        if source.prove is not None:
+            source.prove()
         with torch.no_grad():
             ours = model(
                 tokens, graft=Graft.rule(source.name), attention_mask=torch.ones_like(tokens)
@@ -346,11 +395,24 @@ def _probe(model: GraftedTransformer, read: list[Source], dtype: torch.dtype) ->
             torch.linalg.vector_norm(ours - theirs, order)
             / torch.linalg.vector_norm(theirs, order).clamp_min(1e-9)
         )
-        if not difference <= allowed:
+        who = f"source {source.name!r} ({source.origin})"
+        if not bool(torch.isfinite(theirs).all()):
             raise PairError(
-                f"source {source.name!r} ({source.origin}): logits differ from its own model's by "
-                f"{difference:.1e} (relative); {allowed:.1e} is rounding in {_short(dtype)}. This "
-                "checkpoint is not supported exactly. Please report its config."
+                f"{who}: its own model's logits are not finite in {_short(dtype)}. "
+                + (_WIDER if dtype is torch.float16 else "Its weights are not those of a model.")
+            )
+        if not bool(torch.isfinite(ours).all()) and dtype is torch.float16:
+            raise PairError(f"{who}: its logits overflow in float16. {_WIDER}")
+        if not difference <= allowed:
+            why = "This checkpoint is not supported exactly. Please report its config."
+            if source.hooks:
+                why = (
+                    f"Its own model has hooks (on {' '.join(source.hooks[:5])}), which grafts do "
+                    "not run: remove them (model.reset_hooks(), or handle.remove()) and load again."
+                )
+            raise PairError(
+                f"{who}: logits differ from its own model's by {difference:.1e} (relative); "
+                f"{allowed:.1e} is rounding in {_short(dtype)}. {why}"
             )
         worst = max(worst, difference)
     return worst

@@ -134,9 +134,11 @@ def _from_hub(checkpoint: Path, work: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    AutoTokenizer.from_pretrained(snapshot).save_pretrained(checkpoint)
+    AutoTokenizer.from_pretrained(snapshot, trust_remote_code=False).save_pretrained(checkpoint)
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            snapshot, dtype=torch.float32, trust_remote_code=False
+        )
         model.save_pretrained(checkpoint)
     return {"route": "hub", "model": HUB_ID, "revision": revision, "quantisation": None}
 
@@ -197,7 +199,7 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE, trust_remote_code=False)
     # The file names its pre-tokenizer ("smollm": single digits, then GPT-2's pattern), but the
     # conversion in transformers leaves the digits out: two spaces before a number would then be
     # other tokens than in the published tokenizer.
@@ -208,6 +210,7 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=GGUF_FILE,
+            trust_remote_code=False,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )

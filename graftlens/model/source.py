@@ -5,27 +5,49 @@ changed nor kept.
 """
 
 import copy
-from collections.abc import Callable
-from contextlib import nullcontext
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from graftlens.components import Component
 from graftlens.model.arch import (
     FAMILIES,
     Architecture,
+    ConfigValueError,
     PairError,
     UnsupportedArchitectureError,
     architecture,
+    refuse_quantised,
 )
+from graftlens.model.identity import rotary_tables
+from graftlens.model.places import folder_of, place_of, read_object, said
 from graftlens.model.quiet import quiet
+from graftlens.model.stored import (
+    Stored,
+    check_loaded,
+    has_weights,
+    stored_dtypes,
+    stored_tensors,
+    weight_files,
+    widest,
+)
 from graftlens.model.tokenizers import read_tokenizer, unaltered
 from graftlens.model.weights import OLD_BUFFERS, Weights, read_weights
+
+#: Lists with an entry for each layer are made from the config; more is a damaged one.
+MOST_LAYERS = 1000
+
+#: Tensors that stand for a weight which is computed when it is used.
+_COMPUTED = re.compile(r"\.parametrizations\.|\.weight_(g|v|orig|mask)$")
 
 #: token ids [batch, pos] and the dtype to run in -> logits [batch, pos, d_vocab]
 Logits = Callable[[Int[Tensor, "batch pos"], torch.dtype], Float[Tensor, "batch pos d_vocab"]]
@@ -45,6 +67,8 @@ class Source:
         logits: its own forward pass on token ids [batch, pos], run in a given dtype.
         config: its Hugging Face config, None for a HookedTransformer.
         dtypes: the dtypes of the checkpoint, where the tensors were computed in a wider one.
+        hooks: places in its model where somebody's hooks are, which its own logits go through.
+        prove: raises PairError where its tensors are not what its files hold; None without files.
         end_tokens, pad_token: token ids that end a generation and that fill up after its end, from
             the checkpoint's generation settings.
     """
@@ -60,62 +84,291 @@ class Source:
     dtypes: tuple[torch.dtype, ...] = ()
     end_tokens: tuple[int, ...] = ()
     pad_token: int | None = None
+    hooks: tuple[str, ...] = ()
+    prove: Callable[[], None] | None = None
 
 
 def read_checkpoint(name: str, path: str) -> Source:
+    place = place_of(f"source {name!r}", path)
+    model, stored = open_model(f"source {name!r}", place)
+    source = read_transformers(name, model, _origin(path, place), copied=False)
+    state = dict(model.state_dict())
+    return replace(
+        source,
+        tokenizer=read_tokenizer(place),
+        dtypes=stored_dtypes(f"source {name!r}", stored),
+        prove=partial(
+            check_loaded, f"source {name!r}", stored, state, getattr(model, "base_model_prefix", "")
+        ),
+    )
+
+
+def preview_checkpoint(name: str, path: str) -> Source:
+    """A checkpoint without its weights; of a folder that has them, the headers are checked."""
+    what = f"source {name!r}"
+    given, path = path, place_of(what, path)
+    config = open_config(what, path)
+    text = text_config(config)
+    empty = _blueprint(what, path, text)
+    if Path(path).is_dir() and has_weights(Path(path), config):
+        _check_settings(what, Path(path))
+        stored = stored_tensors(what, weight_files(what, path, Path(path), config))
+        stored_dtypes(what, stored)
+        _check_tensors(what, path, stored, config, empty)
+    rotary = _check_tables(what, path, empty)
+    tokenizer = read_tokenizer(path)
+    origin = _origin(given, path)
+    return Source(name, origin, architecture(text), {}, rotary, tokenizer, _unread, config=text)
+
+
+def _blueprint(what: str, path: str, config: Any) -> Any:
+    """The model that a config describes, without memory for its weights."""
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoModelForCausalLM
 
-    folder = Path(path)
-    config = read_config(name, path)
-    multimodal = config.model_type == "gemma3"
-    architecture(config.get_text_config() if multimodal else config)
-    if multimodal:
-        from transformers import AutoModelForImageTextToText
+    try:
+        with quiet(), init_empty_weights(include_buffers=True):
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    except Exception as error:  # each kind of wrong value sets off another
+        raise PairError(
+            f"{what}: the config of {path} describes no model ({said(error)}). Save or fetch the "
+            "checkpoint again."
+        ) from error
 
-        loader: Any = AutoModelForImageTextToText
-    else:
-        loader = AutoModelForCausalLM
-    with quiet() if folder.is_dir() else nullcontext():
-        try:
-            model, info = loader.from_pretrained(path, dtype="auto", output_loading_info=True)
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise PairError(
-                f"source {name!r}: the weights of {path} could not be read "
-                f"({type(error).__name__}: {error}). The files may be incomplete: save or fetch "
-                "them again."
-            ) from error
-    # transformers only warns: it draws what is missing at random and drops what it does not know.
-    for kind, problem in (("missing_keys", "lacks"), ("unexpected_keys", "holds unused")):
-        if names := sorted(n for n in info[kind] if not n.endswith(OLD_BUFFERS)):
+
+def _check_tables(what: str, path: str, empty: Any) -> nn.Module | None:
+    """The rotary module of a model without weights, whose tables are finite."""
+    rotary = rotary_of(empty)
+    tables = [] if rotary is None else rotary_tables(architecture(empty.config), rotary)
+    if not all(bool(torch.isfinite(table).all()) for table in tables):
+        raise PairError(
+            f"{what}: rope_parameters={empty.config.rope_parameters} in the config of {path} give "
+            "no finite tables. Save or fetch the checkpoint again."
+        )
+    return rotary
+
+
+def _check_tensors(
+    what: str, path: str, stored: Mapping[str, Stored], config: Any, empty: Any
+) -> None:
+    """Hold what files hold against what the config says, before memory is asked for."""
+    named = {name: name for name in stored if not name.endswith(OLD_BUFFERS)}
+    if config.model_type == "gemma3":
+        # Its language model is one part of three, under names that changed with the years.
+        own = re.compile(r"^(language_model\.model|model\.language_model)\.|^(.*\.)?(?=lm_head\.)")
+        named = {
+            own.sub(lambda m: "model." if m[1] else "", name): name
+            for name in stored
+            if own.match(name)
+        }
+    prefix = f"{empty.base_model_prefix}."
+    if not any(name.startswith(prefix) for name in named):  # a file of the body alone
+        named = {n if n.startswith("lm_head.") else prefix + n: s for n, s in named.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
+    layout = FAMILIES[empty.config.model_type].layout
+    head = f"{layout.modules[Component.UNEMBED]}.weight"
+    tied = getattr(config, "tie_word_embeddings", True)
+    missing = sorted(expected.keys() - named.keys() - ({head} if tied else set()))
+    unused = sorted(there for name, there in named.items() if name not in expected)
+    # Old names that transformers translates (GPT-NeoX's embed_out) are left to it.
+    for name in tuple(missing):
+        if same := [there for there in unused if stored[there].shape == expected[name]]:
+            missing.remove(name)
+            unused.remove(same[0])
+    _refuse_names(what, path, missing, unused)
+    wrong = [n for n in expected.keys() & named.keys() if stored[named[n]].shape != expected[n]]
+    if wrong:
+        name = min(wrong)
+        more = f" (and {len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
+        raise UnsupportedArchitectureError(
+            f"{what}: in {stored[named[name]].file}, {named[name]} has shape "
+            f"{stored[named[name]].shape}; the config says {expected[name]}{more}. Put back the "
+            "config.json that belongs to these weights."
+        )
+
+
+def _refuse_names(what: str, path: str, missing: Sequence[str], unused: Sequence[str]) -> None:
+    for names, problem in ((missing, "lacks"), (unused, "holds unused")):
+        if names:
             raise UnsupportedArchitectureError(
-                f"source {name!r}: the checkpoint {path} {problem} tensors: {', '.join(names[:5])}"
+                f"{what}: the checkpoint {path} {problem} tensors: {', '.join(names[:5])}"
                 f"{' …' if len(names) > 5 else ''}. graftlens refuses what it cannot run exactly."
             )
-    source = read_transformers(name, model, path, copied=False)
-    return replace(source, tokenizer=read_tokenizer(path))
 
 
-def read_config(name: str, path: str) -> Any:
-    """A checkpoint's Hugging Face config, without its weights."""
+def _unread(
+    tokens: Int[Tensor, "batch pos"], dtype: torch.dtype
+) -> Float[Tensor, "batch pos d_vocab"]:
+    raise AssertionError("a preview has no weights to run")
+
+
+def _origin(given: str, place: str) -> str:
+    """A hub model by its id, wherever its files are; a folder as it is."""
+    return place if Path(given).expanduser().exists() else given
+
+
+def open_model(
+    what: str, path: str, dtype: torch.dtype | None = None, *, any_family: bool = False
+) -> tuple[Any, dict[str, Stored]]:
+    """A checkpoint as a transformers model, exactly as its files have it.
+
+    Args:
+        what: what it is, for messages: ``source 'sft'``.
+        path: a folder or a hub id.
+        dtype: the dtype to load in; left out, the narrowest that holds every stored number exactly,
+            whatever the config says.
+        any_family: take families, too, that cannot be grafted.
+
+    Returns:
+        The model, and what its files hold.
+
+    Raises:
+        PairError: a place that is not there, or files that are missing, damaged or quantised.
+        UnsupportedArchitectureError: a family that is not supported, or a checkpoint that lacks
+            tensors or that has others than its family or of other shapes.
+    """
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    path = place_of(what, path)
+    config = open_config(what, path, any_family)
+    folder = folder_of(path)
+    local = folder is not None and str(folder) == path
+    stored = stored_tensors(what, weight_files(what, path, folder, config))
+    dtypes = stored_dtypes(what, stored)
+    _check_settings(what, folder)
+    text = text_config(config)
+    if text.model_type in FAMILIES:
+        empty = _blueprint(what, path, text)
+        _check_tensors(what, path, stored, config, empty)
+        _check_tables(what, path, empty)
+    loader: Any = (
+        AutoModelForImageTextToText if config.model_type == "gemma3" else AutoModelForCausalLM
+    )
+    with quiet() if local else nullcontext():
+        try:
+            model, info = loader.from_pretrained(
+                path,
+                config=config,
+                dtype=dtype or widest(dtypes),
+                output_loading_info=True,
+                trust_remote_code=False,
+                **({} if local or folder is None else {"revision": folder.name}),
+            )
+        except Exception as error:  # whatever a config and its files can set off in transformers
+            raise PairError(
+                f"{what}: the weights of {path} could not be read ({said(error)}). The files may "
+                "be incomplete or not fit their config: save or fetch them again."
+            ) from error
+    # transformers only warns: it draws what is missing at random and drops what it does not know.
+    missing, unused = (
+        sorted(name for name in info[kind] if not name.endswith(OLD_BUFFERS))
+        for kind in ("missing_keys", "unexpected_keys")
+    )
+    _refuse_names(what, path, missing, unused)
+    return model, stored
+
+
+def open_config(what: str, path: str, any_family: bool = False) -> Any:
+    """A checkpoint's Hugging Face config, of a supported family or of any, without its weights.
+
+    Args:
+        what: what it is, for messages.
+        path: a folder, or the id of a hub model that is there.
+        any_family: take families, too, that cannot be grafted.
+
+    Raises:
+        PairError: a config that is missing or damaged.
+        UnsupportedArchitectureError: a family, an option or a value that is not supported.
+    """
     from transformers import AutoConfig
 
     folder = Path(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise PairError(
-            f"source {name!r}: folder {path} has no config.json, so it is no checkpoint. "
-            "Give the folder that save_pretrained wrote."
-        )
-    if not folder.exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        raise PairError(f"source {name!r}: there is no folder {path}.")
-    try:
-        return AutoConfig.from_pretrained(path)
-    except OSError as error:
-        raise PairError(f"source {name!r}: {path} could not be loaded. {error}") from error
-    except ValueError as error:
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise PairError(
+                f"{what}: folder {path} has no config.json, so it is no checkpoint. "
+                "Give the folder that save_pretrained wrote."
+            )
+        file = folder / "config.json"
+    else:
+        from transformers.utils import cached_file
+
+        try:
+            file = Path(str(cached_file(path, "config.json")))
+        except Exception as error:  # of the hub client, the network or the cache
+            raise PairError(f"{what}: {path} could not be loaded ({said(error)}).") from error
+    content = read_object(what, file)
+    kind = content.get("model_type")
+    if not isinstance(kind, str):
+        raise PairError(f"{what}: {file} has model_type={kind!r}; give the name of a family.")
+    native = kind in FAMILIES or kind == "gemma3"
+    if content.get("auto_map") and not native:
         raise UnsupportedArchitectureError(
-            f"source {name!r}: the config of {path} was not understood ({error}). "
-            f"Supported: {' '.join(FAMILIES)}."
+            f"{what}: {file} asks for code that comes with the checkpoint (auto_map), which "
+            f"graftlens never runs. Supported are transformers' own {' '.join(FAMILIES)}."
+        )
+    if not any_family:
+        try:
+            refuse_quantised(content)
+        except UnsupportedArchitectureError as error:
+            raise UnsupportedArchitectureError(f"{what}: {file}: {error}") from None
+    for part in (content, content.get("text_config") or {}):
+        for key in ("num_hidden_layers", "n_layer"):
+            if isinstance(part, dict) and isinstance(n := part.get(key), int) and n > MOST_LAYERS:
+                raise PairError(f"{what}: {file} has {key}={n}. No model has so many layers.")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # each kind of wrong value sets off another
+        if not native:
+            raise UnsupportedArchitectureError(
+                f"{what}: {file} has model_type={kind!r}, which is not supported. "
+                f"Supported: {' '.join(FAMILIES)}."
+            ) from error
+        raise PairError(
+            f"{what}: {file} was not understood ({said(error)}). Save or fetch the checkpoint "
+            "again."
         ) from error
+    try:
+        if native or not any_family:
+            architecture(text_config(config))
+    except ConfigValueError as error:
+        raise PairError(f"{what}: {file} was not understood ({error}).") from error
+    if content.get("auto_map"):
+        warnings.warn(
+            f"{what}: {file} also names code that comes with the checkpoint (auto_map), which "
+            f"graftlens never runs; transformers' own {kind} is run.",
+            stacklevel=2,
+        )
+    return config
+
+
+def text_config(config: Any) -> Any:
+    """The language model's part of a config: that of a multimodal Gemma 3, else all of it."""
+    return config.get_text_config() if config.model_type == "gemma3" else config
+
+
+def _check_settings(what: str, folder: Path | None) -> None:
+    """Refuse generation settings that transformers would leave out without a word."""
+    from transformers import GenerationConfig
+
+    if folder is None or not (file := folder / "generation_config.json").is_file():
+        return
+    read_object(what, file)
+    try:
+        settings = GenerationConfig.from_pretrained(str(folder))
+        _end_tokens(settings.eos_token_id)
+    except Exception as error:  # each kind of wrong value sets off another
+        raise PairError(
+            f"{what}: {file} was not understood ({said(error)}). Save or fetch it again; without "
+            "the file, the config's own tokens end a generation."
+        ) from error
+
+
+def _end_tokens(given: Any) -> tuple[int, ...]:
+    found = () if given is None else tuple(given) if isinstance(given, list | tuple) else (given,)
+    if not all(isinstance(token, int) for token in found):
+        raise PairError(f"eos_token_id={given!r} is not a token id or a list of them.")
+    return found
 
 
 def read_bridge(name: str, bridge: Any) -> Source:
@@ -150,6 +403,12 @@ def read_transformers(
             f"source {name!r}: PEFT has put its layers into this model (get_peft_model changes the "
             "model it is given). Load the model anew, or give its folder."
         )
+    if computed := [key for key in model.state_dict() if _COMPUTED.search(key)]:
+        raise PairError(
+            f"source {name!r}: {computed[0]} is a part that a weight is computed from "
+            "(parametrizations, weight norm, pruning). Make it a plain weight first, such as by "
+            "torch.nn.utils.parametrize.remove_parametrizations(module, name)."
+        )
     state = {
         key.replace("._original_component", ""): tensor
         for key, tensor in model.state_dict().items()
@@ -164,15 +423,14 @@ def read_transformers(
         }
         state = {key: tensor for key, tensor in state.items() if key in keep}
     weights = read_weights(state, arch)
+    if any(tensor.is_meta for tensor in weights.values()):
+        raise PairError(
+            f"source {name!r}: weights of this model are not in memory (they are offloaded, or "
+            "were never loaded). Load it whole, or give its folder."
+        )
     if copied:
         weights = {site: tensor.detach().clone() for site, tensor in weights.items()}
-    inner = next((m for m in model.modules() if hasattr(m, "rotary_emb")), None)
-    rotary = getattr(inner, "rotary_emb", None)
-    while (wrapped := getattr(rotary, "_original_component", None)) is not None:
-        rotary = wrapped
-    if rotary is not None and hasattr(rotary, "config"):
-        # Built anew: `.to(dtype)` rounds a model's frequencies, and dynamic ones have a memory.
-        rotary = type(rotary)(rotary.config)
+    rotary = rotary_of(model)
     if (rotary is None) != (arch.rotary_dim == 0):
         raise UnsupportedArchitectureError(
             f"source {name!r}: {arch.family} without the rotary module that its config implies."
@@ -182,7 +440,6 @@ def read_transformers(
     settings = getattr(model, "generation_config", None) or model.config
     ends = getattr(settings, "eos_token_id", None)
     ends = model.config.eos_token_id if ends is None else ends
-    ends = () if ends is None else (ends,) if isinstance(ends, int) else tuple(ends)
     filler = getattr(settings, "pad_token_id", None)
     return Source(
         name,
@@ -193,7 +450,8 @@ def read_transformers(
         None,
         logits,
         model.config,
-        end_tokens=ends,
+        end_tokens=_end_tokens(ends),
+        hooks=hooked_places(model),
         pad_token=model.config.pad_token_id if filler is None else filler,
     )
 
@@ -210,15 +468,49 @@ def own_logits(model: Any, copied: bool) -> Logits:
             # The caller's model stays as it is; our own may change, its tensors are read already.
             ours = (copy.deepcopy(model) if copied else model).to(dtype)
             renew_rotary(ours)
-        was_training = ours.training
-        try:
-            ours.eval()
+        with _evaluating(ours):
             where = _device_of(ours)
             return ours(input_ids=tokens.to(where), use_cache=False).logits.to(tokens.device)
-        finally:
-            ours.train(was_training)
 
     return logits
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; then every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def hooked_places(model: nn.Module) -> tuple[str, ...]:
+    """The modules that somebody's hooks are on; libraries put harmless ones of their own there."""
+    return tuple(
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if any(
+            not getattr(hook, "__module__", "").startswith(("transformers.", "accelerate."))
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        )
+    )
+
+
+def rotary_of(model: nn.Module) -> nn.Module | None:
+    """A model's rotary module, made again from its config; None with learned positions.
+
+    `.to(dtype)` rounds a model's frequencies, and dynamic ones have a memory.
+    """
+    inner = next((m for m in model.modules() if hasattr(m, "rotary_emb")), None)
+    rotary: Any = getattr(inner, "rotary_emb", None)
+    while (wrapped := getattr(rotary, "_original_component", None)) is not None:
+        rotary = wrapped
+    if rotary is not None and hasattr(rotary, "config"):
+        return type(rotary)(rotary.config)
+    return rotary
 
 
 def renew_rotary(model: nn.Module) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from graftlens.folder import read_json
 from graftlens.model.arch import PairError
+from graftlens.model.places import place_of, said
 from graftlens.prompts import encode
 
 _PROBE_TEXT = " The first of 1,234 cafés opened in São Tomé — didn't it?\n\tYes: 東京 \U0001f642"
@@ -54,8 +55,10 @@ def _damage(folder: Path, error: Exception) -> str:
             part = "model" if name == "tokenizer.json" else None
             if not isinstance(content, dict) or (part and part not in content):
                 return f"{folder / name} does not hold what a tokenizer is made from. {advice}"
-    reason = " ".join(str(error).split())[:300]
-    return f"the tokenizer of {folder} could not be read ({type(error).__name__}: {reason})."
+    return (
+        f"the tokenizer of {folder} could not be loaded ({said(error)}). Save or fetch it again; "
+        "code that comes with a checkpoint (auto_map) is never run."
+    )
 
 
 def unaltered(tokenizer: Any) -> Any:
@@ -88,7 +91,8 @@ def shared_tokenizer(found: Sequence[tuple[str, Any]], given: Any) -> Any:
     """
     if given is not None:
         if isinstance(given, str | Path):
-            loaded = read_tokenizer(str(given))
+            files = ("tokenizer_config.json", "tokenizer.json", "config.json")
+            loaded = read_tokenizer(place_of(f"tokenizer={str(given)!r}", given, files))
             if loaded is None:
                 raise PairError(f"tokenizer={str(given)!r}: this folder holds no tokenizer.")
             return loaded

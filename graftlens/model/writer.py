@@ -5,7 +5,10 @@ from typing import Any
 
 import torch
 
+from graftlens.model.arch import PairError
+from graftlens.model.places import place_of, said
 from graftlens.model.quiet import quiet
+from graftlens.model.tokenizers import read_tokenizer
 
 
 def writer(
@@ -30,18 +33,27 @@ def writer(
         as before.
 
     Raises:
-        OSError: no model of that name.
+        PairError: no model of that name, or one whose files are damaged.
         ValueError: from the answer function, for a prompt that leaves no room for an answer.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    tokenizer: Any = AutoTokenizer.from_pretrained(model)
-    with quiet():
-        # In float32 on a CPU, where half precision is slow or missing.
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32 if target.type == "cpu" else "auto"
-        )
+    what = f"model={model!r}"
+    model = place_of(what, model)
+    tokenizer: Any = read_tokenizer(model)
+    try:
+        with quiet():
+            # In float32 on a CPU, where half precision is slow or missing.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                model,
+                dtype=torch.float32 if target.type == "cpu" else "auto",
+                trust_remote_code=False,
+            )
+    except Exception as error:  # of the hub, the network, or whatever damaged files set off
+        raise PairError(f"{what} could not be loaded ({said(error)}).") from error
+    if tokenizer is None:
+        raise PairError(f"{what}: the folder {model} has no tokenizer.")
     loaded.to(target).eval()
     window = getattr(loaded.config, "max_position_embeddings", None)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 0.95}

@@ -31,6 +31,7 @@ from graftlens.folder import probe
 from graftlens.graft import Graft
 from graftlens.locks import holder
 from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.places import folder_of
 from graftlens.prompts import Prompt, PromptError
 from graftlens.sweep.config import Checked, SweepConfig, check, load_config
 from graftlens.sweep.devices import check_devices
@@ -198,7 +199,10 @@ def is_finished(out: Path) -> bool:
     manifest = read_manifest(out)
     if manifest.models is None or not is_done(out) or _missing(out, manifest):
         return False
-    return bool(manifest.models.get("files") == _files(_config(out, manifest).locations()))
+    locations = _config(out, manifest).locations()
+    there, here = manifest.models.get("files"), _files(locations)
+    # Earlier releases wrote down less of each file.
+    return bool(there == here or there == _files(locations, digests=False))
 
 
 # -- claiming the folder -----------------------------------------------------------------------
@@ -617,6 +621,7 @@ def _record(
             "dtype": str(model.cfg.dtype).removeprefix("torch."),
             "fingerprints": model.fingerprints(),
         }
+        settings = model.settings()
         there = manifest.models
         if there is None:
             # Batches are cut alike in every worker and after every kill: they decide the last bits.
@@ -624,32 +629,52 @@ def _record(
                 model.arch, model.cfg.device, model.cfg.dtype
             )
             found = {"row_budget": budget, "pair_check": pair_check}
+        elif "settings" not in there:
+            raise ValueError(
+                f"{out} was begun by an earlier release, which did not write down the sources' "
+                "configs and tokenizers, so whether they are still the same cannot be known. Its "
+                "results can be read; to compute more, begin a sweep in another folder."
+            )
         else:
             known = {name: there[name] for name in given}
             if lines := _differences(known, given):
+                # The config's own words say more than hashes that follow from them.
+                lines = _differences(there["settings"], settings) or lines
                 raise ValueError(
                     _refusal(out, "results of other weights", lines)
                     + "Put back the weights that it was begun with, or choose another folder."
                 )
             found = {name: there[name] for name in ("row_budget", "pair_check")}
-        ours = replace(manifest, models=given | found | {"files": files})
+        ours = replace(manifest, models=given | found | {"settings": settings, "files": files})
         if ours != manifest:
             write(out, out / "sweep.json", ours.to_json().encode())
         return ours
 
 
-def _files(sources: Mapping[str, Any]) -> dict[str, dict[str, list[int]]]:
-    """Source -> size in bytes and time of change (ns) of each file of its folder, if it has one."""
-    folders = {name: Path(str(source)).expanduser() for name, source in sources.items()}
+def _files(
+    sources: Mapping[str, Any], *, digests: bool = True
+) -> dict[str, dict[str, list[int | str]]]:
+    """Source -> size in bytes and time of change (ns) of each file of its folder, if it has one.
+
+    Of small files, which somebody edits within the clock's resolution, also the SHA-256.
+    """
+    folders = {name: folder_of(str(source)) for name, source in sources.items()}
     return {
         name: {
-            path.name: [path.stat().st_size, path.stat().st_mtime_ns]
+            path.name: [
+                *(path.stat().st_size, path.stat().st_mtime_ns),
+                *([_digest_of(path)] if digests and path.stat().st_size < 1 << 16 else []),
+            ]
             for path in sorted(folder.iterdir())
             if path.is_file()
         }
         for name, folder in folders.items()
-        if folder.is_dir()
+        if folder is not None
     }
+
+
+def _digest_of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _yaml(value: Mapping[str, Any]) -> str:

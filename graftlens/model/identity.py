@@ -1,0 +1,145 @@
+"""What decides a source's numbers: weights, the config's facts, rotary tables, the tokenizer."""
+
+import contextlib
+import copy
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graftlens.model.arch import (
+    FAMILIES,
+    Architecture,
+    UnsupportedArchitectureError,
+    architecture,
+)
+
+#: What transformers keeps in a config and no number depends on, or what has its own place.
+_IDLE = (
+    *("_name_or_path", "architectures", "auto_map", "transformers_version"),
+    *("dtype", "torch_dtype", "max_position_embeddings", "rope_scaling"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+    *("output_attentions", "output_hidden_states", "return_dict", "use_cache"),
+)
+
+#: Kinds of rotary tables that depend on how long a context the config names.
+_BY_CONTEXT = {"dynamic", "longrope", "yarn"}
+
+
+def tokenizer_digest(tokenizer: Any) -> str | None:
+    """SHA-256 of everything that decides a tokenizer's tokens; None without one."""
+    if tokenizer is None:
+        return None
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        content: dict[str, Any] = {"vocabulary": sorted(tokenizer.get_vocab().items())}
+    else:
+        content = json.loads(backend.to_str())
+        for setting in ("truncation", "padding"):  # those of the last call
+            content.pop(setting, None)
+    content["special"] = [tokenizer.bos_token_id, tokenizer.eos_token_id]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+class _Asked:
+    """A config that remembers what it was asked for."""
+
+    def __init__(self, config: Any) -> None:
+        self.config, self.names = config, set[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.add(name)
+        return getattr(self.config, name)
+
+
+def config_settings(config: Any) -> dict[str, Any]:
+    """A Hugging Face config's settings that decide numbers, as plain values.
+
+    Of a supported family, those that its architecture is read from, and the dropouts of training;
+    of another, all that transformers knows.
+    """
+    asked = _Asked(config)
+    with contextlib.suppress(UnsupportedArchitectureError):
+        architecture(asked)
+    plain = json.loads(config.to_json_string(use_diff=False))
+    known = config.model_type in FAMILIES
+    return {
+        name: _canonical(value)
+        for name, value in sorted(plain.items())
+        if name not in _IDLE
+        and value is not None
+        and (not known or name in asked.names or "drop" in name)
+    }
+
+
+def facts_digest(arch: Architecture, config: Any, rotary: nn.Module | None) -> str:
+    """SHA-256 of what the forward pass takes from a config, however the config spells it."""
+    facts: dict[str, Any] = {name: _plain(value) for name, value in vars(arch).items()}
+    if arch.rotary_dim:
+        del facts["n_ctx"]  # how long a text is decides its tables, not what the config allows
+        facts["rotary"] = _rotary_facts(arch, config, rotary)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def rotary_tables(arch: Architecture, rotary: nn.Module, longest: int = 1 << 17) -> list[Tensor]:
+    """cos and sin of every kind of table, at positions and in texts long enough to tell them apart.
+
+    Args:
+        arch: the architecture.
+        rotary: its rotary module, which is left as it is.
+        longest: positions from this one on are left out where tables do not depend on the length.
+    """
+    powers = [1 << i for i in range(18)]
+    totals = [longest]
+    if arch.rope_limit is not None:
+        totals = [arch.rope_limit * times + more for times, more in ((1, 0), (1, 1), (3, 0))]
+    found = []
+    for kind in dict.fromkeys(arch.rope_kinds):
+        for total in totals:
+            places = [0, *(p for p in powers if p < total - 1), total - 1]
+            positions = torch.tensor([places])
+            given = () if kind is None else (kind,)
+            # Dynamic tables remember the longest text so far.
+            found += copy.deepcopy(rotary)(torch.zeros(1), positions, *given)
+    return found
+
+
+def _rotary_facts(arch: Architecture, config: Any, rotary: nn.Module | None) -> Any:
+    parameters = getattr(config, "rope_parameters", None)
+    if parameters is None:
+        assert rotary is not None
+        digest = hashlib.sha256()
+        for table in rotary_tables(arch, rotary, min(arch.n_ctx, 1 << 17)):
+            digest.update(table.float().cpu().numpy().tobytes())
+        return digest.hexdigest()
+    # From the config: tables differ in their last bits between machines.
+    used = {str(part) for part in _values(parameters)}
+    context = config.max_position_embeddings if used & _BY_CONTEXT else None
+    return [_canonical(parameters), context]
+
+
+def _canonical(value: Any) -> Any:
+    """Without the old spelling of `rope_type`, without what is not set, numbers as one kind."""
+    if isinstance(value, Mapping):
+        return {k: _canonical(v) for k, v in value.items() if k != "type" and v is not None}
+    if isinstance(value, list | tuple):
+        return [_canonical(v) for v in value]
+    return _plain(value)
+
+
+def _values(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return [leaf for inner in value.values() for leaf in _values(inner)]
+    return [value]
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; the last digits of a root may differ between machines."""
+    if isinstance(value, tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return f"{value:.12g}"
+    return value

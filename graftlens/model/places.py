@@ -1,0 +1,163 @@
+"""Where a checkpoint is: a folder here, or a model of the hub that has a chance to be there."""
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from graftlens.folder import read_json
+from graftlens.model.arch import PairError
+
+#: Seconds that the hub has to answer whether it knows a model.
+PROBE_SECONDS = 10.0
+
+
+def place_of(what: str, given: str | Path, files: Sequence[str] = ("config.json",)) -> str:
+    """The folder, or the id of a hub model that is there, that `given` names.
+
+    The hub is asked once, without its client's retries, so a mistyped folder is told of at once.
+    Where the hub does not answer, a model that was fetched before is its folder in the local cache.
+
+    Args:
+        what: what is looked for, for messages: ``source 'sft'``.
+        given: a folder or a hub id.
+        files: names of files of which a hub model has one or more.
+
+    Raises:
+        PairError: neither a folder here nor a model of the hub.
+    """
+    name = str(given)
+    here = os.path.expanduser(name)  # noqa: PTH111 (Path's raises where there is no such user)
+    if os.path.isdir(here):  # noqa: PTH112 (Path's raises on names that are too long)
+        return here
+    if os.path.exists(here):  # noqa: PTH110
+        raise PairError(f"{what}: {name} is a file. Give the folder that save_pretrained wrote.")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise PairError(f"{what}: there is no folder {name}.")
+
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        RepositoryNotFoundError,
+    )
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise PairError(
+            f"{what}: there is no folder {name!r}, and it cannot be a model of the hub, whose "
+            "names are OWNER/NAME."
+        ) from None
+    cached = next((path.parent for file in files if (path := _cached(name, file))), None)
+    neither = f"{what}: {name!r} is neither a folder here nor"
+    why = ""
+    if constants.HF_HUB_OFFLINE:
+        why = (
+            f"{neither} a model in the local cache, and HF_HUB_OFFLINE is set, so the hub is not "
+            "asked. Check the folder's path, or fetch the model first."
+        )
+    else:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, files[0]), timeout=PROBE_SECONDS)
+        except RepositoryNotFoundError:
+            why = (
+                f"{neither} a model that the hub shows you. Check the spelling; if the model is "
+                "private or gated, log in with `hf auth login`."
+            )
+        except EntryNotFoundError:
+            pass  # the model is there; whoever reads it says what it lacks
+        except HfHubHTTPError as error:
+            # A hub that is busy may still answer the loading code, which asks again.
+            if error.response is None or error.response.status_code in (401, 403):
+                why = (
+                    f"{what}: the hub does not give out {name!r} ({_line(error)}). If the model is "
+                    "gated, ask for access on its page and log in with `hf auth login`."
+                )
+        except Exception as error:  # every kind of network failure has its own class
+            why = (
+                f"{neither} a model in the local cache, and the hub could not be reached "
+                f"({said(error)}). Check the folder's path or the connection."
+            )
+    if not why:
+        return name
+    if cached is None:
+        raise PairError(why)
+    return str(cached)  # what was fetched before; asking for each of its files would take minutes
+
+
+def is_adapter(given: str | Path) -> bool:
+    """Whether this is a folder with a PEFT adapter in it."""
+    return os.path.isfile(os.path.join(os.path.expanduser(given), "adapter_config.json"))  # noqa: PTH111, PTH113, PTH118
+
+
+def folder_of(place: str | Path) -> Path | None:
+    """The folder whose files a place has: itself, or a hub model's snapshot in the local cache."""
+    path = os.path.expanduser(place)  # noqa: PTH111
+    if os.path.isdir(path):  # noqa: PTH112
+        return Path(path)
+    try:
+        cached = _cached(str(place), "config.json")
+    except ValueError:  # a name that no model of the hub has
+        return None
+    return None if cached is None else cached.parent
+
+
+def read_object(what: str, path: Path) -> dict[str, Any]:
+    """A checkpoint's JSON file, which holds an object of finite numbers.
+
+    Raises:
+        PairError: a file that is missing, of another encoding, not JSON, or with something else in
+            it; the message names the file.
+    """
+    advice = "Save or fetch the checkpoint again."
+    try:
+        content = read_json(path, advice)
+    except ValueError as error:
+        raise PairError(f"{what}: {error}") from None
+    if path.read_bytes().startswith(b"\xef\xbb\xbf"):
+        raise PairError(
+            f"{what}: {path} begins with a byte order mark, which transformers cannot read. "
+            "Save it as UTF-8 without one."
+        )
+    if not isinstance(content, dict):
+        raise PairError(f"{what}: {path} holds {_kind(content)}, not settings. {advice}")
+    for name, value in _leaves(content):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise PairError(f"{what}: {path} has {name}={json.dumps(value)}. {advice}")
+    return content
+
+
+def said(error: BaseException) -> str:
+    """Another library's exception in one line, for a sentence of ours."""
+    return f"{type(error).__name__}: {_line(error)}"
+
+
+def _line(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:300]} …"
+
+
+def _cached(name: str, file: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, file)
+    return Path(found) if isinstance(found, str) else None
+
+
+def _kind(value: Any) -> str:
+    return {list: "a list", str: "a text", type(None): "null"}.get(type(value), "a number")
+
+
+def _leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        inner = [_leaves(v, f"{name}.{k}" if name else k) for k, v in value.items()]
+    elif isinstance(value, list):
+        inner = [_leaves(v, f"{name}[{i}]") for i, v in enumerate(value)]
+    else:
+        return [(name, value)]
+    return [leaf for leaves in inner for leaf in leaves]
