@@ -68,8 +68,8 @@ def logit_lens(
         `target_id` (the answer's first token), its `rank` (1 is best), `ties` (other tokens with
         exactly its logit, of which those with smaller ids rank before it), `prob` and `logprob`
         (nats), `entropy` (nats), `kl_base` and `kl_full` (KL of this distribution to that of PRE
-        and of SFT at the same layer and position, nats), `top_tokens`, `top_probs`. Where a prompt has no
-        answer, the columns about it are NA.
+        and of SFT at the same layer and position, nats), `top_tokens`, `top_probs`. Where a
+        prompt has no answer, the columns about it are NA.
 
     Raises:
         PromptError: prompts that cannot be run, or without the positions `at`.
