@@ -16,7 +16,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from graftlens.components import suggest
 from graftlens.configfile import ConfigError, read_settings
 from graftlens.data import template_names
-from graftlens.graft import At, Graft, Rule
+from graftlens.graft import At, Graft, Rule, check_name
 from graftlens.model.arch import Architecture
 from graftlens.model.load import preview
 from graftlens.model.mask import select, sites_of
@@ -133,6 +133,13 @@ class SweepConfig(Section):
             if not place.strip():
                 raise ValueError(f"{name} is an empty text. Write a folder or a hub id.")
         return sources
+
+    @field_validator("grafts")
+    @classmethod
+    def _one_line_names(cls, grafts: Mapping[str, Graft]) -> Mapping[str, Graft]:
+        for name in grafts:
+            check_name(name)
+        return grafts
 
     @field_validator("templates")
     @classmethod
