@@ -202,7 +202,7 @@ def parse_numbers(text: str, what: str) -> tuple[int, ...]:
         for end in ends:
             # A very long text is not read: that would take the square of its length.
             if len(end) > 9 or int(end) >= MAX_NUMBER:
-                raise too_many(end, what)
+                raise too_many(piece, what)
         low, high = int(ends[0]), int(ends[-1])
         if high < low:
             raise ValueError(

@@ -454,10 +454,7 @@ class Graft:
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
         if len(self.rules) > MAX_RULES:
-            raise ValueError(
-                f"a graft of {len(self.rules):,} rules; {MAX_RULES:,} are the most. Name several "
-                "positions, components and layers in one rule."
-            )
+            raise _too_many_rules(len(self.rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):
                 raise ValueError(f"{brief(rule)} is no Rule. Build grafts with Graft.rule and |.")
@@ -540,6 +537,8 @@ class Graft:
                 f"graft {brief(text)} has {len(text):,} characters; {MAX_CHARACTERS:,} are the "
                 "most."
             )
+        if text.count("|") >= MAX_RULES:
+            raise _too_many_rules(text.count("|") + 1)
         rules: list[Rule] = []
         for piece in text.split("|"):
             source, separator, rest = piece.partition("@")
@@ -652,6 +651,14 @@ def check_name(name: str, what: str = "a graft's name") -> str:
 
 #: Unicode's categories of control characters, halves of characters, line and paragraph separators.
 _UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")
+
+
+def _too_many_rules(count: int) -> ValueError:
+    return ValueError(
+        f"a graft of {count:,} rules; {MAX_RULES:,} are the most. Name several positions, "
+        "components and layers in one rule."
+    )
+
 
 #: Positions as an expression, or as numbers of tokens.
 Where = At | str | int | Sequence[int]

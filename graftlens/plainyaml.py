@@ -64,10 +64,8 @@ class _Loader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self.depth -= 1
         assert node is not None
-        own = event.end_mark.index - event.start_mark.index
-        if isinstance(node, yaml.CollectionNode):
-            own = self.get_mark().index - event.start_mark.index
-        self.sizes[node] = own + 1 + self.aliased - before
+        written = node.end_mark.index - node.start_mark.index
+        self.sizes[node] = written + 1 + self.aliased - before
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
@@ -98,7 +96,7 @@ class _Loader(yaml.SafeLoader):
                 "what it is. Write digits alone, without a leading 0, _ or :, or put it in quotes "
                 "if it is a text",
             )
-        if len(text) > 19 or abs(int(text)) >= 2**63:
+        if len(text) > 20 or abs(int(text)) >= 2**63:
             raise _refused(node, f"{brief(text)} is too large a number: 2^63 - 1 is the largest")
         return int(text)
 
