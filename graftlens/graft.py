@@ -676,7 +676,7 @@ def named_grafts(grafts: Grafts) -> dict[str, Graft]:
     """
     if isinstance(grafts, Mapping):
         for name in grafts:
-            check_name(name, "a graft's name")
+            check_name(str(name))
         return {name: as_graft(g, f"grafts[{name!r}]") for name, g in grafts.items()}
     if isinstance(grafts, Graft | str) or not isinstance(grafts, Iterable):
         return {str(grafts): as_graft(grafts, "grafts")}

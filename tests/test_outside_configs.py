@@ -222,6 +222,9 @@ def test_a_graft_s_name_is_one_line(name: str) -> None:
         settings_from(SweepConfig, GOOD | {"grids": [{"name": name}]})
     with pytest.raises(ValueError, match=r"is a graft's name and "):
         named_grafts({name: "none"})
+    if name:
+        with pytest.raises(ConfigError, match=r"is the name of a set of prompts and "):
+            settings_from(SweepConfig, GOOD | {"dataset": {"path": "x", "name": name}})
 
 
 def test_names_in_any_script_stay() -> None:
