@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from collections.abc import Iterable
 from enum import StrEnum
 from pathlib import Path
@@ -427,12 +428,20 @@ def _resources(launcher: Launcher, slurm: list[str] | None, wait: bool) -> dict[
         raise error.under("--slurm", " ") from None
 
 
+def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """A warning as a line of text, without the place in the source that Python shows."""
+    typer.echo(f"graftlens: warning: {message}", err=True)
+
+
 def main() -> None:
-    """The entry point: errors that a user can mend are one line, an interruption says what next."""
+    """The entry point: errors that a user can mend are one line, and so are warnings; an
+    interruption says what next."""
     code = 0
     try:
-        # Without standalone mode, typer hands back the code of an Exit, an interruption's too.
-        code = app(standalone_mode=False) or 0
+        with warnings.catch_warnings():
+            warnings.showwarning = _warn
+            # Without standalone mode, typer hands back the code of an Exit, an interruption's too.
+            code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:

@@ -64,8 +64,28 @@ LAYER_GROUPS: dict[str, tuple[int, int]] = {"all": (0, 1)} | {
 }
 
 
+#: Half of a character: no text that can be written to a file has one.
+HALF = re.compile(r"[\ud800-\udfff]")
+
+
+def cut(text: str, most: int) -> str:
+    """A text for a message: its middle is left out where it is longer than `most`."""
+    if len(text) <= most:
+        return text
+    return f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
+
+
+def brief(value: object) -> str:
+    """A value as a message shows it: as in Python, and never long."""
+    if isinstance(value, str) and len(value) > 1000:  # so that no copy of all of it is made
+        value = cut(value, 900)
+    return cut(repr(value), 300)
+
+
 def suggest(value: str, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` for a near miss, else an empty string."""
+    if len(value) > 200:  # the comparison takes the square of the length
+        return ""
     close = difflib.get_close_matches(value, [str(a) for a in allowed], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
 
@@ -90,14 +110,14 @@ def parse_components(words: str | Sequence[str]) -> tuple[str, ...]:
         names = [str(word).strip() for word in words]
     if not names or not all(names):
         raise ValueError(
-            f"components={words!r} names no component. Write one or more of {_vocabulary()}, "
+            f"components={brief(words)} names no component. Write one or more of {_vocabulary()}, "
             'as "o + mlp" or ["o", "mlp"].'
         )
     known = [*Component, *GROUPS]
     for name in names:
         if name not in known:
             raise ValueError(
-                f"unknown component {name!r}. Allowed: {_vocabulary()}.{suggest(name, known)}"
+                f"unknown component {brief(name)}. Allowed: {_vocabulary()}.{suggest(name, known)}"
             )
     return tuple(dict.fromkeys(names))
 
@@ -149,38 +169,58 @@ def layer_group(name: str, n_layers: int) -> tuple[int, ...]:
     """
     if name not in LAYER_GROUPS:
         raise ValueError(
-            f"unknown layer group {name!r}. Allowed: {' '.join(LAYER_GROUPS)}, or layer numbers "
-            f'such as 3 or "8-15".{suggest(name, LAYER_GROUPS)}'
+            f"unknown layer group {brief(name)}. Allowed: {' '.join(LAYER_GROUPS)}, or layer "
+            f'numbers such as 3 or "8-15".{suggest(name, LAYER_GROUPS)}'
         )
     part, parts = LAYER_GROUPS[name]
     return tuple(range(part * n_layers // parts, (part + 1) * n_layers // parts))
 
 
-_RANGE = re.compile(r"(\d+)(?:\s*-\s*(\d+))?")
+#: Layers and heads are numbered below this: far beyond every model, but a range is written out.
+MAX_NUMBER = 10_000
+
+_RANGE = re.compile(r"([0-9]+)(?:\s*-\s*([0-9]+))?")
 
 
 def parse_numbers(text: str, what: str) -> tuple[int, ...]:
     """`"3"`, `"8-15"` (both ends in) or `"0,2-4"` as a sorted tuple of distinct numbers.
 
     Raises:
-        ValueError: anything else, or a range that runs backwards; `what` names the argument.
+        ValueError: anything else, a range that runs backwards, or numbers of `MAX_NUMBER` and more;
+            `what` names the argument.
     """
     numbers: set[int] = set()
+    written = 0
     for piece in (p.strip() for p in text.split(",")):
         match = _RANGE.fullmatch(piece)
         if match is None:
             raise ValueError(
-                f"{what}={text!r}: {piece!r} is no number or range. "
+                f"{what}={brief(text)}: {brief(piece)} is no number or range. "
                 'Write numbers and inclusive ranges, such as "3", "8-15" or "0,2-4".'
             )
-        low = int(match[1])
-        high = int(match[2]) if match[2] else low
+        ends = [end for end in match.groups() if end]
+        for end in ends:
+            # A very long text is not read: that would take the square of its length.
+            if len(end) > 9 or int(end) >= MAX_NUMBER:
+                raise too_many(piece, what)
+        low, high = int(ends[0]), int(ends[-1])
         if high < low:
             raise ValueError(
                 f"{what}={text!r}: the range {piece!r} runs backwards. Write it as {high}-{low}."
             )
+        written += high - low + 1
+        if written > MAX_NUMBER:
+            raise too_many(text, what)
         numbers.update(range(low, high + 1))
     return tuple(sorted(numbers))
+
+
+def too_many(number: object, what: str) -> ValueError:
+    """What is said of a layer or head that no model has, before a range to it is written out."""
+    return ValueError(
+        f"{what}={brief(number)}: no model has {MAX_NUMBER:,} {what}. Write lower numbers, and "
+        "fewer."
+    )
 
 
 def format_numbers(numbers: Sequence[int]) -> str:

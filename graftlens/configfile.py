@@ -4,7 +4,6 @@ The schema is a pydantic model; what it refuses is told in the words of this pro
 which value, what is allowed. Problems are `(where, what)`, `where` a dotted path into the file.
 """
 
-import copy
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -13,14 +12,18 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from graftlens.components import suggest
+from graftlens import plainyaml
+from graftlens.components import brief, cut, suggest
+
+#: How many problems an error lists.
+SHOWN = 50
 
 S = TypeVar("S", bound=BaseModel)
 T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a config, a line each.
+    """Everything that is wrong with a config, a line each; of very many the first ones.
 
     Attributes:
         problems: (where, what); `where` is empty for what concerns the whole.
@@ -28,10 +31,12 @@ class ConfigError(ValueError):
 
     def __init__(self, *problems: tuple[str, str]) -> None:
         super().__init__(*problems)
-        self.problems = tuple(dict.fromkeys(problems))
+        self.problems = tuple(dict.fromkeys((cut(w, 400), cut(what, 2000)) for w, what in problems))
 
     def __str__(self) -> str:
-        return "\n".join(f"{where}: {what}" if where else what for where, what in self.problems)
+        lines = [f"{where}: {what}" if where else what for where, what in self.problems[:SHOWN]]
+        more = len(self.problems) - len(lines)
+        return "\n".join([*lines, f"And {more} more problems like these."] if more else lines)
 
     def under(self, place: str, joint: str = ".") -> "ConfigError":
         """The same problems, found inside of `place`."""
@@ -69,7 +74,7 @@ def settings_from(model: type[S], values: Any) -> S:
         return values
     if not isinstance(values, Mapping):
         keys = " ".join(model.model_fields)
-        raise ConfigError(("", f"{values!r} should be a mapping with keys of: {keys}."))
+        raise ConfigError(("", f"{brief(values)} should be a mapping with keys of: {keys}."))
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
@@ -100,28 +105,15 @@ def gather(read: Callable[[Any], T], items: Iterable[tuple[str, Any]]) -> list[T
 # -- YAML --------------------------------------------------------------------------------------
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's, but a key that stands twice is an error and not the last one's."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys: list[str] = []
-        for key, _ in node.value:
-            if key.value in keys:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"the key {key.value!r} stands twice", key.start_mark
-                )
-            keys.append(key.value)
-        return super().construct_mapping(node, deep)
-
-
 def read_yaml(text: str) -> Any:
-    """Plain values of a YAML text.
+    """Plain values of a YAML text, as `graftlens.plainyaml.load` reads it.
 
     Raises:
-        ConfigError: text that is no YAML, with the place.
+        ConfigError: text that is no YAML, or that would not be read as it is written, with the
+            place.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        return plainyaml.load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
@@ -155,12 +147,12 @@ def overridden(values: dict[Any, Any], overrides: Sequence[str]) -> Any:
     Raises:
         ConfigError: every override that is none, or that does not apply.
     """
-    changed = copy.deepcopy(values)
+    changed = _copied(values)
     problems = []
     for text in overrides:
         key, equals, given = (part.strip() for part in text.partition("="))
         path = key.split(".")
-        if not equals or not all(path):
+        if not equals or not all(path) or len(path) > plainyaml.MAX_DEPTH:
             what = "no override. Write key=value, with dots into sections: metrics.top_k=5."
             problems.append((text, what))
             continue
@@ -175,6 +167,13 @@ def overridden(values: dict[Any, Any], overrides: Sequence[str]) -> Any:
     return changed
 
 
+def _copied(values: Any) -> Any:
+    """A copy in which no two places are one value, as those of an alias are."""
+    if isinstance(values, dict):
+        return {key: _copied(value) for key, value in values.items()}
+    return [_copied(value) for value in values] if isinstance(values, list) else values
+
+
 def _put(values: Any, path: Sequence[str], value: Any) -> None:
     """Set what is at `path`; sections on the way are made, entries of lists must be there."""
     here: Any = values
@@ -182,11 +181,11 @@ def _put(values: Any, path: Sequence[str], value: Any) -> None:
         key: Any = part
         above = ".".join(path[:depth])
         if isinstance(here, list):
-            if not part.isdigit() or int(part) >= len(here):
+            if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(here):
                 raise ValueError(f"{above} is a list of {len(here)}, so {part!r} is none of it.")
             key = int(part)
         elif not isinstance(here, dict):
-            raise ValueError(f"{above} is {here!r} and has no keys.")
+            raise ValueError(f"{above} is {brief(here)} and has no keys.")
         if depth == len(path) - 1:
             here[key] = value
         elif isinstance(here, dict):
@@ -200,7 +199,8 @@ def _put(values: Any, path: Sequence[str], value: Any) -> None:
 
 def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
     problems: list[tuple[str, str]] = []
-    for found in error.errors(include_url=False):
+    listed = error.errors(include_url=False)
+    for found in listed[:SHOWN]:
         loc, value, cause = found["loc"], found["input"], found.get("ctx", {}).get("error")
         where, above = ".".join(map(str, loc)), ".".join(map(str, loc[:-1]))
         fields = _model_at(model, loc[:-1]).model_fields
@@ -210,18 +210,21 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str,
             problems.append((where, str(cause)))
         elif loc and loc[-1] == "[key]":
             where = ".".join(map(str, loc[:-2]))
-            problems.append((where, f"the key {value!r} is no text. Put it in quotes."))
+            problems.append((where, f"the key {brief(value)} is no text. Put it in quotes."))
         elif found["type"] == "extra_forbidden":
             hint = suggest(str(loc[-1]), fields)
-            what = f"unknown key {str(loc[-1])!r}. Allowed: {' '.join(fields)}.{hint}"
+            what = f"unknown key {brief(str(loc[-1]))}. Allowed: {' '.join(fields)}.{hint}"
             problems.append((above, what))
         elif found["type"] == "missing":
             described = fields[str(loc[-1])].description if str(loc[-1]) in fields else None
             problems.append((where, f"this key is missing. {described or 'Give it a value.'}"))
         else:
-            what = f"{value!r} {_plainly(found['msg'])}."
+            what = f"{brief(value)} {_plainly(found['msg'])}."
             quotes = " Put it in quotes." if found["type"] == "string_type" else ""
+            if quotes and isinstance(value, bool):
+                quotes += " In YAML yes, no, on and off are truth values."
             problems.append((where, what + quotes))
+    problems += [(".".join(map(str, e["loc"])), "this is wrong, too.") for e in listed[SHOWN:]]
     return problems
 
 

@@ -33,6 +33,9 @@ from graftlens.folder import read_json, write_whole
 
 Say = Callable[[str], None]
 
+#: Tasks of one array job; Slurm's own limit (MaxArraySize) is seldom higher.
+MAX_TASKS = 10_000
+
 #: Called now and then with how the tasks stand; True ends the waiting.
 Watch = Callable[[Sequence["Task"]], bool | None]
 
@@ -479,6 +482,8 @@ def check_submission(
     """
     if tasks < 1:
         raise ConfigError(("tasks", f"{tasks} is no number of tasks. Give 1 or more."))
+    if tasks > MAX_TASKS:
+        raise ConfigError(("tasks", f"{tasks} tasks are more than an array job's {MAX_TASKS:,}."))
     if not isinstance(resources, SlurmResources):
         try:
             resources = settings_from(SlurmResources, resources or {})

@@ -79,8 +79,10 @@ def evaluate(
     Returns:
         One row per (prompt, graft), prompts in their order, with columns `prompt` (its number),
         `graft`, `rule` (the graft's text), `template`, `text`, `answer`, `target` and `target_id`
-        (the answer's first token), `rank` (1 is best), `prob`, `logprob` (nats), `top_tokens`,
-        `top_probs`, `answer_logprob` (nats, whole answer), `distractor_logprobs`, `logit_diff`
+        (the answer's first token), `rank` (1 is best; of tokens with equal logits the one with the
+        smaller id comes first), `ties` (how many other tokens have exactly its logit), `prob`,
+        `logprob` (nats), `top_tokens` and `top_probs` (in the order of ranks), `answer_logprob`
+        (nats, whole answer), `distractor_logprobs`, `logit_diff`
         (target minus the best distractor's first token; one that begins with the target itself is
         left out, NA where none is left), and `reason`: why the prompt could not be run, where all
         numbers are NA.

@@ -143,7 +143,7 @@ class FinetuneConfig(Settings):
     """Longest training text in tokens, its end token included; a longer one is an error. Held-out
     texts are scored in pieces of this length."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the order of texts, dropout and new adapters."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -16,6 +16,7 @@ position: a k or v graft at position i changes what later positions read there.
 """
 
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,22 +26,30 @@ import numpy as np
 import yaml
 from jaxtyping import Bool
 
+from graftlens import plainyaml
 from graftlens.components import (
     HEAD_COMPONENTS,
     LAYER_GROUPS,
+    MAX_NUMBER,
+    brief,
+    cut,
     format_numbers,
     layer_group,
     parse_components,
     parse_numbers,
     suggest,
+    too_many,
 )
 
 #: Span name -> its runs, each a tuple of token positions, in order of occurrence.
 Runs = Mapping[str, Sequence[Sequence[int]]]
 
+#: Bounds of a graft as text, far beyond what anyone writes or a search finds.
+MAX_CHARACTERS, MAX_RULES, MAX_DEPTH = 1_000_000, 10_000, 50
+
 _SOURCE = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 _TOKEN = re.compile(
-    r"\s*(?:(?P<span>[^\s+&~()\[\]#]+)(?:#(?P<run>\d+))?|(?P<list>\[[^\]]*\])|(?P<op>[+&~()]))"
+    r"\s*(?:(?P<span>[^\s+&~()\[\]#]+)(?:#(?P<run>[0-9]{1,9}))?|(?P<list>\[[^\]]*\])|(?P<op>[+&~()]))"
 )
 
 
@@ -63,7 +72,7 @@ class At(ABC):
         if isinstance(text, Sequence | np.ndarray):
             return Positions(_integers(text, "at"))
         raise ValueError(
-            f'at={text!r} is no position. Write spans ("first_entity + last"), '
+            f'at={brief(text)} is no position. Write spans ("first_entity + last"), '
             "or token positions ([0, -1])."
         )
 
@@ -100,7 +109,7 @@ class Span(At):
     def select(self, runs: Runs, length: int, total: int | None = None) -> Bool[np.ndarray, "pos"]:
         if self.name not in runs:
             raise ValueError(
-                f"no span {self.name!r} here. Spans of this prompt: {' '.join(runs)}."
+                f"no span {brief(self.name)} here. Spans of this prompt: {' '.join(runs)}."
                 f"{suggest(self.name, runs)}"
             )
         found = runs[self.name]
@@ -214,7 +223,7 @@ def _integers(values: Any, what: str) -> tuple[int, ...]:
     for value in values:
         if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
             raise ValueError(
-                f"{what}={values!r}: {value!r} is no whole number. "
+                f"{what}={brief(values)}: {brief(value)} is no whole number. "
                 "A list holds whole numbers; names and ranges go in one text."
             )
         numbers.append(int(value))
@@ -223,8 +232,8 @@ def _integers(values: Any, what: str) -> tuple[int, ...]:
 
 def _parse_expression(text: str) -> At:
     tokens: list[tuple[str, At | str]] = []
-    place = 0
-    while place < len(text.rstrip()):
+    place, length = 0, len(text.rstrip())
+    while place < length:
         match = _TOKEN.match(text, place)
         # Spans are named like a template's fields, in any script.
         if match is None or (match["span"] and not match["span"].isidentifier()):
@@ -237,7 +246,7 @@ def _parse_expression(text: str) -> At:
             )
         elif match["list"]:
             pieces = [piece.strip() for piece in match["list"][1:-1].split(",")]
-            if not all(re.fullmatch(r"-?\d+", piece) for piece in pieces):
+            if not all(re.fullmatch(r"-?[0-9]{1,9}", piece) for piece in pieces):
                 raise _syntax(text, match.start("list"), "whole numbers, such as [0, -1]")
             tokens.append(("term", Positions(_integers([int(p) for p in pieces], "at"))))
         else:
@@ -265,24 +274,32 @@ def _parse_expression(text: str) -> At:
     def union() -> At:
         return several("+", lambda: several("&", atom))
 
+    depth = 0
+
     def atom() -> At:
+        nonlocal depth
         kind = peek()
-        if kind == "~":
+        if kind in ("~", "("):
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise ValueError(
+                    f"at={brief(text)}: ~ and parentheses are nested more than {MAX_DEPTH} deep. "
+                    "Write the positions in a simpler way."
+                )
             take()
-            return Complement(atom())
-        if kind == "(":
-            take()
-            inner = union()
-            if peek() != ")":
-                raise ValueError(f"at={text!r}: a parenthesis is not closed.")
-            take()
+            inner = Complement(atom()) if kind == "~" else union()
+            if kind == "(":
+                if peek() != ")":
+                    raise ValueError(f"at={brief(text)}: a parenthesis is not closed.")
+                take()
+            depth -= 1
             return inner
         if kind == "term":
             term = take()
             assert isinstance(term, At)
             return term
         raise ValueError(
-            f"at={text!r}: a span or [positions] is missing "
+            f"at={brief(text)}: a span or [positions] is missing "
             f"{'at the end' if kind == 'end' else f'before {kind!r}'}. "
             'Write, for example, "first_entity + last" or "~(first_entity + last)".'
         )
@@ -290,14 +307,15 @@ def _parse_expression(text: str) -> At:
     result = union()
     if peek() != "end":
         raise ValueError(
-            f"at={text!r}: nothing joins {tokens[cursor][1]!s} to what stands before it. "
+            f"at={brief(text)}: nothing joins {cut(str(tokens[cursor][1]), 200)} to what stands "
+            "before it. "
             "Join with + or &."
         )
     return result
 
 
 def _syntax(text: str, place: int, wanted: str) -> ValueError:
-    return ValueError(f"at={text!r}: expected {wanted} at {text[place:].strip()!r}.")
+    return ValueError(f"at={brief(text)}: expected {wanted} at {brief(text[place:].strip())}.")
 
 
 #: Layers as written: group names and numbers. `("all",)` sets no limit, so that components outside
@@ -321,7 +339,7 @@ def parse_layers(layers: str | int | Sequence[int | str]) -> Layers:
         pieces = list(layers)
     else:
         raise ValueError(
-            f"layers={layers!r} is a {type(layers).__name__}. "
+            f"layers={brief(layers)} is a {type(layers).__name__}. "
             'Write a group ("upper_half"), numbers ([3, 4]) or a range ("8-15").'
         )
     for piece in pieces:
@@ -334,12 +352,16 @@ def parse_layers(layers: str | int | Sequence[int | str]) -> Layers:
             (number,) = _integers([piece], "layers")
             if number < 0:
                 raise ValueError(
-                    f"layers={layers!r}: layers are counted from 0; {number} is no layer."
+                    f"layers={brief(layers)}: layers are counted from 0; {number} is no layer."
                 )
+            if number >= MAX_NUMBER:
+                raise too_many(number, "layers")
             items.append(number)
+        if len(items) > 2 * MAX_NUMBER:
+            raise too_many(layers, "layers")
     if not items:
         raise ValueError(
-            f"layers={layers!r} names no layer. Write a group ({' '.join(LAYER_GROUPS)}), "
+            f"layers={brief(layers)} names no layer. Write a group ({' '.join(LAYER_GROUPS)}), "
             'numbers ([3, 4]) or a range ("8-15"), or leave layers out for all.'
         )
     if "all" in items:
@@ -371,8 +393,8 @@ class Rule:
             object.__setattr__(self, "heads", tuple(sorted(set(_integers(self.heads, "heads")))))
         if not isinstance(self.source, str) or not _SOURCE.fullmatch(self.source):
             raise ValueError(
-                f"source={self.source!r} is no source name. Names begin with a letter or _, and go "
-                "on with letters, digits, _ . -"
+                f"source={brief(self.source)} is no source name. Names begin with a letter or _, "
+                "and go on with letters, digits, _ . -"
             )
         if self.heads is not None:
             without = [c for c in self.components if c not in HEAD_COMPONENTS]
@@ -383,6 +405,8 @@ class Rule:
                     "Heads go with q, k, v and o only: "
                     'write components="q + k + v + o", or leave heads out.'
                 )
+            if self.heads and max(self.heads) >= MAX_NUMBER:
+                raise too_many(max(self.heads), "heads")
             if not self.heads or min(self.heads) < 0:
                 raise ValueError(
                     f"heads={list(self.heads)}: name at least one head, counted from 0, "
@@ -429,9 +453,11 @@ class Graft:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
+        if len(self.rules) > MAX_RULES:
+            raise _too_many_rules(len(self.rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):
-                raise ValueError(f"{rule!r} is no Rule. Build grafts with Graft.rule and |.")
+                raise ValueError(f"{brief(rule)} is no Rule. Build grafts with Graft.rule and |.")
 
     @classmethod
     def rule(
@@ -463,7 +489,7 @@ class Graft:
             heads = [heads]
         elif heads is not None and not isinstance(heads, Sequence | np.ndarray):
             raise ValueError(
-                f"heads={heads!r} is a {type(heads).__name__}. "
+                f"heads={brief(heads)} is a {type(heads).__name__}. "
                 'Write numbers ([0, 2]) or a range ("0-3").'
             )
         chosen = None if heads is None else _integers(heads, "heads")
@@ -506,7 +532,14 @@ class Graft:
         """
         if text.strip() == "none":
             return cls()
-        graft = cls()
+        if len(text) > MAX_CHARACTERS:
+            raise ValueError(
+                f"graft {brief(text)} has {len(text):,} characters; {MAX_CHARACTERS:,} are the "
+                "most."
+            )
+        if text.count("|") >= MAX_RULES:
+            raise _too_many_rules(text.count("|") + 1)
+        rules: list[Rule] = []
         for piece in text.split("|"):
             source, separator, rest = piece.partition("@")
             fields = [field.strip() for field in rest.split(":")]
@@ -514,17 +547,16 @@ class Graft:
                 word = piece.strip()
                 hint = f" For all positions: {word + ' @ all'!r}." if word.isidentifier() else ""
                 raise ValueError(
-                    f"graft {text!r}: {piece.strip()!r} is no rule. Write "
+                    f"graft {brief(text)}: {brief(word)} is no rule. Write "
                     '"source @ positions : components : layers : heads" (from components on, what '
                     'is left out means all), such as "sft @ last : o + mlp : upper_half"; join '
                     'rules with |; "none" is the graft without rules.' + hint
                 )
             fields += [""] * (4 - len(fields))
             at, components, layers, heads = fields
-            graft |= cls.rule(
-                source.strip(), at, components or "all", layers or "all", heads or None
-            )
-        return graft
+            made = cls.rule(source.strip(), at, components or "all", layers or "all", heads or None)
+            rules.extend(made.rules)
+        return cls(tuple(rules))
 
     def to_list(self) -> list[dict[str, Any]]:
         """The rules as plain dictionaries, for YAML or JSON."""
@@ -543,34 +575,36 @@ class Graft:
             rules = [rules]
         if not isinstance(rules, Sequence):
             raise ValueError(
-                f"{rules!r} is no graft. Write one line of text, or a list of rules, each with "
-                "the keys source, at, components, layers, heads."
+                f"{brief(rules)} is no graft. Write one line of text, or a list of rules, each "
+                "with the keys source, at, components, layers, heads."
             )
-        graft = cls()
+        made: list[Rule] = []
         for rule in rules:
             if isinstance(rule, str):
-                graft |= cls.parse(rule)
+                made.extend(cls.parse(rule).rules)
                 continue
             allowed = ("source", "at", "components", "layers", "heads")
             if not isinstance(rule, Mapping):
-                raise ValueError(f"{rule!r} is no rule. A rule has the keys {' '.join(allowed)}.")
+                raise ValueError(
+                    f"{brief(rule)} is no rule. A rule has the keys {' '.join(allowed)}."
+                )
             for key in rule:
                 if key not in allowed:
                     quote = " Put a one-line rule in quotes." if "@" in str(key) else ""
                     raise ValueError(
-                        f"unknown key {key!r} in rule {dict(rule)!r}. "
+                        f"unknown key {brief(key)} in rule {brief(dict(rule))}. "
                         f"Allowed: {' '.join(allowed)}.{suggest(str(key), allowed)}{quote}"
                     )
             if rule.get("source") is None or rule.get("at") is None:
-                raise ValueError(f"rule {dict(rule)!r} needs the keys source and at.")
+                raise ValueError(f"rule {brief(dict(rule))} needs the keys source and at.")
             # A key left empty in YAML is null, which must not quietly mean all (heads: null does).
             if empty := [k for k, value in rule.items() if value is None and k != "heads"]:
                 raise ValueError(
-                    f"rule {dict(rule)!r}: {empty[0]} is empty. Give it a value, or leave the key "
-                    "out for all."
+                    f"rule {brief(dict(rule))}: {empty[0]} is empty. Give it a value, or leave the "
+                    "key out for all."
                 )
-            graft |= cls.rule(**rule)
-        return graft
+            made.extend(cls.rule(**rule).rules)
+        return cls(tuple(made))
 
     def to_yaml(self) -> str:
         """The rules as a YAML list."""
@@ -584,13 +618,46 @@ class Graft:
             ValueError: a key or value outside the vocabulary.
         """
         try:
-            rules = yaml.safe_load(text)
+            rules = plainyaml.load(text)
         except yaml.YAMLError as error:
             raise ValueError(
-                f"graft {text!r} is no YAML ({error}). Put a one-line rule in quotes: "
+                f"graft {brief(text)} is no YAML ({error}). Put a one-line rule in quotes: "
                 '"sft @ last : o".'
             ) from None
         return cls.from_list(rules)
+
+
+def check_name(name: str, what: str = "a graft's name") -> str:
+    """A name that can stand in a table's cell, a plot's legend and a line of a log.
+
+    Raises:
+        ValueError: a name that is empty or very long, or that has a newline, a control character or
+            half of a character in it.
+    """
+    if not name.strip():
+        raise ValueError(f"{name!r} is {what} and empty. Write a name.")
+    if len(name) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{brief(name)} is {what} of {len(name):,} characters. Write a shorter one."
+        )
+    odd = next((c for c in name if unicodedata.category(c) in _UNWRITABLE), None)
+    if odd is not None:
+        raise ValueError(
+            f"{brief(name)} is {what} and has the character {odd!a} in it. Write a name on one "
+            "line, without control characters."
+        )
+    return name
+
+
+#: Unicode's categories of control characters, halves of characters, line and paragraph separators.
+_UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")
+
+
+def _too_many_rules(count: int) -> ValueError:
+    return ValueError(
+        f"a graft of {count:,} rules; {MAX_RULES:,} are the most. Name several positions, "
+        "components and layers in one rule."
+    )
 
 
 #: Positions as an expression, or as numbers of tokens.
@@ -604,9 +671,12 @@ def named_grafts(grafts: Grafts) -> dict[str, Graft]:
     """Grafts by name; those given without a name go by their own texts.
 
     Raises:
-        ValueError: text that is no graft, or what is neither a graft nor its text.
+        ValueError: text that is no graft, what is neither a graft nor its text, or a name that is
+            not one line of text.
     """
     if isinstance(grafts, Mapping):
+        for name in grafts:
+            check_name(str(name))
         return {name: as_graft(g, f"grafts[{name!r}]") for name, g in grafts.items()}
     if isinstance(grafts, Graft | str) or not isinstance(grafts, Iterable):
         return {str(grafts): as_graft(grafts, "grafts")}
@@ -629,6 +699,6 @@ def as_graft(given: Any, what: str) -> Graft:
             "Give the graft itself: mask.graft."
         )
     raise ValueError(
-        f"{what}={given!r} is no graft. Give a Graft or its one-line text, such as "
+        f"{what}={brief(given)} is no graft. Give a Graft or its one-line text, such as "
         '"sft @ last : o + mlp"; "none" is the base alone.'
     )

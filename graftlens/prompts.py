@@ -45,10 +45,11 @@ class Prompt:
 
     Attributes:
         template: text with `{field}` places (a literal brace is doubled). Field names become span
-            names; a field that stands twice gives a span of two runs (`name#1`, `name#2`).
+            names; a field that appears twice gives a span of two runs (`name#1`, `name#2`).
         fields: the text of each field. Fields that the template does not use are kept as facts
             about the prompt, and are no spans.
-        answer: the text that should follow, with its leading space where it has one.
+        answer: the text that should follow, with its leading space where it has one; it may be
+            white space alone, such as a newline.
         distractors: wrong answers to compare with, written like the answer.
         name: what this template is called in tables.
 
@@ -84,7 +85,7 @@ class Prompt:
                     "a field is a text that is not empty."
                 )
         for what, text in [("answer", self.answer), *(("distractor", d) for d in self.distractors)]:
-            if text is not None and (not isinstance(text, str) or not text.strip()):
+            if text is not None and (not isinstance(text, str) or not text):
                 raise ValueError(
                     f"{what}={text!r}: write a text that is not empty, or leave it out."
                 )
@@ -146,9 +147,7 @@ class Prompt:
             place += len(literal)
             if name:
                 value = self.fields[name]
-                # A space at a field's end belongs to the next word's token.
-                start = place + len(value) - len(value.lstrip())
-                spans.setdefault(name, []).append((start, start + len(value.strip())))
+                spans.setdefault(name, []).append((place, place + len(value)))
                 place += len(value)
         return {name: tuple(ranges) for name, ranges in spans.items()}
 
@@ -275,32 +274,81 @@ def doubled_bos(
 def tokenize(prompt: "Prompt | str", tokenizer: Any, prepend_bos: bool | None = None) -> Tokenized:
     """The tokens of a prompt, with its spans: each the tokens that share a character with a field.
 
+    Left out are a token that shares nothing but white space at the field's end, where it begins the
+    next word (` acted` after the field `Ann `), and a space that the tokenizer puts where the text
+    has none (`▁` before the first word).
+
     Args:
         prompt: a `Prompt`, or a text without fields.
         tokenizer: a Hugging Face fast tokenizer.
         prepend_bos: None leaves it to the tokenizer, True and False force it.
 
     Raises:
-        PromptError: a field that no token covers, or a tokenizer without offsets.
+        PromptError: a field that no token covers, a text of no tokens, or a tokenizer without
+            offsets.
     """
     if isinstance(prompt, str):
         ids, _ = encode(prompt, tokenizer, prepend_bos)
         return Tokenized.bare(ids)
-    ids, offsets = encode(prompt.text, tokenizer, prepend_bos)
+    text = prompt.text
+    ids, offsets = encode(text, tokenizer, prepend_bos)
+    standard = Tokenized.bare(ids).runs
+    covered = _covered(text, tokenizer.convert_ids_to_tokens(ids), offsets)
     runs: dict[str, tuple[tuple[int, ...], ...]] = {}
     for name, ranges in prompt.char_spans.items():
         found = []
         for start, end in ranges:
-            run = tuple(i for i, (a, b) in enumerate(offsets) if a < end and b > start)
+            run = tuple(
+                i
+                for i, (a, b) in enumerate(covered)
+                if a < end and b > start and not _begins_what_follows(text, a, b, end)
+            )
             if not run:
                 raise PromptError(
-                    f"no token of {prompt.text!r} covers the field {name!r} "
-                    f"({prompt.text[start:end]!r}): the tokenizer drops it. "
+                    f"no token of {text!r} covers the field {name!r} "
+                    f"({text[start:end]!r}): the tokenizer drops it. "
                     "Change the field's text."
                 )
             found.append(run)
         runs[name] = tuple(found)
-    return Tokenized(tuple(ids), {**runs, **_standard(len(ids))}, prompt)
+    return Tokenized(tuple(ids), {**runs, **standard}, prompt)
+
+
+#: How tokenizers write a space: SentencePiece's mark, GPT-2's, itself.
+_SPACES = "▁Ġ "
+
+
+def _covered(
+    text: str, pieces: Sequence[str | None], offsets: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """The characters that each token is made of, where tokenizers' offsets say otherwise.
+
+    Byte-level tokenizers may leave the spaces before a word out of its token's offsets, so that a
+    token of spaces has no width. And a tokenizer may put a space of its own before a word, which
+    gets the word's first character as if it were made of that.
+    """
+    found: list[tuple[int, int]] = []
+    done = 0  # where the token before ends
+    for i, (piece, (a, b)) in enumerate(zip(pieces, offsets, strict=True)):
+        piece = piece or ""
+        spaces = len(piece) - len(piece.lstrip(_SPACES))
+        if spaces and spaces == len(piece):
+            here, following = text[a:b], offsets[i + 1 : i + 2]
+            if a == b:
+                real = text[done : done + spaces] == " " * spaces
+                a, b = (done, done + spaces) if real else (0, 0)
+            elif here.strip(_SPACES).strip() or (following and following[0][0] == a):
+                a, b = 0, 0  # these are another token's characters
+        while spaces and a < b and a > done and text[a - 1] == " ":
+            a, spaces = a - 1, spaces - 1
+        found.append((a, b))
+        done = max(done, b)
+    return found
+
+
+def _begins_what_follows(text: str, start: int, stop: int, end: int) -> bool:
+    """Whether a token at [start, stop) has only white space before `end`, and a word after it."""
+    return stop > end and not text[start:end].strip() and bool(text[end:stop].strip())
 
 
 def continuation(

@@ -157,7 +157,8 @@ def test_position_grafts_name_the_paper_s_places() -> None:
 def test_metrics_by_hand() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 0.0], [0.0, 3.0, 3.0, 1.0]])
     found = next_tokens(logits, torch.tensor([[2, 0], [3, 1]]), k=9)
-    assert found.rank.tolist() == [2, 3], "a tie does not push the target down"
+    assert found.rank.tolist() == [3, 3], "of equal logits the smaller id comes first"
+    assert found.ties.tolist() == [1, 0]
     z = math.exp(2) + 2 * math.e + 1
     assert found.logprobs[0].tolist() == pytest.approx([1 - math.log(z), 2 - math.log(z)])
     assert found.top_logprobs[0, 0] == pytest.approx(2 - math.log(z))

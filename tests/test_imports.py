@@ -33,6 +33,7 @@ BESIDE = {
     "finetune": {"sweep", "cli", "viz"},
     "folder": {"data", "finetune", "model", "sweep", "cli", "viz"},
     "metrics": {"sweep", "cli", "viz"},
+    "plainyaml": {"graft", "data", "finetune", "model", "sweep", "cli", "viz"},
     "presets": {"model", "sweep", "cli", "viz"},
     "processes": {"model", "sweep", "cli", "viz"},
     "stats": {"sweep", "cli", "viz"},

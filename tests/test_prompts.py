@@ -62,11 +62,11 @@ def byte_ranges(text: str, ids: tuple[int, ...], style: str) -> list[tuple[int, 
         if index != tokenizer.bos_token_id:
             written += token_bytes(tokenizer.convert_ids_to_tokens(index), style)
         ranges.append((before, len(written)))
-    # Sentencepiece puts a space before the text; the token that holds it belongs to the first word.
+    # Sentencepiece puts a space before the text, which is no byte of it.
     shift = len(written) - len(text.encode())
     assert written[shift:] == text.encode(), "the oracle itself: the tokens are the text"
     assert shift == (1 if style == "sentencepiece" and not text.startswith(" ") else 0)
-    return [(max(a - shift, 0), max(b - shift, 1)) if a < b else (0, 0) for a, b in ranges]
+    return [(max(a - shift, 0), max(b - shift, 0)) if a < b else (0, 0) for a, b in ranges]
 
 
 def oracle(prompt: Prompt, ids: tuple[int, ...], style: str) -> dict[str, list[list[int]]]:
@@ -526,7 +526,6 @@ def test_malformed_prompts_are_refused(template: str, fields: dict[str, str], me
     ("arguments", "message"),
     [
         ({"answer": ""}, "answer='': write a text that is not empty, or leave it out."),
-        ({"answer": "  "}, "answer='  ': write a text that is not empty, or leave it out."),
         # Regression: one text counted as a list of its letters.
         ({"distractors": " Tom"}, "distractors=' Tom' is one text. Write a list: [' Tom']."),
         ({"distractors": (" Tom", "")}, "distractor='': write a text that is not empty"),

@@ -1,16 +1,18 @@
 """What all groups of settings have in common."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
+from graftlens.components import HALF, brief
+
 
 class Settings(BaseModel):
-    """Frozen, without unknown names; a number is finite, and neither true nor false; ``~`` at a
-    path's beginning is the home folder."""
+    """Frozen, without unknown names; a number is finite, and neither true nor false; a text is one
+    that a file can hold; ``~`` at a path's beginning is the home folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -27,6 +29,17 @@ class Settings(BaseModel):
             )
         return value
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole_characters(cls, value: Any) -> Any:
+        for text in _texts(value):
+            if HALF.search(text):
+                raise ValueError(
+                    f"{brief(text)} has half of a character in it (a lone surrogate), which no "
+                    "file can hold. Write the whole character."
+                )
+        return value
+
     @field_validator("*", mode="after")
     @classmethod
     def _home_folder(cls, value: Any) -> Any:
@@ -39,6 +52,18 @@ def at_home(path: Path) -> Path:
         return path.expanduser()
     except RuntimeError:  # no such user: that the path is not there is said where it is read
         return path
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in plain values."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for pair in value.items():
+            yield from _texts(pair)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def _own_types(annotation: Any) -> Iterator[Any]:

@@ -65,10 +65,11 @@ def logit_lens(
         One row per prompt, graft, layer and position: `prompt` (its number), `graft`, `rule`,
         `layer` (how many layers have run; half of one between attention and MLP), `stream`
         (TransformerLens's name: `0_pre`, `3_mid`, `final_post`), `position`, `token`, `target` and
-        `target_id` (the answer's first token), its `rank` (1 is best), `prob` and `logprob` (nats),
-        `entropy` (nats), `kl_base` and `kl_full` (KL of this distribution to that of PRE and of SFT
-        at the same layer and position, nats), `top_tokens`, `top_probs`. Where a prompt has no
-        answer, the columns about it are NA.
+        `target_id` (the answer's first token), its `rank` (1 is best), `ties` (other tokens with
+        exactly its logit, of which those with smaller ids rank before it), `prob` and `logprob`
+        (nats), `entropy` (nats), `kl_base` and `kl_full` (KL of this distribution to that of PRE
+        and of SFT at the same layer and position, nats), `top_tokens`, `top_probs`. Where a
+        prompt has no answer, the columns about it are NA.
 
     Raises:
         PromptError: prompts that cannot be run, or without the positions `at`.
@@ -93,7 +94,7 @@ def logit_lens(
                 found[name].append(table.assign(**columns))
         parts += [table for tables in found.values() for table in tables]
     first = ("prompt", "graft", "rule", "layer", "stream", "position", "token")
-    table = tidy(parts, first, whole=("target_id", "rank"))
+    table = tidy(parts, first, whole=("target_id", "rank", "ties"))
     return table if incl_mid else table.astype({"layer": int})
 
 
@@ -249,6 +250,7 @@ class _Reading:
             target=[None if t is None else token_text(self.model, t) for t in targets],
             target_id=[pd.NA if t is None else t for t in targets],
             rank=[int(r) if k else pd.NA for r, k in zip(found.rank, known, strict=True)],
+            ties=[int(n) if k else pd.NA for n, k in zip(found.ties, known, strict=True)],
             prob=np.exp(logprob),
             logprob=logprob,
             entropy=-(logprobs.exp() * logprobs).sum(-1).cpu().numpy(),
@@ -266,7 +268,8 @@ def _read(
     index = places.rows[rows]
     resid = cache[hook].flatten(0, 1)[torch.from_numpy(index).to(cache[hook].device)]
     with unhooked(model):
-        return model.logits_from(resid[None], cache.mask.pick(index[None]))[0].float()
+        logits = model.logits_from(resid[None], cache.mask.pick(index[None]))[0]
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _logprobs(

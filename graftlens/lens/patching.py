@@ -184,7 +184,7 @@ def patching(
                 with patched(model, batch, inside):
                     scored = _scored(model, places, model(batch, graft=Graft()), ids, top_k, said)
             if not kept.all():
-                numbers = ("rank", "prob", "logprob", "top_tokens", "top_probs")
+                numbers = ("rank", "ties", "prob", "logprob", "top_tokens", "top_probs")
                 none = {c: scored[c].astype(object).where(kept, pd.NA) for c in numbers}
                 why = np.where(_prompts_of(mask, batch), _OUTPUT_ONLY, f"the graft {_NO_SITE}")
                 reason = [None if k else str(w) for k, w in zip(kept, why, strict=True)]
@@ -242,6 +242,7 @@ def _scored(
             "target": [token_text(model, t) for t in targets],
             "target_id": targets,
             "rank": found.rank,
+            "ties": found.ties,
             "prob": np.exp(found.logprobs[:, 0]),
             "logprob": found.logprobs[:, 0],
             "top_tokens": [[token_text(model, i) for i in row] for row in found.top_ids.tolist()],

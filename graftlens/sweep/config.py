@@ -17,7 +17,7 @@ from graftlens.components import suggest
 from graftlens.configfile import ConfigError, read_settings
 from graftlens.data import template_names
 from graftlens.data.rewriting import told_on_command_line
-from graftlens.graft import At, Graft, Rule
+from graftlens.graft import At, Graft, Rule, check_name
 from graftlens.model.arch import Architecture
 from graftlens.model.load import preview
 from graftlens.model.mask import select, sites_of
@@ -134,6 +134,13 @@ class SweepConfig(Section):
             if not place.strip():
                 raise ValueError(f"{name} is an empty text. Write a folder or a hub id.")
         return sources
+
+    @field_validator("grafts")
+    @classmethod
+    def _one_line_names(cls, grafts: Mapping[str, Graft]) -> Mapping[str, Graft]:
+        for name in grafts:
+            check_name(name)
+        return grafts
 
     @field_validator("templates")
     @classmethod

@@ -8,22 +8,26 @@ from functools import partial
 from itertools import product
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
 
 from graftlens.components import (
     HEAD_COMPONENTS,
     MODEL_COMPONENTS,
     Component,
+    brief,
     format_numbers,
     parse_components,
 )
 from graftlens.configfile import settings_from
 from graftlens.data.settings import Settings
-from graftlens.graft import At, Graft, Rule, parse_layers
+from graftlens.graft import At, Graft, Rule, check_name, parse_layers
 from graftlens.model.arch import Architecture
 from graftlens.model.mask import sites_of
 
-_SIZES = re.compile(r"(?:(\d+)\s*\.\.\s*)?(\d+|n)")
+_SIZES = re.compile(r"(?:([0-9]{1,9})\s*\.\.\s*)?([0-9]{1,9}|n)")
+
+#: How many grafts one grid may make. They are all written into the sweep's folder.
+MAX_GRAFTS = 100_000
 
 
 def _sizes(value: Any) -> int | str | tuple[int, ...]:
@@ -34,7 +38,7 @@ def _sizes(value: Any) -> int | str | tuple[int, ...]:
     ends = _SIZES.fullmatch(value.strip()) if isinstance(value, str) else None
     if ends is None or any(end != "n" and int(end) < 1 for end in ends.groups("n")):
         raise ValueError(
-            f'{value!r} is no size: sizes count from 1. Write 3, "1..4", "1..n" or [1, 2, 4].'
+            f'{brief(value)} is no size: sizes count from 1. Write 3, "1..4", "1..n" or [1, 2, 4].'
         )
     if ends[1] and ends[2] != "n" and int(ends[1]) > int(ends[2]):
         raise ValueError(f"{value!r} runs backwards. Write {ends[2]}..{ends[1]}.")
@@ -111,7 +115,7 @@ class Dropout(Settings):
     rates: tuple[Annotated[float, Field(ge=0, le=1)], ...] = Field(min_length=1)
     """Shares that are left out, 0 to 1."""
 
-    draws: Annotated[int, Field(ge=1)] = 1
+    draws: Annotated[int, Field(ge=1, le=MAX_GRAFTS)] = 1
     """Random choices for each rate (one where the rate is 0 or 1: all choices are the same)."""
 
     by: Literal["count", "chance"] = "count"
@@ -122,6 +126,11 @@ class Dropout(Settings):
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Of the choices; draw i of a rate is the same whatever the other rates and draws are."""
+
+    @property
+    def count(self) -> int:
+        """How many grafts it makes of one rule."""
+        return sum(self.draws if 0 < rate < 1 else 1 for rate in self.rates)
 
     def variants(
         self, rule: Rule, arch: Architecture, sources: Sequence[str]
@@ -213,7 +222,7 @@ def _component(value: Any) -> str:
         return value
     if not isinstance(value, str | list | tuple):
         raise ValueError(
-            f'{value!r} is no component. Write names, such as q, "o + mlp" or [o, mlp].'
+            f'{brief(value)} is no component. Write names, such as q, "o + mlp" or [o, mlp].'
         )
     return " + ".join(parse_components(value))
 
@@ -243,7 +252,7 @@ def _check_heads(value: Any) -> None:
 
 def _source(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{value!r} is no source's name. Put it in quotes if it is.")
+        raise ValueError(f"{brief(value)} is no source's name. Put it in quotes if it is.")
     return value
 
 
@@ -285,7 +294,7 @@ class Grid(Settings):
     dropout: Dropout | None = None
     """Leave out a share of the grafted layers at random; `rates` and `draws` make the grafts."""
 
-    name: str | None = None
+    name: Annotated[str, AfterValidator(check_name)] | None = None
     """A prefix of the grafts' names, which are "name: text"; left out, their text is the name."""
 
     def grafts(self, arch: Architecture, sources: Sequence[str]) -> Iterator[GridGraft]:
@@ -296,14 +305,28 @@ class Grid(Settings):
             sources: the names of the sources, the base first.
 
         Raises:
-            ValueError: windows that do not fit, heads of components that have none or differ.
+            ValueError: windows that do not fit, heads of components that have none or differ, more
+                than `MAX_GRAFTS` grafts (which is said before any is made).
         """
+        components = list(self._components(arch))
         layers = list(_expanded(self.layers, lambda: arch.n_layers, "layers"))
-        for at, components in product(self.positions, self._components(arch)):
-            heads = list(_expanded(self.heads, partial(_n_heads, components, arch), "heads"))
-            for layer, head, source in product(layers, heads, self.source or sources[1:]):
-                rule = Graft.rule(source, at, components, layer, head)
-                tags: dict[str, Any] = {"position": at, "component": components, "layer": layer}
+        heads = {
+            entry: list(_expanded(self.heads, partial(_n_heads, entry, arch), "heads"))
+            for entry in dict.fromkeys(components)
+        }
+        chosen = self.source or sources[1:]
+        count = len(self.positions) * sum(len(heads[entry]) for entry in components)
+        count *= len(layers) * len(chosen) * (1 if self.dropout is None else self.dropout.count)
+        if count > MAX_GRAFTS:
+            raise ValueError(
+                f"this grid makes {count:,} grafts ({len(self.positions)} positions, "
+                f"{len(components)} components, {len(layers)} layers, …); {MAX_GRAFTS:,} are the "
+                "most. Leave entries out, or make several sweeps."
+            )
+        for at, entry in product(self.positions, components):
+            for layer, head, source in product(layers, heads[entry], chosen):
+                rule = Graft.rule(source, at, entry, layer, head)
+                tags: dict[str, Any] = {"position": at, "component": entry, "layer": layer}
                 tags |= {"head": head, "source": source}
                 tags["layers"] = _n_layers(rule.rules[0], arch, sources)
                 if self.dropout is None:

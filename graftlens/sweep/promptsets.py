@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from graftlens.configfile import gather, read_yaml, settings_from
 from graftlens.data import (
@@ -21,6 +21,7 @@ from graftlens.data import (
 from graftlens.data.dataset import Which
 from graftlens.data.settings import Settings
 from graftlens.folder import at_home, parse_json, read_text
+from graftlens.graft import check_name
 from graftlens.prompts import Prompt
 
 
@@ -66,6 +67,11 @@ class DatasetSection(Section):
 
     name: str | None = None
     """What tables call it; left out, "movies seed 0", the kind of facts or the folder's name."""
+
+    @field_validator("name")
+    @classmethod
+    def _one_line(cls, name: str | None) -> str | None:
+        return check_name(name, "the name of a set of prompts") if name else name
 
     @model_validator(mode="after")
     def _one_origin(self) -> "DatasetSection":

@@ -40,6 +40,7 @@ SHARD = pa.schema(
         ("target", pa.string()),
         ("target_id", pa.int64()),
         ("rank", pa.int64()),
+        ("ties", pa.int64()),
         ("prob", pa.float64()),
         ("logprob", pa.float64()),
         ("top_tokens", pa.list_(pa.string())),
@@ -350,13 +351,20 @@ def _is_mapping(content: bytes) -> bool:
 def read_shard(
     out: Path, manifest: Manifest, shard: int, columns: Sequence[str] | None = None
 ) -> pa.Table | None:
-    """A shard's rows; None where it is missing, damaged, or another sweep's."""
+    """A shard's rows; None where it is missing, damaged, or another sweep's.
+
+    Shards of version 0.1.0 have no `ties`: there the column is NA, and the `rank` of a target that
+    is tied is the best of all that have its logit.
+    """
     try:
         with _parquet(shard_path(out, shard), required=manifest.sealed) as file:
             bears = (file.schema_arrow.metadata or {}).get(b"graftlens.key")
             if bears != manifest.key.encode() or file.metadata.num_rows != manifest.rows(shard):
                 return None
-            return file.read(columns=columns, use_threads=False)
+            table = file.read(columns=columns, use_threads=False)
+            if "ties" not in table.column_names:  # version 0.1.0 did not count them
+                table = table.append_column("ties", pa.nulls(table.num_rows, pa.int64()))
+            return table.select(SHARD.names if columns is None else columns)
     except (OSError, pa.ArrowException, DamagedError):
         return None
 
@@ -376,7 +384,8 @@ def read_results(
     Returns:
         Columns `prompt` (number), `graft` (name), `rule`, `source`, `span`, `component`, `layer`,
         `head` (of grafts with one rule), `template`, `dataset`, `model` (the sources), `text`,
-        `answer`, then the measures of `graftlens.evaluate` with `distractor_logprobs` (nats), and
+        `answer`, then the measures of `graftlens.evaluate` (`ties` is NA in folders of version
+        0.1.0, which did not count them) with `distractor_logprobs` (nats), and
         `reason`: why a cell could not be run, where all numbers are NA. Texts that repeat are
         categoricals. One table is sorted by prompt, then by graft as in the config; batches come
         shard by shard.

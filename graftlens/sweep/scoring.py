@@ -32,6 +32,7 @@ COLUMNS = (
     "target",
     "target_id",
     "rank",
+    "ties",
     "prob",
     "logprob",
     "top_tokens",
@@ -397,6 +398,7 @@ class Scorer:
         grafts, rows, answered = grafts[~broken], rows[~broken], answered[~broken]
         cells.logprob[here, grafts] = logprobs[rows, 0]
         cells.rank[here, grafts] = found.rank[rows]
+        cells.ties[here, grafts] = found.ties[rows]
         if self.answers == "whole":
             cells.answer_logprob[here, grafts] = answered
         others = [slots[last, token] for token in self._first_tokens(scored)[1:]]
@@ -450,6 +452,7 @@ class Scorer:
             "target": target,
             "target_id": whole(ids),
             "rank": whole(cells.rank),
+            "ties": whole(cells.ties),
             "prob": np.exp(logprob),
             "logprob": logprob,
             "top_tokens": cells.top_tokens.reshape(-1),
@@ -472,6 +475,7 @@ class _Cells:
         self.answer_logprob = np.full(shape, np.nan)
         self.logit_diff = np.full(shape, np.nan)
         self.rank = np.zeros(shape, dtype=np.int64)
+        self.ties = np.zeros(shape, dtype=np.int64)
         self.target_id = np.full(shape[0], -1, dtype=np.int64)
         self.top_tokens = np.full(shape, None, dtype=object)
         self.top_probs = np.full(shape, None, dtype=object)

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from graftlens.graft import Graft
-from graftlens.metrics import sequence_logprob
+from graftlens.metrics import next_tokens, sequence_logprob
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import collate
 from graftlens.model.sequential import Sequential, SequentialError
@@ -291,11 +291,12 @@ def _contradictions(
     if {"logprob", "prob", "reason"} <= {*results.columns}:
         logprob, prob = (results[c].astype(float) for c in ("logprob", "prob"))
         wrong["have neither numbers nor a reason"] = logprob.isna() & results["reason"].isna()
-        for column in ("rank", "prob", "logprob"):
+        for column in ("rank", "ties", "prob", "logprob"):
             if column in results:
                 there = results[column].notna()
                 wrong[f"have a {column} and a reason"] = there & results["reason"].notna()
-                wrong[f"have a logprob but no {column}"] = logprob.notna() & ~there
+                if column != "ties":  # which version 0.1.0 did not count
+                    wrong[f"have a logprob but no {column}"] = logprob.notna() & ~there
         wrong["have a prob that is not exp(logprob)"] = (np.exp(logprob) - prob).abs() > 1e-6
     return [_such(results, what, odd.to_numpy(bool)) for what, odd in wrong.items() if odd.any()]
 
@@ -434,16 +435,20 @@ def _compared(
             problems.append(f"{name} is {recorded:.6g}, Hugging Face gives {value:.6g}.")
 
     ranks, near = None, 2 * rounding.bound_nats
+    target_id = torch.tensor([[target]])
     if not pd.isna(record.get("rank")):
         others = torch.cat([logprobs[:target], logprobs[target + 1 :]]) - logprobs[target]
-        # Tokens nearer to the target than rounding may stand on either side of it.
-        best, rank, worst = (1 + int((others > shift).sum()) for shift in (near, 0.0, -near))
-        ranks = (int(record["rank"]), rank)
+        # Tokens nearer to the target than rounding may stand on either side of it, or be tied.
+        best, worst = 1 + int((others > near).sum()), 1 + int((others >= -near).sum())
+        ranks = (int(record["rank"]), int(next_tokens(theirs[:1], target_id, 1).rank[0]))
+        ties = 0 if pd.isna(record.get("ties")) else int(record["ties"])
         if not best <= ranks[0] <= worst:
-            problems.append(f"rank is {ranks[0]}, Hugging Face gives {rank}.")
+            problems.append(f"rank is {ranks[0]}, Hugging Face gives {ranks[1]}.")
+        elif not 0 <= ties <= worst - best:
+            problems.append(f"ties is {ties}, Hugging Face has {worst - best} tokens near enough.")
     top: Any = record.get("top_tokens")
     if np.ndim(top):
-        ordered = logprobs.sort(descending=True)
+        ordered = logprobs.sort(descending=True, stable=True)
         for i, (token, prob) in enumerate(zip(top, record["top_probs"], strict=True)):
             value = float(ordered.values[i])
             close = ordered.indices[(ordered.values - value).abs() <= near].tolist()
