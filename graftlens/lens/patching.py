@@ -77,6 +77,8 @@ def patched(
         PromptError, ValueError: as for a run under the graft; rules that give no site to another
             source than the base; inside, a run of other prompts; and a flag by which q, k, v or o
             do not run as one map (`use_split_qkv_input`, `use_attn_in`, `use_attn_result`).
+        RuntimeError: another thread or task runs the model or has hooks on it; and, there, a run
+            while this one is inside.
     """
     batch = prompts if isinstance(prompts, Batch) else model.batch(prompts, prepend_bos=prepend_bos)
     mask = model.resolve(graft, batch)
@@ -90,7 +92,7 @@ def patched(
         return
     _check_flags(model)
     for source in sorted({s for site in sites.values() for s in site.sources}):
-        with ExitStack() as handles, _suspended(), torch.no_grad():
+        with ExitStack() as handles, model.active.hooking(), _suspended(), torch.no_grad():
             for site in sites.values():
                 handles.enter_context(_hooked(site.module, site.capture(source)))
             model(batch, graft=Graft.rule(model.sources[source]))
@@ -105,6 +107,7 @@ def patched(
         return hook
 
     with ExitStack() as handles:
+        handles.enter_context(model.active.hooking())
         handles.enter_context(_in_force(model, frozenset(sites)))
         handles.enter_context(_checked(model, batch))
         for site in sites.values():

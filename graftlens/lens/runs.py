@@ -88,14 +88,15 @@ def unhooked(model: GraftedTransformer) -> Iterator[None]:
         for point in module.modules()
         if isinstance(point, HookPoint)
     ]
-    kept = [(point, point._forward_hooks) for point in points]
-    for point in points:
-        point._forward_hooks = OrderedDict()
-    try:
-        yield
-    finally:
-        for point, hooks in kept:
-            point._forward_hooks = hooks
+    with model.active.hooking():
+        kept = [(point, point._forward_hooks) for point in points]
+        for point in points:
+            point._forward_hooks = OrderedDict()
+        try:
+            yield
+        finally:
+            for point, hooks in kept:
+                point._forward_hooks = hooks
 
 
 @dataclass(frozen=True)

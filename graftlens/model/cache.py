@@ -1,7 +1,8 @@
 """An `ActivationCache` that knows under which graft it was filled."""
 
 import inspect
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
 
@@ -13,9 +14,28 @@ from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
 
 from graftlens.components import Component
+from graftlens.graft import Graft
+from graftlens.model.active import Active
 from graftlens.model.mask import GraftMask, Selection, plain
 
 C = Component
+
+
+class Activations(dict[str, Tensor]):
+    """Activations by hook name, and the mask of the run that they are from (None before it)."""
+
+    mask: GraftMask | None = None
+    _run: GraftMask | None = None
+
+    def filled(self, hook: str, mask: GraftMask, kept: Slice | None) -> None:
+        """Remember what a run that fills this in is under, cut to the positions that are kept."""
+        # A run may read the last rows alone as logits; the stream has all of them.
+        if mask is self._run or (self.mask and hook.startswith(("ln_final.", "unembed."))):
+            return
+        self._run = self.mask = mask
+        if kept is not None:
+            columns = kept.apply(torch.arange(mask.shape[1]), dim=0)
+            self.mask = mask.take(None, np.atleast_1d(columns.numpy()))
 
 
 class GraftedCache(ActivationCache):
@@ -31,6 +51,9 @@ class GraftedCache(ActivationCache):
         """`model` is the GraftedTransformer that ran, `mask` what it ran under."""
         super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
         self.mask = mask
+
+    #: Whether this cache has said what its logit attributions leave out.
+    _warned = False
 
     def compute_head_results(self) -> None:
         """Fill in `hook_result` from `hook_z` with each row's own W_O."""
@@ -49,7 +72,8 @@ class GraftedCache(ActivationCache):
 
     def apply_slice_to_batch_dim(self, batch_slice: Any) -> "GraftedCache":
         """The cache of some prompts of the batch only."""
-        part = super().apply_slice_to_batch_dim(batch_slice)
+        with self.model.active.under(None):  # what is plain is put under the right part of the mask
+            part = super().apply_slice_to_batch_dim(batch_slice)
         rows = np.arange(self.mask.shape[0])
         wrapped = batch_slice if isinstance(batch_slice, Slice) else Slice(batch_slice)
         kept = np.atleast_1d(np.asarray(wrapped.apply(torch.from_numpy(rows), dim=0)))
@@ -74,7 +98,7 @@ class GraftedCache(ActivationCache):
         """
         kept = Slice.unwrap(pos_slice)  # one position stays an axis until the end
         columns = kept.apply(torch.arange(self.mask.shape[1]), dim=0).numpy()
-        with self.model.grafted(self.mask.take(None, columns)):
+        with self.model.active.under(self.mask.take(None, columns)):
             stack, labels = super().get_full_resid_decomposition(
                 layer, mlp_input, expand_neurons, apply_ln, kept, True, **options
             )
@@ -114,17 +138,30 @@ class GraftedCache(ActivationCache):
         batch_slice: Any = None,
         has_batch_dim: bool = True,
     ) -> Tensor:
-        """As `ActivationCache.logit_attrs`, with the unembedding that each position really used."""
+        """As `ActivationCache.logit_attrs`, with the unembedding that each position really used.
+
+        As there, `ln_final`'s weight and bias are left out: TransformerLens takes them to be folded
+        into the unembedding, and here they are not. So the contributions do not add up to the
+        logit, which each cache says once, as a warning; those of `graftlens.lens.attribution` do.
+        """
+        if not self._warned and _changes(self.model.ln_final):
+            self._warned = True
+            warnings.warn(
+                "logit_attrs leaves out ln_final's weight, which is not folded into the "
+                "unembedding here, so these contributions do not add up to the logit. "
+                "graftlens.lens.attribution(model, prompts) gives contributions that do.",
+                stacklevel=2,
+            )
         chosen = plain(self.mask[C.UNEMBED, None])
         rest = (tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim)
         if len(chosen.sources) == 1:
-            with self.model.grafted(self.mask):
+            with self.model.active.under(self.mask):
                 return super().logit_attrs(residual_stack, *rest)
         # Positions differ: the attribution under each source, then each row's own.
         per_source = []
         for source in range(len(self.model.sources)):
             uniform = _uniform(self.mask, source)
-            with self.model.grafted(uniform):
+            with self.model.active.under(uniform):
                 per_source.append(super().logit_attrs(residual_stack, *rest))
         which = torch.from_numpy(chosen.choice.astype(np.int64).reshape(self.mask.shape))
         which = sliced(which, batch_slice, 0) if has_batch_dim else which[0]
@@ -144,31 +181,102 @@ def _uniform(mask: GraftMask, source: int) -> GraftMask:
     return GraftMask(mask.graft, mask.sources, mask.shape, {**mask.sites, (C.UNEMBED, None): one})
 
 
-def _under_graft(name: str) -> Any:
+def _changes(norm: Any) -> bool:
+    """Whether a norm does more than to normalise: a weight that is not 1, or a bias."""
+    if norm.weight is None:
+        return False
+    offset = norm.arch.norm_offset
+    return any(bool((w + offset != 1).any()) for w in norm.weight.variants) or (
+        norm.bias is not None and any(bool(b.any()) for b in norm.bias.variants)
+    )
+
+
+def _under_mask(name: str) -> Any:
     original = getattr(ActivationCache, name)
     signature = inspect.signature(original)
 
     @wraps(original)
     def method(self: GraftedCache, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs).arguments
+        bound = signature.bind(self, *args, **kwargs)
+        if "has_batch_dim" in signature.parameters:
+            bound.arguments.setdefault("has_batch_dim", self.has_batch_dim)
         rows, columns = (
-            np.atleast_1d(sliced(torch.arange(n), given.get(key), 0).numpy())
+            np.atleast_1d(sliced(torch.arange(n), bound.arguments.get(key), 0).numpy())
             for n, key in zip(self.mask.shape, ("batch_slice", "pos_slice"), strict=True)
         )
-        with self.model.grafted(self.mask.take(rows, columns)):
-            return original(self, *args, **kwargs)
+        with self.model.active.under(self.mask.take(rows, columns)):
+            return original(*bound.args, **bound.kwargs)
 
     return method
 
 
 # These ask the model for weights: they must see the graft that filled the cache.
+_WEIGHTS = [
+    name
+    for name in (
+        "accumulated_resid",
+        "apply_ln_to_stack",
+        "decompose_resid",
+        "get_neuron_results",
+        "stack_head_results",
+        "stack_neuron_results",
+    )
+    if hasattr(ActivationCache, name)
+]
+for _name in _WEIGHTS:
+    setattr(GraftedCache, _name, _under_mask(_name))
+
+
+# -- plain caches --------------------------------------------------------------------------------
+
+
+class UnresolvedCache(ActivationCache):
+    """An `ActivationCache` made inside `with model.grafted(graft)`: it goes on with that graft.
+
+    Where it needs a weight in which positions or heads differ, it raises a ValueError.
+    """
+
+    graft: Graft
+
+
+def _under_graft(name: str) -> Any:
+    original = getattr(ActivationCache, name)
+
+    @wraps(original)
+    def method(self: UnresolvedCache, *args: Any, **kwargs: Any) -> Any:
+        with self.model.active.under(self.graft):
+            return original(self, *args, **kwargs)
+
+    return method
+
+
 for _name in (
-    "accumulated_resid",
-    "apply_ln_to_stack",
-    "decompose_resid",
-    "get_neuron_results",
-    "stack_head_results",
-    "stack_neuron_results",
+    *_WEIGHTS,
+    *("apply_slice_to_batch_dim", "compute_head_results", "get_full_resid_decomposition"),
+    *("logit_attrs", "logit_lens"),
 ):
     if hasattr(ActivationCache, _name):
-        setattr(GraftedCache, _name, _under_graft(_name))
+        setattr(UnresolvedCache, _name, _under_graft(_name))
+
+
+def _knowing(original: Callable[..., None]) -> Callable[..., None]:
+    """`ActivationCache.__init__`, after which a plain cache of a grafted model knows its graft."""
+
+    @wraps(original)
+    def init(self: Any, cache_dict: Any, model: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, cache_dict, model, *args, **kwargs)
+        active = getattr(model, "active", None)
+        if type(self) is not ActivationCache or not isinstance(active, Active):
+            return
+        known = getattr(cache_dict, "mask", None) or active.here
+        if isinstance(known, GraftMask):
+            self.__class__, self.mask = GraftedCache, known
+        elif known is not None:
+            self.__class__, self.graft = UnresolvedCache, known
+
+    return init
+
+
+# TransformerLens's own code and users make plain caches, which ask the model for weights long after
+# the graft is out of force: nothing but their making tells them which it was.
+ActivationCache.__init__ = _knowing(ActivationCache.__init__)

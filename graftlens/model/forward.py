@@ -6,8 +6,7 @@ work in all, and no delta is ever added to a weight. Where every row uses the sa
 is gathered. Module tree, hook names and shapes are HookedTransformer's.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,9 +18,10 @@ from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
-from graftlens.graft import Graft
+from graftlens.model.active import Active
 from graftlens.model.arch import Architecture
-from graftlens.model.mask import Block, GraftMask, HeadSelection, Selection, uniform_source
+from graftlens.model.mask import Block, GraftMask, HeadSelection, Selection
+from graftlens.model.points import FlaggedPoint
 from graftlens.model.tree import TreeBatch, TreeGroup
 from graftlens.model.weights import Sourced, Weights, equal_sources
 
@@ -87,6 +87,12 @@ class Linear(nn.Module):
         """A source's bias, zeros where the map has none."""
         weight = self.weight[source]
         return weight.new_zeros(weight.shape[0]) if self.bias is None else self.bias[source]
+
+    def bias_now(self, active: Active, component: Component, layer: int | None) -> Tensor:
+        """The one bias in use [d_out], as `Active.of` says; zeros where the map has none."""
+        return (
+            self.bias_or_zeros(0) if self.bias is None else active.of(self.bias, component, layer)
+        )
 
     def forward(self, x: Gathered, chosen: Chosen) -> Float[Tensor, "rows d_out"]:
         if isinstance(chosen, Selection):
@@ -206,17 +212,25 @@ def per_row(weight: Sourced, chosen: Selection) -> Float[Tensor, "rows width"] |
 class Norm(nn.Module):
     """LayerNorm or RMSNorm with the weights of the source that each row uses."""
 
-    def __init__(self, arch: Architecture, weight: Sourced | None, bias: Sourced | None) -> None:
+    def __init__(
+        self,
+        arch: Architecture,
+        weight: Sourced | None,
+        bias: Sourced | None,
+        active: Active,
+        component: Component,
+        layer: int | None,
+    ) -> None:
         super().__init__()
-        self.arch = arch
+        self.arch, self.active, self.component, self.layer = arch, active, component, layer
         self.weight = weight
         self.bias = bias
         self.hook_scale = HookPoint()
         self.hook_normalized = HookPoint()
 
     def forward(
-        self, x: Float[Tensor, "batch pos *head width"], chosen: Selection | None
-    ) -> Float[Tensor, "batch pos *head width"]:
+        self, x: Float[Tensor, "*batch_pos_head width"], chosen: Selection | None
+    ) -> Float[Tensor, "*batch_pos_head width"]:
         dtype = x.dtype
         x = x if dtype == torch.float64 else x.float()
         if self.arch.norm != "rms":
@@ -236,13 +250,18 @@ class Norm(nn.Module):
 
     @property
     def w(self) -> Float[Tensor, " width"] | None:
-        """The base's weight as stored (Gemma's is w - 1), None where the norm has none."""
-        return None if self.weight is None else self.weight[0]
+        """The base's weight as stored (Gemma's is w - 1), or that of a graft in force that is
+        uniform here; None where the norm has none."""
+        return None if self.weight is None else self._now(self.weight)
 
     @property
     def b(self) -> Float[Tensor, " width"] | None:
-        """The base's bias, None where the norm has none."""
-        return None if self.bias is None else self.bias[0]
+        """The base's bias, or that of a graft in force that is uniform here; None where the norm
+        has none."""
+        return None if self.bias is None else self._now(self.bias)
+
+    def _now(self, weight: Sourced) -> Tensor:
+        return self.active.of(weight, self.component, self.layer)
 
     @staticmethod
     def _rows(
@@ -281,27 +300,27 @@ class Embed(nn.Module):
 class TokenEmbed(Embed):
     """The token embedding, under HookedTransformer's name for its weight."""
 
-    def __init__(self, weight: Sourced, active: "Active", scale: float) -> None:
+    def __init__(self, weight: Sourced, active: Active, scale: float) -> None:
         super().__init__(weight, scale)
         self.active = active
 
     @property
     def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
         """The base's table as stored, or that of a graft in force that is uniform here."""
-        return self.weight[self.active.source(C.EMBED, None)]
+        return self.active.of(self.weight, C.EMBED, None)
 
 
 class PosEmbed(Embed):
     """The position embedding, under HookedTransformer's name for its weight."""
 
-    def __init__(self, weight: Sourced, active: "Active") -> None:
+    def __init__(self, weight: Sourced, active: Active) -> None:
         super().__init__(weight)
         self.active = active
 
     @property
     def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
         """The base's table, or that of a graft in force that is uniform here."""
-        return self.weight[self.active.source(C.POS_EMBED, None)]
+        return self.active.of(self.weight, C.POS_EMBED, None)
 
 
 @dataclass
@@ -398,59 +417,6 @@ class Pass:
         return self._turned[rows, kind]
 
 
-class Active:
-    """Which graft the model is under now: asked by whoever reads a weight without a position."""
-
-    def __init__(self, arch: Architecture, sources: tuple[str, ...]) -> None:
-        self.arch, self.sources = arch, sources
-        #: What `with model.grafted(…)` has put in force, innermost last.
-        self.stack: list[Graft | GraftMask | None] = []
-        #: The masks of forward passes under way, so that hooks see what runs.
-        self.running: list[GraftMask] = []
-
-    @property
-    def innermost(self) -> Graft | GraftMask | None:
-        """The graft of the innermost `with model.grafted(…)`."""
-        return self.stack[-1] if self.stack else None
-
-    @property
-    def current(self) -> Graft | GraftMask | None:
-        """The mask of the pass under way, else the graft in force."""
-        return self.running[-1] if self.running else self.innermost
-
-    @contextmanager
-    def run(self, mask: GraftMask) -> Iterator[None]:
-        """A forward pass under `mask`."""
-        self.running.append(mask)
-        try:
-            yield
-        finally:
-            self.running.pop()
-
-    def source(self, component: Component, layer: int | None) -> int:
-        """The one source that a site uses now; the base's where no graft is in force.
-
-        Raises:
-            ValueError: under a graft by which positions or heads may differ there.
-        """
-        graft = self.current
-        source: int | None = 0
-        if isinstance(graft, Graft):
-            source = uniform_source(graft, (component, layer), self.arch, self.sources)
-        elif isinstance(graft, GraftMask):
-            chosen = graft[component, layer]
-            uniform = isinstance(chosen, Selection) and len(chosen.sources) == 1
-            source = chosen.sources[0] if uniform else None  # type: ignore[union-attr]
-        if source is not None:
-            return source
-        where = "" if layer is None else f" in layer {layer}"
-        raise ValueError(
-            f"under graft {str(getattr(graft, 'graft', graft))!r} there is no single weight for "
-            f"{component}{where}: positions or heads differ. "
-            "Choose a source yourself, as in model.W_O[source, layer]."
-        )
-
-
 def rotate(
     x: Float[Tensor, "batch pos head d_head"], cos: Tensor, sin: Tensor
 ) -> Float[Tensor, "batch pos head d_head"]:
@@ -485,7 +451,8 @@ class Attention(nn.Module):
         self.hook_z = HookPoint()  # [batch, pos, head, d_head]
         self.hook_attn_scores = HookPoint()  # [batch, head, query, key]
         self.hook_pattern = HookPoint()  # [batch, head, query, key]
-        self.hook_result = HookPoint()  # [batch, pos, head, d_model]
+        # [batch, pos, head, d_model]
+        self.hook_result = FlaggedPoint(flags, "use_attn_result")
         if arch.rotary_dim:
             self.hook_rot_q = HookPoint()
             self.hook_rot_k = HookPoint()
@@ -577,11 +544,11 @@ class Attention(nn.Module):
 
     def _weight(self, component: Component) -> Tensor:
         linear: Linear = getattr(self, component.value)
-        return linear.weight[self.active.source(component, self.layer)]
+        return self.active.of(linear.weight, component, self.layer)
 
     def _bias(self, component: Component) -> Tensor:
         linear: Linear = getattr(self, component.value)
-        return linear.bias_or_zeros(self.active.source(component, self.layer))
+        return linear.bias_now(self.active, component, self.layer)
 
     @property
     def W_Q(self) -> Float[Tensor, "head d_model d_head"]:
@@ -686,27 +653,27 @@ class MLP(nn.Module):
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """The base's input map, or that of a graft in force that is uniform here."""
-        return self.mlp_in.weight[self.active.source(C.MLP_IN, self.layer)].T
+        return self.active.of(self.mlp_in.weight, C.MLP_IN, self.layer).T
 
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
         """The base's gate, or that of a graft in force that is uniform here."""
-        return self.mlp_gate.weight[self.active.source(C.MLP_GATE, self.layer)].T
+        return self.active.of(self.mlp_gate.weight, C.MLP_GATE, self.layer).T
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
         """The base's output map, or that of a graft in force that is uniform here."""
-        return self.mlp_out.weight[self.active.source(C.MLP_OUT, self.layer)].T
+        return self.active.of(self.mlp_out.weight, C.MLP_OUT, self.layer).T
 
     @property
     def b_in(self) -> Float[Tensor, " d_mlp"]:
         """The input bias, zeros where there is none."""
-        return self.mlp_in.bias_or_zeros(self.active.source(C.MLP_IN, self.layer))
+        return self.mlp_in.bias_now(self.active, C.MLP_IN, self.layer)
 
     @property
     def b_out(self) -> Float[Tensor, " d_model"]:
         """The output bias, zeros where there is none."""
-        return self.mlp_out.bias_or_zeros(self.active.source(C.MLP_OUT, self.layer))
+        return self.mlp_out.bias_now(self.active, C.MLP_OUT, self.layer)
 
     def _whole(self, x: Float[Tensor, "rows d_model"], source: int) -> Tensor:
         inner = self.mlp_in.plain(x, source)
@@ -742,11 +709,13 @@ class TransformerBlock(nn.Module):
             self.ln2_post = parts.norm(C.LN2_POST, layer)
         self.attn = Attention(arch, layer, parts, flags, active)
         self.mlp = MLP(arch, layer, parts, act, active)
-        self.hook_attn_in = HookPoint()  # [batch, pos, head, d_model]
-        self.hook_q_input = HookPoint()  # [batch, pos, head, d_model]
-        self.hook_k_input = HookPoint()  # [batch, pos, kv_head, d_model]
-        self.hook_v_input = HookPoint()  # [batch, pos, kv_head, d_model]
-        self.hook_mlp_in = HookPoint()  # [batch, pos, d_model], as are all below
+        # [batch, pos, head, d_model], of k and v [batch, pos, kv_head, d_model]
+        self.hook_attn_in = FlaggedPoint(flags, "use_attn_in", unless="use_split_qkv_input")
+        self.hook_q_input = FlaggedPoint(flags, "use_split_qkv_input")
+        self.hook_k_input = FlaggedPoint(flags, "use_split_qkv_input")
+        self.hook_v_input = FlaggedPoint(flags, "use_split_qkv_input")
+        # [batch, pos, d_model], as are all below
+        self.hook_mlp_in = FlaggedPoint(flags, "use_hook_mlp_in")
         self.hook_attn_out = HookPoint()
         self.hook_mlp_out = HookPoint()
         self.hook_resid_pre = HookPoint()
@@ -812,9 +781,8 @@ class TransformerBlock(nn.Module):
 class Parts:
     """Builds modules from the weights of all sources, sharing what they share."""
 
-    def __init__(self, arch: Architecture, sources: list[Weights]) -> None:
-        self.arch = arch
-        self.sources = sources
+    def __init__(self, arch: Architecture, sources: list[Weights], active: Active) -> None:
+        self.arch, self.sources, self.active = arch, sources, active
         self._known: dict[object, Sourced] = {}
 
     def sourced(self, component: Component, layer: int | None, part: str) -> Sourced | None:
@@ -837,8 +805,5 @@ class Parts:
         return self.weight(component, layer), self.sourced(component, layer, "bias")
 
     def norm(self, component: Component, layer: int | None) -> Norm:
-        return Norm(
-            self.arch,
-            self.sourced(component, layer, "weight"),
-            self.sourced(component, layer, "bias"),
-        )
+        weight, bias = (self.sourced(component, layer, part) for part in ("weight", "bias"))
+        return Norm(self.arch, weight, bias, self.active, component, layer)

@@ -20,16 +20,13 @@ from transformer_lens.utilities import Slice
 
 from graftlens.components import Component, suggest
 from graftlens.graft import Graft
+from graftlens.model.active import Active
 from graftlens.model.arch import Architecture
-from graftlens.model.cache import GraftedCache, sliced
+from graftlens.model.cache import Activations, GraftedCache, sliced
 from graftlens.model.forward import (
-    Active,
     AttentionOrder,
-    Chosen,
-    Gathered,
     KeyValueCache,
     Linear,
-    Norm,
     Parts,
     Pass,
     PosEmbed,
@@ -42,7 +39,9 @@ from graftlens.model.forward import (
 from graftlens.model.generation import Generation
 from graftlens.model.identity import config_settings, facts_digest, tokenizer_digest
 from graftlens.model.inputs import Batch, Input, Padding
-from graftlens.model.mask import GraftLike, GraftMask, Selection, plain, resolve, uniform_source
+from graftlens.model.mask import GraftLike, GraftMask, Selection, plain, resolve
+from graftlens.model.output import FinalNorm, Unembed
+from graftlens.model.points import FlaggedPoint
 from graftlens.model.reading import Reading, tell, whole
 from graftlens.model.tree import TreeBatch, TreeShape
 from graftlens.model.weights import Sourced, Weights, equal_sources
@@ -51,16 +50,6 @@ __all__ = ["GraftLike", "GraftedConfig", "GraftedTransformer", "Input"]
 
 C = Component
 T = TypeVar("T")
-
-#: hook -> the flag that makes it fire; HookedTransformer leaves these off to save memory.
-_FLAGGED = {
-    "hook_result": "use_attn_result",
-    "hook_q_input": "use_split_qkv_input",
-    "hook_k_input": "use_split_qkv_input",
-    "hook_v_input": "use_split_qkv_input",
-    "hook_attn_in": "use_attn_in",
-    "hook_mlp_in": "use_hook_mlp_in",
-}
 
 
 @dataclass
@@ -110,55 +99,6 @@ class GraftedConfig:
     def to_dict(self) -> dict[str, Any]:
         """All settings as a dictionary."""
         return asdict(self)
-
-
-class _NormModule(Norm):
-    """`ln_final`, which may be called by itself: a graft in force decides, else the base."""
-
-    owner: "GraftedTransformer"
-
-    def __init__(self, owner: "GraftedTransformer", norm: Norm) -> None:
-        super().__init__(norm.arch, norm.weight, norm.bias)
-        object.__setattr__(self, "owner", owner)
-
-    def forward(self, x: Tensor, chosen: Selection | None = None) -> Tensor:
-        if chosen is None and self.weight is not None:
-            picked = self.owner._active(C.LN_FINAL, x.shape[:-1])
-            assert isinstance(picked, Selection)
-            chosen = picked
-        return super().forward(x, chosen)
-
-
-class _Unembed(nn.Module):
-    """`unembed`, which may be called by itself: a graft in force decides, else the base."""
-
-    owner: "GraftedTransformer"
-
-    def __init__(self, owner: "GraftedTransformer", linear: Linear) -> None:
-        super().__init__()
-        object.__setattr__(self, "owner", owner)
-        self.linear = linear
-        self.hook_in = HookPoint()
-        self.hook_out = HookPoint()
-
-    def forward(
-        self, x: Float[Tensor, "batch pos d_model"], chosen: Selection | None = None
-    ) -> Float[Tensor, "batch pos d_vocab"]:
-        picked: Chosen = chosen or self.owner._active(C.UNEMBED, x.shape[:-1])
-        x = self.hook_in(x)
-        return self.hook_out(
-            self.linear(Gathered(x.flatten(0, -2)), picked).unflatten(0, x.shape[:-1])
-        )
-
-    @property
-    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
-        """The base's unembedding, or that of a graft in force that is uniform here."""
-        return self.linear.weight[self.owner.active.source(C.UNEMBED, None)].T
-
-    @property
-    def b_U(self) -> Float[Tensor, " d_vocab"]:
-        """The unembedding's bias, zeros where there is none."""
-        return self.linear.bias_or_zeros(self.owner.active.source(C.UNEMBED, None))
 
 
 class GraftedTransformer(Reading, Generation, HookedRootModule):
@@ -212,11 +152,10 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         self.tokenizer = tokenizer
         # Its tables are float32 whatever the model's dtype is, so `.to` must not reach it.
         object.__setattr__(self, "rotary", copy.deepcopy(rotary))
-        parts = Parts(arch, list(weights.values()))
+        self.active = Active(arch, self.sources)
+        parts = Parts(arch, list(weights.values()), self.active)
         sample = next(iter(next(iter(weights.values())).values()))
         self.cfg = _config(arch, self.sources, model_name or arch.family, sample, tokenizer)
-
-        self.active = Active(arch, self.sources)
 
         self.embed = TokenEmbed(parts.weight(C.EMBED, None), self.active, arch.embed_scale)
         self.hook_embed = HookPoint()
@@ -227,10 +166,11 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
             TransformerBlock(arch, layer, parts, activation, self.cfg, self.active)
             for layer in range(arch.n_layers)
         )
-        self.ln_final = _NormModule(self, parts.norm(C.LN_FINAL, None))
-        self.unembed = _Unembed(self, Linear(*parts.linear(C.UNEMBED, None)))
+        self.ln_final = FinalNorm(parts.norm(C.LN_FINAL, None))
+        self.unembed = Unembed(Linear(*parts.linear(C.UNEMBED, None)), self.active)
         self.eval()
         self.setup()
+        self._flagged = [hook for hook in self.hook_points() if isinstance(hook, FlaggedPoint)]
 
     @classmethod
     def from_pretrained(
@@ -344,6 +284,7 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
     ) -> Float[Tensor, "batch pos d_model"]:
         """The residual stream after the last layer; `past` says which cached places are real."""
         with self.active.run(mask):
+            self._refuse_silent_hooks("run")
             return self._run_layers(batch, mask, stop_at_layer, cache, past)
 
     def _run_layers(
@@ -400,11 +341,13 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
 
         Raises:
             ValueError: hooks are attached, which a tree's rows do not fit.
+            RuntimeError: they are those of a run of another thread or task.
         """
+        self.active.check("pass")
         hooked = [name for name, hook in self.hook_dict.items() if hook.has_hooks()]
         if hooked:
             raise ValueError(
-                f"hooks are attached at {', '.join(hooked[:3])}{' …' if len(hooked) > 3 else ''}, "
+                f"hooks are attached at {_first(hooked)}, "
                 "but a sweep's rows are no [batch, pos]: what a hook changed there would not mean "
                 "what it means in a run. Remove them (model.reset_hooks()), or run the grafts one "
                 "by one with model.run_with_hooks(…)."
@@ -521,7 +464,11 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
     ) -> tuple[Any, Any]:
         """As HookedTransformer's; the `ActivationCache` knows under which graft it was filled.
 
-        Its head results, biases and final projections use the weights that the graft chose.
+        Its head results, biases and final projections use the weights that the graft chose. The
+        dictionary of `return_cache_object=False` knows it, too, and an `ActivationCache` of it.
+
+        Raises:
+            RuntimeError: another thread or task runs the model, or has hooks on it.
         """
         given = model_args[0] if model_args else kwargs.pop("input")
         names = ("attention_mask", "prepend_bos", "padding_side")
@@ -534,26 +481,28 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         out, activations = super().run_with_cache(
             batch, *model_args[1:], remove_batch_dim=remove_batch_dim, graft=mask, **kwargs
         )
+        kept = np.atleast_1d(sliced(torch.arange(mask.shape[1]), kwargs.get("pos_slice"), 0))
+        activations.mask = mask = mask.take(None, kept)
         if not return_cache_object:
             return out, activations
-        kept = np.atleast_1d(sliced(torch.arange(mask.shape[1]), kwargs.get("pos_slice"), 0))
-        mask = mask.take(None, kept)
         return out, GraftedCache(activations, self, mask, has_batch_dim=not remove_batch_dim)
 
     @contextmanager
     def grafted(self, graft: GraftLike) -> Iterator["GraftedTransformer"]:
         """Every run inside uses `graft`, unless it is given another one.
 
-        For code that calls the model itself, such as `transformer_lens.patching`.
+        For code that calls the model itself, such as `transformer_lens.patching`. It holds in this
+        thread or task (and in tasks that are made inside); another one that names no graft while
+        this one is in force is refused with a RuntimeError.
+
+        Weights without a source axis (`blocks[l].attn.W_O`, `blocks[l].ln1.w`, `ln_final.w`, …) are
+        the graft's inside, and a ValueError where its positions or heads differ.
         """
         graft = Graft.parse(graft) if isinstance(graft, str) else graft
         if not isinstance(graft, Graft | GraftMask | None):
             raise ValueError(_no_graft(graft))
-        self.active.stack.append(graft)
-        try:
+        with self.active.grafted(graft):
             yield self
-        finally:
-            self.active.stack.pop()
 
     def resolve(self, graft: GraftLike, prompts: Input) -> GraftMask:
         """Which source every row uses when `prompts` run under `graft`; pass it on as `graft=`.
@@ -579,22 +528,6 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         if not isinstance(graft, Graft):
             raise ValueError(_no_graft(graft))
         return resolve(graft, batch, self.arch, self.sources)
-
-    def _active(self, component: Component, shape: torch.Size) -> Chosen:
-        """What a module called by itself uses: the active mask where it fits, else the base."""
-        mask, rows = self.active.current, int(np.prod(shape))
-        if isinstance(mask, Graft):
-            site = (component, None)
-            if uniform_source(mask, site, self.arch, self.sources) is None:
-                raise ValueError(
-                    f"{component} was called by itself under graft {str(mask)!r}, which needs a "
-                    "prompt to be resolved. "
-                    "Use `with model.grafted(model.resolve(graft, prompts))`."
-                )
-        if isinstance(mask, GraftMask) and int(np.prod(mask.shape)) == rows:
-            return mask[component, None]
-        source = self.active.source(component, None)
-        return Selection(np.full(rows, source, dtype=np.int8), np.ones(rows, dtype=bool))
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -809,19 +742,26 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
                     )
                     total = total + (rows if rows.ndim == 1 else rows.unflatten(0, mask.shape))
                 else:
-                    total = total + linear.bias[self.active.source(component, l)]
+                    total = total + self.active.of(linear.bias, component, l)
         return total
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Whether `blocks.*.attn.hook_result` [batch, pos, head, d_model] is computed."""
-        self.cfg.use_attn_result = use_attn_result
+        """Whether `blocks.*.attn.hook_result` [batch, pos, head, d_model] is computed.
+
+        Raises, as do all below:
+            ValueError: a hook is attached that would no longer fire.
+            RuntimeError: another thread or task is running the model.
+        """
+        self._set_flag("use_attn_result", use_attn_result)
 
     def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
         """Whether `hook_q_input`, `hook_k_input`, `hook_v_input` fire, one input per head."""
-        self.cfg.use_split_qkv_input = use_split_qkv_input
+        self._set_flag("use_split_qkv_input", use_split_qkv_input)
 
     def set_use_attn_in(self, use_attn_in: bool) -> None:
         """Whether `hook_attn_in` fires, one input per head for q, k and v together.
+
+        It does not while `use_split_qkv_input` is on, which gives q, k and v their own.
 
         Raises:
             ValueError: with grouped-query heads, where q and k have different numbers of heads.
@@ -831,11 +771,30 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
                 f"hook_attn_in needs as many key-value heads as heads; here they are "
                 f"{self.arch.n_kv_heads} and {self.arch.n_heads}. Use set_use_split_qkv_input."
             )
-        self.cfg.use_attn_in = use_attn_in
+        self._set_flag("use_attn_in", use_attn_in)
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
         """Whether `blocks.*.hook_mlp_in` fires."""
-        self.cfg.use_hook_mlp_in = use_hook_mlp_in
+        self._set_flag("use_hook_mlp_in", use_hook_mlp_in)
+
+    def _set_flag(self, flag: str, on: bool) -> None:
+        self.active.check("hooks")
+        before = getattr(self.cfg, flag)
+        setattr(self.cfg, flag, on)
+        try:
+            self._refuse_silent_hooks(f"set_{flag}({on})")
+        except ValueError:
+            setattr(self.cfg, flag, before)
+            raise
+
+    def _refuse_silent_hooks(self, what: str) -> None:
+        """That every hook that is attached fires: a flag may have been turned off since."""
+        silent = [point for point in self._flagged if point.hooked and not point.fires]
+        if silent:
+            raise ValueError(
+                f"{what}: hooks are attached at {_first(point.name for point in silent)}, which "
+                f"would not fire. {silent[0].way} Or remove the hooks first (model.reset_hooks())."
+            )
 
     # -- hooks and moving ------------------------------------------------------------------------
 
@@ -849,14 +808,65 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
     ) -> Iterator["GraftedTransformer"]:
         """TransformerLens's context of temporary hooks; a name that no hook has is an error.
 
+        A filter chooses among the hooks whose flag is on.
+
         Raises:
             ValueError: a hook name that does not exist, a filter that matches none, or a hook whose
                 flag is off, so that it would never fire.
+            RuntimeError: another thread or task runs the model, or has hooks on it; and, inside, a
+                run of another thread or task.
         """
-        for name, _ in [*fwd_hooks, *bwd_hooks]:
-            self._names(name, "hook")
-        with super().hooks(list(fwd_hooks), list(bwd_hooks), reset_hooks_end, clear_contexts):
-            yield self
+        given = [(self._names(n, "hook"), h, "fwd") for n, h in fwd_hooks]
+        given += [(self._names(n, "hook"), h, "bwd") for n, h in bwd_hooks]
+        with self.active.hooking() as level:
+            try:
+                for names, hook, direction in given:
+                    for name in names:
+                        self.hook_dict[name].add_hook(hook, dir=direction, level=level)
+                yield self
+            finally:
+                if reset_hooks_end:
+                    # Not this class's own, which would refuse where another context ends this.
+                    super().reset_hooks(clear_contexts, including_permanent=False, level=level)
+
+    @property
+    def context_level(self) -> int:
+        """How deeply `with model.hooks(…)` and the like are nested."""
+        return self.active.level
+
+    @context_level.setter
+    def context_level(self, level: int) -> None:
+        """HookedRootModule begins by setting it to 0, which it is."""
+
+    def add_hook(self, name: Any, hook: Any, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens: on the model until it is removed, in the runs of every thread.
+
+        A filter chooses among the hooks whose flag is on.
+
+        Raises:
+            ValueError: as for `hooks`; so does `hook_point.add_hook` itself.
+            RuntimeError: another thread or task runs the model, or has hooks on it.
+        """
+        self.active.check("hooks")
+        for each in self._names(name, "hook"):
+            super().add_hook(each, hook, *args, **kwargs)
+
+    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens.
+
+        Raises:
+            RuntimeError: another thread or task runs the model, or has hooks on it.
+        """
+        self.active.check("hooks")
+        super().reset_hooks(*args, **kwargs)
+
+    def add_caching_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; what is given is that of `get_caching_hooks`."""
+        cached, fwd, bwd = self.get_caching_hooks(*args, **kwargs)
+        for direction, hooks in (("fwd", fwd), ("bwd", bwd)):
+            for name, hook in hooks:
+                self.add_hook(name, hook, dir=direction)
+        return cached
 
     def get_caching_hooks(
         self,
@@ -867,28 +877,33 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         cache: dict[str, Tensor] | None = None,
         pos_slice: Any = None,
     ) -> Any:
-        """As in TransformerLens; a filter that matches no hook is an error."""
+        """As in TransformerLens; a filter that matches no hook is an error.
+
+        Unless `cache` is given, the dictionary remembers the graft of the run that filled it, so
+        that an `ActivationCache` made of it knows which weights to compute with.
+        """
         names = self._names(names_filter, "names_filter")
+        cache = Activations() if cache is None else cache
         cached, *hooks = super().get_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
-        if pos_slice is None:
-            return cached, *hooks
-        kept = Slice.unwrap(pos_slice)
+        kept = None if pos_slice is None else Slice.unwrap(pos_slice)
 
-        # TransformerLens guesses the axis from the name, and cuts heads at hook_rot_q and others.
-        def cut(tensor: Tensor, hook: HookPoint, save: Any) -> None:
-            per_pair = str(hook.name).endswith(("hook_attn_scores", "hook_pattern"))
-            save(kept.apply(tensor, dim=2 if per_pair else 1), hook=hook)
+        def keep(tensor: Tensor, hook: HookPoint, save: Any) -> None:
+            passes = self.active.running  # none where a backward hook fires
+            if passes and isinstance(cache, Activations):
+                cache.filled(str(hook.name), passes[-1], kept)
+            if kept is not None:
+                # TransformerLens guesses the axis from the name, and cuts heads at hook_rot_q.
+                per_pair = str(hook.name).endswith(("hook_attn_scores", "hook_pattern"))
+                tensor = kept.apply(tensor, dim=2 if per_pair else 1)
+            save(tensor, hook=hook)
 
-        return cached, *([(name, partial(cut, save=save)) for name, save in h] for h in hooks)
-
-    def _fires(self, name: str) -> bool:
-        flag = _FLAGGED.get(name.rsplit(".", 1)[-1])
-        return flag is None or bool(getattr(self.cfg, flag))
+        return cached, *([(name, partial(keep, save=save)) for name, save in h] for h in hooks)
 
     def _names(self, chosen: Any, what: str) -> list[str]:
         known = self.hook_dict
+        silent = {str(point.name): point for point in self._flagged if not point.fires}
         if chosen is None or callable(chosen):
-            names = [n for n in known if (chosen is None or chosen(n)) and self._fires(n)]
+            names = [n for n in known if (chosen is None or chosen(n)) and n not in silent]
             if not names:
                 raise ValueError(
                     f"{what} matches none of the {len(known)} hooks. Hook names look like "
@@ -902,11 +917,9 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
                     f"{what}: no hook {name!r}. list(model.hook_dict) has all names."
                     f"{suggest(str(name), known)}"
                 )
-            if not self._fires(name):
-                flag = _FLAGGED[name.rsplit(".", 1)[-1]]
+            if name in silent:
                 raise ValueError(
-                    f"{what}: {name!r} does not fire, to save memory. "
-                    f"Turn it on with model.set_{flag}(True)."
+                    f"{what}: {name!r} does not fire, to save memory. {silent[name].way}"
                 )
         return names
 
@@ -965,6 +978,12 @@ def _config(
         sources=sources,
         tokenizer_name=getattr(tokenizer, "name_or_path", None),
     )
+
+
+def _first(names: Iterable[str | None]) -> str:
+    """The first few of some names, for a message."""
+    known = [str(name) for name in names]
+    return ", ".join(known[:3]) + (" …" if len(known) > 3 else "")
 
 
 def _no_graft(value: object) -> str:

@@ -1,0 +1,316 @@
+"""Which graft a model is under here, and which of several threads or tasks may use its hooks.
+
+A graft in force belongs to the thread or task that put it there (a context variable); hooks are
+on the model itself, so they would act in the runs of all. What would mix is refused at once.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from threading import RLock
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from graftlens.components import Component
+from graftlens.graft import Graft
+from graftlens.model.arch import Architecture
+from graftlens.model.mask import Equal, GraftMask, HeadSelection, Selection, uniform_source
+from graftlens.model.weights import Sourced
+
+C = Component
+
+#: A graft in force, a forward pass under its mask, or hooks that are on the model for a while.
+Kind = Literal["graft", "pass", "hooks"]
+
+
+@dataclass(eq=False)
+class _Held:
+    """One `with` that is under way; `level` numbers nested hooks from 1."""
+
+    active: "Active"
+    kind: Kind
+    graft: Graft | GraftMask | None = None
+    level: int = 0
+    over: bool = False
+
+
+#: What this thread or task is inside of, of all models, innermost last.
+_HERE: ContextVar[tuple[_Held, ...]] = ContextVar("here", default=())
+
+#: Held for the moment in which a model's `with`s are looked through; a collected generator may end
+#: one within that moment.
+_LOCK = RLock()
+
+#: Where a weight with the sources as its first axis is found, for messages.
+_STACKED = {
+    C.EMBED: "W_E",
+    C.POS_EMBED: "W_pos",
+    C.Q: "W_Q",
+    C.K: "W_K",
+    C.V: "W_V",
+    C.O: "W_O",
+    C.MLP_IN: "W_in",
+    C.MLP_GATE: "W_gate",
+    C.MLP_OUT: "W_out",
+    C.UNEMBED: "W_U",
+}
+
+
+class Active:
+    """Which graft the model is under now: asked by whoever reads a weight without a position."""
+
+    def __init__(self, arch: Architecture, sources: tuple[str, ...]) -> None:
+        self.arch, self.sources = arch, sources
+        self._live: set[_Held] = set()  # in all threads and tasks
+
+    def __reduce__(self) -> tuple[type["Active"], tuple[Architecture, tuple[str, ...]]]:
+        # A copy of the model is in no `with`.
+        return Active, (self.arch, self.sources)
+
+    # -- what is in force here -------------------------------------------------------------------
+
+    @property
+    def stack(self) -> list[Graft | GraftMask | None]:
+        """What `with model.grafted(…)` has put in force here, innermost last."""
+        return self._of_kinds("graft")
+
+    @property
+    def running(self) -> list[GraftMask]:
+        """The masks of forward passes under way here, so that hooks see what runs."""
+        return [
+            held.graft
+            for held in self._here()
+            if isinstance(held.graft, GraftMask) and held.kind == "pass"
+        ]
+
+    @property
+    def innermost(self) -> Graft | GraftMask | None:
+        """The graft of the innermost `with model.grafted(…)`.
+
+        Raises:
+            RuntimeError: there is none here, but one in another thread or task.
+        """
+        return self._last("graft")
+
+    @property
+    def current(self) -> Graft | GraftMask | None:
+        """The mask of the pass under way or the graft in force, whichever is the innermost.
+
+        Raises:
+            RuntimeError: there is none here, but a graft in force in another thread or task.
+        """
+        return self._last("graft", "pass")
+
+    @property
+    def here(self) -> Graft | GraftMask | None:
+        """As `current`, but None where only another thread or task has a graft in force."""
+        mine = self._of_kinds("graft", "pass")
+        return mine[-1] if mine else None
+
+    def _here(self) -> list[_Held]:
+        return [held for held in _HERE.get() if held.active is self and not held.over]
+
+    def _of_kinds(self, *kinds: Kind) -> list[Graft | GraftMask | None]:
+        return [held.graft for held in self._here() if held.kind in kinds]
+
+    def _last(self, *kinds: Kind) -> Graft | GraftMask | None:
+        mine = self._of_kinds(*kinds)
+        if mine:
+            return mine[-1]
+        if self._live:
+            with _LOCK:
+                others = [h.graft for h in self._live - set(_HERE.get()) if h.kind == "graft"]
+            if others:
+                raise RuntimeError(
+                    f"`with model.grafted({_said(others[0])!r})` is in force in another thread or "
+                    "task, and none in this one, so it is not clear which graft is meant here. "
+                    'Name it (graft=…; "none" is the base), or take the weight of one source '
+                    "(model.W_O[source, layer])."
+                )
+        return None
+
+    # -- putting something in force --------------------------------------------------------------
+
+    @contextmanager
+    def grafted(self, graft: Graft | GraftMask | None) -> Iterator[None]:
+        """A graft in force for what this thread or task runs inside."""
+        with self._held(_Held(self, "graft", graft)):
+            yield
+
+    @contextmanager
+    def under(self, graft: Graft | GraftMask | None) -> Iterator[None]:
+        """As `grafted`, for a moment in which nothing of the user's runs: other threads do not see
+        it."""
+        with _entered(_Held(self, "graft", graft)):
+            yield
+
+    @contextmanager
+    def run(self, mask: GraftMask) -> Iterator[None]:
+        """A forward pass under `mask`.
+
+        Raises:
+            RuntimeError: another thread or task has put hooks on the model for a run of its own.
+        """
+        with self._held(_Held(self, "pass", mask)):
+            yield
+
+    @contextmanager
+    def hooking(self) -> Iterator[int]:
+        """Hooks that are on the model for a while, and their level (nested ones have different
+        levels).
+
+        Raises:
+            RuntimeError: another thread or task has hooks there, or a run under way.
+        """
+        with self._held(_Held(self, "hooks")) as level:
+            yield level
+
+    def check(self, kind: Kind) -> None:
+        """That nothing of another thread or task would mix with a pass, or with hooks.
+
+        Raises:
+            RuntimeError: it would.
+        """
+        if self._live:
+            with _LOCK:
+                self._check(kind)
+
+    def _check(self, kind: Kind) -> None:
+        others = {held.kind for held in self._live - set(_HERE.get())}
+        alone = (
+            "Run them one after another (a threading.Lock around each), or give each a copy of the "
+            "model (copy.deepcopy)."
+        )
+        if "hooks" in others and kind != "graft":
+            raise RuntimeError(
+                "another thread or task has hooks on this model for a run of its own (as "
+                "run_with_cache and `with model.hooks(…)` put there), and they would act here, "
+                f"too. {alone}"
+            )
+        if "pass" in others and kind == "hooks":
+            raise RuntimeError(
+                "another thread or task is running this model, and hooks that change now would "
+                f"change its run, too. {alone}"
+            )
+
+    @contextmanager
+    def _held(self, mine: _Held) -> Iterator[int]:
+        try:
+            with _LOCK:
+                self._check(mine.kind)
+                if mine.kind == "hooks":
+                    mine.level = self._level() + 1
+                self._live.add(mine)
+            with _entered(mine):
+                yield mine.level
+        finally:
+            with _LOCK:
+                self._live.discard(mine)
+
+    def _level(self) -> int:
+        return max((held.level for held in tuple(self._live)), default=0)
+
+    @property
+    def level(self) -> int:
+        """How deeply hooks are nested."""
+        with _LOCK:
+            return self._level()
+
+    # -- weights without a position --------------------------------------------------------------
+
+    def of(self, weight: Sourced, component: Component, layer: int | None) -> Tensor:
+        """The one tensor that a site uses now; the base's where no graft is in force.
+
+        Raises:
+            ValueError: under a graft by which positions or heads differ there.
+            RuntimeError: as for `current`.
+        """
+        if len(weight.variants) == 1:
+            return weight[0]
+        used = self._used(component, layer)
+        if used is not None and len({weight.slots[source] for source in used}) == 1:
+            return weight[used[0]]
+        stacked = _STACKED.get(component)
+        if stacked is not None:
+            way = f"{stacked}[source]" if layer is None else f"{stacked}[source, layer]"
+        else:
+            inside = "attn." if component in (C.Q_NORM, C.K_NORM) else ""
+            way = f"{component}.weight[source]"  # a norm
+            way = way if layer is None else f"blocks[{layer}].{inside}{way}"
+        where = "" if layer is None else f" in layer {layer}"
+        raise ValueError(
+            f"under graft {_said(self.current)!r} there is no single weight for "
+            f"{component}{where}: positions or heads differ. "
+            f"Choose a source yourself, as in model.{way}."
+        )
+
+    def rows(self, component: Component, shape: torch.Size, equal: Equal) -> Selection:
+        """What a module outside the layers uses that is called by itself.
+
+        Args:
+            component: what is called.
+            shape: of its input, but for the width: [batch, pos] where these differ.
+            equal: for each source, the first one with the same tensors.
+
+        Raises:
+            ValueError: places differ under the graft in force, and these are not its places.
+            RuntimeError: as for `current` and `run`.
+        """
+        self.check("pass")
+        used, graft = self._used(component, None), self.current
+        if used is not None and len({equal[source] for source in used}) == 1:
+            rows = int(np.prod(shape))
+            return Selection(np.full(rows, used[0], dtype=np.int8), np.ones(rows, dtype=bool))
+        if not isinstance(graft, GraftMask):
+            raise ValueError(
+                f"{component} was called by itself under graft {str(graft)!r}, which needs a "
+                "prompt to be resolved. "
+                "Use `with model.grafted(model.resolve(graft, prompts))`."
+            )
+        if tuple(shape) != graft.shape:
+            raise ValueError(
+                f"{component} was called by itself on {list(shape)} vectors under graft "
+                f"{_said(graft)!r}, by which the places of its batch of {list(graft.shape)} use "
+                "different weights. Give it [batch, pos, d_model] of that batch, a stack entry by "
+                "entry; or use the cache's own methods (cache.logit_lens, cache.accumulated_resid("
+                "apply_ln=True), cache.logit_attrs)."
+            )
+        chosen = graft[component, None]
+        assert isinstance(chosen, Selection), "only q, k, v and o have heads"
+        return chosen
+
+    def _used(self, component: Component, layer: int | None) -> tuple[int, ...] | None:
+        """The sources of a site's rows; None where a graft that is not resolved gives several."""
+        graft = self.current
+        if isinstance(graft, Graft):
+            only = uniform_source(graft, (component, layer), self.arch, self.sources)
+            return None if only is None else (only,)
+        if graft is None:
+            return (0,)
+        chosen = graft[component, layer]
+        if isinstance(chosen, HeadSelection):
+            return tuple(sorted({s for _, selection in chosen.groups for s in selection.sources}))
+        return chosen.sources
+
+
+@contextmanager
+def _entered(mine: _Held) -> Iterator[None]:
+    token = _HERE.set((*_HERE.get(), mine))
+    try:
+        yield
+    finally:
+        # Generators may end in any order, and in another context than they began in.
+        left = tuple(held for held in _HERE.get() if held is not mine)
+        try:
+            _HERE.reset(token)
+            _HERE.set(left)
+        except ValueError:
+            mine.over = True
+
+
+def _said(graft: Graft | GraftMask | None) -> str:
+    return str(graft.graft if isinstance(graft, GraftMask) else graft or Graft())

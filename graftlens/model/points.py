@@ -1,0 +1,49 @@
+"""Hook points that a flag turns on, because what goes through them costs memory."""
+
+from typing import Any
+
+from torch.utils.hooks import RemovableHandle
+from transformer_lens.hook_points import HookPoint
+
+
+class FlaggedPoint(HookPoint):
+    """A hook point that fires while a flag of the config is on; otherwise hooks are refused."""
+
+    def __init__(self, flags: Any, flag: str, unless: str | None = None) -> None:
+        """`flags` has the flag, and the one that takes its place where both are on."""
+        super().__init__()
+        self.flags, self.flag, self.unless = flags, flag, unless
+
+    @property
+    def fires(self) -> bool:
+        """Whether a run goes through here now."""
+        return self._on(self.flag) and not self._on(self.unless)
+
+    @property
+    def hooked(self) -> bool:
+        """Whether anything is attached."""
+        return bool(self._forward_hooks or self._backward_hooks)
+
+    @property
+    def way(self) -> str:
+        """What makes it fire."""
+        if self._on(self.unless):
+            return f"Turn on model.set_{self.flag}(True) and off model.set_{self.unless}(False)."
+        return f"Turn it on with model.set_{self.flag}(True)."
+
+    # What HookPoint.add_hook goes through, and PyTorch's own hooks as well.
+
+    def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self._refuse_silent()
+        return super().register_forward_hook(*args, **kwargs)
+
+    def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self._refuse_silent()
+        return super().register_full_backward_hook(*args, **kwargs)
+
+    def _refuse_silent(self) -> None:
+        if not self.fires:
+            raise ValueError(f"hook: {self.name!r} does not fire, to save memory. {self.way}")
+
+    def _on(self, flag: str | None) -> bool:
+        return flag is not None and bool(getattr(self.flags, flag))
