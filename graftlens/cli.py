@@ -1,5 +1,6 @@
 """The command line. Each command parses, validates and makes one library call."""
 
+import io
 import re
 import sys
 from collections.abc import Iterable
@@ -414,8 +415,16 @@ def _resources(launcher: Launcher, slurm: list[str] | None, wait: bool) -> dict[
         raise error.under("--slurm", " ") from None
 
 
+def _print_anything() -> None:
+    """A terminal that lacks a sign (an arrow, in Latin-1) shows its number: no work ends by it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """The entry point: errors that a user can mend are one line, an interruption says what next."""
+    _print_anything()
     code = 0
     try:
         # Without standalone mode, typer hands back the code of an Exit, an interruption's too.

