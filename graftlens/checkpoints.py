@@ -242,7 +242,7 @@ def begin(folder: Path) -> None:
     if (found := foreign(folder)) is not None:
         raise _in_the_way(found)
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / UNFINISHED, "graftlens finetune writes this folder, or was killed.\n")
+    (folder / UNFINISHED).touch()  # at once: there is no moment at which the folder is nobody's
 
 
 def seal(folder: Path, **facts: Any) -> None:
@@ -305,16 +305,16 @@ def write_folder(folder: Path, write: Callable[[Path], Any], **facts: Any) -> No
             raise _in_the_way(found)
     with saving(folder):
         if work.exists():
-            shutil.rmtree(work)
+            discard(work)
         begin(work)
         try:
             write(work)
             seal(work, **facts)
         except Exception:
-            shutil.rmtree(work, ignore_errors=True)  # it may be all that the disk is full of
+            discard(work)  # it may be all that the disk is full of
             raise
         if folder.exists():
-            shutil.rmtree(folder)
+            discard(folder)
         work.rename(folder)
         sync(folder.parent)
 
@@ -413,6 +413,8 @@ def remove_all(folder: Path, kind: str) -> None:
     ]
     alone = len(ours) == len(list(folder.iterdir())) and not any(map(_added_list, ours))
     if alone and not folder.is_symlink():
+        for path in ours:
+            _empty(path)
         shutil.rmtree(folder)
         return
     for path in ours:
@@ -424,12 +426,23 @@ def remove_all(folder: Path, kind: str) -> None:
 def discard(folder: Path) -> None:
     """Remove a folder of ours; files that somebody added to it stay."""
     if not (added := _added_list(folder)):
+        _empty(folder)
         shutil.rmtree(folder)
         return
-    for path in _files(folder):
+    for path in list(_files(folder)):
         if path not in added:
             path.unlink()
     (folder / MARKER).unlink(missing_ok=True)
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but a mark that the folder is ours: a kill on the way leaves nothing nameless."""
+    (folder / UNFINISHED).touch()
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != UNFINISHED:
+            path.unlink()
 
 
 def numbered(folder: Path, kind: str) -> dict[int, Path]:

@@ -80,6 +80,8 @@ def read_result(final: Path) -> FinetuneResult:
 
 
 def _result_of(path: Path) -> FinetuneResult:
+    if not path.is_file():
+        raise DamagedError(f"{path} is missing")
     try:
         whole = read_json(path, "")
         record = whole["result"]

@@ -1,6 +1,7 @@
 """Finetuning held against outside cases: bit flips, foreign folders, broken models, full disks."""
 
 import errno
+import gc
 import io
 import json
 import logging
@@ -11,6 +12,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 import transformers
@@ -23,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from toytokenizers import gpt2_style
 
 from graftlens import checkpoints, cli, locks, runfolder
-from graftlens.checkpoints import DamagedError
+from graftlens.checkpoints import DamagedError, newest_complete, recorded
 from graftlens.demo import _claim as claim_demo
 from graftlens.finetune import (
     FinetuneConfig,
@@ -33,6 +35,7 @@ from graftlens.finetune import (
     finetune,
     finetune_run,
 )
+from graftlens.finetuned import read_result
 from graftlens.model import smollm2 as smollm2_module
 from graftlens.model.start import load_start
 
@@ -41,10 +44,12 @@ LINES = [f"Ann met Bob on day {day}." for day in range(4)]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """So that sums are taken in one order."""
+    """So that sums are taken in one order; and accelerate's many collections look at little."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    gc.freeze()
     yield
+    gc.unfreeze()
     torch.set_num_threads(threads)
 
 
@@ -61,7 +66,7 @@ def recipe(start: Path, output: Path, **changes) -> FinetuneConfig:
         "output": output,
         "epochs": 3,
         "learning_rate": 1e-2,
-        "batch_size": 2,
+        "batch_size": 4,
         "precision": "float32",
         "device": "cpu",
     }
@@ -97,6 +102,17 @@ def flip(path: Path, at: float = 0.7) -> None:
     path.write_bytes(content)
 
 
+def spoil(path: Path, damage: str) -> None:
+    if damage == "flipped":
+        flip(path)
+    elif damage == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif damage == "grown":
+        path.write_bytes(path.read_bytes() + b"\n")
+    else:
+        path.unlink()
+
+
 def content_of(folder: Path) -> dict[str, bytes]:
     return {
         str(path.relative_to(folder)): path.read_bytes()
@@ -115,10 +131,10 @@ def cut(start, tmp_path_factory) -> Path:
     """What a run left that stopped in its third epoch."""
     folder = tmp_path_factory.mktemp("cut") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        stop_at(patch, 6)
+        stop_at(patch, 3)
         with pytest.raises(ZeroDivisionError):
             run(recipe(start, folder))
-    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-4"]
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["checkpoint-2"]
     return folder
 
 
@@ -131,45 +147,65 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 FILES = ("model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
-@pytest.mark.parametrize("file", [*FILES, "complete.json"])
-def test_one_bit_of_a_checkpoint(file, cut, start, whole, tmp_path, caplog):
+def test_one_bit_of_a_checkpoint(cut, start, whole, tmp_path, caplog):
     """F3: sizes only were checked, and a flipped bit gave other weights with exit code 0."""
     folder = copied(cut, tmp_path)
-    flip(folder / "checkpoints" / "checkpoint-4" / file)
+    flip(folder / "checkpoints" / "checkpoint-2" / "model.safetensors")
     result = run(recipe(start, folder))
     assert are_equal(weights(result.folder), weights(whole.folder))
     assert result.losses == whole.losses
-    assert f"{file} is not as it was written" in caplog.text or f"{file} is not JSON" in caplog.text
+    assert "model.safetensors is not as it was written: its SHA-256 is another" in caplog.text
     assert {path.name for path in folder.iterdir()} == {".lock", "run.json", "log.jsonl", "model"}
 
 
-@pytest.mark.parametrize("marker", ["", "null", "[]", "{}", '{"sizes": {}, "seconds": 1}', '{"a":'])
-def test_a_marker_of_something_else(marker, cut, start, whole, tmp_path):
-    folder = copied(cut, tmp_path)
-    (folder / "checkpoints" / "checkpoint-4" / "complete.json").write_text(marker)
-    refused = "sizes" in marker  # an earlier release's, which lists none of the files
-    if refused:
-        with pytest.raises(FileExistsError, match="was added to a folder of graftlens finetune"):
-            run(recipe(start, folder))
-        return
-    assert are_equal(weights(run(recipe(start, folder)).folder), weights(whole.folder))
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "grown"])
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_of_a_checkpoint_is_covered(file, damage, cut, tmp_path, caplog):
+    folder = copied(cut, tmp_path) / "checkpoints"
+    assert newest_complete(folder) == folder / "checkpoint-2"
+    spoil(folder / "checkpoint-2" / file, damage)
+    assert newest_complete(folder) is None
+    named = f"{file} is {'missing' if damage == 'missing' else 'not as it was written'}"
+    assert named in caplog.text
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("at", [0.0, 0.01, 0.1, 0.3, 0.5, 0.7, 0.9, 0.999])
+def test_every_bit_of_the_marker_is_covered(at, cut, tmp_path, caplog):
+    folder = copied(cut, tmp_path) / "checkpoints"
+    flip(folder / "checkpoint-2" / "complete.json", at)
+    assert newest_complete(folder) is None
+    assert "checkpoint-2 is incomplete or damaged (" in caplog.text
+    assert "complete.json" in caplog.text
+
+
+@pytest.mark.parametrize("marker", ["", "null", "[]", "{}", '{"a":', '{"files": {}, "seconds": 1}'])
+def test_a_marker_of_something_else(marker, cut, tmp_path):
+    folder = copied(cut, tmp_path) / "checkpoints"
+    (folder / "checkpoint-2" / "complete.json").write_text(marker)
+    assert newest_complete(folder) is None
+
+
+def test_an_earlier_releases_marker_lists_every_file_too(cut, tmp_path):
+    folder = copied(cut, tmp_path) / "checkpoints"
+    (folder / "checkpoint-2" / "complete.json").write_text('{"sizes": {}, "seconds": 1}')
+    with pytest.raises(FileExistsError, match="was added to a folder of graftlens finetune"):
+        newest_complete(folder)
 
 
 def test_a_checkpoint_without_marker_is_nobodys_and_in_the_way(cut, start, tmp_path):
     folder = copied(cut, tmp_path)
-    checkpoint = folder / "checkpoints" / "checkpoint-4"
+    checkpoint = folder / "checkpoints" / "checkpoint-2"
     (checkpoint / "complete.json").unlink()
     before = content_of(checkpoint)
-    with pytest.raises(
-        FileExistsError, match=r"checkpoint-4 is in the way: graftlens finetune did"
-    ):
+    with pytest.raises(FileExistsError, match=r"checkpoint-2 is in the way: graftlens finet"):
         run(recipe(start, folder))
     assert content_of(checkpoint) == before
 
 
 def test_a_file_that_was_added_to_a_checkpoint_is_named_and_kept(cut, start, whole, tmp_path):
     folder = copied(cut, tmp_path)
-    added = folder / "checkpoints" / "checkpoint-4" / "pytorch_model.bin"
+    added = folder / "checkpoints" / "checkpoint-2" / "pytorch_model.bin"
     added.write_text("mine")
     with pytest.raises(FileExistsError, match=r"pytorch_model\.bin is in the way"):
         run(recipe(start, folder))
@@ -182,34 +218,46 @@ def test_a_checkpoint_of_an_earlier_release_is_resumed_from_with_a_word(
     cut, start, whole, tmp_path, caplog
 ):
     folder = copied(cut, tmp_path)
-    checkpoint = folder / "checkpoints" / "checkpoint-4"
+    checkpoint = folder / "checkpoints" / "checkpoint-2"
     sizes = {p.name: p.stat().st_size for p in checkpoint.iterdir() if p.name != "complete.json"}
     (checkpoint / "complete.json").write_text(json.dumps({"sizes": sizes, "seconds": 1.0}))
     result = run(recipe(start, folder))
     assert are_equal(weights(result.folder), weights(whole.folder))
-    assert "checkpoint-4 has no checksums: an earlier release wrote it" in caplog.text
+    assert "checkpoint-2 has no checksums: an earlier release wrote it" in caplog.text
 
 
-@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "grown"])
 @pytest.mark.parametrize(
     "file", ["model.safetensors", "config.json", "tokenizer.json", "finetune.json", "complete.json"]
 )
-def test_a_damaged_result_is_refused_where_nothing_is_left_to_make_it_of(
-    file, damage, whole, start, tmp_path
-):
+def test_every_file_of_a_result_is_covered(file, damage, whole, tmp_path):
+    path = copied(whole.folder.parent, tmp_path) / "model" / file
+    assert read_result(path.parent).losses == whole.losses
+    spoil(path, damage)
+    if (file, damage) == ("complete.json", "grown"):  # by white space
+        assert read_result(path.parent).losses == whole.losses
+        return
+    with pytest.raises(DamagedError, match=rf"model/{file} (is missing|is not|does not say)"):
+        read_result(path.parent)
+
+
+def test_a_damaged_result_is_refused_where_nothing_is_left_to_make_it_of(whole, start, tmp_path):
     """F9: a truncated model was returned as the result, with exit code 0."""
     folder = copied(whole.folder.parent, tmp_path)
-    path = folder / "model" / file
-    if damage == "flipped":
-        flip(path)
-    elif damage == "truncated":
-        os.truncate(path, path.stat().st_size // 2)
-    else:
-        path.unlink()
-    with pytest.raises(DamagedError, match=rf"model/{file} .*remove .*model and give the same com"):
+    spoil(folder / "model" / "model.safetensors", "truncated")
+    message = r"model/model\.safetensors is not as it was written.* remove .*model and give the sam"
+    with pytest.raises(DamagedError, match=message):
         run(recipe(start, folder))
     shutil.rmtree(folder / "model")  # as the message says
     assert are_equal(weights(run(recipe(start, folder)).folder), weights(whole.folder))
+
+
+@pytest.mark.parametrize("file", ["finetune.json", "complete.json"])
+def test_a_damaged_record_of_the_result_is_named(file, whole, start, tmp_path):
+    folder = copied(whole.folder.parent, tmp_path)
+    flip(folder / "model" / file)
+    with pytest.raises(DamagedError, match=rf"model/{file} is not .* remove .*model and give the"):
+        run(recipe(start, folder))
 
 
 def test_a_damaged_result_is_made_again_from_the_checkpoint(cut, whole, start, tmp_path, caplog):
@@ -238,7 +286,7 @@ def test_epochs_that_are_kept_are_checked_and_mend_the_result(start, whole, tmp_
 def test_the_best_epoch_is_checked_before_it_becomes_the_result(start, tmp_path, monkeypatch):
     config = recipe(start, tmp_path / "run", keep="best", heldout_share=0.25)
     with monkeypatch.context() as patch:
-        stop_at(patch, 6)
+        stop_at(patch, 3)
         with pytest.raises(ZeroDivisionError):
             run(config)
     (best,) = (tmp_path / "run" / "epochs").iterdir()
@@ -258,26 +306,34 @@ def test_another_runs_result_is_not_this_ones(whole, start, tmp_path):
 
 @pytest.mark.parametrize("damage", ["", "null", "[1]", '{"config": {"mo', b"\xff\xfe{", None])
 @pytest.mark.parametrize("left", ["model", "checkpoints"])
-def test_a_damaged_run_json_is_made_again(damage, left, whole, cut, start, tmp_path):
+def test_what_a_damaged_run_json_said_is_known(damage, left, whole, cut, tmp_path):
     """JSONDecodeError or AttributeError, without the file's name."""
     folder = copied(whole.folder.parent if left == "model" else cut, tmp_path)
     path = folder / "run.json"
-    before = path.read_bytes()
+    before = json.loads(path.read_bytes())
     if damage is None:
         path.unlink()
     else:
         path.write_bytes(damage if isinstance(damage, bytes) else damage.encode())
+    assert recorded(folder) == before
+
+
+@pytest.mark.parametrize("left", ["model", "checkpoints"])
+def test_a_damaged_run_json_is_made_again(left, whole, cut, start, tmp_path):
+    folder = copied(whole.folder.parent if left == "model" else cut, tmp_path)
+    path = folder / "run.json"
+    before = path.read_bytes()
+    path.write_text("null")
     with pytest.raises(ValueError, match=r"  config\.seed: 0 there, 1 given"):
         run(recipe(start, folder, seed=1))
+    assert path.read_text() == "null"
     assert are_equal(weights(run(recipe(start, folder)).folder), weights(whole.folder))
     assert json.loads(path.read_bytes()) == json.loads(before)
 
 
 def test_a_damaged_run_json_that_nothing_can_mend_is_named(start, tmp_path):
     (tmp_path / "run.json").write_text('{"config": {"mo')
-    with pytest.raises(
-        ValueError, match=r"run\.json is not JSON .*Choose another output folder, or"
-    ):
+    with pytest.raises(ValueError, match=r"run\.json is not JSON .*Choose another output f"):
         run(recipe(start, tmp_path))
     assert (tmp_path / "run.json").read_text() == '{"config": {"mo'
 
@@ -290,7 +346,7 @@ THEIRS = {
     "log.jsonl": "log.jsonl",
     "run.json": "run.json",
     ".lock": ".lock",
-    "checkpoints/checkpoint-4": "checkpoints/checkpoint-4/mine.pt",
+    "checkpoints/checkpoint-2": "checkpoints/checkpoint-2/mine.pt",
     "checkpoints": "checkpoints",
     "epochs/epoch-1": "epochs/epoch-1/mine",
     "epochs/.epoch-1": "epochs/.epoch-1/mine",
@@ -380,6 +436,30 @@ def test_a_config_of_ours_is_written_again(start, texts, tmp_path):
     assert path.read_text() == "mine: true"
 
 
+@pytest.mark.parametrize("gone", range(8))
+def test_a_kill_while_a_checkpoint_is_removed_leaves_it_ours(gone, cut, tmp_path, monkeypatch):
+    """Whichever of its files went first."""
+    folder = copied(cut, tmp_path)
+    calls: list[str] = []
+    original = Path.unlink
+
+    def killed(self: Path, missing_ok: bool = False) -> None:
+        if len(calls) == gone:
+            raise KeyboardInterrupt
+        calls.append(self.name)
+        original(self, missing_ok=missing_ok)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        patch.setattr(shutil, "rmtree", lambda path: original(path / ".graftlens-unfinished"))
+        try:
+            checkpoints.discard(folder / "checkpoints" / "checkpoint-2")
+        except KeyboardInterrupt:
+            assert len(calls) == gone
+    checkpoints.refuse_foreign(folder, ["log.jsonl"], ["checkpoints/checkpoint-2"])
+    assert newest_complete(folder / "checkpoints") is None or gone == 0
+
+
 def test_a_card_beside_the_result_is_no_damage_but_a_second_adapter_is(whole, start, tmp_path):
     folder = copied(whole.folder.parent, tmp_path)
     (folder / "model" / "README.md").write_text("# My model")
@@ -412,9 +492,7 @@ def test_smollm2s_leftovers_are_known_by_their_marker(tmp_path, monkeypatch):
 def test_the_demo_replaces_no_report_of_others(tmp_path):
     folder = tmp_path / "facts-6-epochs-1-seed-0"
     (tmp_path / "report.html").write_text("mine")
-    with pytest.raises(
-        FileExistsError, match=r"report\.html is in the way: the demo writes a file"
-    ):
+    with pytest.raises(FileExistsError, match=r"report\.html is in the way: the demo writes"):
         claim_demo(tmp_path, folder)
     (tmp_path / "report.html").unlink()
     claim_demo(tmp_path, folder)
@@ -450,7 +528,7 @@ MODELS = {
     ),
     "missing": (
         lambda t: t.pop("transformer.h.0.ln_1.weight"),
-        r"lacks tensors: transformer\.h\.0",
+        r"lacks tensors: transformer\.",
     ),
     "unknown": (
         lambda t: t.update({"v_head.weight": torch.ones(2)}),
@@ -467,7 +545,7 @@ def test_models_that_are_not_whole(fault, start, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(recipe(changed(start, tmp_path / "model", change), tmp_path / "run"))
     assert not (tmp_path / "run" / "run.json").exists()
-    assert run(recipe(start, tmp_path / "run", epochs=1)).steps == 2
+    assert run(recipe(start, tmp_path / "run", epochs=1)).steps == 1
 
 
 def edit(name: str, content: str | None) -> Callable[[Path], object]:
@@ -502,6 +580,10 @@ FOLDERS = {
     "half of the weights": (
         lambda folder: os.truncate(folder / "model.safetensors", 5000),
         r"the weights could not be loaded",
+    ),
+    "another vocabulary": (
+        config_with(vocab_size=7),
+        r"wte\.weight is stored as \[\d+, \d+\], but config\.json makes it \[7, \d+\]",
     ),
     "no config": (edit("config.json", None), r"the config could not be loaded"),
     "half a config": (edit("config.json", '{"mo'), r"the config could not be loaded"),
@@ -556,21 +638,15 @@ def test_a_text_beyond_the_positions_is_named(start, tmp_path, monkeypatch):
         run(config, lines)
     assert not (tmp_path / "run" / "run.json").exists()
     monkeypatch.undo()
-    assert run(config).steps == 6  # the mended one
+    assert run(config).steps == 3  # the mended one
 
 
 def test_texts_are_counted_as_they_were_given(start, tmp_path):
     """Whatever is held out of them."""
     lines = [f"Ann met Bob on day {day}." for day in range(12)]
     lines[7] = "Ann met Bob. " * 40
-    for seed in range(4):
-        config = recipe(start, tmp_path / f"run-{seed}", seed=seed, heldout_share=0.25, epochs=1)
-        try:
-            run(config, lines)
-        except ValueError as error:
-            assert "text 8 ('Ann met Bob." in str(error)
-        else:  # held out, and scored in pieces that the model can read
-            assert seed in (0, 1, 2, 3)
+    with pytest.raises(ValueError, match=r"^text 8 \('Ann met Bob\. "):
+        run(recipe(start, tmp_path / "run", heldout_share=0.25, max_length=5000), lines)
 
 
 def test_heldout_texts_are_cut_at_the_models_positions(start, tmp_path):
@@ -587,7 +663,7 @@ def test_a_token_beyond_the_embedding_is_named(where, start, tmp_path):
     train, held = (LINES, [*LINES, "A <film>."])[:: 1 if where == "held-out" else -1]
     with pytest.raises(
         ValueError,
-        match=rf"text 5 \('A <film>\.'\) has token {size}, but the model embeds {size} t",
+        match=rf"text 5 \('A <film>\.'\) has token {size}, but the model embeds {size}",
     ):
         run(
             recipe(start, tmp_path / "run"),
@@ -612,7 +688,7 @@ def test_padding_needs_no_row_of_the_embedding(start, whole, tmp_path):
         ({"max_length": 3}, r"4 of 4 training texts are longer than max_length=3"),
         (
             {"lora": LoraSettings(target_modules=("q_prj",))},
-            r"names 'q_prj', which this model does",
+            r"names 'q_prj', which this model d",
         ),
         ({"heldout_file": "held.txt"}, r"none of the 1 held-out texts has two tokens"),
     ],
@@ -668,9 +744,7 @@ FULL = {
     "safetensors": (
         transformers.PreTrainedModel,
         "save_pretrained",
-        SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        ),
+        SafetensorError("Error while serializing: I/O error: No space left on device"),
     ),
     "torch": (
         transformers.Trainer,
@@ -696,9 +770,7 @@ def test_a_full_disk_is_one_sentence_and_no_half_checkpoint(
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, failing)
-        with pytest.raises(
-            OSError, match=r"checkpoints could not be written: the disk is full\. M"
-        ):
+        with pytest.raises(OSError, match=r"checkpoints could not be written: the disk is full\."):
             run(recipe(start, tmp_path / "run"))
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     result = run(recipe(start, tmp_path / "run"))
@@ -714,7 +786,7 @@ def test_a_disk_that_is_full_at_the_end_keeps_the_checkpoint(start, whole, tmp_p
         with pytest.raises(OSError, match=r"run/model could not be written: the disk is full"):
             run(recipe(start, tmp_path / "run"))
     assert not (tmp_path / "run" / ".model").exists()
-    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-4"]
+    assert [p.name for p in (tmp_path / "run" / "checkpoints").iterdir()] == ["checkpoint-2"]
     assert are_equal(weights(run(recipe(start, tmp_path / "run")).folder), weights(whole.folder))
 
 
@@ -734,9 +806,7 @@ def test_a_file_system_without_locks_is_said(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr(FileLock, "acquire", failing)
-    with pytest.raises(
-        OSError, match=r"the file system of .*run has no locks \(flock\), so two pro"
-    ):
+    with pytest.raises(OSError, match=r"the file system of .*run has no locks \(flock\), so two"):
         run(recipe(tmp_path / "no-model", tmp_path / "run"))
 
 
@@ -767,11 +837,17 @@ def test_what_is_waited_for_is_said(tmp_path, monkeypatch, caplog):
     assert "another process may hold it that fetches SmolLM2" in caplog.text
 
 
+@pytest.fixture
+def unchecked(monkeypatch):
+    """Only tests check annotations, and typer gives None for what was not said."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
 # -- the command line ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii"])
-def test_a_finished_run_does_not_die_of_what_it_prints(encoding, monkeypatch, tmp_path):
+def test_a_finished_run_does_not_die_of_what_it_prints(encoding, unchecked, monkeypatch, tmp_path):
     """ "loss 1.0 → 0.5" was a UnicodeEncodeError on a terminal of Latin-1, with exit code 1."""
     shown, errors = io.BytesIO(), io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding=encoding))
@@ -789,7 +865,7 @@ def test_a_finished_run_does_not_die_of_what_it_prints(encoding, monkeypatch, tm
     assert shown.getvalue().endswith(b" 0.500 nats a token\n")
 
 
-def test_home_folders_in_every_path(tmp_path, monkeypatch):
+def test_home_folders_in_every_path(unchecked, tmp_path, monkeypatch):
     """A literal ~ folder appeared."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
