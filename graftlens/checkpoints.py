@@ -1,32 +1,170 @@
-"""The folder of a finetuning run: whose it is, and what in it is complete after any kill.
+"""The folder of a finetuning run: whose it is, and what in it is whole after any kill or fault.
 
-A folder of our own is written beside its place and moved there in one rename. The Trainer writes
-its checkpoints in place, file by file; such a folder counts only with a marker, which is written
-last and lists every file's size.
+The folder is ours because its ``run.json`` says what the run is. A folder in it is ours because of
+a marker inside: `UNFINISHED` while it is written (the Trainer writes its checkpoints in place, file
+by file), and then ``complete.json``, which is written last and has the SHA-256 of every file. What
+has neither is somebody else's: never read, replaced or removed.
 """
 
+import contextlib
+import errno
+import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
+from graftlens.folder import parse_json, read_json, read_text, sync, write_whole
+
 MARKER = "complete.json"
+UNFINISHED = ".graftlens-unfinished"
+
+#: Endings of files that a loader could read; one that is added can change what is loaded.
+LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".pt", ".pth", ".py")
 
 logger = logging.getLogger(__name__)
 
 
-def claim(
+class DamagedError(ValueError):
+    """A file of ours is not as it was written."""
+
+
+# -- whose the folder is -----------------------------------------------------------------------
+
+
+def recorded(folder: Path) -> Mapping[str, Any] | None:
+    """What the folder's run is, as ``run.json`` says; None where the folder is nobody's.
+
+    Where that file is gone or damaged, a result or checkpoint of ours says it.
+
+    Raises:
+        ValueError: a ``run.json`` that is somebody else's, or damaged beyond help.
+    """
+    path, problem = folder / "run.json", ""
+    if os.path.lexists(path):
+        try:
+            found = parse_json(read_text(path), path)
+            if is_identity(found):
+                return found
+            if isinstance(found, dict) and "start" not in found:
+                raise _in_the_way(path)
+            problem = f"{path} does not say what the run is"
+        except _InTheWayError:
+            raise
+        except (OSError, ValueError) as error:
+            problem = str(error).rstrip(".")
+    checkpoints = sorted(_numbered(folder / "checkpoints", "checkpoint").items(), reverse=True)
+    for place in (folder / "model", *(path for _, path in checkpoints)):
+        with contextlib.suppress(OSError, ValueError):
+            if is_identity(said := _marker(place).get("run")):
+                if problem:
+                    logger.warning("%s: made again from %s", problem, place / MARKER)
+                return said
+    if problem:
+        raise ValueError(
+            f"{problem}, and there is no checkpoint that does. Choose another output folder, or "
+            f"remove {path} if the run in this folder is to begin again."
+        )
+    return None
+
+
+def is_identity(value: Any) -> bool:
+    """Whether the value has the shape of what `claim` writes."""
+    keys = {"config": "learning_rate", "data": "train_sha256", "start": "weights_sha256"}
+    return isinstance(value, Mapping) and all(
+        isinstance(value.get(section), Mapping) and key in value[section]
+        for section, key in keys.items()
+    )
+
+
+def refuse_foreign(
+    output: Path, files: Iterable[str] = (), folders: Iterable[str] = (), *, claimed: bool = True
+) -> None:
+    """Check that what a run is going to write takes the place of nothing that is not ours.
+
+    Args:
+        output: the run's folder, which need not be there.
+        files: names of files in it, ours if the folder is.
+        folders: ways to folders in it, ours if they have a marker.
+        claimed: whether to ask if the folder is ours; else it is not.
+
+    Raises:
+        FileExistsError: something is in the way; the message names it.
+        ValueError: a ``run.json`` that is damaged beyond help.
+    """
+    if os.path.lexists(output) and not output.is_dir():
+        raise _in_the_way(output)
+    ours = claimed and recorded(output) is not None
+    for name in files:
+        path = output / name
+        if os.path.lexists(path) and not (ours and path.is_file() and not path.is_symlink()):
+            raise _in_the_way(path)
+    for path in (output / "checkpoints", output / "epochs"):
+        if os.path.lexists(path) and not path.is_dir():
+            raise _in_the_way(path)
+    for name in folders:
+        path = output / name
+        if (found := foreign(path, ours)) is not None:
+            raise _in_the_way(found)
+
+
+def foreign(path: Path, claimed: bool = True) -> Path | None:
+    """What of a folder is not ours: itself, a file in it, or None (also if it is not there).
+
+    Args:
+        path: the folder.
+        claimed: whether it lies in a folder of ours; nothing else there is ours.
+    """
+    if not os.path.lexists(path):
+        return None
+    if path.is_symlink() or not path.is_dir():
+        return path
+    if not any(path.iterdir()) or (path / UNFINISHED).is_file():
+        return None
+    if not claimed or not is_ours(path):
+        return path
+    return next(iter(_added(path)), None)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether it is a folder of ours: by a marker inside.
+
+    The result of an earlier release has none but its record.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    if (folder / UNFINISHED).is_file() or (folder / MARKER).is_file():
+        return True
+    with contextlib.suppress(OSError, ValueError):
+        return is_identity(parse_json(read_text(folder / "finetune.json"), folder))
+    return False
+
+
+class _InTheWayError(FileExistsError):
+    """What is not ours has a name that a run needs."""
+
+
+def _in_the_way(path: Path) -> _InTheWayError:
+    return _InTheWayError(
+        f"{path} is in the way: graftlens finetune did not write it, and replaces nothing that is "
+        "not its own. Choose another output folder, or move it away."
+    )
+
+
+def check_claim(
     folder: Path,
     identity: Mapping[str, Any],
     *,
     defaults: Mapping[str, Any],
     elsewhere: Collection[str] = (),
 ) -> None:
-    """Write down in ``run.json`` what this folder's run is, or check that it is this one.
+    """Check that the folder is nobody's, or this run's.
 
     Args:
         folder: the run's folder.
@@ -35,14 +173,33 @@ def claim(
         elsewhere: dotted names that may differ, as they only say where something is.
 
     Raises:
-        ValueError: the folder holds another run; the message has each difference.
+        ValueError: the folder, or a checkpoint or result in it, is of another run; the message has
+            each difference.
     """
+    holds: dict[str, Any] = {f"{folder} holds another finetuning run": recorded(folder)}
+    for path in numbered(folder / "checkpoints", "checkpoint").values():
+        with contextlib.suppress(DamagedError):
+            holds[f"{path} is of another finetuning run"] = _marker(path).get("run")
+    path = folder / "model" / "finetune.json"
+    # Of one that is damaged it is said elsewhere that it is.
+    if is_intact(path) or not (path.parent / MARKER).is_file():
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            whole = parse_json(read_text(path), path)
+            holds[f"{path.parent} is of another finetuning run"] = {
+                section: whole[section] for section in identity if section in whole
+            }
+    for what, there in holds.items():
+        if is_identity(there):
+            refuse_differences(what, _flat(defaults) | _flat(there), identity, elsewhere)
+
+
+def claim(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write down in ``run.json`` what this folder's run is, unless it is there (`check_claim`)."""
     path = folder / "run.json"
-    if not path.exists():
-        write_text(path, json.dumps(identity, indent=2) + "\n")
-        return
-    there = _flat(defaults) | _flat(json.loads(path.read_text()))
-    refuse_differences(f"{folder} holds another finetuning run", there, identity, elsewhere)
+    with contextlib.suppress(OSError, ValueError):
+        if is_identity(parse_json(read_text(path), path)):
+            return
+    write_whole(path, json.dumps(identity, indent=2) + "\n")
 
 
 def refuse_differences(
@@ -73,26 +230,119 @@ def refuse_differences(
         )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Replace the file by one that is complete."""
-    work = path.with_name(f".{path.name}.tmp")
-    with work.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    work.replace(path)
+# -- folders that are whole, or known not to be ------------------------------------------------
 
 
-def write_folder(folder: Path, write: Callable[[Path], Any]) -> None:
-    """Replace the folder by what `write` puts into the one that it is given."""
+def begin(folder: Path) -> None:
+    """Make the folder, and say in it that it is ours and not whole.
+
+    Raises:
+        FileExistsError: there is one that is not ours.
+    """
+    if (found := foreign(folder)) is not None:
+        raise _in_the_way(found)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / UNFINISHED).touch()  # at once: there is no moment at which the folder is nobody's
+
+
+def seal(folder: Path, **facts: Any) -> None:
+    """Write the marker, with these facts and the SHA-256 of every file.
+
+    From now on the folder is whole, and `verify` finds what is not as it was.
+    """
+    flush(folder)
+    files = {_name(path, folder): _sha256(path) for path in sorted(_files(folder))}
+    marker = {"made_by": "graftlens finetune", **facts, "files": files}
+    marker["sha256"] = _digest(marker)
+    write_whole(folder / MARKER, json.dumps(marker, indent=1) + "\n")
+    (folder / UNFINISHED).unlink(missing_ok=True)
+
+
+def verify(folder: Path) -> Mapping[str, Any]:
+    """Check every file of a folder that was sealed; the marker's content.
+
+    Raises:
+        DamagedError: a file is missing, not as it was written, or the marker is.
+        FileExistsError: a file that a loader could read was added.
+    """
+    if (folder / UNFINISHED).exists() and not (folder / MARKER).exists():
+        raise DamagedError(f"{folder} is half-written")
+    marker = _marker(folder)
+    for name, expected in marker["files"].items():
+        path = folder / name
+        if not path.is_file():
+            raise DamagedError(f"{path} is missing")
+        size = isinstance(expected, int)
+        if (path.stat().st_size if size else _sha256(path)) != expected:
+            raise DamagedError(
+                f"{path} is not as it was written: its {'size' if size else 'SHA-256'} is another"
+            )
+    for path in _added(folder):
+        if path.suffix.lower() in LOADED:
+            raise FileExistsError(
+                f"{path} was added to a folder of graftlens finetune, and a loader could read it. "
+                "Move it away and give the same command again."
+            )
+    return marker
+
+
+def is_intact(path: Path) -> bool:
+    """Whether this one file of a sealed folder is as it was written."""
+    with contextlib.suppress(OSError, ValueError):
+        return bool(_marker(path.parent)["files"].get(path.name) == _sha256(path))
+    return False
+
+
+def write_folder(folder: Path, write: Callable[[Path], Any], **facts: Any) -> None:
+    """Replace the folder by what `write` puts into the one that it is given, sealed.
+
+    Raises:
+        OSError: it cannot be written (a full disk), or one there is not ours.
+    """
     work = folder.with_name(f".{folder.name}")
-    shutil.rmtree(work, ignore_errors=True)
-    work.mkdir(parents=True)
-    write(work)
-    flush(work)
-    if folder.exists():
-        shutil.rmtree(folder)
-    work.rename(folder)
+    for path in (work, folder):
+        if (found := foreign(path)) is not None:
+            raise _in_the_way(found)
+    with saving(folder):
+        if work.exists():
+            discard(work)
+        begin(work)
+        try:
+            write(work)
+            seal(work, **facts)
+        except Exception:
+            discard(work)  # it may be all that the disk is full of
+            raise
+        if folder.exists():
+            discard(folder)
+        work.rename(folder)
+        sync(folder.parent)
+
+
+@contextlib.contextmanager
+def saving(place: Path) -> Iterator[None]:
+    """One plain sentence for what goes wrong in writing, whichever library writes.
+
+    Raises:
+        OSError: names the place and what to do.
+    """
+    try:
+        yield
+    except _InTheWayError:
+        raise
+    except (OSError, RuntimeError, SafetensorError) as error:
+        said = " ".join(str(error).split())
+        # torch.save says nothing of the disk, but where in its own source it noticed.
+        full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(
+            re.search(r"No space left|quota exceeded|inline_container|PytorchStreamWriter", said)
+        )
+        if isinstance(error, RuntimeError) and not full and "stream" not in said:
+            raise
+        what = "the disk is full" if full else getattr(error, "strerror", None) or said
+        raise OSError(
+            f"{place} could not be written: {what}. Mend that and give the same command again; it "
+            "goes on from its last checkpoint."
+        ) from error
 
 
 def flush(folder: Path) -> None:
@@ -103,55 +353,101 @@ def flush(folder: Path) -> None:
                 os.fsync(file.fileno())
 
 
-def mark_complete(checkpoint: Path, *, seconds: float) -> None:
-    """Write the marker; from now on the checkpoint is one to resume from.
+def mark_complete(checkpoint: Path, *, seconds: float, run: Mapping[str, Any]) -> None:
+    """Seal the checkpoint; from now on it is one to resume from.
 
     Args:
         checkpoint: a folder that the Trainer wrote.
         seconds: of training that led to it.
+        run: what determines the result, as `claim` writes it.
     """
-    flush(checkpoint)
-    sizes = {
-        str(path.relative_to(checkpoint)): path.stat().st_size
-        for path in sorted(checkpoint.rglob("*"))
-        if path.is_file()
-    }
-    marker = json.dumps({"sizes": sizes, "seconds": seconds}, indent=1) + "\n"
-    write_text(checkpoint / MARKER, marker)
+    seal(checkpoint, run=run, seconds=seconds)
 
 
 def seconds_of(checkpoint: Path) -> float:
     """What `mark_complete` was told."""
-    return float(json.loads((checkpoint / MARKER).read_text())["seconds"])
+    return float(_marker(checkpoint)["seconds"])
 
 
 def newest_complete(folder: Path) -> Path | None:
-    """The checkpoint to resume from; incomplete ones are removed."""
-    complete: dict[int, Path] = {}
-    for step, path in _numbered(folder, "checkpoint").items():
-        if _is_complete(path):
-            complete[step] = path
-        else:
-            logger.warning("%s is incomplete (a process was killed while saving): removed", path)
-            shutil.rmtree(path)
-    return complete[max(complete)] if complete else None
+    """The checkpoint to resume from; newer ones that are half-written or damaged are removed.
+
+    Raises:
+        FileExistsError: a file was added to it that could change what is loaded.
+    """
+    for _, path in sorted(_numbered(folder, "checkpoint").items(), reverse=True):
+        if not is_ours(path):
+            continue
+        try:
+            marker = verify(path)
+        except DamagedError as error:
+            logger.warning(
+                "%s is incomplete or damaged (%s): removed, the run goes on from the one before or "
+                "begins again",
+                path,
+                error,
+            )
+            discard(path)
+            continue
+        if "sizes" in marker:
+            logger.warning("%s has no checksums: an earlier release wrote it", path)
+        return path
+    return None
 
 
 def remove_others(folder: Path, kind: str, kept: int | None) -> None:
-    """Remove the folders ``KIND-NUMBER`` but the one numbered `kept`."""
+    """Remove our folders ``KIND-NUMBER`` but the one numbered `kept`."""
     for number, path in _numbered(folder, kind).items():
-        if number != kept:
+        if number != kept and is_ours(path):
+            discard(path)
+
+
+def remove_all(folder: Path, kind: str) -> None:
+    """Remove our folders ``KIND-NUMBER``, half-written ones too, and the folder if it is empty."""
+    if not folder.is_dir():
+        return
+    ours = [
+        path
+        for path in folder.iterdir()
+        if re.fullmatch(rf"\.?{kind}-[0-9]+", path.name) and is_ours(path)
+    ]
+    alone = len(ours) == len(list(folder.iterdir())) and not any(map(_added_list, ours))
+    if alone and not folder.is_symlink():
+        for path in ours:
+            _empty(path)
+        shutil.rmtree(folder)
+        return
+    for path in ours:
+        discard(path)
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder of ours; files that somebody added to it stay."""
+    if not (added := _added_list(folder)):
+        _empty(folder)
+        shutil.rmtree(folder)
+        return
+    for path in list(_files(folder)):
+        if path not in added:
+            path.unlink()
+    (folder / MARKER).unlink(missing_ok=True)
+
+
+def _empty(folder: Path) -> None:
+    """Remove all but a mark that the folder is ours: a kill on the way leaves nothing nameless."""
+    (folder / UNFINISHED).touch()
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
+        elif path.name != UNFINISHED:
+            path.unlink()
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            flat |= _flat(inner, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = inner
-    return flat
+def numbered(folder: Path, kind: str) -> dict[int, Path]:
+    """Number -> our folder ``KIND-NUMBER``."""
+    return {n: path for n, path in _numbered(folder, kind).items() if is_ours(path)}
 
 
 def _numbered(folder: Path, kind: str) -> dict[int, Path]:
@@ -163,12 +459,73 @@ def _numbered(folder: Path, kind: str) -> dict[int, Path]:
     }
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    marker = checkpoint / MARKER
-    if not marker.is_file():
-        return False
-    sizes = json.loads(marker.read_text())["sizes"]
-    return all(
-        (checkpoint / name).is_file() and (checkpoint / name).stat().st_size == size
-        for name, size in sizes.items()
+def _marker(folder: Path) -> Mapping[str, Any]:
+    """The marker's content, with ``files``: name -> SHA-256 (size, of an earlier release).
+
+    Raises:
+        DamagedError: it is missing or not as it was written.
+    """
+    path = folder / MARKER
+    if not path.is_file():
+        raise DamagedError(f"{path} is missing")
+    try:
+        found = read_json(path, "")
+    except ValueError as error:
+        raise DamagedError(str(error).strip().rstrip(".")) from None
+    damaged = DamagedError(f"{path} is not as it was written")
+    if not isinstance(found, dict):
+        raise damaged
+    if found.keys() == {"sizes", "seconds"} and isinstance(found["sizes"], dict):
+        return found | {"files": found["sizes"]}
+    said = found.pop("sha256", None)
+    if said != _digest(found) or not isinstance(found.get("files"), dict):
+        raise damaged
+    return found
+
+
+def _added(folder: Path) -> Iterator[Path]:
+    """Files of a sealed folder that its marker does not list; hidden ones do not count."""
+    if (folder / UNFINISHED).is_file():
+        return
+    try:
+        known = _marker(folder)["files"]
+    except DamagedError:
+        return  # it cannot be known
+    for path in _files(folder):
+        if _name(path, folder) not in known and not path.name.startswith("."):
+            yield path
+
+
+def _added_list(folder: Path) -> list[Path]:
+    return list(_added(folder))
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    return (
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != UNFINISHED and path != folder / MARKER
     )
+
+
+def _name(path: Path, folder: Path) -> str:
+    return path.relative_to(folder).as_posix()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        if isinstance(inner, Mapping):
+            flat |= _flat(inner, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = inner
+    return flat

@@ -1,5 +1,6 @@
 """The command line. Each command parses, validates and makes one library call."""
 
+import io
 import re
 import sys
 import warnings
@@ -433,9 +434,17 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
     typer.echo(f"graftlens: warning: {message}", err=True)
 
 
+def _print_anything() -> None:
+    """A terminal that lacks a sign (an arrow, in Latin-1) shows its number: no work ends by it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
-    """The entry point: errors that a user can mend are one line, and so are warnings; an
+    """The entry point: errors that a user can fix are one line, and so are warnings; an
     interruption says what next."""
+    _print_anything()
     code = 0
     try:
         with warnings.catch_warnings():

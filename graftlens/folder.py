@@ -33,6 +33,11 @@ def read_text(path: str | Path) -> str:
         ValueError: a file of another encoding.
     """
     content = Path(path).expanduser().read_bytes()
+    if (place := content.find(0)) >= 0:
+        raise ValueError(
+            f"{path} is not UTF-8 text (byte {place} is 0, as in UTF-16 or a binary file). "
+            "Save it as UTF-8."
+        )
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:

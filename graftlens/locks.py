@@ -7,6 +7,7 @@ the substitutes for them outlive a process that is killed.
 import contextlib
 import errno
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,7 +46,8 @@ def locked(
         OSError: a folder that cannot be written.
     """
     lock: BaseFileLock = FileLock(path)
-    held = _acquire(lock, path, 0.0)
+    with _said_if_hung(path, say):
+        held = _acquire(lock, path, 0.0)
     pause = SAID
     while wait and not held:
         held = _acquire(lock, path, pause)
@@ -69,6 +71,19 @@ def holder(path: Path) -> str:
             if kind == "FLOCK" and where == place and int(process) > 0:
                 return f"process {process}"
     return "another process"
+
+
+@contextlib.contextmanager
+def _said_if_hung(path: Path, say: Callable[[str], object]) -> Iterator[None]:
+    """By a timer: on some network file systems, asking for a lock without waiting hangs."""
+    note = f"{path} cannot be locked yet: its file system does not answer"
+    timer = threading.Timer(SAID, say, (note,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _acquire(lock: BaseFileLock, path: Path, seconds: float) -> bool:

@@ -685,12 +685,12 @@ def test_texts_come_in_a_dataset(tiny, tmp_path, unchecked):
     assert not (tmp_path / "run").exists()
 
 
-def test_an_infinite_loss_stops_the_run(tiny, tmp_path):
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny)
-    with torch.no_grad():
-        model.transformer.ln_f.weight.fill_(float("nan"))
+def test_an_infinite_loss_stops_the_run(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        transformers.Trainer, "training_step", lambda *_, **__: torch.tensor(math.nan)
+    )
     with pytest.raises(FloatingPointError, match=r"loss is nan at step 1\. Lower learning_rate"):
-        run(recipe(tiny, tmp_path / "run", heldout_share=0), model=model)
+        run(recipe(tiny, tmp_path / "run", heldout_share=0))
     assert not (tmp_path / "run" / "model").exists()
 
 
@@ -903,7 +903,7 @@ def test_adapters_are_merged_into_each_kept_epoch_and_go_on_as_they_were(tiny, t
 
 
 def test_a_run_of_an_earlier_release_is_recognised(tiny, tmp_path):
-    """Which knew neither what to freeze nor which epoch to keep, and one process only."""
+    """Which knew neither what to freeze nor which epoch to keep, one process only, no checksums."""
     config = recipe(tiny, tmp_path / "run", epochs=1)
     result = run(config)
     for path, gone in (
@@ -913,9 +913,11 @@ def test_a_run_of_an_earlier_release_is_recognised(tiny, tmp_path):
         record = json.loads(path.read_text())
         del record["processes"]
         record.get("result", {}).pop("epoch", None)
+        record.get("versions", {}).pop("graftlens", None)
         for name in gone:
             del record["config"][name]
         path.write_text(json.dumps(record))
+    (result.folder / "complete.json").unlink()
     assert run(config) == result
     with pytest.raises(ValueError, match=r"  config\.keep: 'last' there, 'best' given"):
         run(recipe(tiny, tmp_path / "run", epochs=1, keep="best"))

@@ -31,12 +31,18 @@ BESIDE = {
     "data": {"sweep", "cli", "viz"},
     "engines": {"sweep", "finetune", "model", "cli", "viz"},
     "finetune": {"sweep", "cli", "viz"},
+    "finetuned": {"finetune", "model", "sweep", "cli", "viz"},
     "folder": {"data", "finetune", "model", "sweep", "cli", "viz"},
+    "locks": {"data", "finetune", "model", "sweep", "cli", "viz"},
     "metrics": {"sweep", "cli", "viz"},
     "plainyaml": {"graft", "data", "finetune", "model", "sweep", "cli", "viz"},
+    "perplexity": {"finetune", "sweep", "cli", "viz"},
     "presets": {"model", "sweep", "cli", "viz"},
     "processes": {"model", "sweep", "cli", "viz"},
+    "recipes": {"finetune", "model", "sweep", "cli", "viz"},
+    "runfolder": {"finetune", "model", "sweep", "cli", "viz"},
     "stats": {"sweep", "cli", "viz"},
+    "trainingtexts": {"finetune", "model", "sweep", "cli", "viz"},
     "viz": {"sweep", "cli"},
 }
 #: Outside packages that only these parts may import. `cli` gets them through the parts it calls.

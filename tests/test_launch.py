@@ -652,7 +652,7 @@ def test_data_that_are_not_there_or_no_texts(tmp_path: Path) -> None:
         (TrainingData(path=tmp_path), FileNotFoundError, "holds no dataset. Name a folder that"),
         (TrainingData(file=tmp_path / "no.txt"), FileNotFoundError, "is not there. Name a file"),
         (TrainingData(file=tmp_path / "bad.jsonl"), ValueError, "line 2 has no text. Each line"),
-        (TrainingData(file=tmp_path / "worse.jsonl"), ValueError, "line 1 is no JSON"),
+        (TrainingData(file=tmp_path / "worse.jsonl"), ValueError, "line 1 is not JSON"),
     ):
         with pytest.raises(error, match=message.replace(".", r"\.")):
             training_texts_of(data)

@@ -1,10 +1,20 @@
-"""Texts out of files."""
+"""Texts out of files, as a person sees them."""
 
-import json
+import re
 from pathlib import Path
 
-#: Endings of the files that `read_texts` reads.
+from graftlens.folder import parse_json, read_text
+
+#: Endings of the files that `read_texts` reads, in small or capital letters.
 TEXT_FILES = (".txt", ".jsonl")
+
+# What ends a line on a screen or a page; what on a line leaves it blank: white space, and what
+# nobody sees though it is not white space to Python (zero-width characters; a byte order mark
+# inside of a file, where files were put together).
+_BREAK = r"\n\x0b\x0c\x85\u2028"
+_BLANK = rf"(?:[^\S{_BREAK}\u2029]|[\u200b\u2060\ufeff])*"
+_GAP = re.compile(rf"(?:[{_BREAK}]{_BLANK}){{2,}}|\u2029")
+_EDGE = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u2060\ufeff"
 
 
 def check_ending(name: str, file: Path) -> None:
@@ -17,7 +27,7 @@ def check_ending(name: str, file: Path) -> None:
     Raises:
         ValueError: it is of another kind.
     """
-    if file.suffix not in TEXT_FILES:
+    if file.suffix.lower() not in TEXT_FILES:
         raise ValueError(
             f"{name}={str(file)!r} ends in {file.suffix!r}, but .txt (paragraphs) and .jsonl "
             "(objects with a text) are read. Convert it."
@@ -25,37 +35,47 @@ def check_ending(name: str, file: Path) -> None:
 
 
 def read_texts(file: Path) -> list[str]:
-    """The texts of a UTF-8 file: ``.jsonl``, an object with a ``text`` a line, or paragraphs.
+    """The texts of a UTF-8 file: ``.jsonl``, an object with a ``text`` in each line, or paragraphs.
 
     Raises:
-        ValueError: a line that is no such object.
+        OSError: a file that cannot be read.
+        ValueError: another encoding, or a line that is not such an object.
     """
-    return _objects(file) if file.suffix == ".jsonl" else read_paragraphs(file)
+    return _objects(file) if file.suffix.lower() == ".jsonl" else read_paragraphs(file)
 
 
 def read_paragraphs(file: Path) -> list[str]:
-    """The blank-line separated paragraphs of a UTF-8 text, whatever the file's name."""
-    paragraphs = file.read_text(encoding="utf-8").split("\n\n")
-    return [paragraph.strip() for paragraph in paragraphs if paragraph.strip()]
+    """The paragraphs of a UTF-8 text, whatever the file's name: cut at lines that look blank.
+
+    Raises:
+        OSError: a file that cannot be read.
+        ValueError: another encoding.
+    """
+    pieces = (piece.strip(_EDGE) for piece in _GAP.split(read_text(file)))
+    return [piece.replace("\n\ufeff", "\n") for piece in pieces if piece]
 
 
 def _objects(file: Path) -> list[str]:
     texts = []
     # Not splitlines: it would cut at separators that may stand inside a JSON text.
-    for number, line in enumerate(file.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
+        line = line.lstrip("\ufeff")
         if not line.strip():
             continue
+        where = f"{file}, line {number}"
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{file}, line {number} is no JSON ({error.msg}). Each line is an object such as "
-                '{"text": "…"}.'
-            ) from None
+            row = parse_json(line, where)
+        except ValueError as error:
+            raise ValueError(f'{error} Each line is an object such as {{"text": "…"}}.') from None
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ValueError(
-                f"{file}, line {number} has no text. Each line is an object such as "
+                f"{where} has no text. Each line is an object such as "
                 '{"text": "…"}; other keys are ignored.'
+            )
+        if half := re.search("[\ud800-\udfff]", row["text"]):
+            raise ValueError(
+                f"{where} has half of a character (\\u{ord(half[0]):04x}), which no text has. "
+                "Write the character itself, or both of its halves."
             )
         texts.append(row["text"])
     return texts

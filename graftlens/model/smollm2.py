@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlens.components import suggest
+from graftlens.folder import write_whole
 from graftlens.locks import locked
 from graftlens.model.quiet import quiet
 
@@ -34,6 +35,9 @@ GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct"
 PROBE_SECONDS = 3.0
+
+# In a folder that a download works in: it is ours, and may be removed.
+WORK = ".graftlens-work"
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +61,13 @@ def smollm2(cache: Path | None = None) -> Path:
     folder = root / FOLDER
     if is_complete(folder):
         return folder
-    root.mkdir(parents=True, exist_ok=True)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(
+            f"the cache folder {root} cannot be made ({error.strerror}). Set GRAFTLENS_CACHE to "
+            "a folder that can be written."
+        ) from None
     with locked(root / f".{FOLDER}.lock", say=logger.warning):
         if is_complete(folder):
             return folder
@@ -67,12 +77,14 @@ def smollm2(cache: Path | None = None) -> Path:
                 "provenance.json). Move it away, or pass another cache folder."
             )
         for leftover in root.glob(f".{FOLDER}-*"):  # of a killed process: we hold the lock
-            shutil.rmtree(leftover, ignore_errors=True)
+            if (leftover / WORK).is_file() and not leftover.is_symlink():
+                shutil.rmtree(leftover, ignore_errors=True)
         work = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=root))
         try:
+            write_whole(work / WORK, "graftlens fetches SmolLM2 here, or was killed.\n")
             checkpoint = work / "checkpoint"
             provenance = _fetch(checkpoint, work)
-            (checkpoint / "provenance.json").write_text(json.dumps(provenance, indent=2) + "\n")
+            write_whole(checkpoint / "provenance.json", json.dumps(provenance, indent=2) + "\n")
             _flush(checkpoint)
             checkpoint.rename(folder)
         finally:
@@ -210,9 +222,9 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             folder,
             gguf_file=GGUF_FILE,
-            trust_remote_code=False,
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
+            trust_remote_code=False,
         )
     tokenizer.model_max_length = model.config.max_position_embeddings
     # The file keeps 1e-5 as float32 and its own working title as the model's name.

@@ -1,0 +1,159 @@
+"""The result of a finetuning run: read from its folder, checked file by file, and mended."""
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from graftlens.checkpoints import (
+    MARKER,
+    DamagedError,
+    foreign,
+    is_identity,
+    is_intact,
+    is_ours,
+    newest_complete,
+    numbered,
+    verify,
+    write_folder,
+)
+from graftlens.folder import read_json
+from graftlens.recipes import FinetuneConfig
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class FinetuneResult:
+    """A finished run.
+
+    Attributes:
+        folder: the finetuned checkpoint, with tokenizer.
+        losses: mean training loss of each optimizer step, in nats per token.
+        perplexities: of the held-out texts before training and after each epoch; empty without.
+        steps: optimizer steps.
+        seconds: wall-clock seconds of training, over all attempts that reached the result.
+        epoch: after which epoch the model had these weights, from 1.
+    """
+
+    folder: Path
+    losses: tuple[float, ...]
+    perplexities: tuple[float, ...]
+    steps: int
+    seconds: float
+    epoch: int
+
+    @property
+    def heldout_perplexity(self) -> float | None:
+        """Of the finetuned model; None where nothing was held out."""
+        return self.perplexities[self.epoch] if self.perplexities else None
+
+    def line(self) -> str:
+        """The result in one line."""
+        line = f"{self.folder}: {self.steps} steps, loss {self.losses[0]:.3f} → "
+        line += f"{self.losses[-1]:.3f} nats a token"
+        if self.perplexities:
+            before, after = self.perplexities[0], self.perplexities[self.epoch]
+            line += f", held-out perplexity {before:.1f} → {after:.1f}"
+            if self.epoch < len(self.perplexities) - 1:
+                line += f" (kept: epoch {self.epoch} of {len(self.perplexities) - 1})"
+        return line
+
+
+def read_result(final: Path) -> FinetuneResult:
+    """What a run came to, every file of it checked.
+
+    Args:
+        final: the run's folder ``model``.
+
+    Raises:
+        DamagedError: a file is missing or is not as it was written.
+    """
+    result = _result_of(final / "finetune.json")
+    if (final / MARKER).is_file():
+        verify(final)
+    elif _version_of(final) is not None:
+        raise DamagedError(f"{final / MARKER} is missing")
+    return result
+
+
+def _result_of(path: Path) -> FinetuneResult:
+    if not path.is_file():
+        raise DamagedError(f"{path} is missing")
+    try:
+        whole = read_json(path, "")
+        record = whole["result"]
+        if not is_identity(whole):
+            raise TypeError("no run")
+        return FinetuneResult(
+            folder=path.parent,
+            losses=tuple(map(float, record["losses"])),
+            perplexities=tuple(map(float, record["perplexities"])),
+            steps=int(record["steps"]),
+            seconds=float(record["seconds"]),
+            # Earlier releases kept the last one.
+            epoch=int(record.get("epoch", whole["config"]["epochs"])),
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        said = str(error).strip().rstrip(".") if isinstance(error, ValueError) else ""
+        raise DamagedError(said or f"{path} does not say what the run came to") from None
+
+
+def _version_of(final: Path) -> str | None:
+    """The release that wrote the result; None of those that wrote no checksums."""
+    versions = read_json(final / "finetune.json", "").get("versions")
+    return versions.get("graftlens") if isinstance(versions, dict) else None
+
+
+def mended(config: FinetuneConfig, identity: Mapping[str, Any]) -> FinetuneResult | None:
+    """The result in the folder; a damaged one is made again, at once or (None) from a checkpoint.
+
+    Raises:
+        DamagedError: there is nothing to make it of.
+    """
+    final, epochs = config.output / "model", config.output / "epochs"
+    try:
+        result = read_result(final)
+    except DamagedError as error:
+        if (found := foreign(final)) is not None:
+            raise DamagedError(f"{error}. {found} lies beside it: move it away first.") from None
+        record = final / "finetune.json"
+        kept = epochs / f"epoch-{_result_of(record).epoch}" if is_intact(record) else None
+        if kept is not None and is_ours(kept):
+            logger.warning("%s: made again from %s", error, kept)
+
+            def write(folder: Path) -> None:
+                verify(kept)
+                shutil.copytree(kept, folder, dirs_exist_ok=True)
+                shutil.copy2(record, folder / record.name)
+
+            write_folder(final, write, run=identity)
+            return read_result(final)
+        if newest_complete(config.output / "checkpoints") is None:
+            raise DamagedError(
+                f"{error}, and there is no checkpoint to make it again from. Put the file back, or "
+                f"remove {final} and give the same command again: it trains from the beginning."
+            ) from None
+        logger.warning("%s: made again from the last checkpoint", error)
+        return None
+    if config.keep_epochs:
+        check_epochs(config, config.epochs)
+    return result
+
+
+def check_epochs(config: FinetuneConfig, last: int) -> None:
+    """The epochs that are kept are as they were written.
+
+    Raises:
+        DamagedError: one is not.
+    """
+    for number, path in numbered(config.output / "epochs", "epoch").items():
+        if number <= last and (path / MARKER).is_file():  # an earlier release wrote none
+            try:
+                verify(path)
+            except DamagedError as error:
+                raise DamagedError(
+                    f"{error}. Put the file back, or remove {path} to go on without these weights."
+                ) from None

@@ -1,0 +1,187 @@
+"""The model that finetuning starts from: loaded in float32, and checked before the first step."""
+
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+from graftlens.components import Component
+from graftlens.model.arch import FAMILIES, supported
+from graftlens.model.places import place_of
+from graftlens.model.source import open_model, renew_rotary
+from graftlens.model.tokenizers import read_tokenizer
+
+# What each name of `freeze` holds.
+FROZEN = {
+    "embed": (Component.EMBED, Component.POS_EMBED),
+    "unembed": (Component.UNEMBED,),
+}
+
+# Modules and buffers with a row for each position, in families that are not graftlens's own.
+_POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions?|pos(ition)?_emb\w*)(\.|$)")
+
+
+def load_start(place: str) -> Any:
+    """The causal language model of a folder or a hub id, in float32.
+
+    What the files hold in float32 arrives as it is, whatever dtype ``config.json`` names.
+
+    Raises:
+        ValueError: a model that cannot be loaded whole: files missing or damaged, tensors missing,
+            unknown or quantised, code of its own. The message says which.
+    """
+    return open_model(f"model={place!r}", place, torch.float32, any_family=True)[0]
+
+
+def load_tokenizer(place: str) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        ValueError: there is none, or it cannot be read.
+    """
+    found = read_tokenizer(place_of(f"model={place!r}", place))
+    if found is None:
+        raise ValueError(
+            f"model={place!r} has no tokenizer (no tokenizer.json). Save the model's own there: "
+            "tokenizer.save_pretrained(folder)."
+        )
+    return found
+
+
+def check_weights(model: Any) -> None:
+    """Bring the model to float32, and check that its numbers are numbers.
+
+    Raises:
+        ValueError: a tensor that is not finite.
+    """
+    if any(tensor.dtype != torch.float32 for tensor in model.parameters()):
+        model.float()
+        renew_rotary(model)  # a cast of the whole model has rounded its frequencies
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise ValueError(
+                f"the start model's weights are not finite: {name} has {count} of "
+                f"{tensor.numel()} numbers that are NaN or infinite. Save or fetch the model again."
+            )
+
+
+def fixed_positions(model: Any) -> int | None:
+    """How many positions the model has weights or tables for; None where it computes any."""
+    config = model.config.get_text_config()
+    family = FAMILIES.get(config.model_type)
+    if family is not None:
+        fixed = Component.POS_EMBED in family.layout.modules
+    else:
+        named = (*model.named_parameters(), *model.named_buffers())
+        fixed = any(_POSITIONS.search(name) for name, _ in named)
+    return getattr(config, "max_position_embeddings", None) if fixed else None
+
+
+def check_tokens(model: Any, rows: Sequence[Sequence[int]], named: Callable[[int], str]) -> None:
+    """Check that the model embeds every token.
+
+    Args:
+        model: a Hugging Face causal language model.
+        rows: token ids, a list per text.
+        named: what to call the text of that index.
+
+    Raises:
+        ValueError: a token beyond the embedding.
+    """
+    size = model.get_input_embeddings().weight.shape[0]
+    for index, row in enumerate(rows):
+        if (highest := max(row, default=0)) >= size:
+            raise ValueError(
+                f"{named(index)} has token {highest}, but the model embeds {size} tokens (0 to "
+                f"{size - 1}). Use the model's own tokenizer, or resize the embedding "
+                "(model.resize_token_embeddings) and save the model."
+            )
+
+
+def frozen_modules(model: Any, freeze: Sequence[str], targets: str | Sequence[str]) -> list[str]:
+    """Names of the modules that `freeze` asks for.
+
+    Args:
+        model: a Hugging Face causal language model.
+        freeze: names of `FROZEN`.
+        targets: modules that get an adapter.
+
+    Raises:
+        ValueError: an unknown family; half of a tied pair; an adapter on one of them.
+    """
+    if not freeze:
+        return []
+    family = FAMILIES.get(model.config.model_type)
+    if family is None:
+        raise ValueError(
+            f"freeze={list(freeze)}: the embeddings of model_type "
+            f"{model.config.model_type!r} are not known. Known: {' '.join(supported())}. Leave "
+            "freeze out."
+        )
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    if tied and set(freeze) != set(FROZEN):
+        raise ValueError(
+            f"freeze={list(freeze)}: embed and unembed are one tensor in this model (tied "
+            "embeddings), so one cannot be frozen without the other. Write freeze=[embed, "
+            "unembed], or leave it out."
+        )
+    wanted = [component for name in freeze for component in FROZEN[name]]
+    modules = [family.layout.modules[c] for c in wanted if c in family.layout.modules]
+    for target, _ in _targeted(targets, modules):
+        raise ValueError(
+            f"lora.target_modules names {target!r}, which freeze={list(freeze)} keeps as it "
+            "is. Leave it out of one of them."
+        )
+    return modules
+
+
+def check_targets(model: Any, targets: str | Sequence[str]) -> None:
+    """No adapter on a weight that two modules share: merged, it would change the other one, too.
+
+    Raises:
+        ValueError: there is one; a target that names no module.
+    """
+    owners: dict[int, list[str]] = {}
+    for name, weight in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(weight), []).append(name.rpartition(".")[0])
+    tied = {name: names for names in owners.values() if len(names) > 1 for name in names}
+    for target, name in _targeted(targets, tied):
+        others = " and ".join(other for other in tied[name] if other != name)
+        raise ValueError(
+            f"lora.target_modules names {target!r}, whose weight is also that of {others} (tied "
+            "weights): an adapter on one of them cannot be saved merged. Leave it out, or train "
+            "all weights (no lora)."
+        )
+    modules = [name for name, _ in model.named_modules()]
+    for target in () if isinstance(targets, str) else targets:
+        if not any(True for _ in _targeted((target,), modules)):
+            known = dict.fromkeys(
+                name.rpartition(".")[2]
+                for name, module in model.named_modules()
+                if getattr(module, "weight", None) is not None and module.weight.ndim == 2
+            )
+            raise ValueError(
+                f"lora.target_modules names {target!r}, which this model does not have. Its "
+                f"modules with a matrix: {' '.join(known)}."
+            )
+
+
+def _targeted(targets: str | Sequence[str], modules: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """(target, module) for each of these modules that gets an adapter, as peft reads targets."""
+    if isinstance(targets, str):
+        return  # all-linear leaves embeddings and unembedding out
+    for target in targets:
+        for name in modules:
+            if f".{name}".endswith(f".{target}"):
+                yield target, name
+
+
+def weight_hash(model: Any) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
