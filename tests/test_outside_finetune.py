@@ -534,7 +534,7 @@ MODELS = {
         lambda t: t.update({"v_head.weight": torch.ones(2)}),
         r"holds unused tensors: v_head\.weight",
     ),
-    "eight bits": (eight_bits, r"is quantised: .*mlp\.c_fc\.weight in F8_E4M3"),
+    "eight bits": (eight_bits, r"mlp\.c_fc\.weight as F8_E4M3: quantised"),
 }
 
 
@@ -574,28 +574,31 @@ def no_tokenizer(folder: Path) -> None:
 
 FOLDERS = {
     "no tokenizer": (no_tokenizer, r"has no tokenizer \(no tokenizer\.json\)"),
-    "empty tokenizer": (edit("tokenizer.json", "{}"), r"the tokenizer could not be loaded"),
-    "half a tokenizer": (edit("tokenizer.json", '{"ver'), r"the tokenizer could not be loaded"),
-    "no weights": (edit("model.safetensors", None), r"the weights could not be loaded"),
+    "empty tokenizer": (
+        edit("tokenizer.json", "{}"),
+        r"tokenizer\.json does not hold what a tokenizer",
+    ),
+    "half a tokenizer": (edit("tokenizer.json", '{"ver'), r"tokenizer\.json is not JSON"),
+    "no weights": (edit("model.safetensors", None), r"model has a config and no weights"),
     "half of the weights": (
         lambda folder: os.truncate(folder / "model.safetensors", 5000),
-        r"the weights could not be loaded",
+        r"model\.safetensors could not be read",
     ),
     "another vocabulary": (
         config_with(vocab_size=7),
-        r"wte\.weight is stored as \[\d+, \d+\], but config\.json makes it \[7, \d+\]",
+        r"wte\.weight has shape \(\d+, \d+\); the config says \(7, \d+\)",
     ),
-    "no config": (edit("config.json", None), r"the config could not be loaded"),
-    "half a config": (edit("config.json", '{"mo'), r"the config could not be loaded"),
-    "null in the config": (config_with(n_embd=None), r"the (config|weights) could not be loaded"),
-    "text in the config": (config_with(n_layer="two"), r"the (config|weights) could not be loaded"),
+    "no config": (edit("config.json", None), r"has no config\.json"),
+    "half a config": (edit("config.json", '{"mo'), r"config\.json is not JSON"),
+    "null in the config": (config_with(n_embd=None), r"config\.json"),
+    "text in the config": (config_with(n_layer="two"), r"config\.json"),
     "quantised": (
         config_with(quantization_config={"quant_method": "gptq", "bits": 4}),
-        r"is quantised \(quantization_config in its config\.json\)",
+        r"quantization_config=.* is not supported: quantised weights",
     ),
     "code of its own": (
         config_with(model_type="mine", auto_map={"AutoConfig": "code.Config"}),
-        r"needs code of its own, which graftlens does not run",
+        r"config\.json asks for code that comes with the checkpoint",
     ),
 }
 
@@ -732,10 +735,10 @@ def test_an_unwritable_output_is_told_of_before_anything_is_read(texts, tmp_path
     with pytest.raises(OSError, match=r"output='.*file/run' cannot be written \(Not a directory\)"):
         finetune_run(asked, progress=False)
 
-    def denied(**_: object) -> None:
+    def denied(*_: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(runfolder.tempfile, "TemporaryFile", denied)
+    monkeypatch.setattr(runfolder, "probe", denied)
     with pytest.raises(OSError, match=r"output='.*run' cannot be written \(Permission denied\)"):
         run(recipe(tmp_path / "no-model", tmp_path / "run"))
 

@@ -1,5 +1,6 @@
 """The model that finetuning starts from: loaded in float32, and checked before the first step."""
 
+import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -10,7 +11,7 @@ import torch
 from graftlens.components import Component
 from graftlens.model.arch import FAMILIES, supported
 from graftlens.model.places import place_of
-from graftlens.model.source import open_model, renew_rotary
+from graftlens.model.source import open_config, open_model, renew_rotary
 from graftlens.model.tokenizers import read_tokenizer
 
 # What each name of `freeze` holds.
@@ -32,7 +33,8 @@ def load_start(place: str) -> Any:
         ValueError: a model that cannot be loaded whole: files missing or damaged, tensors missing,
             unknown or quantised, code of its own. The message says which.
     """
-    return open_model(f"model={place!r}", place, torch.float32, any_family=True)[0]
+    with _named(place) as what:
+        return open_model(what, place, torch.float32, any_family=True)[0]
 
 
 def load_tokenizer(place: str) -> Any:
@@ -41,13 +43,28 @@ def load_tokenizer(place: str) -> Any:
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    found = read_tokenizer(place_of(f"model={place!r}", place))
+    with _named(place) as what:
+        path = place_of(what, place)
+        open_config(what, path, any_family=True)  # which decides what kind of tokenizer it is
+        found = read_tokenizer(path)
     if found is None:
         raise ValueError(
             f"model={place!r} has no tokenizer (no tokenizer.json). Save the model's own there: "
             "tokenizer.save_pretrained(folder)."
         )
     return found
+
+
+@contextlib.contextmanager
+def _named(place: str) -> Iterator[str]:
+    """What the setting is called, which a refusal begins with."""
+    what = f"model={place!r}"
+    try:
+        yield what
+    except ValueError as error:
+        if str(error).startswith(what):
+            raise
+        raise ValueError(f"{what}: {error}") from error
 
 
 def check_weights(model: Any) -> None:
