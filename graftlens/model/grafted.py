@@ -793,7 +793,8 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         if silent:
             raise ValueError(
                 f"{what}: hooks are attached at {_first(point.name for point in silent)}, which "
-                f"would not fire. {silent[0].way} Or remove the hooks first (model.reset_hooks())."
+                f"would not fire. {silent[0].way} Or remove the hooks first (model.reset_hooks(), "
+                "permanent ones with including_permanent=True)."
             )
 
     # -- hooks and moving ------------------------------------------------------------------------
