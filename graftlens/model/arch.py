@@ -418,13 +418,19 @@ def architecture(config: Any) -> Architecture:
     except UnsupportedArchitectureError:
         raise
     except Exception as error:  # each kind of wrong value sets off another
-        raise ConfigValueError(
-            f"{kind}: its values make no model ({type(error).__name__}: {error})"
-        ) from error
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ConfigValueError(f"{kind}: its values make no model ({why[:300]})") from error
     if wrong := [name for name in vars(arch) if not _possible(arch, name)]:
         listed = ", ".join(f"{name}={brief(getattr(arch, name))}" for name in wrong)
         raise ConfigValueError(f"{kind} with {listed} is not a model")
     return arch
+
+
+def _setting(settings: Any, key: str) -> Any:
+    """A setting of a config, or of the content of a config's file."""
+    if isinstance(settings, Mapping):
+        return settings.get(key)
+    return getattr(settings, key, None)
 
 
 def refuse_quantised(config: Any) -> None:
@@ -433,49 +439,47 @@ def refuse_quantised(config: Any) -> None:
     Raises:
         UnsupportedArchitectureError: it does.
     """
-
-    def get(settings: Any, key: str) -> Any:
-        known = isinstance(settings, Mapping)
-        return settings.get(key) if known else getattr(settings, key, None)
-
-    for part in (config, get(config, "text_config")):
+    for part in (config, _setting(config, "text_config")):
         for key in ("quantization_config", "compression_config"):
-            if found := get(part, key):
+            if found := _setting(part, key):
                 shown = repr(found) if len(repr(found)) <= 80 else f"{repr(found)[:80]}…"
+                kind = _setting(config, "model_type")
                 raise UnsupportedArchitectureError(
-                    f"{get(config, 'model_type')} with {key}={shown} is not supported: quantised "
-                    "weights cannot be grafted exactly. Give the checkpoint that was quantised, or "
+                    f"{kind} with {key}={shown} is not supported: quantised weights cannot be "
+                    "grafted exactly. Give the checkpoint that was quantised, or "
                     "one that was dequantised and saved (model.dequantize() in transformers)."
                 )
+
+
+def _is_number(given: Any, least: float = -math.inf) -> bool:
+    plain = isinstance(given, int | float) and not isinstance(given, bool)
+    return plain and math.isfinite(given) and given >= least
 
 
 def _possible(arch: Architecture, name: str) -> bool:
     """Whether a fact is one that a model can have."""
     value = getattr(arch, name)
-
-    def number(given: Any, least: float = -math.inf) -> bool:
-        plain = isinstance(given, int | float) and not isinstance(given, bool)
-        return plain and math.isfinite(given) and given >= least
-
     match name:
         case "n_layers" | "d_model" | "n_heads" | "d_head" | "d_mlp" | "d_vocab" | "n_ctx":
-            return isinstance(value, int) and number(value, 1.0)
+            return isinstance(value, int) and _is_number(value, 1.0)
         case "n_kv_heads":
-            return isinstance(value, int) and number(value, 1.0) and arch.n_heads % value == 0
+            return isinstance(value, int) and _is_number(value, 1.0) and arch.n_heads % value == 0
         case "rotary_dim":
             return isinstance(value, int) and 0 <= value <= arch.d_head
         case "rope_limit":
-            return value is None or number(value, 1.0)
+            return value is None or _is_number(value, 1.0)
         case "windows":
-            return len(value) == arch.n_layers and all(w is None or number(w, 1.0) for w in value)
+            return len(value) == arch.n_layers and all(
+                w is None or _is_number(w, 1.0) for w in value
+            )
         case "attn_scales":
-            return all(number(scale, 0.0) for scale in value)
+            return all(_is_number(scale, 0.0) for scale in value)
         case "eps":
-            return number(value, 0.0)
+            return _is_number(value, 0.0)
         case "embed_scale" | "norm_offset":
-            return number(value)
+            return _is_number(value)
         case "attn_softcap" | "logit_softcap" | "qkv_clip":
-            return value is None or number(value, 0.0)
+            return value is None or _is_number(value, 0.0)
         case "act_fn":
             return isinstance(value, str)
         case _:

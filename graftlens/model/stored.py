@@ -137,9 +137,10 @@ def stored_tensors(what: str, files: list[Path]) -> dict[str, Stored]:
                 for name, tensor in _pickled(file, "meta").items():
                     found[name] = Stored(file, _short(tensor.dtype), tuple(tensor.shape))
         except Exception as error:  # both formats' readers raise many kinds
-            raise PairError(
-                f"{what}: {file} could not be read ({said(error)}). {_ADVICE}"
-            ) from None
+            # torch's own words about pickles advise to run what is in them.
+            why = said(error) if file.suffix == ".safetensors" else type(error).__name__
+            wrong = f"{what}: {file} could not be read ({why})"
+            raise PairError(f"{wrong}. {_ADVICE}") from None
     return found
 
 
