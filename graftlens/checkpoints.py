@@ -74,6 +74,17 @@ def recorded(folder: Path) -> Mapping[str, Any] | None:
     return None
 
 
+def refuse_earlier(folder: Path) -> None:
+    """Refuse a folder whose ``run.json`` does not have what the start's config was."""
+    run = recorded(folder)
+    if run is not None and "settings" not in run["start"]:
+        raise ValueError(
+            f"{folder} was begun by an earlier release, which did not write down the config of the "
+            "model that it starts from, so whether that is still the same cannot be known. Its "
+            "checkpoints can be used; to train, choose another output folder."
+        )
+
+
 def is_identity(value: Any) -> bool:
     """Whether the value has the shape of what `claim` writes."""
     keys = {"config": "learning_rate", "data": "train_sha256", "start": "weights_sha256"}

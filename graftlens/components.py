@@ -5,6 +5,7 @@ Everything else in the library names weights with these words; nothing else defi
 
 import difflib
 import re
+import unicodedata
 from collections.abc import Iterable, Sequence
 from enum import StrEnum
 
@@ -80,6 +81,32 @@ def brief(value: object) -> str:
     if isinstance(value, str) and len(value) > 1000:  # so that no copy of all of it is made
         value = cut(value, 900)
     return cut(repr(value), 300)
+
+
+def check_name(name: str, what: str = "a graft's name") -> str:
+    """A name that can stand in a table's cell, a plot's legend and a line of a log.
+
+    Raises:
+        ValueError: a name that is empty or very long, or that has a newline, a control character or
+            half of a character in it.
+    """
+    if not name.strip():
+        raise ValueError(f"{name!r} is {what} and empty. Write a name.")
+    if len(name) > MAX_CHARACTERS:
+        raise ValueError(
+            f"{brief(name)} is {what} of {len(name):,} characters. Write a shorter one."
+        )
+    odd = next((c for c in name if unicodedata.category(c) in _UNWRITABLE), None)
+    if odd is not None:
+        raise ValueError(
+            f"{brief(name)} is {what} and has the character {odd!a} in it. Write a name on one "
+            "line, without control characters."
+        )
+    return name
+
+
+#: Unicode's categories of control characters, halves of characters, line and paragraph separators.
+_UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")
 
 
 def suggest(value: str, allowed: Iterable[str]) -> str:

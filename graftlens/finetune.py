@@ -55,6 +55,7 @@ from graftlens.checkpoints import (
     newest_complete,
     recorded,
     refuse_differences,
+    refuse_earlier,
     remove_all,
     remove_others,
     saving,
@@ -291,17 +292,6 @@ def _saved(folder: Path) -> list[str]:
     return sorted(str(path) for path in kept)
 
 
-def _refuse_earlier(folder: Path) -> None:
-    """Refuse a folder whose ``run.json`` does not have what the start's config was."""
-    run = recorded(folder)
-    if run is not None and "settings" not in run["start"]:
-        raise ValueError(
-            f"{folder} was begun by an earlier release, which did not write down the config of the "
-            "model that it starts from, so whether that is still the same cannot be known. Its "
-            "checkpoints can be used; to train, choose another output folder."
-        )
-
-
 def _texts_of_run(run: FinetuneRun) -> Dataset:
     if run.data.made is None:
         return training_texts_of(run.data, run.seed)
@@ -375,7 +365,7 @@ def _finetune(
             },
             processes=processes.count,
         )
-        _refuse_earlier(config.output)
+        refuse_earlier(config.output)
         # A setting that an earlier release did not know had what is now its default.
         defaults = FinetuneConfig(model="", output=Path()).model_dump(mode="json")
         check_claim(

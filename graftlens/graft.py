@@ -16,7 +16,6 @@ position: a k or v graft at position i changes what later positions read there.
 """
 
 import re
-import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from graftlens.components import (
     LAYER_GROUPS,
     MAX_NUMBER,
     brief,
+    check_name,
     cut,
     format_numbers,
     layer_group,
@@ -625,32 +625,6 @@ class Graft:
                 '"sft @ last : o".'
             ) from None
         return cls.from_list(rules)
-
-
-def check_name(name: str, what: str = "a graft's name") -> str:
-    """A name that can stand in a table's cell, a plot's legend and a line of a log.
-
-    Raises:
-        ValueError: a name that is empty or very long, or that has a newline, a control character or
-            half of a character in it.
-    """
-    if not name.strip():
-        raise ValueError(f"{name!r} is {what} and empty. Write a name.")
-    if len(name) > MAX_CHARACTERS:
-        raise ValueError(
-            f"{brief(name)} is {what} of {len(name):,} characters. Write a shorter one."
-        )
-    odd = next((c for c in name if unicodedata.category(c) in _UNWRITABLE), None)
-    if odd is not None:
-        raise ValueError(
-            f"{brief(name)} is {what} and has the character {odd!a} in it. Write a name on one "
-            "line, without control characters."
-        )
-    return name
-
-
-#: Unicode's categories of control characters, halves of characters, line and paragraph separators.
-_UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")
 
 
 def _too_many_rules(count: int) -> ValueError:

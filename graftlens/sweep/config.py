@@ -13,11 +13,11 @@ import torch
 from jaxtyping import Bool
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from graftlens.components import suggest
+from graftlens.components import check_name, suggest
 from graftlens.configfile import ConfigError, read_settings
 from graftlens.data import template_names
 from graftlens.data.rewriting import told_on_command_line
-from graftlens.graft import At, Graft, Rule, check_name
+from graftlens.graft import At, Graft, Rule
 from graftlens.model.arch import Architecture
 from graftlens.model.load import preview
 from graftlens.model.mask import select, sites_of

@@ -15,12 +15,13 @@ from graftlens.components import (
     MODEL_COMPONENTS,
     Component,
     brief,
+    check_name,
     format_numbers,
     parse_components,
 )
 from graftlens.configfile import settings_from
 from graftlens.data.settings import Settings
-from graftlens.graft import At, Graft, Rule, check_name, parse_layers
+from graftlens.graft import At, Graft, Rule, parse_layers
 from graftlens.model.arch import Architecture
 from graftlens.model.mask import sites_of
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
+from graftlens.components import check_name
 from graftlens.configfile import gather, read_yaml, settings_from
 from graftlens.data import (
     MAX_FACTS,
@@ -21,7 +22,6 @@ from graftlens.data import (
 from graftlens.data.dataset import Which
 from graftlens.data.settings import Settings
 from graftlens.folder import at_home, parse_json, read_text
-from graftlens.graft import check_name
 from graftlens.prompts import Prompt
 
 
