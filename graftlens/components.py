@@ -83,6 +83,13 @@ def brief(value: object) -> str:
     return cut(repr(value), 300)
 
 
+#: Of a graft as text, or of its name, which may be that text.
+MAX_CHARACTERS = 1_000_000
+
+#: Unicode's categories of control characters, halves of characters, line and paragraph separators.
+_UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")
+
+
 def check_name(name: str, what: str = "a graft's name") -> str:
     """A name that can stand in a table's cell, a plot's legend and a line of a log.
 
@@ -103,10 +110,6 @@ def check_name(name: str, what: str = "a graft's name") -> str:
             "line, without control characters."
         )
     return name
-
-
-#: Unicode's categories of control characters, halves of characters, line and paragraph separators.
-_UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")
 
 
 def suggest(value: str, allowed: Iterable[str]) -> str:

@@ -29,6 +29,7 @@ from graftlens import plainyaml
 from graftlens.components import (
     HEAD_COMPONENTS,
     LAYER_GROUPS,
+    MAX_CHARACTERS,
     MAX_NUMBER,
     brief,
     check_name,
@@ -45,7 +46,7 @@ from graftlens.components import (
 Runs = Mapping[str, Sequence[Sequence[int]]]
 
 #: Bounds of a graft as text, far beyond what anyone writes or a search finds.
-MAX_CHARACTERS, MAX_RULES, MAX_DEPTH = 1_000_000, 10_000, 50
+MAX_RULES, MAX_DEPTH = 10_000, 50
 
 _SOURCE = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 _TOKEN = re.compile(
