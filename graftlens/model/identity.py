@@ -118,16 +118,16 @@ def _rotary_facts(arch: Architecture, config: Any, rotary: nn.Module | None) -> 
     # From the config: tables differ in their last bits between machines.
     used = {str(part) for part in _values(parameters)}
     context = config.max_position_embeddings if used & _BY_CONTEXT else None
-    return [_canonical(parameters), context]
+    return _plain([_canonical(parameters), context])
 
 
 def _canonical(value: Any) -> Any:
-    """Without the old spelling of `rope_type`, without what is not set, numbers as one kind."""
+    """Without the old spelling of `rope_type`, and without what is not set."""
     if isinstance(value, Mapping):
         return {k: _canonical(v) for k, v in value.items() if k != "type" and v is not None}
     if isinstance(value, list | tuple):
         return [_canonical(v) for v in value]
-    return _plain(value)
+    return value
 
 
 def _values(value: Any) -> list[Any]:
@@ -138,7 +138,9 @@ def _values(value: Any) -> list[Any]:
 
 def _plain(value: Any) -> Any:
     """A value as JSON has it; the last digits of a root may differ between machines."""
-    if isinstance(value, tuple):
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
     if isinstance(value, int | float) and not isinstance(value, bool):
         return f"{value:.12g}"

@@ -90,8 +90,8 @@ class Manifest:
         prompt_blocks: number of prompts in each block.
         graft_blocks: bounds (first, past the last) of each block in `grafts`.
         versions: of the packages at the first start.
-        models: weights' fingerprints, dtype, row budget and pair check, as the first worker found
-            them; None before.
+        models: the sources' fingerprints, dtype, row budget, pair check and what their configs and
+            tokenizer come to, as the first worker found them; None before.
         config_sha256: of ``config.yaml``; None in a folder that version 0.1.0 began, whose files
             need not bear checksums.
     """
