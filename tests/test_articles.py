@@ -446,6 +446,7 @@ def test_asking_facts_by_prompts_that_they_lack_is_refused(tmp_path):
         ({"template": "{first_entity} in {movie} met"}, "needs the field 'movie'"),
         ({"template": "{first_entity met"}, "is malformed"),
         ({"answer": ""}, "write a text that is not empty"),
+        ({"answer": " "}, "write a text that is not empty"),
         ({"template": "Who was with her? It is"}, r"lacks the field \{first_entity\}"),
         ({"template": "{first_entity} met "}, "ends in white space"),
         ({"template": "Bob Ray and {first_entity} and"}, "says its answer 'Bob Ray'"),

@@ -149,6 +149,8 @@ class Article(Settings):
                     f"{where} has a field first_entity, but that is its fact's. Leave it out."
                 )
             _check_fields(where, prompt.fields)
+            if not prompt.answer.strip():
+                raise ValueError(f"{where} has no answer: write a text that is not empty.")
             try:
                 made = _prompt(self.id, self.facts[prompt.fact], _given(prompt), ())
             except ValueError as error:
