@@ -302,7 +302,7 @@ def open_config(what: str, path: str, any_family: bool = False) -> Any:
     if not isinstance(kind, str):
         raise PairError(f"{what}: {file} has model_type={kind!r}; give the name of a family.")
     native = kind in FAMILIES or kind == "gemma3"
-    if content.get("auto_map") and not native:
+    if content.get("auto_map") and not native and not any_family:
         raise UnsupportedArchitectureError(
             f"{what}: {file} asks for code that comes with the checkpoint (auto_map), which "
             f"graftlens never runs. Supported are transformers' own {' '.join(FAMILIES)}."
