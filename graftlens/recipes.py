@@ -62,8 +62,9 @@ class FinetuneConfig(Settings):
     """Forward passes an optimizer step."""
 
     max_length: Annotated[int, Field(ge=2)] = 512
-    """Longest training text in tokens, its end token included; a longer one is an error. Held-out
-    texts are scored in pieces of this length."""
+    """Longest training text in tokens, its end token included; a longer one is an error, and so is
+    one beyond the positions that the model has weights for. Held-out texts are scored in pieces of
+    this length, or of those positions where they are fewer."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Of the order of texts, dropout and new adapters."""
