@@ -270,7 +270,7 @@ def test_cfg_says_whether_texts_get_a_bos_token(tiny: MakeTiny) -> None:
     """Regression: setting `model.cfg.default_prepend_bos` had no effect."""
     texts = ["Who is", "The movie Winter's End was"]
     prompt = Prompt("Who is {name}", {"name": "Ann"}, answer=" Bob", distractors=[" The"])
-    for kind, own in (("gpt2", False), ("llama3", True)):
+    for kind, own in (("llama3", True), ("gpt2", False)):
         t = tiny("llama", tokenizer=kind)
         model, plain = t.model, {}
         for forced in (None, True, False):
@@ -278,20 +278,22 @@ def test_cfg_says_whether_texts_get_a_bos_token(tiny: MakeTiny) -> None:
                 model.to_tokens(texts, prepend_bos=forced),
                 model(texts, graft="sft @ last", prepend_bos=forced),
                 model.generate(texts, 2, return_type="tokens", prepend_bos=forced),
-                graftlens.evaluate(
-                    model, [prompt], "sft @ last", progress=False, prepend_bos=forced
-                )["logprob"][0],
-                logit_lens(model, prompt, "sft @ last", prepend_bos=forced),
             ]
+            if kind == "gpt2":
+                options = {"progress": False, "prepend_bos": forced}
+                table = graftlens.evaluate(model, [prompt], "sft @ last", **options)
+                lens = logit_lens(model, prompt, "sft @ last", prepend_bos=forced)
+                plain[forced] += [table["logprob"][0], lens]
         for forced in (True, False, None):
             model.cfg.default_prepend_bos = forced
             wanted = plain[forced]
             assert torch.equal(model.to_tokens(texts), wanted[0])
             assert torch.equal(model(texts, graft="sft @ last"), wanted[1])
             assert torch.equal(model.generate(texts, 2, return_type="tokens"), wanted[2])
-            table = graftlens.evaluate(model, [prompt], "sft @ last", progress=False)
-            assert table["logprob"][0] == wanted[3]
-            assert logit_lens(model, prompt, "sft @ last").equals(wanted[4])
+            if kind == "gpt2":
+                table = graftlens.evaluate(model, [prompt], "sft @ last", progress=False)
+                assert table["logprob"][0] == wanted[3]
+                assert logit_lens(model, prompt, "sft @ last").equals(wanted[4])
             bos = model.tokenizer.bos_token_id
             assert bool((model.to_tokens(texts)[:, 0] == bos).all()) == (
                 own if forced is None else forced
