@@ -77,8 +77,11 @@ def parse_json(text: str, where: str | Path) -> Any:
         if "\\ud" in text or "\\uD" in text:
             json.dumps(values, ensure_ascii=False).encode()
         return values
-    except UnicodeEncodeError:
-        raise ValueError(f"{where} has half of a surrogate pair in a text (\\ud…).") from None
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise ValueError(
+            f"{where} has half of a character (\\u{half:04x}), which no text has."
+        ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error}).") from None
     except RecursionError:

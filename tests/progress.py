@@ -49,11 +49,14 @@ class Progress:
     @pytest.hookimpl(wrapper=True)
     def pytest_report_teststatus(self, report: Any) -> Iterator[Any]:
         category, letter, word = yield
-        if category in ("failed", "error"):
+        return category, "", ("" if not letter else word)
+
+    def pytest_runtest_logreport(self, report: Any) -> None:
+        if report.failed:
             self.failed += 1
             self.clear()
-            self.terminal.write_line(f"{category}: {report.nodeid}", red=True)
-        return category, "", ("" if not letter else word)
+            what = "failed" if report.when == "call" else f"error in {report.when}"
+            self.terminal.write_line(f"{what}: {report.nodeid}", red=True)
 
     def show(self) -> None:
         """The line of now."""

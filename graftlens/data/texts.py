@@ -72,10 +72,5 @@ def _objects(file: Path) -> list[str]:
                 f"{where} has no text. Each line is an object such as "
                 '{"text": "…"}; other keys are ignored.'
             )
-        if half := re.search("[\ud800-\udfff]", row["text"]):
-            raise ValueError(
-                f"{where} has half of a character (\\u{ord(half[0]):04x}), which no text has. "
-                "Write the character itself, or both of its halves."
-            )
         texts.append(row["text"])
     return texts

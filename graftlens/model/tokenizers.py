@@ -52,13 +52,15 @@ def _damage(folder: Path, error: Exception) -> str:
                 content = read_json(folder / name, advice)
             except ValueError as fault:
                 return str(fault)
+            if isinstance(content, dict) and content.get("auto_map"):
+                return (
+                    f"{folder / name} asks for code that comes with the tokenizer (auto_map), "
+                    "which graftlens never runs. Give a tokenizer that transformers has."
+                )
             part = "model" if name == "tokenizer.json" else None
             if not isinstance(content, dict) or (part and part not in content):
                 return f"{folder / name} does not hold what a tokenizer is made from. {advice}"
-    return (
-        f"the tokenizer of {folder} could not be loaded ({said(error)}). Save or fetch it again; "
-        "code that comes with a checkpoint (auto_map) is never run."
-    )
+    return f"the tokenizer of {folder} could not be loaded ({said(error)}). {advice}"
 
 
 def unaltered(tokenizer: Any) -> Any:
