@@ -683,9 +683,7 @@ def test_a_tokenizer_that_is_damaged(content: bytes, tmp_path: Path) -> None:
     pair = tiny_pair("llama", 1, len(tokenizer))
     folders = {n: save_checkpoint(m, tmp_path / n, tokenizer) for n, m in pair.items()}
     (folders["sft"] / "tokenizer.json").write_bytes(content)
-    assert refused_alike(folders).startswith(
-        f"the tokenizer of {folders['sft']} could not be loaded ("
-    )
+    assert refused_alike(folders).startswith(f"{folders['sft'] / 'tokenizer.json'} ")
 
 
 # -- code that comes with a checkpoint ---------------------------------------------------------
