@@ -150,7 +150,10 @@ class Article(Settings):
                 )
             _check_fields(where, prompt.fields)
             if not prompt.answer.strip():
-                raise ValueError(f"{where} has no answer: write a text that is not empty.")
+                raise ValueError(
+                    f"{where}: answer={prompt.answer!r}: write a text that is not empty. Here an "
+                    "answer names something, and a space is put before it."
+                )
             try:
                 made = _prompt(self.id, self.facts[prompt.fact], _given(prompt), ())
             except ValueError as error:
