@@ -79,6 +79,7 @@ from graftlens.model.start import (
     load_start,
     load_tokenizer,
     weight_hash,
+    with_adapters,
 )
 from graftlens.perplexity import (
     Padding,
@@ -398,7 +399,7 @@ def _finetune(
     use_cache = getattr(model.config, "use_cache", True)  # the Trainer may switch it off
     # Seeded before adapters are made; the Trainer seeds the training itself.
     torch.manual_seed(config.seed)
-    trained = _with_adapters(model, config.lora) if config.lora is not None else model
+    trained = with_adapters(model, config.lora) if config.lora is not None else model
     # After all checks: a run that is refused leaves the folder to one that is not.
     processes.from_first(partial(_claim, config.output, identity))
 
@@ -668,22 +669,6 @@ def _log_lines(state: Any) -> list[dict[str, Any]]:
         for line in state.log_history
         if "loss" in line or "heldout_perplexity" in line
     ]
-
-
-def _with_adapters(model: Any, lora: LoraSettings) -> Any:
-    from peft import LoraConfig, get_peft_model
-
-    targets = lora.target_modules
-    return get_peft_model(
-        model,
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            lora_dropout=lora.dropout,
-            target_modules=targets if isinstance(targets, str) else list(targets),
-        ),
-    )
 
 
 @contextlib.contextmanager

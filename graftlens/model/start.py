@@ -196,6 +196,23 @@ def _targeted(targets: str | Sequence[str], modules: Iterable[str]) -> Iterator[
                 yield target, name
 
 
+def with_adapters(model: Any, lora: Any) -> Any:
+    """The model with new adapters, as `graftlens.recipes.LoraSettings` describe them."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = lora.target_modules
+    return get_peft_model(
+        model,
+        LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=targets if isinstance(targets, str) else list(targets),
+        ),
+    )
+
+
 def weight_hash(model: Any) -> str:
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
