@@ -280,7 +280,7 @@ def open_config(what: str, path: str, any_family: bool = False) -> Any:
         PairError: a config that is missing or damaged.
         UnsupportedArchitectureError: a family, an option or a value that is not supported.
     """
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING, AutoConfig
 
     folder = Path(path)
     if folder.is_dir():
@@ -302,10 +302,12 @@ def open_config(what: str, path: str, any_family: bool = False) -> Any:
     if not isinstance(kind, str):
         raise PairError(f"{what}: {file} has model_type={kind!r}; give the name of a family.")
     native = kind in FAMILIES or kind == "gemma3"
-    if content.get("auto_map") and not native and not any_family:
+    taken = kind in CONFIG_MAPPING if any_family else native
+    if content.get("auto_map") and not taken:
         raise UnsupportedArchitectureError(
             f"{what}: {file} asks for code that comes with the checkpoint (auto_map), which "
-            f"graftlens never runs. Supported are transformers' own {' '.join(FAMILIES)}."
+            "graftlens never runs. Supported are transformers' own "
+            f"{'families' if any_family else ' '.join(FAMILIES)}."
         )
     if not any_family:
         try:
@@ -319,10 +321,10 @@ def open_config(what: str, path: str, any_family: bool = False) -> Any:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except Exception as error:  # each kind of wrong value sets off another
-        if not native:
+        if not taken:
             raise UnsupportedArchitectureError(
-                f"{what}: {file} has model_type={kind!r}, which is not supported. "
-                f"Supported: {' '.join(FAMILIES)}."
+                f"{what}: {file} has model_type={kind!r}, which is not supported. Supported: "
+                f"{'what transformers has' if any_family else ' '.join(FAMILIES)}."
             ) from error
         raise PairError(
             f"{what}: {file} was not understood ({said(error)}). Save or fetch the checkpoint "
