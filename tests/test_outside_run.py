@@ -11,7 +11,7 @@ import torch
 from conftest import MakeTiny, Tiny
 from families import tiny_pair
 from torch import Tensor
-from toytokenizers import TOKENIZERS, llama3_style
+from toytokenizers import TOKENIZERS, gpt2_style, llama3_style
 
 import graftlens
 from graftlens.lens import logit_lens
@@ -168,6 +168,23 @@ def test_a_pad_token_of_the_settings_counts_where_there_is_no_tokenizer() -> Non
         model(torch.tensor([[0, 0, 5]]))
 
 
+def test_a_bos_token_that_only_the_config_has_is_one() -> None:
+    """Qwen 2.5: no BOS token in the tokenizer; its config's is the pad token. It was refused."""
+    tokenizer = gpt2_style()
+    tokenizer.bos_token = None
+    pair = tiny_pair("qwen2", seed=1, vocab_size=len(tokenizer))
+    pad = tokenizer.pad_token_id
+    for source in pair.values():
+        source.config.bos_token_id = pad
+    model = GraftedTransformer.from_pretrained(pair, tokenizer=tokenizer, verbose=False)
+    tokens = torch.tensor([[pad, 5, 6, 7], [pad, 8, 9, 10]])
+    theirs = pair["sft"](tokens, use_cache=False).logits
+    _close(model(tokens, graft="sft @ all"), theirs)
+    for hidden in ([[pad, pad, 6, 7], [pad, 8, 9, 10]], [[pad, 5, 6, 7], [11, 8, 9, 10]]):
+        with pytest.raises(PromptError, match=f"row 0 begins in the pad token {pad}"):
+            model(torch.tensor(hidden))
+
+
 BAD_MASKS: dict[str, tuple[Any, str]] = {
     "of scores": (torch.tensor([[0.0, 0.0, -1e9]]), r"holds -1000000000.0. Write 1 for tokens"),
     "of nan": (torch.tensor([[1.0, 1.0, torch.nan]]), r"holds nan"),
@@ -198,6 +215,8 @@ def test_masks_of_any_number_type_and_of_one_row(tiny: MakeTiny) -> None:
         row = torch.tensor([9, 5, 6, 7])
         _close(t.model(row, attention_mask=torch.tensor(mask))[0, 1:], alone)
         _close(t.model(row[None], attention_mask=torch.tensor([mask]))[0, 1:], alone)
+        # Regression: a tokenizer's mask [1, pos] beside a row [pos] was refused for a while.
+        _close(t.model(row, attention_mask=torch.tensor([mask]))[0, 1:], alone)
     batch = t.model.batch(torch.tensor([9, 5, 6, 7]), attention_mask=torch.tensor([0, 1, 1, 1]))
     _close(t.model(batch)[0, 1:], alone)
     with pytest.raises(ValueError, match="a Batch knows its padding"):

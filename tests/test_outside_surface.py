@@ -506,6 +506,9 @@ def test_a_hook_that_would_never_fire_is_refused(tiny: MakeTiny, name: str, flag
         lambda: point.add_perma_hook(look),
         lambda: point.add_hook(look, dir="bwd"),
         lambda: point.register_forward_hook(lambda *_: None),
+        lambda: point.register_forward_pre_hook(lambda *_: None),
+        lambda: point.register_backward_hook(lambda *_: None),
+        lambda: point.register_full_backward_pre_hook(lambda *_: None),
         lambda: [p.add_hook(look) for p in model.hook_points() if p is point],
     ):
         with pytest.raises(ValueError, match=message):
@@ -748,6 +751,31 @@ def test_logit_attributions_say_once_what_they_leave_out(tiny: MakeTiny) -> None
     row = table[table["rule"] == MIXED]
     assert len(row)
     assert float(row["contribution"].sum()) == pytest.approx(float(row["logit"].iloc[0]), rel=1e-4)
+
+
+def test_a_cache_of_one_s_own_says_what_it_leaves_out(tiny: MakeTiny) -> None:
+    """T9: a plain cache that was filled by one's own hooks inside a `with` said nothing."""
+    model = tiny("llama-biased").model
+    mine: dict[str, Tensor] = {}
+
+    def save(x: Tensor, hook: HookPoint) -> None:
+        mine[str(hook.name)] = x.detach()
+
+    with model.grafted("sft @ all"):
+        model.run_with_hooks(TOKENS, fwd_hooks=[(lambda _: True, save)])
+        cache = ActivationCache(mine, model)
+    stack = cache.decompose_resid()
+    with pytest.warns(
+        UserWarning, match=r"ln_final's weight.*graftlens\.lens\.attribution"
+    ) as told:
+        found = cache.logit_attrs(stack, 5)
+    assert [w.filename for w in told] == [__file__]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _close(cache.logit_attrs(stack, 5), found)
+        _, known = model.run_with_cache(TOKENS, graft="sft @ all")
+    with pytest.warns(UserWarning, match="ln_final's weight"):
+        _close(found, known.logit_attrs(known.decompose_resid(), 5))
 
 
 def test_a_norm_that_is_folded_is_not_warned_of(tiny: MakeTiny) -> None:

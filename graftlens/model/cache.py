@@ -1,7 +1,6 @@
 """An `ActivationCache` that knows under which graft it was filled."""
 
 import inspect
-import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
 from typing import Any
@@ -17,6 +16,7 @@ from graftlens.components import Component
 from graftlens.graft import Graft
 from graftlens.model.active import Active
 from graftlens.model.mask import GraftMask, Selection, plain
+from graftlens.model.reading import tell
 
 C = Component
 
@@ -51,9 +51,6 @@ class GraftedCache(ActivationCache):
         """`model` is the GraftedTransformer that ran, `mask` what it ran under."""
         super().__init__(cache_dict, model, has_batch_dim=has_batch_dim)
         self.mask = mask
-
-    #: Whether this cache has said what its logit attributions leave out.
-    _warned = False
 
     def compute_head_results(self) -> None:
         """Fill in `hook_result` from `hook_z` with each row's own W_O."""
@@ -144,14 +141,7 @@ class GraftedCache(ActivationCache):
         into the unembedding, and here they are not. So the contributions do not add up to the
         logit, which each cache says once, as a warning; those of `graftlens.lens.attribution` do.
         """
-        if not self._warned and _changes(self.model.ln_final):
-            self._warned = True
-            warnings.warn(
-                "logit_attrs leaves out ln_final's weight, which is not folded into the "
-                "unembedding here, so these contributions do not add up to the logit. "
-                "graftlens.lens.attribution(model, prompts) gives contributions that do.",
-                stacklevel=2,
-            )
+        _tell_of_norm(self)
         chosen = plain(self.mask[C.UNEMBED, None])
         rest = (tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim)
         if len(chosen.sources) == 1:
@@ -179,6 +169,17 @@ def _uniform(mask: GraftMask, source: int) -> GraftMask:
     rows = int(np.prod(mask.shape))
     one = Selection(np.full(rows, source, dtype=np.int8), np.ones(rows, dtype=bool))
     return GraftMask(mask.graft, mask.sources, mask.shape, {**mask.sites, (C.UNEMBED, None): one})
+
+
+def _tell_of_norm(cache: ActivationCache) -> None:
+    """Warn, once a cache, of what its logit attributions leave out."""
+    if "_told_of_norm" not in vars(cache) and _changes(cache.model.ln_final):
+        vars(cache)["_told_of_norm"] = True
+        tell(
+            "logit_attrs leaves out ln_final's weight, which is not folded into the "
+            "unembedding here, so these contributions do not add up to the logit. "
+            "graftlens.lens.attribution(model, prompts) gives contributions that do."
+        )
 
 
 def _changes(norm: Any) -> bool:
@@ -244,6 +245,8 @@ def _under_graft(name: str) -> Any:
 
     @wraps(original)
     def method(self: UnresolvedCache, *args: Any, **kwargs: Any) -> Any:
+        if name == "logit_attrs":
+            _tell_of_norm(self)
         with self.model.active.under(self.graft):
             return original(self, *args, **kwargs)
 

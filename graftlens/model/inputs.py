@@ -110,8 +110,8 @@ def from_tokens(
 
     Args:
         tokens: token ids, on any device.
-        attention_mask: of the tokens' shape, 1 for tokens and 0 for padding on the left or on the
-            right.
+        attention_mask: of the tokens' shape ([1, pos] also with tokens [pos]), 1 for tokens and 0
+            for padding on the left or on the right.
         pad_id: the pad token, where known: without a mask, rows are searched for padding. Four
             columns are copied to the host for it.
         bos_id, eos_ids: tokens that may begin and end a prompt. A pad token that is one of them is
@@ -131,8 +131,8 @@ def from_tokens(
             _refuse_hidden_padding(tokens, pad_id, bos_id, eos_ids)
         real = np.ones((count, width), dtype=bool)
     else:
-        real = _real_places(attention_mask, tuple(tokens.shape[single:]))
-        real = real[None] if single else real
+        row = single and getattr(attention_mask, "ndim", 2) == 1
+        real = np.atleast_2d(_real_places(attention_mask, tuple(tokens.shape[row:])))
     lengths = real.sum(axis=1).tolist()
     starts = tuple(np.argmax(real, axis=1).tolist())
     ids = tokens.detach().cpu().numpy() if tokens.device.type == "cpu" else None

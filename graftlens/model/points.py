@@ -22,7 +22,12 @@ class FlaggedPoint(HookPoint):
     @property
     def hooked(self) -> bool:
         """Whether anything is attached."""
-        return bool(self._forward_hooks or self._backward_hooks)
+        return bool(
+            self._forward_pre_hooks
+            or self._forward_hooks
+            or self._backward_pre_hooks
+            or self._backward_hooks
+        )
 
     @property
     def way(self) -> str:
@@ -33,6 +38,10 @@ class FlaggedPoint(HookPoint):
 
     # What HookPoint.add_hook goes through, and PyTorch's own hooks as well.
 
+    def register_forward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self._refuse_silent()
+        return super().register_forward_pre_hook(*args, **kwargs)
+
     def register_forward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         self._refuse_silent()
         return super().register_forward_hook(*args, **kwargs)
@@ -40,6 +49,14 @@ class FlaggedPoint(HookPoint):
     def register_full_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
         self._refuse_silent()
         return super().register_full_backward_hook(*args, **kwargs)
+
+    def register_full_backward_pre_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self._refuse_silent()
+        return super().register_full_backward_pre_hook(*args, **kwargs)
+
+    def register_backward_hook(self, *args: Any, **kwargs: Any) -> RemovableHandle:
+        self._refuse_silent()
+        return super().register_backward_hook(*args, **kwargs)
 
     def _refuse_silent(self) -> None:
         if not self.fires:

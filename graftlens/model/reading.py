@@ -89,7 +89,8 @@ class Reading:
                         f"token id {low if low < 0 else high} is outside the vocabulary "
                         f"(0 to {self.arch.d_vocab - 1})."
                     )
-            begins = self.hf_config if self.tokenizer is None else self.tokenizer
+            # Qwen's tokenizers have no BOS token, and its configs do.
+            known = (getattr(x, "bos_token_id", None) for x in (self.tokenizer, self.hf_config))
             ends = {end for ends in self.end_tokens.values() for end in ends}
             if (eos := getattr(self.tokenizer, "eos_token_id", None)) is not None:
                 ends.add(eos)
@@ -97,7 +98,7 @@ class Reading:
                 input.long(),
                 attention_mask,
                 pad_id=self._padding(),
-                bos_id=getattr(begins, "bos_token_id", None),
+                bos_id=next((bos for bos in known if bos is not None), None),
                 eos_ids=ends,
             )
         if attention_mask is not None:

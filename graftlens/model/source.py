@@ -166,9 +166,10 @@ def _check_tensors(
         named = {n if n.startswith("lm_head.") else prefix + n: s for n, s in named.items()}
     expected = {name: tuple(tensor.shape) for name, tensor in empty.state_dict().items()}
     layout = FAMILIES[empty.config.model_type].layout
-    head = f"{layout.modules[Component.UNEMBED]}.weight"
-    tied = getattr(config, "tie_word_embeddings", True)
-    missing = sorted(expected.keys() - named.keys() - ({head} if tied else set()))
+    pair = {f"{layout.modules[c]}.weight" for c in (Component.EMBED, Component.UNEMBED)}
+    # Of two tied tensors a file may hold either: safetensors' save_model keeps the head.
+    tied = getattr(config, "tie_word_embeddings", True) and bool(pair & named.keys())
+    missing = sorted(expected.keys() - named.keys() - (pair if tied else set()))
     unused = sorted(there for name, there in named.items() if name not in expected)
     # Old names that transformers translates (GPT-NeoX's embed_out) are left to it.
     for name in tuple(missing):
