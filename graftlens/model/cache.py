@@ -263,7 +263,11 @@ for _name in (
 
 
 def _knowing(original: Callable[..., None]) -> Callable[..., None]:
-    """`ActivationCache.__init__`, after which a plain cache of a grafted model knows its graft."""
+    """`ActivationCache.__init__`, after which a plain cache of a grafted model knows its graft.
+
+    It cannot know it of a dictionary that somebody else's hooks filled and that is wrapped outside
+    of every `with model.grafted(…)`: such a cache computes with the weights that are in force.
+    """
 
     @wraps(original)
     def init(self: Any, cache_dict: Any, model: Any, *args: Any, **kwargs: Any) -> None:

@@ -55,8 +55,8 @@ class Generation:
             stop_at_eos: a prompt that gave an end token is finished; it is filled up with padding.
             eos_token_id: the tokens that end every prompt. Unless given, a prompt that runs one
                 source alone, as under `sft @ all`, ends where that source's generation settings
-                say, and any other at the end tokens of all sources that it runs; a source without
-                any has the tokenizer's EOS.
+                say, and any other at the end tokens of all sources that it runs; a source whose
+                settings name none has its config's, else the tokenizer's EOS.
             prepend_bos: as in `forward`.
             return_type: `input` gives texts for texts, tokens for tokens.
             new_only: leave the prompt out, and give what was added alone.
