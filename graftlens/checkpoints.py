@@ -117,7 +117,8 @@ def refuse_foreign(
         if os.path.lexists(path) and not (ours and path.is_file() and not path.is_symlink()):
             raise _in_the_way(path)
     for path in (output / "checkpoints", output / "epochs"):
-        if os.path.lexists(path) and not path.is_dir():
+        # What a link leads to is somebody else's place.
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
             raise _in_the_way(path)
     for name in folders:
         path = output / name
