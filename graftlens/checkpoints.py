@@ -74,15 +74,10 @@ def recorded(folder: Path) -> Mapping[str, Any] | None:
     return None
 
 
-def refuse_earlier(folder: Path) -> None:
-    """Refuse a folder whose ``run.json`` does not have what the start's config was."""
+def is_earlier(folder: Path) -> bool:
+    """Whether a run's ``run.json`` does not have what the start's config was."""
     run = recorded(folder)
-    if run is not None and "settings" not in run["start"]:
-        raise ValueError(
-            f"{folder} was begun by an earlier release, which did not write down the config of the "
-            "model that it starts from, so whether that is still the same cannot be known. Its "
-            "checkpoints can be used; to train, choose another output folder."
-        )
+    return run is not None and "settings" not in run["start"]
 
 
 def is_identity(value: Any) -> bool:
@@ -117,7 +112,8 @@ def refuse_foreign(
         if os.path.lexists(path) and not (ours and path.is_file() and not path.is_symlink()):
             raise _in_the_way(path)
     for path in (output / "checkpoints", output / "epochs"):
-        if os.path.lexists(path) and not path.is_dir():
+        # What a link leads to is somebody else's place.
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
             raise _in_the_way(path)
     for name in folders:
         path = output / name

@@ -358,10 +358,11 @@ def data_make(
     from graftlens.data import make_dataset, save_dataset, spec_of
     from graftlens.data.dataset import refuse_existing
     from graftlens.data.rewriting import told_on_command_line
-    from graftlens.folder import at_home, inside
+    from graftlens.folder import at_home, inside, writable
 
     folder = at_home(out) if out else inside(Path("graftlens-data"), config.stem)
     refuse_existing(folder)  # before all the work
+    writable(folder)
     given = overrides or []
     try:
         spec = spec_of(overridden(read_mapping(at_home(config)), given))
@@ -435,10 +436,12 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _print_anything() -> None:
-    """A terminal that lacks a sign (an arrow, in Latin-1) shows its number: no work ends by it."""
+    """A terminal that lacks a sign (an arrow, in Latin-1) shows its number: no work ends by it.
+
+    In a log file, too, each line is there at once: also that a lock is waited for."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from graftlens import plainyaml
 from graftlens.components import brief, cut, suggest
+from graftlens.folder import read_text
 
 #: How many problems an error lists.
 SHOWN = 50
@@ -129,11 +130,16 @@ def read_mapping(path: Path) -> dict[Any, Any]:
         ConfigError: a file that is missing, empty or something else.
     """
     try:
-        values = read_yaml(path.expanduser().read_text(encoding="utf-8"))
+        values = read_yaml(read_text(path))
     except FileNotFoundError:
         raise ConfigError(("", "there is no such file.")) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(("", f"the file could not be read ({error}).")) from None
+    except ConfigError:
+        raise
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(("", f"the file could not be read ({why}).")) from None
+    except ValueError as error:  # another encoding
+        raise ConfigError(("", str(error).removeprefix(f"{path} "))) from None
     if values is None:
         raise ConfigError(("", "the file is empty. Write keys and values, such as seed: 0."))
     if not isinstance(values, dict):

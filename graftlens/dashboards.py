@@ -1,6 +1,7 @@
 """A dashboard of one prompt: runs it under several grafts and hands the page what they gave."""
 
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from graftlens.prompts import Prompt, Tokenized, tokenize
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.scoring import joined_answers
 from graftlens.viz.dashboard import Dashboard, DashboardData, Run
+from graftlens.viz.page import is_page
 
 C = Component
 
@@ -162,6 +164,11 @@ def write_dashboard(
         OSError: a page or a picture that cannot be written; found before a weight is read.
     """
     path = writable(path)
+    if os.path.lexists(path) and not path.is_symlink() and not is_page(path):
+        raise ValueError(
+            f"{path} is there and is not a page that graftlens wrote, so it is left as it is. Name "
+            "another file."
+        )
     if image is not None:
         image = writable(image)
         if image.resolve() == path.resolve():

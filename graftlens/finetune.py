@@ -51,11 +51,11 @@ from graftlens.checkpoints import (
     check_claim,
     claim,
     discard,
+    is_earlier,
     mark_complete,
     newest_complete,
     recorded,
     refuse_differences,
-    refuse_earlier,
     remove_all,
     remove_others,
     saving,
@@ -65,7 +65,7 @@ from graftlens.checkpoints import (
 )
 from graftlens.data import DatasetSpec, load_dataset, make_dataset, save_dataset
 from graftlens.engines import EngineError, SlurmResources, Task, submit
-from graftlens.finetuned import FinetuneResult, check_epochs, mended, read_result
+from graftlens.finetuned import FinetuneResult, check_epochs, earlier_result, mended, read_result
 from graftlens.folder import write_whole
 from graftlens.model.identity import config_settings, tokenizer_digest
 from graftlens.model.quiet import quiet
@@ -104,6 +104,7 @@ from graftlens.trainingtexts import (
     named,
     supplemented,
     training_texts_of,
+    vocabulary_hash,
 )
 from graftlens.trainingtexts import split as _split
 from graftlens.trainingtexts import text_hash as _text_hash
@@ -348,7 +349,7 @@ def _finetune(
         if not config.keep_epochs:
             remove_all(epochs, "epoch")
 
-    def known() -> FinetuneResult | None:
+    def already() -> FinetuneResult | None:
         """The result if there is one already."""
         settings = config.model_dump(mode="json", exclude={"output"})
         identity.update(
@@ -366,15 +367,16 @@ def _finetune(
             },
             processes=processes.count,
         )
-        refuse_earlier(config.output)
         # A setting that an earlier release did not know had what is now its default.
-        defaults = FinetuneConfig(model="", output=Path()).model_dump(mode="json")
-        check_claim(
-            config.output,
-            identity,
-            defaults={"config": defaults, "processes": 1},
-            elsewhere=LOCATIONS,
-        )
+        plain = FinetuneConfig(model="", output=Path()).model_dump(mode="json")
+        defaults = {"config": plain, "processes": 1}
+        if is_earlier(config.output):
+            start = {**identity["start"], "tokenizer_sha256": vocabulary_hash(tokenizer)}
+            del start["settings"]
+            known = {**identity, "start": start}
+            check_claim(config.output, known, defaults=defaults, elsewhere=LOCATIONS)
+            return earlier_result(final)
+        check_claim(config.output, identity, defaults=defaults, elsewhere=LOCATIONS)
         if not final.exists():
             return None
         result = mended(config, identity)
@@ -383,7 +385,7 @@ def _finetune(
             clear()
         return result
 
-    finished = processes.from_first(known)
+    finished = processes.from_first(already)
     if finished is not None:
         return finished
 

@@ -107,6 +107,25 @@ def _version_of(final: Path) -> str | None:
     return versions.get("graftlens") if isinstance(versions, dict) else None
 
 
+def earlier_result(final: Path) -> FinetuneResult:
+    """What a run of an earlier release came to, which did not write down its start's config.
+
+    Raises:
+        ValueError: it is not finished, so that another start would be gone on with.
+    """
+    cannot = (
+        f"{final.parent} was begun by an earlier release, which did not write down the config of "
+        "the model that it starts from, so whether that is still the same cannot be known."
+    )
+    if not final.exists():
+        raise ValueError(
+            f"{cannot} Its checkpoints can be used; to train, choose another output folder, or "
+            "remove this one."
+        )
+    logger.warning("%s Its result is taken as it is; to train again, remove the folder.", cannot)
+    return read_result(final)
+
+
 def mended(config: FinetuneConfig, identity: Mapping[str, Any]) -> FinetuneResult | None:
     """The result in the folder; a damaged one is made again, at once or (None) from a checkpoint.
 

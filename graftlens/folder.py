@@ -114,23 +114,48 @@ def write_whole(path: str | Path, content: str | bytes) -> Path:
     followed.
 
     Raises:
-        OSError: a folder that cannot be written, or a full disk; nothing half-written is left.
+        UnwritableError: a folder that cannot be written, or a full disk; nothing half-written is
+            left.
     """
     path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    half = _half(path)
-    try:
-        _write(half, content.encode() if isinstance(content, str) else content)
-        half.replace(path)
-    finally:
-        with contextlib.suppress(OSError):
-            half.unlink(missing_ok=True)
-    sync(path.parent)
+    with told_of(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        half = _half(path)
+        try:
+            _write(half, content.encode() if isinstance(content, str) else content)
+            half.replace(path)
+        finally:
+            with contextlib.suppress(OSError):
+                half.unlink(missing_ok=True)
+        sync(path.parent)
     return path
 
 
 class UnwritableError(OSError):
     """A place that cannot be written; the message names it and says what to do."""
+
+    def __init__(self, path: Path, error: OSError) -> None:
+        what = error.strerror or " ".join(str(error).split())
+        super().__init__(error.errno, what)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        mend = "Free space there" if full else "Make its folder writable"
+        self.said = f"{path} cannot be written ({what.lower()}). {mend}, or choose another place."
+
+    def __str__(self) -> str:
+        return self.said
+
+
+@contextlib.contextmanager
+def told_of(path: Path) -> Iterator[None]:
+    """Say of an error of the disk which place it hit and what to do.
+
+    Raises:
+        UnwritableError: a folder that cannot be written, or a full disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UnwritableError(path, error) from None
 
 
 def writable(path: str | Path) -> Path:
@@ -143,13 +168,8 @@ def writable(path: str | Path) -> Path:
             is too long, a full disk.
     """
     path = Path(path).expanduser()
-    try:
+    with told_of(path):
         probe(path)
-    except OSError as error:
-        why = (error.strerror or str(error)).lower()
-        raise UnwritableError(
-            f"{path} cannot be written ({why}). Make its folder writable, or choose another place."
-        ) from None
     return path
 
 

@@ -16,7 +16,7 @@ from graftlens.presets import preset
 class LoraSettings(Settings):
     """Train low-rank adapters (needs ``peft``); the result is saved merged, as plain weights."""
 
-    rank: Annotated[int, Field(ge=1)] = 16
+    rank: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Rank of each adapter."""
 
     alpha: Annotated[float, Field(gt=0)] = 32.0
@@ -39,7 +39,7 @@ class FinetuneConfig(Settings):
     output: Path
     """Folder of the run; the result is its subfolder ``model``."""
 
-    epochs: Annotated[int, Field(ge=1)] = 10
+    epochs: Annotated[int, Field(ge=1, le=100_000)] = 10
     """Passes over the training texts."""
 
     learning_rate: Annotated[float, Field(gt=0)] = 2e-5

@@ -177,3 +177,8 @@ def text_hash(texts: Sequence[str]) -> str:
     for text in texts:
         digest.update(json.dumps(text).encode() + b"\n")
     return digest.hexdigest()
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """What version 0.1.0 wrote down of a tokenizer."""
+    return text_hash([json.dumps(sorted(tokenizer.get_vocab().items()))])

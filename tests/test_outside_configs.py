@@ -441,3 +441,14 @@ def test_a_warning_is_a_sentence_on_the_command_line(
         "graftlens: warning: the answer 'Bo' goes on with the prompt's last word.\n"
     )
     assert warnings.showwarning is shown
+
+
+@pytest.mark.parametrize("setting", ["epochs", "rank"])
+def test_sizes_of_a_finetuning_are_bounded(setting: str) -> None:
+    """Regression: `epochs: 1000000000000` took all memory (a name for each checkpoint), and so did
+    such a rank."""
+    large = {setting: 10**12} if setting == "epochs" else {"lora": {setting: 10**12}}
+    with pytest.raises(
+        ConfigError, match=rf"{setting}: 1000000000000 should be less than or equal"
+    ):
+        settings_from(FinetuneConfig, {"model": "m", "output": "o", **large})

@@ -374,6 +374,16 @@ def test_a_link_in_the_way_is_not_followed(tmp_path):
         run(recipe(tmp_path / "no-model", tmp_path / "run"))
 
 
+@pytest.mark.parametrize("name", ["checkpoints", "epochs"])
+def test_a_link_at_a_folder_of_checkpoints_is_not_followed(name, tmp_path):
+    """A planted `checkpoints` or `epochs` led what is written out of the output folder."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(FileExistsError, match=f"run/{name} is in the way"):
+        run(recipe(tmp_path / "no-model", tmp_path / "run"))
+
+
 def test_what_is_not_in_the_way_stays(start, whole, tmp_path):
     """checkpoints/ and epochs/ were removed at the end with all that was in them."""
     theirs = {
@@ -860,6 +870,15 @@ def test_a_finished_run_does_not_die_of_what_it_prints(encoding, unchecked, monk
     assert ended.value.code == 0
     assert shown.getvalue().startswith(b"r/model: 2 steps, loss 1.000 ")
     assert shown.getvalue().endswith(b" 0.500 nats a token\n")
+
+
+def test_what_is_said_is_in_a_log_file_at_once(monkeypatch):
+    """ "waiting for …/claim.lock" stayed in Python's buffer for as long as it was waited for."""
+    shown = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="utf-8"))
+    cli._print_anything()
+    print("waiting for a lock")
+    assert shown.getvalue() == b"waiting for a lock\n"
 
 
 def test_home_folders_in_every_path(unchecked, tmp_path, monkeypatch):

@@ -426,6 +426,67 @@ def test_home_is_expanded(
     assert not (tmp_path / "~").exists()
 
 
+@pytest.mark.parametrize("name", ["shards", "locks"])
+def test_a_link_at_a_folder_of_a_sweep_is_not_followed(
+    name: str, given: dict[str, Any], tmp_path: Path
+) -> None:
+    """A planted `shards` or `locks` led what is written out of the sweep's folder."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "out" / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ValueError, match=rf"out/{name} leads out of \S+out\. Remove the link"):
+        quietly(given, tmp_path / "out")
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [("null", "it holds no keys"), ("[]", "it holds no keys"), ("", "its text is not JSON")],
+)
+def test_a_damaged_manifest_is_said_without_pythons_words(
+    content: str, why: str, copied: Path, given: dict[str, Any]
+) -> None:
+    """ "'NoneType' object has no attribute 'items'", and the file's name twice."""
+    (copied / "sweep.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=rf"graftlens writes \({why}.*\)\. Remove that file"
+    ) as told:
+        quietly(given, copied)
+    assert str(told.value).count("sweep.json") == 1
+    assert ".)" not in str(told.value)
+
+
+def test_a_full_disk_is_named_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dashboard ended in "[Errno 28] No space left on device" and named nothing."""
+
+    def full(half: Path, content: bytes) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("graftlens.folder._write", full)
+    with pytest.raises(UnwritableError) as told:
+        write_whole(tmp_path / "page.html", "x")
+    assert told.value.errno == 28
+    assert str(told.value) == (
+        f"{tmp_path / 'page.html'} cannot be written (no space left on device). Free space there, "
+        "or choose another place."
+    )
+
+
+def test_a_dashboard_overwrites_no_file_that_is_not_a_page_of_ours(
+    sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`graftlens dashboard` replaced whatever was at dashboard.html."""
+    monkeypatch.setattr(GraftedTransformer, "from_pretrained", never)
+    page = tmp_path / "dashboard.html"
+    page.write_text("mine")
+    with pytest.raises(ValueError, match="is there and is not a page that graftlens wrote"):
+        write_dashboard(sources, Prompt("Ann"), {}, page)
+    assert page.read_text() == "mine"
+
+
 def test_a_sweep_finds_before_the_weights_that_it_cannot_write(
     given: dict[str, Any], copied: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

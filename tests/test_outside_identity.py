@@ -28,6 +28,7 @@ from graftlens.model.load import load
 from graftlens.sweep import runner
 from graftlens.sweep.results import read_manifest, read_results, shard_path
 from graftlens.sweep.runner import prepare_sweep, run_sweep
+from graftlens.trainingtexts import vocabulary_hash
 
 # -- fingerprints ------------------------------------------------------------------------------
 
@@ -339,10 +340,34 @@ def test_a_training_of_the_release_before_is_not_gone_on_with(
     train(start, output, monkeypatch)
     record = json.loads((output / "run.json").read_text())
     del record["start"]["settings"]
+    record["start"]["tokenizer_sha256"] = vocabulary_hash(TOKENIZERS["llama3"]())
     (output / "run.json").write_text(json.dumps(record))
     claim(output, record)
     with pytest.raises(ValueError, match=r"^\S+ was begun by an earlier release, which did not"):
         train(start, output, monkeypatch)
+
+
+def test_a_finished_training_of_the_release_before_is_given_back(
+    start: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Regression: it was refused, so that an experiment over its store could not be shown again."""
+    output = tmp_path / "run"
+    recipe = FinetuneConfig(model=str(start), output=output, epochs=1, device="cpu")
+    texts = Dataset.from_dict({"text": ["Ann plays with Bo."] * 4})
+    result = finetune(recipe, texts, progress=False)
+    before = TOKENIZERS["llama3"]()
+    (output / "model" / "complete.json").unlink()
+    for path in (output / "run.json", output / "model" / "finetune.json"):
+        record = json.loads(path.read_text())
+        del record["start"]["settings"]
+        record["start"]["tokenizer_sha256"] = vocabulary_hash(before)
+        record.get("versions", {}).pop("graftlens", None)
+        path.write_text(json.dumps(record))
+    assert finetune(recipe, texts, progress=False) == result
+    assert "was begun by an earlier release" in caplog.text
+    other = Dataset.from_dict({"text": ["Ann plays with Zoe."] * 4})
+    with pytest.raises(ValueError, match=r"data\.train_sha256"):
+        finetune(recipe, other, progress=False)
 
 
 def test_training_reads_a_start_in_one_sentence(

@@ -33,6 +33,7 @@ from graftlens.model import source as source_module
 from graftlens.model.arch import PairError, UnsupportedArchitectureError
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.load import load, preview
+from graftlens.model.tokenizers import read_tokenizer
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -718,7 +719,19 @@ def test_a_tokenizer_that_is_damaged(content: bytes, tmp_path: Path) -> None:
     pair = tiny_pair("llama", 1, len(tokenizer))
     folders = {n: save_checkpoint(m, tmp_path / n, tokenizer) for n, m in pair.items()}
     (folders["sft"] / "tokenizer.json").write_bytes(content)
-    assert refused_alike(folders).startswith(f"{folders['sft'] / 'tokenizer.json'} ")
+    told = refused_alike(folders)
+    assert told.startswith(f"{folders['sft'] / 'tokenizer.json'} ")
+    assert told.endswith(" Save the tokenizer again, or fetch the file again.")
+
+
+@pytest.mark.parametrize("length", ["512", [512]])
+def test_a_tokenizer_whose_longest_text_is_no_number(length: Any, tmp_path: Path) -> None:
+    """Regression: a TypeError at the first text ("'>' not supported between …")."""
+    TOKENIZERS["llama3"]().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
+    with pytest.raises(PairError, match=r"^the tokenizer of \S+ could .* is no number\)\. Save or"):
+        read_tokenizer(str(tmp_path))
 
 
 # -- code that comes with a checkpoint ---------------------------------------------------------

@@ -32,6 +32,7 @@ from graftlens.folder import at_home, claim, inside, name_fault, name_problems
 from graftlens.sweep.config import SweepConfig, load_config
 from graftlens.viz.compare import compare_page
 from graftlens.viz.page import (
+    GENERATOR,
     ExperimentPage,
     Part,
     Table,
@@ -161,6 +162,42 @@ def test_figures_have_names_of_their_own_that_are_not_too_long():
     assert all(len(name.encode()) <= 160 for name in long)
 
 
+# -- what cannot be written or read ----------------------------------------------------------------
+
+
+def test_a_dataset_that_cannot_be_written_is_named_before_the_work(tmp_path, monkeypatch):
+    """ "[Errno 17] File exists: …/file", after the dataset had been made."""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "d.yaml").write_text("facts: fake_movies\nn_facts: 3\n")
+    for name in ("graftlens.data.make_dataset", "graftlens.experiment.plan.make_dataset"):
+        monkeypatch.setattr(name, None)
+    with pytest.raises(OSError, match=r"file/x cannot be written \(not a directory\)\. Make its"):
+        cli.data_make(tmp_path / "d.yaml", out=tmp_path / "file" / "x")
+    with pytest.raises(OSError, match=r"cannot be written \(not a directory\)\. Make its folder"):
+        Store(tmp_path / "file").dataset("films", FILMS)
+
+
+def test_a_dataset_on_a_full_disk_is_named(tmp_path, monkeypatch):
+    """ "[Errno 28] No space left on device" named nothing."""
+
+    def full(*args, **options):
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr("datasets.Dataset.save_to_disk", full)
+    with pytest.raises(OSError, match=r"/ds cannot be written \(no space left on device\)\. Free"):
+        save_dataset(make_dataset(MoviesConfig(n_facts=3, texts_per_fact=1)), tmp_path / "ds")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "latin-1"])
+def test_configs_of_other_encodings_are_refused_by_name(tmp_path, encoding):
+    """ "'utf-8' codec can't decode byte 0xff in position 0: invalid start byte"."""
+    path = tmp_path / "c.yaml"
+    path.write_bytes("title: é\n".encode(encoding))
+    with pytest.raises(ConfigError, match=r"c\.yaml: is not UTF-8 text .* Save it as UTF-8\."):
+        load_config(path)
+
+
 # -- the store ---------------------------------------------------------------------------------
 
 FILMS = MoviesConfig(n_facts=3, texts_per_fact=1)
@@ -251,6 +288,19 @@ def test_a_folder_of_ours_is_taken_up_and_others_files_stay(planned, tmp_path):
         run_experiment(planned, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["sweeps", "tables", "figures"])
+def test_a_planted_link_at_a_folder_is_found_before_anything_is_trained(
+    planned, tmp_path, monkeypatch, name
+):
+    """It was found when tables were written, after all the training and sweeping."""
+    out = tmp_path / "out"
+    run_experiment(planned, out, say=lambda s: None)
+    (out / name).symlink_to(tmp_path)
+    monkeypatch.setattr(run_module, "exporter", None)
+    with pytest.raises(ValueError, match=f"{name} leads out of"):
+        run_experiment(planned, out, say=lambda s: None)
+
+
 def test_a_planted_link_at_a_file_is_replaced_and_not_followed(planned, tmp_path):
     out = tmp_path / "out"
     run_experiment(planned, out, say=lambda s: None)
@@ -324,7 +374,12 @@ def test_a_report_overwrites_no_file_that_is_not_a_page_of_ours(tmp_path):
         with pytest.raises(ValueError, match=r"is not a page that graftlens wrote.*--out"):
             compare_runs(runs, out)
         assert out.read_text() == content
-    out.write_text(document("T", "B", charts=False))
+    # A page of version 0.1.0 does not say whose it is, but is ours.
+    said = document("T", "B", charts=False)
+    out.write_text(said.replace(GENERATOR + "\n", ""))
+    with pytest.raises(ValueError, match=r"by-template\.csv"):
+        compare_runs(runs, out)
+    out.write_text(said)
     with pytest.raises(ValueError, match=r"by-template\.csv"):
         compare_runs(runs, out)
 

@@ -34,7 +34,7 @@ from pydantic import ConfigDict, Field
 from graftlens.data.settings import Settings
 from graftlens.data.supplement import Supplement, mixed
 from graftlens.data.templates import DIRECTIONS, Direction
-from graftlens.folder import at_home, read_json, write_whole
+from graftlens.folder import at_home, read_json, told_of, write_whole
 from graftlens.prompts import Prompt
 
 FEATURES = Features(
@@ -302,11 +302,18 @@ def save_dataset(dataset: FactDataset, folder: Path) -> Path:
 
     Raises:
         FileExistsError: the folder is there.
+        UnwritableError: it cannot be written, or the disk is full.
     """
     folder = at_home(folder)
     refuse_existing(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    with told_of(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        _write_into(work, folder, dataset)
+    return folder
+
+
+def _write_into(work: Path, folder: Path, dataset: FactDataset) -> None:
     try:
         content = work / "dataset"
         with _no_bars():
@@ -319,7 +326,6 @@ def save_dataset(dataset: FactDataset, folder: Path) -> Path:
         content.rename(folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return folder
 
 
 def refuse_existing(folder: Path) -> None:

@@ -25,7 +25,7 @@ from graftlens.data.settings import Settings
 from graftlens.experiment.analysis import check_figures
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig, PromptsConfig
 from graftlens.finetune import FinetuneRun, TrainingData
-from graftlens.folder import inside, read_text, write_whole
+from graftlens.folder import inside, read_text, writable, write_whole
 from graftlens.model.load import preview
 from graftlens.sweep.config import Checked, SweepConfig, check
 from graftlens.sweep.promptsets import DatasetSection
@@ -60,6 +60,7 @@ class Store:
         note = inside(self.folder, "made") / digest([name, described, _made_by()])
         if (noted := _noted(note)) and self._holds(inside(data, noted), name, described):
             return data / noted
+        writable(data / "dataset")  # before all the work
         made = make_dataset(spec)
         folder = inside(data, f"{name}-{digest([described, made.provenance['sha256']])}")
         if folder.exists() and not self._holds(folder, name, described):

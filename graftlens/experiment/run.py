@@ -108,6 +108,8 @@ def run_experiment(
     planned = plan(config, _store(store))
     planned.check()
     planned.refuse_others(folder)
+    for name in ("sweeps", "tables", "figures"):
+        inside(folder, name)  # before anything is trained
     _claim(folder, named.name)
 
     trained: dict[str, FinetuneResult] = {}

@@ -35,7 +35,11 @@ def read_tokenizer(path: str) -> Any:
     if folder.is_dir() and not any((folder / n).is_file() for n in names):
         return None
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if not isinstance(tokenizer.model_max_length, int | float):
+            # It would be compared with a number at the first text only.
+            raise TypeError(f"model_max_length={tokenizer.model_max_length!r} is no number")
+        return tokenizer
     except Exception as error:  # the library raises whatever the damage leads to
         raise PairError(_damage(folder, error)) from error
 

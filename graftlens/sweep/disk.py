@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from graftlens.folder import MARKER, halves_of, is_marked, mark, sync, write_whole
+from graftlens.folder import MARKER, halves_of, inside, is_marked, mark, sync, write_whole
 from graftlens.locks import LockError, locked
 
 #: What marks a checksum in a Parquet file, and the lengths of both (bytes).
@@ -63,8 +63,9 @@ def writing(out: Path) -> Iterator[None]:
                 "Make sure that the folder can be written, or choose another; then give the same "
                 f"command again: {kept}"
             )
+        why = f"[Errno {error.errno}] {error.strerror}" if error.errno else error
         raise FolderError(
-            f"the sweep's folder {out} cannot be written ({error}). {advice}"
+            f"the sweep's folder {out} cannot be written ({why}). {advice}"
         ) from error
 
 
@@ -125,8 +126,11 @@ def make_folders(out: Path) -> None:
     """Make the folders of a sweep, and mark them as ours.
 
     Raises:
+        ValueError: a link that leads out of the sweep's folder.
         OSError: a folder that cannot be written.
     """
+    for name in ("shards", "locks"):
+        inside(out, name)
     for folder in (out, out / "shards", out / "locks"):
         folder.mkdir(parents=True, exist_ok=True)
         sync(folder.parent)

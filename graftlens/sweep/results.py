@@ -164,7 +164,9 @@ def read_manifest(out: Path) -> Manifest:
     """
     path = Path(out).expanduser() / "sweep.json"
     try:
-        content = parse_json(read_text(path), path)
+        content = parse_json(read_text(path), "its text")
+        if not isinstance(content, dict):
+            raise DamagedError("it holds no keys")
         check_json(content)
         if unknown := content.keys() - {f.name for f in fields(Manifest)} - {"shards", "sha256"}:
             raise DamagedError(f"unknown: {', '.join(sorted(unknown))}")
@@ -193,8 +195,9 @@ def read_manifest(out: Path) -> Manifest:
 
 def damaged(path: Path, why: object) -> ValueError:
     """What to say of a manifest that is not one."""
+    what = str(why).removeprefix(f"{path} ").rstrip(".")
     return ValueError(
-        f"{path} is damaged, or is not what this version of graftlens writes ({why}). Remove that "
+        f"{path} is damaged, or is not what this version of graftlens writes ({what}). Remove that "
         "file and give the sweep's own command again: shards that are whole are kept. Or start the "
         "sweep in a new folder."
     )

@@ -24,6 +24,12 @@ from graftlens.viz import tables, theme
 #: By this a file is a page that graftlens wrote, and may be written again.
 GENERATOR = '<meta name="generator" content="graftlens">'
 
+#: How the pages of version 0.1.0 begin, which did not say so.
+_BEFORE = (
+    '<meta name="color-scheme" content="light dark">\n'
+    '<meta http-equiv="Content-Security-Policy" content="default-src &#x27;none&#x27;; script-src '
+)
+
 #: Longer tables are cut on a page; their CSV has all rows.
 MAX_ROWS = 60
 
@@ -156,9 +162,10 @@ def is_page(path: Path) -> bool:
     """Whether a file is a page that graftlens wrote."""
     try:
         with path.open("rb") as file:
-            return GENERATOR.encode() in file.read(2000)
+            beginning = file.read(2000).decode(errors="replace")
     except OSError:
         return False
+    return GENERATOR in beginning or _BEFORE in beginning
 
 
 def section(name: str, title: str, content: str) -> str:
