@@ -49,7 +49,7 @@ def read_text(path: str | Path) -> str:
 
 def parse_json(text: str, where: str | Path) -> Any:
     """Plain values of a JSON text; a key that appears twice is refused, as in YAML, and so is what
-    no text or number can hold: half of a surrogate pair, a number of thousands of digits.
+    no text or number can hold: half of a character, a number of thousands of digits.
 
     Args:
         text: the JSON text.

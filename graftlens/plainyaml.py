@@ -93,8 +93,8 @@ class _Loader(yaml.SafeLoader):
             raise _refused(
                 node,
                 f"{brief(text)} is not a plain decimal number, and readers of YAML differ over "
-                "what it is. Write digits alone, without a leading 0, _ or :, or put it in quotes "
-                "if it is a text",
+                "what it is. Write digits alone, without a leading 0, _ or : (a range is 1-3), or "
+                "put it in quotes if it is a text",
             )
         if len(text) > 20 or abs(int(text)) >= 2**63:
             raise _refused(node, f"{brief(text)} is too large a number: 2^63 - 1 is the largest")

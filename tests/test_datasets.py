@@ -624,6 +624,7 @@ def _ends_with_a_sign(prompt: Prompt) -> bool:
     return any(not text[-1].isalnum() for _, text in _fields(prompt))
 
 
+@pytest.mark.slow
 def test_every_template_and_every_name_is_among_the_prompts() -> None:
     templates = {t.name for k in ("fake_movies", "real_movies", "battles")
                  for t in few(k).config.evaluation}  # fmt: skip
@@ -636,7 +637,13 @@ def test_every_template_and_every_name_is_among_the_prompts() -> None:
     assert titled == {film.movie_title for film in real_films()}
 
 
-@pytest.mark.parametrize("kind", sorted(TOKENIZERS))
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(k, marks=[] if k == "llama3" else [pytest.mark.slow])
+        for k in sorted(TOKENIZERS)
+    ],
+)
 def test_spans_and_answers_are_tokens_of_their_own(kind: str) -> None:
     """A share of all prompts, and all with a name that ends like "Jr." or "Oklahoma!"."""
     signs = [prompt for prompt in _prompts() if _ends_with_a_sign(prompt)]

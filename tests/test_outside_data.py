@@ -131,7 +131,7 @@ def test_a_key_that_appears_twice_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"a": "\\ud83d"}', "half of a surrogate pair"),
+        ('{"a": "\\ud83d"}', "half of a character"),
         ("1" * 5000, "a number of 5000 digits is too long"),
         ("[" * 100_000, "nested too deeply"),
         ("{", "is not JSON"),
