@@ -333,12 +333,15 @@ class Asked:
     def runs(self) -> dict[str, list[list[int]]]:
         """Of these tests' fields, none of whose texts stands elsewhere in its prompt."""
         offsets = self.tokenizer(self.prompt.text, return_offsets_mapping=True)["offset_mapping"]
+        # At a text's start the tokenizer's own "▁" claims the first letter, which it does not show.
+        pieces = self.tokenizer.convert_ids_to_tokens(self.ids)
         found: dict[str, list[list[int]]] = {}
         for name, text in self.prompt.fields.items():
             start = self.prompt.text.find(text)
             while start >= 0:
                 end = start + len(text)
-                run = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+                over = [i for i, (a, b) in enumerate(offsets) if a < end and b > start]
+                run = [i for i in over if pieces[i] != "▁"]
                 found.setdefault(name, []).append(run)
                 start = self.prompt.text.find(text, end)
         n = len(self.ids)
