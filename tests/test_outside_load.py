@@ -730,7 +730,9 @@ def test_a_tokenizer_whose_longest_text_is_no_number(length: Any, tmp_path: Path
     TOKENIZERS["llama3"]().save_pretrained(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": length}))
-    with pytest.raises(PairError, match=r"^the tokenizer of \S+ could .* is no number\)\. Save or"):
+    with pytest.raises(
+        PairError, match=r"^the tokenizer of \S+ could .* is not a number\)\. Save the"
+    ):
         read_tokenizer(str(tmp_path))
 
 

@@ -38,7 +38,7 @@ def read_tokenizer(path: str) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not isinstance(tokenizer.model_max_length, int | float):
             # It would be compared with a number at the first text only.
-            raise TypeError(f"model_max_length={tokenizer.model_max_length!r} is no number")
+            raise TypeError(f"model_max_length={tokenizer.model_max_length!r} is not a number")
         return tokenizer
     except Exception as error:  # the library raises whatever the damage leads to
         raise PairError(_damage(folder, error)) from error
