@@ -557,7 +557,7 @@ def _json(text: str, where: str) -> Any:
         return parse_json(text, where)
     except ValueError as error:
         said = str(error).replace(f"{where} is not JSON", f"{where} is no JSON")
-        raise ValueError(f"{said} Mend it.") from None
+        raise ValueError(f"{said} Fix it.") from None
 
 
 def _plain(value: Any) -> Any:
