@@ -190,7 +190,8 @@ def _check_sources(table: pd.DataFrame) -> bool:
     sources = bool((table["term"] == "src_pos").any())
     if sources and table["prompt"].nunique() > 1:
         raise ValueError(
-            f"the table has attended positions of the prompts {listed(prompts_of(table))}, which do "
+            f"the table has attended positions of the prompts {listed(prompts_of(table))}, which "
+            f"do "
             "not line up: pass the rows of one prompt"
         )
     return sources
