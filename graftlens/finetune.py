@@ -278,7 +278,7 @@ def launch_finetune(
         try:
             (task,) = array.wait(watch)
         except KeyboardInterrupt:
-            say(f"Slurm job {array.job_id} goes on. To stop it: scancel {array.job_id}")
+            say(f"Slurm job {array.job_id} continues. To stop it: scancel {array.job_id}")
             raise
     if task.state == "failed":
         raise EngineError(

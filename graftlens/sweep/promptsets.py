@@ -45,28 +45,29 @@ class DatasetSection(Section):
     """Prompts about the facts of a dataset: give `movies`, `make` or `path`."""
 
     movies: Movies | None = None
-    """Invented films, made anew from their number and seed."""
+    """Invented films, generated from their number and seed."""
 
     make: AnyDataset | None = None
-    """A dataset of any kind, made anew: the keys of a config of `graftlens data make`."""
+    """A dataset of any kind, generated here: the keys of a `graftlens data make` config."""
 
     path: str | None = None
-    """A folder that `graftlens.data.save_dataset` or `graftlens data make` wrote."""
+    """A folder written by `graftlens.data.save_dataset` or `graftlens data make`."""
 
     direction: Direction = "ab"
     """`ab` names the first entity and asks for the second, `ba` the reverse."""
 
     facts: Which = "told"
-    """Ask for the facts that the training texts tell (`told`), the others (`untold`), or `all`."""
+    """Ask about the facts that the training texts tell (`told`), the others (`untold`), or
+    `all`."""
 
     templates: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Evaluation templates of this dataset, by name; left out: those of the sweep."""
 
     distractors: Annotated[int, Field(ge=0)] = 4
-    """Wrong answers a prompt: other facts' answers, drawn by the sweep's seed."""
+    """Wrong answers per prompt: other facts' answers, drawn with the sweep's seed."""
 
     name: str | None = None
-    """What tables call it; left out, "movies seed 0", the kind of facts or the folder's name."""
+    """Its name in tables; by default "movies seed 0", the kind of facts or the folder's name."""
 
     @field_validator("name")
     @classmethod
@@ -96,7 +97,7 @@ class DatasetSection(Section):
         return " ".join(filter(None, [*parts, self.facts if self.facts != "told" else ""]))
 
     def prompts(self, templates: Sequence[str] | None, seed: int) -> tuple[Prompt, ...]:
-        """Its prompts, template by template; ValueError or OSError where it cannot be had."""
+        """Its prompts, template by template; ValueError or OSError if it is not available."""
         return self._dataset().ask(
             self.templates or templates,
             direction=self.direction,
@@ -109,10 +110,10 @@ class DatasetSection(Section):
         if self.path is not None:
             return load_dataset(at_home(self.path))
         if self.make is not None:
-            # A supplement asks for nothing, and might have to be fetched.
+            # A supplement has no prompts, and might have to be downloaded.
             return make_dataset(self.make.model_copy(update={"supplement": None}))
         assert self.movies is not None
-        # The texts are not needed: one a fact says that it is told.
+        # The texts are not needed: one per fact shows that it is told.
         return make_dataset(
             MoviesConfig(n_facts=self.movies.n_facts, seed=self.movies.seed, texts_per_fact=1)
         )
@@ -122,7 +123,7 @@ class PromptSection(Section):
     """One prompt of your own, as `graftlens.Prompt` takes it."""
 
     template: str
-    """Text with `{field}` places; the fields' names are spans."""
+    """Text with `{field}` placeholders; the fields' names are spans."""
 
     answer: str
     """The text that should follow, with its leading space where it has one."""
@@ -158,14 +159,14 @@ class PromptFile(Section):
         """Every prompt of the file.
 
         Raises:
-            ConfigError: every entry that is no prompt.
+            ConfigError: every entry that is not a prompt.
             ValueError, OSError: a file that holds no prompts, or cannot be read.
         """
         path = at_home(self.file)
         text = read_text(path)
         kind = path.suffix.lower()
         if kind == ".jsonl":
-            # Not splitlines: it would cut at separators that may be inside of a JSON text.
+            # Not splitlines: it would split at separators that may occur inside a JSON string.
             lines = [(f"line {i}", l) for i, l in enumerate(text.split("\n"), 1) if l.strip()]
             places = [place for place, _ in lines]
             entries = gather(partial(_entry, path.name), lines)
@@ -173,7 +174,7 @@ class PromptFile(Section):
             entries = parse_json(text, path.name) if kind == ".json" else read_yaml(text) or []
             if not isinstance(entries, list):
                 raise ValueError(
-                    f"{path.name} holds a {type(entries).__name__}, no list of prompts."
+                    f"{path.name} holds a {type(entries).__name__}, not a list of prompts."
                 )
             places = list(map(str, range(len(entries))))
         if not entries:
@@ -183,7 +184,8 @@ class PromptFile(Section):
 
 
 def _entry(file: str, line: str) -> Any:
-    """A line of JSON lines; what is wrong with it is said first, as where it is comes before."""
+    """A line of JSON lines; the message begins with the problem, as the caller puts the place
+    before it."""
     try:
         return parse_json(line, "it")
     except ValueError as error:
@@ -193,7 +195,7 @@ def _entry(file: str, line: str) -> Any:
 
 
 def listed(value: Any) -> Any:
-    """A section that stands alone as a list of one."""
+    """A single section as a list of one."""
     return [value] if isinstance(value, dict | Settings) else value
 
 
