@@ -31,8 +31,9 @@ from graftlens.lens.runs import (
     token_text,
 )
 from graftlens.model.cache import GraftedCache
-from graftlens.model.forward import Gathered, HeadsIn, Norm, TransformerBlock, by_source, per_row
+from graftlens.model.forward import TransformerBlock
 from graftlens.model.grafted import GraftedTransformer, Input
+from graftlens.model.linear import Gathered, HeadsIn, Norm, by_source, per_row
 from graftlens.model.mask import GraftMask, HeadSelection, Selection, plain
 from graftlens.prompts import PromptError, Tokenized
 
