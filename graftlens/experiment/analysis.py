@@ -61,7 +61,7 @@ def part_tables(
     assert isinstance(table, pd.DataFrame)
     table = table.assign(fact=_facts(folder).reindex(table["prompt"]).to_numpy())
     metrics = ["logprob"]
-    if config.metrics.answers == "whole":
+    if checked.config.metrics.answers == "whole":
         metrics.append("answer_logprob")
     # A prompt without distractors has none; a cell that could not be run is no such prompt.
     if table.loc[table["reason"].isna(), "logit_diff"].notna().all():
@@ -72,7 +72,7 @@ def part_tables(
     frames = {}
     for name, by, unit in (("template", (*apart, "template"), "prompt"), ("pooled", apart, "fact")):
         frames[name] = summarise(
-            table, by=by, ks=config.ks, metrics=metrics, unit=unit, seed=config.seed
+            table, by=by, ks=config.ks, metrics=metrics, unit=unit, seed=checked.config.seed
         )
     tags = _tags(part, checked)
     return PartTables(
