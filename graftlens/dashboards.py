@@ -15,7 +15,7 @@ from graftlens import __version__
 from graftlens.components import MODEL_COMPONENTS, Component, format_numbers
 from graftlens.folder import writable
 from graftlens.graft import Graft, Grafts, named_grafts
-from graftlens.lens import attribution, divergence, logit_lens
+from graftlens.lens import direct_logit_attribution, divergence, logit_lens
 from graftlens.lens.runs import Runs, full_run, token_text
 from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer, Input
@@ -91,11 +91,11 @@ def dashboard(
     )
     moved = None
     if answer is not None:
-        moved = attribution(
+        moved = direct_logit_attribution(
             model,
             batch,
             runs.grafts,
-            by="source",
+            by="src_pos",
             full=runs.grafts[runs.full],
             prepend_bos=prepend_bos,
         )
@@ -224,8 +224,8 @@ def _run(
     logprobs = logits[0, :-1].float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
     found = None
     if moved is not None:
-        mine = moved[(moved["graft"] == name) & (moved["part"] == "source")]
-        found = mine.groupby("source_position")["contribution"].sum().to_numpy(dtype=float)
+        mine = moved[(moved["graft"] == name) & (moved["term"] == "src_pos")]
+        found = mine.groupby("src_pos")["contribution"].sum().to_numpy(dtype=float)
     return Run(
         rule=str(runs.grafts[name]),
         pattern=torch.stack([cache[p][0] for p in patterns]).float().cpu().numpy(),

@@ -91,8 +91,8 @@ def test_where_says_it_in_words(model: GraftedTransformer) -> None:
 
 def test_attribution_is_what_the_heads_moved(model: GraftedTransformer) -> None:
     data = dashboard(model, PROMPT, GRAFTS).data
-    table = lens.attribution(model, PROMPT, GRAFTS, by="head")
-    heads = table[table["part"] == "head"].groupby("graft")["contribution"].sum()
+    table = lens.direct_logit_attribution(model, PROMPT, GRAFTS, by="head")
+    heads = table[table["term"] == "head"].groupby("graft")["contribution"].sum()
     for name, run in data.runs.items():
         assert run.attribution is not None
         assert run.attribution.shape == (len(data.tokens),)

@@ -33,9 +33,9 @@ from graftlens.lens.runs import (
     token_text,
 )
 from graftlens.metrics import next_tokens
-from graftlens.model.forward import HeadsIn, HeadsOut
 from graftlens.model.grafted import GraftedTransformer, GraftLike, Input
 from graftlens.model.inputs import Batch
+from graftlens.model.linear import HeadsIn, HeadsOut
 from graftlens.model.mask import GraftMask, HeadSelection, Selection, Site
 
 C = Component
@@ -59,9 +59,10 @@ def patched(
     that source's run too. What `lens` calls PRE or SFT inside is the patched run of that graft.
     A graft without rules patches nothing.
 
-    `logit_lens`, `divergence` and `attribution` read streams by the norm and the unembedding of the
-    run's own graft, so they refuse a patch of `ln_final` or `unembed`, as `"sft @ last"` is. Patch
-    `: embed + pos_embed + block` (`pos_embed` where the model has one), or read `model(prompts)`.
+    `logit_lens`, `divergence` and `direct_logit_attribution` read streams by the norm and the
+    unembedding of the run's own graft, so they refuse a patch of `ln_final` or `unembed`, as
+    `"sft @ last"` is. Patch `: embed + pos_embed + block` (`pos_embed` where the model has one),
+    or read `model(prompts)`.
 
     Args:
         model: the model.

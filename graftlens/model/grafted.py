@@ -26,19 +26,21 @@ from graftlens.model.cache import Activations, GraftedCache, sliced
 from graftlens.model.forward import (
     AttentionOrder,
     KeyValueCache,
-    Linear,
     Parts,
     Pass,
-    PosEmbed,
-    TokenEmbed,
     TransformerBlock,
-    per_head_in,
-    per_head_out,
-    per_row,
 )
 from graftlens.model.generation import Generation
 from graftlens.model.identity import config_settings, facts_digest, tokenizer_digest
 from graftlens.model.inputs import Batch, Input, Padding
+from graftlens.model.linear import (
+    Linear,
+    PosEmbed,
+    TokenEmbed,
+    per_head_in,
+    per_head_out,
+    per_row,
+)
 from graftlens.model.mask import GraftLike, GraftMask, Selection, plain, resolve
 from graftlens.model.output import FinalNorm, Unembed
 from graftlens.model.points import FlaggedPoint
