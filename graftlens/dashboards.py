@@ -14,9 +14,9 @@ import torch
 from graftlens import __version__
 from graftlens.components import MODEL_COMPONENTS, Component, format_numbers
 from graftlens.folder import writable
-from graftlens.graft import Graft, Grafts, named_grafts
+from graftlens.graft import Graft, Grafts
 from graftlens.lens import direct_logit_attribution, divergence, logit_lens
-from graftlens.lens.runs import Runs, full_run, token_text
+from graftlens.lens.runs import Runs, token_text
 from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer, Input
 from graftlens.model.inputs import Batch
@@ -200,17 +200,16 @@ def _check(places: Mapping[str, str], prompt: Prompt, runs: Runs) -> None:
 
 def _runs(sources: Sequence[str], grafts: Grafts | None, full: Graft | str | None) -> Runs:
     """The runs, whose first two are called PRE and SFT whatever the caller calls them."""
-    given = {} if grafts is None else named_grafts(grafts)
-    ends = Runs.of(sources, None, full_run(sources, given, full))
-    known = set(ends.grafts.values())
-    rest = {name: graft for name, graft in given.items() if graft not in known}
-    for name in (ends.base, ends.full):
+    runs = Runs.of(sources, grafts, full)
+    first, whole = runs.grafts[runs.base], runs.grafts[runs.full]
+    rest = {name: graft for name, graft in runs.grafts.items() if graft not in (first, whole)}
+    for name, graft in (("PRE", first), ("SFT", whole)):
         if name in rest:
             raise ValueError(
                 f"graft {str(rest[name])!r} is called {name}, which is the name of "
-                f"{str(ends.grafts[name])!r} here. Give it another name."
+                f"{str(graft)!r} here. Give it another name."
             )
-    return Runs({**ends.grafts, **rest}, ends.base, ends.full)
+    return Runs({"PRE": first, "SFT": whole, **rest}, "PRE", "SFT")
 
 
 @torch.no_grad()

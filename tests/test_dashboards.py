@@ -204,7 +204,7 @@ def test_the_command_says_what_is_wrong(
         ({"LT": "sft @ last : mlp : 9"}, None, "no layer 9"),
         ({"FE": "sft @ title"}, None, "no span 'title' here"),
         ({"PRE": "sft @ last"}, None, "'sft @ last' is called PRE"),
-        ({}, "stf", "full='stf' is no run of a finetuned source"),
+        ({}, "stf", "full='stf' is not a run of a finetuned source"),
     ],
 )
 def test_what_cannot_run_is_refused_before_weights_are_read(

@@ -505,7 +505,7 @@ def thief(monkeypatch):
 def config(tmp_path: Path, **rewrites) -> Path:
     (tmp_path / "a.jsonl").write_text(json.dumps(ARTICLE) + "\n")
     given = {"endpoint_model": "m", "n": 1, "attempts": 1, **rewrites}
-    made = {"facts": "articles", "source": str(tmp_path / "a.jsonl"), "rewrites": given}
+    made = {"facts": "articles", "path": str(tmp_path / "a.jsonl"), "rewrites": given}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(made))
     return tmp_path / "c.yaml"
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from reference import sequential_graft
 
 from graftlens.components import HEAD_COMPONENTS, MODEL_COMPONENTS, Component
-from graftlens.evaluate import evaluate, position_grafts
+from graftlens.evaluation import evaluate, position_grafts
 from graftlens.graft import Graft
 from graftlens.metrics import NextTokens, next_tokens
 from graftlens.model import tree
