@@ -26,7 +26,8 @@ from graftlens.model.smollm2 import located
 from graftlens.prompts import Prompt, Tokenized, tokenize
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.scoring import joined_answers
-from graftlens.viz.dashboard import Dashboard, DashboardData, Run
+from graftlens.viz.dashboard import Dashboard
+from graftlens.viz.dashboarddata import DashboardData, Run
 from graftlens.viz.page import is_page
 
 C = Component
