@@ -262,7 +262,7 @@ def launch_finetune(
     )
     say(array.describe())
     if not wait:
-        say("The same command, given again, waits for it or says what it came to.")
+        say("The same command, run again, waits for it or reports its result.")
         return None
     log = run.output / "log.jsonl"
 

@@ -918,7 +918,7 @@ BAD_SECTIONS = {
     "{make: {facts: battles, n_facts: 9}, direction: ba, templates: [dated]}": r"dataset\.0: "
     r"evaluation template 'dated' does not ask in the direction ba\. Use one of named, qa_name",
     "{make: {facts: battles, n_facts: 5000}}": r"dataset\.0: n_facts=5000: there are \d+ facts",
-    "{make: {facts: battles, n_facts: 9}, facts: untold}": r"dataset\.0: facts='untold': none of the",
+    "{make: {facts: battles, n_facts: 9}, facts: untold}": r"dataset\.0: facts='untold': none of",
     "{path: ./gone}": r"dataset\.0: gone is not a dataset of facts: it has no train, facts\.json",
 }
 

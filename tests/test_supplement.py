@@ -53,12 +53,10 @@ def test_the_seed_draws_them(train: Dataset, plain: Path) -> None:
 
 
 def test_too_few_texts_are_an_error(train: Dataset, plain: Path) -> None:
-    message = (
-        r"plain\.txt has 40 texts, but supplement\.share=0\.8 with 12 training texts needs 48"
-    )
+    message = r"plain\.txt has 40 texts, but supplement\.share=0\.8 with 12 training texts needs 48"
     with pytest.raises(ValueError, match=message):
         mixed(train, Supplement(file=plain, share=0.8), 0)
-    with pytest.raises(ValueError, match=r"share=0\.01 of 12 training texts amounts to no text\. Give a l"):
+    with pytest.raises(ValueError, match=r"share=0\.01 of 12 training texts amounts to no text"):
         mixed(train, Supplement(file=plain, share=0.01), 0)
 
 
@@ -171,7 +169,8 @@ def test_a_hub_dataset_that_cannot_be_had(
     supplement = Supplement(hub="a/b", config="big", split="all", share=0.5)
     what = {"named": r"ValueError: BuilderConfig 'big'", "read": "ConnectionError: no network"}
     message = (
-        rf"supplement\.hub='a/b', config='big', split='all' could not be downloaded .*\({what[step]}.*"
+        rf"supplement\.hub='a/b', config='big', split='all' could not be downloaded .*"
+        rf"\({what[step]}.*"
         r"Check these names, .* supplement\.file=PATH"
     )
     with pytest.raises(OSError, match=message):
