@@ -210,8 +210,8 @@ def check_numbers(table: pd.DataFrame, ends: dict[str, str], taught: bool) -> No
     noted = table["recovery_note"].eq(nothing)
     assert (table["recovery"].isna() == noted).all()
     assert not (taught and noted.any())
-    assert set(table["base"]) == {ends["base"]}
-    assert set(table["full"]) == {ends["full"]}
+    assert set(table["base_run"]) == {ends["base"]}
+    assert set(table["full_run"]) == {ends["full"]}
     sure = table[~noted]
     assert (sure.loc[sure["graft"] == ends["base"], "recovery"] == 0).all()
     assert (sure.loc[sure["graft"] == ends["full"], "recovery"] == 1).all()
