@@ -526,7 +526,7 @@ def test_equal_grafts_run_once(given: Config, tmp_path: Path) -> None:
 def test_a_checked_config_or_its_value_will_do(given: Config, copied: Path) -> None:
     value = SweepConfig.model_validate(given)
     assert prepare_sweep(value, copied) == prepare_sweep(check(value), copied)
-    with pytest.raises(ValueError, match=r"overrides=\['seed=1'\]: these go with a config's file"):
+    with pytest.raises(ValueError, match=r"overrides=\['seed=1'\]: these apply to a config file"):
         prepare_sweep(value, copied, overrides=["seed=1"])
 
 
@@ -549,7 +549,7 @@ def test_an_unfinished_sweep_is_read_with_a_warning(given: Config, tmp_path: Pat
     assert isinstance(table, pd.DataFrame)
     assert tuple(table.columns) == RESULT_COLUMNS
     assert len(table) == 0
-    with pytest.raises(ValueError, match=r"is not finished\. Give the sweep's command again"):
+    with pytest.raises(ValueError, match=r"is not finished\. Run the sweep's command again"):
         sweep_result(out)
 
 
