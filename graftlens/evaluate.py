@@ -10,9 +10,15 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from graftlens.graft import Graft, Grafts, named_grafts
+from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt, doubled_bos
-from graftlens.sweep.scoring import COLUMNS, Scorer, joined_answers
+from graftlens.sweep.cells import columns
+from graftlens.sweep.prepared import joined_answers
+from graftlens.sweep.scoring import Scorer
+
+#: The columns of a table without further measures.
+COLUMNS = columns()
 
 __all__ = ["COLUMNS", "evaluate", "position_grafts"]
 
@@ -55,6 +61,7 @@ def evaluate(
     top_k: int = 10,
     answers: Literal["whole", "first"] = "whole",
     distractors: Literal["first", "whole"] = "first",
+    measures: Sequence[Measure | str] = (),
     prepend_bos: bool | None = None,
     row_budget: int | None = None,
     progress: bool = True,
@@ -72,6 +79,11 @@ def evaluate(
         answers: measure the log-probability of the whole answer, or its first token only
             (cheaper; `answer_logprob` is NA then).
         distractors: likewise, where `"whole"` fills `distractor_logprobs`.
+        measures: further measures, a column each: `kl_base` and `kl_full` (KL(graft ‖ reference) in
+            nats, from the base and from the full run), `kl_from_base` and `kl_from_full` (the other
+            way round), `js_base`, `js_full`, `entropy` (nats), `margin` (the answer's logit minus
+            the best other token's), `answer_set_prob` (of the first tokens of `Prompt.answers`), or
+            a `graftlens.metrics.Measure` of your own.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
         row_budget: token rows a forward pass at most; None measures free memory.
         progress: whether to show a progress bar.
@@ -118,6 +130,8 @@ def evaluate(
         top_k=top_k,
         answers=answers,
         distractors=distractors,
+        measures=measures,
+        references=_references(model, parsed),
         prepend_bos=prepend_bos,
         row_budget=row_budget,
     )
@@ -143,6 +157,17 @@ def _ends(grafts: Mapping[str, Graft]) -> dict[str, str]:
             found.setdefault("base", name)
         elif graft in (Graft.rule(source) for source in graft.sources):
             found.setdefault("full", name)
+    return found
+
+
+def _references(model: GraftedTransformer, grafts: Mapping[str, Graft]) -> dict[str, Graft]:
+    """The base run, and the full run where it is clear which it is."""
+    named = _ends(grafts)
+    found = {"base": Graft()}
+    if "full" in named:
+        found["full"] = grafts[named["full"]]
+    elif len(model.sources) == 2:
+        found["full"] = Graft.rule(model.sources[1])
     return found
 
 

@@ -58,8 +58,8 @@ class DashboardData:
     runs: Mapping[str, Run]
     lens: pd.DataFrame
     """`graftlens.lens.logit_lens` of this prompt: every run, every position."""
-    divergence: pd.DataFrame
-    """`graftlens.lens.divergence` of this prompt."""
+    kl_divergence: pd.DataFrame
+    """`graftlens.lens.kl_divergence` of this prompt."""
     sources: Sequence[str]
     """The base first."""
     provenance: Mapping[str, object]
@@ -142,7 +142,8 @@ def dashboard_page(data: DashboardData) -> str:
     """The whole page as HTML.
 
     Raises:
-        ValueError: the lens table lacks a run, a layer or a position; or the divergence table does.
+        ValueError: the lens table lacks a run, a layer or a position; or the table of KL
+            divergences does.
         ModuleNotFoundError: CircuitsVis is not installed.
     """
     lens = _Lens(data)
@@ -535,21 +536,16 @@ def _measured(data: DashboardData, name: str) -> dict[str, np.ndarray]:
             for run, given in data.runs.items()
             if given.attribution is not None
         }
-    other = "PRE" if name == "kl_base" else "SFT"
     n = len(data.tokens)
     found = {}
     for run in data.runs:
-        part = data.divergence[(data.divergence["p"] == run) & (data.divergence["q"] == other)]
-        part = part.sort_values("position")
-        if run == other and part.empty:
-            found[run] = np.zeros(n)
-        elif part["position"].tolist() != list(range(n)):
+        part = data.kl_divergence[data.kl_divergence["graft"] == run].sort_values("position")
+        if part["position"].tolist() != list(range(n)):
             raise ValueError(
-                f"the divergence table has {len(part)} rows of {run!r} from {other!r}; it must "
-                f"have one for each of {n} positions"
+                f"the table of KL divergences has {len(part)} rows of run {run!r}; it must have "
+                f"one for each of {n} positions"
             )
-        else:
-            found[run] = part["kl"].to_numpy(dtype=float)
+        found[run] = part[name].to_numpy(dtype=float)
     return found
 
 
