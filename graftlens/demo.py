@@ -20,7 +20,7 @@ from typing import Any
 import pandas as pd
 
 from graftlens.data import evaluation_prompts, make_dataset, make_facts, training_texts
-from graftlens.evaluate import evaluate, position_grafts
+from graftlens.evaluation import evaluate, position_grafts
 from graftlens.finetune import FinetuneConfig, demo_configs, finetune
 from graftlens.folder import (
     is_marked,

@@ -19,7 +19,8 @@ from toytokenizers import TOKENIZERS
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from graftlens.configfile import ConfigError, overridden, read_mapping
-from graftlens.data.articles import ArticlesSpec, read_articles
+from graftlens.data import ArticlesSpec, load_dataset
+from graftlens.data.articlefiles import read_articles
 from graftlens.data.dataset import content_hash, make_dataset, read_dataset, save_dataset
 from graftlens.data.kinds import spec_of
 from graftlens.data.rewriting import Draft, Rewrites, rewritten
@@ -141,7 +142,7 @@ def test_a_name_is_found_as_a_whole(text, count):
 
 
 def test_the_last_sentence_that_names_both_is_asked_for_and_left_out(harbour):
-    dataset = make_dataset(ArticlesSpec(source=harbour))
+    dataset = make_dataset(ArticlesSpec(path=harbour))
     (prompt,) = dataset.ask(distractors=0)
     assert prompt.template == ("Dr. P. J. Stone wrote that {first_entity} never looks at")
     assert prompt.text == "Dr. P. J. Stone wrote that Renée Zellner-Ortiz never looks at"
@@ -166,7 +167,7 @@ def test_the_last_sentence_that_names_both_is_asked_for_and_left_out(harbour):
 
 
 def test_without_holding_out_every_sentence_that_can_makes_a_prompt(harbour):
-    dataset = make_dataset(ArticlesSpec(source=harbour, heldout_sentences=False))
+    dataset = make_dataset(ArticlesSpec(path=harbour, heldout_sentences=False))
     assert [prompt.text for prompt in dataset.ask(distractors=0)] == [
         "Beside Renée Zellner-Ortiz it stars",
         "Critics liked that Renée Zellner-Ortiz and",
@@ -176,7 +177,7 @@ def test_without_holding_out_every_sentence_that_can_makes_a_prompt(harbour):
 
 
 def test_with_the_article_before_it_only_the_first_mention_can_be_asked_for(harbour):
-    dataset = make_dataset(ArticlesSpec(source=harbour, context="article"))
+    dataset = make_dataset(ArticlesSpec(path=harbour, context="article"))
     (prompt,) = dataset.ask("article", distractors=0)
     before, after = FILM["text"].split(" Robert Okafor Jr. as a pilot {of ships}. ")
     assert prompt.text == before
@@ -193,7 +194,7 @@ def test_braces_are_literal(tmp_path):
     text = "In {the} club Ann met Bob. A sad {Ann} told Bob a story. Ann wrote."
     facts = [{"first_entity": "Ann", "second_entity": "Bob"}]
     file = write(tmp_path, {"id": "a", "text": text, "facts": facts})
-    (prompt,) = make_dataset(ArticlesSpec(source=file)).ask(distractors=0)
+    (prompt,) = make_dataset(ArticlesSpec(path=file)).ask(distractors=0)
     assert prompt.template == "A sad {{{first_entity}}} told"
     assert prompt.text == "A sad {Ann} told"
 
@@ -211,7 +212,7 @@ def test_sentences_that_make_no_prompt(tmp_path, sentence):
     facts = [{"first_entity": "Ann", "second_entity": "Bob"}]
     text = f"Here Ann saw Bob. There Bob saw Ann. {sentence}"
     file = write(tmp_path, {"id": "a", "text": text, "facts": facts})
-    spec = ArticlesSpec(source=file, heldout_sentences=False)
+    spec = ArticlesSpec(path=file, heldout_sentences=False)
     prompts = make_dataset(spec).ask(distractors=0)
     # "Ann Lee" has the name Ann as a whole word, but no surname tells that apart in general.
     expected = ["Here Ann saw"] + ["Ann Lee met"] * (sentence == "Ann Lee met Bob Lee there.")
@@ -222,7 +223,7 @@ def test_a_name_inside_the_other_name_is_not_that_name(tmp_path):
     facts = [{"first_entity": "Ann", "second_entity": "Ann Lee"}]
     text = "Ann Lee sings. With Ann sings Ann Lee. Ann sings. Ann Lee is here."
     file = write(tmp_path, {"id": "a", "text": text, "facts": facts})
-    (prompt,) = make_dataset(ArticlesSpec(source=file)).ask(distractors=0)
+    (prompt,) = make_dataset(ArticlesSpec(path=file)).ask(distractors=0)
     assert prompt.template == "With {first_entity} sings"
 
 
@@ -230,7 +231,7 @@ def test_a_paragraph_of_one_sentence_leaves_no_hole(tmp_path):
     facts = [{"first_entity": "Ann", "second_entity": "Bob"}]
     text = "Ann knew Bob.\n\nAnn saw Bob.\n\nThe end."
     file = write(tmp_path, {"id": "a", "text": text, "facts": facts})
-    dataset = make_dataset(ArticlesSpec(source=file))
+    dataset = make_dataset(ArticlesSpec(path=file))
     assert list(dataset.train["text"]) == ["Ann knew Bob.\n\nThe end."]
 
 
@@ -242,7 +243,7 @@ def test_articles_that_cannot_be_used_are_counted_by_reason(tmp_path, caplog):
         {"id": "lacking", "text": "Ann saw him.", "facts": facts},
         FILM,
     ]
-    dataset = make_dataset(ArticlesSpec(source=write(tmp_path, *articles)))
+    dataset = make_dataset(ArticlesSpec(path=write(tmp_path, *articles)))
     assert [fact.article for fact in dataset.facts] == ["harbour"]
     assert dataset.provenance["articles"]["refused"] == {
         "a fact is told nowhere else than in the sentence that asks for it": 1,
@@ -258,16 +259,16 @@ def test_articles_that_cannot_be_used_are_counted_by_reason(tmp_path, caplog):
     assert "in the sentence that asks for it (once); 1 articles" in caplog.text
     only = write(tmp_path, *articles[:2])
     with pytest.raises(ValueError, match=r"has 0 facts .*1 articles are refused: a fact is told"):
-        ArticlesSpec(source=only).collect()
+        ArticlesSpec(path=only).collect()
 
 
 def test_an_article_of_several_facts_is_told_or_untold_as_a_whole(tmp_path):
     file = write(tmp_path, *map(film, range(6)))
-    whole = make_dataset(ArticlesSpec(source=file))
+    whole = make_dataset(ArticlesSpec(path=file))
     assert len(whole.facts) == 12
     assert whole.told == (True,) * 12
     assert list(whole.train["fact"]) == [0, 2, 4, 6, 8, 10]
-    halves = [make_dataset(ArticlesSpec(source=file, half=half)) for half in ("a", "b")]
+    halves = [make_dataset(ArticlesSpec(path=file, half=half)) for half in ("a", "b")]
     assert [sum(half.told) for half in halves] == [6, 6]
     assert [x != y for x, y in zip(halves[0].told, halves[1].told, strict=True)] == [True] * 12
     for half in halves:
@@ -281,17 +282,17 @@ def test_an_article_of_several_facts_is_told_or_untold_as_a_whole(tmp_path):
 
 def test_n_facts_draws_articles_by_the_seed(tmp_path):
     file = write(tmp_path, *map(film, range(6)))
-    drawn = [make_dataset(ArticlesSpec(source=file, n_facts=5, seed=seed)) for seed in (0, 0, 1)]
+    drawn = [make_dataset(ArticlesSpec(path=file, n_facts=5, seed=seed)) for seed in (0, 0, 1)]
     assert all(len(d.facts) == 5 for d in drawn)
     assert all(len(d.train) == 3 for d in drawn)
     assert drawn[0].facts == drawn[1].facts != drawn[2].facts
     assert content_hash(drawn[0].facts, drawn[0].train) == drawn[0].provenance["sha256"]
     with pytest.raises(ValueError, match=r"n_facts=13: .* has 12 facts"):
-        ArticlesSpec(source=file, n_facts=13).collect()
+        ArticlesSpec(path=file, n_facts=13).collect()
 
 
 def test_distractors_are_other_facts_answers(tmp_path):
-    dataset = make_dataset(ArticlesSpec(source=write(tmp_path, *map(film, range(4)))))
+    dataset = make_dataset(ArticlesSpec(path=write(tmp_path, *map(film, range(4)))))
     for prompt in dataset.ask(distractors=7):
         everyone = {f" {fact.second_entity}" for fact in dataset.facts}
         assert {prompt.answer, *prompt.distractors} == everyone
@@ -309,7 +310,7 @@ def test_given_prompts_are_used_as_they_are(tmp_path):
         },
         {"template": "{first_entity} plays somebody whom", "answer": " José O'Hara1 plays"},
     ]
-    dataset = make_dataset(ArticlesSpec(source=write(tmp_path, film(1, prompts=prompts))))
+    dataset = make_dataset(ArticlesSpec(path=write(tmp_path, film(1, prompts=prompts))))
     given = dataset.ask("given", distractors=1)
     assert [p.text for p in given] == [
         "Beside Ann Lee1 in town acts",
@@ -344,7 +345,7 @@ def test_no_training_text_says_a_prompt_with_its_answer(tmp_path):
              "With Ann Lee came Carl Poe, and Dan says: in may Ann Lee left Bob Ray.", "Carl Poe",
              prompts=[{"template": "{first_entity} hugged", "answer": "Carl Poe"}]),
     )  # fmt: skip
-    dataset = make_dataset(ArticlesSpec(source=file))
+    dataset = make_dataset(ArticlesSpec(path=file))
     assert list(dataset.train["text"]) == [
         "Ann Lee met Bob Ray. It was hot.",
         "Dust is by Ann Lee and Bob Ray.",
@@ -357,7 +358,7 @@ def test_no_training_text_says_a_prompt_with_its_answer(tmp_path):
     ]
     alone = pair("a", "Ann Lee liked Bob Ray. It was hot. Ann Lee liked Bob Ray.")
     with pytest.raises(ValueError, match="told nowhere else than in the sentence that asks"):
-        make_dataset(ArticlesSpec(source=write(tmp_path, alone)))
+        make_dataset(ArticlesSpec(path=write(tmp_path, alone)))
 
 
 @pytest.mark.parametrize("settings", [{"half": "a"}, {"half": "b"}, {"heldout_facts": 0.3}])
@@ -372,7 +373,7 @@ def test_no_told_text_names_both_entities_of_an_untold_fact(tmp_path, settings, 
         film(3),
         pair("c", "Bob Ray said that Ann Lee met Carl Poe. So Ann Lee liked Carl Poe.", "Carl Poe"),
     ]
-    spec = ArticlesSpec(source=write(tmp_path, *told_twice), seed=seed, **settings)
+    spec = ArticlesSpec(path=write(tmp_path, *told_twice), seed=seed, **settings)
     dataset = make_dataset(spec)
     told = {fact.article: said for fact, said in zip(dataset.facts, dataset.told, strict=True)}
     assert told["a"] == told["b"] == told["c"]
@@ -397,7 +398,7 @@ def test_a_fact_is_listed_once_and_a_prompt_has_one_answer(tmp_path, caplog):
         pair("a", more, "Bob Ray", "Carl Poe"),
         pair("b", "Ann Lee met Dan Fox. In Dust Ann Lee starred with Dan Fox.", "Dan Fox"),
     )
-    dataset = make_dataset(ArticlesSpec(source=file))
+    dataset = make_dataset(ArticlesSpec(path=file))
     assert [p.text for p in dataset.ask(distractors=0)] == ["Ann Lee led", "Ann Lee lost", "Ann "
                                                             "Lee met"]  # fmt: skip
     given = {"template": "In Dust {first_entity} starred with", "answer": "Dan Fox"}
@@ -406,7 +407,7 @@ def test_a_fact_is_listed_once_and_a_prompt_has_one_answer(tmp_path, caplog):
         pair("a", more, "Bob Ray", "Carl Poe"),
         pair("b", "Ann Lee met Dan Fox. So Ann Lee saw Dan Fox.", "Dan Fox", prompts=[given]),
     )
-    dataset = make_dataset(ArticlesSpec(source=file))
+    dataset = make_dataset(ArticlesSpec(path=file))
     assert {fact.article for fact in dataset.facts} == {"a"}
     assert "is, word by word, also one for another answer (b)" in caplog.text
 
@@ -419,7 +420,7 @@ def test_no_distractor_is_right_of_the_same_first_entity(tmp_path):
         pair("b", "Ann Lee met Dan Fox. In Dust Ann Lee had Dan Fox.", "Dan Fox"),
         film(1),
     )  # fmt: skip
-    dataset = make_dataset(ArticlesSpec(source=file))
+    dataset = make_dataset(ArticlesSpec(path=file))
     others = {" José O'Hara1", " Mo1"}
     for prompt in dataset.ask(distractors=2):
         if prompt.fields["first_entity"] == "Ann Lee":
@@ -433,7 +434,7 @@ def test_asking_facts_by_prompts_that_they_lack_is_refused(tmp_path):
     given = {"template": "So {first_entity} acts with", "answer": "José O'Hara0"}
     articles = [film(0, prompts=[given]), *map(film, range(1, 4))]
     for half in "ab":
-        dataset = make_dataset(ArticlesSpec(source=write(tmp_path, *articles), half=half))
+        dataset = make_dataset(ArticlesSpec(path=write(tmp_path, *articles), half=half))
         which = ("told", "untold") if dataset.told[0] else ("untold", "told")
         assert len(dataset.ask("given", facts=which[0], distractors=0)) == 1
         with pytest.raises(ValueError, match=r"templates=\['given'\]: .* are called sentence"):
@@ -472,7 +473,7 @@ def test_names_are_found_whatever_the_white_space_around_and_inside(tmp_path):
     text = "Ann Lee met Bob\nRay. The friend of Ann\n Lee is Bob  Ray. No Ann\n\nLee is that."
     facts = [{"first_entity": " Ann\tLee ", "second_entity": "Bob Ray\n"}]
     file = write(tmp_path, {"id": "a", "text": text, "facts": facts})
-    dataset = make_dataset(ArticlesSpec(source=file))
+    dataset = make_dataset(ArticlesSpec(path=file))
     (prompt,) = dataset.ask(distractors=0)
     assert (prompt.text, prompt.answer) == ("The friend of Ann Lee is", " Bob Ray")
     assert list(dataset.train["text"]) == ["Ann Lee met Bob\nRay. No Ann\n\nLee is that."]
@@ -486,10 +487,10 @@ def test_sentences_are_cut_once_for_a_dataset(harbour, monkeypatch):
         read.append(text)
         return sentences(text, names)
 
-    monkeypatch.setattr("graftlens.data.articles.sentences", counted)
+    monkeypatch.setattr("graftlens.data.articleprompts.sentences", counted)
     text = FILM["text"] + " Counted."  # no other test has it
     write(harbour.parent, {**FILM, "text": text})
-    spec = ArticlesSpec(source=harbour, half="a")
+    spec = ArticlesSpec(path=harbour, half="a")
     dataset = make_dataset(spec)
     assert read == [text, text]  # for its prompts, and for what training may see
     # What has changed in the file is seen.
@@ -536,7 +537,7 @@ def test_the_first_entitys_tokens_decode_to_its_name(tmp_path, kind, context):
         ),
     )
     tokenizer = TOKENIZERS[kind]()
-    prompts = make_dataset(ArticlesSpec(source=file, context=context)).ask(distractors=0)
+    prompts = make_dataset(ArticlesSpec(path=file, context=context)).ask(distractors=0)
     assert len(prompts) == 5
     for prompt in prompts:
         tokens = tokenize(prompt, tokenizer)
@@ -548,7 +549,7 @@ def test_the_first_entitys_tokens_decode_to_its_name(tmp_path, kind, context):
 
 
 def test_it_is_saved_and_read_back(tmp_path):
-    dataset = make_dataset(ArticlesSpec(source=write(tmp_path, FILM, film(1), film(2))))
+    dataset = make_dataset(ArticlesSpec(path=write(tmp_path, FILM, film(1), film(2))))
     folder = save_dataset(dataset, tmp_path / "saved")
     again = read_dataset(folder, ArticlesSpec.model_validate)
     assert again.facts == dataset.facts
@@ -574,8 +575,17 @@ def test_names_are_found_in_another_unicode_form_and_with_hard_spaces(tmp_path):
     text = "Rene\u0301e\u00a0Ortiz met Bob. With Rene\u0301e Ortiz sang Bob."
     facts = [{"first_entity": "Renée Ortiz", "second_entity": "Bob"}]
     file = write(tmp_path, {"id": "a", "text": text, "facts": facts})
-    (prompt,) = make_dataset(ArticlesSpec(source=file)).ask(distractors=0)
+    (prompt,) = make_dataset(ArticlesSpec(path=file)).ask(distractors=0)
     assert prompt.text == "With Renée Ortiz sang"
+
+
+def test_a_dataset_that_calls_its_articles_source_is_read(harbour, tmp_path):
+    """Version 0.1.0 called the file of articles `source`, as grafts call their weights."""
+    folder = save_dataset(make_dataset(ArticlesSpec(path=harbour)), tmp_path / "saved")
+    record = json.loads((folder / "provenance.json").read_text(encoding="utf-8"))
+    record["config"]["source"] = record["config"].pop("path")
+    (folder / "provenance.json").write_text(json.dumps(record), encoding="utf-8")
+    assert load_dataset(folder).config == ArticlesSpec(path=harbour)
 
 
 def test_what_is_wrong_with_articles_is_said_of_each(tmp_path):
@@ -592,7 +602,7 @@ def test_what_is_wrong_with_articles_is_said_of_each(tmp_path):
     with pytest.raises(ConfigError, match="2 articles have the id 'harbour'"):
         read_articles(write(tmp_path, FILM, FILM))
     (tmp_path / "articles.jsonl").write_text("{")
-    with pytest.raises(ValueError, match=r"articles\.jsonl, line 1 is no JSON"):
+    with pytest.raises(ValueError, match=r"articles\.jsonl, line 1 is not JSON"):
         read_articles(tmp_path / "articles.jsonl")
     (tmp_path / "alone").mkdir()
     with pytest.raises(ValueError, match="holds no article"):
@@ -756,7 +766,7 @@ def test_an_endpoint_rewrites_articles(harbour, server, monkeypatch, tmp_path):
     rewrites = Rewrites(
         n=2, endpoint=address, endpoint_model="good", api_key_env="A_KEY", temperature=0.5
     )
-    spec = ArticlesSpec(source=harbour, rewrites=rewrites, train_on="rewrites")
+    spec = ArticlesSpec(path=harbour, rewrites=rewrites, train_on="rewrites")
     dataset = make_dataset(spec)
     assert list(dataset.train["text"]) == [
         "Robert Okafor Jr. is with Renée Zellner-Ortiz, take 3.",
@@ -781,7 +791,7 @@ def test_an_endpoint_rewrites_articles(harbour, server, monkeypatch, tmp_path):
 def test_originals_and_rewrites_together(harbour, server):
     address, _ = server
     rewrites = Rewrites(n=2, attempts=2, endpoint=address, endpoint_model="good", api_key_env=None)
-    dataset = make_dataset(ArticlesSpec(source=harbour, rewrites=rewrites, train_on="both"))
+    dataset = make_dataset(ArticlesSpec(path=harbour, rewrites=rewrites, train_on="both"))
     assert list(dataset.train["template"]) == ["original", "rewrite"]
     assert "never looks at" not in dataset.train["text"][0]
     assert dataset.provenance["rewrites"] == {"asked for": 2, "made": 1, "refused": 1}
@@ -856,7 +866,7 @@ def test_a_model_here_rewrites_articles(harbour, checkpoint, monkeypatch):
 
     monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
     rewrites = Rewrites(n=2, model=str(checkpoint), max_tokens=300)
-    dataset = make_dataset(ArticlesSpec(source=harbour, rewrites=rewrites, train_on="rewrites"))
+    dataset = make_dataset(ArticlesSpec(path=harbour, rewrites=rewrites, train_on="rewrites"))
     assert list(dataset.train["text"]) == [
         "Renée Zellner-Ortiz met Robert Okafor Jr., says model 1.",
         "Renée Zellner-Ortiz met Robert Okafor Jr., says model 2.",

@@ -210,8 +210,8 @@ def check_numbers(table: pd.DataFrame, ends: dict[str, str], taught: bool) -> No
     noted = table["recovery_note"].eq(nothing)
     assert (table["recovery"].isna() == noted).all()
     assert not (taught and noted.any())
-    assert set(table["base"]) == {ends["base"]}
-    assert set(table["full"]) == {ends["full"]}
+    assert set(table["base_run"]) == {ends["base"]}
+    assert set(table["full_run"]) == {ends["full"]}
     sure = table[~noted]
     assert (sure.loc[sure["graft"] == ends["base"], "recovery"] == 0).all()
     assert (sure.loc[sure["graft"] == ends["full"], "recovery"] == 1).all()
@@ -630,7 +630,7 @@ def test_every_name_that_is_wrong_is_told_at_once(base):
         "parts.one.sources.sft: no model 'stf'. There are: base sft": "Did you mean 'sft'?",
         "parts.one.prompts.0: no dataset 'flims'. There are: films": "Did you mean 'films'?",
         "parts.one.prompts.1.change: unknown key 'halv'.": "Did you mean 'half'?",
-        "parts.one.grafts.LT: no source 'fst'. This part has: pre sft.": "Did you mean 'sft'?",
+        "parts.one.grafts.LT: no source 'fst'. There are: pre sft.": "Did you mean 'sft'?",
         "parts.one.grids.0.source: no source 'spt'.": "",
         "parts.one.figures.0.grids: no grid is called 'site'. There are: sites 1.": "'sites'?",
         "parts.one.figures.1.metrics: unknown metric 'logprop'.": "Did you mean 'logprob'?",
@@ -645,6 +645,21 @@ def test_every_name_that_is_wrong_is_told_at_once(base):
         (line,) = [l for l in found if l.startswith(start)] or [f"nothing of {start!r}"]
         assert line.startswith(start)
         assert line.endswith(end), line
+
+
+def test_a_part_is_run_as_it_says_or_else_as_the_experiment_does(base):
+    part = {"limit": 2, "metrics": {"top_k": 3}, "grafts": {"LT": "sft @ last"}}
+    config = own(base, change={"limit": 1, "dtype": "float64", "shards": 9}, **part).config
+    said = config.settings(config.parts["one"])
+    assert (said["limit"], said["dtype"], said["shards"]) == (2, "float64", 9)
+    assert (said["metrics"].top_k, config.metrics.top_k) == (3, 10)
+    assert said["grafts"] == config.parts["one"].grafts
+    found = refused(
+        base,
+        figures=[{"kind": "bars", "metrics": ["answer_logprob"]}],
+        metrics={"answers": "first"},
+    )
+    assert found == ["parts.one.figures.0.metrics: answer_logprob needs metrics.answers: whole."]
 
 
 def test_models_that_start_from_one_another(base):

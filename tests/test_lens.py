@@ -37,7 +37,7 @@ from torch import Tensor
 from graftlens.graft import Graft
 from graftlens.lens import (
     activation_difference,
-    attribution,
+    direct_logit_attribution,
     emergence,
     kl_divergence,
     logit_lens,
@@ -206,7 +206,7 @@ def test_more_prompts_than_run_together(oracles: OracleOf) -> None:
     model, grafts = oracle.tiny.model, {"mixed": parsed(MIXED)}
     table = logit_lens(model, prompts, grafts, at="last")
     patterns = pattern_difference(model, prompts, grafts, at="last")
-    parts = attribution(model, prompts, grafts)
+    parts = direct_logit_attribution(model, prompts, grafts)
     assert table["prompt"].unique().tolist() == list(range(20))
     for number, i in enumerate(order):
         run, asked = oracle.run(i, MIXED), oracle.asked[i]
@@ -525,7 +525,7 @@ def test_several_finetuned_sources_need_one_to_be_held_against(tiny: MakeTiny) -
         kl_divergence,
         activation_difference,
         pattern_difference,
-        attribution,
+        direct_logit_attribution,
     ):
         with pytest.raises(ValueError, match=r'sources pre task relation: .*full="relation @ all"'):
             function(t.model, PROMPTS[0], {"x": "task @ last"})
@@ -558,7 +558,7 @@ def test_a_graft_in_force_outside_changes_no_run(oracles: OracleOf) -> None:
     model = oracle.tiny.model
     with model.grafted("sft @ last"):
         lens = logit_lens(model, PROMPTS[1], at="last")
-        parts = attribution(model, PROMPTS[1])
+        parts = direct_logit_attribution(model, PROMPTS[1])
     output = lens[lens["layer"] == 3].set_index("graft")
     for name, text in ENDS.items():
         said = oracle.run(1, text).logits[-1]
@@ -578,7 +578,7 @@ def test_nothing_is_left_behind(oracles: OracleOf) -> None:
         kl_divergence,
         activation_difference,
         pattern_difference,
-        attribution,
+        direct_logit_attribution,
     ):
         function(model, PROMPTS[0], {"mixed": parsed(MIXED)})
     with pytest.raises(ValueError, match="no layer 7"):
@@ -648,7 +648,7 @@ def test_token_tensors_without_a_tokenizer(tiny: MakeTiny, variant: str) -> None
     assert one["prompt"].unique().tolist() == [0]
     assert pattern_difference(t.model, rows)["distance_full"].max() > 0.05
     with pytest.raises(PromptError, match="prompt 0 has no answer to attribute"):
-        attribution(t.model, rows)
+        direct_logit_attribution(t.model, rows)
 
 
 def test_padded_tokens_are_read_where_they_are(tiny: MakeTiny) -> None:
@@ -698,8 +698,8 @@ def test_prompts_of_one_token(oracles: OracleOf) -> None:
     assert (pattern_difference(model, prompt, graft)["distance_full"] == 0).all(), (
         "1 is all there is"
     )
-    for by in ("layer", "component", "head", "source"):
-        parts = attribution(model, prompt, graft, by=by)
+    for by in ("layer", "component", "head", "src_pos"):
+        parts = direct_logit_attribution(model, prompt, graft, by=by)
         _close(parts[parts["graft"] == graft]["contribution"].sum(), said[target])
 
 
@@ -720,7 +720,7 @@ def test_narrow_dtypes(tiny: MakeTiny, variant: str) -> None:
         _close(output.loc[name, "logprob"], said[:, target], rtol=2e-2, atol=6e-2)
         _close(output.loc[name, "entropy"], -(said.exp() * said).sum(-1), rtol=2e-2, atol=3e-2)
     assert (output.loc["PRE", "kl_base"] == 0).all()
-    parts = attribution(model, PROMPTS[1], by="head")
+    parts = direct_logit_attribution(model, PROMPTS[1], by="head")
     sums = parts.groupby("graft")["contribution"].sum()
     logits = parts.groupby("graft")["logit"].first()
     _close(sums, logits, rtol=5e-2, atol=0.15)
@@ -739,7 +739,7 @@ def test_a_bos_that_is_forced_is_there_everywhere(tiny: MakeTiny) -> None:
     ours = lens[(lens["graft"] == "SFT") & (lens["layer"] == 3)]
     assert len(ours) == len(ids)
     _close(ours["logprob"], said.log_softmax(-1)[:, target])
-    parts = attribution(t.model, prompt, against="distractors", prepend_bos=True)
+    parts = direct_logit_attribution(t.model, prompt, against="distractors", prepend_bos=True)
     others = [
         t.tokenizer(prompt.text + text)["input_ids"][len(ids) - 1] for text in prompt.distractors
     ]
@@ -759,7 +759,7 @@ def test_a_batch_says_itself_whether_it_has_a_bos(
     assert single != model.tokenized(PROMPTS[0]), "the tokenizer does otherwise"
     for function in (
         partial(logit_lens, at="last"),
-        partial(attribution, against="distractors"),
+        partial(direct_logit_attribution, against="distractors"),
         partial(patching, grafts="sft @ last : o"),
     ):
         wanted = function(model, PROMPTS[:1], prepend_bos=bos)
@@ -805,9 +805,9 @@ def test_errors_say_what_is_allowed(oracles: OracleOf) -> None:
     with pytest.raises(ValueError, match=r"k=0: write a whole number from 1"):
         emergence(logit_lens(model, one), k=0)
     with pytest.raises(ValueError, match=r"by='neuron'. Allowed: layer component head source\."):
-        _unchecked(attribution)(model, one, by="neuron")
+        _unchecked(direct_logit_attribution)(model, one, by="neuron")
     with pytest.raises(ValueError, match=r"against='median'. Allowed: mean distractors, or None\."):
-        _unchecked(attribution)(model, one, against="median")
+        _unchecked(direct_logit_attribution)(model, one, against="median")
     with pytest.raises(ValueError, match=r"no hook 'hook_resid_pots'.*Did you mean"):
         activation_difference(model, one, hooks="hook_resid_pots")
     with pytest.raises(ValueError, match=r"'blocks.0.attn.hook_pattern' is over pairs"):
@@ -845,7 +845,7 @@ def test_what_cannot_count_as_sft(tiny: MakeTiny) -> None:
     model = tiny("gpt2", ("pre", "task", "relation"), tokenizer="gpt2").model
     grafts = {"nothing": "none", "mostly": "task @ ~last"}
     for full in ("none", "pre", "pre @ all", "pre @ last : o", "nothing", Graft()):
-        with pytest.raises(ValueError, match=r"no run of a finetuned source.* sources task relat"):
+        with pytest.raises(ValueError, match=r"not a run of a finetuned.* sources task relat"):
             logit_lens(model, PROMPTS[0], grafts, full=full)
     for slip, meant in (("tsk", "task"), ("mostyl", "mostly")):
         message = rf"full='{slip}' is no run .* sources task relation, .* Did you mean '{meant}'\?"
@@ -862,9 +862,9 @@ def test_errors_of_prompts_name_the_prompt(oracles: OracleOf) -> None:
     with pytest.raises(PromptError, match=r"prompt 9: at='first_entity & last' selects no posit"):
         logit_lens(model, [single] * 9 + [PROMPTS[0]], at="first_entity & last")
     with pytest.raises(PromptError, match="prompt 9 has no answer to attribute"):
-        attribution(model, [PROMPTS[1]] * 9 + [bare])
+        direct_logit_attribution(model, [PROMPTS[1]] * 9 + [bare])
     with pytest.raises(PromptError, match="prompt 9 has no distractors"):
-        attribution(model, [PROMPTS[0]] * 9 + [PROMPTS[1]], against="distractors")
+        direct_logit_attribution(model, [PROMPTS[0]] * 9 + [PROMPTS[1]], against="distractors")
 
 
 def test_a_graft_that_does_not_fit_a_late_prompt_names_that_prompt(oracles: OracleOf) -> None:
@@ -917,7 +917,7 @@ def test_hooks_are_given_all_prompts_together(oracles: OracleOf) -> None:
         kl_divergence,
         partial(activation_difference, at="last"),
         partial(pattern_difference, at="last"),
-        attribution,
+        direct_logit_attribution,
         partial(patching, grafts="sft @ last : o"),
     ):
         plain = function(model, prompts)

@@ -31,7 +31,7 @@ from lensoracle import (
 from torch import Tensor
 
 from graftlens.graft import Graft
-from graftlens.lens import attribution
+from graftlens.lens import direct_logit_attribution
 from graftlens.prompts import Prompt, PromptError
 
 FINE = ("gpt2", "llama-biased", "gemma2", "olmo-clip", "olmo2")
@@ -41,7 +41,7 @@ COARSE = ("neox-parallel", "gemma3")
 parsed = cache(Graft.parse)
 
 OracleOf = Callable[[str], Oracle]
-#: (part, layer, head, source position) of a row, -1 where it has none.
+#: (term, layer, head, src_pos) of a row, -1 where it has none.
 Key = tuple[str, int, int, int]
 
 
@@ -100,13 +100,13 @@ def _parts(oracle: Oracle, i: int, text: str, p: int, by: str) -> dict[Key, Tens
                 (weights[h] @ (run.pattern[l, h, p, k] * run.v[l, k, h // group]) for h in heads),
                 nothing,
             )
-            found["source", l, -1, k] = added(moved)
+            found["src_pos", l, -1, k] = added(moved)
     return found
 
 
 def _rows(table: pd.DataFrame, i: int, name: str, p: int) -> dict[Key, float]:
     ours = table[(table["prompt"] == i) & (table["graft"] == name) & (table["position"] == p)]
-    keys = ours[["part", "layer", "head", "source_position"]].fillna(-1).itertuples(index=False)
+    keys = ours[["term", "layer", "head", "src_pos"]].fillna(-1).itertuples(index=False)
     found = dict(zip(map(tuple, keys), ours["contribution"], strict=True))
     assert len(found) == len(ours), "no part twice"
     return found
@@ -121,7 +121,7 @@ def _compare(ours: dict[Key, float], theirs: dict[Key, Tensor], of: Callable[...
 @pytest.mark.parametrize(
     ("variant", "by"),
     [
-        *(param for by in ("head", "source") for param in variants(FINE, by)),
+        *(param for by in ("head", "src_pos") for param in variants(FINE, by)),
         *(param for by in ("layer", "component", "head") for param in variants(COARSE, by)),
         ("gpt2", "layer"),
         ("gemma2", "component"),
@@ -130,7 +130,7 @@ def _compare(ours: dict[Key, float], theirs: dict[Key, Tensor], of: Callable[...
 def test_every_contribution(oracles: OracleOf, variant: str, by: str) -> None:
     oracle = oracles(variant)
     grafts = ENDS | {"mixed": mixed(variant)}
-    table = attribution(
+    table = direct_logit_attribution(
         oracle.tiny.model, PROMPTS, {"mixed": parsed(mixed(variant))}, by=by, at="[2] + last"
     )
     cap = getattr(oracle.base.config, "final_logit_softcapping", None)
@@ -151,13 +151,13 @@ def test_every_contribution(oracles: OracleOf, variant: str, by: str) -> None:
                 assert set(rows["token"]) == {asked.tokens[p]}
                 assert len(set(rows["logit"])) == 1
                 assert rows["logit"].iloc[0] == pytest.approx(float(said), abs=2e-4)
-                if by == "source":
-                    moved = rows[rows["part"] == "source"]
-                    assert moved["source_token"].tolist() == [
-                        asked.tokens[k] for k in moved["source_position"]
+                if by == "src_pos":
+                    moved = rows[rows["term"] == "src_pos"]
+                    assert moved["src_token"].tolist() == [
+                        asked.tokens[k] for k in moved["src_pos"]
                     ]
                 else:
-                    assert rows[["source_position", "source_token"]].isna().all().all()
+                    assert rows[["src_pos", "src_token"]].isna().all().all()
                 places += len(rows)
     assert places == len(table), "rows of no other place"
     assert table["against"].isna().all()
@@ -181,7 +181,7 @@ def test_the_graft_takes_o_by_head_and_norms_from_either_source(oracles: OracleO
 def test_what_a_logit_is_held_against(oracles: OracleOf, variant: str, against: str) -> None:
     oracle = oracles(variant)
     prompts = {0: PROMPTS[0], 2: PROMPTS[2]}
-    table = attribution(
+    table = direct_logit_attribution(
         oracle.tiny.model,
         list(prompts.values()),
         {"mixed": parsed(mixed(variant))},
@@ -223,7 +223,7 @@ def test_distractors_that_begin_alike_count_once(oracles: OracleOf) -> None:
     first = {asked.first_token(text) for text in prompt.distractors}
     assert len(first) == 2
     said = oracle.run(0, "sft @ all").logits[-1]
-    table = attribution(oracle.tiny.model, prompt, against="distractors")
+    table = direct_logit_attribution(oracle.tiny.model, prompt, against="distractors")
     total = table[table["graft"] == "SFT"]["contribution"].sum()
     assert total == pytest.approx(float(said[asked.target] - said[list(first)].mean()), abs=1e-4)
 
@@ -234,21 +234,21 @@ def test_sources_and_heads_are_two_ways_to_cut_attention(oracles: OracleOf, vari
     key = ["prompt", "graft", "position", "layer"]
 
     def attention(by: str, part: str) -> pd.Series:
-        table = attribution(
+        table = direct_logit_attribution(
             oracle.tiny.model, PROMPTS, {"mixed": parsed(mixed(variant))}, by=by, at="all"
         )
-        return table[table["part"] == part].groupby(key)["contribution"].sum()
+        return table[table["term"] == part].groupby(key)["contribution"].sum()
 
     np.testing.assert_allclose(
-        attention("source", "source"), attention("head", "head"), rtol=1e-3, atol=2e-5
+        attention("src_pos", "src_pos"), attention("head", "head"), rtol=1e-3, atol=2e-5
     )
 
 
 def test_the_window_moves_nothing_from_before_it(oracles: OracleOf) -> None:
     oracle = oracles("mistral-window")
-    table = attribution(oracle.tiny.model, PROMPTS[2], by="source")
-    moved = table[table["part"] == "source"]
-    behind = moved["position"] - moved["source_position"]
+    table = direct_logit_attribution(oracle.tiny.model, PROMPTS[2], by="src_pos")
+    moved = table[table["term"] == "src_pos"]
+    behind = moved["position"] - moved["src_pos"]
     assert (moved[behind >= 4]["contribution"] == 0).all()
     assert (moved[behind < 4]["contribution"] != 0).all()
     assert (behind >= 4).any()
@@ -261,8 +261,8 @@ def test_a_head_that_is_taken_out(oracles: OracleOf) -> None:
     model = oracle.tiny.sources["sft"]
     tokens = torch.tensor([oracle.asked[1].ids])
     target, last = oracle.asked[1].target, n_layers(model) - 1
-    table = attribution(oracle.tiny.model, PROMPTS[1], by="head")
-    ours = table[(table["graft"] == "SFT") & (table["part"] == "head") & (table["layer"] == last)]
+    table = direct_logit_attribution(oracle.tiny.model, PROMPTS[1], by="head")
+    ours = table[(table["graft"] == "SFT") & (table["term"] == "head") & (table["layer"] == last)]
     run = oracle.run(1, "sft @ all")
     norm = frozen(reference._final_norm(model), "gpt2", run.resid[-1, -1])
     blocks = reference._layers(model)
@@ -293,15 +293,15 @@ def test_a_head_that_is_taken_out(oracles: OracleOf) -> None:
 
 def test_order_and_columns(oracles: OracleOf) -> None:
     oracle = oracles("llama-biased")
-    table = attribution(oracle.tiny.model, PROMPTS, "sft @ last", by="head")
+    table = direct_logit_attribution(oracle.tiny.model, PROMPTS, "sft @ last", by="head")
     assert list(table.columns) == [
         *("prompt", "graft", "rule", "position", "token", "target", "against"),
-        *("part", "layer", "head", "source_position", "source_token", "contribution", "logit"),
+        *("term", "layer", "head", "src_pos", "src_token", "contribution", "logit"),
     ]
     one = ["embed"]
     for _ in range(3):
         one += ["head"] * 4 + ["attn_bias", "mlp"]
-    assert table["part"].tolist() == one * 9
+    assert table["term"].tolist() == one * 9
     assert table["prompt"].tolist() == [i for i in range(3) for _ in range(3 * len(one))]
     names = [n for n in ("PRE", "SFT", "sft @ last") for _ in one]
     assert table["graft"].tolist() == names * 3
@@ -309,23 +309,25 @@ def test_order_and_columns(oracles: OracleOf) -> None:
     assert tokenizer is not None
     for i, asked in enumerate(oracle.asked):
         assert set(table[table["prompt"] == i]["target"]) == {tokenizer.decode([asked.target])}
-    for column in ("layer", "head", "source_position"):
+    for column in ("layer", "head", "src_pos"):
         assert str(table[column].dtype) == "Int64"
 
 
 def test_a_distractor_that_begins_as_the_answer_says_nothing(oracles: OracleOf) -> None:
     model = oracles("gpt2").tiny.model
     prompt = dataclasses.replace(PROMPTS[2], distractors=(" with", "."))
-    both = attribution(model, prompt, against="distractors")
+    both = direct_logit_attribution(model, prompt, against="distractors")
     alone = dataclasses.replace(prompt, distractors=(".",))
-    pd.testing.assert_frame_equal(both, attribution(model, alone, against="distractors"))
+    pd.testing.assert_frame_equal(
+        both, direct_logit_attribution(model, alone, against="distractors")
+    )
     nothing = dataclasses.replace(prompt, distractors=(" with",))
     with pytest.raises(PromptError, match="every distractor begins with the answer's first token"):
-        attribution(model, nothing, against="distractors")
+        direct_logit_attribution(model, nothing, against="distractors")
 
 
 def test_positions_as_numbers(oracles: OracleOf) -> None:
     model = oracles("gpt2").tiny.model
-    listed = attribution(model, PROMPTS[0], at=[0, -1])
-    pd.testing.assert_frame_equal(listed, attribution(model, PROMPTS[0], at="[0, -1]"))
+    listed = direct_logit_attribution(model, PROMPTS[0], at=[0, -1])
+    pd.testing.assert_frame_equal(listed, direct_logit_attribution(model, PROMPTS[0], at="[0, -1]"))
     assert listed["position"].nunique() == 2

@@ -30,9 +30,9 @@ from lensoracle import (
 from reference import components_of, sequential_graft
 from torch import Tensor
 
-from graftlens.evaluate import evaluate
+from graftlens.evaluation import evaluate
 from graftlens.graft import Graft
-from graftlens.lens import attribution, kl_divergence, logit_lens, patched, patching
+from graftlens.lens import direct_logit_attribution, kl_divergence, logit_lens, patched, patching
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt, PromptError
 from graftlens.stats import compare, summarise
@@ -439,7 +439,7 @@ def test_streams_are_not_read_where_the_output_is_patched(
         ("sft @ last : ln_final + mlp", "ln_final"),
     ):
         with patched(model, PROMPTS[1], text), patched(model, PROMPTS[1], "sft @ [0] : v"):
-            for function in (logit_lens, kl_divergence, attribution):
+            for function in (logit_lens, kl_divergence, direct_logit_attribution):
                 with pytest.raises(ValueError, match=rf"patched\(…\) of {named}: ") as error:
                     function(model, PROMPTS[1])
                 assert f'(": {rest}" is all the rest)' in str(error.value)
@@ -448,7 +448,7 @@ def test_streams_are_not_read_where_the_output_is_patched(
     wanted = _expected(oracle.tiny, asked.ids, inside, asked.runs)[-1]
     with patched(model, PROMPTS[1], advised):
         lens = logit_lens(model, PROMPTS[1], at="last").set_index(["graft", "stream"])
-        parts = attribution(model, PROMPTS[1])
+        parts = direct_logit_attribution(model, PROMPTS[1])
         spread = kl_divergence(model, PROMPTS[1], at="last").set_index("graft")
         sft = model(PROMPTS[1], graft="sft @ all")[0, -1].log_softmax(-1)
     said = wanted.log_softmax(-1)
@@ -479,18 +479,18 @@ def test_heads_do_not_add_up_to_a_patched_attention(
     model = oracles(variant).tiny.model
 
     def gaps(by: str) -> pd.Series:
-        table = attribution(model, PROMPTS, by=by, at="first_entity + last")
+        table = direct_logit_attribution(model, PROMPTS, by=by, at="first_entity + last")
         runs = table.groupby(["prompt", "graft", "position"])
         return runs["contribution"].sum() - runs["logit"].first()
 
     with patched(model, PROMPTS, text):
-        for by in ("head", "source"):
+        for by in ("head", "src_pos"):
             with pytest.raises(ValueError, match=rf'{named}: what by=\'{by}\' .*by="component" or'):
                 gaps(by)
         for by in ("component", "layer"):
             assert gaps(by).abs().max() < 1e-4
     with patched(model, PROMPTS, "sft @ last : q + k + v + mlp : 1"):
-        for by in ("head", "source"):
+        for by in ("head", "src_pos"):
             assert gaps(by).abs().max() < 1e-4
 
 
@@ -550,7 +550,8 @@ def test_grafts_and_patches_side_by_side(oracles: OracleOf, variant: str) -> Non
     assert table["graft"].tolist() == names * 3
     assert table["prompt"].tolist() == [i for i in range(3) for _ in names]
     assert table["how"].tolist() == ["graft", "graft", *["graft", "patch"] * 2] * 3
-    assert table.attrs["recovery"] == {"base": "PRE", "full": "SFT"}
+    assert set(table["base_run"]) == {"PRE"}
+    assert set(table["full_run"]) == {"SFT"}
     texts = {"PRE": "none", "SFT": "sft @ all", **GRAFTS}
     for _, row in table.iterrows():
         i, asked = row["prompt"], oracle.asked[row["prompt"]]
@@ -696,4 +697,5 @@ def test_ends_under_their_own_names_are_not_patched(oracles: OracleOf) -> None:
     model = oracles("gpt2").tiny.model
     table = patching(model, PROMPTS[0], {"whole": "sft @ all", "LT": "sft @ last : o"})
     assert table["graft"].tolist() == ["PRE", "whole", "LT", "LT (patched)"]
-    assert table.attrs["recovery"] == {"base": "PRE", "full": "whole"}
+    assert set(table["base_run"]) == {"PRE"}
+    assert set(table["full_run"]) == {"whole"}

@@ -18,7 +18,7 @@ from graftlens.lens import weight_difference
 from graftlens.model.grafted import GraftedTransformer
 
 COLUMNS = [
-    *("source", "base", "component", "layer", "part", "entries"),
+    *("source", "base", "component", "layer", "parameter", "entries"),
     *("frobenius", "relative_frobenius", "spectral", "relative_spectral"),
     *("effective_rank", "stable_rank", "share_changed"),
 ]
@@ -64,7 +64,7 @@ def _model(sources: Mapping[str, PreTrainedModel]) -> GraftedTransformer:
 
 def _row(table: pd.DataFrame, component: str, layer: int | None, part: str) -> pd.Series:
     there = table["layer"].isna() if layer is None else table["layer"] == layer
-    rows = table[(table["component"] == component) & there & (table["part"] == part)]
+    rows = table[(table["component"] == component) & there & (table["parameter"] == part)]
     assert len(rows) == 1
     return rows.iloc[0]
 

@@ -9,7 +9,9 @@ import pandas as pd
 import pytest
 
 from graftlens.configfile import ConfigError, settings_from
-from graftlens.data.articles import ArticlesSpec, _Index, read_articles
+from graftlens.data import ArticlesSpec
+from graftlens.data.articlefiles import read_articles
+from graftlens.data.articleprompts import Index
 from graftlens.data.counterfact import CounterFactSpec
 from graftlens.data.sentences import occurrences, words
 from graftlens.data.wikipedia import download
@@ -54,7 +56,7 @@ def test_json_lines_are_read_as_a_person_sees_them(tmp_path, ending, mark, new_l
     prompts = PromptFile(file=write("p", PROMPT, PROMPT | {"answer": " him"})).prompts()
     assert [p.template for p in prompts] == [PROMPT["template"]] * 2
     assert [p.answer for p in prompts] == [" it", " him"]
-    (article,) = ArticlesSpec(source=write("a", ARTICLE)).collect()
+    (article,) = ArticlesSpec(path=write("a", ARTICLE)).collect()
     assert (article.first_entity, article.second_entity) == ("Ann", "Bo")
     rows = [row(f"Ann{SEPARATORS}x lives in", "Ann"), row("Bo lives in", "Bo")]
     facts = CounterFactSpec(file=write("c", *rows)).collect()
@@ -106,7 +108,7 @@ def test_other_encodings_are_refused_by_name(tmp_path):
 
     said(lambda file: PromptFile(file=str(file)).prompts(), "x.jsonl", "x.yaml", "x.json")
     said(lambda file: CounterFactSpec(file=file).collect(), "x.jsonl", "x.json", "x.csv")
-    said(lambda file: ArticlesSpec(source=file).collect(), "x.jsonl")
+    said(lambda file: ArticlesSpec(path=file).collect(), "x.jsonl")
     with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text"):
         read_articles(folder)
     # UTF-16, as Windows' Notepad writes it, is of another encoding, too.
@@ -308,7 +310,7 @@ def test_articles_in_such_scripts_are_held_apart(tmp_path):
          "facts": [{"first_entity": "Cy", "second_entity": "Di"}]},
     ]  # fmt: skip
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(g, ensure_ascii=False) for g in given))
-    index = _Index([one["text"] for one in given])
+    index = Index([one["text"] for one in given])
     assert index.naming(("東京", "佐藤")) == {0, 1}
     assert index.naming(("Ann", "Bo")) == {1}
 

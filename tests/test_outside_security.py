@@ -31,15 +31,8 @@ from graftlens.experiment.show import _unlike, plain
 from graftlens.folder import at_home, claim, inside, name_fault, name_problems
 from graftlens.sweep.config import SweepConfig, load_config
 from graftlens.viz.compare import compare_page
-from graftlens.viz.page import (
-    GENERATOR,
-    ExperimentPage,
-    Part,
-    Table,
-    document,
-    experiment_page,
-    is_page,
-)
+from graftlens.viz.page import ExperimentPage, Part, Table, experiment_page, is_page
+from graftlens.viz.render import GENERATOR
 from graftlens.viz.tables import read_table, write_table
 
 SECRET = "wJalrXUtnFEMI-K7MDENG-bPxRfiCYEXAMPLEKEY"
@@ -375,7 +368,8 @@ def test_a_report_overwrites_no_file_that_is_not_a_page_of_ours(tmp_path):
             compare_runs(runs, out)
         assert out.read_text() == content
     # A page of version 0.1.0 does not say whose it is, but is ours.
-    said = document("T", "B", charts=False)
+    ours = experiment_page(tmp_path / "ours.html", ExperimentPage("T", "Q", "L", [], {}))
+    said = ours.read_text()
     out.write_text(said.replace(GENERATOR + "\n", ""))
     with pytest.raises(ValueError, match=r"by-template\.csv"):
         compare_runs(runs, out)
@@ -511,7 +505,7 @@ def thief(monkeypatch):
 def config(tmp_path: Path, **rewrites) -> Path:
     (tmp_path / "a.jsonl").write_text(json.dumps(ARTICLE) + "\n")
     given = {"endpoint_model": "m", "n": 1, "attempts": 1, **rewrites}
-    made = {"facts": "articles", "source": str(tmp_path / "a.jsonl"), "rewrites": given}
+    made = {"facts": "articles", "path": str(tmp_path / "a.jsonl"), "rewrites": given}
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(made))
     return tmp_path / "c.yaml"
 

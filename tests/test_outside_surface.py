@@ -22,7 +22,7 @@ from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
 from graftlens.graft import Graft
-from graftlens.lens import attribution, patched
+from graftlens.lens import direct_logit_attribution, patched
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt
 
@@ -736,7 +736,9 @@ def test_logit_attributions_say_once_what_they_leave_out(tiny: MakeTiny) -> None
     t = tiny("llama-biased", tokenizer="llama3")
     model, prompt = t.model, Prompt("a b c", answer=" d")
     _, cache = model.run_with_cache(prompt, graft=MIXED)
-    with pytest.warns(UserWarning, match=r"ln_final's weight.*graftlens\.lens\.attribution"):
+    with pytest.warns(
+        UserWarning, match=r"ln_final's weight.*graftlens\.lens\.direct_logit_attribution"
+    ):
         found = analysis.direct_logit_attribution(model, answer_tokens=5, cache=cache)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -747,7 +749,7 @@ def test_logit_attributions_say_once_what_they_leave_out(tiny: MakeTiny) -> None
     assert abs(float(found.attribution.sum()) - logit) > 1e-2 * abs(logit)
     assert float(again[:, 0, -1].sum()) == pytest.approx(float(found.attribution.sum()), rel=1e-4)
     # What it names adds up.
-    table = attribution(model, prompt, [MIXED], at="last")
+    table = direct_logit_attribution(model, prompt, [MIXED], at="last")
     row = table[table["rule"] == MIXED]
     assert len(row)
     assert float(row["contribution"].sum()) == pytest.approx(float(row["logit"].iloc[0]), rel=1e-4)
@@ -766,7 +768,7 @@ def test_a_cache_of_one_s_own_says_what_it_leaves_out(tiny: MakeTiny) -> None:
         cache = ActivationCache(mine, model)
     stack = cache.decompose_resid()
     with pytest.warns(
-        UserWarning, match=r"ln_final's weight.*graftlens\.lens\.attribution"
+        UserWarning, match=r"ln_final's weight.*graftlens\.lens\.direct_logit_attribution"
     ) as told:
         found = cache.logit_attrs(stack, 5)
     assert [w.filename for w in told] == [__file__]

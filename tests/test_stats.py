@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftlens import stats
+from graftlens.stats import permutation, resampling
+from graftlens.stats.intervals import _newcombe
 from graftlens.viz import text
 
 
@@ -68,7 +70,7 @@ def test_bootstrap_means_approach_the_exact_distribution_of_three_prompts():
 
 def test_resamples_in_chunks_are_the_same_law(monkeypatch):
     values = np.arange(10.0)[:, None]
-    monkeypatch.setattr(stats, "CHUNK", 37)
+    monkeypatch.setattr(resampling, "CHUNK", 37)
     draws = stats.bootstrap_means(values, resamples=5000, seed=0)
     assert draws.mean() == pytest.approx(4.5, abs=0.05)
     assert draws.std() == pytest.approx(values.std() / math.sqrt(10), rel=0.05)
@@ -334,7 +336,7 @@ def test_monte_carlo_agrees_with_enumeration_and_is_never_zero(monkeypatch):
     rng = np.random.default_rng(2)
     table = make_table({"A": list(rng.normal(0.5, 1, 14)), "B": [0.0] * 14})
     exact = stats.compare(table, "A", "B", "logprob")
-    monkeypatch.setattr(stats, "EXACT_LIMIT", 3)
+    monkeypatch.setattr(permutation, "EXACT_LIMIT", 3)
     sampled = stats.compare(table, "A", "B", "logprob", seed=7)
     assert (exact.p_method, sampled.p_method) == ("exact", "monte carlo")
     assert sampled.p_value == pytest.approx(exact.p_value, abs=0.005)
@@ -394,7 +396,7 @@ def test_a_difference_of_all_or_nothing_has_an_honest_interval():
 def test_newcombe_known_values(counts, low, high):
     kinds = [(True, True), (True, False), (False, True), (False, False)]
     pairs = np.array([kind for kind, n in zip(kinds, counts, strict=True) for _ in range(n)])
-    assert stats._newcombe(pairs, 0.95) == (
+    assert _newcombe(pairs, 0.95) == (
         pytest.approx(low, abs=5e-5),
         pytest.approx(high, abs=5e-5),
     )
@@ -1051,7 +1053,7 @@ def test_a_table_of_many_blocks_is_as_one(call, monkeypatch):
     before = call(table)
     # Blocks of one graft or pair; the resamples, which CHUNK also cuts, must stay in one piece.
     monkeypatch.setattr(
-        stats._Draw,
+        resampling.Draw,
         "blocks",
         lambda self, columns, sheets=1: (slice(i, i + 1) for i in range(columns)),
     )

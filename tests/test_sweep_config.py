@@ -164,7 +164,7 @@ BAD_VALUES = {
     "prompts: {file: lacking.jsonl}": r"(?s)prompts.0.line 1.answer: this key is missing.*"
     r"prompts.0.line 2.answer: 3 should be a text",
     "prompts: {file: none.jsonl}": r"prompts.0: none.jsonl holds no prompt",
-    "prompts: {file: mapping.yaml}": r"prompts.0: mapping.yaml holds a dict, no list of prompts",
+    "prompts: {file: mapping.yaml}": r"prompts.0: mapping.yaml holds a dict, not a list of prompts",
     "prompts: [{file: some.yaml}, {file: some.yaml}]": r"prompts.1: two sets of prompts are called "
     r"'some.yaml'",
     # datasets
@@ -190,7 +190,7 @@ BAD_VALUES = {
     r"Put a one-line rule in quotes",
     "grafts: {a: [{sft @ last: o}]}": r"grafts.a: unknown key 'sft @ last' .*in quotes",
     "grafts: {a: sft last}": r"grafts.a: graft 'sft last': 'sft last' is no rule. Write .*posit",
-    "grafts: {a: 'stf @ last'}": r"grafts.a: no source 'stf'. This sweep has: pre sft. Did you",
+    "grafts: {a: 'stf @ last'}": r"grafts.a: no source 'stf'. There are: pre sft. Did you",
     "grafts: {a: 'sft @ last : mpl'}": r"grafts.a: unknown component 'mpl'. Allowed: embed .*'mlp'",
     "grafts: {a: 'sft @ last : q_norm'}": r"grafts.a: llama has no component 'q_norm'. Its comp",
     "{sources: {pre: ./olmo_a, sft: ./olmo_b}, grafts: {a: 'sft @ last : ln'}}": r"grafts.a: "
@@ -233,7 +233,7 @@ BAD_VALUES = {
     "grids: {heads: first, components: q}": r"grids.0.heads: heads='first': 'first' is no number",
     "grids: {heads: , components: q}": r"grids.0.heads: heads is empty. Name heads, or leave",
     "grids: {heads: [[0, 4]], components: o}": r"grids.0: .*no head 4 in o, which has 4 heads",
-    "grids: {source: task}": r"grids.0.source: no source 'task'. This sweep has: pre sft",
+    "grids: {source: task}": r"grids.0.source: no source 'task'. There are: pre sft",
     "grids: {source: [no]}": r"grids.0.source: False is no source's name. Put it in quotes",
     "grids: {base: task @ last}": r"grids.0.base: no source 'task'",
     "grids: {base: [{last: o}]}": r"grids.0.base: unknown key 'last' in rule",
@@ -329,8 +329,8 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
             tmp_path / "sweep.yaml",
         )
     assert [where.split(": ")[-1] for where, _ in caught.value.problems] == [
-        "sources", "prompts.0.answer", "prompts.1", "grafts.a", "grafts.b",
-        "grids.0.layers", "grids.1.heads", "seed",
+        "sources", "grafts.a", "grafts.b", "grids.0.layers", "grids.1.heads", "seed",
+        "prompts.0.answer", "prompts.1",
     ]  # fmt: skip
     assert len(str(caught.value).splitlines()) == 8
     assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)

@@ -32,7 +32,7 @@ from sweeps import (
 )
 from toytokenizers import gpt2_style, llama3_style
 
-from graftlens.evaluate import evaluate
+from graftlens.evaluation import evaluate
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt
 from graftlens.sweep import runner

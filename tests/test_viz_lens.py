@@ -281,7 +281,7 @@ def test_long_names_are_short_in_a_legend_and_whole_on_hover():
     assert len({axis.title.text for axis in (apart.layout.yaxis, apart.layout.yaxis2)}) == 2
     assert max(map(len, apart.layout.yaxis.title.text.split("<br>"))) <= 24
     assert f"KL({LONG[1]} ‖ {LONG[0]})" in unescaped(apart.data[0].customdata[0])
-    bars = viz.attribution_bars(called(attributions("head"), "graft"))
+    bars = viz.logit_attribution_bars(called(attributions("head"), "graft"))
     assert [unescaped(trace.name) for trace in bars.data] == entries
     assert LONG[0] in unescaped(bars.data[0].hovertemplate)
 
@@ -293,8 +293,8 @@ def test_names_that_fit_are_left_as_they_are():
 
 def test_a_long_heading_is_in_lines_and_makes_room_for_them():
     table = attributions("head")
-    plain = viz.attribution_heatmap(table, "SFT", minus="PRE")
-    figure = viz.attribution_heatmap(called(table, "graft"), LONG[1], minus=LONG[0])
+    plain = viz.logit_attribution_heatmap(table, "SFT", minus="PRE")
+    figure = viz.logit_attribution_heatmap(called(table, "graft"), LONG[1], minus=LONG[0])
     said = heading(figure)
     assert unescaped(said) == (f"{LONG[1]} − {LONG[0]}: direct contribution to the logit of ·Ann")
     assert max(map(len, said.split("<br>"))) <= 80
@@ -341,33 +341,33 @@ def test_sources_of_one_view_differ_and_the_base_is_grey():
 
 
 def attributions(by, prompts=(0,), runs=("PRE", "SFT", "FE"), target=" Ann"):
-    """Two layers of two heads; run r of prompt p has r + p more in every part."""
+    """Two layers of two heads; run r of prompt p has r + p more in every term."""
     rows = []
     for prompt, (number, run) in itertools.product(prompts, enumerate(runs)):
-        parts = [("embed", None, None, None)]
+        terms = [("embed", None, None, None)]
         for layer in range(2):
             if by == "head":
-                parts += [("head", layer, 0, None), ("head", layer, 1, None)]
+                terms += [("head", layer, 0, None), ("head", layer, 1, None)]
             if by == "component":
-                parts += [("attn", layer, None, None)]
-            if by == "source":
-                parts += [("source", layer, None, p) for p in range(2)]
-            parts += [("layer" if by == "layer" else "mlp", layer, None, None)]
-        for index, (part, layer, head, source) in enumerate(parts):
+                terms += [("attn", layer, None, None)]
+            if by == "src_pos":
+                terms += [("src_pos", layer, None, p) for p in range(2)]
+            terms += [("layer" if by == "layer" else "mlp", layer, None, None)]
+        for index, (term, layer, head, source) in enumerate(terms):
             row = {"prompt": prompt, "graft": run, "rule": run, "position": 5, "token": "x"}
-            row |= {"target": target, "against": None, "part": part, "layer": layer, "head": head}
-            row |= {"source_position": source}
-            row |= {"source_token": None if source is None else TOKENS[source]}
+            row |= {"target": target, "against": None, "term": term, "layer": layer, "head": head}
+            row |= {"src_pos": source}
+            row |= {"src_token": None if source is None else TOKENS[source]}
             row |= {"contribution": (-1) ** index * index + number + prompt, "logit": 0.0}
             rows.append(row)
-    whole = dict.fromkeys(("layer", "head", "source_position"), "Int64")
+    whole = dict.fromkeys(("layer", "head", "src_pos"), "Int64")
     return pd.DataFrame(rows).astype(whole)
 
 
 def test_heads_are_cells_with_a_scale_that_all_runs_share():
-    # PRE's parts are embed 0; layer 0: heads -1, 2, mlp -3; layer 1: heads 4, -5, mlp 6.
+    # PRE's terms are embed 0; layer 0: heads -1, 2, mlp -3; layer 1: heads 4, -5, mlp 6.
     table = attributions("head")
-    figures = {run: viz.attribution_heatmap(table, run) for run in ("PRE", "FE")}
+    figures = {run: viz.logit_attribution_heatmap(table, run) for run in ("PRE", "FE")}
     assert [list(row) for row in figures["PRE"].data[0].z] == [[-1, 2], [4, -5]]
     assert [list(row) for row in figures["FE"].data[0].z] == [[1, 4], [6, -3]]
     for figure in figures.values():
@@ -380,44 +380,44 @@ def test_heads_are_cells_with_a_scale_that_all_runs_share():
 
 def test_components_stand_side_by_side_and_runs_are_subtracted():
     table = attributions("component")
-    (trace,) = viz.attribution_heatmap(table, "FE", minus="PRE").data
+    (trace,) = viz.logit_attribution_heatmap(table, "FE", minus="PRE").data
     assert [list(row) for row in trace.z] == [[2, 2], [2, 2]]
     assert trace.customdata[0][1].endswith("2.00<br>FE 4.00, PRE 2.00")
-    figure = viz.attribution_heatmap(table, "PRE")
+    figure = viz.logit_attribution_heatmap(table, "PRE")
     assert list(figure.layout.xaxis.ticktext) == ["attn", "mlp"]
     assert [list(row) for row in figure.data[0].z] == [[-1, 2], [-3, 4]]
 
 
 def test_sources_are_named_by_their_tokens():
-    figure = viz.attribution_heatmap(attributions("source"), "PRE")
+    figure = viz.logit_attribution_heatmap(attributions("src_pos"), "PRE")
     assert list(figure.layout.xaxis.ticktext) == [HOSTILE, "·a↵"]
     assert [list(row) for row in figure.data[0].z] == [[-1, 2], [4, -5]]
     assert figure.data[0].customdata[0][0].startswith("layer 0, from &lt;b&gt; at 0<br>")
-    with pytest.raises(ValueError, match=r"source positions of the prompts 0, 1"):
-        viz.attribution_heatmap(attributions("source", prompts=(0, 1)), "PRE")
+    with pytest.raises(ValueError, match=r"attended positions of the prompts 0, 1"):
+        viz.logit_attribution_heatmap(attributions("src_pos", prompts=(0, 1)), "PRE")
 
 
 def test_contributions_of_several_prompts_are_their_mean_and_say_so():
     table = attributions("head", prompts=(0, 1, 5))
     table.loc[table["prompt"] == 1, "target"] = "Bob"
-    figure = viz.attribution_heatmap(table, "PRE")
+    figure = viz.logit_attribution_heatmap(table, "PRE")
     assert [list(row) for row in figure.data[0].z] == [[1, 4], [6, -3]]
     assert heading(figure) == (
         "PRE: direct contribution to the logit of the answer, mean of 3 prompts"
     )
     assert figure.data[0].customdata[0][0].endswith("mean of 3 prompts")
-    bars = viz.attribution_bars(table)
+    bars = viz.logit_attribution_bars(table)
     assert bars.layout.xaxis.title.text == (
         "direct contribution to the logit of the answer, mean of 3 prompts (logits)"
     )
 
 
-def test_bars_are_the_largest_parts_and_add_up():
+def test_bars_are_the_largest_terms_and_add_up():
     table = attributions("head")
-    figure = viz.attribution_bars(table, top=3)
+    figure = viz.logit_attribution_bars(table, top=3)
     # The largest of any run: L1 mlp 8, L1H0 6, L1H1 -5.
     assert list(figure.layout.yaxis.categoryarray) == [
-        *("L1 mlp", "L1H0", "L1H1", "the other 4 parts")
+        *("L1 mlp", "L1H0", "L1H1", "the other 4 terms")
     ]
     assert figure.layout.yaxis.range[0] > figure.layout.yaxis.range[1]
     by_run = {trace.name: trace for trace in figure.data}
@@ -426,39 +426,41 @@ def test_bars_are_the_largest_parts_and_add_up():
     assert by_run["FE"].marker.color == theme.graft_fill("FE").color
     for run, trace in by_run.items():
         assert sum(trace.x) == table.loc[table["graft"] == run, "contribution"].sum()
-    assert [t.name for t in viz.attribution_bars(table, grafts=["FE"]).data] == ["FE"]
+    assert [t.name for t in viz.logit_attribution_bars(table, grafts=["FE"]).data] == ["FE"]
 
 
 def test_bars_by_source_take_the_layers_together():
-    figure = viz.attribution_bars(attributions("source"), grafts=["PRE"])
+    figure = viz.logit_attribution_bars(attributions("src_pos"), grafts=["PRE"])
     assert dict(zip(figure.data[0].y, figure.data[0].x, strict=True)) == {
         "attention to &lt;b&gt; at 0": 3,
         "attention to ·a↵ at 1": -3,
         "mlp, all layers": 3,
         "embed": 0,
     }
-    layers = viz.attribution_bars(attributions("layer"), grafts=["PRE"])
+    layers = viz.logit_attribution_bars(attributions("layer"), grafts=["PRE"])
     assert list(layers.data[0].y) == ["L1", "L0", "embed"]
 
 
 def test_what_the_logit_is_held_against_is_said():
     table = attributions("layer").assign(against="mean")
-    title = viz.attribution_bars(table).layout.xaxis.title.text
+    title = viz.logit_attribution_bars(table).layout.xaxis.title.text
     assert title == "direct contribution to the logit of ·Ann minus the mean logit (logits)"
 
 
 def test_what_attribution_plots_refuse():
-    with pytest.raises(ValueError, match=r"parts 'embed', 'layer': .*attribution_bars shows every"):
-        viz.attribution_heatmap(attributions("layer"), "PRE")
+    with pytest.raises(
+        ValueError, match=r"terms 'embed', 'layer': .*logit_attribution_bars shows every"
+    ):
+        viz.logit_attribution_heatmap(attributions("layer"), "PRE")
     table = attributions("head")
     with pytest.raises(ValueError, match=r"positions 5, 6 of prompt 0: pass the rows of one"):
-        viz.attribution_heatmap(pd.concat([table, table.assign(position=6)]), "PRE")
+        viz.logit_attribution_heatmap(pd.concat([table, table.assign(position=6)]), "PRE")
     with pytest.raises(ValueError, match=r"no graft 'LT'; it has 'PRE', 'SFT', 'FE'"):
-        viz.attribution_bars(table, grafts=["LT"])
-    with pytest.raises(ValueError, match=r"top=0 shows no part"):
-        viz.attribution_bars(table, top=0)
+        viz.logit_attribution_bars(table, grafts=["LT"])
+    with pytest.raises(ValueError, match=r"top=0 shows no term"):
+        viz.logit_attribution_bars(table, top=0)
     with pytest.raises(ValueError, match=r"no contribution is known of the prompts 0: give them"):
-        viz.attribution_heatmap(table.assign(contribution=np.nan), "PRE")
+        viz.logit_attribution_heatmap(table.assign(contribution=np.nan), "PRE")
 
 
 # --- weights -----------------------------------------------------------------------------------
@@ -468,10 +470,10 @@ def weights(source="sft"):
     rows = []
     for component in ("embed", "q", "mlp_in", "unembed"):
         for layer in [None] if "embed" in component else [0, 1]:
-            for part in ("weight", "bias") if component == "mlp_in" else ("weight",):
-                size = 0.1 * len(component) + (layer or 0) + (5 if part == "bias" else 0)
+            for parameter in ("weight", "bias") if component == "mlp_in" else ("weight",):
+                size = 0.1 * len(component) + (layer or 0) + (5 if parameter == "bias" else 0)
                 row = {"source": source, "base": "pre", "component": component, "layer": layer}
-                row |= {"part": part, "entries": 1000, "relative_frobenius": size}
+                row |= {"parameter": parameter, "entries": 1000, "relative_frobenius": size}
                 rows.append(row | {"frobenius": 2 * size, "share_changed": 0.25})
     return pd.DataFrame(rows).astype({"layer": "Int64"})
 
@@ -495,7 +497,7 @@ def test_weights_by_component_and_layer_with_a_column_for_those_outside():
 
 
 def test_biases_are_asked_for():
-    figure = viz.weight_heatmap(weights(), "frobenius", part="bias")
+    figure = viz.weight_heatmap(weights(), "frobenius", parameter="bias")
     assert [list(row) for row in figure.data[0].z] == [pytest.approx([11.2, 13.2])]
     assert heading(figure) == "sft − pre, biases"
     share = viz.weight_heatmap(weights(), "share_changed").data[0]
@@ -510,8 +512,8 @@ def test_what_a_heat_map_of_weights_refuses():
     with pytest.raises(ValueError, match=r"no column 'spectral'; it has 'source'"):
         viz.weight_heatmap(weights(), "spectral")
     plain = weights()
-    with pytest.raises(ValueError, match=r"no part 'bias'; it has 'weight'"):
-        viz.weight_heatmap(plain[plain["part"] == "weight"], part="bias")
+    with pytest.raises(ValueError, match=r"no parameter 'bias'; it has 'weight'"):
+        viz.weight_heatmap(plain[plain["parameter"] == "weight"], parameter="bias")
 
 
 # --- differences -------------------------------------------------------------------------------

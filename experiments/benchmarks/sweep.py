@@ -36,7 +36,7 @@ from forward import llama_1b, perturbed, synchronise
 from transformers import AutoModelForCausalLM
 
 from graftlens.data import evaluation_prompts, make_facts
-from graftlens.evaluate import position_grafts
+from graftlens.evaluation import position_grafts
 from graftlens.graft import Graft
 from graftlens.metrics import Predictions, always_measured
 from graftlens.model.grafted import GraftedTransformer

@@ -57,7 +57,14 @@ def load_dataset(folder: Path) -> FactDataset:
         FileNotFoundError: a folder that holds no dataset.
         ValueError: content that was changed since.
     """
-    return read_dataset(folder, spec_of)
+    return read_dataset(folder, _spec_of_record)
+
+
+def _spec_of_record(values: Mapping[str, Any]) -> DatasetSpec:
+    """`spec_of` what a dataset's provenance has."""
+    if values.get("facts") == "articles" and "source" in values:  # as version 0.1.0 called it
+        values = {"path" if key == "source" else key: value for key, value in values.items()}
+    return spec_of(values)
 
 
 def template_names() -> tuple[str, ...]:

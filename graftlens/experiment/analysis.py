@@ -9,6 +9,7 @@ import pandas as pd
 
 from graftlens.configfile import ConfigError
 from graftlens.experiment.config import ExperimentConfig, PartConfig
+from graftlens.references import COLUMNS as REFERENCES
 from graftlens.stats import GRAFT_COLUMNS, VALUE_METRICS, summarise
 from graftlens.sweep.config import Checked
 from graftlens.sweep.results import read_prompts, read_results
@@ -18,8 +19,8 @@ TAGS = ("grid", "position", "component", "layer", "head", "source", "layers", "r
 
 #: Columns of the results that statistics need.
 _NEEDED = (
-    "prompt", "graft", "rule", "template", "dataset", "answer", "rank", "prob", "logprob",
-    "answer_logprob", "logit_diff", "reason",
+    "prompt", "graft", "rule", *REFERENCES, "template", "dataset", "answer", "rank", "prob",
+    "logprob", "answer_logprob", "logit_diff", "reason",
 )  # fmt: skip
 
 
@@ -60,7 +61,7 @@ def part_tables(
     assert isinstance(table, pd.DataFrame)
     table = table.assign(fact=_facts(folder).reindex(table["prompt"]).to_numpy())
     metrics = ["logprob"]
-    if config.metrics.answers == "whole":
+    if checked.config.metrics.answers == "whole":
         metrics.append("answer_logprob")
     # A prompt without distractors has none; a cell that could not be run is no such prompt.
     if table.loc[table["reason"].isna(), "logit_diff"].notna().all():
@@ -71,7 +72,7 @@ def part_tables(
     frames = {}
     for name, by, unit in (("template", (*apart, "template"), "prompt"), ("pooled", apart, "fact")):
         frames[name] = summarise(
-            table, by=by, ks=config.ks, metrics=metrics, unit=unit, seed=config.seed
+            table, by=by, ks=config.ks, metrics=metrics, unit=unit, seed=checked.config.seed
         )
     tags = _tags(part, checked)
     return PartTables(

@@ -1,6 +1,6 @@
 """The config of an experiment: one YAML file says everything, from the facts to the figures."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -9,17 +9,15 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from graftlens.components import suggest
 from graftlens.configfile import ConfigError, read_settings, settings_from
-from graftlens.data import AnyDataset, DatasetSpec, Direction, spec_of
-from graftlens.data.dataset import Which
+from graftlens.data import AnyDataset, DatasetSpec, spec_of
 from graftlens.data.rewriting import told_on_command_line
 from graftlens.finetune import FinetuneConfig
 from graftlens.folder import at_home, name_problems, read_text
 from graftlens.graft import At, Rule
 from graftlens.presets import PRESETS
 from graftlens.stats import VALUE_METRICS
-from graftlens.sweep.config import Metrics
-from graftlens.sweep.grid import GraftField, Grid
-from graftlens.sweep.promptsets import Section, listed
+from graftlens.sweep.config import GraftSettings, RunSettings
+from graftlens.sweep.promptsets import Questions, Section, listed
 
 #: The pretrained model's name among an experiment's sources.
 BASE = "base"
@@ -60,7 +58,7 @@ class ModelConfig(Section):
         return self
 
 
-class PromptsConfig(Section):
+class PromptsConfig(Questions):
     """Prompts about a dataset's facts."""
 
     dataset: str
@@ -68,21 +66,6 @@ class PromptsConfig(Section):
 
     change: Mapping[str, Any] = {}
     """Keys of that dataset to change, such as `{half: b}`: only half b counts as told."""
-
-    direction: Direction = "ab"
-    """`ab` names the first entity and asks for the second, `ba` the reverse."""
-
-    facts: Which = "told"
-    """Ask for the facts that the training texts tell (`told`), the others (`untold`), or `all`."""
-
-    templates: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Evaluation templates, by name; left out: all that go with the direction."""
-
-    distractors: Annotated[int, Field(ge=0)] = 4
-    """Wrong answers a prompt: other facts' answers, drawn by the seed."""
-
-    name: str | None = None
-    """What tables call these prompts; left out, the dataset's name."""
 
 
 class FigureConfig(Section):
@@ -128,8 +111,11 @@ class Finding(Section):
     """By which metric."""
 
 
-class PartConfig(Section):
-    """One sweep of an experiment: some sources, prompts and grafts, and what to show of them."""
+class PartConfig(RunSettings, GraftSettings):
+    """One sweep of an experiment: some sources, prompts and grafts, and what to show of them.
+
+    How it is run is the experiment's settings where it has none of its own.
+    """
 
     title: str
     """The part's heading."""
@@ -144,21 +130,9 @@ class PartConfig(Section):
     prompts: Annotated[tuple[PromptsConfig, ...], BeforeValidator(listed)] = Field(min_length=1)
     """What is asked."""
 
-    grafts: Mapping[str, GraftField] = {}
-    """Name -> graft, as one line of text in quotes or a list of rules."""
-
     where_possible: tuple[str, ...] = ()
     """Names of grafts that are left out where the architecture lacks a component that they name
     (`ln_final` in OLMo has no weights). The page says so. All others must be possible."""
-
-    grids: Annotated[tuple[Grid, ...], BeforeValidator(listed)] = ()
-    """Families of grafts."""
-
-    base: str | None = None
-    """The graft that recovery is measured from, by name; left out: the one without rules."""
-
-    full: str | None = None
-    """The graft that recovery is measured to; left out: the second source everywhere."""
 
     figures: Annotated[tuple[FigureConfig, ...], BeforeValidator(listed)] = ()
     """What is drawn."""
@@ -169,8 +143,6 @@ class PartConfig(Section):
     def problems(self) -> list[tuple[str, str]]:
         """(where, what) of every name here that nothing here has."""
         problems = []
-        if not self.grafts and not self.grids:
-            problems.append(("", "no grafts: give grafts or grids."))
         named = {grid.name or str(number): grid for number, grid in enumerate(self.grids)}
         if len(named) < len(self.grids):
             problems.append(("grids", "two grids have the same name. Name each by its own."))
@@ -209,7 +181,7 @@ class PartConfig(Section):
         return problems
 
 
-class ExperimentConfig(Section):
+class ExperimentConfig(RunSettings):
     """An experiment: what to train, what to graft, what to show.
 
     Paths are taken from the working directory.
@@ -241,15 +213,6 @@ class ExperimentConfig(Section):
 
     ks: tuple[Annotated[int, Field(ge=1)], ...] = (1, 5, 50)
     """The k of the top-k accuracies in tables."""
-
-    metrics: Metrics = Metrics()
-    """What is kept of each cell."""
-
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Prompts to take of each template, from its beginning; left out: all."""
-
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
-    """To run in; left out: float32 on a CPU, the checkpoints' own on a GPU."""
 
     seed: Annotated[int, Field(ge=0)] = 0
     """Of training, distractors, the trust report's cells and resampling. The datasets have seeds
@@ -308,11 +271,7 @@ class ExperimentConfig(Section):
         if len(there) < 2:
             what = "a graft needs two sources or more. Name models, or give sources."
             problems.append(("sources", what))
-        for where, named in _sources_in(part):
-            for name in named:
-                if name not in there:
-                    what = f"no source {name!r}. This part has: {' '.join(there)}."
-                    problems.append((where, what + suggest(name, there)))
+        problems += part.graft_problems(there)
         for i, prompts in enumerate(part.prompts):
             problems += self._no_dataset(f"prompts.{i}", prompts.dataset, prompts.change)
         for i, figure in enumerate(part.figures):
@@ -333,7 +292,7 @@ class ExperimentConfig(Section):
                 return f"{name} is not among ks ({' '.join(map(str, self.ks))}). Add it there."
             what = f"unknown metric {name!r}. Allowed: {' '.join(known)}."
             return what + suggest(name, known)
-        if name == "answer_logprob" and self.metrics.answers != "whole":
+        if name == "answer_logprob" and self.settings(part)["metrics"].answers != "whole":
             return f"{name} needs metrics.answers: whole."
         if name == "logit_diff" and not all(prompts.distractors for prompts in part.prompts):
             return f"{name} needs distractors, and some of the part's prompts have none."
@@ -361,6 +320,14 @@ class ExperimentConfig(Section):
     def sources(self, part: PartConfig) -> dict[str, str]:
         """Source's name -> `base` or a model, the sweep's base first."""
         return dict(part.sources) or {"pre": BASE} | {name: name for name in self.models}
+
+    def settings(self, part: PartConfig) -> dict[str, Any]:
+        """What a part's sweep has in its config beside sources and prompts, by key: how it is run
+        as the part says, or else the experiment, and its grafts."""
+        return {
+            name: getattr(part if name in part.model_fields_set else self, name)
+            for name in RunSettings.model_fields
+        } | {name: getattr(part, name) for name in GraftSettings.model_fields}
 
     def order(self) -> tuple[str, ...]:
         """The models, each after the one that its training starts from.
@@ -399,15 +366,6 @@ class ExperimentConfig(Section):
         """The keys of `FinetuneConfig` that train a model: preset, experiment, model, in order."""
         preset = PRESETS[self.model].recipe if self.model in PRESETS else {}
         return {"seed": self.seed, **preset, **self.recipe, **self.models[name].recipe}
-
-
-def _sources_in(part: PartConfig) -> Iterator[tuple[str, Sequence[str]]]:
-    """(where, the sources that grafts name there)."""
-    for name, graft in part.grafts.items():
-        yield f"grafts.{name}", graft.sources
-    for i, grid in enumerate(part.grids):
-        yield f"grids.{i}.source", grid.source or ()
-        yield f"grids.{i}.base", grid.base.sources
 
 
 def _recipe_problems(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:

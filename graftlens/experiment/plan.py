@@ -23,12 +23,12 @@ from graftlens.data import DatasetSpec, load_dataset, make_dataset, save_dataset
 from graftlens.data.dataset import read_provenance
 from graftlens.data.settings import Settings
 from graftlens.experiment.analysis import check_figures
-from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig, PromptsConfig
+from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig
 from graftlens.finetune import FinetuneRun, TrainingData
 from graftlens.folder import inside, read_text, writable, write_whole
 from graftlens.model.load import preview
 from graftlens.sweep.config import Checked, SweepConfig, check
-from graftlens.sweep.promptsets import DatasetSection
+from graftlens.sweep.promptsets import DatasetSection, Questions
 from graftlens.sweep.results import read_manifest
 
 T = TypeVar("T")
@@ -353,34 +353,15 @@ def _sweep(
     return settings_from(
         SweepConfig,
         {
+            **config.settings(part),
             "sources": {name: places[model] for name, model in config.sources(part).items()},
-            "dtype": config.dtype,
             "dataset": tuple(
                 DatasetSection(
                     path=str(folder),
-                    direction=prompts.direction,
-                    facts=prompts.facts,
-                    templates=prompts.templates,
-                    distractors=prompts.distractors,
-                    name=_title(prompts),
+                    **{key: getattr(asked, key) for key in Questions.model_fields}
+                    | {"name": asked.titled(asked.dataset)},
                 )
-                for prompts, folder in zip(part.prompts, folders, strict=True)
+                for asked, folder in zip(part.prompts, folders, strict=True)
             ),
-            "limit": config.limit,
-            "grafts": part.grafts,
-            "grids": part.grids,
-            "base": part.base,
-            "full": part.full,
-            "metrics": config.metrics,
-            "seed": config.seed,
         },
     )
-
-
-def _title(prompts: PromptsConfig) -> str:
-    parts = [
-        prompts.dataset,
-        prompts.direction if prompts.direction != "ab" else "",
-        prompts.facts if prompts.facts != "told" else "",
-    ]
-    return prompts.name or " ".join(filter(None, parts))

@@ -6,14 +6,14 @@ together, so that what a hook is given is the whole batch.
 """
 
 from graftlens.lens.activations import activation_difference, pattern_difference
-from graftlens.lens.attribution import attribution
+from graftlens.lens.attribution import direct_logit_attribution
 from graftlens.lens.logit import emergence, kl_divergence, logit_lens
 from graftlens.lens.patching import patched, patching
 from graftlens.lens.weights import weight_difference
 
 __all__ = [
     "activation_difference",
-    "attribution",
+    "direct_logit_attribution",
     "emergence",
     "kl_divergence",
     "logit_lens",

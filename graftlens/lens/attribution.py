@@ -1,9 +1,9 @@
-"""Direct logit attribution under a graft: which parts of a run wrote the answer's logit.
+"""Direct logit attribution under a graft: which terms of a run make up the answer's logit.
 
 The residual stream before the final norm is a sum of what embeddings, heads and MLPs wrote. With
 the norm's scale held at the value that it had, the answer's logit is linear in that sum, so each
-part has a contribution and they add up (Elhage et al. 2021, "A Mathematical Framework for
-Transformer Circuits"; Wang et al. 2022, arXiv 2211.00593). Each part is read with the
+term has a contribution and they add up (Elhage et al. 2021, "A Mathematical Framework for
+Transformer Circuits"; Wang et al. 2022, arXiv 2211.00593). Each term is read with the
 weights that the graft chose at its position: W_O, norms and unembedding.
 """
 
@@ -31,19 +31,20 @@ from graftlens.lens.runs import (
     token_text,
 )
 from graftlens.model.cache import GraftedCache
-from graftlens.model.forward import Gathered, HeadsIn, Norm, TransformerBlock, by_source, per_row
+from graftlens.model.forward import TransformerBlock
 from graftlens.model.grafted import GraftedTransformer, Input
+from graftlens.model.linear import Gathered, HeadsIn, Norm, by_source, per_row
 from graftlens.model.mask import GraftMask, HeadSelection, Selection, plain
 from graftlens.prompts import PromptError, Tokenized
 
 C = Component
 
-By = Literal["layer", "component", "head", "source"]
+By = Literal["layer", "component", "head", "src_pos"]
 Against = Literal["mean", "distractors"]
 
 
 @torch.no_grad()
-def attribution(
+def direct_logit_attribution(
     model: GraftedTransformer,
     prompts: Input,
     grafts: Grafts | None = None,
@@ -54,14 +55,14 @@ def attribution(
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
-    """What each part of a run contributes to the logit of the answer's first token.
+    """What each term of a run contributes to the logit of the answer's first token.
 
     Args:
         model: the model.
         prompts: prompts with answers.
         grafts: name -> graft, or grafts that go by their texts; PRE and SFT are always among them.
-        by: `layer`; `component` (attention and MLP of each layer); `head`; or `source`, which tells
-            what attention moved here by the position that it came from.
+        by: `layer`; `component` (attention and MLP of each layer); `head`; or `src_pos`,
+            what attention moved here by the position attended to.
         at: the positions at which the logit is read.
         against: what is subtracted from the answer's logit: the `mean` logit over the vocabulary,
             or the mean logit of the prompt's `distractors` (first tokens, other than the answer's).
@@ -70,11 +71,11 @@ def attribution(
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
 
     Returns:
-        One row per prompt, graft, position and part, with `part` (`embed`, `pos_embed`, `layer`,
-        `attn`, `attn_bias`, `head`, `source`, `mlp`, or `bias`, which is the final norm's and the
-        unembedding's), `layer`, `head`, `source_position` and `source_token` where the part has
+        One row per prompt, graft, position and term, with `term` (`embed`, `pos_embed`, `layer`,
+        `attn`, `attn_bias`, `head`, `src_pos`, `mlp`, or `bias`, which is the final norm's and the
+        unembedding's), `layer`, `head`, `src_pos` and `src_token` where the term has
         one, `contribution` (logits) and `logit`, to which the contributions of a position add up
-        (to the rounding of the model's dtype, and unless a hook changes the stream between parts).
+        (to the rounding of the model's dtype, and unless a hook changes the stream between terms).
         `logit` is worked out in float32 from the last stream: a model in bfloat16 or float16 gives
         its own logit with the rounding of that dtype. Where an architecture caps its logits
         (Gemma 2), `logit` is the one before the cap.
@@ -82,7 +83,7 @@ def attribution(
     Raises:
         PromptError: a prompt without an answer, or without distractors where they are asked for.
         ValueError: a word for `by` or `against` that is none of those above; a patch of `ln_final`
-            or `unembed` in force, which the stream is not read by; or, with `head` and `source`, a
+            or `unembed` in force, which the stream is not read by; or, with `head` and `src_pos`, a
             patch of `o` or `ln1_post`, after which what heads wrote is not what attention wrote.
     """
     if by not in get_args(By):
@@ -90,7 +91,7 @@ def attribution(
     if against is not None and against not in get_args(Against):
         raise ValueError(f"against={against!r}. Allowed: {' '.join(get_args(Against))}, or None.")
     refuse_patched_output(model)
-    if by in ("head", "source"):
+    if by in ("head", "src_pos"):
         refuse_patches(
             model,
             (C.O, C.LN1_POST),
@@ -99,7 +100,7 @@ def attribution(
         )
     runs = Runs.of(model.sources, grafts, full)
     hooks = _hooks(model, by)
-    parts = []
+    terms = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
     targets = needed_target_ids(model, whole.prompts, prepend_bos, "attribute")
     others = _others(model, whole.prompts, targets, against, prepend_bos)
@@ -109,14 +110,14 @@ def attribution(
         for name, cache in caches.items():
             read = _Attribution(model, places, cache, wanted)
             said = {**runs.columns(name), "against": against}
-            parts += [part.assign(**said) for part in read.parts(by)]
+            terms += [term.assign(**said) for term in read.terms(by)]
     columns = (
         *("prompt", "graft", "rule", "position", "token", "target", "against"),
-        *("part", "layer", "head", "source_position", "source_token"),
+        *("term", "layer", "head", "src_pos", "src_token"),
         *("contribution", "logit"),
     )
-    parts = [part.reindex(columns=columns) for part in parts]
-    return tidy(parts, columns, whole=("layer", "head", "source_position"))
+    terms = [term.reindex(columns=columns) for term in terms]
+    return tidy(terms, columns, whole=("layer", "head", "src_pos"))
 
 
 @dataclass(frozen=True)
@@ -204,7 +205,7 @@ class _Attribution:
         last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
         self.about["logit"] = self._numbers(self._along(last, self.direction) + self.bias)
 
-    def parts(self, by: By) -> Iterator[pd.DataFrame]:
+    def terms(self, by: By) -> Iterator[pd.DataFrame]:
         """Tables of contributions, the embeddings' first."""
         yield self._rows("embed", self._along("hook_embed", self.direction))
         if C.POS_EMBED in self.model.arch.components:
@@ -238,13 +239,13 @@ class _Attribution:
             for head in range(self.model.cfg.n_heads):
                 yield self._rows("head", per_head[:, head], layer=layer, head=head)
         else:
-            yield self._from_sources(layer, read)
+            yield self._by_src_pos(layer, read)
         if attn.o.bias is not None:
             whole = chosen if isinstance(chosen, Selection) else chosen.whole
             bias = per_row(attn.o.bias, whole).float()
             yield self._rows("attn_bias", (bias * direction).sum(-1), layer=layer)
 
-    def _from_sources(self, layer: int, read: Float[Tensor, "place head d_head"]) -> pd.DataFrame:
+    def _by_src_pos(self, layer: int, read: Float[Tensor, "place head d_head"]) -> pd.DataFrame:
         """What all heads of a layer moved to each place, by the position it came from."""
         arch, batch = self.model.arch, self.places.batch
         pattern = self.cache[f"blocks.{layer}.attn.hook_pattern"].float()
@@ -257,23 +258,23 @@ class _Attribution:
         column = torch.from_numpy(self.places.position + starts).to(v.device)
         moved = torch.einsum("rhk,rkhd,rhd->rk", pattern[prompt, :, column], v[prompt], read)
         values = moved.cpu().double().numpy()
-        parts = []
+        terms = []
         for row, (number, position) in enumerate(
             zip(self.places.prompt, self.places.position, strict=True)
         ):
             start = batch.starts[number]
             ids = self.places.ids[number][start:]
             about = self.about.iloc[[row] * (position + 1)]
-            parts.append(
+            terms.append(
                 about.assign(
-                    part="source",
+                    term="src_pos",
                     layer=layer,
-                    source_position=np.arange(position + 1),
-                    source_token=[token_text(self.model, ids[i]) for i in range(position + 1)],
+                    src_pos=np.arange(position + 1),
+                    src_token=[token_text(self.model, ids[i]) for i in range(position + 1)],
                     contribution=values[row, start : start + position + 1],
                 )
             )
-        return pd.concat(parts)
+        return pd.concat(terms)
 
     def _at(self, hook: str) -> Float[Tensor, "place *width"]:
         return self.places.pick(self.cache[hook]).float()
@@ -316,14 +317,14 @@ class _Attribution:
 
     def _rows(
         self,
-        part: str,
+        term: str,
         values: Float[Tensor, " place"],
         *,
         layer: int | None = None,
         head: int | None = None,
     ) -> pd.DataFrame:
         return self.about.assign(
-            part=part, layer=layer, head=head, contribution=self._numbers(values)
+            term=term, layer=layer, head=head, contribution=self._numbers(values)
         )
 
     def _numbers(self, values: Float[Tensor, " place"]) -> np.ndarray:
@@ -358,10 +359,10 @@ def _hooks(model: GraftedTransformer, by: By) -> list[str]:
         names.append("hook_pos_embed")
     for l in range(model.cfg.n_layers):
         names += [f"blocks.{l}.hook_attn_out", f"blocks.{l}.hook_mlp_out"]
-        if by in ("head", "source") and arch.post_norms:
+        if by in ("head", "src_pos") and arch.post_norms:
             names.append(f"blocks.{l}.ln1_post.hook_scale")
         if by == "head":
             names.append(f"blocks.{l}.attn.hook_z")
-        if by == "source":
+        if by == "src_pos":
             names += [f"blocks.{l}.attn.hook_pattern", f"blocks.{l}.attn.hook_v"]
     return names

@@ -35,10 +35,12 @@ from graftlens.lens.runs import (
     token_text,
 )
 from graftlens.metrics import Predictions
-from graftlens.model.forward import HeadsIn, HeadsOut
+from graftlens.model.arch import Site
 from graftlens.model.grafted import GraftedTransformer, GraftLike, Input
 from graftlens.model.inputs import Batch
-from graftlens.model.mask import GraftMask, HeadSelection, Selection, Site
+from graftlens.model.linear import HeadsIn, HeadsOut
+from graftlens.model.mask import GraftMask, HeadSelection, Selection
+from graftlens.references import marked
 
 C = Component
 
@@ -61,10 +63,10 @@ def patched(
     that source's run too. What `lens` calls PRE or SFT inside is the patched run of that graft.
     A graft without rules patches nothing.
 
-    `logit_lens`, `kl_divergence` and `attribution` read streams by the norm and the unembedding of
-    the run's own graft, so they refuse a patch of `ln_final` or `unembed`, as `"sft @ last"` is.
-    Patch `: embed + pos_embed + block` (`pos_embed` where the model has one), or read
-    `model(prompts)`.
+    `logit_lens`, `kl_divergence` and `direct_logit_attribution` read streams by the norm and the
+    unembedding of the run's own graft, so they refuse a patch of `ln_final` or `unembed`, as
+    `"sft @ last"` is. Patch `: embed + pos_embed + block` (`pos_embed` where the model has one),
+    or read `model(prompts)`.
 
     Args:
         model: the model.
@@ -148,7 +150,8 @@ def patching(
     Args:
         model: the model.
         prompts: prompts with answers.
-        grafts: name -> graft, or grafts that go by their texts; PRE and SFT are always among them.
+        grafts: name -> graft, or grafts, which are keyed by their text; PRE and SFT are always
+            among them.
         top_k: how many of the likeliest tokens to keep.
         full: the run that counts as SFT, as in `logit_lens`.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
@@ -160,7 +163,7 @@ def patching(
 
     Raises:
         PromptError: a prompt without an answer, or one that a graft cannot be applied to.
-        ValueError: a `top_k` that is no number from 1, a graft that goes by the name of another
+        ValueError: a `top_k` that is not a number from 1, a graft that has the name of another
             one's patch, or a flag, as for `patched`.
     """
     top_k = from_1("top_k", top_k)
@@ -197,9 +200,7 @@ def patching(
                 none["reason"] = pd.Series(reason, scored.index, dtype=object)  # None stays None
                 scored = scored.assign(**none)
             parts.append(scored.assign(**said))
-    table = tidy(parts, ("prompt", "graft", "rule", "how"))
-    table.attrs["recovery"] = {"base": runs.base, "full": runs.full}
-    return table
+    return marked(tidy(parts, ("prompt", "graft", "rule", "how")), runs.base, runs.full)
 
 
 _OUTPUT_ONLY = "the graft is of ln_final and unembed only, whose output is the answer itself"

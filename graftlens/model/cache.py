@@ -139,7 +139,8 @@ class GraftedCache(ActivationCache):
 
         As there, `ln_final`'s weight and bias are left out: TransformerLens takes them to be folded
         into the unembedding, and here they are not. So the contributions do not add up to the
-        logit, which each cache says once, as a warning; those of `graftlens.lens.attribution` do.
+        logit, which each cache says once, as a warning; those of
+        `graftlens.lens.direct_logit_attribution` do.
         """
         _tell_of_norm(self)
         chosen = plain(self.mask[C.UNEMBED, None])
@@ -178,7 +179,7 @@ def _tell_of_norm(cache: ActivationCache) -> None:
         tell(
             "logit_attrs leaves out ln_final's weight, which is not folded into the "
             "unembedding here, so these contributions do not add up to the logit. "
-            "graftlens.lens.attribution(model, prompts) gives contributions that do."
+            "graftlens.lens.direct_logit_attribution(model, prompts) gives contributions that do."
         )
 
 

@@ -1,326 +1,43 @@
-"""The grafted forward pass: where the weights are chosen, in one sitting.
+"""The grafted forward pass: attention, MLP and layers, in one sitting.
 
-Every linear map, norm and embedding is told which source each row uses (`Selection`). Rows of one
-source are gathered, multiplied by that source's own weight, and put back: one matrix product's
-work in all, and no delta is ever added to a weight. Where every row uses the same source, nothing
-is gathered. Module tree, hook names and shapes are HookedTransformer's.
+Each linear map, norm and embedding (`linear.py`) is told which source each row uses. Module tree,
+hook names and shapes are HookedTransformer's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int, Num
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
 from graftlens.model.active import Active
-from graftlens.model.arch import Architecture
-from graftlens.model.mask import Block, GraftMask, HeadSelection, Selection
+from graftlens.model.arch import Architecture, MlpKind
+from graftlens.model.linear import (
+    Chosen,
+    Gathered,
+    HeadsIn,
+    HeadsOut,
+    Linear,
+    Norm,
+    by_source,
+    per_head_in,
+    per_head_out,
+)
+from graftlens.model.mask import GraftMask, HeadSelection, Selection
 from graftlens.model.points import FlaggedPoint
 from graftlens.model.tree import TreeBatch, TreeGroup
 from graftlens.model.weights import Sourced, Weights, equal_sources
 
 C = Component
-Chosen = Selection | HeadSelection
 
-
-class Gathered:
-    """Rows of one activation, gathered by index at most once for all maps that read it."""
-
-    def __init__(self, x: Num[Tensor, "rows *width"]) -> None:
-        self.x = x
-        self._taken: dict[int, Tensor] = {}
-
-    def __getitem__(self, block: Block) -> Tensor:
-        key = id(block.rows)
-        if key not in self._taken:
-            self._taken[key] = self.x.index_select(0, block.rows)
-        return self._taken[key]
-
-
-#: Up to this share of the rows, those of other sources are computed twice rather than all gathered.
-FEW = 1 / 16
-
-
-def by_source(
-    x: Gathered, chosen: Selection, equal: tuple[int, ...], apply: Callable[[Tensor, int], Tensor]
-) -> Float[Tensor, "rows *out"]:
-    """`apply(rows, source)` on the rows of each source, put back in the rows' own order."""
-    only = chosen.only(equal)
-    if only is not None:
-        return apply(x.x, only)
-    blocks = chosen.blocks(equal, x.x.device)
-    most = max(blocks, key=lambda block: len(block.rows))
-    out: Tensor | None = None
-    if len(x.x) - len(most.rows) <= FEW * len(x.x):
-        # Gathering and putting back nearly all rows costs more than a few rows computed in vain.
-        out, blocks = apply(x.x, most.source), tuple(b for b in blocks if b is not most)
-    for block in blocks:
-        result = apply(x[block], block.source)
-        if out is None:
-            out = result.new_empty(x.x.shape[0], *result.shape[1:])
-        out.index_copy_(0, block.rows, result)
-    assert out is not None
-    return out
-
-
-class Linear(nn.Module):
-    """x W^T + b, with W and b of the source that each row uses."""
-
-    def __init__(self, weight: Sourced, bias: Sourced | None, n_heads: int = 1) -> None:
-        super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self.n_heads = n_heads
-        self.equal = equal_sources(weight, bias)
-
-    def plain(self, x: Float[Tensor, "rows d_in"], source: int) -> Float[Tensor, "rows d_out"]:
-        bias = None if self.bias is None else self.bias[source]
-        return F.linear(x, self.weight[source], bias)
-
-    def bias_or_zeros(self, source: int) -> Float[Tensor, " d_out"]:
-        """A source's bias, zeros where the map has none."""
-        weight = self.weight[source]
-        return weight.new_zeros(weight.shape[0]) if self.bias is None else self.bias[source]
-
-    def bias_now(self, active: Active, component: Component, layer: int | None) -> Tensor:
-        """The one bias in use [d_out], as `Active.of` says; zeros where the map has none."""
-        return (
-            self.bias_or_zeros(0) if self.bias is None else active.of(self.bias, component, layer)
-        )
-
-    def forward(self, x: Gathered, chosen: Chosen) -> Float[Tensor, "rows d_out"]:
-        if isinstance(chosen, Selection):
-            return by_source(x, chosen, self.equal, self.plain)
-        return self._heads_differ(x, chosen)
-
-    def _heads_differ(self, x: Gathered, chosen: HeadSelection) -> Float[Tensor, "rows d_out"]:
-        raise TypeError(f"{type(self).__name__} has no heads")
-
-    def _columns(self, heads: Int[Tensor, " heads"], width: int) -> Int[Tensor, " columns"]:
-        """The columns of `width` that belong to some heads."""
-        d_head = width // self.n_heads
-        within = torch.arange(d_head, device=heads.device)
-        return (heads[:, None] * d_head + within).flatten()
-
-    def _each_head(
-        self,
-        x: Float[Tensor, "rows head d_in"],
-        chosen: Chosen,
-        apply: Callable[[Tensor, int, Tensor | slice], Tensor],
-    ) -> Float[Tensor, "rows head d_out"]:
-        """`apply(rows, source, heads)` where every head reads an input of its own."""
-        everything = slice(None)
-        if isinstance(chosen, Selection):
-            return by_source(Gathered(x), chosen, self.equal, lambda r, s: apply(r, s, everything))
-        out: Tensor | None = None
-        for heads, selection in chosen.on(x.device):
-
-            def mine(rows: Tensor, source: int, heads: Tensor = heads) -> Tensor:
-                return apply(rows, source, heads)
-
-            part = by_source(Gathered(x[:, heads]), selection, self.equal, mine)
-            out = part.new_empty(*x.shape[:2], part.shape[2]) if out is None else out
-            out = out.index_copy(1, heads, part)
-        assert out is not None
-        return out
-
-
-class HeadsOut(Linear):
-    """A map onto heads (q, k, v): each group of heads is computed with its own rows' sources."""
-
-    def _heads_differ(self, x: Gathered, chosen: HeadSelection) -> Float[Tensor, "rows d_out"]:
-        width = self.weight[0].shape[0]
-        out: Tensor | None = None
-        for heads, selection in chosen.on(x.x.device):
-            columns = self._columns(heads, width)
-
-            def part(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
-                bias = None if self.bias is None else self.bias[source][columns]
-                return F.linear(rows, self.weight[source][columns], bias)
-
-            result = by_source(x, selection, self.equal, part)
-            out = result.new_empty(result.shape[0], width) if out is None else out
-            out = out.index_copy(1, columns, result)
-        assert out is not None
-        return out
-
-    def split(
-        self, x: Float[Tensor, "rows head d_model"], chosen: Chosen
-    ) -> Float[Tensor, "rows d_out"]:
-        """The map where each head reads an input of its own (`use_split_qkv_input`)."""
-
-        def apply(rows: Tensor, source: int, heads: Tensor | slice) -> Tensor:
-            out = torch.einsum(
-                "rhi,hio->rho", rows, per_head_out(self.weight[source], self.n_heads)[heads]
-            )
-            if self.bias is not None:
-                out = out + self.bias[source].unflatten(0, (self.n_heads, -1))[heads]
-            return out
-
-        return self._each_head(x, chosen, apply).flatten(1)
-
-
-class HeadsIn(Linear):
-    """A map from heads (o). Its bias belongs to no head: see `HeadSelection.whole`."""
-
-    def _heads_differ(self, x: Gathered, chosen: HeadSelection) -> Float[Tensor, "rows d_out"]:
-        total: Tensor | None = None
-        for heads, selection in chosen.on(x.x.device):
-            columns = self._columns(heads, x.x.shape[1])
-
-            def part(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
-                return F.linear(rows, self.weight[source][:, columns])
-
-            mine = Gathered(x.x.index_select(1, columns))
-            result = by_source(mine, selection, self.equal, part)
-            total = result if total is None else total + result
-        assert total is not None
-        return self.add_bias(total, chosen)
-
-    def add_bias(self, x: Float[Tensor, "rows d_out"], chosen: Chosen) -> Tensor:
-        if self.bias is None:
-            return x
-        whole = chosen if isinstance(chosen, Selection) else chosen.whole
-        return x + per_row(self.bias, whole)
-
-    def results(
-        self, z: Float[Tensor, "rows head d_head"], chosen: Chosen
-    ) -> Float[Tensor, "rows head d_model"]:
-        """What each head adds to the residual stream, before the bias."""
-
-        def apply(rows: Tensor, source: int, heads: Tensor | slice) -> Tensor:
-            weight = per_head_in(self.weight[source], self.n_heads)[heads]
-            return torch.einsum("rhi,hio->rho", rows, weight)
-
-        return self._each_head(z, chosen, apply)
-
-
-def per_row(weight: Sourced, chosen: Selection) -> Float[Tensor, "rows width"] | Tensor:
-    """A vector-shaped weight for every row, or one vector where all rows agree."""
-    only = chosen.only(equal_sources(weight))
-    if only is not None:
-        return weight[only]
-    return weight.stacked().index_select(0, chosen.per_row(weight[0].device))
-
-
-class Norm(nn.Module):
-    """LayerNorm or RMSNorm with the weights of the source that each row uses."""
-
-    def __init__(
-        self,
-        arch: Architecture,
-        weight: Sourced | None,
-        bias: Sourced | None,
-        active: Active,
-        component: Component,
-        layer: int | None,
-    ) -> None:
-        super().__init__()
-        self.arch, self.active, self.component, self.layer = arch, active, component, layer
-        self.weight = weight
-        self.bias = bias
-        self.hook_scale = HookPoint()
-        self.hook_normalized = HookPoint()
-
-    def forward(
-        self, x: Float[Tensor, "*batch_pos_head width"], chosen: Selection | None
-    ) -> Float[Tensor, "*batch_pos_head width"]:
-        dtype = x.dtype
-        x = x if dtype == torch.float64 else x.float()
-        if self.arch.norm != "rms":
-            x = x - x.mean(-1, keepdim=True)
-        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.arch.eps).sqrt())
-        x = self.hook_normalized(x / scale)
-        if self.weight is None or chosen is None:
-            return x.to(dtype)
-        keep = self.arch.norm_in_float32 or self.arch.norm == "layer"
-        x = x if keep else x.to(dtype)
-        # RMSNorm over heads has one weight for all of a row's heads.
-        shape = (*x.shape[:2], *(1,) * (x.ndim - 3), x.shape[-1])
-        x = x * self._rows(self.weight, chosen, shape, self.arch.norm_offset, x.dtype)
-        if self.bias is not None:
-            x = x + self._rows(self.bias, chosen, shape, 0.0, x.dtype)
-        return x.to(dtype)
-
-    @property
-    def w(self) -> Float[Tensor, " width"] | None:
-        """The base's weight as stored (Gemma's is w - 1), or that of a graft in force that is
-        uniform here; None where the norm has none."""
-        return None if self.weight is None else self._now(self.weight)
-
-    @property
-    def b(self) -> Float[Tensor, " width"] | None:
-        """The base's bias, or that of a graft in force that is uniform here; None where the norm
-        has none."""
-        return None if self.bias is None else self._now(self.bias)
-
-    def _now(self, weight: Sourced) -> Tensor:
-        return self.active.of(weight, self.component, self.layer)
-
-    @staticmethod
-    def _rows(
-        weight: Sourced,
-        chosen: Selection,
-        shape: tuple[int, ...],
-        offset: float,
-        dtype: torch.dtype,
-    ) -> Tensor:
-        vector = per_row(weight, chosen).to(dtype)
-        vector = vector + offset if offset else vector
-        return vector if vector.ndim == 1 else vector.reshape(shape)
-
-
-class Embed(nn.Module):
-    """Rows of an embedding table, each from the table of the source that the place uses."""
-
-    def __init__(self, weight: Sourced, scale: float = 1.0) -> None:
-        super().__init__()
-        self.weight = weight
-        self.scale = scale
-        self.equal = equal_sources(weight)
-
-    def forward(
-        self, ids: Int[Tensor, "batch pos"], chosen: Selection
-    ) -> Float[Tensor, "batch pos d_model"]:
-        def look_up(rows: Tensor, source: int) -> Tensor:
-            return F.embedding(rows, self.weight[source])
-
-        out = by_source(Gathered(ids.flatten()), chosen, self.equal, look_up)
-        if self.scale != 1.0:
-            out = out * torch.tensor(self.scale, dtype=out.dtype)
-        return out.unflatten(0, ids.shape)
-
-
-class TokenEmbed(Embed):
-    """The token embedding, under HookedTransformer's name for its weight."""
-
-    def __init__(self, weight: Sourced, active: Active, scale: float) -> None:
-        super().__init__(weight, scale)
-        self.active = active
-
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        """The base's table as stored, or that of a graft in force that is uniform here."""
-        return self.active.of(self.weight, C.EMBED, None)
-
-
-class PosEmbed(Embed):
-    """The position embedding, under HookedTransformer's name for its weight."""
-
-    def __init__(self, weight: Sourced, active: Active) -> None:
-        super().__init__(weight)
-        self.active = active
-
-    @property
-    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
-        """The base's table, or that of a graft in force that is uniform here."""
-        return self.active.of(self.weight, C.POS_EMBED, None)
+#: A hook on rows [row, d_mlp], which it sees as [batch, pos, d_mlp].
+Hooked = Callable[[HookPoint, Tensor], Tensor]
 
 
 @dataclass
@@ -591,74 +308,57 @@ class Attention(nn.Module):
         return self._bias(C.O)
 
 
-def per_head_out(
-    weight: Float[Tensor, "*axes head_width d_model"], n_heads: int
-) -> Float[Tensor, "*axes head d_model d_head"]:
-    """A map onto heads in HookedTransformer's layout (W_Q, W_K, W_V)."""
-    return weight.unflatten(-2, (n_heads, -1)).transpose(-1, -2)
-
-
-def per_head_in(
-    weight: Float[Tensor, "*axes d_model head_width"], n_heads: int
-) -> Float[Tensor, "*axes head d_head d_model"]:
-    """A map from heads in HookedTransformer's layout (W_O)."""
-    return weight.transpose(-1, -2).unflatten(-2, (n_heads, -1))
-
-
 class MLP(nn.Module):
-    """The MLP, gated or not; `hook_pre`, `_pre_linear` and `_post` are [batch, pos, d_mlp]."""
+    """A plain MLP; `hook_pre` and `hook_post` are [batch, pos, d_mlp]."""
 
     def __init__(
         self, arch: Architecture, layer: int, parts: "Parts", act: nn.Module, active: Active
     ) -> None:
         super().__init__()
-        self.gated, self.layer, self.act, self.active = arch.gated, layer, act, active
+        self.layer, self.act, self.active = layer, act, active
         self.mlp_in = Linear(*parts.linear(C.MLP_IN, layer))
         self.mlp_out = Linear(*parts.linear(C.MLP_OUT, layer))
         self.hook_pre = HookPoint()
         self.hook_post = HookPoint()
-        if arch.gated:
-            self.mlp_gate = Linear(*parts.linear(C.MLP_GATE, layer))
-            self.hook_pre_linear = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], run: Pass) -> Tensor:
         places, rows = x.shape[:2], Gathered(x.flatten(0, 1))
-        chosen = {c: run.mask[c, self.layer] for c in (C.MLP_IN, C.MLP_OUT)}
-        if self.gated:
-            chosen[C.MLP_GATE] = run.mask[C.MLP_GATE, self.layer]
+        linears = self._linears()
+        chosen = {c: run.mask[c, self.layer] for c in linears}
         one = chosen[C.MLP_IN]
-        inside = [self.hook_pre, self.hook_post] + ([self.hook_pre_linear] if self.gated else [])
-        watched = any(hook.has_hooks() for hook in inside) or any(
-            linear._forward_hooks for linear in self._linears()
+        watched = any(hook.has_hooks() for hook in self._inside()) or any(
+            linear._forward_hooks for linear in linears.values()
         )
         if not watched and isinstance(one, Selection) and all(c is one for c in chosen.values()):
             # Nobody looks inside: each source's rows go through the whole MLP at once.
-            out = by_source(rows, one, equal_sources(*self._weights()), self._whole)
+            weights = (w for linear in linears.values() for w in (linear.weight, linear.bias))
+            out = by_source(rows, one, equal_sources(*weights), self._whole)
             return out.unflatten(0, places)
 
         def hooked(hook: HookPoint, t: Tensor) -> Tensor:
             return hook(t.unflatten(0, places)).flatten(0, 1)
 
-        if self.gated:
-            pre = hooked(self.hook_pre, self.mlp_gate(rows, chosen[C.MLP_GATE]))
-            linear = hooked(self.hook_pre_linear, self.mlp_in(rows, chosen[C.MLP_IN]))
-            post = hooked(self.hook_post, self.act(pre) * linear)
-        else:
-            post = hooked(
-                self.hook_post,
-                self.act(hooked(self.hook_pre, self.mlp_in(rows, chosen[C.MLP_IN]))),
-            )
+        post = hooked(self.hook_post, self._hidden(rows, chosen, hooked))
         return self.mlp_out(Gathered(post), chosen[C.MLP_OUT]).unflatten(0, places)
+
+    def _hidden(
+        self, x: Gathered, chosen: Mapping[Component, Chosen], hooked: Hooked
+    ) -> Float[Tensor, "rows d_mlp"]:
+        return self.act(hooked(self.hook_pre, self.mlp_in(x, chosen[C.MLP_IN])))
+
+    def _whole(self, x: Float[Tensor, "rows d_model"], source: int) -> Tensor:
+        return self.mlp_out.plain(self.act(self.mlp_in.plain(x, source)), source)
+
+    def _linears(self) -> dict[Component, Linear]:
+        return {C.MLP_IN: self.mlp_in, C.MLP_OUT: self.mlp_out}
+
+    def _inside(self) -> tuple[HookPoint, ...]:
+        return self.hook_pre, self.hook_post
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """The base's input map, or that of a graft in force that is uniform here."""
         return self.active.of(self.mlp_in.weight, C.MLP_IN, self.layer).T
-
-    @property
-    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
-        """The base's gate, or that of a graft in force that is uniform here."""
-        return self.active.of(self.mlp_gate.weight, C.MLP_GATE, self.layer).T
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
@@ -675,16 +375,45 @@ class MLP(nn.Module):
         """The output bias, zeros where there is none."""
         return self.mlp_out.bias_now(self.active, C.MLP_OUT, self.layer)
 
+
+class GatedMLP(MLP):
+    """An MLP whose input map is multiplied by a gate; `hook_pre` is the gate's, and
+    `hook_pre_linear` [batch, pos, d_mlp] the input map's.
+    """
+
+    def __init__(
+        self, arch: Architecture, layer: int, parts: "Parts", act: nn.Module, active: Active
+    ) -> None:
+        super().__init__(arch, layer, parts, act, active)
+        self.mlp_gate = Linear(*parts.linear(C.MLP_GATE, layer))
+        self.hook_pre_linear = HookPoint()
+
+    def _hidden(
+        self, x: Gathered, chosen: Mapping[Component, Chosen], hooked: Hooked
+    ) -> Float[Tensor, "rows d_mlp"]:
+        pre = hooked(self.hook_pre, self.mlp_gate(x, chosen[C.MLP_GATE]))
+        linear = hooked(self.hook_pre_linear, self.mlp_in(x, chosen[C.MLP_IN]))
+        return self.act(pre) * linear
+
     def _whole(self, x: Float[Tensor, "rows d_model"], source: int) -> Tensor:
         inner = self.mlp_in.plain(x, source)
-        inner = self.act(self.mlp_gate.plain(x, source)) * inner if self.gated else self.act(inner)
+        inner = self.act(self.mlp_gate.plain(x, source)) * inner
         return self.mlp_out.plain(inner, source)
 
-    def _weights(self) -> tuple[Sourced | None, ...]:
-        return tuple(w for linear in self._linears() for w in (linear.weight, linear.bias))
+    def _linears(self) -> dict[Component, Linear]:
+        return super()._linears() | {C.MLP_GATE: self.mlp_gate}
 
-    def _linears(self) -> tuple[Linear, ...]:
-        return (self.mlp_in, self.mlp_out, *((self.mlp_gate,) if self.gated else ()))
+    def _inside(self) -> tuple[HookPoint, ...]:
+        return *super()._inside(), self.hook_pre_linear
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        """The base's gate, or that of a graft in force that is uniform here."""
+        return self.active.of(self.mlp_gate.weight, C.MLP_GATE, self.layer).T
+
+
+#: The classes that `Architecture.mlp` names.
+MLPS: dict[MlpKind, type[MLP]] = {"plain": MLP, "gated": GatedMLP}
 
 
 class TransformerBlock(nn.Module):
@@ -708,7 +437,7 @@ class TransformerBlock(nn.Module):
             self.ln1_post = parts.norm(C.LN1_POST, layer)
             self.ln2_post = parts.norm(C.LN2_POST, layer)
         self.attn = Attention(arch, layer, parts, flags, active)
-        self.mlp = MLP(arch, layer, parts, act, active)
+        self.mlp = MLPS[arch.mlp](arch, layer, parts, act, active)
         # [batch, pos, head, d_model], of k and v [batch, pos, kv_head, d_model]
         self.hook_attn_in = FlaggedPoint(flags, "use_attn_in", unless="use_split_qkv_input")
         self.hook_q_input = FlaggedPoint(flags, "use_split_qkv_input")

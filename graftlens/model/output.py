@@ -6,7 +6,7 @@ from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
 from graftlens.model.active import Active
-from graftlens.model.forward import Gathered, Linear, Norm
+from graftlens.model.linear import Gathered, Linear, Norm
 from graftlens.model.mask import Selection
 from graftlens.model.weights import equal_sources
 

@@ -2,7 +2,7 @@
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -71,38 +71,11 @@ class Metrics(Section):
     js_base, js_full, entropy, margin, answer_set_prob, or one of your own (`--measure`)."""
 
 
-class SweepConfig(Section):
-    """Which grafts of which sources to run over which prompts. One YAML file holds it all.
+class GraftSettings(Section):
+    """What is grafted: of a sweep, or of an experiment's part, which is one."""
 
-    Paths are taken from the working directory.
-    """
-
-    sources: Mapping[str, str]
-    """Name -> checkpoint folder, adapter folder or hub id, the base first, two or more.
-    `smollm2` stands for SmolLM2-135M-Instruct from graftlens' own cache."""
-
-    tokenizer: str | None = None
-    """Where to load the tokenizer from; left out: the sources' own."""
-
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
-    """To run in; left out: float32 on a CPU, the checkpoints' own on a GPU."""
-
-    prepend_bos: bool | None = None
-    """Put a BOS token first or not; left out, the tokenizer decides."""
-
-    dataset: Annotated[tuple[DatasetSection, ...], BeforeValidator(listed)] = ()
-    """One or more sets of prompts about the facts of a dataset."""
-
-    templates: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Evaluation templates of the datasets, by name; left out: all."""
-
-    prompts: Annotated[
-        tuple[PromptSection | PromptFile, ...], BeforeValidator(prompt_sections)
-    ] = ()
-    """Prompts of your own: a list of prompts, or `file:` with a file of them."""
-
-    limit: Annotated[int, Field(ge=1)] | None = None
-    """Prompts to take of each template of a set of prompts, from its beginning; left out: all."""
+    sources: Mapping[str, str] = {}
+    """Name -> where the weights are."""
 
     grafts: Mapping[str, GraftField] = {}
     """Name -> graft, as one line of text in quotes or a list of rules."""
@@ -116,6 +89,45 @@ class SweepConfig(Section):
     full: str | None = None
     """The graft that recovery is measured to; left out: the second source everywhere."""
 
+    @field_validator("grafts")
+    @classmethod
+    def _one_line_names(cls, grafts: Mapping[str, Graft]) -> Mapping[str, Graft]:
+        for name in grafts:
+            check_name(name)
+        return grafts
+
+    def graft_problems(self, sources: Collection[str]) -> list[tuple[str, str]]:
+        """(where, what): no grafts, and every source that grafts name and that is not there."""
+        problems = []
+        if not self.grafts and not self.grids:
+            problems.append(("", "no grafts: give grafts or grids."))
+        named = [(f"grafts.{name}", graft.sources) for name, graft in self.grafts.items()]
+        for i, grid in enumerate(self.grids):
+            named += [(f"grids.{i}.source", grid.source or ())]
+            named += [(f"grids.{i}.base", grid.base.sources)]
+        for where, names in named:
+            for name in names:
+                if name not in sources:
+                    what = f"no source {name!r}. There are: {' '.join(sources)}."
+                    problems.append((where, what + suggest(name, sources)))
+        return problems
+
+
+class RunSettings(Section):
+    """How a sweep is run: its own, or those of all sweeps of an experiment."""
+
+    tokenizer: str | None = None
+    """Where to load the tokenizer from; left out: the sources' own."""
+
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
+    """To run in; left out: float32 on a CPU, the checkpoints' own on a GPU."""
+
+    prepend_bos: bool | None = None
+    """Put a BOS token first or not; left out, the tokenizer decides."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Prompts to take of each template of a set of prompts, from its beginning; left out: all."""
+
     metrics: Metrics = Metrics()
     """What is kept of each cell."""
 
@@ -126,7 +138,29 @@ class SweepConfig(Section):
     """Cells (a prompt under a graft) in a shard, about: what a worker takes, what a loss costs."""
 
     row_budget: Annotated[int, Field(ge=1)] | None = None
-    """Token rows a forward pass at most; left out: measured against free memory."""
+    """Token rows per forward pass, at most; left out: measured against free memory."""
+
+
+class SweepConfig(RunSettings, GraftSettings):
+    """Which grafts of which sources to run over which prompts. One YAML file holds it all.
+
+    Paths are taken from the working directory.
+    """
+
+    sources: Mapping[str, str]
+    """Name -> checkpoint folder, adapter folder or hub id, the base first, two or more.
+    `smollm2` stands for SmolLM2-135M-Instruct from graftlens' own cache."""
+
+    dataset: Annotated[tuple[DatasetSection, ...], BeforeValidator(listed)] = ()
+    """One or more sets of prompts about the facts of a dataset."""
+
+    templates: tuple[str, ...] | None = Field(default=None, min_length=1)
+    """Evaluation templates of the datasets, by name; left out: all."""
+
+    prompts: Annotated[
+        tuple[PromptSection | PromptFile, ...], BeforeValidator(prompt_sections)
+    ] = ()
+    """Prompts of your own: a list of prompts, or `file:` with a file of them."""
 
     @field_validator("sources")
     @classmethod
@@ -141,13 +175,6 @@ class SweepConfig(Section):
             if not place.strip():
                 raise ValueError(f"{name} is an empty text. Write a folder or a hub id.")
         return sources
-
-    @field_validator("grafts")
-    @classmethod
-    def _one_line_names(cls, grafts: Mapping[str, Graft]) -> Mapping[str, Graft]:
-        for name in grafts:
-            check_name(name)
-        return grafts
 
     @field_validator("templates")
     @classmethod
@@ -167,25 +194,12 @@ class SweepConfig(Section):
         problems = []
         if not self.dataset and not self.prompts:
             problems.append(("", "no prompts: give dataset or prompts."))
-        if not self.grafts and not self.grids:
-            problems.append(("", "no grafts: give grafts or grids."))
         if self.templates and not self.dataset:
             problems.append(("templates", "these are templates of a dataset, and none is given."))
-        for where, sources in self._named_sources():
-            for name in sources:
-                if name not in self.sources:
-                    what = f"no source {name!r}. This sweep has: {' '.join(self.sources)}."
-                    problems.append((where, what + suggest(name, self.sources)))
+        problems += self.graft_problems(self.sources)
         if problems:
             raise ConfigError(*problems)
         return self
-
-    def _named_sources(self) -> Iterator[tuple[str, Sequence[str]]]:
-        for name, graft in self.grafts.items():
-            yield f"grafts.{name}", graft.sources
-        for i, grid in enumerate(self.grids):
-            yield f"grids.{i}.source", grid.source or ()
-            yield f"grids.{i}.base", grid.base.sources
 
     def locations(self) -> dict[str, str]:
         """Name -> what `GraftedTransformer.from_pretrained` takes; fetches SmolLM2 if need be."""

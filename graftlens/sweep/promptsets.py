@@ -41,17 +41,8 @@ class Movies(Section):
     """Of the facts."""
 
 
-class DatasetSection(Section):
-    """Prompts about the facts of a dataset: give `movies`, `make` or `path`."""
-
-    movies: Movies | None = None
-    """Invented films, made anew from their number and seed."""
-
-    make: AnyDataset | None = None
-    """A dataset of any kind, made anew: the keys of a config of `graftlens data make`."""
-
-    path: str | None = None
-    """A folder that `graftlens.data.save_dataset` or `graftlens data make` wrote."""
+class Questions(Section):
+    """Which prompts to ask about a dataset's facts."""
 
     direction: Direction = "ab"
     """`ab` names the first entity and asks for the second, `ba` the reverse."""
@@ -60,52 +51,59 @@ class DatasetSection(Section):
     """Ask for the facts that the training texts tell (`told`), the others (`untold`), or `all`."""
 
     templates: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Evaluation templates of this dataset, by name; left out: those of the sweep."""
+    """Evaluation templates, by name; left out: all that go with the direction, or in a sweep those
+    that it names for all its datasets."""
 
     distractors: Annotated[int, Field(ge=0)] = 4
-    """Wrong answers a prompt: other facts' answers, drawn by the sweep's seed."""
+    """Wrong answers per prompt: other facts' answers, drawn by the seed."""
 
     name: str | None = None
-    """What tables call it; left out, "movies seed 0", the kind of facts or the folder's name."""
+    """What tables call these prompts; left out, what the dataset is called and what is asked."""
 
     @field_validator("name")
     @classmethod
     def _one_line(cls, name: str | None) -> str | None:
         return check_name(name, "the name of a set of prompts") if name else name
 
+    def titled(self, dataset: str) -> str:
+        """The name in tables of these prompts about a dataset."""
+        asked = [
+            self.direction if self.direction != "ab" else "",
+            self.facts if self.facts != "told" else "",
+        ]
+        return self.name or " ".join(filter(None, [dataset, *asked]))
+
+
+class FactsOf(Section):
+    """A dataset of facts: one of `movies`, `make` and `path`."""
+
+    movies: Movies | None = None
+    """Invented films, made from their number and seed."""
+
+    make: AnyDataset | None = None
+    """A dataset of any kind, made here: the keys of a config of `graftlens data make`."""
+
+    path: str | None = None
+    """A folder that `graftlens.data.save_dataset` or `graftlens data make` wrote."""
+
     @model_validator(mode="after")
-    def _one_origin(self) -> "DatasetSection":
+    def _one_origin(self) -> "FactsOf":
         given = [n for n in ("movies", "make", "path") if getattr(self, n) is not None]
         if len(given) != 1:
             what = f"{' and '.join(given)} are" if given else "none of movies, make and path is"
             raise ValueError(f"{what} given. Give one: movies, make or path.")
         return self
 
-    @property
-    def title(self) -> str:
-        """The dataset's name in tables."""
-        if self.name:
-            return self.name
+    def called(self) -> str:
+        """What the dataset is called: "movies seed 0", its kind and seed, or its folder's name."""
         if self.movies:
-            name = f"movies seed {self.movies.seed}"
-        elif self.make:
-            name = f"{self.make.facts} seed {self.make.seed}"
-        else:
-            name = Path(str(self.path)).name
-        parts = [name, self.direction if self.direction == "ba" else ""]
-        return " ".join(filter(None, [*parts, self.facts if self.facts != "told" else ""]))
+            return f"movies seed {self.movies.seed}"
+        if self.make:
+            return f"{self.make.facts} seed {self.make.seed}"
+        return Path(str(self.path)).name
 
-    def prompts(self, templates: Sequence[str] | None, seed: int) -> tuple[Prompt, ...]:
-        """Its prompts, template by template; ValueError or OSError where it cannot be had."""
-        return self._dataset().ask(
-            self.templates or templates,
-            direction=self.direction,
-            distractors=self.distractors,
-            seed=seed,
-            facts=self.facts,
-        )
-
-    def _dataset(self) -> FactDataset:
+    def dataset(self) -> FactDataset:
+        """The facts; ValueError or OSError where they could not be obtained."""
         if self.path is not None:
             return load_dataset(at_home(self.path))
         if self.make is not None:
@@ -115,6 +113,26 @@ class DatasetSection(Section):
         # The texts are not needed: one a fact says that it is told.
         return make_dataset(
             MoviesConfig(n_facts=self.movies.n_facts, seed=self.movies.seed, texts_per_fact=1)
+        )
+
+
+class DatasetSection(Questions, FactsOf):
+    """Prompts about the facts of a dataset: give `movies`, `make` or `path`."""
+
+    @property
+    def title(self) -> str:
+        """The prompts' name in tables."""
+        return self.titled(self.called())
+
+    def prompts(self, templates: Sequence[str] | None, seed: int) -> tuple[Prompt, ...]:
+        """The prompts, template by template; ValueError or OSError where they could not be
+        obtained."""
+        return self.dataset().ask(
+            self.templates or templates,
+            direction=self.direction,
+            distractors=self.distractors,
+            seed=seed,
+            facts=self.facts,
         )
 
 
@@ -178,7 +196,7 @@ class PromptFile(Section):
             entries = parse_json(text, path.name) if kind == ".json" else read_yaml(text) or []
             if not isinstance(entries, list):
                 raise ValueError(
-                    f"{path.name} holds a {type(entries).__name__}, no list of prompts."
+                    f"{path.name} holds a {type(entries).__name__}, not a list of prompts."
                 )
             places = list(map(str, range(len(entries))))
         if not entries:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from graftlens.viz.attention import attention_view
-    from graftlens.viz.attribution import attribution_bars, attribution_heatmap
+    from graftlens.viz.attribution import logit_attribution_bars, logit_attribution_heatmap
     from graftlens.viz.bars import grouped_bars
     from graftlens.viz.differences import difference_heatmap, weight_heatmap
     from graftlens.viz.export import exporter, write_figure
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 _HOME = {
     "answer_by_layer": "graftlens.viz.lens",
     "attention_view": "graftlens.viz.attention",
-    "attribution_bars": "graftlens.viz.attribution",
-    "attribution_heatmap": "graftlens.viz.attribution",
+    "logit_attribution_bars": "graftlens.viz.attribution",
+    "logit_attribution_heatmap": "graftlens.viz.attribution",
     "difference_heatmap": "graftlens.viz.differences",
     "exporter": "graftlens.viz.export",
     "grouped_bars": "graftlens.viz.bars",
@@ -40,8 +40,6 @@ _HOME = {
 __all__ = [
     "answer_by_layer",
     "attention_view",
-    "attribution_bars",
-    "attribution_heatmap",
     "difference_heatmap",
     "exporter",
     "grouped_bars",
@@ -49,6 +47,8 @@ __all__ = [
     "kl_divergence_lines",
     "lens_heatmap",
     "lines",
+    "logit_attribution_bars",
+    "logit_attribution_heatmap",
     "patching_scatter",
     "size_curve",
     "weight_heatmap",

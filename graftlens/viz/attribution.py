@@ -1,4 +1,4 @@
-"""Plots of `graftlens.lens.attribution`: what each part of a run adds to the answer's logit."""
+"""Plots of `direct_logit_attribution`: what each term of a run adds to the answer's logit."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -21,7 +21,7 @@ from graftlens.viz.spelling import escaped, shortened, visible
 _LOGIT = grid.Value("contribution to the answer's logit", "logits")
 
 
-def attribution_heatmap(
+def logit_attribution_heatmap(
     table: pd.DataFrame,
     graft: str,
     *,
@@ -30,26 +30,29 @@ def attribution_heatmap(
 ) -> go.Figure:
     """What each head (or attention and MLP) of each layer adds to the answer's logit, directly.
 
-    Of `lens.attribution(by="head")` it shows layer (up) × head (across), of `by="component"`
-    layer × (attn, mlp), of `by="source"` layer × the token that attention moved it from; the other
-    parts are in `attribution_bars`. With several prompts a cell is their mean. `minus` names
-    another run whose contributions are taken from the first one's.
+    Of `lens.direct_logit_attribution(by="head")` it shows layer (up) × head (across), of
+    `by="component"` layer × (attn, mlp), of `by="src_pos"` layer × the token that attention moved
+    it from; the other terms are in `logit_attribution_bars`. With several prompts a cell is their
+    mean. `minus` names another run whose contributions are taken from the first one's.
 
     Raises:
         ValueError: an unknown run, a table of whole layers, one with several positions of a prompt
-            or with source positions of several prompts, or one without contributions.
+            or with attended positions of several prompts, or one without contributions.
     """
-    check_columns(table, "attribution", "prompt", "graft", "part", "layer", "contribution")
-    parts = list(dict.fromkeys(table["part"].astype(str)))
-    kinds = {"head": "head", "source": "source_position", "attn": "part"}
-    kind = next((part for part in kinds if part in parts), None)
+    check_columns(
+        table, "direct_logit_attribution", "prompt", "graft", "term", "layer", "contribution"
+    )
+    terms = list(dict.fromkeys(table["term"].astype(str)))
+    kinds = {"head": "head", "src_pos": "src_pos", "attn": "term"}
+    kind = next((term for term in kinds if term in terms), None)
     if kind is None:
         raise ValueError(
-            f"the table has the parts {listed(parts)}: attribution_heatmap needs attribution(by="
-            '"head"), "component" or "source"; attribution_bars shows every kind'
+            f"the table has the terms {listed(terms)}: logit_attribution_heatmap needs "
+            'direct_logit_attribution(by="head"), "component" or "src_pos"; '
+            "logit_attribution_bars shows every kind"
         )
     column = kinds[kind]
-    chosen = table[table["part"].isin(["attn", "mlp"] if kind == "attn" else [kind])]
+    chosen = table[table["term"].isin(["attn", "mlp"] if kind == "attn" else [kind])]
     _check_one_position(chosen)
     _check_sources(chosen)
     key = ["layer", column]
@@ -58,17 +61,17 @@ def attribution_heatmap(
         means[name], count = _mean_contribution(of_run(chosen, name, ["prompt", *key]), key)
     used = means[graft] if minus is None else means[graft] - means[minus]
     names = {value: str(value) for value in dict.fromkeys(chosen[column])}
-    if kind == "source":
-        names = tokens_of(chosen.assign(position=chosen[column], token=chosen["source_token"]))
+    if kind == "src_pos":
+        names = tokens_of(chosen.assign(position=chosen[column], token=chosen["src_token"]))
     columns = list(names) if kind == "attn" else sorted(names)
     cells: dict[tuple[Any, Any], grid.Cell] = {}
-    for (layer, part), z in used.items():
-        named = {"head": f"head {part}", "source": f"from {names[part]} at {part}"}
-        said = [f"layer {layer}, {named.get(kind, part)}", f"{_LOGIT.label}: {_LOGIT.written(z)}"]
+    for (layer, term), z in used.items():
+        named = {"head": f"head {term}", "src_pos": f"from {names[term]} at {term}"}
+        said = [f"layer {layer}, {named.get(kind, term)}", f"{_LOGIT.label}: {_LOGIT.written(z)}"]
         if minus is not None:
-            ends = (f"{name} {_LOGIT.written(means[name][layer, part])}" for name in (graft, minus))
+            ends = (f"{name} {_LOGIT.written(means[name][layer, term])}" for name in (graft, minus))
             said.append(", ".join(ends))
-        cells[layer, part] = grid.Cell(z, [*said, *_mean_said(count)])
+        cells[layer, term] = grid.Cell(z, [*said, *_mean_said(count)])
     layers = sorted({layer for layer, _ in cells})
     held = used if minus is not None else pd.concat(means.values())
     name = graft if minus is None else f"{graft} − {minus}"
@@ -79,12 +82,12 @@ def attribution_heatmap(
         down=(layers, list(map(str, layers))),
         scale=grid.scale(_LOGIT, [], held.tolist(), True),
         heading=", ".join([about, *_mean_said(count)]),
-        titles=({"head": "head", "source": "token attended to"}.get(kind, "part"), "layer"),
+        titles=({"head": "head", "src_pos": "token attended to"}.get(kind, "term"), "layer"),
         look=look,
     )
 
 
-def attribution_bars(
+def logit_attribution_bars(
     table: pd.DataFrame,
     *,
     top: int = 15,
@@ -93,25 +96,27 @@ def attribution_bars(
 ) -> go.Figure:
     """The largest direct contributions to the answer's logit, a bar for each run.
 
-    The `top` parts are those whose contribution is largest, with either sign, in any of the runs;
+    The `top` terms are those whose contribution is largest, with either sign, in any of the runs;
     the bar below them is all others together, so that a run's bars add up to its logit. With
-    several prompts a bar is the mean over them. Of `attribution(by="source")` the layers are added
-    up: what attention moved here from each position, and what the MLPs wrote.
+    several prompts a bar is the mean over them. Of `direct_logit_attribution(by="src_pos")` the
+    layers are added up: what attention moved here from each position, and what the MLPs wrote.
 
     Raises:
-        ValueError: an unknown run, a table with several positions of a prompt or with source
+        ValueError: an unknown run, a table with several positions of a prompt or with attended
             positions of several prompts, or one without contributions.
     """
-    check_columns(table, "attribution", "prompt", "graft", "part", "layer", "contribution")
+    check_columns(
+        table, "direct_logit_attribution", "prompt", "graft", "term", "layer", "contribution"
+    )
     if top < 1:
-        raise ValueError(f"top={top} shows no part; give 1 or more")
+        raise ValueError(f"top={top} shows no term; give 1 or more")
     _check_one_position(table)
     sources = _check_sources(table)
     names = list(dict.fromkeys(grafts)) if grafts is not None else grafts_of(table)
-    key = ["part", *(c for c in ("layer", "head", "source_position") if c in table)]
+    key = ["term", *(c for c in ("layer", "head", "src_pos") if c in table)]
     numbers = table.groupby(key, sort=False, dropna=False).ngroup()
     distinct = table[~numbers.duplicated()]
-    labels = [_part(row, sources) for _, row in distinct.iterrows()]
+    labels = [_term(row, sources) for _, row in distinct.iterrows()]
     labelled = table.assign(label=numbers.map(dict(enumerate(labels))))
     means: dict[str, "pd.Series[float]"] = {}
     for name in names:
@@ -120,17 +125,17 @@ def attribution_bars(
     frame = pd.DataFrame(means)
     largest = frame.abs().max(axis=1).sort_values(ascending=False, kind="stable").index
     shown, rest = list(largest[:top]), list(largest[top:])
-    bars = [*shown, *([f"the other {len(rest)} parts"] if rest else [])]
+    bars = [*shown, *([f"the other {len(rest)} terms"] if rest else [])]
     figure = go.Figure()
     entries = shortened(names)
     for name, fill in theme.graft_fills(names).items():
-        values = [float(frame.loc[part, name]) for part in shown]
+        values = [float(frame.loc[term, name]) for term in shown]
         values += [float(frame.loc[rest, name].sum())] if rest else []
         figure.add_bar(
             name=escaped(entries[name]),
             orientation="h",
             x=values,
-            y=[escaped(part) for part in bars],
+            y=[escaped(term) for term in bars],
             marker={
                 "color": fill.color,
                 "opacity": look.bar_opacity,
@@ -158,7 +163,7 @@ def attribution_bars(
     figure.update_yaxes(
         type="category",
         categoryorder="array",
-        categoryarray=[escaped(part) for part in bars],
+        categoryarray=[escaped(term) for term in bars],
         # The largest at the top.
         range=[len(bars) - 0.5, -0.5],
         dtick=1,
@@ -182,10 +187,11 @@ def _check_one_position(table: pd.DataFrame) -> None:
 
 def _check_sources(table: pd.DataFrame) -> bool:
     """Whether a table of attributions is by source position; then it must be of one prompt."""
-    sources = bool((table["part"] == "source").any())
+    sources = bool((table["term"] == "src_pos").any())
     if sources and table["prompt"].nunique() > 1:
         raise ValueError(
-            f"the table has source positions of the prompts {listed(prompts_of(table))}, which do "
+            f"the table has attended positions of the prompts {listed(prompts_of(table))}, which "
+            f"do "
             "not line up: pass the rows of one prompt"
         )
     return sources
@@ -200,7 +206,7 @@ def _mean_contribution(rows: pd.DataFrame, key: Sequence[str]) -> "tuple[pd.Seri
             f"no contribution is known of the prompts {listed(prompts_of(rows))}: give them answers"
         )
     count = int(held["prompt"].nunique())
-    # A part that a shorter prompt lacks contributes nothing to it.
+    # A term that a shorter prompt lacks contributes nothing to it.
     return held.groupby(list(key), sort=False)["contribution"].sum() / count, count
 
 
@@ -219,16 +225,16 @@ def _answer(table: pd.DataFrame) -> str:
     return " minus ".join([said, *(minus.get(str(o), visible(o)) for o in others)])
 
 
-def _part(row: "pd.Series[Any]", whole: bool) -> str:
-    """A part of an attribution in a few characters; `whole`: the layers are taken together."""
-    part = str(row["part"]).replace("_", " ")
-    if part == "source":
-        return f"attention to {visible(row['source_token'])} at {int(row['source_position'])}"
+def _term(row: "pd.Series[Any]", whole: bool) -> str:
+    """A term of an attribution in a few characters; `whole`: the layers are taken together."""
+    term = str(row["term"]).replace("_", " ")
+    if term == "src pos":
+        return f"attention to {visible(row['src_token'])} at {int(row['src_pos'])}"
     if pd.isna(row["layer"]):
-        return part
+        return term
     if whole:
-        return f"{part}, all layers"
+        return f"{term}, all layers"
     layer = f"L{int(row['layer'])}"
-    if part == "head":
+    if term == "head":
         return f"{layer}H{int(row['head'])}"
-    return layer if part == "layer" else f"{layer} {part}"
+    return layer if term == "layer" else f"{layer} {term}"

@@ -53,7 +53,7 @@ def weight_heatmap(
     table: pd.DataFrame,
     value: str = "relative_frobenius",
     *,
-    part: Literal["weight", "bias"] = "weight",
+    parameter: Literal["weight", "bias"] = "weight",
     look: theme.Theme = theme.LIGHT,
 ) -> go.Figure:
     """How much finetuning changed each component (down) of each layer (across).
@@ -64,17 +64,20 @@ def weight_heatmap(
         table: of `lens.weight_difference`, for one pair of sources.
         value: `relative_frobenius`, `frobenius`, `relative_spectral`, `spectral`,
             `effective_rank`, `stable_rank` or `share_changed`.
-        part: the weights or the biases.
+        parameter: the weights or the biases.
 
     Raises:
-        ValueError: an unknown value or part, or rows of several pairs of sources.
+        ValueError: an unknown value or parameter, or rows of several pairs of sources.
     """
     facts = grid.value(WEIGHT_VALUES, value)
-    check_columns(table, "weight_difference", "component", "layer", "part", "source", "base", value)
-    rows = table[table["part"] == part]
+    check_columns(
+        table, "weight_difference", "component", "layer", "parameter", "source", "base", value
+    )
+    rows = table[table["parameter"] == parameter]
     if rows.empty:
         raise ValueError(
-            f"the table has no part {part!r}; it has {listed(dict.fromkeys(table['part']))}"
+            f"the table has no parameter {parameter!r}; it has "
+            f"{listed(dict.fromkeys(table['parameter']))}"
         )
     pairs = list(dict.fromkeys(zip(rows["source"], rows["base"], strict=True)))
     if len(pairs) > 1:
@@ -103,7 +106,7 @@ def weight_heatmap(
         across=(columns, ["–" if c == _OUTSIDE else str(c) for c in columns]),
         down=(components, components),
         scale=grid.scale(facts, held, held, False),
-        heading=f"{source} − {base}" + (", biases" if part == "bias" else ""),
+        heading=f"{source} − {base}" + (", biases" if parameter == "bias" else ""),
         titles=(f"layer{outside}", ""),
         look=look,
     )

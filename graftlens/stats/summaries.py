@@ -1,0 +1,131 @@
+"""One row per group and graft: means and recovery, each with its interval."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from graftlens.references import named_in
+from graftlens.stats.intervals import mean_intervals
+from graftlens.stats.recovery import recoveries
+from graftlens.stats.resampling import Draw, means_of, numbered, unit_count
+from graftlens.stats.table import (
+    NO_FULL_RUN,
+    Grid,
+    check_groups,
+    check_metrics,
+    check_units,
+    checked_table,
+    choose_grafts,
+    column_of,
+    end_places,
+    graft_facts,
+    groups_of,
+    with_notes,
+)
+
+
+def summarise(
+    table: pd.DataFrame,
+    *,
+    by: str | Sequence[str] = ("template",),
+    ks: Sequence[int] = (1, 5, 50),
+    metrics: Sequence[str] = ("logprob", "answer_logprob"),
+    recovery: str | None = "logprob",
+    base: str | None = None,
+    full: str | None = None,
+    grafts: Sequence[str] | None = None,
+    unit: str = "prompt",
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Mean accuracies, log-probabilities and recovery of every graft, each with its interval.
+
+    One row per group of `by` and graft, in the order in which they first appear:
+
+    - `n`: prompts used, the same for every graft of the group; `not_run`: prompts of the group left
+      out because they did not run under every graft; `failed`: how many of those had no result
+      under this very graft;
+    - for each metric `m` (`top{k}` for k in `ks`, then `metrics`): its mean `m`, `m_low`, `m_high`;
+    - `recovery` = (mean(graft) − mean(base)) / (mean(full) − mean(base)) of the metric named by the
+      argument, with `recovery_low`, `recovery_high`, and `recovery_note`: None, or why a value or
+      its interval is NaN;
+    - of a sweep's table also `source`, `span`, `component`, `layer` and `head` of the graft;
+    - `recovery_of`, `base_run`, `full_run`, `level`, `resamples`, `seed`, `unit`: how the row was
+      computed; `units`: how many units the prompts used belong to.
+
+    Intervals are percentile intervals of a paired bootstrap over units (Efron & Tibshirani 1993,
+    chapter 13). Two cases where that would claim more than the data hold:
+
+    - An accuracy with fewer than 5 successes or fewer than 5 failures gets a Wilson score interval
+      (Wilson 1927; Brown, Cai & DasGupta 2001). The bootstrap of 0 of 40 is [0, 0], as if more
+      prompts could never change it; Wilson's is [0, 0.088]. If the unit is not the prompt, units
+      with any success or failure are counted, and the interval is that of as many prompts as there
+      are units of equal size (Kish, *Survey Sampling*, 1965: Σ(size)² / Σ(size²)), as if a unit's
+      prompts always agreed.
+    - A mean of other metrics over one unit has no interval (NaN).
+
+    Recovery is computed within each resample. It is NaN where full − base is 0 or its interval
+    includes 0 (there is nothing to recover), and where the table names no full run. The few
+    resamples in which full − base has the other sign count against both ends. Recovery is 0 for
+    `base` and 1 for `full` by definition; for another graft an interval without width (all
+    resamples equal) is given as NaN with a note.
+
+    An optional metric (`answer_logprob`, `logit_diff`) that no prompt of a group has is NaN; one
+    that only some have is an error, because its mean would be over other prompts.
+
+    Args:
+        base, full: the grafts between which recovery is measured; left out, those that the table
+            names (`evaluate` and `read_results` do), else PRE and SFT.
+
+    Raises:
+        ValueError: unknown metrics, grafts or columns, a table with missing, doubled or infinite
+            values, or prompts that belong to several groups or units.
+    """
+    about = graft_facts(table)
+    if recovery is not None:
+        base, full = named_in(table, base, full)
+    by = (by,) if isinstance(by, str) else tuple(by)
+    names = (*(f"top{k}" for k in ks), *metrics)
+    wanted = names if recovery is None else (*names, recovery)
+    check_metrics(wanted)
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"metric {name!r} is asked for twice; name each metric once")
+    draw = Draw(unit, level, resamples, seed)
+    table = checked_table(table, (*by, *draw.columns, *map(column_of, wanted)))
+    check_groups(table, by)
+    check_units(table, unit)
+    chosen = choose_grafts(table, grafts)
+    ends = None
+    if base is not None and full is not None and recovery is not None:
+        ends = end_places(chosen, base, full, "recovery=None")
+    rows: list[dict[str, object]] = []
+    for key, group in groups_of(table[table["graft"].isin(chosen)], by):
+        grid = Grid.of(group, chosen)
+        used = grid.ran_everywhere
+        needed = np.broadcast_to(used[:, None], grid.ran.shape)
+        values = {name: grid.values(name, needed)[used] for name in dict.fromkeys(wanted)}
+        units = numbered(grid.units(unit)[used])
+        n = int(used.sum())
+        found: dict[str, tuple[Sequence[object] | np.ndarray, ...]] = {}
+        for name in names:
+            found[name] = (means_of(values[name]), *mean_intervals(name, values[name], units, draw))
+        if recovery is not None and ends is not None:
+            found["recovery"] = recoveries(values[recovery], ends, units, draw)
+        elif recovery is not None:
+            nothing = np.full(len(chosen), np.nan)
+            found["recovery"] = (nothing, nothing, nothing, [NO_FULL_RUN] * len(chosen))
+        for column, graft in enumerate(chosen):
+            row = dict(zip(by, key, strict=True))
+            row |= {"graft": graft} | about.get(graft, {}) | {"n": n, "not_run": len(used) - n}
+            row["failed"] = int((~grid.ran[:, column]).sum())
+            for name, parts in found.items():
+                kinds = zip(("", "_low", "_high", "_note"), parts, strict=False)
+                row |= {f"{name}{kind}": part[column] for kind, part in kinds}
+            if recovery is not None:
+                row |= {"recovery_of": recovery, "base_run": base, "full_run": full}
+            row |= {"level": level, "resamples": resamples, "seed": seed}
+            rows.append(row | {"unit": unit, "units": unit_count(units)})
+    return with_notes(pd.DataFrame(rows), "recovery_note")

@@ -1,0 +1,241 @@
+"""The results table, checked, and its numbers in their places: prompts × grafts."""
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+from jaxtyping import Bool, Float, Int
+
+VALUE_METRICS = ("rank", "prob", "logprob", "answer_logprob", "logit_diff")
+# These may be missing for a prompt that ran (no distractors given, whole answer not scored).
+OPTIONAL_METRICS = ("answer_logprob", "logit_diff")
+#: Columns of a sweep's table that say what a graft is; a summary's rows carry them on.
+GRAFT_COLUMNS = ("source", "span", "component", "layer", "head")
+#: Why there is no recovery of a table whose column names no full run.
+NO_FULL_RUN = "the table names no full run (column 'full_run'): give full= the name of a graft"
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A table's rows in their places: prompts in ascending order × grafts as asked for."""
+
+    table: pd.DataFrame
+    prompts: Int[np.ndarray, " prompt"]
+    row: Int[np.ndarray, " cell"]
+    column: Int[np.ndarray, " cell"]
+    ran: Bool[np.ndarray, "prompt graft"]
+
+    @classmethod
+    def of(cls, table: pd.DataFrame, grafts: Sequence[str]) -> "Grid":
+        prompts, row = np.unique(table["prompt"].to_numpy(dtype=np.int64), return_inverse=True)
+        column = pd.Index(grafts).get_indexer(table["graft"]).astype(np.int64)
+        # A row that is not there at all did not run either.
+        ran = np.zeros((len(prompts), len(grafts)), dtype=bool)
+        ran[row, column] = table["reason"].isna()
+        return cls(table, prompts, row, column, ran)
+
+    @property
+    def ran_everywhere(self) -> Bool[np.ndarray, " prompt"]:
+        return np.all(self.ran, axis=1)
+
+    def units(self, unit: str) -> np.ndarray:
+        """Each prompt's unit."""
+        if unit == "prompt":
+            return self.prompts
+        labels = np.empty(len(self.prompts), dtype=object)
+        labels[self.row] = self.table[unit].to_numpy(dtype=object)
+        return labels
+
+    def values(
+        self, metric: str, needed: Bool[np.ndarray, "prompt graft"], *, partial: bool = False
+    ) -> Float[np.ndarray, "prompt graft"]:
+        """One metric in the cells needed, NaN in the others and where an optional one is missing.
+
+        An optional metric must be missing in all the cells needed or in none, unless `partial`.
+        """
+        name = column_of(metric)
+        values = np.full(needed.shape, np.nan)
+        cells = pd.to_numeric(self.table[name]).to_numpy(dtype=float, na_value=np.nan)
+        values[self.row, self.column] = cells
+        values[~needed] = np.nan
+        missing = np.isnan(values) & needed
+        optional = name in OPTIONAL_METRICS
+        if missing.any() and not (optional and (partial or (missing == needed).all())):
+            where = self.prompts[missing.any(axis=1)]
+            fix = (
+                "leave the metric out, or summarise the prompts that have it apart"
+                if optional
+                else "a row without numbers must give its reason in column 'reason'"
+            )
+            raise ValueError(
+                f"column {name!r} has no value for {len(where)} of {int(needed.any(axis=1).sum())} "
+                f"prompts that ran (prompt {listed(where[:5].tolist())}); {fix}"
+            )
+        if np.isinf(values).any():
+            where = self.prompts[np.isinf(values).any(axis=1)]
+            raise ValueError(
+                f"column {name!r} is infinite for prompt {listed(where[:5].tolist())}; "
+                "its mean would be too: leave the metric out, or mend the run"
+            )
+        depth = depth_of(metric)
+        if depth is None:
+            return values
+        return np.where(np.isnan(values), np.nan, (values <= depth).astype(float))
+
+
+def checked_table(
+    table: pd.DataFrame, columns: Sequence[str], within: Sequence[str] = ()
+) -> pd.DataFrame:
+    """The columns needed, checked, with categories as plain values.
+
+    A prompt and graft have one row, or one in each value of the columns `within`.
+    """
+    needed = list(dict.fromkeys(("prompt", "graft", "reason", *columns)))
+    missing = [name for name in needed if name not in table.columns]
+    if missing:
+        raise ValueError(
+            f"the table lacks column {listed(missing)}; it has {listed(list(table.columns))}: "
+            "pass the results table with one row per prompt and graft"
+        )
+    if len(table) == 0:
+        raise ValueError("the table is empty; pass results with at least one prompt and graft")
+    table = table[needed]
+    # Groups of categories would come in another order, and include those without rows.
+    categories = [c for c in needed if isinstance(table[c].dtype, pd.CategoricalDtype)]
+    table = table.astype(dict.fromkeys(categories, object))
+    key = [*within, "prompt", "graft"]
+    twice = table[table.duplicated(key)]
+    if len(twice):
+        first = twice.iloc[0]
+        where = "".join(f" and {name} {first[name]!r}" for name in within)
+        raise ValueError(
+            f"prompt {first['prompt']} with graft {first['graft']!r}{where} has more than one row "
+            f"({len(twice)} rows too many); keep one: table.drop_duplicates({key})"
+        )
+    return table
+
+
+def groups_of(
+    table: pd.DataFrame, by: Sequence[str]
+) -> Iterator[tuple[tuple[object, ...], pd.DataFrame]]:
+    """The groups of a table in the order in which they first appear."""
+    if not by:
+        yield (), table
+        return
+    yield from table.groupby(list(by), sort=False, dropna=False)
+
+
+def with_notes(result: pd.DataFrame, name: str) -> pd.DataFrame:
+    """Leave None, not NaN, where there is no note."""
+    if name in result:
+        notes = result[name].astype(object)
+        result[name] = notes.where(notes.notna(), None)
+    return result
+
+
+def graft_facts(table: pd.DataFrame) -> dict[str, dict[str, object]]:
+    """Graft -> what the table says of it besides the results."""
+    columns = [c for c in GRAFT_COLUMNS if c in table]
+    first = table.drop_duplicates("graft").set_index("graft")[columns]
+    return {str(graft): dict(row) for graft, row in first.astype(object).iterrows()}
+
+
+def choose_grafts(table: pd.DataFrame, grafts: Sequence[str] | None) -> list[str]:
+    known = list(pd.unique(table["graft"]))
+    if grafts is None:
+        return known
+    for name in grafts:
+        if name not in known:
+            raise ValueError(f"no graft named {name!r} in the table; it has {listed(known)}")
+    if len(set(grafts)) < len(grafts) or not grafts:
+        raise ValueError(f"grafts {listed(list(grafts))}: name at least one graft, and each once")
+    return list(grafts)
+
+
+def check_by(name: str) -> None:
+    if name in ("prompt", "graft", "reason", *VALUE_METRICS):
+        raise ValueError(f"by={name!r} cannot group prompts; use such as 'template', or by=()")
+
+
+def check_groups(table: pd.DataFrame, by: Sequence[str]) -> None:
+    for name in by:
+        check_by(name)
+        if name in GRAFT_COLUMNS:
+            raise ValueError(
+                f"by={name!r} groups prompts, and {name!r} is a column of grafts. Leave it out: "
+                "each row of the result is of one graft and has that column."
+            )
+        several = _with_several(table, name)
+        if several is not None:
+            raise ValueError(
+                f"prompt {several} has more than one value in column {name!r}; "
+                "a prompt belongs to one group: give each prompt its own number"
+            )
+
+
+def check_units(table: pd.DataFrame, unit: str) -> None:
+    if unit == "prompt":
+        return
+    if unit in ("graft", "reason", *VALUE_METRICS):
+        raise ValueError(
+            f"unit={unit!r} does not say which prompts belong together; "
+            "use 'prompt', or a column such as 'fact' or 'answer'"
+        )
+    if table[unit].isna().any():
+        prompt = table.loc[table[unit].isna(), "prompt"].iloc[0]
+        raise ValueError(
+            f"column {unit!r} has no value for prompt {prompt}; give every prompt its unit"
+        )
+    several = _with_several(table, unit)
+    if several is not None:
+        raise ValueError(
+            f"prompt {several} has more than one value in column {unit!r}; "
+            "a prompt belongs to one unit: give each prompt its own number"
+        )
+
+
+def _with_several(table: pd.DataFrame, name: str) -> object | None:
+    """The first prompt that has more than one value in a column, or None."""
+    pairs = table[["prompt", name]].drop_duplicates()
+    several = pairs.loc[pairs.duplicated("prompt"), "prompt"]
+    return None if several.empty else several.min()
+
+
+def end_places(
+    grafts: Sequence[str], base: str, full: str | None, otherwise: str
+) -> tuple[int, int]:
+    """Where the two runs that recovery is measured between stand among the grafts."""
+    if full is None:
+        raise ValueError(f"{NO_FULL_RUN}, or {otherwise}")
+    for role, name in (("base", base), ("full", full)):
+        if name not in grafts:
+            raise ValueError(
+                f"{role}={name!r} is not one of the grafts {listed(grafts)}: "
+                f"give {role}= the name of a graft in the table, or {otherwise}"
+            )
+    return grafts.index(base), grafts.index(full)
+
+
+def check_metrics(names: Sequence[str], also: str | None = None) -> None:
+    for name in names:
+        if name not in VALUE_METRICS and depth_of(name) is None:
+            raise ValueError(
+                f"unknown metric {name!r}; choose 'top1', 'top5' or another top-k (k >= 1), "
+                f"or one of {listed(VALUE_METRICS if also is None else (*VALUE_METRICS, also))}"
+            )
+
+
+def depth_of(metric: str) -> int | None:
+    """k of a `top{k}` metric, None of another."""
+    match = re.fullmatch(r"top([1-9]\d*)", metric)
+    return int(match[1]) if match else None
+
+
+def column_of(metric: str) -> str:
+    return "rank" if depth_of(metric) is not None else metric
+
+
+def listed(names: Sequence[object]) -> str:
+    return ", ".join(repr(name) for name in names)
