@@ -545,7 +545,7 @@ def test_a_device_that_is_not_here_claims_nothing(
     """Regression: the folder was claimed, and then the device was refused."""
     out = tmp_path / "out"
     for device in ("nonsense", "cuda:77"):
-        with pytest.raises(ConfigError, match=f"devices: '{device}' is not here"):
+        with pytest.raises(ConfigError, match=f"devices: '{device}' does not exist here"):
             quietly(given, out, device=device)
     assert not out.exists()
 
