@@ -63,7 +63,7 @@ def part_tables(
     metrics = ["logprob"]
     if checked.config.metrics.answers == "whole":
         metrics.append("answer_logprob")
-    # A prompt without distractors has none; a cell that could not be run is no such prompt.
+    # A prompt without distractors has none; a cell that could not be run is not such a prompt.
     if table.loc[table["reason"].isna(), "logit_diff"].notna().all():
         metrics.append("logit_diff")
     asked = (metric for figure in part.figures for metric in figure.metrics)

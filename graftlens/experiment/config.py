@@ -51,10 +51,14 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _data_or_path(self) -> "ModelConfig":
         if (self.data is None) == (self.path is None):
-            given = "neither is" if self.data is None else "both are"
-            raise ValueError(f"{given} given of data (to train on) and path. Give one.")
+            given = "neither data (to train on) nor path is"
+            if self.data is not None:
+                given = "both data (to train on) and path are"
+            raise ValueError(f"{given} given. Give one.")
         if self.path is not None and (self.change or self.recipe or self.start != BASE):
-            raise ValueError("change, start and recipe are about training; path brings a model.")
+            raise ValueError(
+                "change, start and recipe describe training; path names a trained model."
+            )
         return self
 
 
@@ -72,7 +76,7 @@ class FigureConfig(Section):
     """A figure of a part's results, one for each metric."""
 
     kind: Literal["bars", "heatmap", "lines"]
-    """`bars`: grafts side by side, with intervals. `heatmap`: a cell a graft. `lines`: a metric
+    """`bars`: grafts side by side, with intervals. `heatmap`: one cell per graft. `lines`: a metric
     over a number, such as a share of layers."""
 
     metrics: tuple[str, ...] = ("top5",)
@@ -99,7 +103,7 @@ class FigureConfig(Section):
 
 
 class Finding(Section):
-    """The claim that some grafts are enough and others are not."""
+    """The claim that one graft is enough and the rest is not."""
 
     enough: str
     """The graft that should bring the fact back, by name."""
@@ -108,7 +112,7 @@ class Finding(Section):
     """The graft of everything else, which should not."""
 
     metric: str = "top5"
-    """By which metric."""
+    """The metric by which it is judged."""
 
 
 class PartConfig(RunSettings, GraftSettings):
@@ -150,9 +154,9 @@ class PartConfig(RunSettings, GraftSettings):
             where = f"figures.{i}"
             of_grids = figure.kind != "bars" or figure.grids is not None
             if of_grids and not self.grids:
-                problems.append((where, f"{figure.kind} are drawn of grids, and there are none."))
+                problems.append((where, f"kind {figure.kind} shows grids, and there are none."))
             elif not of_grids and not self.grafts:
-                what = "bars are drawn of named grafts, and there are none. Name grids instead."
+                what = "bars show named grafts, and there are none. Name grids instead."
                 problems.append((where, what))
             for name in figure.grids or ():
                 if name not in named:
@@ -161,7 +165,7 @@ class PartConfig(RunSettings, GraftSettings):
             drawn = [named[name] for name in figure.grids or named if name in named]
             axes = {figure.x, figure.panel} | ({figure.y} if figure.kind == "heatmap" else set())
             if of_grids and axes & {"rate", "draw"} and any(g.dropout is None for g in drawn):
-                what = "rate and draw are of grids with dropout, and a grid here has none."
+                what = "rate and draw belong to grids with dropout, and a grid here has none."
                 problems.append((where, what))
             for name in figure.grafts or ():
                 if name not in self.grafts:
@@ -194,7 +198,7 @@ class ExperimentConfig(RunSettings):
     """What it asks."""
 
     expected: str = ""
-    """What the paper found, to be held against the result."""
+    """What the paper found, to compare the result with."""
 
     model: str = "smollm2-135m"
     """The pretrained model: a preset's name (with its recipe), a hub id or a checkpoint folder."""
@@ -215,8 +219,8 @@ class ExperimentConfig(RunSettings):
     """The k of the top-k accuracies in tables."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of training, distractors, the trust report's cells and resampling. The datasets have seeds
-    of their own."""
+    """Seed of training, distractors, the trust report's cells and resampling. The datasets have
+    seeds of their own."""
 
     @model_validator(mode="after")
     def _known_names(self) -> "ExperimentConfig":
@@ -333,7 +337,7 @@ class ExperimentConfig(RunSettings):
         """The models, each after the one that its training starts from.
 
         Raises:
-            ValueError: models that start from one another in a ring.
+            ValueError: models that start from one another in a circle.
         """
         done: list[str] = []
         left = list(self.models)
@@ -357,7 +361,7 @@ class ExperimentConfig(RunSettings):
         hint = suggest(model, PRESETS)
         if hint and model not in PRESETS and "/" not in model and not Path(model).exists():
             raise ValueError(
-                f"{model!r} is no preset, no folder, and has no owner as hub ids have.{hint} "
+                f"{model!r} is not a preset or a folder, and it lacks the owner of a hub id.{hint} "
                 f"Presets: {' '.join(PRESETS)}."
             )
         return model
