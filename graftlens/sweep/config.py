@@ -23,6 +23,7 @@ from graftlens.model.load import preview
 from graftlens.model.mask import select, sites_of
 from graftlens.model.smollm2 import located
 from graftlens.prompts import Prompt, PromptError, Tokenized, doubled_bos
+from graftlens.references import References
 from graftlens.sweep.grid import GraftField, Grid
 from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.promptsets import (
@@ -290,16 +291,16 @@ def check(config: SweepConfig) -> Checked:
 
     named, failed = _named(config, arch)
     problems += failed
-    given = {graft for _, _, graft in named}
     everywhere = Graft.rule(list(config.sources)[1])
-    ends = {"base": ("none", Graft()), "full": (str(everywhere), everywhere)}
-    named = [("", *end) for end in ends.values() if end[1] not in given] + named
+    texts = {str(graft): graft for _, _, graft in named}
+    ends = References.of(texts, tuple(config.sources), everywhere, ("none", str(everywhere)))
+    named = [("", name, graft) for name, graft in ends.grafts.items() if name not in texts] + named
     grafts, duplicates, failed = _collapsed(named)
     problems += failed
     chosen = {}
-    for role, (name, graft) in ends.items():
+    for role, name in (("base", ends.base), ("full", str(ends.full))):
         asked = getattr(config, role)
-        usual = next((n for n, g in grafts.items() if g == graft), name)
+        usual = next((n for n, g in grafts.items() if g == ends.grafts[name]), name)
         known = {name: usual} | {n: n for n in grafts} | duplicates
         if asked is not None and asked not in known:
             what = f"no graft is called {asked!r}. Write the name of one of the sweep's grafts."
