@@ -159,9 +159,9 @@ def sweep(
     given = overrides or []
 
     if dry_run:
-        from graftlens.sweep.config import check, describe, load_config
+        from graftlens.sweep.runner import describe_sweep
 
-        typer.echo(describe(check(load_config(config, given))))
+        typer.echo(describe_sweep(config, overrides=given))
         return
     from graftlens.sweep.runner import prepare_sweep, run_sweep, sweep_result
 

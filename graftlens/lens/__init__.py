@@ -5,20 +5,6 @@ Prompts run a few at a time; where hooks are attached to the model, or patches i
 together, so that what a hook is given is the whole batch.
 """
 
-from graftlens.lens.activations import activation_difference, pattern_difference
-from graftlens.lens.attribution import direct_logit_attribution
-from graftlens.lens.logit import divergence, emergence, logit_lens
-from graftlens.lens.patching import patched, patching
-from graftlens.lens.weights import weight_difference
+import lazy_loader
 
-__all__ = [
-    "activation_difference",
-    "direct_logit_attribution",
-    "divergence",
-    "emergence",
-    "logit_lens",
-    "patched",
-    "patching",
-    "pattern_difference",
-    "weight_difference",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -33,7 +33,7 @@ from graftlens.locks import holder
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.places import folder_of
 from graftlens.prompts import Prompt, PromptError
-from graftlens.sweep.config import Checked, SweepConfig, check, load_config
+from graftlens.sweep.config import Checked, SweepConfig, check, describe, load_config
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.disk import (
     FolderError,
@@ -162,6 +162,19 @@ def run_sweep(
     result = sweep_result(out)
     say(result.line())
     return result
+
+
+def describe_sweep(
+    config: SweepConfig | str | Path | Mapping[str, Any], *, overrides: Sequence[str] = ()
+) -> str:
+    """What a sweep would do, as text: its prompts, its grafts, and how much there is to compute.
+
+    No weights are read, and nothing is written. Arguments are those of `run_sweep`.
+
+    Raises:
+        ValueError: a config that cannot be run.
+    """
+    return describe(_checked(config, overrides)[0])
 
 
 def sweep_result(out: str | Path) -> SweepResult:

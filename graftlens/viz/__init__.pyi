@@ -1,0 +1,17 @@
+from .attention import attention_view as attention_view
+from .attribution import logit_attribution_bars as logit_attribution_bars
+from .attribution import logit_attribution_heatmap as logit_attribution_heatmap
+from .bars import grouped_bars as grouped_bars
+from .differences import difference_heatmap as difference_heatmap
+from .differences import weight_heatmap as weight_heatmap
+from .export import exporter as exporter
+from .export import write_figure as write_figure
+from .heatmaps import heatmap as heatmap
+from .lens import answer_by_layer as answer_by_layer
+from .lens import divergence_lines as divergence_lines
+from .lens import lens_heatmap as lens_heatmap
+from .linecharts import lines as lines
+from .patching import patching_scatter as patching_scatter
+from .sweeps import size_curve as size_curve
+from .sweeps import window_triangle as window_triangle
+from .text import text_table as text_table
