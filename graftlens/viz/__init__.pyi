@@ -8,7 +8,7 @@ from .export import exporter as exporter
 from .export import write_figure as write_figure
 from .heatmaps import heatmap as heatmap
 from .lens import answer_by_layer as answer_by_layer
-from .lens import divergence_lines as divergence_lines
+from .lens import kl_divergence_lines as kl_divergence_lines
 from .lens import lens_heatmap as lens_heatmap
 from .linecharts import lines as lines
 from .patching import patching_scatter as patching_scatter
