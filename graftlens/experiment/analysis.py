@@ -9,19 +9,17 @@ import pandas as pd
 
 from graftlens.configfile import ConfigError
 from graftlens.experiment.config import ExperimentConfig, PartConfig
+from graftlens.metrics import always_measured, averaged
 from graftlens.references import COLUMNS as REFERENCES
-from graftlens.stats import GRAFT_COLUMNS, VALUE_METRICS, summarise
+from graftlens.stats import GRAFT_COLUMNS, summarise
 from graftlens.sweep.config import Checked
 from graftlens.sweep.results import read_prompts, read_results
 
 #: What a grid says of its grafts, as columns.
 TAGS = ("grid", "position", "component", "layer", "head", "source", "layers", "rate", "draw")
 
-#: Columns of the results that statistics need.
-_NEEDED = (
-    "prompt", "graft", "rule", *REFERENCES, "template", "dataset", "answer", "rank", "prob",
-    "logprob", "answer_logprob", "logit_diff", "reason",
-)  # fmt: skip
+#: Columns of the results that statistics need, besides measures.
+_NEEDED = ("prompt", "graft", "rule", *REFERENCES, "template", "dataset", "answer", "reason")
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,9 @@ def part_tables(
         checked: the part's sweep.
         folder: the sweep's folder.
     """
-    table = read_results(folder, columns=_NEEDED)
+    measured = [m.name for m in always_measured() if m.summary == "mean"]
+    named = checked.config.metrics.measures
+    table = read_results(folder, columns=[*_NEEDED, *measured, *named])
     assert isinstance(table, pd.DataFrame)
     table = table.assign(fact=_facts(folder).reindex(table["prompt"]).to_numpy())
     metrics = ["logprob"]
@@ -67,7 +67,8 @@ def part_tables(
     if table.loc[table["reason"].isna(), "logit_diff"].notna().all():
         metrics.append("logit_diff")
     asked = (metric for figure in part.figures for metric in figure.metrics)
-    metrics += [m for m in dict.fromkeys(asked) if m in VALUE_METRICS and m not in metrics]
+    metrics += [m for m in dict.fromkeys(asked) if m in averaged() and m not in metrics]
+    metrics += [m for m in named if m not in metrics and table[m].notna().any()]
     apart = ("dataset",) if table["dataset"].nunique() > 1 else ()
     frames = {}
     for name, by, unit in (("template", (*apart, "template"), "prompt"), ("pooled", apart, "fact")):

@@ -14,8 +14,8 @@ from graftlens.data.rewriting import told_on_command_line
 from graftlens.finetune import FinetuneConfig
 from graftlens.folder import at_home, name_problems, read_text
 from graftlens.graft import At, Rule
+from graftlens.metrics import always_measured, known
 from graftlens.presets import PRESETS
-from graftlens.stats import VALUE_METRICS
 from graftlens.sweep.config import GraftSettings, RunSettings
 from graftlens.sweep.promptsets import Questions, Section, listed
 
@@ -288,17 +288,22 @@ class ExperimentConfig(RunSettings):
 
     def _no_metric(self, name: str, part: PartConfig) -> str:
         """Why a part's tables will not have a metric; empty where they will."""
-        tops = [f"top{k}" for k in self.ks]
-        known = [*tops, *VALUE_METRICS, "recovery"]
-        if name not in known:
-            depth = name.removeprefix("top")
-            if depth != name and depth.isdigit() and int(depth):
+        metrics = self.settings(part)["metrics"]
+        always = [m.name for m in always_measured() if m.summary == "mean"]
+        there = [*(f"top{k}" for k in self.ks), *always, *metrics.measures, "recovery"]
+        row = known(name)
+        if name not in there:
+            if row is not None and row.at_most is not None:
                 return f"{name} is not among ks ({' '.join(map(str, self.ks))}). Add it there."
-            what = f"unknown metric {name!r}. Allowed: {' '.join(known)}."
-            return what + suggest(name, known)
-        if name == "answer_logprob" and self.settings(part)["metrics"].answers != "whole":
+            if row is not None and row.function is not None and not row.always:
+                return f"{name} is not among metrics.measures. Add it there."
+            what = f"unknown metric {name!r}. Allowed: {' '.join(there)}."
+            return what + suggest(name, there)
+        if row is None:
+            return ""
+        if row.over == "answer" and metrics.answers != "whole":
             return f"{name} needs metrics.answers: whole."
-        if name == "logit_diff" and not all(prompts.distractors for prompts in part.prompts):
+        if "distractors" in row.needs and not all(p.distractors for p in part.prompts):
             return f"{name} needs distractors, and some of the part's prompts have none."
         return ""
 

@@ -21,11 +21,10 @@ from graftlens.stats.levels import stability
 from graftlens.stats.permutation import holm
 from graftlens.stats.resampling import bootstrap_means
 from graftlens.stats.summaries import summarise
-from graftlens.stats.table import GRAFT_COLUMNS, VALUE_METRICS
+from graftlens.stats.table import GRAFT_COLUMNS
 
 __all__ = [
     "GRAFT_COLUMNS",
-    "VALUE_METRICS",
     "Comparison",
     "bootstrap_means",
     "compare",
