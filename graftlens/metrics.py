@@ -90,7 +90,8 @@ class Measure:
                 f"name={self.name!r}: a measure's name is a column. Write letters, digits and _, "
                 "such as 'my_measure'."
             )
-        needs = (self.needs,) if isinstance(self.needs, str) else tuple(self.needs)
+        given: Any = self.needs
+        needs = (given,) if isinstance(given, str) else tuple(given)
         object.__setattr__(self, "needs", needs)
         for need in needs:
             if need not in NEEDS:

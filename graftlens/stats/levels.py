@@ -128,8 +128,8 @@ def stability(
     held = shares[~np.isnan(shares).any(axis=1)]
     units = numbered(np.concatenate(labels)) if labels else np.zeros(0, dtype=np.int64)
     if unit == by:
-        row = known(metric)
-        bounded = row is not None and row.share
+        about_metric = known(metric)
+        bounded = about_metric is not None and about_metric.share
         low, high, no_interval = _between_levels(held, level, bounded)
     elif parts:
         low, high, no_interval = _within_levels(measured, parts, units, ends, draw)

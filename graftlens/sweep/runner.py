@@ -32,11 +32,11 @@ from graftlens.configfile import settings_from
 from graftlens.folder import differences, probe, refusal
 from graftlens.graft import Graft
 from graftlens.locks import holder
-from graftlens.metrics import Measure, load
+from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.places import folder_of
 from graftlens.prompts import Prompt, PromptError
-from graftlens.sweep.cells import asked_for
+from graftlens.sweep.cells import Measures, asked_for, own_measures
 from graftlens.sweep.config import Checked, SweepConfig, check, load_config, with_measures
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.disk import (
@@ -86,9 +86,6 @@ PLANNERS = 4
 POLL = 0.5
 
 Say = Callable[[str], None]
-
-#: Measures of the user's own, or where to import them from (``module:name``).
-Measures = Sequence[Measure | str]
 
 
 @dataclass(frozen=True)
@@ -214,6 +211,21 @@ def is_finished(out: Path) -> bool:
     return bool(there == here or there == _files(locations, digests=False))
 
 
+def _refuse_unfinished_earlier(out: Path) -> None:
+    """That a sweep which version 0.1.0 started is finished: it recorded too little to go on.
+
+    Raises:
+        ValueError: it is not.
+    """
+    manifest = read_manifest(out)
+    recorded = manifest.models is None or "settings" in manifest.models
+    if not (manifest.sealed and recorded) and not is_finished(out):
+        raise ValueError(
+            f"{out} was started by version 0.1.0, whose results can be read but not added to: "
+            "start the sweep in another folder."
+        )
+
+
 # -- claiming the folder -----------------------------------------------------------------------
 
 
@@ -248,6 +260,7 @@ def prepare_sweep(
 
     # A folder that needs nothing may be read-only.
     if (out / "sweep.json").is_file():
+        _refuse_unfinished_earlier(out)
         agreed = _agree(out, manifest, checked.prompts)
         if not to_mend(out, agreed, files, table):
             return agreed
@@ -271,15 +284,6 @@ def _give_up(out: Path, say: Say) -> None:
         if read_manifest(out).models is None:
             for name in ("sweep.json", "config.yaml", "grafts.yaml", "prompts.parquet"):
                 (out / name).unlink(missing_ok=True)
-
-
-def own_measures(given: Measures) -> tuple[Measure, ...]:
-    """The user's own measures; those that are named by where they are get imported.
-
-    Raises:
-        ValueError: what cannot be imported, or is not a measure.
-    """
-    return tuple(load(one) if isinstance(one, str) else one for one in given)
 
 
 def _checked(
@@ -439,6 +443,7 @@ def work(
     if is_finished(out):
         say(f"{out} is finished: nothing to run.")
         return
+    _refuse_unfinished_earlier(out)
     asked = asked_for(config.metrics.measures, own_measures(measures))
     with writing(out):
         probe(out / "sweep.json")
@@ -647,12 +652,6 @@ def _record(
                 model.arch, model.cfg.device, model.cfg.dtype
             )
             found = {"row_budget": budget, "pair_check": pair_check}
-        elif "settings" not in there:
-            raise ValueError(
-                f"{out} was started by an earlier release, which did not record the sources' "
-                "configs and tokenizers, so whether they are still the same is unknown. Its "
-                "results can be read; to compute more, start a sweep in another folder."
-            )
         else:
             known = {name: there[name] for name in given}
             if lines := differences(known, given):
