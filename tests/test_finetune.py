@@ -697,7 +697,9 @@ def test_an_infinite_loss_stops_the_run(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("count", [2, 3, 7, 12, 13, 99, 1000, 1017])
 def test_a_heldout_share_of_no_text_is_refused_with_the_least_that_works(count, tiny, tmp_path):
     data = as_dataset(["a"] * count)
-    with pytest.raises(ValueError, match=rf"=1e-05 of {count} training texts rounds to no") as caught:
+    with pytest.raises(
+        ValueError, match=rf"=1e-05 of {count} training texts rounds to no"
+    ) as caught:
         _split(recipe(tiny, tmp_path, heldout_share=1e-5), data, None)
     least = float(re.search(r"Give (\S+) or more, or heldout_share=0", str(caught.value))[1])
     assert least <= 1.2 * 0.5 / count

@@ -9,7 +9,7 @@ import pandas as pd
 
 from graftlens.configfile import ConfigError
 from graftlens.experiment.config import ExperimentConfig, PartConfig
-from graftlens.metrics import always_measured, averaged
+from graftlens.metrics import always_measured
 from graftlens.references import COLUMNS as REFERENCES
 from graftlens.stats import GRAFT_COLUMNS, summarise
 from graftlens.sweep.config import Checked
@@ -18,7 +18,7 @@ from graftlens.sweep.results import read_prompts, read_results
 #: What a grid says of its grafts, as columns.
 TAGS = ("grid", "position", "component", "layer", "head", "source", "layers", "rate", "draw")
 
-#: Columns of the results that statistics need, besides measures.
+#: Columns of the results that statistics need beside the measures.
 _NEEDED = ("prompt", "graft", "rule", *REFERENCES, "template", "dataset", "answer", "reason")
 
 
@@ -55,9 +55,9 @@ def part_tables(
         checked: the part's sweep.
         folder: the sweep's folder.
     """
-    measured = [m.name for m in always_measured() if m.summary == "mean"]
-    named = checked.config.metrics.measures
-    table = read_results(folder, columns=[*_NEEDED, *measured, *named])
+    own = checked.config.metrics.measures
+    measured = [*(m.name for m in always_measured() if m.summary == "mean"), *own]
+    table = read_results(folder, columns=[*_NEEDED, *measured])
     assert isinstance(table, pd.DataFrame)
     table = table.assign(fact=_facts(folder).reindex(table["prompt"]).to_numpy())
     metrics = ["logprob"]
@@ -66,9 +66,8 @@ def part_tables(
     # A prompt without distractors has none; a cell that could not be run is not such a prompt.
     if table.loc[table["reason"].isna(), "logit_diff"].notna().all():
         metrics.append("logit_diff")
-    asked = (metric for figure in part.figures for metric in figure.metrics)
-    metrics += [m for m in dict.fromkeys(asked) if m in averaged() and m not in metrics]
-    metrics += [m for m in named if m not in metrics and table[m].notna().any()]
+    asked = [*own, *(metric for figure in part.figures for metric in figure.metrics)]
+    metrics += [m for m in dict.fromkeys(asked) if m in measured and m not in metrics]
     apart = ("dataset",) if table["dataset"].nunique() > 1 else ()
     frames = {}
     for name, by, unit in (("template", (*apart, "template"), "prompt"), ("pooled", apart, "fact")):

@@ -14,7 +14,7 @@ from graftlens.data.rewriting import told_on_command_line
 from graftlens.finetune import FinetuneConfig
 from graftlens.folder import at_home, name_problems, read_text
 from graftlens.graft import At, Rule
-from graftlens.metrics import always_measured, known
+from graftlens.metrics import always_measured, averaged, known
 from graftlens.presets import PRESETS
 from graftlens.sweep.config import GraftSettings, RunSettings
 from graftlens.sweep.promptsets import Questions, Section, listed
@@ -288,22 +288,22 @@ class ExperimentConfig(RunSettings):
 
     def _no_metric(self, name: str, part: PartConfig) -> str:
         """Why a part's tables will not have a metric; empty where they will."""
-        metrics = self.settings(part)["metrics"]
-        always = [m.name for m in always_measured() if m.summary == "mean"]
-        there = [*(f"top{k}" for k in self.ks), *always, *metrics.measures, "recovery"]
+        settings = self.settings(part)["metrics"]
+        tops = [f"top{k}" for k in self.ks]
+        measured = [m.name for m in always_measured() if m.summary == "mean"]
+        there = [*tops, *measured, *settings.measures, "recovery"]
         row = known(name)
         if name not in there:
-            if row is not None and row.at_most is not None:
+            if row is not None and row.summary == "share":
                 return f"{name} is not among ks ({' '.join(map(str, self.ks))}). Add it there."
-            if row is not None and row.function is not None and not row.always:
-                return f"{name} is not among metrics.measures. Add it there."
+            if row is not None and row.summary == "mean":
+                return f"{name} is not measured here. Add it to metrics.measures."
             what = f"unknown metric {name!r}. Allowed: {' '.join(there)}."
-            return what + suggest(name, there)
-        if row is None:
-            return ""
-        if row.over == "answer" and metrics.answers != "whole":
+            return what + suggest(name, [*there, *averaged()])
+        if row is not None and row.over == "answer" and settings.answers != "whole":
             return f"{name} needs metrics.answers: whole."
-        if "distractors" in row.needs and not all(p.distractors for p in part.prompts):
+        lacking = not all(prompts.distractors for prompts in part.prompts)
+        if row is not None and "distractors" in row.needs and lacking:
             return f"{name} needs distractors, and some of the part's prompts have none."
         return ""
 

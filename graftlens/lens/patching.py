@@ -20,7 +20,7 @@ from jaxtyping import Bool
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from graftlens.components import Component
+from graftlens.components import COMPONENTS, Component, Side
 from graftlens.graft import Graft, Grafts
 from graftlens.lens.runs import (
     PATCHES,
@@ -212,7 +212,7 @@ def _without_output(mask: GraftMask) -> GraftMask:
     rows = int(np.prod(mask.shape))
     base = Selection(np.zeros(rows, dtype=np.int8), np.ones(rows, dtype=bool))
     sites = {
-        site: base if site[0] in (C.LN_FINAL, C.UNEMBED) else chosen
+        site: base if COMPONENTS[site[0]].side is Side.OUTPUT else chosen
         for site, chosen in mask.sites.items()
     }
     return GraftMask(mask.graft, mask.sources, mask.shape, sites, mask.places)

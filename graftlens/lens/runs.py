@@ -15,7 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
-from graftlens.components import Component, format_numbers, suggest
+from graftlens.components import (
+    COMPONENTS,
+    Component,
+    Side,
+    components_where,
+    format_numbers,
+    suggest,
+)
 from graftlens.graft import At, Graft, Grafts, Where, named_grafts
 from graftlens.metrics import Measure, Predictions, always_measured
 from graftlens.model.arch import Site
@@ -71,10 +78,10 @@ def refuse_patched_output(model: GraftedTransformer) -> None:
     Raises:
         ValueError: one of them is.
     """
-    inside = [c for c in (C.EMBED, C.POS_EMBED) if c in model.arch.components]
+    inside = [c for c in model.arch.components if COMPONENTS[c].side is Side.INPUT]
     refuse_patches(
         model,
-        (C.LN_FINAL, C.UNEMBED),
+        components_where(lambda row: row.side is Side.OUTPUT),
         "streams are read here by the norm and the unembedding of the run's own graft, which no "
         "patch changes",
         f'Leave them out of the patch (": {" + ".join([*inside, "block"])}" is all the rest), or '
