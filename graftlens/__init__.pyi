@@ -14,6 +14,8 @@ from .finetune import finetune_run as finetune_run
 from .graft import At as At
 from .graft import Graft as Graft
 from .graft import Rule as Rule
+from .metrics import METRICS as METRICS
+from .metrics import Measure as Measure
 from .model.grafted import GraftedTransformer as GraftedTransformer
 from .model.mask import GraftMask as GraftMask
 from .model.smollm2 import smollm2 as smollm2
@@ -24,8 +26,8 @@ from .stats import compare_all as compare_all
 from .stats import stability as stability
 from .stats import summarise as summarise
 from .sweep.config import SweepConfig as SweepConfig
+from .sweep.config import describe_sweep as describe_sweep
 from .sweep.results import read_results as read_results
-from .sweep.runner import describe_sweep as describe_sweep
 from .sweep.runner import run_sweep as run_sweep
 from .sweep.scoring import Scorer as Scorer
 

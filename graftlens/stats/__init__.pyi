@@ -7,4 +7,3 @@ from .permutation import holm as holm
 from .resampling import bootstrap_means as bootstrap_means
 from .summaries import summarise as summarise
 from .table import GRAFT_COLUMNS as GRAFT_COLUMNS
-from .table import VALUE_METRICS as VALUE_METRICS
