@@ -20,7 +20,7 @@ from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import Batch
 from graftlens.model.mask import Site
-from graftlens.prompts import PromptError, Tokenized, continuation, encode
+from graftlens.prompts import PromptError, Tokenized, continuation, ids_with
 
 C = Component
 
@@ -267,10 +267,9 @@ def first_token(
         PromptError: a prompt without a text, or a text that begins no token of its own.
     """
     tokenizer = model._tokenizer()
-    if item.prompt is not None:
-        ids, _ = encode(item.prompt.text, tokenizer, prepend_bos)
-        if tuple(ids) != item.ids:  # made elsewhere, with another prepend_bos
-            prepend_bos = item.ids[0] == tokenizer.bos_token_id
+    if item.prompt is not None and ids_with(item, "", tokenizer, prepend_bos) != item.ids:
+        # Made elsewhere, with another prepend_bos.
+        prepend_bos = item.ids[0] == tokenizer.bos_token_id
     return continuation(item, text, tokenizer, prepend_bos)[0]
 
 
