@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from graftlens.components import Component
     from graftlens.dashboards import dashboard
-    from graftlens.evaluate import evaluate, position_grafts
+    from graftlens.evaluation import evaluate, position_grafts
     from graftlens.experiment.run import run_experiment
     from graftlens.graft import At, Graft, Rule
     from graftlens.model.grafted import GraftedTransformer
@@ -33,8 +33,8 @@ _HOME = {
     "compare": "graftlens.stats",
     "compare_all": "graftlens.stats",
     "dashboard": "graftlens.dashboards",
-    "evaluate": "graftlens.evaluate",
-    "position_grafts": "graftlens.evaluate",
+    "evaluate": "graftlens.evaluation",
+    "position_grafts": "graftlens.evaluation",
     "read_results": "graftlens.sweep.results",
     "run_experiment": "graftlens.experiment.run",
     "run_sweep": "graftlens.sweep.runner",

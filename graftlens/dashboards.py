@@ -13,11 +13,11 @@ import pandas as pd
 import torch
 
 from graftlens import __version__
-from graftlens.components import MODEL_COMPONENTS, Component, format_numbers
+from graftlens.components import Component, format_numbers
 from graftlens.folder import writable
-from graftlens.graft import Graft, Grafts, named_grafts
+from graftlens.graft import Graft, Grafts
 from graftlens.lens import direct_logit_attribution, divergence, logit_lens
-from graftlens.lens.runs import Runs, full_run, token_text
+from graftlens.lens.runs import Runs, token_text
 from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer, Input
 from graftlens.model.inputs import Batch
@@ -27,7 +27,8 @@ from graftlens.model.smollm2 import located
 from graftlens.prompts import Prompt, Tokenized, tokenize
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.scoring import joined_answers
-from graftlens.viz.dashboard import Dashboard, DashboardData, Run
+from graftlens.viz.dashboard import Dashboard
+from graftlens.viz.dashboarddata import DashboardData, Run
 from graftlens.viz.page import is_page
 
 C = Component
@@ -200,17 +201,16 @@ def _check(places: Mapping[str, str], prompt: Prompt, runs: Runs) -> None:
 
 def _runs(sources: Sequence[str], grafts: Grafts | None, full: Graft | str | None) -> Runs:
     """The runs, whose first two are called PRE and SFT whatever the caller calls them."""
-    given = {} if grafts is None else named_grafts(grafts)
-    ends = Runs.of(sources, None, full_run(sources, given, full))
-    known = set(ends.grafts.values())
-    rest = {name: graft for name, graft in given.items() if graft not in known}
-    for name in (ends.base, ends.full):
+    runs = Runs.of(sources, grafts, full)
+    first, whole = runs.grafts[runs.base], runs.grafts[runs.full]
+    rest = {name: graft for name, graft in runs.grafts.items() if graft not in (first, whole)}
+    for name, graft in (("PRE", first), ("SFT", whole)):
         if name in rest:
             raise ValueError(
                 f"graft {str(rest[name])!r} is called {name}, which is the name of "
-                f"{str(ends.grafts[name])!r} here. Give it another name."
+                f"{str(graft)!r} here. Give it another name."
             )
-    return Runs({**ends.grafts, **rest}, ends.base, ends.full)
+    return Runs({"PRE": first, "SFT": whole, **rest}, "PRE", "SFT")
 
 
 @torch.no_grad()
@@ -241,7 +241,7 @@ def _shares(model: GraftedTransformer, mask: GraftMask) -> dict[str, np.ndarray]
     rows = {component: i for i, component in enumerate(model.arch.components)}
     shares = {source: np.zeros((len(rows), mask.shape[1])) for source in model.sources}
     for (component, _), chosen in mask.sites.items():
-        layers = 1 if component in MODEL_COMPONENTS else model.cfg.n_layers
+        layers = len(model.arch.layers_of(component))
         groups = chosen.groups if isinstance(chosen, HeadSelection) else (((0,), chosen),)
         heads = sum(len(group) for group, _ in groups)
         for group, selection in groups:
@@ -280,10 +280,7 @@ def _components_from(arch: Architecture, mask: GraftMask, position: int, source:
         if len(heads) < len(groups):
             which = tuple(sorted(head for group, _ in heads for head in group or ()))
         found.setdefault((component, which), []).append(layer)
-    everything = {
-        (c, None): [None] if c in MODEL_COMPONENTS else list(range(arch.n_layers))
-        for c in arch.components
-    }
+    everything = {(c, None): list(arch.layers_of(c)) for c in arch.components}
     if found == everything:
         return "all weights"
     together: dict[tuple[tuple[int | None, ...], tuple[int, ...] | None], list[Component]] = {}

@@ -68,7 +68,7 @@ def test_shares_count_layers_and_heads(model: GraftedTransformer) -> None:
     for row, component in enumerate(model.arch.components):
         outside = component in ("embed", "ln_final", "unembed")
         layers = [None] if outside else list(range(LAYERS))
-        heads = range(model.arch.n_heads_of(component)) if component in ("q", "o") else [None]
+        heads = range(model.arch.n_units_of(component)) if component in ("q", "o") else [None]
         by_hand = np.mean(
             [mask.source_index(component, l, h)[0] == 1 for l in layers for h in heads], axis=0
         )
@@ -204,7 +204,7 @@ def test_the_command_says_what_is_wrong(
         ({"LT": "sft @ last : mlp : 9"}, None, "no layer 9"),
         ({"FE": "sft @ title"}, None, "no span 'title' here"),
         ({"PRE": "sft @ last"}, None, "'sft @ last' is called PRE"),
-        ({}, "stf", "full='stf' is no run of a finetuned source"),
+        ({}, "stf", "full='stf' is not a run of a finetuned source"),
     ],
 )
 def test_what_cannot_run_is_refused_before_weights_are_read(

@@ -9,10 +9,12 @@ import torch
 from conftest import MakeTiny, Tiny
 from reference import sequential_graft
 
-from graftlens.evaluate import COLUMNS, evaluate, position_grafts
+from graftlens import stats
+from graftlens.evaluation import evaluate, position_grafts
 from graftlens.graft import Graft
 from graftlens.metrics import next_tokens, sequence_logprob
 from graftlens.prompts import Prompt
+from graftlens.sweep.scoring import COLUMNS
 
 TEMPLATES = {
     "plays": "{first_entity} plays with",
@@ -58,7 +60,7 @@ def _choose(graft: Graft, positions: dict[str, set[int]], n: int) -> Callable[..
 def test_every_cell_is_what_the_sequential_algorithm_gives(llama: Tiny) -> None:
     prompts, grafts = _prompts(), position_grafts()
     table = evaluate(llama.model, prompts, grafts, top_k=4, row_budget=40, progress=False)
-    assert list(table.columns) == list(COLUMNS)
+    assert list(table.columns) == [*COLUMNS[:3], "base_run", "full_run", *COLUMNS[3:]]
     assert table[["prompt", "graft"]].values.tolist() == [
         [i, name] for i in range(len(prompts)) for name in grafts
     ]
@@ -116,7 +118,7 @@ def test_what_cannot_be_run_is_a_row_with_a_reason(llama: Tiny) -> None:
         Prompt("{first_entity} wit", {"first_entity": "Ann"}, "h"),
     ]
     table = evaluate(llama.model, prompts, {"T": "sft @ title", "LT": "sft @ last"}, progress=False)
-    assert len(table) == 8, "no prompt is dropped"
+    assert len(table) == 16, "no prompt is dropped, and PRE and SFT run too"
     reasons = {(r["prompt"], r["graft"]): r["reason"] for _, r in table.iterrows()}
     assert pd.isna(reasons[0, "T"])
     assert pd.isna(reasons[1, "LT"])
@@ -169,11 +171,59 @@ def test_metrics_by_hand() -> None:
     assert float(run) == pytest.approx(2 - math.log(z) + 3 - math.log(z2))
 
 
-def test_both_spellings_are_the_function(llama: Tiny) -> None:
-    """Regression: once the module was imported, `from graftlens import evaluate` gave that."""
-    import graftlens
-    import graftlens.evaluate
+def test_references_that_are_missing_run_too(llama: Tiny) -> None:
+    prompts = _prompts()[:3]
+    table = evaluate(llama.model, prompts, {"MLP": "sft @ all : mlp"}, progress=False)
+    assert table["graft"].tolist() == ["PRE", "SFT", "MLP"] * 3
+    assert table["rule"].tolist() == ["none", "sft @ all", "sft @ all : mlp"] * 3
+    assert set(table["base_run"]) == {"PRE"}
+    assert set(table["full_run"]) == {"SFT"}
+    summary = stats.summarise(table, by=(), resamples=100).set_index("graft")
+    means = table.groupby("graft")["logprob"].mean()
+    wanted = (means["MLP"] - means["PRE"]) / (means["SFT"] - means["PRE"])
+    assert summary.loc["MLP", "recovery"] == pytest.approx(wanted)
+    assert summary["base_run"].tolist() == ["PRE"] * 3
+    given = evaluate(
+        llama.model, prompts, {"all": "sft @ all", "PRE": "sft @ last"}, progress=False
+    )
+    assert given["graft"].tolist() == ["none", "all", "PRE"] * 3, "a name that is taken stays"
+    assert set(given["base_run"]) == {"none"}
+    assert set(given["full_run"]) == {"all"}
 
-    one = graftlens.evaluate(llama.model, _prompts()[:1], ["sft @ last"], progress=False)  # type: ignore[operator]
-    two = evaluate(llama.model, _prompts()[:1], ["sft @ last"], progress=False)
-    pd.testing.assert_frame_equal(one, two)
+
+def test_several_sources_have_a_full_run_only_where_one_is_named(tiny: MakeTiny) -> None:
+    model = tiny("llama", ("pre", "task", "relation"), tokenizer="llama3").model
+    prompts = _prompts()[:3]
+
+    def runs(grafts: dict[str, str], **options: str) -> pd.DataFrame:
+        return evaluate(model, prompts, grafts, answers="first", progress=False, **options)
+
+    table = runs({"LT": "task @ last"})
+    assert table["graft"].tolist() == ["PRE", "LT"] * 3
+    assert table["full_run"].isna().all()
+    summary = stats.summarise(table, by=(), metrics=("logprob",), resamples=100)
+    assert summary["recovery"].isna().all()
+    assert all("full= the name of a graft" in note for note in summary["recovery_note"])
+    for ask in (
+        lambda: stats.compare_all(table, against="PRE", metric="recovery", resamples=10),
+        lambda: stats.stability(table, resamples=10),
+    ):
+        with pytest.raises(ValueError, match=r"names no full run .* full= the name of a graft, or"):
+            ask()
+    assert set(runs({"LT": "task @ last", "R": "relation @ all"})["full_run"]) == {"R"}
+    both = {"T": "task @ all", "R": "relation @ all"}
+    assert runs(both)["full_run"].isna().all(), "which of the two is not for us to say"
+    assert set(runs(both, full="T")["full_run"]) == {"T"}
+    assert set(runs({"LT": "task @ last"}, full="task")["full_run"]) == {"SFT"}
+    with pytest.raises(ValueError, match=r"full='pre' is not a run of a finetuned source"):
+        runs(both, full="pre")
+
+
+def test_a_table_of_several_full_runs_names_none(llama: Tiny) -> None:
+    one = evaluate(llama.model, _prompts()[:2], {"LT": "sft @ last"}, progress=False)
+    other = evaluate(llama.model, _prompts()[:2], {"whole": "sft @ all"}, progress=False)
+    table = pd.concat([one, other[other["graft"] == "whole"]])
+    with pytest.raises(ValueError, match=r"'full_run' names several runs \('SFT', 'whole'\)"):
+        stats.summarise(table, by=(), resamples=10)
+    summary = stats.summarise(table, by=(), full="whole", resamples=10)
+    assert set(summary["full_run"]) == {"whole"}

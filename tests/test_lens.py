@@ -839,7 +839,7 @@ def test_what_cannot_count_as_sft(tiny: MakeTiny) -> None:
     model = tiny("gpt2", ("pre", "task", "relation"), tokenizer="gpt2").model
     grafts = {"nothing": "none", "mostly": "task @ ~last"}
     for full in ("none", "pre", "pre @ all", "pre @ last : o", "nothing", Graft()):
-        with pytest.raises(ValueError, match=r"no run of a finetuned source.* sources task relat"):
+        with pytest.raises(ValueError, match=r"not a run of a finetuned.* sources task relat"):
             logit_lens(model, PROMPTS[0], grafts, full=full)
     for slip, meant in (("tsk", "task"), ("mostyl", "mostly")):
         message = rf"full='{slip}' is no run .* sources task relation, .* Did you mean '{meant}'\?"

@@ -30,7 +30,7 @@ from lensoracle import (
 from reference import components_of, sequential_graft
 from torch import Tensor
 
-from graftlens.evaluate import evaluate
+from graftlens.evaluation import evaluate
 from graftlens.graft import Graft
 from graftlens.lens import direct_logit_attribution, divergence, logit_lens, patched, patching
 from graftlens.model.grafted import GraftedTransformer
@@ -550,7 +550,8 @@ def test_grafts_and_patches_side_by_side(oracles: OracleOf, variant: str) -> Non
     assert table["graft"].tolist() == names * 3
     assert table["prompt"].tolist() == [i for i in range(3) for _ in names]
     assert table["how"].tolist() == ["graft", "graft", *["graft", "patch"] * 2] * 3
-    assert table.attrs["recovery"] == {"base": "PRE", "full": "SFT"}
+    assert set(table["base_run"]) == {"PRE"}
+    assert set(table["full_run"]) == {"SFT"}
     texts = {"PRE": "none", "SFT": "sft @ all", **GRAFTS}
     for _, row in table.iterrows():
         i, asked = row["prompt"], oracle.asked[row["prompt"]]
@@ -696,4 +697,5 @@ def test_ends_under_their_own_names_are_not_patched(oracles: OracleOf) -> None:
     model = oracles("gpt2").tiny.model
     table = patching(model, PROMPTS[0], {"whole": "sft @ all", "LT": "sft @ last : o"})
     assert table["graft"].tolist() == ["PRE", "whole", "LT", "LT (patched)"]
-    assert table.attrs["recovery"] == {"base": "PRE", "full": "whole"}
+    assert set(table["base_run"]) == {"PRE"}
+    assert set(table["full_run"]) == {"whole"}

@@ -238,7 +238,7 @@ def test_a_damaged_record_of_the_end_is_named_and_made_again(
     """Regression: a bare JSONDecodeError or KeyError, and the same call could not mend it."""
     damage(copied / name)
     assert not is_done(copied)
-    with pytest.raises(ValueError, match=rf"{name}.* Give the sweep's command again: it makes"):
+    with pytest.raises(ValueError, match=rf"{name}.* Run the sweep's command again: it recreates"):
         sweep_result(copied)
     monkeypatch.setattr(runner.Scorer, "table", never)  # no shard is computed
     quietly(given, copied)
@@ -339,7 +339,7 @@ def test_a_users_files_beside_a_sweep_stay(given: dict[str, Any], tmp_path: Path
 def test_a_demo_does_not_overwrite_a_users_page(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text("<p>mine</p>")
-    with pytest.raises(FileExistsError, match=r"report\.html is in the way: the demo writes"):
+    with pytest.raises(ValueError, match=r"has report\.html in it and no \.graftlens of demo"):
         demo_module.demo(tmp_path, facts=6, epochs=1)
     assert page.read_text() == "<p>mine</p>"
     assert list(tmp_path.iterdir()) == [page]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from toytokenizers import TOKENIZERS
 
-from graftlens.evaluate import evaluate
+from graftlens.evaluation import evaluate
 from graftlens.graft import Graft
 from graftlens.lens import emergence, logit_lens
 from graftlens.lens.patching import patching

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from reference import sequential_graft
 from transformers import AutoModelForCausalLM
 
-from graftlens.evaluate import evaluate
+from graftlens.evaluation import evaluate
 from graftlens.graft import At, Graft, Rule
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.load import load

@@ -19,7 +19,9 @@ from needs import needs
 from test_report import Page
 
 from graftlens.viz import attention, theme
-from graftlens.viz.dashboard import FULL, Dashboard, DashboardData, Run, dashboard_page
+from graftlens.viz.dashboard import Dashboard, dashboard_page
+from graftlens.viz.dashboarddata import DashboardData, Run
+from graftlens.viz.dashboardscript import FULL
 from graftlens.viz.screenshot import screenshot
 from graftlens.viz.spelling import visible
 
@@ -616,7 +618,7 @@ def test_the_attention_view_has_the_numbers_and_a_fitting_scale():
 def test_a_view_of_the_wrong_shape_names_the_fix():
     with pytest.raises(ValueError, match=r"shape \(3, 4, 8, 8\).*\[head, 8, 8\] for 8 tokens"):
         attention.attention_view(patterns(0), TOKENS)
-    with pytest.raises(ValueError, match="2 names for 4 heads; give one name a head"):
+    with pytest.raises(ValueError, match="2 names for 4 heads; give one name per head"):
         attention.attention_view(patterns(0)[0], TOKENS, ["a", "b"])
     with pytest.raises(ValueError, match="not finite"):
         attention.attention_view(np.full((1, 2, 2), np.nan), ["a", "b"])

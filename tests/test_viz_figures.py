@@ -250,7 +250,7 @@ def test_names_are_no_markup_and_no_mathematics():
     spelled = "&lt;b&gt;&amp;&#36;x&#36; %"
     assert bars.grouped_bars(table).data[0].x[2] == spelled
     marked = table.assign(component=["q", "q", name], layer=["0", "1", "1"])
-    marked["base"], marked["full"] = "none", "none"
+    marked["base_run"], marked["full_run"] = "none", "none"
     (cells,) = traces(heatmaps.heatmap(marked), "heatmap")
     assert list(cells.y) == ["q", spelled]
 

@@ -3,6 +3,8 @@
 import base64
 import itertools
 import re
+import tomllib
+from pathlib import Path
 from urllib.parse import unquote
 
 import numpy as np
@@ -14,6 +16,7 @@ from summaries import ENDS, positions, site_map
 from test_report import Page
 
 from graftlens.viz import compare, figures, page, report, tables, text
+from graftlens.viz.render import render
 
 
 def experiment(folder):
@@ -159,6 +162,17 @@ def test_a_page_of_many_grafts_stays_small(tmp_path):
     assert path.stat().st_size - empty.stat().st_size < 1_500_000
 
 
+def test_templates_scripts_and_styles_are_installed():
+    """A file that no pattern names is in a checkout and missing from a wheel."""
+    package = Path(page.__file__).parent.parent
+    project = tomllib.loads((package.parent / "pyproject.toml").read_text())
+    named = project["tool"]["setuptools"]["package-data"]["graftlens"]
+    installed = {path for pattern in named for path in package.glob(pattern)}
+    beside = {p for p in package.joinpath("viz").rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    assert {p.suffix for p in installed} >= {".html", ".js", ".css"}
+    assert {p for p in beside if p.suffix != ".py"} <= installed
+
+
 # --- the report beside it --------------------------------------------------------------------
 
 
@@ -176,10 +190,14 @@ def test_a_report_of_many_grafts_leaves_the_ranks_out(tmp_path):
         }
         for p, g in itertools.product(range(2), names)
     ]
-    said = report._prompts(pd.DataFrame(rows), 100)
+
+    def said_of(rows):
+        return render("ranks.html", ranks=report._ranks(pd.DataFrame(rows), 100))
+
+    said = said_of(rows)
     assert "<table" not in said
     assert "The ranks of 2 prompts under 41 grafts are too many for a table here" in said
-    said = report._prompts(pd.DataFrame(rows[:3]), 100)
+    said = said_of(rows[:3])
     assert said.count("<td class='count'><strong>1</strong></td>") == 3
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 
 from graftlens.configfile import ConfigError
 from graftlens.experiment.config import ExperimentConfig, PartConfig
+from graftlens.references import COLUMNS as REFERENCES
 from graftlens.stats import GRAFT_COLUMNS, VALUE_METRICS, summarise
 from graftlens.sweep.config import Checked
 from graftlens.sweep.results import read_prompts, read_results
@@ -18,8 +19,8 @@ TAGS = ("grid", "position", "component", "layer", "head", "source", "layers", "r
 
 #: Columns of the results that statistics need.
 _NEEDED = (
-    "prompt", "graft", "rule", "template", "dataset", "answer", "rank", "prob", "logprob",
-    "answer_logprob", "logit_diff", "reason",
+    "prompt", "graft", "rule", *REFERENCES, "template", "dataset", "answer", "rank", "prob",
+    "logprob", "answer_logprob", "logit_diff", "reason",
 )  # fmt: skip
 
 

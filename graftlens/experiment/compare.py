@@ -126,6 +126,8 @@ def _read(path: Path) -> pd.DataFrame:
         frame = read_table(path, dtype=types)
     except (ValueError, OSError) as error:
         raise ValueError(f"{error} {AGAIN}") from None
+    # Version 0.1.0 called the columns that name the two references base and full.
+    frame = frame.rename(columns={"base": "base_run", "full": "full_run"})
     if "graft" not in frame or frame.empty:
         raise ValueError(f"{path} is not a table of grafts. {AGAIN}")
     return frame

@@ -127,8 +127,8 @@ def _finding(part: PartConfig, tables: PartTables) -> tuple[str, list[str]]:
         "metric": part.finding.metric,
         "sufficient": part.finding.enough,
         "complement": part.finding.rest,
-        "base": str(ends["base"]),
-        "full": str(ends["full"]),
+        "base": str(ends["base_run"]),
+        "full": str(ends["full_run"]),
     }
     verdicts = text.verdicts(tables.template, **names)
     return text.headline(tables.template, **names), [verdict.sentence for verdict in verdicts]

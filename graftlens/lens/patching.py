@@ -33,10 +33,12 @@ from graftlens.lens.runs import (
     token_text,
 )
 from graftlens.metrics import next_tokens
+from graftlens.model.arch import Site
 from graftlens.model.grafted import GraftedTransformer, GraftLike, Input
 from graftlens.model.inputs import Batch
 from graftlens.model.linear import HeadsIn, HeadsOut
-from graftlens.model.mask import GraftMask, HeadSelection, Selection, Site
+from graftlens.model.mask import GraftMask, HeadSelection, Selection
+from graftlens.references import marked
 
 C = Component
 
@@ -146,7 +148,8 @@ def patching(
     Args:
         model: the model.
         prompts: prompts with answers.
-        grafts: name -> graft, or grafts that go by their texts; PRE and SFT are always among them.
+        grafts: name -> graft, or grafts, which are keyed by their text; PRE and SFT are always
+            among them.
         top_k: how many of the likeliest tokens to keep.
         full: the run that counts as SFT, as in `logit_lens`.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
@@ -158,7 +161,7 @@ def patching(
 
     Raises:
         PromptError: a prompt without an answer, or one that a graft cannot be applied to.
-        ValueError: a `top_k` that is no number from 1, a graft that goes by the name of another
+        ValueError: a `top_k` that is not a number from 1, a graft that has the name of another
             one's patch, or a flag, as for `patched`.
     """
     top_k = from_1("top_k", top_k)
@@ -195,9 +198,7 @@ def patching(
                 none["reason"] = pd.Series(reason, scored.index, dtype=object)  # None stays None
                 scored = scored.assign(**none)
             parts.append(scored.assign(**said))
-    table = tidy(parts, ("prompt", "graft", "rule", "how"))
-    table.attrs["recovery"] = {"base": runs.base, "full": runs.full}
-    return table
+    return marked(tidy(parts, ("prompt", "graft", "rule", "how")), runs.base, runs.full)
 
 
 _OUTPUT_ONLY = "the graft is of ln_final and unembed only, whose output is the answer itself"

@@ -5,7 +5,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from itertools import chain, count
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -15,12 +15,13 @@ from torch import Tensor
 from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component, format_numbers, suggest
-from graftlens.graft import At, Graft, Grafts, Where, as_graft, named_grafts
+from graftlens.graft import At, Graft, Grafts, Where, named_grafts
+from graftlens.model.arch import Site
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import Batch
-from graftlens.model.mask import Site
 from graftlens.prompts import PromptError, Tokenized, continuation, ids_with
+from graftlens.references import References
 
 C = Component
 
@@ -115,56 +116,31 @@ class Runs:
 
     @classmethod
     def of(cls, sources: Sequence[str], grafts: Grafts | None, full: Graft | str | None) -> "Runs":
-        """The base (PRE) and one source everywhere (SFT), and `grafts`.
+        """The base (PRE) and one source everywhere (SFT), then the rest of `grafts`.
 
-        Those of `grafts` that are one of the two keep the names they have there.
+        Without a `full` run that is the source `sft`, or the only finetuned one.
 
         Raises:
             ValueError: a model of several finetuned sources, none of them `sft`, of which `full`
-                must name one; a graft that is no graft; or a `full` that is the base.
+                must name one; a graft that is not a graft; or a `full` that is the base.
         """
         given = {} if grafts is None else named_grafts(grafts)
-        whole = full_run(sources, given, full)
-        names = []
-        for usual, graft in (("PRE", Graft()), ("SFT", whole)):
-            known = next((name for name, g in given.items() if g == graft), None)
-            # A name that is given to another graft is not taken from it.
-            free = chain((usual, str(graft)), (f"{usual} {n}" for n in count(2)))
-            names.append(known or next(name for name in free if name not in given))
-        first = dict(zip(names, (Graft(), whole), strict=True))
-        return cls(first | given, *names)
-
-    def columns(self, name: str) -> dict[str, str]:
-        """What a table says of a run."""
-        return {"graft": name, "rule": str(self.grafts[name])}
-
-
-def full_run(sources: Sequence[str], given: Mapping[str, Graft], full: Graft | str | None) -> Graft:
-    """The run that counts as SFT: a given graft's name comes before a source's.
-
-    Raises:
-        ValueError: as for `Runs.of`.
-    """
-    base, *others = sources
-    if full is None:
-        if len(others) > 1 and "sft" not in others:
+        others = sources[1:]
+        if full is None and "sft" in others:
+            full = Graft.rule("sft")
+        elif full is None and len(others) != 1:
             raise ValueError(
                 f"this model has the sources {' '.join(sources)}: say which one the runs "
                 f'are held against, such as full="{sources[-1]} @ all".'
             )
-        return Graft.rule("sft" if "sft" in others else others[0])
-    known = {name: Graft.rule(name) for name in sources} | dict(given)
-    found = known.get(full, full) if isinstance(full, str) else full
-    # A text without an @ is no rule: a name with a slip, or the base's.
-    slip = isinstance(found, str) and "@" not in found
-    whole = Graft() if slip else as_graft(found, "full")
-    if set(whole.sources) <= {base}:
-        raise ValueError(
-            f"full={str(full)!r} is no run of a finetuned source. Give one of the sources "
-            f"{' '.join(others)}, the name of one of the grafts, or a graft, such as "
-            f'"{others[-1]} @ all".{suggest(str(full), [*others, *given])}'
-        )
-    return whole
+        found = References.of(given, sources, full)
+        assert found.full is not None
+        first = {name: found.grafts[name] for name in (found.base, found.full)}
+        return cls(first | dict(found.grafts), found.base, found.full)
+
+    def columns(self, name: str) -> dict[str, str]:
+        """What a table says of a run."""
+        return {"graft": name, "rule": str(self.grafts[name])}
 
 
 @dataclass(frozen=True)

@@ -8,20 +8,20 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
+from graftlens.references import named_in
 from graftlens.stats.intervals import difference_intervals
 from graftlens.stats.permutation import holm, sign_flips
 from graftlens.stats.recovery import gap_of, ratio_intervals
 from graftlens.stats.resampling import Draw, check_count, means_of, numbered, per_unit, unit_count
 from graftlens.stats.table import (
     Grid,
-    check_ends,
     check_groups,
     check_metrics,
     check_units,
     checked_table,
     choose_grafts,
     column_of,
-    ends_of,
+    end_places,
     groups_of,
     listed,
     with_notes,
@@ -148,7 +148,8 @@ def compare_all(
         ValueError: as `summarise`; not exactly one of `pairs` and `against`; a pair of a graft
             with itself, or given twice.
     """
-    base, full = ends_of(table, base, full)
+    if metric == "recovery":
+        base, full = named_in(table, base, full)
     by = (by,) if isinstance(by, str) else tuple(by)
     measured = recovery if metric == "recovery" else metric
     check_metrics((measured,), also="recovery")
@@ -161,15 +162,15 @@ def compare_all(
     named = _choose_pairs(known, pairs, against)
     chosen = list(dict.fromkeys(graft for pair in named for graft in pair))
     ends = None
-    if metric == "recovery":
-        check_ends(known, base, full, "another metric than 'recovery'")
-        chosen = list(dict.fromkeys((*chosen, base, full)))
-        ends = chosen.index(base), chosen.index(full)
+    if base is not None and metric == "recovery":
+        both = end_places(known, base, full, "another metric than 'recovery'")
+        chosen = list(dict.fromkeys((*chosen, *(known[place] for place in both))))
+        ends = end_places(chosen, base, full, "")
     place = {graft: column for column, graft in enumerate(chosen)}
     columns = [(place[a], place[b]) for a, b in named]
     settings: dict[str, object] = {"unit": unit}
     if ends is not None:
-        settings |= {"recovery_of": recovery, "base": base, "full": full}
+        settings |= {"recovery_of": recovery, "base_run": base, "full_run": full}
     settings |= {"level": level, "resamples": resamples, "permutations": permutations, "seed": seed}
     rows = []
     for key, group in groups_of(table[table["graft"].isin(chosen)], by):

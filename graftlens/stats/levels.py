@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from graftlens.references import named_in
 from graftlens.stats.intervals import effective_units, few_units, notes_of_flat, score_interval
 from graftlens.stats.recovery import gap_of, ratios_of
 from graftlens.stats.resampling import (
@@ -23,14 +24,13 @@ from graftlens.stats.resampling import (
 from graftlens.stats.table import (
     Grid,
     check_by,
-    check_ends,
     check_metrics,
     check_units,
     checked_table,
     choose_grafts,
     column_of,
     depth_of,
-    ends_of,
+    end_places,
     graft_facts,
     groups_of,
     with_notes,
@@ -84,7 +84,7 @@ def stability(
         ValueError: as `summarise`.
     """
     about = graft_facts(table)
-    base, full = ends_of(table, base, full)
+    base, full = named_in(table, base, full)
     measured = recovery if metric == "recovery" else metric
     check_metrics((measured,), also="recovery")
     draw = Draw("prompt" if unit == by else unit, level, resamples, seed)
@@ -98,8 +98,7 @@ def stability(
     chosen = choose_grafts(table, grafts)
     ends = None
     if metric == "recovery":
-        check_ends(chosen, base, full, "another metric than 'recovery'")
-        ends = chosen.index(base), chosen.index(full)
+        ends = end_places(chosen, base, full, "another metric than 'recovery'")
     table = table[table["graft"].isin(chosen)]
     names = [str(name) for name in pd.unique(table[by])]
     shares = np.full((len(names), len(chosen)), np.nan)
@@ -155,7 +154,7 @@ def stability(
         said = no_interval[column]
         row |= {"note": "; ".join(notes if said is None else [*notes, said]) or None}
         if ends is not None:
-            row |= {"recovery_of": recovery, "base": base, "full": full}
+            row |= {"recovery_of": recovery, "base_run": base, "full_run": full}
         rows.append(row | {"unit": unit, "level": level, "resamples": resamples, "seed": seed})
     return with_notes(pd.DataFrame(rows), "note")
 

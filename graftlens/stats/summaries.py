@@ -5,19 +5,20 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
+from graftlens.references import named_in
 from graftlens.stats.intervals import mean_intervals
 from graftlens.stats.recovery import recoveries
 from graftlens.stats.resampling import Draw, means_of, numbered, unit_count
 from graftlens.stats.table import (
+    NO_FULL_RUN,
     Grid,
-    check_ends,
     check_groups,
     check_metrics,
     check_units,
     checked_table,
     choose_grafts,
     column_of,
-    ends_of,
+    end_places,
     graft_facts,
     groups_of,
     with_notes,
@@ -51,8 +52,8 @@ def summarise(
       argument, with `recovery_low`, `recovery_high`, and `recovery_note`: None, or why a value or
       its interval is NaN;
     - of a sweep's table also `source`, `span`, `component`, `layer` and `head` of the graft;
-    - `recovery_of`, `base`, `full`, `level`, `resamples`, `seed`, `unit`: how the row was computed;
-      `units`: how many units the prompts used belong to.
+    - `recovery_of`, `base_run`, `full_run`, `level`, `resamples`, `seed`, `unit`: how the row was
+      computed; `units`: how many units the prompts used belong to.
 
     Intervals are percentile intervals of a paired bootstrap over units (Efron & Tibshirani 1993,
     chapter 13). Two cases where that would claim more than the data hold:
@@ -66,9 +67,10 @@ def summarise(
     - A mean of other metrics over one unit has no interval (NaN).
 
     Recovery is computed within each resample. It is NaN where full − base is 0 or its interval
-    includes 0: there is nothing to recover. The few resamples in which full − base has the other
-    sign count against both ends. Recovery is 0 for `base` and 1 for `full` by definition; for
-    another graft an interval without width (all resamples equal) is given as NaN with a note.
+    includes 0 (there is nothing to recover), and where the table names no full run. The few
+    resamples in which full − base has the other sign count against both ends. Recovery is 0 for
+    `base` and 1 for `full` by definition; for another graft an interval without width (all
+    resamples equal) is given as NaN with a note.
 
     An optional metric (`answer_logprob`, `logit_diff`) that no prompt of a group has is NaN; one
     that only some have is an error, because its mean would be over other prompts.
@@ -82,7 +84,8 @@ def summarise(
             values, or prompts that belong to several groups or units.
     """
     about = graft_facts(table)
-    base, full = ends_of(table, base, full)
+    if recovery is not None:
+        base, full = named_in(table, base, full)
     by = (by,) if isinstance(by, str) else tuple(by)
     names = (*(f"top{k}" for k in ks), *metrics)
     wanted = names if recovery is None else (*names, recovery)
@@ -95,8 +98,9 @@ def summarise(
     check_groups(table, by)
     check_units(table, unit)
     chosen = choose_grafts(table, grafts)
-    if recovery is not None:
-        check_ends(chosen, base, full, "recovery=None")
+    ends = None
+    if base is not None and full is not None and recovery is not None:
+        ends = end_places(chosen, base, full, "recovery=None")
     rows: list[dict[str, object]] = []
     for key, group in groups_of(table[table["graft"].isin(chosen)], by):
         grid = Grid.of(group, chosen)
@@ -108,9 +112,11 @@ def summarise(
         found: dict[str, tuple[Sequence[object] | np.ndarray, ...]] = {}
         for name in names:
             found[name] = (means_of(values[name]), *mean_intervals(name, values[name], units, draw))
-        if recovery is not None:
-            ends = chosen.index(base), chosen.index(full)
+        if recovery is not None and ends is not None:
             found["recovery"] = recoveries(values[recovery], ends, units, draw)
+        elif recovery is not None:
+            nothing = np.full(len(chosen), np.nan)
+            found["recovery"] = (nothing, nothing, nothing, [NO_FULL_RUN] * len(chosen))
         for column, graft in enumerate(chosen):
             row = dict(zip(by, key, strict=True))
             row |= {"graft": graft} | about.get(graft, {}) | {"n": n, "not_run": len(used) - n}
@@ -119,7 +125,7 @@ def summarise(
                 kinds = zip(("", "_low", "_high", "_note"), parts, strict=False)
                 row |= {f"{name}{kind}": part[column] for kind, part in kinds}
             if recovery is not None:
-                row |= {"recovery_of": recovery, "base": base, "full": full}
+                row |= {"recovery_of": recovery, "base_run": base, "full_run": full}
             row |= {"level": level, "resamples": resamples, "seed": seed}
             rows.append(row | {"unit": unit, "units": unit_count(units)})
     return with_notes(pd.DataFrame(rows), "recovery_note")

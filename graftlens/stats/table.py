@@ -13,6 +13,8 @@ VALUE_METRICS = ("rank", "prob", "logprob", "answer_logprob", "logit_diff")
 OPTIONAL_METRICS = ("answer_logprob", "logit_diff")
 #: Columns of a sweep's table that say what a graft is; a summary's rows carry them on.
 GRAFT_COLUMNS = ("source", "span", "component", "layer", "head")
+#: Why there is no recovery of a table whose column names no full run.
+NO_FULL_RUN = "the table names no full run (column 'full_run'): give full= the name of a graft"
 
 
 @dataclass(frozen=True)
@@ -140,14 +142,6 @@ def graft_facts(table: pd.DataFrame) -> dict[str, dict[str, object]]:
     return {str(graft): dict(row) for graft, row in first.astype(object).iterrows()}
 
 
-def ends_of(table: pd.DataFrame, base: str | None, full: str | None) -> tuple[str, str]:
-    """The grafts that recovery lies between: those given, else those that the table names (as
-    `evaluate` and `read_results` do), else PRE and SFT.
-    """
-    known = table.attrs.get("recovery", {})
-    return base or known.get("base", "PRE"), full or known.get("full", "SFT")
-
-
 def choose_grafts(table: pd.DataFrame, grafts: Sequence[str] | None) -> list[str]:
     known = list(pd.unique(table["graft"]))
     if grafts is None:
@@ -209,13 +203,19 @@ def _with_several(table: pd.DataFrame, name: str) -> object | None:
     return None if several.empty else several.min()
 
 
-def check_ends(grafts: Sequence[str], base: str, full: str, otherwise: str) -> None:
+def end_places(
+    grafts: Sequence[str], base: str, full: str | None, otherwise: str
+) -> tuple[int, int]:
+    """Where the two runs that recovery is measured between stand among the grafts."""
+    if full is None:
+        raise ValueError(f"{NO_FULL_RUN}, or {otherwise}")
     for role, name in (("base", base), ("full", full)):
         if name not in grafts:
             raise ValueError(
                 f"{role}={name!r} is not one of the grafts {listed(grafts)}: "
                 f"give {role}= the name of a graft in the table, or {otherwise}"
             )
+    return grafts.index(base), grafts.index(full)
 
 
 def check_metrics(names: Sequence[str], also: str | None = None) -> None:

@@ -30,6 +30,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from graftlens.folder import parse_json, read_text
 from graftlens.prompts import Prompt
+from graftlens.references import COLUMNS as REFERENCES
 from graftlens.sweep.disk import DamagedError, check_json, digest, sealed, sealed_json, unsealed
 
 #: What a shard holds: `prompt` is the prompt's number, `graft` the graft's place in the config.
@@ -58,7 +59,8 @@ PROMPT_COLUMNS = ("template", "dataset", "text", "answer")
 
 #: The columns of the results, in their order.
 RESULT_COLUMNS = (
-    *("prompt", "graft", *GRAFT_COLUMNS, "template", "dataset", "model", "text", "answer"),
+    *("prompt", "graft", *GRAFT_COLUMNS, *REFERENCES),
+    *("template", "dataset", "model", "text", "answer"),
     *SHARD.names[2:],
 )
 
@@ -386,7 +388,8 @@ def read_results(
 
     Returns:
         Columns `prompt` (number), `graft` (name), `rule`, `source`, `span`, `component`, `layer`,
-        `head` (of grafts with one rule), `template`, `dataset`, `model` (the sources), `text`,
+        `head` (of grafts with one rule), `base_run` and `full_run` (the names of the grafts that
+        recovery is measured between), `template`, `dataset`, `model` (the sources), `text`,
         `answer`, then the measures of `graftlens.evaluate` (`ties` is NA in folders of version
         0.1.0, which did not count them) with `distractor_logprobs` (nats), and
         `reason`: why a cell could not be run, where all numbers are NA. Texts that repeat are
@@ -415,9 +418,7 @@ def read_results(
     tables = list(found)
     empty = pa.schema([SHARD.field(name) for name in stored]).empty_table()
     whole = pa.concat_tables(tables or [empty])
-    table = frame(whole.sort_by([("prompt", "ascending"), ("graft", "ascending")]))
-    table.attrs["recovery"] = dict(manifest.recovery)
-    return table
+    return frame(whole.sort_by([("prompt", "ascending"), ("graft", "ascending")]))
 
 
 def _tables(out: Path, manifest: Manifest, stored: Sequence[str]) -> Iterator[pa.Table]:
@@ -463,7 +464,11 @@ class _Joined:
             for column in GRAFT_COLUMNS
             if column in wanted
         }
-        self.model = ", ".join(f"{n}: {s}" for n, s in manifest.config["sources"].items())
+        #: Columns that have one value in all rows.
+        ends = map(manifest.recovery.get, ("base", "full"))
+        self.constant = dict(zip(REFERENCES, ends, strict=True))
+        sources = manifest.config["sources"].items()
+        self.constant["model"] = ", ".join(f"{name}: {place}" for name, place in sources)
 
     def __call__(self, table: pa.Table) -> pd.DataFrame:
         numbers = table["prompt"].to_numpy()
@@ -477,8 +482,9 @@ class _Joined:
                 return numbers
             if name == "graft":
                 return pd.Categorical.from_codes(places, self.names)
-            if name == "model":
-                return pd.Categorical.from_codes(np.zeros(len(places), dtype=int), [self.model])
+            if name in self.constant:
+                codes, values = _codes([self.constant[name]])
+                return pd.Categorical.from_codes(codes[np.zeros(len(places), dtype=int)], values)
             if name in self.of_graft:
                 codes, values = self.of_graft[name]
                 return pd.Categorical.from_codes(codes[places], values)

@@ -1,61 +1,26 @@
-"""CircuitsVis without a network: its script inside the page, and attention heads in a notebook."""
+"""Attention heads by CircuitsVis, in a notebook or as a page, without a network."""
 
 import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import numpy as np
+from markupsafe import Markup
 
 from graftlens.folder import write_whole
-from graftlens.viz import page, theme
+from graftlens.viz import theme
+from graftlens.viz.render import render
 from graftlens.viz.spelling import isolated, visible
 
 #: From no attention to all of it, and below zero, zero, above zero in differences.
 PATTERN = theme.SEQUENTIAL[-1]
 NEGATIVE, POSITIVE = theme.DIVERGING[1], theme.DIVERGING[-2]
 
-#: CircuitsVis draws on white; in the dark its views, and what stands with them, are turned over
-#: and keep their hues.
-STYLE = f"""
-.circuits {{ position: relative; color: {theme.LIGHT.text}; }}
-@media screen and (prefers-color-scheme: dark) {{
-  .circuits {{ filter: invert(.91) hue-rotate(180deg); }}
-}}
-"""
 
-#: `circuits(place, component, props)` shows a CircuitsVis component in an element with an id, or
-#: gives new props to the one that is there.
-#:
-#: `CircuitsVis.render` makes a React root at each call and never lets go of its charts. So one
-#: root stays in each place, with a component that React can be told to draw again. React itself
-#: is not exported; `Hello`, which is no more than an element, gives the form of an element.
-RENDER = """
-class Shown {
-  constructor(props) { this.props = props; props.place.shown = this; }
-  render() {
-    const {component, props} = this.props.place.asked;
-    return {...CircuitsVis.Hello({name: ""}), type: component, props};
-  }
-}
-Shown.prototype.isReactComponent = {};
-Shown.prototype.componentDidMount = function () {
-  this.props.place.removeAttribute("aria-busy");
-};
-function circuits(place, component, props) {
-  const first = !place.asked;
-  place.asked = {component, props};
-  if (first) CircuitsVis.render(place.id, Shown, {place});
-  // One that is not there yet will be made of what is asked last.
-  else if (place.shown) place.shown.updater.enqueueForceUpdate(place.shown);
-}
-"""
-
-
-def circuitsvis_script() -> str:
-    """CircuitsVis's own script (a global `CircuitsVis`), fit to stand in a script element.
+def circuitsvis_script() -> Markup:
+    """CircuitsVis's own script (a global `CircuitsVis`), fit to be inside a script element.
 
     Raises:
         ModuleNotFoundError: CircuitsVis is not installed.
@@ -72,10 +37,10 @@ def circuitsvis_script() -> str:
             "pip install --force-reinstall circuitsvis"
         )
     script = re.sub(r"\n//# sourceMappingURL=\S*\s*$", "\n", path.read_text(encoding="utf-8"))
-    # Inside a script element these would end it, or hide its end; they stand in strings only.
+    # Inside a script element these would end it, or hide its end; they occur in strings only.
     script = re.sub(r"<(?=/?script|!--)", r"\\x3c", script, flags=re.IGNORECASE)
-    # It tries WebAssembly, does without, and would leave an offence against the page's policy.
-    return f"const CircuitsVis = (WebAssembly => {{\n{script}\nreturn CircuitsVis;\n}})();"
+    # It tries WebAssembly, does without, and would violate the page's policy.
+    return Markup(f"const CircuitsVis = (WebAssembly => {{\n{script}\nreturn CircuitsVis;\n}})();")
 
 
 @dataclass(frozen=True)
@@ -108,12 +73,12 @@ def attention_view(
         pattern: [head, query, key]; where a value is negative it is shown as a difference, on a
             scale that is symmetric around 0, else on one from 0 to 1. What is above the diagonal
             is not shown.
-        tokens: one text a position.
-        names: one name a head; "head 0", "head 1", … if not given.
+        tokens: one text per position.
+        names: one name per head; "head 0", "head 1", … if not given.
         height: of the view in a notebook, in pixels.
 
     Raises:
-        ValueError: shapes that do not go together, or values that are not finite.
+        ValueError: shapes that do not fit together, or values that are not finite.
         ModuleNotFoundError: CircuitsVis is not installed.
     """
     pattern = np.asarray(pattern, dtype=np.float64)
@@ -128,7 +93,7 @@ def attention_view(
     names = [f"head {head}" for head in range(len(pattern))] if names is None else list(names)
     if len(names) != len(pattern):
         raise ValueError(
-            f"{len(names)} names for {len(pattern)} heads; give one name a head, or none"
+            f"{len(names)} names for {len(pattern)} heads; give one name per head, or none"
         )
     signed = bool((pattern < 0).any())
     limit = float(np.abs(np.tril(pattern)).max()) or 1.0 if signed else 1.0
@@ -147,23 +112,16 @@ def attention_view(
         "maskUpperTri": True,
     }
     scale = f"from −{limit:.2g} (blue) to {limit:.2g} (red)" if signed else "from 0 to 1"
-    body = (
-        f"<p class='notes'>Row: the token that attends; column: the token attended to. Values "
-        f"{scale}.</p><div class='circuits' id='heads'></div>"
+    html = render(
+        "attention.html",
+        title="Attention heads",
+        scale=scale,
+        props=props,
+        circuitsvis=circuitsvis_script(),
     )
-    start = (
-        f"circuits(document.getElementById('heads'), CircuitsVis.AttentionHeads, "
-        f"{page.as_json(props)});"
-    )
-    scripts = (circuitsvis_script(), RENDER, start)
-    return AttentionView(
-        page.document("Attention heads", body, style=STYLE, scripts=scripts, charts=False), height
-    )
+    return AttentionView(html, height)
 
 
 def frame(html: str, *, height: int, title: str) -> str:
     """A whole page inside another, such as a notebook's output."""
-    return (
-        f'<iframe srcdoc="{escape(html)}" title="{escape(title)}" '
-        f'style="width: 100%; height: {height}px; border: 0"></iframe>'
-    )
+    return render("frame.html", html=html, height=height, title=title)

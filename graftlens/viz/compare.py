@@ -10,12 +10,14 @@ import pandas as pd
 from scipy.stats import kendalltau
 
 from graftlens.folder import at_home, claim
+from graftlens.references import COLUMNS as REFERENCES
+from graftlens.references import are_references
 from graftlens.viz import text
 from graftlens.viz.figures import bar_chart, heat_map
 from graftlens.viz.page import MAX_ROWS, ExperimentPage, Figure, Part, Table, experiment_page
 from graftlens.viz.tables import write_table
 
-#: The file that makes the folder of a page's tables ours.
+#: The file that made the folder of a page's tables ours in version 0.1.0.
 MARKER = "graftlens-tables.txt"
 
 #: Bars of more grafts than this cannot be told apart.
@@ -88,7 +90,7 @@ def agreement(one: pd.DataFrame, other: pd.DataFrame, metric: str) -> tuple[int,
     """
     held = []
     for frame in (one, other):
-        rows = frame[frame[metric].notna() & ~_ends(frame)]
+        rows = frame[frame[metric].notna() & ~are_references(frame)]
         held.append(pd.Series(rows[metric].to_numpy(float), index=rows["graft"].astype(str)))
     both = pd.concat(held, axis=1, join="inner").to_numpy()
     if len(both) < 2 or any(np.ptp(both, axis=0) == 0):
@@ -142,7 +144,8 @@ def _part(title: str, frames: Mapping[str, pd.DataFrame], metric: str, stem: Pat
         crossed = _crossed(view, metric)
         files = {}
         if len(crossed) > MAX_ROWS:
-            claim(stem.parent, MARKER, f"Tables of {stem.parent.name.removesuffix('_tables')}\n")
+            earlier = (stem.parent / MARKER).is_file()
+            claim(stem.parent, "tables", taken=() if earlier else None)
             files = write_table(crossed, stem.with_name(f"{stem.name}_{_plain(name)}"))
         tables.append(Table(_capital(f"{where}{label} by graft and run"), crossed, files))
         for (a, one), (b, other) in combinations(view.items(), 2):
@@ -204,7 +207,7 @@ def _joined(view: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 
 def _panelled(joined: pd.DataFrame) -> pd.DataFrame:
     """The same with `run` naming also whatever else tells two grafts of one cell apart."""
-    cells = joined[~_ends(joined)]
+    cells = joined[~are_references(joined)]
     told = ("grid", "source", "span", "position", "head")
     apart = [c for c in told if c in cells and cells[c].nunique() > 1]
     named = joined["run"].astype(str)
@@ -217,18 +220,12 @@ def _is_map(frame: pd.DataFrame) -> bool:
     """Whether every graft, but for the ends, has one component and one layer."""
     if not {"component", "layer"} <= set(frame.columns):
         return False
-    rows = frame[~_ends(frame)]
+    rows = frame[~are_references(frame)]
     component, layer = (
         rows[c].astype(object).fillna("").astype(str) for c in ("component", "layer")
     )
     single = component.ne("") & ~component.str.contains("+", regex=False)
     return len(rows) > 0 and bool((single & layer.str.fullmatch(r"\d+")).all())
-
-
-def _ends(frame: pd.DataFrame) -> "pd.Series[bool]":
-    if not {"base", "full"} <= set(frame.columns):
-        return pd.Series(False, index=frame.index)
-    return frame["graft"].eq(frame["base"]) | frame["graft"].eq(frame["full"])
 
 
 def _crossed(view: Mapping[str, pd.DataFrame], metric: str) -> pd.DataFrame:
@@ -250,7 +247,7 @@ def _cautions(frames: Mapping[str, pd.DataFrame], metric: str) -> list[str]:
     for what, columns in (
         ("level of the intervals", ("level",)),
         ("unit that is resampled", ("unit",)),
-        ("ends of recovery", ("recovery_of", "base", "full")),
+        ("ends of recovery", ("recovery_of", *REFERENCES)),
     ):
         if what == "ends of recovery" and metric != "recovery":
             continue

@@ -16,7 +16,9 @@ from typing import Any, Literal, get_args
 import plotly.graph_objects as go
 
 from graftlens.folder import at_home, write_whole
-from graftlens.viz import page, theme
+from graftlens.viz import theme
+from graftlens.viz.page import Figure
+from graftlens.viz.render import render
 
 Format = Literal["html", "png", "svg"]
 
@@ -222,6 +224,4 @@ def _said(error: BaseException) -> str:
 
 
 def _own_page(figure: go.Figure, title: str) -> str:
-    shown = page.Figure("", title, figure)
-    body = f"<h1>{html.escape(title)}</h1>{page.figures([shown], folder=Path())}"
-    return page.document(title, body)
+    return render("figure.html", title=title, figure=Figure("", title, figure))

@@ -9,6 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from graftlens.references import are_references
 from graftlens.stats import GRAFT_COLUMNS
 from graftlens.viz import text, theme
 from graftlens.viz.spelling import escaped
@@ -170,8 +171,8 @@ def cells(
             )
     rows = summary.reset_index(drop=True)
     keep = rows[wanted].notna().all(axis=1)
-    if {x, y} & set(GRAFT_COLUMNS) and {"base", "full"} <= set(rows.columns):
-        keep &= ~(rows["graft"].eq(rows["base"]) | rows["graft"].eq(rows["full"]))
+    if {x, y} & set(GRAFT_COLUMNS):
+        keep &= ~are_references(rows)
     rows = rows[keep]
     if rows.empty:
         raise ValueError(

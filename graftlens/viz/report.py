@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 
 import pandas as pd
@@ -10,7 +9,8 @@ import pandas as pd
 from graftlens.folder import at_home, write_whole
 from graftlens.viz import page, text
 from graftlens.viz.figures import bar_chart
-from graftlens.viz.spelling import characters
+from graftlens.viz.render import render
+from graftlens.viz.spelling import spanned
 
 #: With more grafts than this the ranks prompt by prompt are no table that anyone reads.
 MAX_GRAFTS = 40
@@ -41,6 +41,16 @@ class Example:
                 f"example {self.title!r}: predictions for {', '.join(map(repr, unknown))}, but "
                 f"grafted has {', '.join(map(repr, self.grafted))}; give the marks of each graft"
             )
+
+    def where(self, graft: str) -> str:
+        """The marked token numbers in words, so that nothing depends on seeing the marks."""
+        marked = [number for number, on in enumerate(self.grafted[graft], start=1) if on]
+        if not marked:
+            return "base weights everywhere"
+        if len(marked) == len(self.tokens):
+            return "finetuned weights at every token"
+        plural = "s" if len(marked) > 1 else ""
+        return f"finetuned weights at token{plural} {spanned(marked)} of {len(self.tokens)}"
 
 
 def write_report(
@@ -76,46 +86,39 @@ def write_report(
         lead = text.headline(summary, metric=metric)
     if findings is None:
         findings = [verdict.sentence for verdict in text.verdicts(summary, metric=metric)]
-    body = "\n".join(
-        (
-            f"<header><h1>{escape(title)}</h1><p class='lead'>{escape(lead)}</p></header>",
-            page.section("found", "What the numbers say", page.bullets(findings)),
-            page.section("charts", "Charts", page.figures(charts, folder=path.parent)),
-            page.section("numbers", "Numbers", _numbers(summary, table)),
-            page.section("examples", "Example prompts", _examples(examples)) if examples else "",
-            page.section("prompts", "Prompt by prompt", _prompts(table, max_prompts)),
-            page.section("grafts", "The grafts", page.rules(_rules(table))),
-            page.section("run", "What was run and how", page.definitions(provenance)),
-        )
+    html = render(
+        "report.html",
+        title=title,
+        lead=lead,
+        findings=findings,
+        charts=charts,
+        numbers=_numbers(summary, table),
+        examples=examples,
+        ranks=_ranks(table, max_prompts),
+        rules=_rules(table),
+        provenance=provenance,
+        folder=path.parent,
     )
-    return write_whole(path, page.document(title, body))
+    return write_whole(path, html)
 
 
-def _numbers(summary: pd.DataFrame, table: pd.DataFrame) -> str:
+def _numbers(summary: pd.DataFrame, table: pd.DataFrame) -> dict[str, object]:
+    """The tables of numbers, a group each, and the notes below them."""
     facts = [text.measure(summary, name) for name in text.metrics(summary)]
     first = summary.iloc[0]
-    head = "".join(
-        f"<th scope='col'>{escape(fact.name.replace('_', ' '))}"
-        f"<small>{escape(fact.unit)}</small></th>"
-        for fact in facts
-    )
-    parts = []
+    groups = []
     for name, part in text.groups(summary).items():
         n, left = int(part["n"].iloc[0]), int(part["not_run"].iloc[0])
-        rows = "".join(
-            f"<tr><th scope='row'>{escape(str(row['graft']))}</th>"
-            f"{''.join(_cell(fact, row) for fact in facts)}"
-            f"<td class='count'>{int(row['failed'])}</td></tr>"
+        rows = [
+            {
+                "graft": row["graft"],
+                "cells": [_cell(fact, row) for fact in facts],
+                "failed": int(row["failed"]),
+            }
             for _, row in part.iterrows()
-        )
+        ]
         counted = f"{n} prompts used" + (f", {left} left out" if left else "")
-        parts.append(
-            f"<div class='scroll' tabindex='0' role='region' aria-label='Numbers, {escape(name)}'>"
-            f"<table><caption>{escape(name)}: {counted}</caption>"
-            f"<thead><tr><th scope='col'>graft</th>{head}"
-            f"<th scope='col'>not run<small>prompts</small></th></tr></thead>"
-            f"<tbody>{rows}</tbody></table></div>"
-        )
+        groups.append({"name": name, "counted": counted, "rows": rows})
     notes = [
         f"Each cell: the value, below it its {text.level(summary)} interval over "
         f"{text.resampled(summary)}. Intervals are those of a paired bootstrap "
@@ -131,109 +134,47 @@ def _numbers(summary: pd.DataFrame, table: pd.DataFrame) -> str:
         ["graft", "reason"], sort=False, observed=True
     ):
         notes.append(f"{graft} was not run for {len(rows_left)} prompts: {reason}")
-    return (
-        "\n".join(parts)
-        + f"<ul class='notes'>{''.join(f'<li>{escape(n)}</li>' for n in notes)}</ul>"
-    )
+    head = [(fact.name.replace("_", " "), fact.unit) for fact in facts]
+    return {"head": head, "groups": groups, "notes": notes}
 
 
-def _cell(fact: text.Measure, row: "pd.Series[object]") -> str:
-    value, low, high = (float(row[f"{fact.name}{end}"]) for end in ("", "_low", "_high"))
-    said = text.written(fact, row)
-    number, _, interval = said.partition(" ")
-    return (
-        f"<td data-metric='{escape(fact.name)}' data-value='{value!r}' data-low='{low!r}' "
-        f"data-high='{high!r}'>{escape(number)} <small>{escape(interval)}</small></td>"
-    )
+def _cell(fact: text.Measure, row: "pd.Series[object]") -> dict[str, str]:
+    number, _, interval = text.written(fact, row).partition(" ")
+    value, low, high = (repr(float(row[f"{fact.name}{end}"])) for end in ("", "_low", "_high"))
+    written = {"number": number, "interval": interval}
+    return {"metric": fact.name, "value": value, "low": low, "high": high} | written
 
 
-def _examples(examples: Sequence[Example]) -> str:
-    legend = (
-        "<p class='legend'>Key: <mark>marked</mark> token: finetuned weights here; "
-        "<span class='token'>plain</span> token: base weights. "
-        "<span class='ws'>·</span> is a space, <span class='ws'>↵</span> a line break, "
-        "<span class='ws'>→</span> a tab. ✓ is the answer's first token.</p>"
-    )
-    parts = []
-    for example in examples:
-        rows = []
-        for graft, marks in example.grafted.items():
-            line = "".join(
-                f"<mark>{_token(token)}</mark>"
-                if on
-                else f"<span class='token'>{_token(token)}</span>"
-                for token, on in zip(example.tokens, marks, strict=True)
-            )
-            guesses = "".join(
-                f"<li{_right(token == example.target)}><span class='token'>{_token(token)}</span> "
-                f"{100 * probability:.1f}%{_tick(token == example.target)}</li>"
-                for token, probability in example.predictions.get(graft, ())
-            )
-            guessed = (
-                f"<ol class='guesses' aria-label='most likely next tokens'>{guesses}</ol>"
-                if guesses
-                else ""
-            )
-            rows.append(
-                f"<div class='graft'><h4>{escape(graft)} <small>{_where(marks)}</small></h4>"
-                f"<p class='tokens'>{line}</p>{guessed}</div>"
-            )
-        parts.append(
-            f"<article><h3>{escape(example.title)}</h3>"
-            f"<p>Answer: <strong>{_token(example.answer)}</strong></p>{''.join(rows)}</article>"
-        )
-    return legend + "\n".join(parts)
+@dataclass(frozen=True)
+class Ranks:
+    """Prompt by prompt, the rank of the answer under each graft; without rows, `why` not."""
+
+    grafts: Sequence[str] = ()
+    rows: Sequence[Mapping[str, object]] = ()
+    """`prompt` (its number), `text`, `answer`, and `cells`: rank, or None with the reason."""
+    rest: int = 0
+    """How many prompts are not listed."""
+    why: str = ""
 
 
-def _where(marks: Sequence[bool]) -> str:
-    """The marked token numbers in words, so that nothing hangs on seeing the marks."""
-    if not any(marks):
-        return "base weights everywhere"
-    if all(marks):
-        return "finetuned weights at every token"
-    runs: list[list[int]] = []
-    for number, on in enumerate(marks, start=1):
-        if on and runs and runs[-1][1] == number - 1:
-            runs[-1][1] = number
-        elif on:
-            runs.append([number, number])
-    said = ", ".join(str(a) if a == b else f"{a}–{b}" for a, b in runs)
-    plural = "s" if sum(marks) > 1 else ""
-    return f"finetuned weights at token{plural} {said} of {len(marks)}"
-
-
-def _right(hit: bool) -> str:
-    return " class='right'" if hit else ""
-
-
-def _tick(hit: bool) -> str:
-    return " <span aria-label='the answer'>✓</span>" if hit else ""
-
-
-def _token(token: str) -> str:
-    """A token's text as HTML: escaped, its white space and control characters made visible."""
-    return "".join(
-        f"<span class='ws'>{shown}</span>" if mark else escape(shown)
-        for shown, mark in characters(token)
-    )
-
-
-def _prompts(table: pd.DataFrame, max_prompts: int) -> str:
+def _ranks(table: pd.DataFrame, max_prompts: int) -> Ranks:
     grafts = list(dict.fromkeys(table["graft"]))
     prompts = sorted(dict.fromkeys(table["prompt"]))
     shown = prompts[:max_prompts]
     if not shown:
-        return f"<p>{len(prompts)} prompts, not listed here.</p>"
+        return Ranks(why=f"{len(prompts)} prompts, not listed here.")
     if len(grafts) > MAX_GRAFTS:
-        return (
-            f"<p>The ranks of {len(prompts)} prompts under {len(grafts)} grafts are too many for a "
-            f"table here (it is shown for up to {MAX_GRAFTS} grafts); they are in the results "
-            "table.</p>"
+        return Ranks(
+            why=f"The ranks of {len(prompts)} prompts under {len(grafts)} grafts are too many for "
+            f"a table here (it is shown for up to {MAX_GRAFTS} grafts); they are in the results "
+            "table."
         )
     kept = table[table["prompt"].isin(shown)].drop_duplicates(["prompt", "graft"], keep="last")
     texts = kept.drop_duplicates("prompt").set_index("prompt")
     cells = {
-        (prompt, graft): _rank(rank, reason)
+        (prompt, graft): (None, reason or "no row")
+        if reason is not None or rank != rank
+        else (rank, "")
         for prompt, graft, rank, reason in zip(
             kept["prompt"],
             kept["graft"],
@@ -242,32 +183,16 @@ def _prompts(table: pd.DataFrame, max_prompts: int) -> str:
             strict=True,
         )
     }
-    absent = _rank(float("nan"), None)
-    rows = "".join(
-        f"<tr><th scope='row'>{escape(str(prompt))}</th><td class='text'>"
-        f"{escape(str(texts.at[prompt, 'text']))}</td><td class='text'>"
-        f"{escape(str(texts.at[prompt, 'answer']))}</td>"
-        f"{''.join(cells.get((prompt, graft), absent) for graft in grafts)}</tr>"
+    rows = [
+        {
+            "prompt": prompt,
+            "text": texts.at[prompt, "text"],
+            "answer": texts.at[prompt, "answer"],
+            "cells": [cells.get((prompt, graft), (None, "no row")) for graft in grafts],
+        }
         for prompt in shown
-    )
-    head = "".join(f"<th scope='col'>{escape(str(graft))}</th>" for graft in grafts)
-    more = len(prompts) - len(shown)
-    rest = f" The other {more} prompts are in the results table only." if more else ""
-    return (
-        f"<p>Rank of the answer's first token under each graft (1 = most likely, up to 5 in bold; "
-        f"– = not run).{rest}</p><details><summary>Show {len(shown)} of {len(prompts)} prompts"
-        "</summary><div class='scroll' tabindex='0' role='region' aria-label='Prompt by prompt'>"
-        f"<table class='ranks'><thead><tr><th scope='col'>id</th><th scope='col'>prompt</th>"
-        f"<th scope='col'>answer</th>{head}</tr></thead><tbody>{rows}</tbody></table>"
-        "</div></details>"
-    )
-
-
-def _rank(rank: float, reason: str | None) -> str:
-    if reason is not None or rank != rank:
-        return f"<td class='count' title='{escape(str(reason or 'no row'))}'>–</td>"
-    said = f"<strong>{rank:.0f}</strong>" if rank <= 5 else f"{rank:.0f}"
-    return f"<td class='count'>{said}</td>"
+    ]
+    return Ranks(grafts, rows, len(prompts) - len(shown))
 
 
 def _rules(table: pd.DataFrame) -> dict[str, list[str]]:

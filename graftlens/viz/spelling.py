@@ -2,7 +2,9 @@
 
 import html
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+from graftlens.components import format_numbers
 
 #: White space, and what stands for it.
 _MARKS = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍", "\u00a0": "⍽"}
@@ -33,6 +35,11 @@ def visible(token: object) -> str:
 def short(words: str, most: int) -> str:
     """`words`, cut to `most` characters."""
     return words if len(words) <= most else words[: most - 1] + "…"
+
+
+def spanned(numbers: Sequence[int]) -> str:
+    """Whole numbers with runs of them in one piece: 0, 2–4."""
+    return format_numbers(numbers).replace("-", "–").replace(",", ", ")
 
 
 def isolated(words: str) -> str:

@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from graftlens.components import layer_group
 from graftlens.graft import parse_layers
+from graftlens.references import are_references
 from graftlens.viz import text, theme
 from graftlens.viz.heatmaps import heatmap
 from graftlens.viz.spelling import escaped
@@ -100,8 +101,7 @@ def size_curve(
     rows = summary[summary["layer"].notna()].reset_index(drop=True)
     if series is not None:
         rows = rows[rows[series].notna()]
-    if {"base", "full"} <= set(rows.columns):
-        rows = rows[~(rows["graft"].eq(rows["base"]) | rows["graft"].eq(rows["full"]))]
+    rows = rows[~are_references(rows)]
     rows = rows[rows[metric].notna()]
     if rows.empty:
         wanted = "'layer'" if series is None else f"'layer' and {series!r}"

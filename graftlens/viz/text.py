@@ -7,6 +7,8 @@ from typing import Literal
 
 import pandas as pd
 
+from graftlens.references import are_references, named_in
+
 Outcome = Literal["reproduced", "not reproduced", "untestable", "not checked"]
 
 _LABELS = {
@@ -60,7 +62,8 @@ def measure(summary: pd.DataFrame, name: str) -> Measure:
     if name == "recovery":
         first = summary.iloc[0]
         what = f"recovery of {measure_label(str(first['recovery_of']))}"
-        return Measure(name, what, f"0 = {first['base']}, 1 = {first['full']}", False)
+        base, full = named_in(summary.head(1))
+        return Measure(name, what, f"0 = {base}, 1 = {full or 'no run'}", False)
     label, unit = _LABELS.get(name, (name.replace("_", " "), "mean"))
     return Measure(name, label, unit, name == "prob")
 
@@ -149,7 +152,7 @@ def has_intervals(summary: pd.DataFrame, facts: Measure) -> bool:
     """Whether any graft has one, but for the ends of recovery, which are 0 and 1 by definition."""
     low = summary[f"{facts.name}_low"]
     if facts.name == "recovery":
-        low = low[~(summary["graft"].eq(summary["base"]) | summary["graft"].eq(summary["full"]))]
+        low = low[~are_references(summary)]
     return bool(low.notna().any())
 
 

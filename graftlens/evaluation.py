@@ -1,10 +1,8 @@
 """Prompts × grafts → one table, a row each. Every graft sees the same prompts."""
 
-import sys
 import warnings
-from collections.abc import Mapping, Sequence
-from types import ModuleType
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import pandas as pd
 from tqdm.auto import tqdm
@@ -12,9 +10,10 @@ from tqdm.auto import tqdm
 from graftlens.graft import Graft, Grafts, named_grafts
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt, doubled_bos
-from graftlens.sweep.scoring import COLUMNS, Scorer, joined_answers
+from graftlens.references import References, marked
+from graftlens.sweep.scoring import Scorer, joined_answers
 
-__all__ = ["COLUMNS", "evaluate", "position_grafts"]
+__all__ = ["evaluate", "position_grafts"]
 
 
 def position_grafts(
@@ -55,30 +54,37 @@ def evaluate(
     top_k: int = 10,
     answers: Literal["whole", "first"] = "whole",
     distractors: Literal["first", "whole"] = "first",
+    full: Graft | str | None = None,
     prepend_bos: bool | None = None,
     row_budget: int | None = None,
     progress: bool = True,
 ) -> pd.DataFrame:
     """Run every prompt under every graft and score its answer.
 
-    What grafts of a prompt have in common is computed once (`graftlens.sweep`). The whole answer is
-    scored as it would be generated: its positions count as `last`.
+    The base (PRE) and the full run (SFT), which recovery is measured between, run first where they
+    are not among the grafts. What grafts of a prompt have in common is computed once
+    (`graftlens.sweep`). The whole answer is scored as it would be generated: its positions count as
+    `last`.
 
     Args:
         model: the model.
         prompts: one or more prompts with answers.
-        grafts: name -> graft, or one or more grafts that go by their own texts.
+        grafts: name -> graft, or one or more grafts, which are keyed by their text.
         top_k: how many of the likeliest tokens to keep in each row.
         answers: measure the log-probability of the whole answer, or its first token only
             (cheaper; `answer_logprob` is NA then).
         distractors: likewise, where `"whole"` fills `distractor_logprobs`.
+        full: the run that counts as SFT: the name of a graft or a source, or a graft. None is the
+            only finetuned source everywhere; where there are several, the one that `grafts` has
+            everywhere, or else no run: the column `full_run` is empty then, and recovery is NA.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
         row_budget: token rows a forward pass at most; None measures free memory.
         progress: whether to show a progress bar.
 
     Returns:
         One row per (prompt, graft), prompts in their order, with columns `prompt` (its number),
-        `graft`, `rule` (the graft's text), `template`, `text`, `answer`, `target` and `target_id`
+        `graft`, `rule` (the graft's text), `base_run` and `full_run` (the names of the two runs
+        that recovery is measured between), `template`, `text`, `answer`, `target` and `target_id`
         (the answer's first token), `rank` (1 is best; of tokens with equal logits the one with the
         smaller id comes first), `ties` (how many other tokens have exactly its logit), `prob`,
         `logprob` (nats), `top_tokens` and `top_probs` (in the order of ranks), `answer_logprob`
@@ -97,7 +103,8 @@ def evaluate(
     for prompt in prompts:
         if not isinstance(prompt, Prompt):
             raise ValueError(
-                f"{prompt!r} is no Prompt. Write Prompt(text, answer=…): evaluate scores answers."
+                f"{prompt!r} is not a Prompt. Write Prompt(text, answer=…): evaluate scores "
+                "answers."
             )
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: write a number from 1.")
@@ -106,7 +113,7 @@ def evaluate(
         raise ValueError(
             f"{len(prompts)} prompts and {len(parsed)} grafts: give one or more of each."
         )
-
+    runs = References.of(parsed, model.sources, full)
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer, so prompts cannot be run. Load one with it.")
     bos = doubled_bos(prompts, model.tokenizer, model.prepends_bos(prepend_bos))
@@ -114,17 +121,16 @@ def evaluate(
         warnings.warn(note, stacklevel=2)
     scorer = Scorer(
         model,
-        parsed,
+        runs.grafts,
         top_k=top_k,
         answers=answers,
         distractors=distractors,
         prepend_bos=prepend_bos,
         row_budget=row_budget,
     )
-    total = len(prompts) * len(parsed)
+    total = len(prompts) * len(runs.grafts)
     with tqdm(total=total, desc="grafts", unit="run", disable=not progress) as bar:
         table = scorer.table(dict(enumerate(prompts)), bar.update, strict=True)
-    table.attrs["recovery"] = _ends(parsed)
     missing = table["reason"].notna()
     if missing.any():
         warnings.warn(
@@ -132,29 +138,4 @@ def evaluate(
             f"{table.loc[missing, 'reason'].iloc[0]}",
             stacklevel=2,
         )
-    return table
-
-
-def _ends(grafts: Mapping[str, Graft]) -> dict[str, str]:
-    """The names of the base alone and of one source everywhere, for statistics to find."""
-    found: dict[str, str] = {}
-    for name, graft in grafts.items():
-        if not graft:
-            found.setdefault("base", name)
-        elif graft in (Graft.rule(source) for source in graft.sources):
-            found.setdefault("full", name)
-    return found
-
-
-class _Module(ModuleType):
-    """`graftlens.evaluate` is this module and, called, its main function.
-
-    A package's attribute is the module once anything has imported it, and the function in
-    `from graftlens import evaluate` otherwise: both spellings must mean the same.
-    """
-
-    def __call__(self, *args: Any, **kwargs: Any) -> pd.DataFrame:
-        return evaluate(*args, **kwargs)
-
-
-sys.modules[__name__].__class__ = _Module
+    return marked(table, runs.base, runs.full)
