@@ -177,7 +177,7 @@ class Conversation:
 
 def contents(message: Mapping[str, Any]) -> list[str]:
     """The texts that a message's content is made of."""
-    content = message.get("content", "")
+    content = message.get("content", ())
     return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
@@ -511,7 +511,10 @@ class _Rendering:
                 raise ValueError(_mixed(a, b))
         first, given = order[0], -1
         own = self.own_marker(first, extents[first][0])
-        start = extents[first][0] - len(own) if own else 0
+        bos = getattr(self.tokenizer, "bos_token", None) or ""
+        start = len(bos) if self.plain.startswith(bos) else 0
+        if own:
+            start = extents[first][0] - len(own)
         for place, number in enumerate(order):
             given = max(given, number)
             end = extents[number][1]
@@ -530,7 +533,8 @@ class _Rendering:
                     end = max(end, following - len(marker))
                 else:
                     continue  # merged: the next message shares this turn
-            yield start, end
+            if start < end:
+                yield start, end
             start = end
         if start < len(self.plain):
             yield start, len(self.plain)
