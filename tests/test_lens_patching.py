@@ -32,7 +32,7 @@ from torch import Tensor
 
 from graftlens.evaluation import evaluate
 from graftlens.graft import Graft
-from graftlens.lens import direct_logit_attribution, divergence, logit_lens, patched, patching
+from graftlens.lens import direct_logit_attribution, kl_divergence, logit_lens, patched, patching
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt, PromptError
 from graftlens.stats import compare, summarise
@@ -406,7 +406,7 @@ def test_what_reads_a_few_rows_only_is_refused(oracles: OracleOf) -> None:
     """Regression: a sweep's token tree had the rows replaced that stand at the patched numbers, so
     position 0's logits were taken for the last one's."""
     model, one = oracles("gpt2").tiny.model, PROMPTS[0]
-    refused = pytest.raises(ValueError, match="not the prompts that are patched, or not all their")
+    refused = pytest.raises(ValueError, match="not the prompts that are patched, or not all")
     for text in ("sft @ [0] : unembed", "sft @ last", "sft @ first_entity : mlp_out"):
         with patched(model, one, text):
             for grafts in (["none"], ["none", "sft @ last"], ["sft @ last : mlp", "none"]):
@@ -439,7 +439,7 @@ def test_streams_are_not_read_where_the_output_is_patched(
         ("sft @ last : ln_final + mlp", "ln_final"),
     ):
         with patched(model, PROMPTS[1], text), patched(model, PROMPTS[1], "sft @ [0] : v"):
-            for function in (logit_lens, divergence, direct_logit_attribution):
+            for function in (logit_lens, kl_divergence, direct_logit_attribution):
                 with pytest.raises(ValueError, match=rf"patched\(…\) of {named}: ") as error:
                     function(model, PROMPTS[1])
                 assert f'(": {rest}" is all the rest)' in str(error.value)
@@ -449,13 +449,13 @@ def test_streams_are_not_read_where_the_output_is_patched(
     with patched(model, PROMPTS[1], advised):
         lens = logit_lens(model, PROMPTS[1], at="last").set_index(["graft", "stream"])
         parts = direct_logit_attribution(model, PROMPTS[1])
-        spread = divergence(model, PROMPTS[1], at="last").set_index(["p", "q"])
+        spread = kl_divergence(model, PROMPTS[1], at="last").set_index("graft")
         sft = model(PROMPTS[1], graft="sft @ all")[0, -1].log_softmax(-1)
     said = wanted.log_softmax(-1)
     ours = lens.loc[("PRE", "final_post"), "logprob"]
     assert ours == pytest.approx(float(said[asked.target]), abs=1e-4)
     kl = float((said.exp() * (said - sft)).sum().detach())
-    assert spread.loc[("PRE", "SFT"), "kl"] == pytest.approx(kl, abs=1e-4)
+    assert spread.loc["PRE", "kl_full"] == pytest.approx(kl, abs=1e-4)
     if variant == "gpt2":  # Gemma 2 caps its logits
         total = parts[parts["graft"] == "PRE"]["contribution"].sum()
         assert total == pytest.approx(float(wanted[asked.target]), abs=1e-4)
@@ -504,7 +504,7 @@ def test_nothing_of_the_base_can_be_patched_in(oracles: OracleOf) -> None:
     masks = (model.resolve(texts[0], PROMPTS[0]),)
     for graft in (*texts, *map(Graft.parse, texts), *masks):
         with (
-            pytest.raises(ValueError, match=r"gives no site to another source than the") as error,
+            pytest.raises(ValueError, match=r"gives no site to a source other than the") as error,
             patched(model, PROMPTS[0], graft),
         ):
             pass
@@ -623,12 +623,12 @@ def test_a_graft_without_sites_has_no_patch(oracles: OracleOf) -> None:
     table = patching(model, [alone, PROMPTS[0]], grafts)
     assert table["graft"].iloc[0] == "base"
     table = table.set_index(["graft", "prompt"])
-    no_site = "the graft gives no site to another source than the base"
+    no_site = "the graft gives no site to a source other than the base"
     for name, reasons in (
         ("base again", [no_site, no_site]),
         ("written out", [no_site, no_site]),
         ("taken back", [no_site, None]),
-        ("out", [no_site, "the graft is of ln_final and unembed only"]),
+        ("out", [no_site, "the graft covers only ln_final and unembed"]),
     ):
         for prompt, reason in enumerate(reasons):
             row = table.loc[(f"{name} (patched)", prompt)]
@@ -662,7 +662,7 @@ def test_names_of_patched_runs_are_their_own(oracles: OracleOf) -> None:
     """Two runs of one name would be one graft to the statistics."""
     model = oracles("gpt2").tiny.model
     grafts = {"FE": "sft @ first_entity", "FE (patched)": "sft @ last"}
-    with pytest.raises(ValueError, match=r"'FE \(patched\)', which is what the patch of 'FE' is"):
+    with pytest.raises(ValueError, match=r"'FE \(patched\)', which is the name of the patch"):
         patching(model, PROMPTS[0], grafts)
 
 

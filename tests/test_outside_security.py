@@ -231,7 +231,7 @@ def test_a_damaged_dataset_in_the_store_is_made_again_and_kept(tmp_path, caplog)
     assert sorted(p.name for p in folder.parent.iterdir()) == [
         folder.name, f"{folder.name}.damaged-1", f"{folder.name}.damaged-2",
     ]  # fmt: skip
-    assert "was damaged: it is made again" in caplog.text
+    assert "was damaged: it is rebuilt" in caplog.text
 
 
 def test_a_folder_is_not_the_stores_by_its_name(tmp_path):
@@ -326,7 +326,7 @@ def test_home_folders_are_home_folders(planned, tmp_path, monkeypatch):
     home = sorted(p.name for p in (tmp_path / "home").iterdir())
     assert home == ["films", "made", "run", "t.csv", "t.md"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.yaml", "home"]
-    with pytest.raises(ValueError, match="home folder of a user that is not there"):
+    with pytest.raises(ValueError, match="home folder of a user who does not exist"):
         at_home("~nobody-of-that-name/x")
 
 

@@ -21,7 +21,7 @@ from graftlens.components import expand_components
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data import DatasetSpec, load_dataset, make_dataset, save_dataset
 from graftlens.data.dataset import read_provenance
-from graftlens.data.settings import Settings
+from graftlens.data.settings import Settings, within
 from graftlens.experiment.analysis import check_figures
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig
 from graftlens.finetune import FinetuneRun, TrainingData
@@ -40,15 +40,15 @@ logger = logging.getLogger(__name__)
 class Store:
     """The folder of datasets and models.
 
-    What is in it counts by its content: a dataset's folder is used only if it holds the dataset
-    that its name says, whatever a note in the store names.
+    What counts is the content: a dataset's folder is used only if it holds the dataset that its
+    name says, whatever a note in the store names.
     """
 
     folder: Path
 
     def dataset(self, name: str, spec: DatasetSpec) -> Path:
-        """The dataset's folder; made, if it is not there, or is damaged (then what is there is
-        kept beside it, renamed).
+        """The dataset's folder; made if it is not there or is damaged (then what is there is kept
+        next to it, renamed).
 
         Raises:
             ValueError, OSError: it cannot be made or read, or its folder holds something else.
@@ -113,7 +113,7 @@ def _put_aside(folder: Path) -> None:
     """Rename a damaged dataset, so that it can be made again and nothing is lost.
 
     Raises:
-        ValueError: a folder that is no dataset of ours.
+        ValueError: a folder that is not one of our datasets.
     """
     if not (folder / "provenance.json").is_file() or not (folder / "train").is_dir():
         raise ValueError(
@@ -124,7 +124,7 @@ def _put_aside(folder: Path) -> None:
     while os.path.lexists(aside := folder.with_name(f"{folder.name}.damaged-{number}")):
         number += 1
     folder.rename(aside)
-    logger.warning("%s was damaged: it is made again, and what was there is %s", folder, aside)
+    logger.warning("%s was damaged: it is rebuilt, and what was there is kept as %s", folder, aside)
 
 
 def digest(value: Any) -> str:
@@ -139,14 +139,11 @@ def _described(spec: DatasetSpec) -> dict[str, Any]:
     return values | {"sha256 of files": [_file_digest(path) for path in _files(spec)]}
 
 
-def _files(value: Any) -> Iterator[Path]:
+def _files(settings: Settings) -> Iterator[Path]:
     """Every file that settings name, folders' files one by one."""
-    if isinstance(value, Settings):
-        for name in type(value).model_fields:
-            yield from _files(getattr(value, name))
-    elif isinstance(value, Path):
-        inner = sorted(value.rglob("*")) if value.is_dir() else [value]
-        yield from (path for path in inner if path.is_file())
+    for path in within(settings, Path):
+        inner = sorted(path.rglob("*")) if path.is_dir() else [path]
+        yield from (file for file in inner if file.is_file())
 
 
 def _file_digest(path: Path) -> str:
@@ -230,7 +227,7 @@ class Plan:
         _each(partial(look, name) for name in self.sweeps)
 
     def refuse_others(self, folder: Path) -> None:
-        """Find an experiment of other models in the folder, before any is trained.
+        """Refuse a folder with an experiment of other models, before any is trained.
 
         Args:
             folder: the experiment's.

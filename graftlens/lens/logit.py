@@ -1,4 +1,4 @@
-"""The logit lens of grafted runs, and what it says about where an answer comes up."""
+"""The logit lens of grafted runs, and where an answer first appears in it."""
 
 from collections.abc import Sequence
 
@@ -12,20 +12,25 @@ from graftlens.graft import Graft, Grafts, Where
 from graftlens.lens.runs import (
     Places,
     Runs,
+    columns_of,
     from_1,
     look_into,
+    measured_next,
     refuse_patched_output,
     target_ids,
     tidy,
     token_text,
     unhooked,
 )
-from graftlens.metrics import next_tokens
+from graftlens.metrics import Measure, Predictions, measure
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer, Input
 
-#: Rows that are unembedded at a time: a vocabulary wide each, for every run.
+#: Rows that are unembedded at a time: each is as wide as the vocabulary, for every run.
 ROWS = 256
+
+#: What `kl_divergence` measures.
+DIVERGENCES = ("kl_base", "kl_full", "kl_from_base", "kl_from_full", "js_base", "js_full")
 
 
 @torch.no_grad()
@@ -45,37 +50,37 @@ def logit_lens(
     Logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens"): each stream goes through
     the run's final norm and unembedding. Under a graft these are the ones that the graft chose at
     that position, so the last layer gives the run's own output. Hooks that are attached to the
-    model act on the layers, not on this reading (those of `ln_final` and `unembed`). Nor does a
-    patch of `ln_final` or `unembed`, which is refused.
+    model act on the layers, but hooks of `ln_final` and `unembed` do not act on this reading; a
+    patch of these is refused.
 
     Args:
         model: the model.
         prompts: anything that can be run; prompts with an answer have it ranked.
-        grafts: name -> graft, or grafts that go by their texts. The base alone (PRE) and one source
-            everywhere (SFT) are always among the runs.
+        grafts: name -> graft, or grafts, which are keyed by their text. The base alone (PRE) and
+            one source everywhere (SFT) are always among the runs.
         at: the positions to read, as in a rule: `"last"`, `"first_entity + last"`.
         incl_mid: also the streams between attention and MLP.
         top_k: how many of the likeliest tokens to keep.
         full: the run that counts as SFT and that `kl_full` is measured against: a graft, the name
-            of one of `grafts`, or a finetuned source's name; needed where there are several
-            finetuned sources, none called `sft`.
+            of one of `grafts`, or a finetuned source's name; needed if there are several
+            finetuned sources and none is called `sft`.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
 
     Returns:
         One row per prompt, graft, layer and position: `prompt` (its number), `graft`, `rule`,
-        `layer` (how many layers have run; half of one between attention and MLP), `stream`
+        `layer` (how many layers have run; half a layer more between attention and MLP), `stream`
         (TransformerLens's name: `0_pre`, `3_mid`, `final_post`), `position`, `token`, `target` and
         `target_id` (the answer's first token), its `rank` (1 is best), `ties` (other tokens with
         exactly its logit, of which those with smaller ids rank before it), `prob` and `logprob`
         (nats), `entropy` (nats), `kl_base` and `kl_full` (KL of this distribution to that of PRE
-        and of SFT at the same layer and position, nats), `top_tokens`, `top_probs`. Where a
+        and of SFT at the same layer and position, nats), `top_tokens`, `top_probs`. If a
         prompt has no answer, the columns about it are NA.
 
     Raises:
         PromptError: prompts that cannot be run, or without the positions `at`.
-        ValueError: a graft that the model cannot run, a `top_k` that is no number from 1, a patch
-            of `ln_final` or `unembed` in force, or `incl_mid` with parallel attention and MLP,
-            which have no stream between them.
+        ValueError: a graft that the model cannot run, a `top_k` that is not a number from 1, a
+            patch of `ln_final` or `unembed` in force, or `incl_mid` with parallel attention and
+            MLP, which have no stream between them.
     """
     top_k = from_1("top_k", top_k)
     refuse_patched_output(model)
@@ -102,24 +107,24 @@ def emergence(table: pd.DataFrame, k: int = 1) -> pd.DataFrame:
     """Where the answer comes up: the first layer from which its rank stays within `k`.
 
     Args:
-        table: from `logit_lens`, with one position a prompt (`at="last"`), or several; with the
-            last layer's rows (stream `final_post`).
+        table: from `logit_lens`, with one or several positions per prompt, including the last
+            layer's rows (stream `final_post`).
         k: the rank that counts, 1 for the likeliest token.
 
     Returns:
         `prompt`, `graft`, `position` and `layer`: how many layers have run when the answer's rank
-        is at most `k` and stays so to the output; NA where the output's rank is above `k`. Prompts
-        without an answer have no row.
+        is at most `k` and stays so up to the output; NA where the output's rank is above `k`.
+        Prompts without an answer have no row.
 
     Raises:
-        ValueError: `k` is no whole number from 1, or a table without answers, without the last
+        ValueError: `k` is not a whole number from 1, or a table without answers, without the last
             layer of some run, or with two rows for one layer of it.
     """
     k = from_1("k", k)
     if not {"rank", "layer", "stream"} <= set(table) or table["rank"].isna().all():
         raise ValueError(
-            "no prompt of this table has an answer, or it is not logit_lens's. Give the table of "
-            "logit_lens of Prompts with answer=…"
+            "no prompt of this table has an answer, or the table is not from logit_lens. Give the "
+            "table that logit_lens returns for Prompts with answer=…"
         )
     ranked = table[table["rank"].notna()]
     rows = []
@@ -133,8 +138,8 @@ def emergence(table: pd.DataFrame, k: int = 1) -> pd.DataFrame:
             )
         if twice := part["layer"][part["layer"].duplicated()].tolist():
             raise ValueError(
-                f"{about}: this table has two rows of layer {twice[0]:g}. Where it is joined of "
-                "several, give their prompts numbers of their own."
+                f"{about}: this table has two rows of layer {twice[0]:g}. If it was joined from "
+                "several tables, give their prompts distinct numbers."
             )
         within = (part["rank"] <= k).to_numpy(dtype=bool)
         after = len(within) - int(np.argmin(within[::-1])) if not within.all() else 0
@@ -145,7 +150,7 @@ def emergence(table: pd.DataFrame, k: int = 1) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def divergence(
+def kl_divergence(
     model: GraftedTransformer,
     prompts: Input,
     grafts: Grafts | None = None,
@@ -154,17 +159,19 @@ def divergence(
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
-    """How far the runs' next-token distributions are from one another, position by position.
+    """How far each run's next-token distribution is from PRE's and SFT's, position by position.
 
     Hooks that are attached to `ln_final` and `unembed` do not act on it, as in `logit_lens`, and
-    patches of these are refused.
+    patches of these are refused. To measure from another run, name it as `full`.
 
     Args:
         model, prompts, grafts, at, full, prepend_bos: as in `logit_lens`.
 
     Returns:
-        `prompt`, `position`, `token`, `p`, `q` (names of two runs) and `kl`, the Kullback-Leibler
-        divergence KL(p ‖ q) in nats, for every ordered pair of runs.
+        One row per prompt, graft and position: `prompt`, `graft`, `rule`, `position`, `token`, and
+        in nats `kl_base` and `kl_full`, the Kullback-Leibler divergence KL(graft ‖ PRE) and
+        KL(graft ‖ SFT); `kl_from_base` and `kl_from_full`, the other way round; `js_base` and
+        `js_full`, the Jensen-Shannon divergences.
 
     Raises:
         PromptError, ValueError: as in `logit_lens`.
@@ -172,19 +179,22 @@ def divergence(
     refuse_patched_output(model)
     runs = Runs.of(model.sources, grafts, full)
     hook = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    pairs = [(p, q) for p in runs.grafts for q in runs.grafts if p != q]
-    parts = []
+    measured = [measure(name) for name in DIVERGENCES]
+    parts: list[pd.DataFrame] = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
     for places, caches in look_into(model, whole, runs, [hook], at):
-        kl: dict[tuple[str, str], list[np.ndarray]] = {pair: [] for pair in pairs}
+        found: dict[str, list[pd.DataFrame]] = {name: [] for name in runs.grafts}
         for start in range(0, len(places.rows), ROWS):
             rows = slice(start, start + ROWS)
-            said = {n: _logprobs(model, places, c, hook, rows) for n, c in caches.items()}
-            for p, q in pairs:
-                kl[p, q].append(_kl(said[p], said[q]).cpu().numpy())
-        for (p, q), values in kl.items():
-            parts.append(places.table.assign(p=p, q=q, kl=np.concatenate(values)))
-    return tidy(parts, ("prompt", "position", "token", "p", "q"))
+            said = {n: Predictions(_read(model, places, c, hook, rows)) for n, c in caches.items()}
+            base, full_run = said[runs.base], said[runs.full]
+            for name, reading in said.items():
+                compared = Predictions(reading.logits, base=base, full=full_run)
+                columns = columns_of(model, compared, measured)
+                found[name].append(places.table[rows].assign(**columns))
+        for name, tables in found.items():
+            parts += [table.assign(**runs.columns(name)) for table in tables]
+    return tidy(parts, ("prompt", "graft", "rule", "position", "token"))
 
 
 def _streams(model: GraftedTransformer, incl_mid: bool) -> list[tuple[float, str, str]]:
@@ -228,7 +238,7 @@ class _Reading:
                 name: _read(self.model, self.places, cache, self.hook, rows)
                 for name, cache in self.caches.items()
             }
-            base, full = (said[n].log_softmax(-1) for n in (self.runs.base, self.runs.full))
+            base, full = (Predictions(said[n]) for n in (self.runs.base, self.runs.full))
             for name, logits in said.items():
                 parts[name].append(self._table(logits, base, full, rows))
         return {name: pd.concat(tables) for name, tables in parts.items()}
@@ -236,50 +246,42 @@ class _Reading:
     def _table(
         self,
         logits: Float[Tensor, "place d_vocab"],
-        base: Float[Tensor, "place d_vocab"],
-        full: Float[Tensor, "place d_vocab"],
+        base: Predictions,
+        full: Predictions,
         rows: slice,
     ) -> pd.DataFrame:
         targets = self.targets[rows]
-        ids = torch.tensor([[t or 0] for t in targets], device=logits.device)
-        found = next_tokens(logits, ids, self.top_k)
-        logprobs = logits.log_softmax(-1)
+        ids = torch.tensor([t or 0 for t in targets], device=logits.device)
+        reading = Predictions(logits, answer=ids, base=base, full=full, top_k=self.top_k)
+        columns = columns_of(self.model, reading, _measured())
         known = np.array([t is not None for t in targets])
-        logprob = np.where(known, found.logprobs[:, 0], np.nan)
+        for m in _measured():
+            if m.holds == "count":
+                pairs = zip(columns[m.name], known, strict=True)
+                columns[m.name] = [int(n) if k else pd.NA for n, k in pairs]
+            elif "answer" in m.needs:
+                columns[m.name] = np.where(known, columns[m.name], np.nan)
         return self.places.table[rows].assign(
             target=[None if t is None else token_text(self.model, t) for t in targets],
             target_id=[pd.NA if t is None else t for t in targets],
-            rank=[int(r) if k else pd.NA for r, k in zip(found.rank, known, strict=True)],
-            ties=[int(n) if k else pd.NA for n, k in zip(found.ties, known, strict=True)],
-            prob=np.exp(logprob),
-            logprob=logprob,
-            entropy=-(logprobs.exp() * logprobs).sum(-1).cpu().numpy(),
-            kl_base=_kl(logprobs, base).cpu().numpy(),
-            kl_full=_kl(logprobs, full).cpu().numpy(),
-            top_tokens=[[token_text(self.model, i) for i in row] for row in found.top_ids.tolist()],
-            top_probs=np.exp(found.top_logprobs).tolist(),
+            **columns,
         )
+
+
+def _measured() -> list[Measure]:
+    """What is read off each stream; lists come last."""
+    always = measured_next()
+    lists = [m for m in always if m.holds in ("numbers", "tokens")]
+    more = [measure(name) for name in ("entropy", "kl_base", "kl_full")]
+    return [*(m for m in always if m not in lists), *more, *lists]
 
 
 def _read(
     model: GraftedTransformer, places: Places, cache: GraftedCache, hook: str, rows: slice
 ) -> Float[Tensor, "place d_vocab"]:
-    """A stream at some places as logits, by what the graft chose there."""
+    """A stream at some places as logits, by the weights that the graft chose there."""
     index = places.rows[rows]
     resid = cache[hook].flatten(0, 1)[torch.from_numpy(index).to(cache[hook].device)]
     with unhooked(model):
         logits = model.logits_from(resid[None], cache.mask.pick(index[None]))[0]
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _logprobs(
-    model: GraftedTransformer, places: Places, cache: GraftedCache, hook: str, rows: slice
-) -> Float[Tensor, "place d_vocab"]:
-    return _read(model, places, cache, hook, rows).log_softmax(-1)
-
-
-def _kl(
-    p: Float[Tensor, "place d_vocab"], q: Float[Tensor, "place d_vocab"]
-) -> Float[Tensor, " place"]:
-    """KL(p ‖ q) of log-probabilities; never below 0, where rounding would put it."""
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)

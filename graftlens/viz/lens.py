@@ -1,4 +1,4 @@
-"""Plots of the logit lens and of divergences: what runs predict by layer and by token.
+"""Plots of the logit lens and of KL divergences: what runs predict by layer and by token.
 
 Layers go up, the embeddings at the bottom. As in all plots of lens tables, a scale is the same for
 every run that a table holds, so that two figures of one table can be compared by eye; where two
@@ -38,6 +38,18 @@ LENS_VALUES: Mapping[str, grid.Value] = {
     "entropy": grid.Value("entropy of the next token", "nats"),
     "kl_base": grid.Value("KL(run ‖ PRE)", "nats"),
     "kl_full": grid.Value("KL(run ‖ SFT)", "nats"),
+}
+
+#: A column of `lens.kl_divergence` -> the run that it is measured from (0 PRE, 1 SFT), and how the
+#: number is written.
+_DIVERGENCES = {
+    f"{kind}_{run}": (place, said)
+    for kind, said in (
+        ("kl", "KL({0} ‖ {1})"),
+        ("kl_from", "KL({1} ‖ {0})"),
+        ("js", "JS({0}, {1})"),
+    )
+    for place, run in enumerate(("base", "full"))
 }
 
 
@@ -232,34 +244,34 @@ def answer_by_layer(
     return figure
 
 
-def divergence_lines(
+def kl_divergence_lines(
     table: pd.DataFrame,
     *,
-    against: Sequence[str] | None = None,
+    values: Sequence[str] = ("kl_base", "kl_full"),
     prompt: int | None = None,
     look: theme.Theme = theme.LIGHT,
 ) -> go.Figure:
-    """KL(run ‖ other) at each token of a prompt: a panel for each of `against`, a line a run.
+    """How far each run is from PRE and from SFT at each token of a prompt: a panel for each value.
 
     Args:
-        table: of `lens.divergence`.
-        against: the other runs; left out, the first two of the table, which are PRE (where does a
-            graft change what is predicted?) and SFT (where is it still not the finetuned model?).
+        table: of `lens.kl_divergence`.
+        values: its columns; by default from PRE (where does a graft change what is predicted?) and
+            from SFT (where is it still not the finetuned model?).
         prompt: its number, where the table has several.
 
     Raises:
-        ValueError: an unknown run or prompt.
+        ValueError: an unknown value or prompt.
     """
-    check_columns(table, "divergence", "prompt", "position", "token", "p", "q", "kl")
-    rows = of_prompt(table, prompt)
-    names = list(dict.fromkeys([*rows["p"].astype(str), *rows["q"].astype(str)]))
-    panels = list(dict.fromkeys(names[:2] if against is None else against))
+    panels = list(dict.fromkeys(values))
     for name in panels:
-        if name not in set(rows["q"].astype(str)):
-            raise ValueError(f"the table has no divergence from {name!r}; it has {listed(names)}")
+        if name not in _DIVERGENCES:
+            raise ValueError(f"unknown value {name!r}; choose from {listed(_DIVERGENCES)}")
     if not panels:
-        raise ValueError(f"against is empty; name one or more of {listed(names)}")
-    refuse_doubled(rows, ["p", "q", "position"])
+        raise ValueError(f"values is empty; name one or more of {listed(_DIVERGENCES)}")
+    check_columns(table, "kl_divergence", "prompt", "graft", "position", "token", *panels)
+    rows = of_prompt(table, prompt)
+    names = grafts_of(rows)
+    refuse_doubled(rows, ["graft", "position"])
     positions = tokens_of(rows)
     figure = make_subplots(
         rows=len(panels),
@@ -270,23 +282,25 @@ def divergence_lines(
     lines, entries = theme.graft_lines(names), shortened(names)
     panel_names = shortened(names, 20)
     labelled: set[str] = set()
-    for number, other in enumerate(panels, start=1):
-        part = rows[rows["q"].astype(str) == other]
+    for number, value in enumerate(panels, start=1):
+        place, said = _DIVERGENCES[value]
+        # The runs that all are held against come first in the table.
+        other = names[min(place, len(names) - 1)]
         for name in names:
-            found = part[part["p"].astype(str) == name].sort_values("position")
-            if name == other or found.empty:
+            found = rows[rows["graft"].astype(str) == name].sort_values("position")
+            if name == other:
                 continue
-            line, kl = lines[name], as_floats(found["kl"])
+            line, nats = lines[name], as_floats(found[value])
             hover = [
                 f"{escaped(_token(token))} at {int(position)}<br>"
-                + grid.wrapped(f"KL({name} ‖ {other}): {value:.3g} nats", 70)
-                for token, position, value in zip(
-                    found["token"], found["position"], kl, strict=True
+                + grid.wrapped(f"{said.format(name, other)}: {far:.3g} nats", 70)
+                for token, position, far in zip(
+                    found["token"], found["position"], nats, strict=True
                 )
             ]
             figure.add_scatter(
                 x=[list(positions).index(int(position)) for position in found["position"]],
-                y=kl,
+                y=nats,
                 name=escaped(entries[name]),
                 legendgroup=name,
                 showlegend=name not in labelled,
@@ -301,7 +315,7 @@ def divergence_lines(
             )
             labelled.add(name)
         figure.update_yaxes(
-            title_text=grid.wrapped(f"KL(run ‖ {panel_names[other]})", 24) + "<br>(nats)",
+            title_text=grid.wrapped(said.format("run", panel_names[other]), 24) + "<br>(nats)",
             rangemode="tozero",
             row=number,
         )
