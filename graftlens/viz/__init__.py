@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from graftlens.viz.lens import answer_by_layer, divergence_lines, lens_heatmap
     from graftlens.viz.linecharts import lines
     from graftlens.viz.patching import patching_scatter
-    from graftlens.viz.sweeps import size_curve, window_triangle
+    from graftlens.viz.sweeps import dose_response, size_curve, window_triangle
 
 _HOME = {
     "answer_by_layer": "graftlens.viz.lens",
@@ -25,6 +25,7 @@ _HOME = {
     "logit_attribution_heatmap": "graftlens.viz.attribution",
     "difference_heatmap": "graftlens.viz.differences",
     "divergence_lines": "graftlens.viz.lens",
+    "dose_response": "graftlens.viz.sweeps",
     "exporter": "graftlens.viz.export",
     "grouped_bars": "graftlens.viz.bars",
     "heatmap": "graftlens.viz.heatmaps",
@@ -42,6 +43,7 @@ __all__ = [
     "attention_view",
     "difference_heatmap",
     "divergence_lines",
+    "dose_response",
     "exporter",
     "grouped_bars",
     "heatmap",

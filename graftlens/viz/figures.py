@@ -8,9 +8,10 @@ import pandas as pd
 
 from graftlens.viz import text
 from graftlens.viz.bars import grouped_bars
-from graftlens.viz.heatmaps import SIGNED, cells, heatmap
+from graftlens.viz.heatmaps import cells, heatmap
 from graftlens.viz.linecharts import lines
 from graftlens.viz.page import Figure
+from graftlens.viz.quantities import Quantity, of_summary
 
 #: A description that lists more values than this tells a listener less, not more.
 LISTED = 60
@@ -24,7 +25,7 @@ def bar_chart(
     **options: Any,
 ) -> Figure:
     """`grouped_bars(summary, metric, **options)` with its caption and description."""
-    facts = text.measure(summary, metric)
+    facts = of_summary(summary, metric)
     caption = f"{_capital(facts.title)}; {text.whiskers(summary, facts)}"
     if text.has_intervals(summary, facts):
         caption += f"s over {text.resampled(summary)}"
@@ -51,12 +52,12 @@ def heat_map(
     files: Mapping[str, Path] | None = None,
 ) -> Figure:
     """`heatmap(summary, metric, x=x, y=y, panel=panel)` with its caption and description."""
-    facts = text.measure(summary, metric)
+    facts = of_summary(summary, metric)
     grid = cells(summary, x=x, y=y, panel=panel)
     rows = summary.reset_index(drop=True)
     each = f", one panel for each {panel}" if panel is not None else ""
     caption = f"{_capital(facts.title)} by {y} and {x}{each}."
-    if metric in SIGNED:
+    if facts.signed:
         caption += (
             f" The scale is symmetric around 0. A dot: the {text.level(summary)} interval over "
             f"{text.resampled(summary)} of this cell alone excludes 0; with many cells some do by "
@@ -83,7 +84,7 @@ def line_chart(
     files: Mapping[str, Path] | None = None,
 ) -> Figure:
     """`lines(frame, x, metric, series=series)` with its caption and description."""
-    facts = text.measure(frame, metric)
+    facts = of_summary(frame, metric)
     figure = lines(frame, x, metric, series=series)
     along = x.replace("_", " ")
     caption = f"{_capital(facts.title)} along {along}"
@@ -100,7 +101,7 @@ def line_chart(
     return Figure(caption, alt, figure, dict(files or {}))
 
 
-def _ends(facts: text.Measure, rows: pd.DataFrame, names: Sequence[str]) -> str:
+def _ends(facts: Quantity, rows: pd.DataFrame, names: Sequence[str]) -> str:
     """The least and the greatest of many values, in words."""
     values = rows[facts.name].to_numpy(dtype=float).tolist()
     held = [(value, name) for value, name in zip(values, names, strict=True) if value == value]
@@ -113,7 +114,7 @@ def _ends(facts: text.Measure, rows: pd.DataFrame, names: Sequence[str]) -> str:
     )
 
 
-def _value(facts: text.Measure, value: float) -> str:
+def _value(facts: Quantity, value: float) -> str:
     bounds = {f"{facts.name}{end}": [value] for end in ("", "_low", "_high")}
     return text.written_all(facts, pd.DataFrame(bounds), interval=False)[0]
 

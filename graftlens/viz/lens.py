@@ -26,18 +26,16 @@ from graftlens.viz.lenstables import (
     refuse_doubled,
     tokens_of,
 )
+from graftlens.viz.linecharts import add_line
+from graftlens.viz.quantities import Quantity, known, scale
 from graftlens.viz.spelling import escaped, isolated, short, shortened, visible
 
 #: Pixels: about how wide the inside of a figure is, and a character of a cell's label.
 _INSIDE, _CHARACTER = 780, 6.4
 
-LENS_VALUES: Mapping[str, grid.Value] = {
-    "logprob": grid.Value("log-probability of the answer", "nats", "fall", True),
-    "prob": grid.Value("probability of the answer", "%", "share", True),
-    "rank": grid.Value("rank of the answer", "1 = most likely", "rank", True),
-    "entropy": grid.Value("entropy of the next token", "nats"),
-    "kl_base": grid.Value("KL(run ‖ PRE)", "nats"),
-    "kl_full": grid.Value("KL(run ‖ SFT)", "nats"),
+#: What a table of the logit lens has at each layer and position.
+LENS_VALUES: Mapping[str, Quantity] = {
+    name: Quantity.of(name) for name in ("logprob", "prob", "rank", "entropy", "kl_base", "kl_full")
 }
 
 
@@ -66,7 +64,7 @@ def lens_heatmap(
     Raises:
         ValueError: an unknown value, run or prompt, or a value of the answer without an answer.
     """
-    facts = grid.value(LENS_VALUES, value)
+    facts = known(LENS_VALUES, value)
     check_columns(table, "logit_lens", "prompt", "graft", "layer", "position", "token", value)
     rows = of_prompt(table, prompt)
     key = ["layer", "position"]
@@ -110,9 +108,10 @@ def lens_heatmap(
     ends = {float(row["layer"]): str(row["stream"]) for _, row in shown.iterrows()}
     names = [_layer_tick(layer, ends[layer]) for layer in layers]
     # Those of the embeddings themselves are so low that they would take the whole scale.
-    scaled = rows[rows["layer"] > 0] if facts.kind == "fall" and layers[-1] > 0 else rows
+    scaled = rows[rows["layer"] > 0] if facts.is_logprob and layers[-1] > 0 else rows
     held = [facts.coloured(v) for v in as_floats(scaled[value])]
-    how = "/" if facts.kind == "rank" else "−"
+    shifted = [cell.z for cell in cells.values()]
+    how = "/" if facts.is_rank else "−"
     heading = graft if minus is None else f"{graft} {how} {minus}"
     if not pd.isna(shown["target"].iloc[0]):
         heading += f": answer {_token(shown['target'].iloc[0])}"
@@ -120,7 +119,7 @@ def lens_heatmap(
         cells,
         across=(list(positions), list(positions.values())),
         down=(layers, names),
-        scale=grid.scale(facts, held, [cell.z for cell in cells.values()], minus is not None),
+        scale=scale(facts, held if minus is None else shifted, signed=minus is not None),
         heading=heading,
         titles=("token", "layers that have run"),
         look=look,
@@ -151,7 +150,7 @@ def answer_by_layer(
     Raises:
         ValueError: an unknown value, prompt or position, or no prompt with that value.
     """
-    facts = grid.value(LENS_VALUES, value)
+    facts = known(LENS_VALUES, value)
     check_columns(table, "logit_lens", "prompt", "graft", "layer", "position", value)
     have = prompts_of(table)
     for number in prompts or ():
@@ -199,14 +198,14 @@ def answer_by_layer(
             if count > 1:
                 said = f"median {said} [{facts.written(low)}, {facts.written(high)}]"
             hover.append(f"{label}<br>{_layer(float(layer))}<br>{escaped(facts.label)}: {said}")
-        figure.add_scatter(
-            x=[float(layer) for layer in ends.index],
-            y=ends[0.5].tolist(),
+        add_line(
+            figure,
+            [float(layer) for layer in ends.index],
+            ends[0.5].tolist(),
+            line,
+            size=6,
             name=escaped(entries[name]),
             legendgroup=escaped(name),
-            mode="lines+markers",
-            line={"color": line.color, "dash": line.dash, "width": 2},
-            marker={"symbol": line.marker, "size": 6},
             customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
         )
@@ -222,13 +221,12 @@ def answer_by_layer(
     if missing:
         said += f"<br>{missing} without an answer left out"
     figure.update_yaxes(title_text=said)
-    if facts.kind == "rank":
+    if facts.is_rank:
         # A decade at least, so that the axis has two numbers.
         most = max(math.log10(float(kept[value].max())), 1.0)
         room = 0.05 * most
         figure.update_yaxes(type="log", range=[most + room, -room], dtick=1, tickformat=",d")
-    elif facts.kind == "share":
-        figure.update_yaxes(range=[-0.02, 1.02], tickformat=".0%")
+    figure.update_yaxes(**facts.ticks())
     return figure
 
 
