@@ -20,13 +20,24 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from graftlens.folder import parse_json, read_json, read_text, sync, write_whole
+from graftlens.folder import (
+    flush,
+    parse_json,
+    read_json,
+    read_text,
+    refuse_differences,
+    sync,
+    write_whole,
+)
 
 MARKER = "complete.json"
 UNFINISHED = ".graftlens-unfinished"
 
 #: Endings of files that a loader could read; one that is added can change what is loaded.
 LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".pt", ".pth", ".py")
+
+#: What to do where a folder holds another run.
+ADVICE = "Choose another output folder, give what is there, or remove the folder."
 
 logger = logging.getLogger(__name__)
 
@@ -197,7 +208,7 @@ def check_claim(
             }
     for what, there in holds.items():
         if is_identity(there):
-            refuse_differences(what, _flat(defaults) | _flat(there), identity, elsewhere)
+            refuse_differences(what, _filled(there, defaults), identity, ADVICE, besides=elsewhere)
 
 
 def claim(folder: Path, identity: Mapping[str, Any]) -> None:
@@ -207,34 +218,6 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
         if is_identity(parse_json(read_text(path), path)):
             return
     write_whole(path, json.dumps(identity, indent=2) + "\n")
-
-
-def refuse_differences(
-    what: str, there: Mapping[str, Any], given: Mapping[str, Any], elsewhere: Collection[str] = ()
-) -> None:
-    """Check that what a run's folder holds is what is given.
-
-    Args:
-        what: the message's beginning.
-        there: plain values, in sections.
-        given: likewise.
-        elsewhere: dotted names that may differ.
-
-    Raises:
-        ValueError: the two differ; the message has each difference.
-    """
-    there, given = _flat(there), _flat(given)
-    different = [
-        f"  {name}: {there.get(name)!r} there, {given.get(name)!r} given"
-        for name in sorted((there.keys() | given.keys()) - set(elsewhere))
-        if there.get(name) != given.get(name)
-    ]
-    if different:
-        raise ValueError(
-            f"{what}:\n"
-            + "\n".join(different)
-            + "\nChoose another output folder, give what is there, or remove the folder."
-        )
 
 
 # -- folders that are whole, or known not to be ------------------------------------------------
@@ -350,14 +333,6 @@ def saving(place: Path) -> Iterator[None]:
             f"{place} could not be written: {what}. Mend that and give the same command again; it "
             "goes on from its last checkpoint."
         ) from error
-
-
-def flush(folder: Path) -> None:
-    """Ask the disk to hold every file of the folder."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def mark_complete(checkpoint: Path, *, seconds: float, run: Mapping[str, Any]) -> None:
@@ -528,11 +503,7 @@ def _digest(value: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, inner in value.items():
-        if isinstance(inner, Mapping):
-            flat |= _flat(inner, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = inner
-    return flat
+def _filled(there: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """What is there, and the defaults for what is not, section by section."""
+    both = {key for key in there.keys() & defaults.keys() if isinstance(there[key], Mapping)}
+    return {**defaults, **there} | {key: _filled(there[key], defaults[key]) for key in both}

@@ -1,50 +1,229 @@
 """The closed vocabulary of what can be grafted: components, their groups, and layer groups.
 
-Everything else in the library names weights with these words; nothing else defines them.
+`COMPONENTS` has one row per component with everything that the library asks of it; nothing else
+keeps a list of components. Only the forward, and what reads one component's output by design,
+names them one by one.
 """
 
 import difflib
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+from types import MappingProxyType
+from typing import Literal, Protocol, get_args, runtime_checkable
+
+
+class Side(StrEnum):
+    """On which rows a component works: those that attention reads, those that read, or outside."""
+
+    INPUT = "input"  # makes the rows that enter the layers
+    KEY = "key"  # rows whose keys and values are read
+    QUERY = "query"  # rows that read, and go on to the next layer
+    BOTH = "both"  # rows of either kind
+    OUTPUT = "output"  # reads logits from the rows that leave the layers
+
+
+class Cut(StrEnum):
+    """Into which units a component's weight can be cut."""
+
+    NONE = "not at all"
+    HEAD = "head"
+    KV_HEAD = "key-value head"
+    NEURON = "neuron"
+
+
+Group = Literal["attn", "mlp", "ln"]
+#: What the weight is: a table that rows are looked up in, a linear map, or a vector.
+Kind = Literal["table", "linear", "norm"]
+
+
+@runtime_checkable
+class Facts(Protocol):
+    """What a component's row asks of an architecture (`graftlens.model.arch.Architecture`)."""
+
+    @property
+    def family(self) -> str: ...
+    @property
+    def d_model(self) -> int: ...
+    @property
+    def n_heads(self) -> int: ...
+    @property
+    def n_kv_heads(self) -> int: ...
+    @property
+    def d_head(self) -> int: ...
+    @property
+    def d_mlp(self) -> int: ...
+    @property
+    def d_vocab(self) -> int: ...
+    @property
+    def n_ctx(self) -> int: ...
+    @property
+    def norm(self) -> str: ...
+    @property
+    def pre_norms(self) -> bool: ...
+    @property
+    def post_norms(self) -> bool: ...
+    @property
+    def qk_norm(self) -> str: ...
+    @property
+    def rotary_dim(self) -> int: ...
+    @property
+    def mlp(self) -> str: ...
+
+
+def _always(arch: Facts) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class ComponentRow:
+    """Everything that the library knows of one component.
+
+    Attributes:
+        side: on which rows it works; says also whether it is in the layers or outside.
+        kind: what its weight is.
+        shape: its weight's shape, [d_out, d_in] of a linear map, from the architecture.
+        group: the group that it belongs to besides `block` and `all`.
+        cut: the units that its weight can be cut into.
+        axis: the axis of the weight that the units are on. On rows (0) the bias is cut as well; on
+            columns (1) the bias belongs to no unit.
+        home: the module of a layer that it is in, where it is not the layer itself.
+        view: the model's name for its weights, as in HookedTransformer; None for a norm, whose
+            weight is found at its module.
+        present: which architectures have it.
+    """
+
+    side: Side
+    kind: Kind
+    shape: Callable[[Facts], tuple[int, ...]]
+    group: Group | None = None
+    cut: Cut = Cut.NONE
+    axis: Literal[0, 1] | None = None
+    home: Literal["attn", "mlp"] | None = None
+    view: str | None = None
+    present: Callable[[Facts], bool] = _always
+
+    @property
+    def in_layers(self) -> bool:
+        """Whether every layer has one, or the model one outside the layers."""
+        return self.side not in (Side.INPUT, Side.OUTPUT)
+
+
+def _attn(
+    side: Side, view: str, cut: Cut, axis: Literal[0, 1], shape: Callable[[Facts], tuple[int, ...]]
+) -> ComponentRow:
+    return ComponentRow(side, "linear", shape, "attn", cut, axis, "attn", view)
+
+
+def _mlp(
+    view: str,
+    axis: Literal[0, 1],
+    shape: Callable[[Facts], tuple[int, ...]],
+    present: Callable[[Facts], bool] = _always,
+) -> ComponentRow:
+    return ComponentRow(Side.QUERY, "linear", shape, "mlp", Cut.NEURON, axis, "mlp", view, present)
+
+
+def _norm(
+    side: Side, group: Group | None, present: Callable[[Facts], bool] = _always
+) -> ComponentRow:
+    def there(arch: Facts) -> bool:
+        return arch.norm != "layer_plain" and present(arch)
+
+    return ComponentRow(side, "norm", lambda arch: (arch.d_model,), group, present=there)
+
+
+def _qk_norm(side: Side, heads: Callable[[Facts], int]) -> ComponentRow:
+    def shape(arch: Facts) -> tuple[int, ...]:
+        return (arch.d_head * (heads(arch) if arch.qk_norm == "full" else 1),)
+
+    return ComponentRow(
+        side, "norm", shape, "attn", home="attn", present=lambda arch: arch.qk_norm != "none"
+    )
 
 
 class Component(StrEnum):
-    """One weight-bearing part of a layer or of the model. A bias travels with its weight."""
+    """One weight-bearing part of a layer or of the model. A bias travels with its weight.
 
-    EMBED = "embed"
-    POS_EMBED = "pos_embed"
-    LN1 = "ln1"
-    Q = "q"
-    K = "k"
-    V = "v"
-    Q_NORM = "q_norm"
-    K_NORM = "k_norm"
-    O = "o"
-    LN1_POST = "ln1_post"
-    LN2 = "ln2"
-    MLP_IN = "mlp_in"
-    MLP_GATE = "mlp_gate"
-    MLP_OUT = "mlp_out"
-    LN2_POST = "ln2_post"
-    LN_FINAL = "ln_final"
-    UNEMBED = "unembed"
+    A member is the word and its row, so that none can be without; `COMPONENTS` has the rows.
+    """
+
+    _row: ComponentRow
+
+    def __new__(cls, word: str, row: ComponentRow | None = None) -> "Component":
+        if row is None:  # in a definition; a look-up, Component("q"), does not come here
+            raise TypeError(f"component {word!r} has no row")
+        member = str.__new__(cls, word)
+        member._value_ = word
+        member._row = row
+        return member
+
+    EMBED = (
+        "embed",
+        ComponentRow(Side.INPUT, "table", lambda arch: (arch.d_vocab, arch.d_model), view="W_E"),
+    )
+    POS_EMBED = (
+        "pos_embed",
+        ComponentRow(
+            Side.INPUT,
+            "table",
+            lambda arch: (arch.n_ctx, arch.d_model),
+            view="W_pos",
+            present=lambda arch: arch.rotary_dim == 0,
+        ),
+    )
+    LN1 = "ln1", _norm(Side.BOTH, "ln", lambda arch: arch.pre_norms)
+    Q = (
+        "q",
+        _attn(Side.QUERY, "W_Q", Cut.HEAD, 0, lambda a: (a.n_heads * a.d_head, a.d_model)),
+    )
+    K = (
+        "k",
+        _attn(Side.KEY, "W_K", Cut.KV_HEAD, 0, lambda a: (a.n_kv_heads * a.d_head, a.d_model)),
+    )
+    V = (
+        "v",
+        _attn(Side.KEY, "W_V", Cut.KV_HEAD, 0, lambda a: (a.n_kv_heads * a.d_head, a.d_model)),
+    )
+    Q_NORM = "q_norm", _qk_norm(Side.QUERY, lambda arch: arch.n_heads)
+    K_NORM = "k_norm", _qk_norm(Side.KEY, lambda arch: arch.n_kv_heads)
+    O = (
+        "o",
+        _attn(Side.QUERY, "W_O", Cut.HEAD, 1, lambda a: (a.d_model, a.n_heads * a.d_head)),
+    )
+    LN1_POST = "ln1_post", _norm(Side.QUERY, "ln", lambda arch: arch.post_norms)
+    LN2 = "ln2", _norm(Side.QUERY, "ln", lambda arch: arch.pre_norms)
+    MLP_IN = "mlp_in", _mlp("W_in", 0, lambda arch: (arch.d_mlp, arch.d_model))
+    MLP_GATE = (
+        "mlp_gate",
+        _mlp("W_gate", 0, lambda a: (a.d_mlp, a.d_model), lambda a: a.mlp == "gated"),
+    )
+    MLP_OUT = "mlp_out", _mlp("W_out", 1, lambda arch: (arch.d_model, arch.d_mlp))
+    LN2_POST = "ln2_post", _norm(Side.QUERY, "ln", lambda arch: arch.post_norms)
+    LN_FINAL = "ln_final", _norm(Side.OUTPUT, None)
+    UNEMBED = (
+        "unembed",
+        ComponentRow(Side.OUTPUT, "linear", lambda arch: (arch.d_vocab, arch.d_model), view="W_U"),
+    )
 
 
-C = Component
+#: Every component's row, in the vocabulary's order.
+COMPONENTS: Mapping[Component, ComponentRow] = MappingProxyType({c: c._row for c in Component})
 
-#: Components that stand outside the layers; a rule restricted to layers never touches them.
-MODEL_COMPONENTS = frozenset({C.EMBED, C.POS_EMBED, C.LN_FINAL, C.UNEMBED})
+
+def components_where(holds: Callable[[ComponentRow], bool]) -> tuple[Component, ...]:
+    """The components whose row says so, in the vocabulary's order."""
+    return tuple(component for component, row in COMPONENTS.items() if holds(row))
+
 
 #: Components whose weights split by head. q and o split by query head, k and v by key-value head.
-HEAD_COMPONENTS = frozenset({C.Q, C.K, C.V, C.O})
+HEAD_COMPONENTS = frozenset(components_where(lambda row: row.cut in (Cut.HEAD, Cut.KV_HEAD)))
 
 GROUPS: dict[str, tuple[Component, ...]] = {
-    "attn": (C.Q, C.K, C.V, C.Q_NORM, C.K_NORM, C.O),
-    "mlp": (C.MLP_IN, C.MLP_GATE, C.MLP_OUT),
-    "ln": (C.LN1, C.LN1_POST, C.LN2, C.LN2_POST),
-    "block": tuple(c for c in Component if c not in MODEL_COMPONENTS),
+    **{g: components_where(lambda row, g=g: row.group == g) for g in get_args(Group)},  # type: ignore[misc]
+    "block": components_where(lambda row: row.in_layers),
     "all": tuple(Component),
 }
 

@@ -12,7 +12,7 @@ import pandas as pd
 import torch
 
 from graftlens import __version__
-from graftlens.components import MODEL_COMPONENTS, Component, format_numbers
+from graftlens.components import Component, format_numbers
 from graftlens.folder import writable
 from graftlens.graft import Graft, Grafts
 from graftlens.lens import direct_logit_attribution, divergence, logit_lens
@@ -240,7 +240,7 @@ def _shares(model: GraftedTransformer, mask: GraftMask) -> dict[str, np.ndarray]
     rows = {component: i for i, component in enumerate(model.arch.components)}
     shares = {source: np.zeros((len(rows), mask.shape[1])) for source in model.sources}
     for (component, _), chosen in mask.sites.items():
-        layers = 1 if component in MODEL_COMPONENTS else model.cfg.n_layers
+        layers = len(model.arch.layers_of(component))
         groups = chosen.groups if isinstance(chosen, HeadSelection) else (((0,), chosen),)
         heads = sum(len(group) for group, _ in groups)
         for group, selection in groups:
@@ -279,10 +279,7 @@ def _components_from(arch: Architecture, mask: GraftMask, position: int, source:
         if len(heads) < len(groups):
             which = tuple(sorted(head for group, _ in heads for head in group or ()))
         found.setdefault((component, which), []).append(layer)
-    everything = {
-        (c, None): [None] if c in MODEL_COMPONENTS else list(range(arch.n_layers))
-        for c in arch.components
-    }
+    everything = {(c, None): list(arch.layers_of(c)) for c in arch.components}
     if found == everything:
         return "all weights"
     together: dict[tuple[tuple[int | None, ...], tuple[int, ...] | None], list[Component]] = {}

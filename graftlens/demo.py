@@ -23,8 +23,7 @@ from graftlens.data import evaluation_prompts, make_dataset, make_facts, trainin
 from graftlens.evaluation import evaluate, position_grafts
 from graftlens.finetune import FinetuneConfig, demo_configs, finetune
 from graftlens.folder import (
-    is_marked,
-    mark,
+    claim,
     parse_json,
     read_json,
     read_text,
@@ -90,8 +89,8 @@ def demo(
 
     Raises:
         SmolLM2UnavailableError: the model is neither in the cache nor to be had.
-        ValueError: fewer than six facts, or no epochs.
-        FileExistsError: `out` holds files of somebody else's under names that the demo writes.
+        ValueError: fewer than six facts, or no epochs; `out` holds files of somebody else's under
+            names that the demo writes.
         OSError: a folder that cannot be written.
     """
     if facts < 6:
@@ -223,14 +222,7 @@ def _claim(out: Path, folder: Path) -> None:
         (folder, [KEY, TABLE], run),
     ):
         # Releases without markers left a run of ours.
-        if not is_marked(place, "demo") and not any(place.glob(before)):
-            for name in names:
-                if os.path.lexists(place / name):
-                    raise FileExistsError(
-                        f"{place / name} is in the way: the demo writes a file of that name, and "
-                        "did not write this one. Choose another --out, or move it away."
-                    )
-        mark(place, "demo")
+        claim(place, "demo", taken=() if any(place.glob(before)) else names)
 
 
 def _origin(base: Path) -> str:

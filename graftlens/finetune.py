@@ -45,6 +45,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 
 from graftlens.checkpoints import (
+    ADVICE,
     MARKER,
     DamagedError,
     begin,
@@ -55,7 +56,6 @@ from graftlens.checkpoints import (
     mark_complete,
     newest_complete,
     recorded,
-    refuse_differences,
     remove_all,
     remove_others,
     saving,
@@ -66,7 +66,7 @@ from graftlens.checkpoints import (
 from graftlens.data import DatasetSpec, load_dataset, make_dataset, save_dataset
 from graftlens.engines import EngineError, SlurmResources, Task, submit
 from graftlens.finetuned import FinetuneResult, check_epochs, earlier_result, mended, read_result
-from graftlens.folder import write_whole
+from graftlens.folder import refuse_differences, write_whole
 from graftlens.model.identity import config_settings, tokenizer_digest
 from graftlens.model.quiet import quiet
 from graftlens.model.smollm2 import smollm2
@@ -310,7 +310,7 @@ def _made_once(spec: DatasetSpec, output: Path) -> Dataset:
         dataset = load_dataset(folder)
         there, given = (s.model_dump(mode="json") for s in (dataset.config, spec))
         if there == given or begun or not (folder / KEPT).is_file():
-            refuse_differences(f"{folder} was made of another config", there, given)
+            refuse_differences(f"{folder} was made of another config", there, given, ADVICE)
             # In memory: other processes get it, and need not see the folder.
             return Dataset.from_dict(dataset.train.to_dict(), features=dataset.train.features)
         shutil.rmtree(folder)  # of a run that was refused before its first step

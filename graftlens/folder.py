@@ -11,8 +11,10 @@ import json
 import os
 import re
 import secrets
+import shutil
+import tempfile
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -206,26 +208,26 @@ def probe(path: Path) -> None:
                 folder.rmdir()
 
 
-#: The file in a folder that says what of ours the folder is.
-MARKER = ".graftlens"
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """Give the path of a folder to make, which then appears as `folder`: whole, on the disk, or
+    not at all.
 
-
-def mark(folder: Path, what: str) -> None:
-    """Write into a folder that it is ours, and what it is.
+    It lies alone in a working folder beside `folder`, which is removed.
 
     Raises:
-        OSError: a folder that cannot be written.
+        OSError: a folder that cannot be written, or one that is there already.
     """
-    if not is_marked(folder, what):
-        write_whole(folder / MARKER, f"graftlens {what}\n")
-
-
-def is_marked(folder: Path, what: str) -> bool:
-    """Whether a folder has our marker, whatever its name is."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
-        return (folder / MARKER).read_bytes() == f"graftlens {what}\n".encode()
-    except OSError:
-        return False
+        content = work / "content"
+        yield content
+        flush(content)
+        content.rename(folder)
+        sync(folder.parent)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
 
 
 def sync(folder: Path) -> None:
@@ -236,6 +238,119 @@ def sync(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def flush(folder: Path) -> None:
+    """Ask the disk to hold every file of the folder."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+
+
+# -- whose a folder is -------------------------------------------------------------------------
+
+#: The file in a folder that says what of ours the folder is.
+MARKER = ".graftlens"
+
+
+def claim(folder: Path, what: str, taken: Iterable[str] | None = None) -> None:
+    """Make a folder ours by a marker in it, before anything else is written there.
+
+    Args:
+        folder: it need not be there yet.
+        what: what the folder is, which the marker says.
+        taken: what would be written; a folder without the marker is refused if it has any of
+            these. Left out: if it has anything at all.
+
+    Raises:
+        ValueError: a file, or a folder with somebody else's content.
+        OSError: a folder that cannot be written.
+    """
+    if is_claimed(folder, what):
+        return
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder. Choose another.")
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if taken is not None:
+        # A marker that cannot be read is written again, but a link is somebody else's.
+        there &= {*taken, *([MARKER] if (folder / MARKER).is_symlink() else [])}
+    others = sorted(there)
+    if others:
+        raise ValueError(
+            f"{folder} has {', '.join(others[:3])}{' and more' if len(others) > 3 else ''} in it "
+            f"and no {MARKER} of {what}, so graftlens did not make it: nothing there is "
+            "overwritten. Choose another folder."
+        )
+    write_whole(folder / MARKER, f"graftlens {what}\n")
+
+
+def is_claimed(folder: Path, what: str) -> bool:
+    """Whether a folder has our marker, whatever its name is."""
+    marker = folder / MARKER
+    try:
+        return not marker.is_symlink() and marker.read_bytes() == f"graftlens {what}\n".encode()
+    except OSError:
+        return False
+
+
+# -- what a folder holds and what is given -----------------------------------------------------
+
+#: Differences that a refusal shows, and characters of a long value around where it differs.
+SHOWN, WIDE = 20, 160
+
+
+def differences(
+    there: Any, given: Any, name: str = "", *, besides: Collection[str] = ()
+) -> list[str]:
+    """A line for each key whose values differ, in the order of the keys.
+
+    Args:
+        there: plain values, as JSON has them.
+        given: likewise.
+        name: the key that they are found at, for the lines.
+        besides: keys that may differ, with dots into sections.
+    """
+    if there == given or name in besides:
+        return []
+    if isinstance(there, Mapping) and isinstance(given, Mapping):
+        lines = []
+        for key in dict.fromkeys([*there, *given]):
+            inner = f"{name}.{key}" if name else str(key)
+            lines += differences(there.get(key), given.get(key), inner, besides=besides)
+        return lines
+    if isinstance(there, list) and isinstance(given, list):
+        return differences(dict(enumerate(there)), dict(enumerate(given)), name, besides=besides)
+    old, new = ("nothing" if value is None else repr(value) for value in (there, given))
+    if max(len(old), len(new)) > WIDE:
+        pairs = enumerate(zip(old, new, strict=False))
+        start = max(0, next((i for i, (a, b) in pairs if a != b), WIDE) - WIDE // 4)
+        old, new = (f"…{text[start : start + WIDE]}…" for text in (old, new))
+    return [f"  {name}: {old} there, {new} given"]
+
+
+def refusal(what: str, lines: Sequence[str], advice: str) -> str:
+    """A message of differences.
+
+    Args:
+        what: what is there, such as "FOLDER holds another sweep".
+        lines: as `differences` gives them.
+        advice: what to do.
+    """
+    more = [f"  … and {len(lines) - SHOWN} more differences"] if len(lines) > SHOWN else []
+    return "\n".join([f"{what}:", *lines[:SHOWN], *more, advice])
+
+
+def refuse_differences(
+    what: str, there: Any, given: Any, advice: str, *, besides: Collection[str] = ()
+) -> None:
+    """Check that what a folder holds is what is given.
+
+    Raises:
+        ValueError: the two differ; the message has each difference.
+    """
+    if lines := differences(there, given, besides=besides):
+        raise ValueError(refusal(what, lines, advice))
 
 
 def halves(path: Path) -> Iterator[Path]:
@@ -326,36 +441,6 @@ def at_home(path: str | Path) -> Path:
         raise ValueError(
             f"{path} begins with the home folder of a user that is not there. Write the path out."
         ) from None
-
-
-def claim(folder: Path, marker: str, said: str, taken: Iterable[str] | None = None) -> None:
-    """Make a folder ours by a file in it, before anything else is written there.
-
-    Args:
-        folder: it need not be there yet.
-        marker: name of the file that makes it ours.
-        said: its content.
-        taken: what would be written; a folder without the marker is refused if it has any of
-            these. Left out: if it has anything at all.
-
-    Raises:
-        ValueError: a file, or a folder with somebody else's content.
-        OSError: a folder that cannot be written.
-    """
-    mark = folder / marker
-    if folder.is_dir() and mark.is_file() and not mark.is_symlink():
-        return
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder. Choose another.")
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    others = sorted(there if taken is None else there & {*taken, marker})
-    if others:
-        raise ValueError(
-            f"{folder} has {', '.join(others[:3])}{' and more' if len(others) > 3 else ''} in it "
-            f"and no {marker}, so it is not a folder that graftlens made: nothing there is "
-            "overwritten. Choose another folder."
-        )
-    write_whole(mark, said)
 
 
 def _shown(name: str) -> str:

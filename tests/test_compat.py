@@ -248,7 +248,7 @@ def test_weights_are_hookedtransformers_with_a_source_axis(variant: str) -> None
         hooked = _hooked(variant, hf)
         names = ["W_Q", "W_O", "W_in", "W_out", "W_U", "b_Q", "b_O", "b_in", "b_out", "b_U"]
         names += [] if offset else ["W_E"]
-        names += ["W_gate"] if model.arch.gated else []
+        names += ["W_gate"] if model.arch.mlp == "gated" else []
         names += ["W_pos"] if variant == "gpt2" else []
         for name in names:
             _close(getattr(model, name)[index], getattr(hooked, name), name)

@@ -1,6 +1,7 @@
 """The vocabulary: every group means what it says, at any depth, and every slip is named."""
 
 import itertools
+import pickle
 import re
 
 import pytest
@@ -8,11 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from graftlens.components import (
+    COMPONENTS,
     GROUPS,
     HEAD_COMPONENTS,
     LAYER_GROUPS,
-    MODEL_COMPONENTS,
     Component,
+    Cut,
     expand_components,
     format_numbers,
     layer_group,
@@ -39,8 +41,21 @@ def test_the_vocabulary_is_the_design_s() -> None:
         "embed pos_embed ln1 q k v q_norm k_norm o ln1_post ln2 mlp_in mlp_gate mlp_out ln2_post "
         "ln_final unembed"
     )
-    assert {str(c) for c in MODEL_COMPONENTS} == {"embed", "pos_embed", "ln_final", "unembed"}
+    outside = {str(c) for c, row in COMPONENTS.items() if not row.in_layers}
+    assert outside == {"embed", "pos_embed", "ln_final", "unembed"}
     assert {str(c) for c in HEAD_COMPONENTS} == {"q", "k", "v", "o"}
+    neurons = {str(c) for c, row in COMPONENTS.items() if row.cut is Cut.NEURON}
+    assert neurons == {"mlp_in", "mlp_gate", "mlp_out"}
+
+
+def test_a_component_is_a_word_and_its_row() -> None:
+    assert tuple(COMPONENTS) == tuple(Component)
+    for component, row in COMPONENTS.items():
+        assert Component(component.value) is component is pickle.loads(pickle.dumps(component))
+        # What is cut says on which axis, and only that.
+        assert (row.cut is Cut.NONE) == (row.axis is None)
+    with pytest.raises(TypeError, match="component 'lonely' has no row"):
+        Component._new_member_(Component, "lonely")
 
 
 def test_groups_hold_what_the_design_says() -> None:
@@ -56,7 +71,8 @@ def test_groups_hold_what_the_design_says() -> None:
 def test_block_is_attn_mlp_and_ln_without_overlap() -> None:
     parts = [*GROUPS["attn"], *GROUPS["mlp"], *GROUPS["ln"]]
     assert len(parts) == len(set(parts))
-    assert set(parts) == set(GROUPS["block"]) == set(Component) - MODEL_COMPONENTS
+    assert set(parts) == set(GROUPS["block"])
+    assert set(GROUPS["block"]) == {c for c, row in COMPONENTS.items() if row.in_layers}
 
 
 def test_no_name_means_two_things() -> None:

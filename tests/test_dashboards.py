@@ -68,7 +68,7 @@ def test_shares_count_layers_and_heads(model: GraftedTransformer) -> None:
     for row, component in enumerate(model.arch.components):
         outside = component in ("embed", "ln_final", "unembed")
         layers = [None] if outside else list(range(LAYERS))
-        heads = range(model.arch.n_heads_of(component)) if component in ("q", "o") else [None]
+        heads = range(model.arch.n_units_of(component)) if component in ("q", "o") else [None]
         by_hand = np.mean(
             [mask.source_index(component, l, h)[0] == 1 for l in layers for h in heads], axis=0
         )

@@ -321,7 +321,7 @@ def places(mask: GraftMask) -> dict[tuple[str, int | None, int], list[int]]:
     return {
         (str(component), layer, head): mask.source_index(component, layer, head)[0].tolist()
         for component, layer in mask.sites
-        for head in range(ARCH.n_heads_of(component))
+        for head in range(ARCH.n_units_of(component))
     }
 
 

@@ -8,8 +8,9 @@ import pytest
 from families import VARIANTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from reference import MODEL_COMPONENTS
 
-from graftlens.components import GROUPS, MODEL_COMPONENTS, Component
+from graftlens.components import GROUPS, Component
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data.settings import Settings
 from graftlens.graft import Graft
@@ -215,7 +216,7 @@ def test_a_mask_of_a_draw_has_the_kept_sites_only(tiny):
             for component in model.arch.components:
                 inside = component not in MODEL_COMPONENTS
                 for layer in range(model.arch.n_layers) if inside else [None]:
-                    heads = range(model.arch.n_heads_of(component)) if component in "qkvo" else [0]
+                    heads = range(model.arch.n_units_of(component)) if component in "qkvo" else [0]
                     for head in heads:
                         chosen = mask.source_index(
                             component, layer, head if component in "qkvo" else None

@@ -128,7 +128,7 @@ def test_every_hook_fires_with_hookedtransformers_shape(tiny: MakeTiny, variant:
         **{f"mlp.hook_{x}": (*head, d_mlp) for x in ("pre", "pre_linear", "post")},
     }
     absent = {"attn.hook_rot_q", "attn.hook_rot_k"} if variant.startswith("gpt2") else set()
-    absent |= set() if arch.gated else {"mlp.hook_pre_linear"}
+    absent |= set() if arch.mlp == "gated" else {"mlp.hook_pre_linear"}
     absent |= {"hook_resid_mid"} if arch.parallel else set()
     for layer in range(arch.n_layers):
         for name, shape in shapes.items():

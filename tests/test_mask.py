@@ -10,12 +10,12 @@ from families import VARIANTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from positions import evaluate
+from reference import MODEL_COMPONENTS
 
 from graftlens.components import (
     GROUPS,
     HEAD_COMPONENTS,
     LAYER_GROUPS,
-    MODEL_COMPONENTS,
     Component,
 )
 from graftlens.graft import Graft
@@ -89,7 +89,7 @@ def assert_is(mask: GraftMask, graft: Graft, batch: Batch, arch: Architecture) -
     """Compare at every real place; padding may hold anything."""
     assert {(str(c), layer) for c, layer in mask.sites} == set(sites(arch))
     for component, layer in sites(arch):
-        heads = arch.n_heads_of(Component(component)) if component in HEAD_COMPONENTS else 1
+        heads = arch.n_units_of(Component(component)) if component in HEAD_COMPONENTS else 1
         for head in range(heads):
             found = mask.source_index(component, layer, head)
             wanted = np.array(expected(graft, batch, arch, component, layer, head))
@@ -167,7 +167,7 @@ def test_taking_rows_and_columns(
     assert part.graft == graft
     assert part.sites.keys() == mask.sites.keys()
     for component, layer in sites(arch):
-        heads = arch.n_heads_of(Component(component)) if component in HEAD_COMPONENTS else 1
+        heads = arch.n_units_of(Component(component)) if component in HEAD_COMPONENTS else 1
         for head in range(heads):
             np.testing.assert_array_equal(
                 part.source_index(component, layer, head),

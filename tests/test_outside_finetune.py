@@ -502,7 +502,7 @@ def test_smollm2s_leftovers_are_known_by_their_marker(tmp_path, monkeypatch):
 def test_the_demo_replaces_no_report_of_others(tmp_path):
     folder = tmp_path / "facts-6-epochs-1-seed-0"
     (tmp_path / "report.html").write_text("mine")
-    with pytest.raises(FileExistsError, match=r"report\.html is in the way: the demo writes"):
+    with pytest.raises(ValueError, match=r"has report\.html in it and no \.graftlens of demo"):
         claim_demo(tmp_path, folder)
     (tmp_path / "report.html").unlink()
     claim_demo(tmp_path, folder)

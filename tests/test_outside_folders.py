@@ -339,7 +339,7 @@ def test_a_users_files_beside_a_sweep_stay(given: dict[str, Any], tmp_path: Path
 def test_a_demo_does_not_overwrite_a_users_page(tmp_path: Path) -> None:
     page = tmp_path / "report.html"
     page.write_text("<p>mine</p>")
-    with pytest.raises(FileExistsError, match=r"report\.html is in the way: the demo writes"):
+    with pytest.raises(ValueError, match=r"has report\.html in it and no \.graftlens of demo"):
         demo_module.demo(tmp_path, facts=6, epochs=1)
     assert page.read_text() == "<p>mine</p>"
     assert list(tmp_path.iterdir()) == [page]

@@ -26,9 +26,9 @@ from graftlens.experiment import run as run_module
 from graftlens.experiment.compare import compare_runs
 from graftlens.experiment.config import ExperimentConfig, NamedExperiment, find_experiment
 from graftlens.experiment.plan import Plan, Store
-from graftlens.experiment.run import MARKER, default_folder, run_experiment
+from graftlens.experiment.run import default_folder, run_experiment
 from graftlens.experiment.show import _unlike, plain
-from graftlens.folder import at_home, claim, inside, name_fault, name_problems
+from graftlens.folder import MARKER, at_home, claim, inside, name_fault, name_problems
 from graftlens.sweep.config import SweepConfig, load_config
 from graftlens.viz.compare import compare_page
 from graftlens.viz.page import ExperimentPage, Part, Table, experiment_page, is_page
@@ -271,11 +271,18 @@ def test_a_folder_of_ours_is_taken_up_and_others_files_stay(planned, tmp_path):
         result = run_experiment(planned, tmp_path, say=lambda s: None)
     assert (tmp_path / "notes.txt").read_text() == "mine"
     assert is_page(result.page)
-    assert json.loads((tmp_path / MARKER).read_text())["experiment"] == "films"
-    # One that an older version finished has no marker, but says that it is an experiment.
+    assert (tmp_path / MARKER).read_text() == "graftlens experiment\n"
+    # One that an older version finished has another marker, or none but its record.
     (tmp_path / MARKER).unlink()
     run_experiment(planned, tmp_path, say=lambda s: None)
     (tmp_path / MARKER).unlink()
+    (tmp_path / "experiment.json").write_text("{}")
+    (tmp_path / "graftlens-run.json").write_text('{"experiment": "films"}')
+    run_experiment(planned, tmp_path, say=lambda s: None)
+    assert json.loads((tmp_path / "experiment.json").read_text())["name"] == "films"
+    (tmp_path / "experiment.json").write_text("{}")
+    (tmp_path / MARKER).unlink()
+    (tmp_path / "graftlens-run.json").unlink()
     (tmp_path / "experiment.json").write_text("{}")
     with pytest.raises(ValueError, match=f"no {MARKER}"):
         run_experiment(planned, tmp_path)
@@ -332,16 +339,18 @@ def test_a_dangling_link_is_there(tmp_path):
 def test_a_claim_takes_no_folder_of_somebody_else(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "x").write_text("")
-    with pytest.raises(ValueError, match="has x in it and no mark"):
-        claim(tmp_path / "a", "mark", "")
-    claim(tmp_path / "a", "mark", "", taken=["y"])
-    claim(tmp_path / "a", "mark", "")
+    with pytest.raises(ValueError, match=r"has x in it and no \.graftlens of toy"):
+        claim(tmp_path / "a", "toy")
+    claim(tmp_path / "a", "toy", taken=["y"])
+    claim(tmp_path / "a", "toy")
+    with pytest.raises(ValueError, match=r"no \.graftlens of tables"):
+        claim(tmp_path / "a", "tables")
     with pytest.raises(ValueError, match="is not a folder"):
-        claim(tmp_path / "a" / "x", "mark", "")
+        claim(tmp_path / "a" / "x", "toy")
     (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "mark").symlink_to(tmp_path / "a" / "mark")
-    with pytest.raises(ValueError, match="no mark"):
-        claim(tmp_path / "b", "mark", "", taken=["y"])
+    (tmp_path / "b" / MARKER).symlink_to(tmp_path / "a" / MARKER)
+    with pytest.raises(ValueError, match=r"has \.graftlens in it"):
+        claim(tmp_path / "b", "toy", taken=["y"])
 
 
 # -- reports -------------------------------------------------------------------------------------
@@ -384,7 +393,7 @@ def test_the_folder_of_a_reports_tables_is_its_own(tmp_path):
     many = pd.concat([positions().assign(graft=lambda f, i=i: f["graft"].astype(str) + str(i))
                       for i in range(20)])  # fmt: skip
     runs = {"x": {"p": many}, "y": {"p": many}}
-    with pytest.raises(ValueError, match=r"has mine\.csv in it and no graftlens-tables\.txt"):
+    with pytest.raises(ValueError, match=r"has mine\.csv in it and no \.graftlens of tables"):
         compare_page(tmp_path / "r.html", runs, provenance={})
     for _ in range(2):
         assert is_page(compare_page(tmp_path / "s.html", runs, provenance={}))

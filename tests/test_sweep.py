@@ -13,9 +13,9 @@ from conftest import MakeTiny, Tiny
 from families import VARIANTS, tiny_sources
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
-from reference import sequential_graft
+from reference import MODEL_COMPONENTS, sequential_graft
 
-from graftlens.components import HEAD_COMPONENTS, MODEL_COMPONENTS, Component
+from graftlens.components import HEAD_COMPONENTS, Component
 from graftlens.evaluation import evaluate, position_grafts
 from graftlens.graft import Graft
 from graftlens.metrics import NextTokens, next_tokens
@@ -53,7 +53,7 @@ def grafts_of(draw: st.DrawFn, arch: Architecture, n_rules: int = 3) -> Graft:
                     min_size=1,
                 )
             )
-            n_heads = min(arch.n_heads_of(c) for c in components)
+            n_heads = min(arch.n_units_of(c) for c in components)
             heads = draw(st.one_of(st.none(), st.sets(st.integers(0, n_heads - 1), min_size=1)))
             graft |= Graft.rule(source, at, components, layers, heads and sorted(heads))
         else:
@@ -121,7 +121,7 @@ def rows_by_brute_force(
         def sources(
             component: Component, layer: int | None, node: int, mask=mask
         ) -> tuple[int, ...]:  # type: ignore[no-untyped-def]
-            heads = range(arch.n_heads_of(component)) if component in HEAD_COMPONENTS else [None]
+            heads = range(arch.n_units_of(component)) if component in HEAD_COMPONENTS else [None]
             column = branches.columns[node]
             return tuple(int(mask.source_index(component, layer, h)[0, column]) for h in heads)
 

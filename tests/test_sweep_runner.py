@@ -308,7 +308,7 @@ def test_another_sweep_is_refused(name: str, given: Config, copied: Path) -> Non
 
 def test_a_long_difference_is_cut(given: Config, copied: Path) -> None:
     given["grafts"] |= {f"extra {i}": f"sft @ [{i}]" for i in range(40)}
-    with pytest.raises(ValueError, match="and 21 differences more\nChoose") as error:
+    with pytest.raises(ValueError, match="and 21 more differences\nChoose") as error:
         quietly(given, copied)
     assert max(map(len, str(error.value).splitlines())) < 450
 

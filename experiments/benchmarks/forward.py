@@ -13,48 +13,15 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
+from tasks import ENTITY, MODELS, N_TOKENS, forwards, pair, synchronise, tokens
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
 
-from graftlens.graft import Graft
-from graftlens.model.grafted import GraftedTransformer
-from graftlens.model.smollm2 import smollm2
-
-ENTITY = range(1, 5)
-N_TOKENS = 14
-
-
-def perturbed(folder: Path, out: Path) -> Path:
-    """A second source: the same checkpoint with noise on every weight."""
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.add_(noise.to(parameter.dtype), alpha=0.01 * float(parameter.std()))
-    model.save_pretrained(out)
-    return out
-
-
-def llama_1b(out: Path) -> Path:
-    """A random Llama with the shape of Llama-3.2-1B."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        vocab_size=128256,
-        max_position_embeddings=2048,
-        tie_word_embeddings=True,
-    )
-    LlamaForCausalLM(config).save_pretrained(out)
-    return out
+from graftlens import GraftedTransformer
 
 
 def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -71,56 +38,37 @@ def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str
     return times
 
 
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def sequential(
-    models: dict[str, LlamaForCausalLM], tokens: torch.Tensor, graft_at: set[int]
-) -> None:
+def sequential(models: dict[str, LlamaForCausalLM], ids: torch.Tensor, graft_at: set[int]) -> None:
     """The paper's algorithm at its fastest: token by token with a KV cache, no weight copied.
 
     For a position graft of all components it is enough to run each token in the model that it
     belongs to, on one cache.
     """
     cache = DynamicCache()
-    for position in range(tokens.shape[1]):
+    for position in range(ids.shape[1]):
         model = models["sft" if position in graft_at else "pre"]
         model(
-            input_ids=tokens[:, position : position + 1],
+            input_ids=ids[:, position : position + 1],
             past_key_values=cache,
-            position_ids=torch.tensor([[position]], device=tokens.device),
+            position_ids=torch.tensor([[position]], device=ids.device),
         )
 
 
-def bench(name: str, pre: Path, sft: Path, batch: int, rounds: int) -> None:
+def bench(name: str, sources: Mapping[str, Path], batch: int, rounds: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     hf = {
         key: AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa")
         .to(device)
         .eval()
-        for key, folder in {"pre": pre, "sft": sft}.items()
+        for key, folder in sources.items()
         if name == "smollm2" or key == "pre"
     }
-    model = GraftedTransformer.from_pretrained(
-        {"pre": pre, "sft": sft}, device=device, dtype=dtype, check=False
-    )
-    vocab = model.arch.d_vocab
-    tokens = torch.randint(vocab, (batch, N_TOKENS), generator=torch.Generator().manual_seed(2)).to(
-        device
-    )
-    fe_lt = Graft.rule("sft", at=[*ENTITY, -1])
-    uniform = Graft.rule("sft")
+    model = GraftedTransformer.from_pretrained(sources, device=device, dtype=dtype, check=False)
+    ids = tokens(batch, model.arch.d_vocab).to(device)
     contestants: dict[str, Callable[[], object]] = {
-        "Hugging Face": lambda: hf["pre"](input_ids=tokens, use_cache=False).logits,
-        "no graft": lambda: model(tokens),
-        "uniform graft": lambda: model(tokens, graft=uniform),
-        "FE+LT": lambda: model(tokens, graft=fe_lt),
-        "FE+LT, o + mlp": lambda: model(
-            tokens, graft=Graft.rule("sft", at=[*ENTITY, -1], components="o + mlp")
-        ),
+        "Hugging Face": lambda: hf["pre"](input_ids=ids, use_cache=False).logits,
+        **{name: partial(model, ids, graft=graft) for name, graft in forwards().items()},
     }
     with torch.inference_mode():
         times = turns(contestants, rounds)
@@ -136,8 +84,8 @@ def bench(name: str, pre: Path, sft: Path, batch: int, rounds: int) -> None:
         places = {*ENTITY, N_TOKENS - 1}
         one = turns(
             {
-                "sequential": lambda: sequential(hf, tokens[:1], places),
-                "grafted": lambda: model(tokens, graft=fe_lt),
+                "sequential": lambda: sequential(hf, ids[:1], places),
+                "grafted": contestants["FE+LT"],
             },
             max(3, rounds // 3),
         )
@@ -151,9 +99,9 @@ def bench(name: str, pre: Path, sft: Path, batch: int, rounds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=["smollm2", "llama-1b"])
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["smollm2", "llama-1b"])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--batch", type=int, default=64, help="prompts a batch (default: 64)")
+    parser.add_argument("--batch", type=int, default=64, help="prompts per batch (default: 64)")
     options = parser.parse_args()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, "
@@ -161,9 +109,7 @@ def main() -> None:
     )
     for name in options.models:
         with tempfile.TemporaryDirectory() as scratch:
-            pre = smollm2() if name == "smollm2" else llama_1b(Path(scratch) / "pre")
-            sft = perturbed(pre, Path(scratch) / "sft")
-            bench(name, pre, sft, options.batch, options.rounds)
+            bench(name, pair(name, Path(scratch)), options.batch, options.rounds)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from forward import llama_1b, perturbed, synchronise
+from tasks import MODELS, PROMPTS, cases, pair, synchronise, tokens
 from transformers import AutoModelForCausalLM
 
 from graftlens.data import evaluation_prompts, make_facts
-from graftlens.evaluation import position_grafts
 from graftlens.graft import Graft
 from graftlens.metrics import next_tokens
 from graftlens.model.grafted import GraftedTransformer
@@ -45,26 +44,7 @@ from graftlens.model.smollm2 import smollm2
 from graftlens.prompts import Prompt
 from graftlens.sweep.scoring import Scorer, prepare
 
-COMPONENTS = ("q", "k", "v", "o", "mlp_in", "mlp_gate", "mlp_out")
-GROUPS = ("attn", "mlp", "ln", "q + k", "q + o", "k + v", "v + o", "o + mlp")
 BATCH = 64
-
-
-def cases(n_layers: int) -> dict[str, tuple[str, dict[str, Graft]]]:
-    """Letter -> what it is, and its grafts."""
-    windows = [(a, b) for a in range(n_layers) for b in range(a, n_layers)]
-    places = ("first_entity", "last", "first_entity + last")
-    last = {c: Graft.rule("sft", "last", c) for c in (*COMPONENTS, *GROUPS)}
-    single = [Graft.rule("sft", "last", c, [l]) for l in range(n_layers) for c in COMPONENTS]
-    window = [
-        Graft.rule("sft", at, "block", list(range(a, b + 1))) for a, b in windows for at in places
-    ]
-    return {
-        "a": ("position grid", position_grafts()),
-        "b": ("components at LT", last),
-        "c": ("layer × component at LT", {str(g): g for g in single}),
-        "d": ("layer windows at FE, LT, FE+LT", {str(g): g for g in window}),
-    }
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -85,9 +65,9 @@ def unshared(model: GraftedTransformer, prompts: Sequence[Prompt], graft: Graft)
 
 @dataclass(frozen=True)
 class Round:
-    """Seconds in one round: of a sweep a prompt, of the others a prompt and graft.
+    """Seconds in one round: of a sweep per prompt, of the others per prompt and graft.
 
-    `hf` is Hugging Face's plain forward a row, `body` all of it below the unembedding.
+    `hf` is Hugging Face's plain forward per row, `body` all of it below the unembedding.
     """
 
     hf: float
@@ -117,12 +97,10 @@ class Case:
         self.swept = dict(enumerate(prompts[:count]))
         sample = random.Random(0).sample(list(grafts.values()), min(len(grafts), 6))
         self.batched, self.looped = sample, sample[:4]
-        self.tokens = torch.randint(
-            model.arch.d_vocab, (BATCH, 14), generator=torch.Generator().manual_seed(2)
-        ).to(model.cfg.device)
+        self.tokens = tokens(BATCH, model.arch.d_vocab).to(model.cfg.device)
 
     def scorer(self) -> Scorer:
-        """A new one each time, so that it plans anew, as the first shard of a sweep does."""
+        """A new one each time, so that it plans again, as the first shard of a sweep does."""
         return Scorer(self.model, self.grafts, answers="first")
 
     def round(self, turn: int) -> Round:
@@ -193,7 +171,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("--model", choices=["smollm2", "llama-1b"], default="smollm2")
+    parser.add_argument("--model", choices=MODELS, default="smollm2")
     parser.add_argument("--cases", default="abcd")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prompts", type=int, default=64)
@@ -205,14 +183,14 @@ def main() -> None:
         f"{device}, Python {sys.version.split()[0]}; {options.model}, {dtype}\n"
     )
     with tempfile.TemporaryDirectory() as scratch, torch.inference_mode():
-        base = smollm2()
-        pre = base if options.model == "smollm2" else llama_1b(Path(scratch) / "pre")
-        sft = perturbed(pre, Path(scratch) / "sft")
+        sources = pair(options.model, Path(scratch))
         model = GraftedTransformer.from_pretrained(
-            {"pre": pre, "sft": sft}, tokenizer=str(base), device=device, dtype=dtype, check=False
+            sources, tokenizer=str(smollm2()), device=device, dtype=dtype, check=False
         )
         hf = (
-            AutoModelForCausalLM.from_pretrained(pre, dtype=dtype, attn_implementation="sdpa")
+            AutoModelForCausalLM.from_pretrained(
+                sources["pre"], dtype=dtype, attn_implementation="sdpa"
+            )
             .to(device)
             .eval()
         )
@@ -223,8 +201,7 @@ def main() -> None:
         known = cases(model.arch.n_layers)
         for letter in options.cases:
             name, grafts = known[letter]
-            count = {"a": 64, "b": 64, "c": 16, "d": 2}[letter]
-            case = Case(model, hf, sequential, prompts, grafts, count)
+            case = Case(model, hf, sequential, prompts, grafts, PROMPTS[letter])
             print(case.line(f"({letter}) {name}", options.rounds), flush=True)
 
 

@@ -10,8 +10,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
-import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
@@ -34,7 +32,7 @@ from pydantic import ConfigDict, Field
 from graftlens.data.settings import Settings
 from graftlens.data.supplement import Supplement, mixed
 from graftlens.data.templates import DIRECTIONS, Direction
-from graftlens.folder import at_home, read_json, told_of, write_whole
+from graftlens.folder import at_home, new_folder, read_json, told_of, write_whole
 from graftlens.prompts import Prompt
 
 FEATURES = Features(
@@ -306,26 +304,15 @@ def save_dataset(dataset: FactDataset, folder: Path) -> Path:
     """
     folder = at_home(folder)
     refuse_existing(folder)
-    with told_of(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-        _write_into(work, folder, dataset)
-    return folder
-
-
-def _write_into(work: Path, folder: Path, dataset: FactDataset) -> None:
-    try:
-        content = work / "dataset"
+    facts = json.dumps([asdict(fact) for fact in dataset.facts], indent=1, ensure_ascii=False)
+    with told_of(folder), new_folder(folder) as content:
         with _no_bars():
             dataset.train.save_to_disk(content / "train")
             _evaluation(dataset).save_to_disk(content / "evaluation")
-        facts = [asdict(fact) for fact in dataset.facts]
-        write_whole(content / "facts.json", json.dumps(facts, indent=1, ensure_ascii=False) + "\n")
+        write_whole(content / "facts.json", f"{facts}\n")
         provenance = json.dumps(dict(dataset.provenance), indent=2)
-        write_whole(content / "provenance.json", provenance + "\n")
-        content.rename(folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
+        write_whole(content / "provenance.json", f"{provenance}\n")
+    return folder
 
 
 def refuse_existing(folder: Path) -> None:

@@ -25,7 +25,7 @@ from graftlens.data.settings import Settings
 from graftlens.experiment.analysis import check_figures
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig
 from graftlens.finetune import FinetuneRun, TrainingData
-from graftlens.folder import inside, read_text, writable, write_whole
+from graftlens.folder import inside, read_text, refuse_differences, writable, write_whole
 from graftlens.model.load import preview
 from graftlens.sweep.config import Checked, SweepConfig, check
 from graftlens.sweep.promptsets import DatasetSection, Questions
@@ -242,18 +242,12 @@ class Plan:
             place = folder / "sweeps" / name
             if not (place / "sweep.json").is_file():
                 continue
-            there = read_manifest(place).config.get("sources") or {}
-            different = [
-                f"  {source}: {there.get(source)!r} there, {given!r} given"
-                for source, given in sweep.sources.items()
-                if there.get(source) != given
-            ]
-            if different:
-                lines = "\n".join(different)
-                raise ValueError(
-                    f"{folder} holds this experiment with other models (part {name}):\n{lines}\n"
-                    "Choose another folder with --out, give what is there, or remove the folder."
-                )
+            refuse_differences(
+                f"{folder} holds this experiment with other models (part {name})",
+                read_manifest(place).config.get("sources") or {},
+                sweep.sources,
+                "Choose another folder with --out, give what is there, or remove the folder.",
+            )
 
 
 def _each(steps: Iterable[Callable[[], T]]) -> list[T]:

@@ -7,7 +7,7 @@ experiment's folder::
     OUT/index.html             the page
     OUT/experiment.json        what was run, of which data and with which models
     OUT/experiment.yaml        the config as it was given
-    OUT/graftlens-run.json     what makes the folder ours: without it, no file there is touched
+    OUT/.graftlens             what makes the folder ours: without it, no file there is touched
     OUT/sweeps/PART/           a sweep's folder, with its trust report
     OUT/tables/, OUT/figures/
 """
@@ -40,8 +40,7 @@ from graftlens.viz.page import ExperimentPage, Part, experiment_page
 #: Where experiments and what they share are written.
 RUNS = Path("graftlens-runs")
 
-#: The file that makes a folder that of an experiment, and what is written beside it.
-MARKER = "graftlens-run.json"
+#: What is written into an experiment's folder.
 WRITTEN = ("index.html", "experiment.json", "experiment.yaml", "sweeps", "tables", "figures")
 
 #: Seconds between two looks for a model that another process trains.
@@ -110,7 +109,7 @@ def run_experiment(
     planned.refuse_others(folder)
     for name in ("sweeps", "tables", "figures"):
         inside(folder, name)  # before anything is trained
-    _claim(folder, named.name)
+    claim(folder, "experiment", taken=() if _of_an_older_version(folder) else WRITTEN)
 
     trained: dict[str, FinetuneResult] = {}
     for number, (name, run) in enumerate(planned.runs.items(), 1):
@@ -204,19 +203,10 @@ def _store(folder: str | Path | None) -> Store:
     return Store(at_home(folder) if folder is not None else RUNS / "store")
 
 
-def _claim(folder: Path, name: str) -> None:
-    """Make the folder this experiment's, before anything is trained.
-
-    Raises:
-        ValueError: what is there is not of an experiment.
-    """
-    said = json.dumps({"graftlens": version("graftlens"), "experiment": name}) + "\n"
-    taken = () if _of_an_older_version(folder) else WRITTEN
-    claim(folder, MARKER, said, taken)
-
-
 def _of_an_older_version(folder: Path) -> bool:
-    """Whether an experiment ended here when folders had no marker."""
+    """Whether an experiment began here when folders had another marker, or ended when none."""
+    if (folder / "graftlens-run.json").is_file():
+        return True
     try:
         record = read_json(folder / "experiment.json", "")
     except ValueError:

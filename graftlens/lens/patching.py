@@ -33,10 +33,11 @@ from graftlens.lens.runs import (
     token_text,
 )
 from graftlens.metrics import next_tokens
+from graftlens.model.arch import Site
 from graftlens.model.grafted import GraftedTransformer, GraftLike, Input
 from graftlens.model.inputs import Batch
 from graftlens.model.linear import HeadsIn, HeadsOut
-from graftlens.model.mask import GraftMask, HeadSelection, Selection, Site
+from graftlens.model.mask import GraftMask, HeadSelection, Selection
 from graftlens.references import marked
 
 C = Component

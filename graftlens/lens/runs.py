@@ -16,10 +16,10 @@ from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component, format_numbers, suggest
 from graftlens.graft import At, Graft, Grafts, Where, named_grafts
+from graftlens.model.arch import Site
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import Batch
-from graftlens.model.mask import Site
 from graftlens.prompts import PromptError, Tokenized, continuation, encode
 from graftlens.references import References
 

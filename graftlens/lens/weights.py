@@ -5,7 +5,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from graftlens.components import MODEL_COMPONENTS, suggest
+from graftlens.components import suggest
 from graftlens.model.grafted import GraftedTransformer
 
 _COLUMNS = (
@@ -63,16 +63,14 @@ def weight_difference(
         raise ValueError(f"source={source!r} is the base itself. Name another source or base.")
     after, before = model.sources.index(source), model.sources.index(base)
     rows = []
-    for component in model.arch.components:
-        layers = [None] if component in MODEL_COMPONENTS else range(model.cfg.n_layers)
-        for layer in layers:
-            pair = zip(("weight", "bias"), model.weights_of(component, layer), strict=True)
-            for parameter, tensors in pair:
-                if tensors is None:
-                    continue
-                about: dict[str, object] = {"source": source, "base": base}
-                about |= {"component": str(component), "layer": layer, "parameter": parameter}
-                rows.append(about | _measured(tensors[before], tensors[after], spectra))
+    for component, layer in model.arch.sites:
+        pair = zip(("weight", "bias"), model.weights_of(component, layer), strict=True)
+        for parameter, tensors in pair:
+            if tensors is None:
+                continue
+            about: dict[str, object] = {"source": source, "base": base}
+            about |= {"component": str(component), "layer": layer, "parameter": parameter}
+            rows.append(about | _measured(tensors[before], tensors[after], spectra))
     table = pd.DataFrame(rows, columns=list(_COLUMNS))
     return table.astype({"layer": "Int64"})
 

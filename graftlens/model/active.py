@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graftlens.components import Component
+from graftlens.components import COMPONENTS, Component
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture
 from graftlens.model.mask import Equal, GraftMask, HeadSelection, Selection, uniform_source
@@ -44,20 +44,6 @@ _HERE: ContextVar[tuple[_Held, ...]] = ContextVar("here", default=())
 #: Held for the moment in which a model's `with`s are looked through; a collected generator may end
 #: one within that moment.
 _LOCK = RLock()
-
-#: Where a weight with the sources as its first axis is found, for messages.
-_STACKED = {
-    C.EMBED: "W_E",
-    C.POS_EMBED: "W_pos",
-    C.Q: "W_Q",
-    C.K: "W_K",
-    C.V: "W_V",
-    C.O: "W_O",
-    C.MLP_IN: "W_in",
-    C.MLP_GATE: "W_gate",
-    C.MLP_OUT: "W_out",
-    C.UNEMBED: "W_U",
-}
 
 
 class Active:
@@ -234,11 +220,11 @@ class Active:
         used = self._used(component, layer)
         if used is not None and len({weight.slots[source] for source in used}) == 1:
             return weight[used[0]]
-        stacked = _STACKED.get(component)
-        if stacked is not None:
-            way = f"{stacked}[source]" if layer is None else f"{stacked}[source, layer]"
+        row = COMPONENTS[component]
+        if row.view is not None:
+            way = f"{row.view}[source]" if layer is None else f"{row.view}[source, layer]"
         else:
-            inside = "attn." if component in (C.Q_NORM, C.K_NORM) else ""
+            inside = "" if row.home is None else f"{row.home}."
             way = f"{component}.weight[source]"  # a norm
             way = way if layer is None else f"blocks[{layer}].{inside}{way}"
         where = "" if layer is None else f" in layer {layer}"

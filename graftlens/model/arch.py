@@ -10,9 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from graftlens.components import Component
+from graftlens.components import COMPONENTS, Component, Cut
 
 C = Component
+
+MlpKind = Literal["plain", "gated"]
+
+#: (component, layer); the layer is None for components outside the layers.
+Site = tuple[Component, int | None]
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,7 @@ class Architecture:
         norm_in_float32: the weight multiplies before the result is rounded to the model's dtype.
         pre_norms, post_norms: norms before a sublayer, and on its output before the residual add.
         parallel: attention and MLP both read the layer's input.
+        mlp: which class every layer's MLP is, one of `graftlens.model.forward.MLPS`.
         qk_norm: RMSNorm on queries and keys, per `head` or over the `full` projection.
         rotary_dim: rotated dimensions of each head, 0 with learned positions.
         rope_kinds: per layer, which of the rotary module's tables it uses (None: the only one).
@@ -57,7 +63,7 @@ class Architecture:
     pre_norms: bool = True
     post_norms: bool = False
     parallel: bool = False
-    gated: bool = True
+    mlp: MlpKind = "gated"
     qk_norm: Literal["none", "head", "full"] = "none"
     rotary_dim: int = 0
     rope_kinds: tuple[str | None, ...] = ()
@@ -70,37 +76,57 @@ class Architecture:
     @property
     def components(self) -> tuple[Component, ...]:
         """The components that this architecture has, in the vocabulary's order."""
-        present = {C.EMBED, C.Q, C.K, C.V, C.O, C.MLP_IN, C.MLP_OUT, C.UNEMBED}
-        if self.rotary_dim == 0:
-            present.add(C.POS_EMBED)
-        if self.gated:
-            present.add(C.MLP_GATE)
-        if self.norm != "layer_plain":
-            present.add(C.LN_FINAL)
-            if self.pre_norms:
-                present |= {C.LN1, C.LN2}
-            if self.post_norms:
-                present |= {C.LN1_POST, C.LN2_POST}
-        if self.qk_norm != "none":
-            present |= {C.Q_NORM, C.K_NORM}
-        return tuple(c for c in Component if c in present)
+        return tuple(c for c, row in COMPONENTS.items() if row.present(self))
 
-    def n_heads_of(self, component: Component) -> int:
-        """Query heads for q and o, key-value heads for k and v."""
-        return self.n_kv_heads if component in (C.K, C.V) else self.n_heads
+    def layers_of(self, component: Component) -> tuple[int | None, ...]:
+        """The layers that have a component: all, or None for one outside the layers."""
+        return tuple(range(self.n_layers)) if COMPONENTS[component].in_layers else (None,)
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Every component of every layer, in the vocabulary's order."""
+        return tuple((c, layer) for c in self.components for layer in self.layers_of(c))
+
+    def n_units_of(self, component: Component) -> int:
+        """How many heads or neurons a component's weight can be cut into; 1 where it cannot."""
+        match COMPONENTS[component].cut:
+            case Cut.NONE:
+                return 1
+            case Cut.HEAD:
+                return self.n_heads
+            case Cut.KV_HEAD:
+                return self.n_kv_heads
+            case Cut.NEURON:
+                return self.d_mlp
+
+    def shape_of(self, component: Component, part: str = "weight") -> tuple[int, ...]:
+        """The shape of a component's weight ([d_out, d_in] of a linear map) or bias."""
+        shape = COMPONENTS[component].shape(self)
+        return shape if part == "weight" else shape[:1]
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where a Hugging Face state dict keeps each component.
 
-    `modules` maps a component to its module's name, with `{l}` for the layer. A fused module is
-    named for each of its components and cut apart by `fused`.
+    `modules` maps a component to its module's name, with `{l}` for the layer; `transposed` says
+    that matrices in layers are kept as [d_in, d_out]. A fused module is named for each of its
+    components and cut apart by `fused`.
     """
 
     modules: Mapping[Component, str]
     transposed: bool = False
     fused: Mapping[Component, "FusedPart"] = field(default_factory=dict)
+
+    def transposes(self, component: Component) -> bool:
+        """Whether a component's matrix is kept as [d_in, d_out]: only those in layers ever are."""
+        return self.transposed and COMPONENTS[component].in_layers
+
+    def fused_with(self, component: Component) -> tuple[Component, ...]:
+        """The components of a fused module, in the order of their parts."""
+        module = self.modules[component]
+        together = [c for c in self.fused if self.modules[c] == module]
+        return tuple(sorted(together, key=lambda c: self.fused[c].index))
 
 
 @dataclass(frozen=True)
@@ -277,7 +303,7 @@ def _gpt2(config: Any) -> Architecture:
         attn_scales=tuple(scale / (l + 1 if by_layer else 1) for l in range(config.n_layer)),
         windows=(None,) * config.n_layer,
         norm="layer",
-        gated=False,
+        mlp="plain",
     )
 
 
@@ -286,7 +312,7 @@ def _gpt_neox(config: Any) -> Architecture:
         config,
         norm="layer",
         eps=config.layer_norm_eps,
-        gated=False,
+        mlp="plain",
         parallel=config.use_parallel_residual,
     )
 

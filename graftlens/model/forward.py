@@ -4,6 +4,7 @@ Each linear map, norm and embedding (`linear.py`) is told which source each row 
 hook names and shapes are HookedTransformer's.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
 from graftlens.model.active import Active
-from graftlens.model.arch import Architecture
+from graftlens.model.arch import Architecture, MlpKind
 from graftlens.model.linear import (
     Chosen,
     Gathered,
@@ -34,6 +35,9 @@ from graftlens.model.tree import TreeBatch, TreeGroup
 from graftlens.model.weights import Sourced, Weights, equal_sources
 
 C = Component
+
+#: A hook on rows [row, d_mlp], which it sees as [batch, pos, d_mlp].
+Hooked = Callable[[HookPoint, Tensor], Tensor]
 
 
 @dataclass
@@ -305,59 +309,56 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The MLP, gated or not; `hook_pre`, `_pre_linear` and `_post` are [batch, pos, d_mlp]."""
+    """A plain MLP; `hook_pre` and `hook_post` are [batch, pos, d_mlp]."""
 
     def __init__(
         self, arch: Architecture, layer: int, parts: "Parts", act: nn.Module, active: Active
     ) -> None:
         super().__init__()
-        self.gated, self.layer, self.act, self.active = arch.gated, layer, act, active
+        self.layer, self.act, self.active = layer, act, active
         self.mlp_in = Linear(*parts.linear(C.MLP_IN, layer))
         self.mlp_out = Linear(*parts.linear(C.MLP_OUT, layer))
         self.hook_pre = HookPoint()
         self.hook_post = HookPoint()
-        if arch.gated:
-            self.mlp_gate = Linear(*parts.linear(C.MLP_GATE, layer))
-            self.hook_pre_linear = HookPoint()
 
     def forward(self, x: Float[Tensor, "batch pos d_model"], run: Pass) -> Tensor:
         places, rows = x.shape[:2], Gathered(x.flatten(0, 1))
-        chosen = {c: run.mask[c, self.layer] for c in (C.MLP_IN, C.MLP_OUT)}
-        if self.gated:
-            chosen[C.MLP_GATE] = run.mask[C.MLP_GATE, self.layer]
+        linears = self._linears()
+        chosen = {c: run.mask[c, self.layer] for c in linears}
         one = chosen[C.MLP_IN]
-        inside = [self.hook_pre, self.hook_post] + ([self.hook_pre_linear] if self.gated else [])
-        watched = any(hook.has_hooks() for hook in inside) or any(
-            linear._forward_hooks for linear in self._linears()
+        watched = any(hook.has_hooks() for hook in self._inside()) or any(
+            linear._forward_hooks for linear in linears.values()
         )
         if not watched and isinstance(one, Selection) and all(c is one for c in chosen.values()):
             # Nobody looks inside: each source's rows go through the whole MLP at once.
-            out = by_source(rows, one, equal_sources(*self._weights()), self._whole)
+            weights = (w for linear in linears.values() for w in (linear.weight, linear.bias))
+            out = by_source(rows, one, equal_sources(*weights), self._whole)
             return out.unflatten(0, places)
 
         def hooked(hook: HookPoint, t: Tensor) -> Tensor:
             return hook(t.unflatten(0, places)).flatten(0, 1)
 
-        if self.gated:
-            pre = hooked(self.hook_pre, self.mlp_gate(rows, chosen[C.MLP_GATE]))
-            linear = hooked(self.hook_pre_linear, self.mlp_in(rows, chosen[C.MLP_IN]))
-            post = hooked(self.hook_post, self.act(pre) * linear)
-        else:
-            post = hooked(
-                self.hook_post,
-                self.act(hooked(self.hook_pre, self.mlp_in(rows, chosen[C.MLP_IN]))),
-            )
+        post = hooked(self.hook_post, self._hidden(rows, chosen, hooked))
         return self.mlp_out(Gathered(post), chosen[C.MLP_OUT]).unflatten(0, places)
+
+    def _hidden(
+        self, x: Gathered, chosen: Mapping[Component, Chosen], hooked: Hooked
+    ) -> Float[Tensor, "rows d_mlp"]:
+        return self.act(hooked(self.hook_pre, self.mlp_in(x, chosen[C.MLP_IN])))
+
+    def _whole(self, x: Float[Tensor, "rows d_model"], source: int) -> Tensor:
+        return self.mlp_out.plain(self.act(self.mlp_in.plain(x, source)), source)
+
+    def _linears(self) -> dict[Component, Linear]:
+        return {C.MLP_IN: self.mlp_in, C.MLP_OUT: self.mlp_out}
+
+    def _inside(self) -> tuple[HookPoint, ...]:
+        return self.hook_pre, self.hook_post
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
         """The base's input map, or that of a graft in force that is uniform here."""
         return self.active.of(self.mlp_in.weight, C.MLP_IN, self.layer).T
-
-    @property
-    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
-        """The base's gate, or that of a graft in force that is uniform here."""
-        return self.active.of(self.mlp_gate.weight, C.MLP_GATE, self.layer).T
 
     @property
     def W_out(self) -> Float[Tensor, "d_mlp d_model"]:
@@ -374,16 +375,45 @@ class MLP(nn.Module):
         """The output bias, zeros where there is none."""
         return self.mlp_out.bias_now(self.active, C.MLP_OUT, self.layer)
 
+
+class GatedMLP(MLP):
+    """An MLP whose input map is multiplied by a gate; `hook_pre` is the gate's, and
+    `hook_pre_linear` [batch, pos, d_mlp] the input map's.
+    """
+
+    def __init__(
+        self, arch: Architecture, layer: int, parts: "Parts", act: nn.Module, active: Active
+    ) -> None:
+        super().__init__(arch, layer, parts, act, active)
+        self.mlp_gate = Linear(*parts.linear(C.MLP_GATE, layer))
+        self.hook_pre_linear = HookPoint()
+
+    def _hidden(
+        self, x: Gathered, chosen: Mapping[Component, Chosen], hooked: Hooked
+    ) -> Float[Tensor, "rows d_mlp"]:
+        pre = hooked(self.hook_pre, self.mlp_gate(x, chosen[C.MLP_GATE]))
+        linear = hooked(self.hook_pre_linear, self.mlp_in(x, chosen[C.MLP_IN]))
+        return self.act(pre) * linear
+
     def _whole(self, x: Float[Tensor, "rows d_model"], source: int) -> Tensor:
         inner = self.mlp_in.plain(x, source)
-        inner = self.act(self.mlp_gate.plain(x, source)) * inner if self.gated else self.act(inner)
+        inner = self.act(self.mlp_gate.plain(x, source)) * inner
         return self.mlp_out.plain(inner, source)
 
-    def _weights(self) -> tuple[Sourced | None, ...]:
-        return tuple(w for linear in self._linears() for w in (linear.weight, linear.bias))
+    def _linears(self) -> dict[Component, Linear]:
+        return super()._linears() | {C.MLP_GATE: self.mlp_gate}
 
-    def _linears(self) -> tuple[Linear, ...]:
-        return (self.mlp_in, self.mlp_out, *((self.mlp_gate,) if self.gated else ()))
+    def _inside(self) -> tuple[HookPoint, ...]:
+        return *super()._inside(), self.hook_pre_linear
+
+    @property
+    def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
+        """The base's gate, or that of a graft in force that is uniform here."""
+        return self.active.of(self.mlp_gate.weight, C.MLP_GATE, self.layer).T
+
+
+#: The classes that `Architecture.mlp` names.
+MLPS: dict[MlpKind, type[MLP]] = {"plain": MLP, "gated": GatedMLP}
 
 
 class TransformerBlock(nn.Module):
@@ -407,7 +437,7 @@ class TransformerBlock(nn.Module):
             self.ln1_post = parts.norm(C.LN1_POST, layer)
             self.ln2_post = parts.norm(C.LN2_POST, layer)
         self.attn = Attention(arch, layer, parts, flags, active)
-        self.mlp = MLP(arch, layer, parts, act, active)
+        self.mlp = MLPS[arch.mlp](arch, layer, parts, act, active)
         # [batch, pos, head, d_model], of k and v [batch, pos, kv_head, d_model]
         self.hook_attn_in = FlaggedPoint(flags, "use_attn_in", unless="use_split_qkv_input")
         self.hook_q_input = FlaggedPoint(flags, "use_split_qkv_input")

@@ -18,7 +18,7 @@ from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
 from transformer_lens.utilities import Slice
 
-from graftlens.components import Component, suggest
+from graftlens.components import COMPONENTS, Component, suggest
 from graftlens.graft import Graft
 from graftlens.model.active import Active
 from graftlens.model.arch import Architecture
@@ -540,12 +540,13 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
             ValueError: a component that the architecture lacks there.
         """
         block = self if layer is None else self.blocks[layer]
-        for owner in (block, getattr(block, "attn", None), getattr(block, "mlp", None)):
-            part = getattr(owner, component.value, None) if owner is not None else None
-            if part is not None:
-                assert isinstance(part, nn.Module)
-                return part
-        raise ValueError(f"{self.arch.family} has no {component} in layer {layer}.")
+        arch = self.arch
+        if component not in arch.components or layer not in arch.layers_of(component):
+            raise ValueError(f"{self.arch.family} has no {component} in layer {layer}.")
+        home = COMPONENTS[component].home
+        part = getattr(block if home is None else getattr(block, home), component.value)
+        assert isinstance(part, nn.Module)
+        return part
 
     def weights_of(self, component: Component, layer: int | None) -> tuple[Sourced, Sourced | None]:
         """Weight and bias of a component in a layer, in all sources."""
@@ -563,7 +564,7 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
 
     def __getattr__(self, name: str) -> Any:
         # An AttributeError inside a property comes here too, and would lose its reason.
-        lacking = {"W_gate": C.MLP_GATE, "W_pos": C.POS_EMBED}.get(name)
+        lacking = next((c for c, row in COMPONENTS.items() if row.view == name), None)
         if lacking is not None and lacking not in self.arch.components:
             raise AttributeError(
                 f"{self.arch.family} has no {lacking}, so no {name}. "
@@ -575,10 +576,7 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         self, component: Component, part: str = "weight"
     ) -> Float[Tensor, "source layer ..."]:
         """One component's tensors over all sources and layers (a new tensor)."""
-        name = component.value
-        linears = [
-            getattr(b.attn if name in ("q", "k", "v", "o") else b.mlp, name) for b in self.blocks
-        ]
+        linears: list[Any] = [self.part(component, layer) for layer in range(self.arch.n_layers)]
         if part == "weight":
             return torch.stack([linear.weight.stacked() for linear in linears], dim=1)
         count = range(len(self.sources))
@@ -970,7 +968,7 @@ def _config(
         normalization_type="RMS" if arch.norm == "rms" else "LN",
         positional_embedding_type="rotary" if arch.rotary_dim else "standard",
         parallel_attn_mlp=arch.parallel,
-        gated_mlp=arch.gated,
+        gated_mlp=arch.mlp == "gated",
         use_normalization_before_and_after=arch.pre_norms and arch.post_norms,
         use_qk_norm=arch.qk_norm != "none",
         attn_scores_soft_cap=arch.attn_softcap or -1.0,

@@ -194,7 +194,7 @@ def _architecture(
         pre_norms=not after,
         post_norms=after or cfg.use_normalization_before_and_after,
         parallel=cfg.parallel_attn_mlp,
-        gated=cfg.gated_mlp,
+        mlp="gated" if cfg.gated_mlp else "plain",
         qk_norm=qk_norm,
         rotary_dim=cfg.rotary_dim if kinds else 0,
         rope_kinds=kinds,

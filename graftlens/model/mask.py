@@ -13,20 +13,17 @@ from jaxtyping import Bool, Int, Int8
 from torch import Tensor
 
 from graftlens.components import (
+    COMPONENTS,
     HEAD_COMPONENTS,
-    MODEL_COMPONENTS,
     Component,
     expand_components,
     layer_group,
     suggest,
 )
 from graftlens.graft import Graft, Rule, Span
-from graftlens.model.arch import Architecture
+from graftlens.model.arch import Architecture, Site
 from graftlens.model.inputs import Batch
 from graftlens.prompts import PromptError, Tokenized
-
-#: (component, layer); the layer is None for components outside the layers.
-Site = tuple[Component, int | None]
 
 #: Source -> the first source with the same tensors. Rows of equal sources make one block.
 Equal = tuple[int, ...]
@@ -199,9 +196,9 @@ def resolve(
         component, _ = site
         active = tuple(i for i, plan in enumerate(plans) if site in plan)
         by_head = any(graft.rules[i].heads is not None for i in active)
-        key = (active, arch.n_heads_of(component) if by_head else None)
+        key = (active, arch.n_units_of(component) if by_head else None)
         if key not in made:
-            n_heads = arch.n_heads_of(component) if by_head else 1
+            n_heads = arch.n_units_of(component) if by_head else 1
             choice = np.full((n_heads, real.size), base, dtype=np.int8)
             for i in active:
                 heads = graft.rules[i].heads
@@ -211,13 +208,7 @@ def resolve(
             made[key] = grouped(choice, real, base)
         return made[key]
 
-    layers: list[int | None] = [None, *range(arch.n_layers)]
-    sites = {
-        (component, layer): at((component, layer))
-        for component in arch.components
-        for layer in layers
-        if (layer is None) == (component in MODEL_COMPONENTS)
-    }
+    sites = {site: at(site) for site in arch.sites}
     shape = (len(batch.prompts), batch.real.shape[1])
     return GraftMask(graft, tuple(sources), shape, sites, batch.places)
 
@@ -274,7 +265,7 @@ def sites_of(rule: Rule, arch: Architecture, sources: Sequence[str]) -> frozense
                 f"rule {str(rule)!r}: no layer {item}. {arch.family} here has {arch.n_layers} "
                 f"layers: 0 to {arch.n_layers - 1}."
             )
-    outside = [c for c in components if c in MODEL_COMPONENTS]
+    outside = [c for c in components if not COMPONENTS[c].in_layers]
     if not everywhere:
         named = [c for c in outside if c in rule.components]
         if named:
@@ -283,12 +274,12 @@ def sites_of(rule: Rule, arch: Architecture, sources: Sequence[str]) -> frozense
                 "cannot restrict it. Give it a rule of its own, without layers."
             )
         outside = []
-    inside = [c for c in components if c not in MODEL_COMPONENTS]
+    inside = [c for c in components if COMPONENTS[c].in_layers]
     for component in inside:
         if rule.heads is not None and component in HEAD_COMPONENTS:
-            n_heads = arch.n_heads_of(component)
+            n_heads = arch.n_units_of(component)
             if max(rule.heads) >= n_heads:
-                kind = "key-value heads" if component in (Component.K, Component.V) else "heads"
+                kind = f"{COMPONENTS[component].cut}s"
                 raise ValueError(
                     f"rule {str(rule)!r}: no head {max(rule.heads)} in {component}, which has "
                     f"{n_heads} {kind} here: 0 to {n_heads - 1}."

@@ -15,8 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from graftlens.components import (
+    COMPONENTS,
     HEAD_COMPONENTS,
-    MODEL_COMPONENTS,
     Component,
     expand_components,
     layer_group,
@@ -205,9 +205,8 @@ class Sequential:
         """The source of every component (and head) where these rules are in force."""
         arch, n_layers = self.arch, self.arch.n_layers
         chosen: dict[tuple[Component, int | None], Choice] = {
-            (c, layer): (0,) * (arch.n_heads_of(c) if c in HEAD_COMPONENTS else 1)
-            for c in arch.components
-            for layer in ((None,) if c in MODEL_COMPONENTS else range(n_layers))
+            (c, layer): (0,) * (arch.n_units_of(c) if c in HEAD_COMPONENTS else 1)
+            for c, layer in arch.sites
         }
         for rule in rules:
             source = _index(rule.source, self.sources, rule, "source")
@@ -234,8 +233,8 @@ class Sequential:
         choices = []
         for component, weight in place.parts:
             choice = chosen[component, place.layer]
-            if component is C.O and place.name == "bias" and len(set(choice)) > 1:
-                choice = (0,)  # o's bias belongs to no head: where heads differ it is the base's
+            if COMPONENTS[component].axis == 1 and place.name == "bias" and len(set(choice)) > 1:
+                choice = (0,)  # such a bias belongs to no head: where heads differ it is the base's
             # Sources whose tensors are equal are one.
             slots = tuple(weight.slots[source] for source in choice)
             choices.append(slots[:1] if len(set(slots)) == 1 else slots)
@@ -259,7 +258,8 @@ class Sequential:
         variants = [tensor.detach() for tensor in weight.variants]
         if len(choice) == 1:
             return variants[choice[0]]
-        axis = 1 if component is C.O else 0
+        axis = COMPONENTS[component].axis
+        assert axis is not None
         heads = [variants[slot].chunk(len(choice), axis)[h] for h, slot in enumerate(choice)]
         return torch.cat(heads, axis)
 
@@ -331,33 +331,19 @@ def _places(model: GraftedTransformer, skeleton: Any) -> Iterable[_Place]:
     """Every parameter of the Hugging Face model that the grafted model has weights for."""
     layout = FAMILIES[model.arch.family].layout
     fused: dict[tuple[str, int | None], list[Component]] = {}
-    for component in model.arch.components:
-        inside = component not in MODEL_COMPONENTS
-        for layer in range(model.arch.n_layers) if inside else (None,):
-            name = layout.modules[component].format(l=layer)
-            fused.setdefault((name, layer), []).append(component)
+    for component, layer in model.arch.sites:
+        name = layout.modules[component].format(l=layer)
+        fused.setdefault((name, layer), []).append(component)
     for (name, layer), components in fused.items():
         components.sort(key=lambda c: layout.fused[c].index if c in layout.fused else 0)
         module = skeleton.get_submodule(name)
-        holders = [_holder(model, component, layer) for component in components]
-        tables = components[0] in (C.EMBED, C.POS_EMBED, C.UNEMBED)
-        for part in ("weight", "bias"):
-            weights = [w for h in holders if (w := getattr(h, part, None)) is not None]
+        held = zip(*(model.weights_of(c, layer) for c in components), strict=True)
+        for part, of_parts in zip(("weight", "bias"), held, strict=True):
+            weights = [w for w in of_parts if w is not None]
             if weights:
-                transposed = layout.transposed and not tables and weights[0][0].ndim == 2
+                transposed = layout.transposes(components[0]) and weights[0][0].ndim == 2
                 parts = tuple(zip(components, weights, strict=True))
                 yield _Place(module._parameters, part, layer, parts, transposed)
-
-
-def _holder(model: GraftedTransformer, component: Component, layer: int | None) -> Any:
-    """The grafted model's module that holds a component's weights."""
-    if component is C.UNEMBED:
-        return model.unembed.linear
-    if layer is None:
-        return getattr(model, component.value)
-    block: Any = model.blocks[layer]
-    owners = (block, block.attn, block.mlp)
-    return next(getattr(o, component.value) for o in owners if hasattr(o, component.value))
 
 
 def _index(value: Any, known: Sequence[Any], rule: Rule, what: str) -> int:

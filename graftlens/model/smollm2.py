@@ -19,13 +19,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from graftlens.components import suggest
-from graftlens.folder import write_whole
+from graftlens.folder import new_folder, write_whole
 from graftlens.locks import locked
 from graftlens.model.quiet import quiet
 
@@ -79,16 +78,11 @@ def smollm2(cache: Path | None = None) -> Path:
         for leftover in root.glob(f".{FOLDER}-*"):  # of a killed process: we hold the lock
             if (leftover / WORK).is_file() and not leftover.is_symlink():
                 shutil.rmtree(leftover, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{FOLDER}-", dir=root))
-        try:
+        with new_folder(folder) as checkpoint:
+            work = checkpoint.parent
             write_whole(work / WORK, "graftlens fetches SmolLM2 here, or was killed.\n")
-            checkpoint = work / "checkpoint"
             provenance = _fetch(checkpoint, work)
             write_whole(checkpoint / "provenance.json", json.dumps(provenance, indent=2) + "\n")
-            _flush(checkpoint)
-            checkpoint.rename(folder)
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
     return folder
 
 
@@ -238,13 +232,6 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
     with quiet():
         tokenizer.save_pretrained(checkpoint)
         model.save_pretrained(checkpoint)
-
-
-def _flush(folder: Path) -> None:
-    """Ask the disk to hold every file of the folder before the folder gets its final name."""
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def _is_true(value: str | None) -> bool:

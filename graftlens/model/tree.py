@@ -20,21 +20,19 @@ import torch
 from jaxtyping import Bool, Float, Int, Int8
 from torch import Tensor
 
-from graftlens.components import Component
+from graftlens.components import Component, Side, components_where
 from graftlens.graft import Graft
-from graftlens.model.mask import GraftMask, HeadSelection, Selection, Site, grouped
+from graftlens.model.arch import Site
+from graftlens.model.mask import GraftMask, HeadSelection, Selection, grouped
 
 C = Component
 
-#: Components whose source is chosen per key row; ln1 is chosen for both kinds of row.
-KEY_SIDE = (C.LN1, C.K, C.K_NORM, C.V)
+#: Components whose source is chosen per key row; some are chosen for both kinds of row.
+KEY_SIDE = components_where(lambda row: row.side in (Side.KEY, Side.BOTH))
 #: Components whose source is chosen per query row.
-QUERY_SIDE = (
-    *(C.LN1, C.Q, C.Q_NORM, C.O, C.LN1_POST),
-    *(C.LN2, C.MLP_IN, C.MLP_GATE, C.MLP_OUT, C.LN2_POST),
-)
-INPUT_SIDE = (C.EMBED, C.POS_EMBED)
-OUTPUT_SIDE = (C.LN_FINAL, C.UNEMBED)
+QUERY_SIDE = components_where(lambda row: row.side in (Side.QUERY, Side.BOTH))
+INPUT_SIDE = components_where(lambda row: row.side is Side.INPUT)
+OUTPUT_SIDE = components_where(lambda row: row.side is Side.OUTPUT)
 
 
 #: Key rows that queries' lists may hold at a time; longer attention goes in several pieces.

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from graftlens.components import MODEL_COMPONENTS, Component
+from graftlens.components import Component
 from graftlens.model.arch import FAMILIES, Architecture, UnsupportedArchitectureError
 
 C = Component
@@ -49,34 +49,29 @@ def read_weights(state: Mapping[str, Tensor], arch: Architecture) -> Weights:
     reader = StateReader(state, set())
     layout = FAMILIES[arch.family].layout
     weights: Weights = {}
-    for component in arch.components:
-        layers: Sequence[int | None] = (
-            (None,) if component in MODEL_COMPONENTS else range(arch.n_layers)
-        )
-        for layer in layers:
-            module = layout.modules[component].format(l=layer)
-            for part in ("weight", "bias"):
-                tensor = reader.get(f"{module}.{part}")
-                if tensor is None and component is C.UNEMBED and part == "weight":
-                    tensor = weights[C.EMBED, None, "weight"]
-                if tensor is None:
-                    if part == "weight":
-                        raise UnsupportedArchitectureError(
-                            f"the checkpoint has no tensor {module}.{part} ({component})."
-                        )
-                    continue
-                linear = component not in (C.EMBED, C.POS_EMBED, C.UNEMBED)
-                if layout.transposed and linear and tensor.ndim == 2:
-                    tensor = tensor.T
-                if component in layout.fused:
-                    tensor = _cut(tensor, component, arch)
-                expected = _shape(component, part, arch)
-                if tuple(tensor.shape) != expected:
+    for component, layer in arch.sites:
+        module = layout.modules[component].format(l=layer)
+        for part in ("weight", "bias"):
+            tensor = reader.get(f"{module}.{part}")
+            if tensor is None and component is C.UNEMBED and part == "weight":
+                tensor = weights[C.EMBED, None, "weight"]
+            if tensor is None:
+                if part == "weight":
                     raise UnsupportedArchitectureError(
-                        f"{module}.{part} ({component}) has shape {tuple(tensor.shape)}; "
-                        f"the config says {expected}."
+                        f"the checkpoint has no tensor {module}.{part} ({component})."
                     )
-                weights[component, layer, part] = tensor
+                continue
+            if layout.transposes(component) and tensor.ndim == 2:
+                tensor = tensor.T
+            if component in layout.fused:
+                tensor = _cut(tensor, component, arch)
+            expected = arch.shape_of(component, part)
+            if tuple(tensor.shape) != expected:
+                raise UnsupportedArchitectureError(
+                    f"{module}.{part} ({component}) has shape {tuple(tensor.shape)}; "
+                    f"the config says {expected}."
+                )
+            weights[component, layer, part] = tensor
     unused = [name for name in state if name not in reader.taken and not name.endswith(OLD_BUFFERS)]
     if unused:
         raise UnsupportedArchitectureError(
@@ -88,38 +83,12 @@ def read_weights(state: Mapping[str, Tensor], arch: Architecture) -> Weights:
 
 
 def _cut(tensor: Tensor, component: Component, arch: Architecture) -> Tensor:
-    part = FAMILIES[arch.family].layout.fused[component]
-    if part.how == "per_head":
-        per_head = tensor.unflatten(0, (arch.n_heads, 3, arch.d_head))
-        return per_head[:, part.index].flatten(0, 1)
-    if component in (C.MLP_GATE, C.MLP_IN):
-        sizes = [arch.d_mlp] * 2
-    else:
-        sizes = [n * arch.d_head for n in (arch.n_heads, arch.n_kv_heads, arch.n_kv_heads)]
-    return tensor.split(sizes)[part.index]
-
-
-def _shape(component: Component, part: str, arch: Architecture) -> tuple[int, ...]:
-    """The shape that the config implies: [d_out, d_in] for linear maps."""
-    match component:
-        case C.EMBED | C.UNEMBED:
-            shape: tuple[int, ...] = (arch.d_vocab, arch.d_model)
-        case C.POS_EMBED:
-            shape = (arch.n_ctx, arch.d_model)
-        case C.Q | C.K | C.V:
-            shape = (arch.n_heads_of(component) * arch.d_head, arch.d_model)
-        case C.O:
-            shape = (arch.d_model, arch.n_heads * arch.d_head)
-        case C.MLP_IN | C.MLP_GATE:
-            shape = (arch.d_mlp, arch.d_model)
-        case C.MLP_OUT:
-            shape = (arch.d_model, arch.d_mlp)
-        case C.Q_NORM | C.K_NORM:
-            heads = arch.n_heads if component is C.Q_NORM else arch.n_kv_heads
-            shape = (arch.d_head * (heads if arch.qk_norm == "full" else 1),)
-        case C.LN1 | C.LN2 | C.LN1_POST | C.LN2_POST | C.LN_FINAL:
-            shape = (arch.d_model,)
-    return shape if part == "weight" else shape[:1]
+    layout = FAMILIES[arch.family].layout
+    together, index = layout.fused_with(component), layout.fused[component].index
+    if layout.fused[component].how == "per_head":
+        per_head = tensor.unflatten(0, (arch.n_heads, len(together), arch.d_head))
+        return per_head[:, index].flatten(0, 1)
+    return tensor.split([arch.shape_of(c)[0] for c in together])[index]
 
 
 class Sourced(nn.Module):

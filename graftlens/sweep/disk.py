@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from graftlens.folder import MARKER, halves_of, inside, is_marked, mark, sync, write_whole
+from graftlens.folder import MARKER, claim, halves_of, inside, is_claimed, sync, write_whole
 from graftlens.locks import LockError, locked
 
 #: What marks a checksum in a Parquet file, and the lengths of both (bytes).
@@ -107,7 +107,7 @@ def refuse_foreign(out: Path) -> None:
     Raises:
         ValueError: the message names the file.
     """
-    if (out / "sweep.json").is_file() or is_marked(out / "locks", "sweep"):
+    if (out / "sweep.json").is_file() or is_claimed(out / "locks", "sweep"):
         return
     places = [out / name for name in FILES if os.path.lexists(out / name)]
     for folder, names in ((out / "shards", _SHARD), (out / "locks", _LOCK)):
@@ -134,7 +134,7 @@ def make_folders(out: Path) -> None:
     for folder in (out, out / "shards", out / "locks"):
         folder.mkdir(parents=True, exist_ok=True)
         sync(folder.parent)
-    mark(out / "locks", "sweep")
+    claim(out / "locks", "sweep", taken=())
 
 
 def clear_halves(out: Path) -> None:

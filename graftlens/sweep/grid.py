@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, InstanceOf, PlainSerializer
 
 from graftlens.components import (
+    COMPONENTS,
     HEAD_COMPONENTS,
-    MODEL_COMPONENTS,
     Component,
     brief,
     check_name,
@@ -340,7 +340,7 @@ class Grid(Settings):
     def _components(self, arch: Architecture) -> Iterator[str]:
         for entry in self.components:
             if entry == "each":
-                yield from (str(c) for c in arch.components if c not in MODEL_COMPONENTS)
+                yield from (str(c) for c in arch.components if COMPONENTS[c].in_layers)
             else:
                 yield entry
 
@@ -380,7 +380,7 @@ def _n_heads(components: str, arch: Architecture) -> int:
     names = parse_components(components)
     if not HEAD_COMPONENTS.issuperset(names):
         return arch.n_heads  # the rule itself says that these have no heads
-    counts = {arch.n_heads_of(Component(name)) for name in names}
+    counts = {arch.n_units_of(Component(name)) for name in names}
     if len(counts) > 1:
         raise ValueError(
             f"heads of {components!r}: q and o have {arch.n_heads} heads here, k and v "

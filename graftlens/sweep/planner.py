@@ -16,10 +16,10 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Int, Int8
 
-from graftlens.components import HEAD_COMPONENTS, Component, expand_components
+from graftlens.components import COMPONENTS, HEAD_COMPONENTS, Component, expand_components
 from graftlens.graft import At, Graft, Rule
-from graftlens.model.arch import Architecture
-from graftlens.model.mask import Site, select, sites_of
+from graftlens.model.arch import Architecture, Site
+from graftlens.model.mask import select, sites_of
 from graftlens.model.tree import (
     GATHERED,
     INPUT_SIDE,
@@ -144,7 +144,7 @@ class Planner:
                 rules.append((number[rule.at], shapes[key]))
             self._rules.append(rules)
         cut = {
-            component: arch.n_heads_of(component)
+            component: arch.n_units_of(component)
             for rule in self._shapes
             if rule.heads is not None
             for component in expand_components(rule.components, arch.components, arch.family)
@@ -265,9 +265,9 @@ class Planner:
         def first(component: Component, layer: int | None) -> tuple[int, ...]:
             if (component, layer) not in known:
                 equal = self._equal(component, layer)
-                if component is Component.O and component in cut:
-                    # o's bias comes from the source that all heads *name*, so only the base's
-                    # equals may stand for one another.
+                if COMPONENTS[component].axis == 1 and component in cut:
+                    # A bias that belongs to no head comes from the source that all heads *name*,
+                    # so only the base's equals may stand for one another.
                     equal = tuple(0 if e == 0 else source for source, e in enumerate(equal))
                 known[component, layer] = equal
             return known[component, layer]
@@ -656,4 +656,4 @@ def row_bytes(arch: Architecture, item: int) -> int:
     to that: they go in pieces of a fixed size.
     """
     heads = (arch.n_heads + 2 * arch.n_kv_heads) * arch.d_head
-    return item * (8 * arch.d_model + 4 * heads + (4 if arch.gated else 3) * arch.d_mlp)
+    return item * (8 * arch.d_model + 4 * heads + (4 if arch.mlp == "gated" else 3) * arch.d_mlp)

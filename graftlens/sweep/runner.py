@@ -27,7 +27,7 @@ import yaml
 from tqdm.auto import tqdm
 
 from graftlens.configfile import settings_from
-from graftlens.folder import probe
+from graftlens.folder import differences, probe, refusal
 from graftlens.graft import Graft
 from graftlens.locks import holder
 from graftlens.model.grafted import GraftedTransformer
@@ -68,9 +68,6 @@ from graftlens.sweep.trust import trust_report
 
 #: Cells up to which the trust report sees the likeliest tokens too.
 LISTED = 200_000
-
-#: Differences that a refusal shows, and characters of a long value around where it differs.
-SHOWN, WIDE = 20, 160
 
 #: Prompts a second and the time left; rates below one stay rates.
 BAR = (
@@ -376,42 +373,18 @@ def _agree(out: Path, given: Manifest, prompts: Sequence[Prompt]) -> Manifest:
     there = read_manifest(out)
     if there.identity == given.identity:
         return there
-    lines = _differences(there.identity, given.identity)
+    lines = differences(there.identity, given.identity)
     with contextlib.suppress(ValueError):
         known = read_prompts(out, ["as_given"])["as_given"].to_pylist()
         for number, (old, new) in enumerate(zip(known, map(as_given, prompts), strict=False)):
             if old != new:
-                lines += _differences(json.loads(old), json.loads(new), f"prompts.{number}")
+                lines += differences(json.loads(old), json.loads(new), f"prompts.{number}")
                 break
-    raise ValueError(
-        _refusal(out, "another sweep", lines)
-        + f"Choose another folder, give the config that is there ({out / 'config.yaml'}"
-        + "".join(f" {override}" for override in there.overrides)
-        + "), or remove the folder."
+    config = " ".join([str(out / "config.yaml"), *there.overrides])
+    advice = (
+        f"Choose another folder, give the config that is there ({config}), or remove the folder."
     )
-
-
-def _refusal(out: Path, what: str, lines: Sequence[str]) -> str:
-    more = [f"  … and {len(lines) - SHOWN} differences more"] if len(lines) > SHOWN else []
-    return "\n".join([f"{out} holds {what}:", *lines[:SHOWN], *more, ""])
-
-
-def _differences(there: Any, given: Any, name: str = "") -> list[str]:
-    """A line for each key whose values differ, in the order of the keys."""
-    if there == given:
-        return []
-    if isinstance(there, Mapping) and isinstance(given, Mapping):
-        keys = dict.fromkeys([*there, *given])
-        inner = [_differences(there.get(k), given.get(k), f"{name}.{k}") for k in keys]
-        return [line for lines in inner for line in lines]
-    if isinstance(there, list) and isinstance(given, list):
-        return _differences(dict(enumerate(there)), dict(enumerate(given)), name)
-    old, new = ("nothing" if value is None else repr(value) for value in (there, given))
-    if max(len(old), len(new)) > WIDE:
-        pairs = enumerate(zip(old, new, strict=False))
-        start = max(0, next((i for i, (a, b) in pairs if a != b), WIDE) - WIDE // 4)
-        old, new = (f"…{text[start : start + WIDE]}…" for text in (old, new))
-    return [f"  {name.lstrip('.')}: {old} there, {new} given"]
+    raise ValueError(refusal(f"{out} holds another sweep", lines, advice))
 
 
 # -- the work ----------------------------------------------------------------------------------
@@ -437,7 +410,7 @@ def work(
         return
     with writing(out):
         probe(out / "sweep.json")
-    if (lines := _differences(manifest.versions, _versions())) and (manifest.models is not None):
+    if (lines := differences(manifest.versions, _versions())) and (manifest.models is not None):
         say("\n".join(["this sweep was begun with other versions:", *lines]))
         say("What is computed now may differ from what is there in the last digits.")
     files = _files(config.locations())
@@ -637,13 +610,11 @@ def _record(
             )
         else:
             known = {name: there[name] for name in given}
-            if lines := _differences(known, given):
+            if lines := differences(known, given):
                 # The config's own words say more than hashes that follow from them.
-                lines = _differences(there["settings"], settings) or lines
-                raise ValueError(
-                    _refusal(out, "results of other weights", lines)
-                    + "Put back the weights that it was begun with, or choose another folder."
-                )
+                lines = differences(there["settings"], settings) or lines
+                advice = "Put back the weights that it was begun with, or choose another folder."
+                raise ValueError(refusal(f"{out} holds results of other weights", lines, advice))
             found = {name: there[name] for name in ("row_budget", "pair_check")}
         ours = replace(manifest, models=given | found | {"settings": settings, "files": files})
         if ours != manifest:

@@ -18,7 +18,7 @@ from graftlens.viz.page import MAX_ROWS, ExperimentPage, Figure, Part, Table, ex
 from graftlens.viz.quantities import Quantity, of_summary
 from graftlens.viz.tables import write_table
 
-#: The file that makes the folder of a page's tables ours.
+#: The file that made the folder of a page's tables ours in version 0.1.0.
 MARKER = "graftlens-tables.txt"
 
 #: Bars of more grafts than this cannot be told apart.
@@ -145,7 +145,8 @@ def _part(title: str, frames: Mapping[str, pd.DataFrame], metric: str, stem: Pat
         crossed = _crossed(view, metric)
         files = {}
         if len(crossed) > MAX_ROWS:
-            claim(stem.parent, MARKER, f"Tables of {stem.parent.name.removesuffix('_tables')}\n")
+            earlier = (stem.parent / MARKER).is_file()
+            claim(stem.parent, "tables", taken=() if earlier else None)
             files = write_table(crossed, stem.with_name(f"{stem.name}_{_plain(name)}"))
         tables.append(Table(_capital(f"{where}{label} by graft and run"), crossed, files))
         for (a, one), (b, other) in combinations(view.items(), 2):
