@@ -15,7 +15,7 @@ from graftlens import __version__
 from graftlens.components import Component, format_numbers
 from graftlens.folder import writable
 from graftlens.graft import Graft, Grafts
-from graftlens.lens import direct_logit_attribution, divergence, logit_lens
+from graftlens.lens import direct_logit_attribution, kl_divergence, logit_lens
 from graftlens.lens.runs import Runs, token_text
 from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer, Input
@@ -25,7 +25,7 @@ from graftlens.model.mask import GraftMask, HeadSelection, select, sites_of
 from graftlens.model.smollm2 import located
 from graftlens.prompts import Prompt, Tokenized, tokenize
 from graftlens.sweep.devices import check_devices
-from graftlens.sweep.scoring import joined_answers
+from graftlens.sweep.prepared import joined_answers
 from graftlens.viz.dashboard import Dashboard
 from graftlens.viz.dashboarddata import DashboardData, Run
 from graftlens.viz.page import is_page
@@ -110,7 +110,7 @@ def dashboard(
             components=[str(c) for c in model.arch.components],
             runs={name: _run(model, batch, runs, name, moved) for name in runs.grafts},
             lens=lens,
-            divergence=divergence(
+            kl_divergence=kl_divergence(
                 model,
                 batch,
                 runs.grafts,

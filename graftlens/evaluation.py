@@ -8,10 +8,12 @@ import pandas as pd
 from tqdm.auto import tqdm
 
 from graftlens.graft import Graft, Grafts, named_grafts
+from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt, doubled_bos
 from graftlens.references import References, marked
-from graftlens.sweep.scoring import Scorer, joined_answers
+from graftlens.sweep.prepared import joined_answers
+from graftlens.sweep.scoring import Scorer
 
 __all__ = ["evaluate", "position_grafts"]
 
@@ -54,6 +56,7 @@ def evaluate(
     top_k: int = 10,
     answers: Literal["whole", "first"] = "whole",
     distractors: Literal["first", "whole"] = "first",
+    measures: Sequence[Measure | str] = (),
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
     row_budget: int | None = None,
@@ -74,6 +77,11 @@ def evaluate(
         answers: measure the log-probability of the whole answer, or its first token only
             (cheaper; `answer_logprob` is NA then).
         distractors: likewise, where `"whole"` fills `distractor_logprobs`.
+        measures: further measures, a column each: `kl_base` and `kl_full` (KL(graft ‖ reference) in
+            nats, from the base and from the full run), `kl_from_base` and `kl_from_full` (the other
+            way round), `js_base`, `js_full`, `entropy` (nats), `margin` (the answer's logit minus
+            the best other token's), `answer_set_prob` (of the first tokens of `Prompt.answers`), or
+            a `graftlens.metrics.Measure` of your own.
         full: the run that counts as SFT: the name of a graft or a source, or a graft. None is the
             only finetuned source everywhere; where there are several, the one that `grafts` has
             everywhere, or else no run: the column `full_run` is empty then, and recovery is NA.
@@ -125,6 +133,8 @@ def evaluate(
         top_k=top_k,
         answers=answers,
         distractors=distractors,
+        measures=measures,
+        references=runs.chosen,
         prepend_bos=prepend_bos,
         row_budget=row_budget,
     )

@@ -1,77 +1,224 @@
-"""What is measured of a next-token distribution. All logarithms are natural."""
+"""What is measured of a next-token distribution: one row per measure. Logarithms are natural.
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+Whoever wants to know something of a measure (its column, label, unit, bounds, direction) reads its
+row in `METRICS`. Functions use the tensors' own methods, so that statistics and plots, which read
+the table too, do not wait for torch.
+"""
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+
+#: What a measure may need besides the logits [row, d_vocab]:
+#:
+#: - `answer` [row]: the token of each row that is measured;
+#: - `distractors` [row, distractor]: first tokens of the distractors, without the answer's own;
+#: - `answers` [row, answer]: first tokens of the texts in `Prompt(answers=[…])`;
+#: - `base`, `full` [row, d_vocab]: logits of the base and of the full run at the same place;
+#: - `logprobs`, `base_logprobs`, `full_logprobs` [row, d_vocab]: what the logits come to, in nats;
+#: - `logprobs32`: the same in float32;
+#: - `standing` ([row], [row]): rank of the answer, and how many other tokens have its logit;
+#: - `top` [row, k]: the likeliest tokens, best first.
+NEEDS = (
+    *("answer", "distractors", "answers", "base", "full", "logprobs", "base_logprobs"),
+    *("full_logprobs", "logprobs32", "standing", "top"),
+)
+
+#: Which runs a measure compares with.
+REFERENCES = {
+    name: name.removesuffix("_logprobs") for name in NEEDS if name[:4] in ("base", "full")
+}
 
 
-@dataclass(frozen=True, eq=False)
-class NextTokens:
-    """What is kept of many next-token distributions.
+@dataclass(frozen=True)
+class Measure:
+    """One measure: how it is computed, and what tables, statistics and plots say of it.
 
     Attributes:
-        logits: of the tokens that were asked for.
-        logprobs: of the same tokens, in nats.
-        rank: of the first token asked for: 1 for the likeliest. Of tokens with equal logits the
-            one with the smaller id comes first, so that no two have one rank.
-        ties: how many other tokens have exactly the logit of the first token asked for.
-        top_ids, top_logprobs: the k likeliest tokens, best first, in the same order.
+        name: its column.
+        needs: what the function gets after the logits, in this order (`NEEDS`).
+        function: (logits [row, d_vocab] in float32 or float64, what is needed…) -> [row]; None for
+            what statistics alone compute.
+        holds: a `number` or a `count` in each row; `numbers` or `tokens`, a list of them.
+        over: which distribution is measured: that of the `next` token after the prompt, or those
+            along the whole `answer` (or each of the `distractors`), whose values are added up.
+        log: the function gives the measure's logarithm. The exponential is taken in float64.
+        always: measured in every run; others are measured where they are asked for.
+        column: the column that it is read from, where that is another one.
+        label, short, unit: what axes say; a short label is for running text.
+        bounds: the least and the largest value; None where there is none.
+        better: which direction is better; None if neither is.
+        signed: zero means something, so that signs are told apart by hue.
+        differentiable: gradients pass through the function.
+        summary: how it is summarised: by its `mean`, as a `share` of prompts, as a `recovery`; None
+            if it is not.
+
+    Raises:
+        ValueError: a name that cannot be a column, or an unknown need.
     """
 
-    logits: Float[np.ndarray, "row target"]
-    logprobs: Float[np.ndarray, "row target"]
-    rank: Int[np.ndarray, " row"]
-    ties: Int[np.ndarray, " row"]
-    top_ids: Int[np.ndarray, "row k"]
-    top_logprobs: Float[np.ndarray, "row k"]
+    name: str
+    needs: tuple[str, ...] = ()
+    function: Callable[..., Any] | None = None
+    holds: Literal["number", "count", "numbers", "tokens"] = "number"
+    over: Literal["next", "answer", "distractors"] = "next"
+    log: bool = False
+    always: bool = False
+    column: str = ""
+    label: str = ""
+    short: str = ""
+    unit: str = "mean"
+    bounds: tuple[float | None, float | None] = (None, None)
+    better: Literal["higher", "lower"] | None = "higher"
+    signed: bool = False
+    differentiable: bool = True
+    summary: Literal["mean", "share", "recovery"] | None = "mean"
 
-    def rows(self, which: slice) -> "NextTokens":
-        """Some of the distributions."""
-        return NextTokens(*(getattr(self, f.name)[which] for f in fields(self)))
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name.isidentifier():
+            raise ValueError(
+                f"name={self.name!r}: a measure's name is a column. Write letters, digits and _, "
+                "such as 'my_measure'."
+            )
+        needs = (self.needs,) if isinstance(self.needs, str) else tuple(self.needs)
+        object.__setattr__(self, "needs", needs)
+        for need in needs:
+            if need not in NEEDS:
+                raise ValueError(
+                    f"measure {self.name!r} needs {need!r}. Allowed: {' '.join(NEEDS)}."
+                )
+        plain = self.name.replace("_", " ")
+        object.__setattr__(self, "column", self.column or self.name)
+        object.__setattr__(self, "label", self.label or plain)
+        object.__setattr__(self, "short", self.short or plain)
 
-    @classmethod
-    def joined(cls, parts: Sequence["NextTokens"]) -> "NextTokens":
-        """One after another."""
-        return cls(*(np.concatenate([getattr(p, f.name) for p in parts]) for f in fields(cls)))
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The runs that it compares with: `base`, `full`."""
+        return tuple(dict.fromkeys(REFERENCES[need] for need in self.needs if need in REFERENCES))
+
+    @property
+    def optional(self) -> bool:
+        """Whether a prompt that ran may have no value."""
+        lists = {"distractors", "answers"} & {*self.needs}
+        return self.over != "next" or bool(lists) or bool(self.references)
+
+    @property
+    def share(self) -> bool:
+        """Whether it lies in [0, 1] and is written in percent."""
+        return self.bounds == (0.0, 1.0)
 
 
-def next_tokens(
-    logits: Float[Tensor, "row d_vocab"], targets: Int[Tensor, "row target"], k: int
-) -> NextTokens:
-    """Measure distributions in float32 and bring what is kept to the host.
+class Predictions:
+    """A chunk of next-token distributions, with what measures may need of it.
 
-    Ranks and ties are those of the logits as they come, in their own dtype.
+    What several measures need is computed once.
 
-    Args:
-        logits: one distribution a row.
-        targets: the tokens to be measured in each row; `rank` is that of the first.
-        k: how many of the likeliest tokens to keep; at most the vocabulary.
+    Example:
+        >>> Predictions(logits, answer=ids).of(METRICS["rank"])
     """
-    # float32 keeps every half-precision logit apart that was apart; of float64 it would make ties.
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    rank, ties = _standing(logits, targets[:, 0])
-    top = likeliest(logits, k)
-    logits = logits.float()
-    # Five times as fast on a CPU as logsumexp, which would do.
-    logprobs = logits.log_softmax(-1)
-    return NextTokens(
-        logits=logits.gather(1, targets).cpu().numpy(),
-        logprobs=logprobs.gather(1, targets).cpu().numpy(),
-        rank=rank,
-        ties=ties,
-        top_ids=top.cpu().numpy(),
-        top_logprobs=logprobs.gather(1, top).cpu().numpy(),
-    )
+
+    def __init__(
+        self,
+        logits: Float[Any, "row d_vocab"],
+        *,
+        answer: Int[Any, " row"] | None = None,
+        distractors: Int[Any, "row distractor"] | None = None,
+        answers: Int[Any, "row answer"] | None = None,
+        base: "Predictions | None" = None,
+        full: "Predictions | None" = None,
+        top_k: int = 1,
+    ) -> None:
+        """`base` and `full` are the same rows of these runs; `top_k` is how long `top` is."""
+        # float32 keeps every half-precision logit apart that was apart; of float64 it would make
+        # ties.
+        self.logits = logits if logits.element_size() == 8 else logits.float()
+        self.answer, self.distractors, self.answers = answer, distractors, answers
+        self._runs = {"base": base, "full": full}
+        self.top_k = top_k
+
+    def of(self, measure: Measure) -> Any:
+        """A measure's value in each row, as its function gives it.
+
+        Raises:
+            ValueError: something that it needs is not there.
+        """
+        assert measure.function is not None, f"{measure.name} is not computed from logits"
+        return measure.function(self.logits, *(self._needed(measure, n) for n in measure.needs))
+
+    def column(self, measure: Measure, dtype: type[np.number] | None = None) -> np.ndarray:
+        """The same on the host, with logarithms undone; in `dtype`, if it is given."""
+        values = self.of(measure)
+        if not hasattr(values, "shape"):
+            raise ValueError(
+                f"measure {measure.name!r} gave a {type(values).__name__}. Its function must give "
+                "a tensor of one number per row."
+            )
+        values = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
+        values = values if dtype is None else values.astype(dtype)
+        return np.exp(values) if measure.log else values
+
+    def has(self, measure: Measure) -> bool:
+        """Whether all that a measure needs is there."""
+        given = {"answer", "distractors", "answers"} & {*measure.needs}
+        there = all(getattr(self, name) is not None for name in given)
+        return there and all(self._runs[run] is not None for run in measure.references)
+
+    def rows(self, index: Int[Any, " chosen"] | None, **given: Any) -> "Predictions":
+        """Some rows (None: all), with what is known of them; what was computed is taken along."""
+
+        def chosen(whole: Float[Any, "row d_vocab"]) -> Float[Any, "chosen d_vocab"]:
+            return whole if index is None else whole.index_select(0, index)
+
+        made = Predictions(chosen(self.logits), top_k=self.top_k, **given)
+        for name in {"logprobs", "logprobs32"} & {*self.__dict__}:
+            made.__dict__[name] = chosen(self.__dict__[name])
+        return made
+
+    def _needed(self, measure: Measure, need: str) -> Any:
+        name = REFERENCES.get(need)
+        run = self if name is None else self._runs[name]
+        found = run and getattr(run, "logits" if need == name else need.removeprefix(f"{name}_"))
+        if found is None:
+            raise ValueError(f"measure {measure.name!r} needs {need!r}, which is not given here.")
+        return found
+
+    @cached_property
+    def logprobs(self) -> Float[Any, "row d_vocab"]:
+        """Log-probabilities of all tokens, in nats."""
+        return self.logits.log_softmax(-1)
+
+    @cached_property
+    def logprobs32(self) -> Float[Any, "row d_vocab"]:
+        """The same in float32."""
+        # Five times as fast on a CPU as logsumexp, which would do.
+        wide = self.logits.element_size() == 8
+        return self.logits.float().log_softmax(-1) if wide else self.logprobs
+
+    @cached_property
+    def standing(self) -> tuple[Int[np.ndarray, " row"], Int[np.ndarray, " row"]]:
+        """The rank of each row's answer, and how many other tokens have its logit."""
+        assert self.answer is not None
+        return _standing(self.logits, self.answer)
+
+    @cached_property
+    def top(self) -> Int[Any, "row k"]:
+        """The likeliest tokens."""
+        return likeliest(self.logits, self.top_k)
 
 
-def likeliest(logits: Float[Tensor, "row d_vocab"], k: int) -> Int[Tensor, "row k"]:
+def likeliest(logits: Float[Any, "row d_vocab"], k: int) -> Int[Any, "row k"]:
     """The ids of the k largest logits of each row, best first, of equal ones the smaller id first.
 
-    `torch.topk` leaves the order of equal ones, and which of them it takes, undefined.
+    `topk` leaves the order of equal ones, and which of them it takes, undefined.
     """
     d_vocab = logits.shape[1]
     k = min(k, d_vocab)
@@ -82,11 +229,11 @@ def likeliest(logits: Float[Tensor, "row d_vocab"], k: int) -> Int[Tensor, "row 
         torn = (top.values[:, k - 1] == top.values[:, k]).nonzero()[:, 0]
         if len(torn):
             edge = top.values[torn, k - 1 : k]
-            numbers = torch.arange(d_vocab, device=logits.device)
-            equal = torch.where(logits[torn] == edge, numbers, d_vocab)
+            other = logits[torn] != edge
+            equal = _numbers(ids, d_vocab).expand_as(other).masked_fill(other, d_vocab)
             equal = equal.topk(k, dim=-1, largest=False).values
-            place = torch.arange(k, device=logits.device) - (top.values[torn] > edge).sum(1, True)
-            chosen = torch.where(place < 0, ids[torn], equal.gather(1, place.clamp_min(0)))
+            place = _numbers(ids, k) - (top.values[torn] > edge).sum(1, True)
+            chosen = ids[torn].where(place < 0, equal.gather(1, place.clamp_min(0)))
             ids = ids.index_copy(0, torn, chosen)
     ids = ids.sort(dim=-1).values
     values = logits.gather(1, ids) + 0.0  # -0.0 is 0.0, also for a sort by bits
@@ -94,29 +241,334 @@ def likeliest(logits: Float[Tensor, "row d_vocab"], k: int) -> Int[Tensor, "row 
 
 
 def _standing(
-    logits: Float[Tensor, "row d_vocab"], target: Int[Tensor, " row"]
+    logits: Float[Any, "row d_vocab"], target: Int[Any, " row"]
 ) -> tuple[Int[np.ndarray, " row"], Int[np.ndarray, " row"]]:
-    """The rank of each row's target, and how many other tokens have its logit."""
     own = logits.gather(1, target[:, None])
     rank = 1 + _counts(logits > own)
     ties = np.maximum(_counts(logits == own) - 1, 0)  # NaN is not even equal to itself
     if tied := np.flatnonzero(ties).tolist():
-        numbers = torch.arange(logits.shape[1], device=logits.device)
-        before = (logits[tied] == own[tied]) & (numbers < target[tied][:, None])
+        # Of equal logits the one with the smaller id comes first, so that no two have one rank.
+        before = (logits[tied] == own[tied]) & (
+            _numbers(target, logits.shape[1]) < target[tied][:, None]
+        )
         rank[tied] += _counts(before)
     return rank, ties
 
 
-def _counts(true: Bool[Tensor, "row d_vocab"]) -> Int[np.ndarray, " row"]:
+def _numbers(like: Int[Any, "..."], count: int) -> Int[Any, " count"]:
+    """0, 1, …, on the device of `like`."""
+    return like.new_ones(count).cumsum(0) - 1
+
+
+def _counts(true: Bool[Any, "row d_vocab"]) -> Int[np.ndarray, " row"]:
     """How many entries of each row are true; numpy counts a row six times as fast as torch."""
     if true.device.type != "cpu":
-        return true.sum(1).cpu().numpy()
+        return np.asarray(true.sum(1).cpu().numpy())
     return np.array([np.count_nonzero(row) for row in true.numpy()], dtype=np.int64)
 
 
-def sequence_logprob(
-    logits: Float[Tensor, "pos d_vocab"], tokens: Int[Tensor, " pos"]
-) -> Float[Tensor, ""]:
-    """The log-probability of a run of tokens, each given those before it, in nats."""
-    logprobs = torch.log_softmax(logits.float(), dim=-1)
-    return logprobs.gather(1, tokens[:, None]).sum()
+def kl(p: Float[Any, "row d_vocab"], q: Float[Any, "row d_vocab"]) -> Float[Any, " row"]:
+    """KL(p ‖ q) of log-probabilities, in nats; never below 0, where rounding would put it."""
+    return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
+
+
+def js(p: Float[Any, "row d_vocab"], q: Float[Any, "row d_vocab"]) -> Float[Any, " row"]:
+    """The Jensen-Shannon divergence of log-probabilities, in nats: from 0 to log 2 (Lin 1991)."""
+    middle = p.logaddexp(q) - np.log(2.0)
+    return (kl(p, middle) + kl(q, middle)) / 2
+
+
+def _logprob(
+    logits: Float[Any, "row d_vocab"],
+    logprobs: Float[Any, "row d_vocab"],
+    answer: Int[Any, " row"],
+) -> Float[Any, " row"]:
+    return logprobs.gather(1, answer[:, None])[:, 0]
+
+
+def _logit_diff(
+    logits: Float[Any, "row d_vocab"],
+    answer: Int[Any, " row"],
+    distractors: Int[Any, "row distractor"],
+) -> Float[Any, " row"]:
+    logits = logits.float()
+    return logits.gather(1, answer[:, None])[:, 0] - logits.gather(1, distractors).amax(1)
+
+
+def _margin(logits: Float[Any, "row d_vocab"], answer: Int[Any, " row"]) -> Float[Any, " row"]:
+    own = logits.gather(1, answer[:, None])[:, 0]
+    first, second = logits.topk(2, dim=-1).values.unbind(1)
+    return own - second.where(own == first, first)
+
+
+def _answer_set_prob(
+    logits: Float[Any, "row d_vocab"],
+    logprobs: Float[Any, "row d_vocab"],
+    answers: Int[Any, "row answer"],
+) -> Float[Any, " row"]:
+    return logprobs.gather(1, answers).exp().sum(1)
+
+
+def _entropy(
+    logits: Float[Any, "row d_vocab"], logprobs: Float[Any, "row d_vocab"]
+) -> Float[Any, " row"]:
+    return -(logprobs.exp() * logprobs).sum(-1)
+
+
+@dataclass(frozen=True)
+class Factory:
+    """A row that makes measures: `top5` is what ``top{k}`` makes of 5.
+
+    Attributes:
+        name: how the names of what it makes are written.
+        pattern: a regular expression of them, whose group is the argument.
+        make: the argument, as text -> the measure.
+    """
+
+    name: str
+    pattern: str
+    make: Callable[[str], Measure]
+
+
+def _top(k: str) -> Measure:
+    return Measure(
+        f"top{k}",
+        column="rank",
+        label=f"top-{k} accuracy",
+        short=f"top-{k} accuracy",
+        unit="% of prompts",
+        bounds=(0.0, 1.0),
+        differentiable=False,
+        summary="share",
+    )
+
+
+def _of_answer(name: str, function: Callable[..., Any], *needs: str, **facts: Any) -> Measure:
+    return Measure(name, needs, function, always=True, **facts)
+
+
+def _divergences(run: Literal["base", "full"]) -> tuple[Measure, ...]:
+    """How far a graft's distribution is from that of a reference run."""
+    needs = ("logprobs", f"{run}_logprobs")
+    ways: dict[str, tuple[Callable[..., Any], str]] = {
+        f"kl_{run}": (lambda _, p, q: kl(p, q), f"KL(graft ‖ {run})"),
+        f"kl_from_{run}": (lambda _, p, q: kl(q, p), f"KL({run} ‖ graft)"),
+        f"js_{run}": (lambda _, p, q: js(p, q), f"Jensen-Shannon divergence from {run}"),
+    }
+    return tuple(
+        Measure(
+            name,
+            needs,
+            function,
+            label=label,
+            short=label,
+            unit="nats",
+            bounds=(0.0, float(np.log(2.0)) if name.startswith("js") else None),
+            better="higher" if run == "base" else "lower",
+        )
+        for name, (function, label) in ways.items()
+    )
+
+
+_ROWS: Sequence[Measure | Factory] = (
+    Factory("top{k}", r"top([1-9]\d*)", _top),
+    _of_answer(
+        "rank",
+        lambda _, standing: standing[0],
+        "standing",
+        holds="count",
+        label="rank of the answer's first token",
+        unit="1 = most likely",
+        bounds=(1.0, None),
+        better="lower",
+        differentiable=False,
+    ),
+    _of_answer(
+        "ties",
+        lambda _, standing: standing[1],
+        "standing",
+        holds="count",
+        label="other tokens with the logit of the answer's first",
+        unit="tokens",
+        bounds=(0.0, None),
+        better=None,
+        differentiable=False,
+        summary=None,
+    ),
+    _of_answer(
+        "prob",
+        _logprob,
+        "logprobs32",
+        "answer",
+        log=True,
+        label="probability of the answer's first token",
+        unit="%",
+        bounds=(0.0, 1.0),
+    ),
+    _of_answer(
+        "logprob",
+        _logprob,
+        "logprobs32",
+        "answer",
+        label="log-probability of the answer's first token",
+        short="log-probability",
+        unit="nats",
+        bounds=(None, 0.0),
+    ),
+    _of_answer(
+        "top_tokens",
+        lambda _, top: top,
+        "top",
+        holds="tokens",
+        label="likeliest tokens",
+        unit="",
+        better=None,
+        differentiable=False,
+        summary=None,
+    ),
+    _of_answer(
+        "top_probs",
+        lambda _, logprobs, top: logprobs.gather(1, top),
+        "logprobs32",
+        "top",
+        holds="numbers",
+        log=True,
+        label="probabilities of the likeliest tokens",
+        unit="%",
+        bounds=(0.0, 1.0),
+        better=None,
+        summary=None,
+    ),
+    _of_answer(
+        "answer_logprob",
+        _logprob,
+        "logprobs32",
+        "answer",
+        over="answer",
+        label="log-probability of the whole answer",
+        short="the answer's log-probability",
+        unit="nats",
+        bounds=(None, 0.0),
+    ),
+    _of_answer(
+        "distractor_logprobs",
+        _logprob,
+        "logprobs32",
+        "answer",
+        holds="numbers",
+        over="distractors",
+        label="log-probabilities of whole distractors",
+        unit="nats",
+        bounds=(None, 0.0),
+        better=None,
+        summary=None,
+    ),
+    _of_answer(
+        "logit_diff",
+        _logit_diff,
+        "answer",
+        "distractors",
+        label="logit difference to the best distractor",
+        unit="logits",
+        signed=True,
+    ),
+    *_divergences("base"),
+    *_divergences("full"),
+    Measure(
+        "entropy",
+        ("logprobs",),
+        _entropy,
+        label="entropy of the next token",
+        unit="nats",
+        bounds=(0.0, None),
+        better=None,
+    ),
+    Measure(
+        "margin",
+        ("answer",),
+        _margin,
+        label="logit of the answer's first token minus the best other token's",
+        unit="logits",
+        signed=True,
+    ),
+    Measure(
+        "answer_set_prob",
+        ("logprobs", "answers"),
+        _answer_set_prob,
+        label="probability of the first tokens of all right answers",
+        short="probability of the right answers",
+        unit="%",
+        bounds=(0.0, 1.0),
+    ),
+    Measure(
+        "recovery",
+        label="recovery",
+        unit="0 = base, 1 = full",
+        signed=True,
+        summary="recovery",
+        differentiable=False,
+    ),
+)
+
+#: The measures by name, in the order of the tables' columns. A new one is a row here.
+METRICS: dict[str, Measure | Factory] = {row.name: row for row in _ROWS}
+
+
+def measures() -> tuple[Measure, ...]:
+    """The rows of the table that are measures, in its order."""
+    return tuple(row for row in METRICS.values() if isinstance(row, Measure))
+
+
+def always_measured() -> tuple[Measure, ...]:
+    """What every table of results has."""
+    return tuple(m for m in measures() if m.always)
+
+
+def averaged() -> tuple[str, ...]:
+    """The names of the measures whose means statistics give."""
+    return tuple(m.name for m in measures() if m.summary == "mean")
+
+
+def known(name: str) -> Measure | None:
+    """A measure by its name, those that factories make included; None of an unknown name."""
+    row = METRICS.get(name)
+    if isinstance(row, Measure):
+        return row
+    for made_by in METRICS.values():
+        if isinstance(made_by, Factory) and (found := re.fullmatch(made_by.pattern, name)):
+            return made_by.make(found[1])
+    return None
+
+
+def measure(name: str) -> Measure:
+    """A measure by its name; a bare row for one that is a user's own."""
+    return known(name) or Measure(name)
+
+
+def load(where: str) -> Measure:
+    """A measure of the user's own, imported from ``module:name``; modules may lie in the working
+    directory.
+
+    Only what a user types is imported: configs and folders of results name measures.
+
+    Raises:
+        ValueError: what cannot be imported, or is not a measure.
+    """
+    module, _, name = where.partition(":")
+    if not module or not name:
+        raise ValueError(f"{where!r}: write MODULE:NAME, such as mymodule:my_measure.")
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"{where!r} cannot be imported ({error}). Write MODULE:NAME of a module in this folder "
+            "or an installed one."
+        ) from None
+    if not isinstance(found, Measure):
+        raise ValueError(
+            f"{where!r} is a {type(found).__name__}, not a measure. Make it one: "
+            "graftlens.metrics.Measure(name, needs, function)."
+        )
+    return found

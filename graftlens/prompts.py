@@ -52,6 +52,7 @@ class Prompt:
             white space alone, such as a newline.
         distractors: wrong answers to compare with, written like the answer.
         name: what this template is called in tables.
+        answers: all texts that are right, written like the answer, for `answer_set_prob`.
 
     Raises:
         ValueError: a field that is missing, empty, or named like a standard span; a malformed
@@ -63,6 +64,7 @@ class Prompt:
     answer: str | None = None
     distractors: Sequence[str] = ()
     name: str | None = None
+    answers: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.template, str):
@@ -72,25 +74,25 @@ class Prompt:
                 f"fields={self.fields!r}: write a mapping, such as {{'first_entity': 'Ann'}}."
             )
         object.__setattr__(self, "fields", FrozenMap(self.fields))
-        if isinstance(self.distractors, str):
-            raise ValueError(
-                f"distractors={self.distractors!r} is one text. "
-                f"Write a list: [{self.distractors!r}]."
-            )
-        object.__setattr__(self, "distractors", tuple(self.distractors))
+        for what in ("distractors", "answers"):
+            texts = getattr(self, what)
+            if isinstance(texts, str):
+                raise ValueError(f"{what}={texts!r} is one text. Write a list: [{texts!r}].")
+            object.__setattr__(self, what, tuple(texts))
         for key, value in self.fields.items():
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(
                     f"field {key!r} of template {self.template!r} is {value!r}: "
                     "a field is a text that is not empty."
                 )
-        for what, text in [("answer", self.answer), *(("distractor", d) for d in self.distractors)]:
+        others = [("distractor", text) for text in self.distractors]
+        others += [("one of answers", text) for text in self.answers]
+        for what, text in [("answer", self.answer), *others]:
             if text is not None and (not isinstance(text, str) or not text):
                 raise ValueError(
                     f"{what}={text!r}: write a text that is not empty, or leave it out."
                 )
-        named = [("template", self.template), ("name", self.name), ("answer", self.answer)]
-        named += [("distractor", text) for text in self.distractors]
+        named = [("template", self.template), ("name", self.name), ("answer", self.answer), *others]
         named += [(f"field {key!r}:", value) for key, value in self.fields.items()]
         for what, text in named:
             if isinstance(text, str) and (half := lone_surrogate(text)):

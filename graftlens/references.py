@@ -31,6 +31,12 @@ class References:
     base: str
     full: str | None
 
+    @property
+    def chosen(self) -> dict[str, Graft]:
+        """The grafts of the references that are known, as `base` and `full`."""
+        named = {"base": self.base, "full": self.full}
+        return {role: self.grafts[name] for role, name in named.items() if name is not None}
+
     @classmethod
     def of(
         cls,

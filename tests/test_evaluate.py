@@ -12,9 +12,9 @@ from reference import sequential_graft
 from graftlens import stats
 from graftlens.evaluation import evaluate, position_grafts
 from graftlens.graft import Graft
-from graftlens.metrics import next_tokens, sequence_logprob
+from graftlens.metrics import Predictions, always_measured, measure
 from graftlens.prompts import Prompt
-from graftlens.sweep.scoring import COLUMNS
+from graftlens.sweep.cells import columns
 
 TEMPLATES = {
     "plays": "{first_entity} plays with",
@@ -60,7 +60,7 @@ def _choose(graft: Graft, positions: dict[str, set[int]], n: int) -> Callable[..
 def test_every_cell_is_what_the_sequential_algorithm_gives(llama: Tiny) -> None:
     prompts, grafts = _prompts(), position_grafts()
     table = evaluate(llama.model, prompts, grafts, top_k=4, row_budget=40, progress=False)
-    assert list(table.columns) == [*COLUMNS[:3], "base_run", "full_run", *COLUMNS[3:]]
+    assert list(table.columns) == [*columns()[:3], "base_run", "full_run", *columns()[3:]]
     assert table[["prompt", "graft"]].values.tolist() == [
         [i, name] for i in range(len(prompts)) for name in grafts
     ]
@@ -158,17 +158,19 @@ def test_position_grafts_name_the_paper_s_places() -> None:
 
 def test_metrics_by_hand() -> None:
     logits = torch.tensor([[2.0, 1.0, 1.0, 0.0], [0.0, 3.0, 3.0, 1.0]])
-    found = next_tokens(logits, torch.tensor([[2, 0], [3, 1]]), k=9)
-    assert found.rank.tolist() == [3, 3], "of equal logits the smaller id comes first"
-    assert found.ties.tolist() == [1, 0]
+    found = Predictions(logits, answer=torch.tensor([2, 3]), top_k=9)
+    columns = {m.name: found.column(m) for m in always_measured() if found.has(m)}
+    assert columns["rank"].tolist() == [3, 3], "of equal logits the smaller id comes first"
+    assert columns["ties"].tolist() == [1, 0]
     z = math.exp(2) + 2 * math.e + 1
-    assert found.logprobs[0].tolist() == pytest.approx([1 - math.log(z), 2 - math.log(z)])
-    assert found.top_logprobs[0, 0] == pytest.approx(2 - math.log(z))
-    assert found.top_ids.shape == (2, 4), "no more than the vocabulary"
-    assert found.top_ids[0, 0] == 0
-    run = sequence_logprob(logits, torch.tensor([0, 1]))
+    assert columns["logprob"][0] == pytest.approx(1 - math.log(z))
+    assert columns["prob"][0] == pytest.approx(math.e / z)
+    assert columns["top_probs"][0, 0] == pytest.approx(math.exp(2) / z)
+    assert columns["top_tokens"].shape == (2, 4), "no more than the vocabulary"
+    assert columns["top_tokens"][0, 0] == 0
+    run = Predictions(logits, answer=torch.tensor([0, 1])).column(measure("answer_logprob"))
     z2 = 1 + 2 * math.exp(3) + math.e
-    assert float(run) == pytest.approx(2 - math.log(z) + 3 - math.log(z2))
+    assert float(run.sum()) == pytest.approx(2 - math.log(z) + 3 - math.log(z2))
 
 
 def test_references_that_are_missing_run_too(llama: Tiny) -> None:

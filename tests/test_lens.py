@@ -1,4 +1,4 @@
-"""The lens's readings of grafted runs: logit lens, emergence, divergence, differences.
+"""The lens's readings of grafted runs: logit lens, emergence, KL divergence, differences.
 
 Every number is worked out a second time from Hugging Face's own forward and, under a graft, from
 the sequential algorithm (`lensoracle`).
@@ -38,8 +38,8 @@ from graftlens.graft import Graft
 from graftlens.lens import (
     activation_difference,
     direct_logit_attribution,
-    divergence,
     emergence,
+    kl_divergence,
     logit_lens,
     patching,
     pattern_difference,
@@ -185,17 +185,17 @@ def test_many_rows_are_read_in_pieces(oracles: OracleOf, monkeypatch: pytest.Mon
     oracle = oracles("gpt2")
     monkeypatch.setattr("graftlens.lens.logit.ROWS", 5)
     table = logit_lens(oracle.tiny.model, PROMPTS, {"mixed": parsed(MIXED)})
-    spread = divergence(oracle.tiny.model, PROMPTS, {"mixed": parsed(MIXED)})
+    spread = kl_divergence(oracle.tiny.model, PROMPTS, {"mixed": parsed(MIXED)})
     for i, asked in enumerate(oracle.asked):
         ours = table[(table["prompt"] == i) & (table["graft"] == "mixed") & (table["layer"] == 2)]
         said = oracle.read(i, MIXED, oracle.run(i, MIXED).resid[2])
         assert ours["position"].tolist() == list(range(len(asked.ids)))
         _close(ours["logprob"], said[:, asked.target])
-        pair = spread[(spread["prompt"] == i) & (spread["p"] == "mixed") & (spread["q"] == "SFT")]
+        pair = spread[(spread["prompt"] == i) & (spread["graft"] == "mixed")]
         runs = (
             oracle.run(i, text).logits.double().log_softmax(-1) for text in (MIXED, "sft @ all")
         )
-        _close(pair["kl"], kl(*runs))
+        _close(pair["kl_full"], kl(*runs))
 
 
 def test_more_prompts_than_run_together(oracles: OracleOf) -> None:
@@ -325,19 +325,25 @@ def test_emergence_of_real_runs(oracles: OracleOf) -> None:
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "gemma2", "olmo-clip"])
-def test_divergence_of_every_pair_of_runs(oracles: OracleOf, variant: str) -> None:
+def test_kl_divergence_from_the_base_and_the_full_run(oracles: OracleOf, variant: str) -> None:
     oracle = oracles(variant)
     grafts = ENDS | {"mixed": mixed(variant)}
-    table = divergence(oracle.tiny.model, PROMPTS, {"mixed": parsed(mixed(variant))})
-    assert list(table.columns) == ["prompt", "position", "token", "p", "q", "kl"]
-    n = len(grafts)
-    assert len(table) == n * (n - 1) * sum(len(a.ids) for a in oracle.asked)
+    table = kl_divergence(oracle.tiny.model, PROMPTS, {"mixed": parsed(mixed(variant))})
+    numbers = ["kl_base", "kl_full", "kl_from_base", "kl_from_full", "js_base", "js_full"]
+    assert list(table.columns) == ["prompt", "graft", "rule", "position", "token", *numbers]
+    assert len(table) == len(grafts) * sum(len(a.ids) for a in oracle.asked)
     for i, asked in enumerate(oracle.asked):
         said = {g: oracle.run(i, t).logits.double().log_softmax(-1) for g, t in grafts.items()}
-        for (p, q), rows in table[table["prompt"] == i].groupby(["p", "q"]):
+        for graft, rows in table[table["prompt"] == i].groupby("graft"):
             assert rows["position"].tolist() == list(range(len(asked.ids)))
             assert rows["token"].tolist() == asked.tokens
-            _close(rows["kl"], kl(said[p], said[q]))
+            p = said[graft]
+            for run, end in (("base", "PRE"), ("full", "SFT")):
+                q = said[end]
+                middle = ((p.exp() + q.exp()) / 2).log()
+                _close(rows[f"kl_{run}"], kl(p, q))
+                _close(rows[f"kl_from_{run}"], kl(q, p))
+                _close(rows[f"js_{run}"], (kl(p, middle) + kl(q, middle)) / 2)
         there, back = (kl(said["PRE"], said["SFT"]), kl(said["SFT"], said["PRE"]))
         assert (there - back).abs().max() > 1e-2, "the order of the pair must show"
 
@@ -516,7 +522,7 @@ def test_several_finetuned_sources_need_one_to_be_held_against(tiny: MakeTiny) -
     t = tiny("llama-biased", ("pre", "task", "relation"), tokenizer="llama3")
     for function in (
         logit_lens,
-        divergence,
+        kl_divergence,
         activation_difference,
         pattern_difference,
         direct_logit_attribution,
@@ -538,12 +544,12 @@ def test_several_finetuned_sources_need_one_to_be_held_against(tiny: MakeTiny) -
         for text in ("relation @ last", "task @ all")
     )
     _close(output["kl_full"], kl(said, task))
-    spread = divergence(t.model, PROMPTS[0], full=Graft.rule("relation"))
-    assert set(spread["p"]) == {"PRE", "SFT"}
+    spread = kl_divergence(t.model, PROMPTS[0], full=Graft.rule("relation"))
+    assert set(spread["graft"]) == {"PRE", "SFT"}
     runs = (
         oracle.run(0, text).logits.double().log_softmax(-1) for text in ("none", "relation @ all")
     )
-    _close(spread[spread["p"] == "PRE"]["kl"], kl(*runs))
+    _close(spread[spread["graft"] == "PRE"]["kl_full"], kl(*runs))
 
 
 def test_a_graft_in_force_outside_changes_no_run(oracles: OracleOf) -> None:
@@ -569,7 +575,7 @@ def test_nothing_is_left_behind(oracles: OracleOf) -> None:
     before = model.fingerprints()
     for function in (
         logit_lens,
-        divergence,
+        kl_divergence,
         activation_difference,
         pattern_difference,
         direct_logit_attribution,
@@ -602,8 +608,8 @@ def test_plain_texts_have_no_answer(oracles: OracleOf) -> None:
     assert row["token"].tolist() == asked.tokens
     with pytest.raises(ValueError, match="no prompt of this table has an answer"):
         emergence(table)
-    spread = divergence(oracle.tiny.model, texts[0], "sft @ last")
-    assert len(spread) == 6 * len(asked.ids)
+    spread = kl_divergence(oracle.tiny.model, texts[0], "sft @ last")
+    assert len(spread) == 3 * len(asked.ids)
 
 
 def test_answers_beside_prompts_without(oracles: OracleOf) -> None:
@@ -811,15 +817,15 @@ def test_errors_say_what_is_allowed(oracles: OracleOf) -> None:
     with pytest.raises(ValueError, match="no source 'stf'"):
         logit_lens(model, one, "stf @ last")
     with pytest.raises(ValueError, match="no source 'other'"):
-        divergence(model, one, full="other @ all")
+        kl_divergence(model, one, full="other @ all")
     with pytest.raises(PromptError, match="no prompts: give at least one"):
         logit_lens(model, [])
 
 
 def test_a_sources_name_is_that_source_everywhere(oracles: OracleOf) -> None:
     model = oracles("gpt2").tiny.model
-    by_name = divergence(model, PROMPTS[0], full="sft")
-    pd.testing.assert_frame_equal(by_name, divergence(model, PROMPTS[0], full="sft @ all"))
+    by_name = kl_divergence(model, PROMPTS[0], full="sft")
+    pd.testing.assert_frame_equal(by_name, kl_divergence(model, PROMPTS[0], full="sft @ all"))
 
 
 def test_a_given_grafts_name_is_that_graft(oracles: OracleOf) -> None:
@@ -830,8 +836,8 @@ def test_a_given_grafts_name_is_that_graft(oracles: OracleOf) -> None:
         assert list(dict.fromkeys(table["graft"])) == ["PRE", name]
         assert set(table[table["graft"] == name]["rule"]) == {"sft @ ~last"}
         assert (table[table["graft"] == name]["kl_full"] == 0).all()
-    named = divergence(model, PROMPTS[0], ["sft @ last"], full="sft @ last")
-    assert set(named["p"]) == {"PRE", "sft @ last"}
+    named = kl_divergence(model, PROMPTS[0], ["sft @ last"], full="sft @ last")
+    assert set(named["graft"]) == {"PRE", "sft @ last"}
 
 
 def test_what_cannot_count_as_sft(tiny: MakeTiny) -> None:
@@ -844,7 +850,7 @@ def test_what_cannot_count_as_sft(tiny: MakeTiny) -> None:
     for slip, meant in (("tsk", "task"), ("mostyl", "mostly")):
         message = rf"full='{slip}' is no run .* sources task relation, .* Did you mean '{meant}'\?"
         with pytest.raises(ValueError, match=message):
-            divergence(model, PROMPTS[0], grafts, full=slip)
+            kl_divergence(model, PROMPTS[0], grafts, full=slip)
 
 
 def test_errors_of_prompts_name_the_prompt(oracles: OracleOf) -> None:
@@ -908,7 +914,7 @@ def test_hooks_are_given_all_prompts_together(oracles: OracleOf) -> None:
 
     for function in (
         partial(logit_lens, at="last"),
-        divergence,
+        kl_divergence,
         partial(activation_difference, at="last"),
         partial(pattern_difference, at="last"),
         direct_logit_attribution,

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from graftlens.evaluation import evaluate
 from graftlens.graft import Graft
-from graftlens.lens import direct_logit_attribution, divergence, logit_lens, patched, patching
+from graftlens.lens import direct_logit_attribution, kl_divergence, logit_lens, patched, patching
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt, PromptError
 from graftlens.stats import compare, summarise
@@ -439,7 +439,7 @@ def test_streams_are_not_read_where_the_output_is_patched(
         ("sft @ last : ln_final + mlp", "ln_final"),
     ):
         with patched(model, PROMPTS[1], text), patched(model, PROMPTS[1], "sft @ [0] : v"):
-            for function in (logit_lens, divergence, direct_logit_attribution):
+            for function in (logit_lens, kl_divergence, direct_logit_attribution):
                 with pytest.raises(ValueError, match=rf"patched\(…\) of {named}: ") as error:
                     function(model, PROMPTS[1])
                 assert f'(": {rest}" is all the rest)' in str(error.value)
@@ -449,13 +449,13 @@ def test_streams_are_not_read_where_the_output_is_patched(
     with patched(model, PROMPTS[1], advised):
         lens = logit_lens(model, PROMPTS[1], at="last").set_index(["graft", "stream"])
         parts = direct_logit_attribution(model, PROMPTS[1])
-        spread = divergence(model, PROMPTS[1], at="last").set_index(["p", "q"])
+        spread = kl_divergence(model, PROMPTS[1], at="last").set_index("graft")
         sft = model(PROMPTS[1], graft="sft @ all")[0, -1].log_softmax(-1)
     said = wanted.log_softmax(-1)
     ours = lens.loc[("PRE", "final_post"), "logprob"]
     assert ours == pytest.approx(float(said[asked.target]), abs=1e-4)
     kl = float((said.exp() * (said - sft)).sum().detach())
-    assert spread.loc[("PRE", "SFT"), "kl"] == pytest.approx(kl, abs=1e-4)
+    assert spread.loc["PRE", "kl_full"] == pytest.approx(kl, abs=1e-4)
     if variant == "gpt2":  # Gemma 2 caps its logits
         total = parts[parts["graft"] == "PRE"]["contribution"].sum()
         assert total == pytest.approx(float(wanted[asked.target]), abs=1e-4)

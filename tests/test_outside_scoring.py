@@ -18,7 +18,7 @@ from graftlens.evaluation import evaluate
 from graftlens.graft import Graft
 from graftlens.lens import emergence, logit_lens
 from graftlens.lens.patching import patching
-from graftlens.metrics import likeliest, next_tokens
+from graftlens.metrics import Predictions, likeliest
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt
 from graftlens.sweep.results import (
@@ -60,12 +60,13 @@ def test_ranks_ties_and_the_likeliest_are_of_one_order(
 ) -> None:
     """Two answers with equal logits both had rank 1, and a top-5 counted up to nine tokens."""
     targets = [data.draw(st.integers(0, len(row) - 1)) for row in rows]
-    found = next_tokens(torch.tensor(rows, dtype=dtype), torch.tensor(targets)[:, None], k)
+    found = Predictions(torch.tensor(rows, dtype=dtype), answer=torch.tensor(targets), top_k=k)
+    rank, ties = found.standing
     for i, (row, target) in enumerate(zip(rows, targets, strict=True)):
         order = by_sorting(row)
-        assert found.top_ids[i].tolist() == order[:k]
-        assert found.rank[i] == order.index(target) + 1
-        assert found.ties[i] == row.count(row[target]) - 1
+        assert found.top[i].tolist() == order[:k]
+        assert rank[i] == order.index(target) + 1
+        assert ties[i] == row.count(row[target]) - 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -77,7 +78,8 @@ def test_a_large_vocabulary_of_few_values(dtype: torch.dtype) -> None:
     for row, found in zip(logits.tolist(), ids.tolist(), strict=True):
         assert found == by_sorting(row)[:50]
     ranks = [
-        next_tokens(logits, ids[:, i : i + 1], 1).rank.tolist() for i in range(0, ids.shape[1], 7)
+        Predictions(logits, answer=ids[:, i]).standing[0].tolist()
+        for i in range(0, ids.shape[1], 7)
     ]
     assert ranks == [[i + 1] * 7 for i in range(0, 50, 7)], "never more than k within rank k"
 
@@ -85,18 +87,18 @@ def test_a_large_vocabulary_of_few_values(dtype: torch.dtype) -> None:
 def test_float64_logits_are_not_made_equal() -> None:
     """A rank was counted in float32, where logits that float64 keeps apart are equal."""
     logits = torch.tensor([[1.0, 1.0 + 1e-12, 1.0 - 1e-12]], dtype=torch.float64)
-    found = next_tokens(logits, torch.tensor([[0]]), 3)
-    assert (found.rank.tolist(), found.ties.tolist()) == ([2], [0])
-    assert found.top_ids.tolist() == [[1, 0, 2]]
+    found = Predictions(logits, answer=torch.tensor([0]), top_k=3)
+    assert [x.tolist() for x in found.standing] == [[2], [0]]
+    assert found.top.tolist() == [[1, 0, 2]]
 
 
 def test_logits_that_are_no_numbers() -> None:
     """Such rows have no numbers in the tables; they raise nothing here."""
     logits = torch.tensor([[np.nan] * 4, [0.0, np.inf, np.inf, 1.0], [-np.inf, 1.0, np.nan, 1.0]])
-    found = next_tokens(logits, torch.tensor([[1], [2], [1]]), 2)
-    assert np.isnan(found.logprobs).all()
-    assert found.ties.tolist() == [0, 1, 1]
-    assert found.top_ids[1].tolist() == [1, 2]
+    found = Predictions(logits, answer=torch.tensor([1, 2, 1]), top_k=2)
+    assert found.logprobs.isnan().all()
+    assert found.standing[1].tolist() == [0, 1, 1]
+    assert found.top[1].tolist() == [1, 2]
 
 
 # -- in the tables -----------------------------------------------------------------------------

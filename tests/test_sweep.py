@@ -4,6 +4,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,7 +19,6 @@ from reference import MODEL_COMPONENTS, sequential_graft
 from graftlens.components import HEAD_COMPONENTS, Component
 from graftlens.evaluation import evaluate, position_grafts
 from graftlens.graft import Graft
-from graftlens.metrics import NextTokens, next_tokens
 from graftlens.model import tree
 from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer
@@ -26,9 +26,11 @@ from graftlens.model.inputs import collate
 from graftlens.model.tree import TokenTree, TreeBatch, TreeShape
 from graftlens.prompts import Prompt, Tokenized
 from graftlens.sweep import planner as planner_module
-from graftlens.sweep import scoring
+from graftlens.sweep.cells import columns
+from graftlens.sweep.measuring import Found, Measuring
 from graftlens.sweep.planner import Branches, Planner
-from graftlens.sweep.scoring import COLUMNS, Scorer, dry_plan, score
+from graftlens.sweep.prepared import Prepared
+from graftlens.sweep.scoring import Scorer, dry_plan, score
 
 SOURCES = ("pre", "sft", "task")
 PLACES = ("last", "all", "bos", "~last", "~bos", "[2]", "[1, 3]", "[-2]", "~[4]", "bos + last")
@@ -600,16 +602,20 @@ def test_a_whole_answer_that_is_not_finite_is_no_result(
 ) -> None:
     """The first token may be well and a later one not: then no number of the cell stands."""
 
-    def broken(logits: torch.Tensor, targets: torch.Tensor, k: int) -> NextTokens:
-        found = next_tokens(logits, targets, k)
-        found.logprobs[1:] = np.nan
+    real = Measuring.__call__
+
+    def broken(self: Measuring, *args: Any) -> list[Found]:
+        found = real(self, *args)
+        for one in found:
+            for steps in one.steps.values():
+                steps[1:] = np.nan
         return found
 
-    monkeypatch.setattr(scoring, "next_tokens", broken)
+    monkeypatch.setattr(Measuring, "__call__", broken)
     prompt = {0: next(iter(_prompts().values()))}
     (row,) = score(llama.model, prompt, {"PRE": Graft()}, distractors="whole").to_dict("records")
     assert "not finite" in row["reason"]
-    assert all(row[c] is None or pd.isna(row[c]) for c in COLUMNS[8:16])
+    assert all(row[c] is None or pd.isna(row[c]) for c in columns()[8:16])
 
 
 def test_only_distractors_that_are_run_count(tiny: MakeTiny) -> None:
@@ -678,11 +684,10 @@ def test_the_plan_in_words(llama: Tiny) -> None:
     assert "MiB beside the weights" in text
     dry = dry_plan(
         llama.model.arch,
-        llama.tokenizer,
         SOURCES,
-        list(prompts.values()),
+        Prepared(llama.tokenizer, llama.model.arch, answers="first"),
+        prompts,
         list(position_grafts().values()),
-        answers="first",
     )
     assert (dry.rows, dry.rows_alone) == (found.rows, found.rows_alone)
     cut = Scorer(llama.model, position_grafts(), answers="first", row_budget=20).plan(prompts)

@@ -21,7 +21,6 @@ from graftlens.data import MoviesConfig, evaluation_prompts, make_dataset, make_
 from graftlens.graft import Graft
 from graftlens.model.load import preview
 from graftlens.sweep.config import Checked, ConfigError, SweepConfig, check, describe, load_config
-from graftlens.sweep.scoring import prepare
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "experiments" / "sweeps").glob("*.yaml"))
 
@@ -679,7 +678,7 @@ def test_a_bad_command_is_one_message(command: str, tmp_path: Path) -> None:
 
 def test_a_description_says_what_would_be_done(tmp_path: Path) -> None:
     checked = made("{grafts: {LT: sft @ last, same: sft @ last}}", tmp_path / "s.yaml", "shards=3")
-    ready = prepare(0, checked.prompts[0], checked.tokenizer, checked.arch)
+    ready = checked.prepared(0, checked.prompts[0])
     n, m = len(ready.tokens), len(ready.answer)
     # Below the top: `none` and `all` everywhere, LT where it differs; at the top the scored rows.
     rows = (2 * (2 * (n + m - 1) + m) + 3 * m) / 3

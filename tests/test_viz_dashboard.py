@@ -104,13 +104,17 @@ def make(answer=" Paris", **changed):
         where = wheres[seed]
         runs[name] = Run(RULES[seed], patterns(seed), logprobs, moved, shares(sft), where)
     divergence = pd.DataFrame(
-        {"prompt": 0, "position": at, "token": TOKENS[at], "p": p, "q": q, "kl": draw.random()}
-        for p, q in itertools.permutations(NAMES, 2)
+        {"prompt": 0, "position": at, "token": TOKENS[at], "graft": name}
+        | {
+            f"kl_{run}": 0.0 if name == end else draw.random()
+            for run, end in (("base", "PRE"), ("full", "SFT"))
+        }
+        for name in NAMES
         for at in range(N)
     )
     values = {"title": "Films & <facts>", "text": "".join(TOKENS), "answer": answer}
     values |= {"tokens": TOKENS, "components": COMPONENTS, "runs": runs}
-    values |= {"lens": lens_table(answer), "divergence": divergence, "sources": ("pre", "sft")}
+    values |= {"lens": lens_table(answer), "kl_divergence": divergence, "sources": ("pre", "sft")}
     return DashboardData(**(values | {"provenance": {"models": {"pre": "3f8a"}}} | changed))
 
 
@@ -160,8 +164,8 @@ def named_by_rules(data, tmp_path_factory):
 
     lens = copied(data.lens, "graft")
     lens["top_tokens"] = [[*BACKWARDS[2:5], "a", "b"]] * len(lens)
-    divergence = copied(copied(data.divergence, "p"), "q")
-    made = make(runs=runs, lens=lens, divergence=divergence, tokens=BACKWARDS)
+    divergence = copied(data.kl_divergence, "graft")
+    made = make(runs=runs, lens=lens, kl_divergence=divergence, tokens=BACKWARDS)
     return Dashboard(made).save(tmp_path_factory.mktemp("rules") / "page.html")
 
 
@@ -340,8 +344,8 @@ def test_another_run_and_measure_colour_the_tokens_anew(answered, data):
     assert sft["colors"][1] == f"rgb({red}, {green}, {blue})"
     assert sft["colors"][0] == "rgb(255, 255, 255)"
     assert kl_self["last"] == "0"
-    table = data.divergence.query("p == 'PRE' and q == 'SFT' and position == 7")
-    assert float(kl["last"]) == pytest.approx(table["kl"].iloc[0], rel=1e-3)
+    table = data.kl_divergence.query("graft == 'PRE' and position == 7")
+    assert float(kl["last"]) == pytest.approx(table["kl_full"].iloc[0], rel=1e-3)
     assert kl["ends"][0] == "0"
     assert none["note"].startswith("This was not computed for mine <x>")
     assert none["last"] == "–"
@@ -660,9 +664,9 @@ def test_tables_that_lack_rows_name_the_run(data):
     two = data.lens.assign(prompt=np.arange(len(data.lens)) % 2)
     with pytest.raises(ValueError, match="2 prompts; give the rows of one"):
         dashboard_page(make(lens=two))
-    gone = data.divergence.query("p != 'FE+LT'")
-    with pytest.raises(ValueError, match=r"0 rows of 'FE\+LT' from 'PRE'"):
-        dashboard_page(make(divergence=gone))
+    gone = data.kl_divergence.query("graft != 'FE+LT'")
+    with pytest.raises(ValueError, match=r"KL divergences has 0 rows of run 'FE\+LT'"):
+        dashboard_page(make(kl_divergence=gone))
 
 
 # --- pictures --------------------------------------------------------------------------------

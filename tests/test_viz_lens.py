@@ -119,7 +119,9 @@ def test_the_difference_of_two_runs_is_signed():
     assert trace.z[1][2] == pytest.approx(-math.log(3))
     assert -trace.zmin == trace.zmax == pytest.approx(math.log(3))
     assert [color for _, color in trace.colorscale] == list(theme.DIVERGING)
-    assert "log-probability of the answer's first token: -5.40 (PRE: -4.30)" in trace.customdata[1][2]
+    assert (
+        "log-probability of the answer's first token: -5.40 (PRE: -4.30)" in trace.customdata[1][2]
+    )
     figure = viz.lens_heatmap(table, "FE", minus="PRE")
     assert heading(figure) == "FE − PRE: answer ·Ann"
 
@@ -273,12 +275,15 @@ def test_long_names_are_short_in_a_legend_and_whole_on_hover():
         assert max(map(len, trace.customdata[0].split("<br>"))) < 60
     # Two rows more than the one of short names.
     assert long.layout.height - short.layout.height == 40
-    apart, before = (viz.divergence_lines(t) for t in (called(divergences(), *"pq"), divergences()))
+    apart, before = (
+        viz.kl_divergence_lines(t) for t in (called(divergences(), "graft"), divergences())
+    )
     assert {unescaped(trace.name) for trace in apart.data} == set(entries)
     assert apart.layout.height - before.layout.height == 40
     assert len({axis.title.text for axis in (apart.layout.yaxis, apart.layout.yaxis2)}) == 2
     assert max(map(len, apart.layout.yaxis.title.text.split("<br>"))) <= 24
-    assert f"KL({LONG[1]} ‖ {LONG[0]})" in unescaped(apart.data[0].customdata[0])
+    for piece in (f"{LONG[1]}, ", f"KL(graft ‖ {LONG[0]})"):
+        assert piece in unescaped(apart.data[0].customdata[0])
     bars = viz.logit_attribution_bars(called(attributions("head"), "graft"))
     assert [unescaped(trace.name) for trace in bars.data] == entries
     assert LONG[0] in unescaped(bars.data[0].hovertemplate)
@@ -586,7 +591,7 @@ def test_what_a_heat_map_of_differences_refuses():
         viz.difference_heatmap(differences(), "FE", at=-4)
 
 
-# --- patching and divergence -------------------------------------------------------------------
+# --- patching and KL divergence -------------------------------------------------------------------
 
 
 def patches(**more):
@@ -670,38 +675,44 @@ def test_what_patching_scatter_refuses():
 
 def divergences(prompts=(0,), runs=("PRE", "SFT", "FE")):
     rows = [
-        {"prompt": prompt, "position": i, "token": TOKENS[i], "p": p, "q": q}
-        | {"kl": 10 * runs.index(p) + runs.index(q) + 0.1 * i + prompt}
+        {"prompt": prompt, "graft": run, "position": i, "token": TOKENS[i]}
+        | {"kl_base": 10 * number + 0.1 * i + prompt, "js_full": 0.1 * number + 0.01 * prompt}
+        | {"kl_full": 10 * number + 1 + 0.1 * i + prompt}
         for prompt in prompts
-        for p, q in itertools.permutations(runs, 2)
+        for number, run in enumerate(runs)
         for i in range(3)
     ]
     return pd.DataFrame(rows)
 
 
-def test_divergence_has_a_panel_for_pre_and_sft_and_a_line_for_each_other_run():
-    figure = viz.divergence_lines(divergences())
+def test_kl_divergence_has_a_panel_for_pre_and_sft_and_a_line_for_each_other_run():
+    figure = viz.kl_divergence_lines(divergences())
     found = {(trace.yaxis, trace.name): trace for trace in figure.data}
     assert set(found) == {("y", "SFT"), ("y", "FE"), ("y2", "PRE"), ("y2", "FE")}
     assert list(found["y", "FE"].y) == pytest.approx([20.0, 20.1, 20.2])
     assert list(found["y2", "PRE"].y) == pytest.approx([1.0, 1.1, 1.2])
     assert [trace.name for trace in figure.data if trace.showlegend] == ["SFT", "FE", "PRE"]
-    assert figure.layout.yaxis.title.text == "KL(run ‖ PRE)<br>(nats)"
+    assert figure.layout.yaxis.title.text == "KL(graft ‖ PRE)<br>(nats)"
     assert list(figure.layout.xaxis2.ticktext) == [HOSTILE, "·a↵", "&#36;x&#36;"]
-    assert found["y", "FE"].customdata[0] == "&lt;b&gt; at 0<br>KL(FE ‖ PRE): 20 nats"
+    assert found["y", "FE"].customdata[0] == "FE, &lt;b&gt; at 0<br>KL(graft ‖ PRE): 20 nats"
     assert found["y", "FE"].line.color == found["y2", "FE"].line.color
 
 
-def test_divergence_from_a_run_that_is_named():
+def test_kl_divergence_of_other_values():
     table = divergences(prompts=(0, 3))
-    figure = viz.divergence_lines(table, against=["FE"], prompt=3)
-    assert {trace.name: trace.y[0] for trace in figure.data} == {"PRE": 5, "SFT": 15}
-    with pytest.raises(ValueError, match=r"no divergence from 'LT'; it has 'PRE', 'SFT', 'FE'"):
-        viz.divergence_lines(table, against=["LT"], prompt=0)
-    with pytest.raises(ValueError, match=r"against is empty; name one or more of 'PRE'"):
-        viz.divergence_lines(table, against=[], prompt=0)
+    figure = viz.kl_divergence_lines(table, values=["js_full"], prompt=3)
+    assert {trace.name: trace.y[0] for trace in figure.data} == pytest.approx(
+        {"PRE": 0.03, "FE": 0.23}
+    )
+    assert figure.layout.yaxis.title.text == "Jensen-Shannon<br>divergence from SFT<br>(nats)"
+    with pytest.raises(ValueError, match=r"unknown value 'LT'; choose from 'kl_base', 'kl_fr"):
+        viz.kl_divergence_lines(table, values=["LT"], prompt=0)
+    with pytest.raises(ValueError, match=r"no column 'kl_from_base'.* lens\.kl_divergence"):
+        viz.kl_divergence_lines(table, values=["kl_from_base"], prompt=0)
+    with pytest.raises(ValueError, match=r"values is empty; name one or more of 'kl_base'"):
+        viz.kl_divergence_lines(table, values=[], prompt=0)
     with pytest.raises(ValueError, match=r"prompts 0, 3; say which"):
-        viz.divergence_lines(table)
+        viz.kl_divergence_lines(table)
 
 
 # --- all of them -------------------------------------------------------------------------------

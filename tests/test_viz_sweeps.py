@@ -264,7 +264,7 @@ def test_a_line_goes_along_the_strengths_of_a_graft():
         assert line.customdata[0] == f"{name}<br>strength -0.5<br>{said}"
     one, two = figure.data
     assert (one.line.dash, one.marker.symbol) != (two.line.dash, two.marker.symbol)
-    assert figure.layout.yaxis.title.text == "recovery of log-probability (0 = PRE, 1 = SFT)"
+    assert figure.layout.yaxis.title.text == "recovery (0 = PRE, 1 = SFT)"
     # The ends of recovery are where strengths are measured from, and no points.
     assert [(shape.y0, shape.line.dash) for shape in figure.layout.shapes] == [
         (0.0, "dot"),
@@ -288,7 +288,7 @@ def test_what_a_plot_of_strengths_refuses():
     with pytest.raises(ValueError, match=r"no column 'strength'; it has 'template', 'graft'"):
         sweeps.dose_response(table.drop(columns="strength"))
     with pytest.raises(
-        ValueError, match=r"2 rows for strength -0\.5 of 'sft': pass the rows of one"
+        ValueError, match=r"2 rows for strength 2 of 'sft': pass the rows of one"
     ):
         sweeps.dose_response(table, series="source")
     with pytest.raises(ValueError, match="no graft has a value of 'recovery' and a value in"):

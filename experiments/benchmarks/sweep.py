@@ -37,12 +37,13 @@ from transformers import AutoModelForCausalLM
 
 from graftlens.data import evaluation_prompts, make_facts
 from graftlens.graft import Graft
-from graftlens.metrics import next_tokens
+from graftlens.metrics import Predictions, always_measured
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.sequential import Sequential
 from graftlens.model.smollm2 import smollm2
 from graftlens.prompts import Prompt
-from graftlens.sweep.scoring import Scorer, prepare
+from graftlens.sweep.prepared import Prepared
+from graftlens.sweep.scoring import Scorer
 
 BATCH = 64
 
@@ -59,8 +60,12 @@ def unshared(model: GraftedTransformer, prompts: Sequence[Prompt], graft: Graft)
     """One graft over a batch of prompts, measured as a sweep measures."""
     batch = model.batch(list(prompts))
     logits = torch.cat(model.logits_at(batch, [[c] for c in batch.last_columns()], graft))
-    targets = [prepare(0, p, model.tokenizer, model.arch).answer[0] for p in prompts]
-    next_tokens(logits, torch.tensor(targets, device=logits.device)[:, None], 10)
+    prepared = Prepared(model.tokenizer, model.arch)
+    targets = torch.tensor([prepared(0, p).answer[0] for p in prompts], device=logits.device)
+    found = Predictions(logits, answer=targets, top_k=10)
+    for m in always_measured():
+        if found.has(m):
+            found.column(m)
 
 
 @dataclass(frozen=True)

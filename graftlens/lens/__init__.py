@@ -7,15 +7,15 @@ together, so that what a hook is given is the whole batch.
 
 from graftlens.lens.activations import activation_difference, pattern_difference
 from graftlens.lens.attribution import direct_logit_attribution
-from graftlens.lens.logit import divergence, emergence, logit_lens
+from graftlens.lens.logit import emergence, kl_divergence, logit_lens
 from graftlens.lens.patching import patched, patching
 from graftlens.lens.weights import weight_difference
 
 __all__ = [
     "activation_difference",
     "direct_logit_attribution",
-    "divergence",
     "emergence",
+    "kl_divergence",
     "logit_lens",
     "patched",
     "patching",

@@ -12,20 +12,25 @@ from graftlens.graft import Graft, Grafts, Where
 from graftlens.lens.runs import (
     Places,
     Runs,
+    columns_of,
     from_1,
     look_into,
+    measured_next,
     refuse_patched_output,
     target_ids,
     tidy,
     token_text,
     unhooked,
 )
-from graftlens.metrics import next_tokens
+from graftlens.metrics import Measure, Predictions, measure
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer, Input
 
 #: Rows that are unembedded at a time: a vocabulary wide each, for every run.
 ROWS = 256
+
+#: What `kl_divergence` measures.
+DIVERGENCES = ("kl_base", "kl_full", "kl_from_base", "kl_from_full", "js_base", "js_full")
 
 
 @torch.no_grad()
@@ -145,7 +150,7 @@ def emergence(table: pd.DataFrame, k: int = 1) -> pd.DataFrame:
 
 
 @torch.no_grad()
-def divergence(
+def kl_divergence(
     model: GraftedTransformer,
     prompts: Input,
     grafts: Grafts | None = None,
@@ -154,17 +159,19 @@ def divergence(
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
-    """How far the runs' next-token distributions are from one another, position by position.
+    """How far each run's next-token distribution is from PRE's and SFT's, position by position.
 
     Hooks that are attached to `ln_final` and `unembed` do not act on it, as in `logit_lens`, and
-    patches of these are refused.
+    patches of these are refused. To measure from another run, name it as `full`.
 
     Args:
         model, prompts, grafts, at, full, prepend_bos: as in `logit_lens`.
 
     Returns:
-        `prompt`, `position`, `token`, `p`, `q` (names of two runs) and `kl`, the Kullback-Leibler
-        divergence KL(p ‖ q) in nats, for every ordered pair of runs.
+        One row per prompt, graft and position: `prompt`, `graft`, `rule`, `position`, `token`, and
+        in nats `kl_base` and `kl_full`, the Kullback-Leibler divergence KL(graft ‖ PRE) and
+        KL(graft ‖ SFT); `kl_from_base` and `kl_from_full`, the other way round; `js_base` and
+        `js_full`, the Jensen-Shannon divergences.
 
     Raises:
         PromptError, ValueError: as in `logit_lens`.
@@ -172,19 +179,22 @@ def divergence(
     refuse_patched_output(model)
     runs = Runs.of(model.sources, grafts, full)
     hook = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
-    pairs = [(p, q) for p in runs.grafts for q in runs.grafts if p != q]
-    parts = []
+    measured = [measure(name) for name in DIVERGENCES]
+    parts: list[pd.DataFrame] = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
     for places, caches in look_into(model, whole, runs, [hook], at):
-        kl: dict[tuple[str, str], list[np.ndarray]] = {pair: [] for pair in pairs}
+        found: dict[str, list[pd.DataFrame]] = {name: [] for name in runs.grafts}
         for start in range(0, len(places.rows), ROWS):
             rows = slice(start, start + ROWS)
-            said = {n: _logprobs(model, places, c, hook, rows) for n, c in caches.items()}
-            for p, q in pairs:
-                kl[p, q].append(_kl(said[p], said[q]).cpu().numpy())
-        for (p, q), values in kl.items():
-            parts.append(places.table.assign(p=p, q=q, kl=np.concatenate(values)))
-    return tidy(parts, ("prompt", "position", "token", "p", "q"))
+            said = {n: Predictions(_read(model, places, c, hook, rows)) for n, c in caches.items()}
+            base, full_run = said[runs.base], said[runs.full]
+            for name, reading in said.items():
+                compared = Predictions(reading.logits, base=base, full=full_run)
+                columns = columns_of(model, compared, measured)
+                found[name].append(places.table[rows].assign(**columns))
+        for name, tables in found.items():
+            parts += [table.assign(**runs.columns(name)) for table in tables]
+    return tidy(parts, ("prompt", "graft", "rule", "position", "token"))
 
 
 def _streams(model: GraftedTransformer, incl_mid: bool) -> list[tuple[float, str, str]]:
@@ -228,7 +238,7 @@ class _Reading:
                 name: _read(self.model, self.places, cache, self.hook, rows)
                 for name, cache in self.caches.items()
             }
-            base, full = (said[n].log_softmax(-1) for n in (self.runs.base, self.runs.full))
+            base, full = (Predictions(said[n]) for n in (self.runs.base, self.runs.full))
             for name, logits in said.items():
                 parts[name].append(self._table(logits, base, full, rows))
         return {name: pd.concat(tables) for name, tables in parts.items()}
@@ -236,29 +246,34 @@ class _Reading:
     def _table(
         self,
         logits: Float[Tensor, "place d_vocab"],
-        base: Float[Tensor, "place d_vocab"],
-        full: Float[Tensor, "place d_vocab"],
+        base: Predictions,
+        full: Predictions,
         rows: slice,
     ) -> pd.DataFrame:
         targets = self.targets[rows]
-        ids = torch.tensor([[t or 0] for t in targets], device=logits.device)
-        found = next_tokens(logits, ids, self.top_k)
-        logprobs = logits.log_softmax(-1)
+        ids = torch.tensor([t or 0 for t in targets], device=logits.device)
+        reading = Predictions(logits, answer=ids, base=base, full=full, top_k=self.top_k)
+        columns = columns_of(self.model, reading, _measured())
         known = np.array([t is not None for t in targets])
-        logprob = np.where(known, found.logprobs[:, 0], np.nan)
+        for m in _measured():
+            if m.holds == "count":
+                pairs = zip(columns[m.name], known, strict=True)
+                columns[m.name] = [int(n) if k else pd.NA for n, k in pairs]
+            elif "answer" in m.needs:
+                columns[m.name] = np.where(known, columns[m.name], np.nan)
         return self.places.table[rows].assign(
             target=[None if t is None else token_text(self.model, t) for t in targets],
             target_id=[pd.NA if t is None else t for t in targets],
-            rank=[int(r) if k else pd.NA for r, k in zip(found.rank, known, strict=True)],
-            ties=[int(n) if k else pd.NA for n, k in zip(found.ties, known, strict=True)],
-            prob=np.exp(logprob),
-            logprob=logprob,
-            entropy=-(logprobs.exp() * logprobs).sum(-1).cpu().numpy(),
-            kl_base=_kl(logprobs, base).cpu().numpy(),
-            kl_full=_kl(logprobs, full).cpu().numpy(),
-            top_tokens=[[token_text(self.model, i) for i in row] for row in found.top_ids.tolist()],
-            top_probs=np.exp(found.top_logprobs).tolist(),
+            **columns,
         )
+
+
+def _measured() -> list[Measure]:
+    """What is read off each stream; lists come last."""
+    always = measured_next()
+    lists = [m for m in always if m.holds in ("numbers", "tokens")]
+    more = [measure(name) for name in ("entropy", "kl_base", "kl_full")]
+    return [*(m for m in always if m not in lists), *more, *lists]
 
 
 def _read(
@@ -270,16 +285,3 @@ def _read(
     with unhooked(model):
         logits = model.logits_from(resid[None], cache.mask.pick(index[None]))[0]
     return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _logprobs(
-    model: GraftedTransformer, places: Places, cache: GraftedCache, hook: str, rows: slice
-) -> Float[Tensor, "place d_vocab"]:
-    return _read(model, places, cache, hook, rows).log_softmax(-1)
-
-
-def _kl(
-    p: Float[Tensor, "place d_vocab"], q: Float[Tensor, "place d_vocab"]
-) -> Float[Tensor, " place"]:
-    """KL(p ‖ q) of log-probabilities; never below 0, where rounding would put it."""
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)

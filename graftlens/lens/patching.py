@@ -27,12 +27,14 @@ from graftlens.lens.runs import (
     Places,
     Runs,
     chunks,
+    columns_of,
     from_1,
+    measured_next,
     needed_target_ids,
     tidy,
     token_text,
 )
-from graftlens.metrics import next_tokens
+from graftlens.metrics import Predictions
 from graftlens.model.arch import Site
 from graftlens.model.grafted import GraftedTransformer, GraftLike, Input
 from graftlens.model.inputs import Batch
@@ -61,7 +63,7 @@ def patched(
     that source's run too. What `lens` calls PRE or SFT inside is the patched run of that graft.
     A graft without rules patches nothing.
 
-    `logit_lens`, `divergence` and `direct_logit_attribution` read streams by the norm and the
+    `logit_lens`, `kl_divergence` and `direct_logit_attribution` read streams by the norm and the
     unembedding of the run's own graft, so they refuse a patch of `ln_final` or `unembed`, as
     `"sft @ last"` is. Patch `: embed + pos_embed + block` (`pos_embed` where the model has one),
     or read `model(prompts)`.
@@ -191,7 +193,7 @@ def patching(
                 with patched(model, batch, inside):
                     scored = _scored(model, places, model(batch, graft=Graft()), ids, top_k, said)
             if not kept.all():
-                numbers = ("rank", "ties", "prob", "logprob", "top_tokens", "top_probs")
+                numbers = [m.name for m in measured_next()]
                 none = {c: scored[c].astype(object).where(kept, pd.NA) for c in numbers}
                 why = np.where(_prompts_of(mask, batch), _OUTPUT_ONLY, f"the graft {_NO_SITE}")
                 reason = [None if k else str(w) for k, w in zip(kept, why, strict=True)]
@@ -235,7 +237,7 @@ def _scored(
     said: dict[str, str],
 ) -> pd.DataFrame:
     last = places.pick(logits)
-    found = next_tokens(last, torch.tensor(targets, device=last.device)[:, None], top_k)
+    found = Predictions(last, answer=torch.tensor(targets, device=last.device), top_k=top_k)
     asked = [item.prompt for item in places.batch.prompts]
     return pd.DataFrame(
         {
@@ -246,12 +248,7 @@ def _scored(
             "answer": [None if p is None else p.answer for p in asked],
             "target": [token_text(model, t) for t in targets],
             "target_id": targets,
-            "rank": found.rank,
-            "ties": found.ties,
-            "prob": np.exp(found.logprobs[:, 0]),
-            "logprob": found.logprobs[:, 0],
-            "top_tokens": [[token_text(model, i) for i in row] for row in found.top_ids.tolist()],
-            "top_probs": np.exp(found.top_logprobs).tolist(),
+            **columns_of(model, found, measured_next()),
             "answer_logprob": pd.NA,
             "reason": None,
         }

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component, format_numbers, suggest
 from graftlens.graft import At, Graft, Grafts, Where, named_grafts
+from graftlens.metrics import Measure, Predictions, always_measured
 from graftlens.model.arch import Site
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer
@@ -220,6 +222,25 @@ def _places(
 def token_text(model: GraftedTransformer, token: int) -> str:
     """A token as text; its number where the model has no tokenizer."""
     return str(token) if model.tokenizer is None else model.to_single_str_token(token)
+
+
+def measured_next() -> list[Measure]:
+    """What every table has of a next-token distribution and its answer."""
+    return [m for m in always_measured() if m.over == "next" and "distractors" not in m.needs]
+
+
+def columns_of(
+    model: GraftedTransformer, reading: Predictions, measures: Iterable[Measure]
+) -> dict[str, np.ndarray | list[Any]]:
+    """Measures as columns: tokens as texts, lists as lists."""
+    columns: dict[str, np.ndarray | list[Any]] = {}
+    for m in measures:
+        column = reading.column(m)
+        if m.holds == "tokens":
+            columns[m.name] = [[token_text(model, i) for i in row] for row in column.tolist()]
+        else:
+            columns[m.name] = column.tolist() if m.holds == "numbers" else column
+    return columns
 
 
 def target_ids(

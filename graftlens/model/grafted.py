@@ -332,14 +332,20 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
 
     @torch.no_grad()
     def tree_logits(
-        self, tree: TreeBatch, keep: Callable[[Tensor, slice], T], rows: int = 256
+        self,
+        tree: TreeBatch,
+        keep: Callable[..., T],
+        rows: int = 256,
+        beside: Sequence[Int[np.ndarray, " final"]] = (),
     ) -> list[T]:
         """What `keep` makes of a token tree's logits, which are never all there at once.
 
         Args:
             tree: the trees to run.
-            keep: called with logits [row, d_vocab] and which of the final rows they are, in order.
+            keep: called with logits [row, d_vocab] and which of the final rows they are, in order;
+                then with the logits of those that `beside` names.
             rows: how many rows are unembedded at a time.
+            beside: final rows to read with each final row, such as those of a reference run.
 
         Raises:
             ValueError: hooks are attached, which a tree's rows do not fit.
@@ -365,8 +371,37 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         for start in range(0, final.shape[1], rows):
             stop = min(start + rows, final.shape[1])
             mask = shape.output_mask.pick(np.arange(start, stop)[None])
-            kept.append(keep(self.logits_from(final[:, start:stop], mask)[0], slice(start, stop)))
+            logits = self.logits_from(final[:, start:stop], mask)[0]
+            found = (
+                self._final_logits(final, shape, b[start:stop], (logits, start)) for b in beside
+            )
+            kept.append(keep(logits, slice(start, stop), *found))
         return kept
+
+    def _final_logits(
+        self,
+        final: Float[Tensor, "1 final d_model"],
+        shape: TreeShape,
+        numbers: Int[np.ndarray, " row"],
+        known: tuple[Float[Tensor, "known d_vocab"], int],
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Logits of final rows by number, each unembedded once.
+
+        `known` are logits that are there already, and the number of the first of them.
+        """
+        logits, first = known
+        wanted, place = np.unique(numbers, return_inverse=True)
+        here = (wanted >= first) & (wanted < first + len(logits))
+
+        def there(rows: Int[np.ndarray, " row"]) -> Tensor:
+            return torch.from_numpy(rows).to(final.device, non_blocking=True)
+
+        parts = [logits.index_select(0, there(wanted[here] - first))]
+        if not here.all():
+            mask = shape.output_mask.pick(wanted[~here][None])
+            parts.append(self.logits_from(final.index_select(1, there(wanted[~here])), mask)[0])
+        order = np.argsort(np.argsort(~here, kind="stable"))
+        return torch.cat(parts).index_select(0, there(order[place]))
 
     def _tables_of_tree(
         self, like: Tensor, shape: TreeShape

@@ -18,13 +18,16 @@ from graftlens.configfile import ConfigError, read_settings
 from graftlens.data import template_names
 from graftlens.data.rewriting import told_on_command_line
 from graftlens.graft import At, Graft, Rule
+from graftlens.metrics import Measure
 from graftlens.model.arch import Architecture
 from graftlens.model.load import preview
 from graftlens.model.mask import select, sites_of
 from graftlens.model.smollm2 import located
 from graftlens.prompts import Prompt, PromptError, Tokenized, doubled_bos
+from graftlens.sweep.cells import asked_for
 from graftlens.sweep.grid import GraftField, Grid
 from graftlens.sweep.memory import affordable_rows
+from graftlens.sweep.prepared import Extent, Prepared, joined_answers
 from graftlens.sweep.promptsets import (
     DatasetSection,
     PromptFile,
@@ -33,7 +36,7 @@ from graftlens.sweep.promptsets import (
     listed,
     prompt_sections,
 )
-from graftlens.sweep.scoring import Extent, dry_plan, joined_answers, prepare
+from graftlens.sweep.scoring import dry_plan
 
 __all__ = [
     "Checked",
@@ -62,6 +65,10 @@ class Metrics(Section):
 
     distractors: Extent = "first"
     """Likewise; `whole` fills the column distractor_logprobs."""
+
+    measures: tuple[str, ...] = ()
+    """Further measures, by name, a column each: kl_base, kl_full, kl_from_base, kl_from_full,
+    js_base, js_full, entropy, margin, answer_set_prob, or one of your own (`--measure`)."""
 
 
 class GraftSettings(Section):
@@ -208,6 +215,16 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     return told_on_command_line(read_settings(SweepConfig, path, overrides), overrides)
 
 
+def with_measures(config: SweepConfig, measures: Sequence[Measure]) -> SweepConfig:
+    """The config with the names of all these measures among those that it asks for."""
+    named = config.metrics.measures
+    new = tuple(m.name for m in measures if m.name not in named)
+    if not new:
+        return config
+    metrics = config.metrics.model_copy(update={"measures": (*named, *new)})
+    return config.model_copy(update={"metrics": metrics})
+
+
 @dataclass(frozen=True)
 class NamedGraft:
     """One column of a sweep.
@@ -251,6 +268,7 @@ class Checked:
         grafts: the sweep's columns; equal grafts are one, under the first name.
         duplicates: dropped name -> the name that was kept for the same graft.
         base, full: names of the grafts that recovery is measured between.
+        prepared: the prompts' tokens.
     """
 
     config: SweepConfig
@@ -262,19 +280,25 @@ class Checked:
     duplicates: Mapping[str, str]
     base: str
     full: str
+    prepared: Prepared
 
 
-def check(config: SweepConfig) -> Checked:
+def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     """Everything that can be known without a model: prompts, grafts, and whether they fit.
 
     Reads the sources' configs and tokenizer, never their weights. The graft without rules and the
     second source everywhere are added where they are missing: recovery is measured between them.
-    A graft that fails on some prompts only is kept; its cells there get a reason.
+    A graft that fails on some prompts only is kept; its cells there get a reason. `measures` are
+    the user's own, which the config may name.
 
     Raises:
         ConfigError: everything that is wrong, at once.
     """
     problems: _Problems = []
+    try:
+        asked_for(config.metrics.measures, measures)
+    except ValueError as error:
+        problems.append(("metrics.measures", str(error)))
     try:
         arch, tokenizer = preview(config.locations(), config.tokenizer)
         if tokenizer is None:
@@ -314,9 +338,15 @@ def check(config: SweepConfig) -> Checked:
     bos = doubled_bos(prompts, tokenizer, config.prepend_bos)
     for note in filter(None, (joined_answers(prompts), bos)):
         warnings.warn(note, stacklevel=2)
-    ready, failed = _tokenized(config, arch, tokenizer, prompts)
-    problems += failed
-    problems += _unfit(places, tuple(config.sources), arch, ready)
+    prepared = Prepared(
+        tokenizer, arch, config.prepend_bos, config.metrics.answers, config.metrics.distractors
+    )
+    ready, unready = prepared.all(dict(enumerate(prompts)))
+    if unready and not ready:
+        first = next(iter(unready.values()))
+        problems.append(("", f"none of the {len(prompts)} prompts can be run. The first: {first}"))
+    tokens = [scored.tokens for scored in ready]
+    problems += _unfit(places, tuple(config.sources), arch, tokens)
     if problems:
         raise ConfigError(*problems)
     return Checked(
@@ -328,6 +358,7 @@ def check(config: SweepConfig) -> Checked:
         tuple(NamedGraft.of(name, graft) for name, graft in grafts.items()),
         duplicates,
         **chosen,
+        prepared=prepared,
     )
 
 
@@ -404,29 +435,6 @@ def _collapsed(
             names.setdefault(graft, name)
     duplicates = {n: names[graft] for n, graft in grafts.items() if names[graft] != n}
     return {name: graft for graft, name in names.items()}, duplicates, problems
-
-
-def _tokenized(
-    config: SweepConfig, arch: Architecture, tokenizer: Any, prompts: Sequence[Prompt]
-) -> tuple[list[Tokenized], _Problems]:
-    ready, reasons = [], []
-    for number, prompt in enumerate(prompts):
-        try:
-            scored = prepare(
-                number,
-                prompt,
-                tokenizer,
-                arch,
-                config.prepend_bos,
-                config.metrics.answers,
-                config.metrics.distractors,
-            )
-            ready.append(scored.tokens)
-        except PromptError as error:
-            reasons.append(str(error))
-    if reasons and not ready:
-        return [], [("", f"none of the {len(prompts)} prompts can be run. The first: {reasons[0]}")]
-    return ready, []
 
 
 def _unfit(
@@ -507,13 +515,10 @@ def describe(checked: Checked) -> str:
     budget = affordable_rows(arch, device, dtype)
     planned = dry_plan(
         arch,
-        checked.tokenizer,
         tuple(config.sources),
-        checked.prompts,
+        checked.prepared,
+        dict(enumerate(checked.prompts)),
         [g.graft for g in checked.grafts],
-        answers=config.metrics.answers,
-        distractors=config.metrics.distractors,
-        prepend_bos=config.prepend_bos,
         row_budget=config.row_budget or budget,
         item=dtype.itemsize,
     )

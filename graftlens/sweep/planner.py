@@ -9,7 +9,7 @@ A row's *structure* is all that this depends on besides the grafts: where the sp
 and distractors branch. Prompts of equal structure share one plan.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -99,6 +99,7 @@ class Structure:
     Attributes:
         places: per column, which position expressions select it, as bytes.
         runnable: numbers of the grafts that the prompt can run.
+        references: those of the reference runs that it can run.
     """
 
     parents: tuple[int, ...]
@@ -107,6 +108,7 @@ class Structure:
     scored: tuple[int, ...]
     places: tuple[bytes, ...]
     runnable: tuple[int, ...]
+    references: tuple[tuple[str, int], ...] = ()
 
 
 class Planner:
@@ -118,13 +120,18 @@ class Planner:
         sources: Sequence[str],
         grafts: Sequence[Graft],
         equal: EqualAt | None = None,
+        references: Mapping[str, Graft] | None = None,
     ) -> None:
-        """`equal` says which sources share tensors; without it, all count as different.
+        """`equal` says which sources share tensors; without it, all count as different. Every tree
+        has rows of the `references`, runs that the grafts are compared with.
 
         Raises:
             ValueError: a graft that this architecture or these sources cannot run.
         """
-        self.arch, self.sources, self.grafts = arch, tuple(sources), tuple(grafts)
+        self.arch, self.sources = arch, tuple(sources)
+        self._asked = len(grafts)
+        self.grafts = (*grafts, *(g for g in (references or {}).values() if g not in grafts))
+        self.references = {run: self.grafts.index(g) for run, g in (references or {}).items()}
         self._equal = equal or (lambda component, layer: tuple(range(len(self.sources))))
         first = {rule.at: rule for g in reversed(self.grafts) for rule in reversed(g.rules)}
         number: dict[At, int] = {at: i for i, at in enumerate(first)}
@@ -188,9 +195,10 @@ class Planner:
             branches.columns,
             tuple(sorted({node for path in branches.paths for node in path})),
             tuple(column.tobytes() for column in places.T),
-            tuple(i for i in range(len(self.grafts)) if i not in reasons),
+            tuple(i for i in range(self._asked) if i not in reasons),
+            tuple((run, i) for run, i in self.references.items() if i not in reasons),
         )
-        return structure, reasons
+        return structure, {i: reason for i, reason in reasons.items() if i < self._asked}
 
     def parts(self, structure: Structure, peak: int | None = None) -> tuple["Part", ...]:
         """The trees of a structure: one, or several of at most `peak` rows where it is too large.
@@ -216,12 +224,16 @@ class Planner:
     ) -> list["Part"]:
         if len(grafts) == 0:
             return []
-        tree = self._tree(structure, grafts)
+        references = dict(structure.references)
+        whole = np.union1d(grafts, np.array([*references.values()], dtype=np.int64))
+        tree = self._tree(structure, whole)
+        columns = np.searchsorted(whole, grafts)
         if peak is None or tree.peak <= peak or len(grafts) == 1:
-            return [Part(grafts, tree)]
+            places = {run: int(np.searchsorted(whole, i)) for run, i in references.items()}
+            return [Part(grafts, tree, columns, places)]
         # Rows are numbered by what they share, so neighbours in this order share most. Each piece
         # has some rows of its own, so there are a few more than would fit exactly.
-        order = grafts[np.lexsort(tree.outputs[::-1])]
+        order = grafts[np.lexsort(tree.outputs[::-1, columns])]
         pieces = max(2, -(-10 * tree.peak // (9 * peak)))
         return [
             part
@@ -397,10 +409,17 @@ class Planner:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Some grafts of a structure, by number, and their tree."""
+    """Some grafts of a structure, by number, and their tree.
+
+    Attributes:
+        columns: their columns in `tree.outputs`.
+        references: the column of each reference run.
+    """
 
     grafts: Int[np.ndarray, " graft"]
     tree: TokenTree
+    columns: Int[np.ndarray, " graft"]
+    references: Mapping[str, int]
 
 
 def _why(rule: Rule, prompt: Tokenized) -> str:

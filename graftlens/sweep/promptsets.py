@@ -154,6 +154,9 @@ class PromptSection(Section):
     name: str | None = None
     """What tables call the template."""
 
+    answers: tuple[str, ...] = ()
+    """All texts that are right, written like the answer: what answer_set_prob is about."""
+
     @model_validator(mode="after")
     def _makes_a_prompt(self) -> "PromptSection":
         self.prompt.text  # noqa: B018
@@ -162,7 +165,9 @@ class PromptSection(Section):
     @property
     def prompt(self) -> Prompt:
         """The prompt as a value."""
-        return Prompt(self.template, self.fields, self.answer, self.distractors, self.name)
+        return Prompt(
+            self.template, self.fields, self.answer, self.distractors, self.name, self.answers
+        )
 
 
 class PromptFile(Section):

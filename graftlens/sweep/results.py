@@ -15,7 +15,7 @@ import contextlib
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
@@ -29,29 +29,36 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from graftlens.folder import parse_json, read_text
+from graftlens.metrics import always_measured, measure
 from graftlens.prompts import Prompt
 from graftlens.references import COLUMNS as REFERENCES
 from graftlens.sweep.disk import DamagedError, check_json, digest, sealed, sealed_json, unsealed
 
-#: What a shard holds: `prompt` is the prompt's number, `graft` the graft's place in the config.
-SHARD = pa.schema(
-    [
-        ("prompt", pa.int64()),
-        ("graft", pa.int64()),
-        ("target", pa.string()),
-        ("target_id", pa.int64()),
-        ("rank", pa.int64()),
-        ("ties", pa.int64()),
-        ("prob", pa.float64()),
-        ("logprob", pa.float64()),
-        ("top_tokens", pa.list_(pa.string())),
-        ("top_probs", pa.list_(pa.float64())),
-        ("answer_logprob", pa.float64()),
-        ("distractor_logprobs", pa.list_(pa.float64())),
-        ("logit_diff", pa.float64()),
-        ("reason", pa.string()),
-    ]
-)
+_TYPES = {
+    "number": pa.float64(),
+    "count": pa.int64(),
+    "numbers": pa.list_(pa.float64()),
+    "tokens": pa.list_(pa.string()),
+}
+
+
+def shard_schema(asked: Iterable[str] = ()) -> pa.Schema:
+    """What a shard holds: `prompt` is the prompt's number, `graft` the graft's place in the config;
+    then the measures, with those that were asked for, by name. A user's own is a number.
+    """
+    measured = [*always_measured(), *(measure(name) for name in asked)]
+    return pa.schema(
+        [
+            *(("prompt", pa.int64()), ("graft", pa.int64())),
+            *(("target", pa.string()), ("target_id", pa.int64())),
+            *((m.name, _TYPES[m.holds]) for m in measured),
+            ("reason", pa.string()),
+        ]
+    )
+
+
+#: A shard of a sweep that asks for no further measure.
+SHARD = shard_schema()
 
 #: Columns that say what a graft is; empty where it has several rules.
 GRAFT_COLUMNS = ("rule", "source", "span", "component", "layer", "head")
@@ -144,6 +151,21 @@ class Manifest:
         """Token rows a forward pass at most; None until a worker has loaded the models."""
         return None if self.models is None else int(self.models["row_budget"])
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The measures beside those of every table, by name."""
+        return tuple(self.config.get("metrics", {}).get("measures", ()))
+
+    @cached_property
+    def schema(self) -> pa.Schema:
+        """What a shard of this sweep holds."""
+        return shard_schema(self.asked)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of this sweep's results, in their order."""
+        return (*RESULT_COLUMNS[:-1], *self.asked, RESULT_COLUMNS[-1])
+
     @cached_property
     def key(self) -> str:
         """What shards of this sweep bear: a hash of what was asked and of the models."""
@@ -228,16 +250,16 @@ def prompt_table(
 
 def as_given(prompt: Prompt) -> str:
     """A prompt as one text, from which `read_prompts` makes it again."""
-    return json.dumps(
-        {
-            "template": prompt.template,
-            "fields": dict(prompt.fields),
-            "answer": prompt.answer,
-            "distractors": list(prompt.distractors),
-            "name": prompt.name,
-        },
-        ensure_ascii=False,
-    )
+    given: dict[str, Any] = {
+        "template": prompt.template,
+        "fields": dict(prompt.fields),
+        "answer": prompt.answer,
+        "distractors": list(prompt.distractors),
+        "name": prompt.name,
+    }
+    if prompt.answers:
+        given["answers"] = list(prompt.answers)
+    return json.dumps(given, ensure_ascii=False)
 
 
 def read_prompts(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -369,7 +391,7 @@ def read_shard(
             table = file.read(columns=columns, use_threads=False)
             if "ties" not in table.column_names:  # version 0.1.0 did not count them
                 table = table.append_column("ties", pa.nulls(table.num_rows, pa.int64()))
-            return table.select(SHARD.names if columns is None else columns)
+            return table.select(manifest.schema.names if columns is None else columns)
     except (OSError, pa.ArrowException, DamagedError):
         return None
 
@@ -382,7 +404,8 @@ def read_results(
     Args:
         out: the sweep's folder. Of one that is not finished, what is there is read, and a warning
             says what is missing.
-        columns: which of `RESULT_COLUMNS` to read; all by default.
+        columns: which of its columns to read (`RESULT_COLUMNS` and the measures that the sweep asks
+            for); all by default.
         batch_rows: give tables of at most so many rows one after the other instead of one table:
             memory then holds a batch and a shard, however many rows there are.
 
@@ -391,32 +414,31 @@ def read_results(
         `head` (of grafts with one rule), `base_run` and `full_run` (the names of the grafts that
         recovery is measured between), `template`, `dataset`, `model` (the sources), `text`,
         `answer`, then the measures of `graftlens.evaluate` (`ties` is NA in folders of version
-        0.1.0, which did not count them) with `distractor_logprobs` (nats), and
-        `reason`: why a cell could not be run, where all numbers are NA. Texts that repeat are
-        categoricals. One table is sorted by prompt, then by graft as in the config; batches come
-        shard by shard.
+        0.1.0, which did not count them), those that the sweep asks for, and `reason`: why a cell
+        could not be run, where all numbers are NA. Texts that repeat are categoricals. One table is
+        sorted by prompt, then by graft as in the config; batches come shard by shard.
 
     Raises:
         ValueError: a folder that holds no sweep, an unknown column, no row a batch.
     """
     out = Path(out).expanduser()
     manifest = read_manifest(out)
-    wanted = list(RESULT_COLUMNS if columns is None else columns)
-    if isinstance(columns, str) or (unknown := [c for c in wanted if c not in RESULT_COLUMNS]):
+    wanted = list(manifest.columns if columns is None else columns)
+    if isinstance(columns, str) or (unknown := [c for c in wanted if c not in manifest.columns]):
         shown = repr(columns) if isinstance(columns, str) else " ".join(map(repr, unknown))
         raise ValueError(
             f"columns: {shown} is no list of columns of a sweep's results. There are: "
-            f"{' '.join(RESULT_COLUMNS)}."
+            f"{' '.join(manifest.columns)}."
         )
     if batch_rows is not None and batch_rows < 1:
         raise ValueError(f"batch_rows={batch_rows}: write a number from 1, or leave it out.")
-    stored = ["prompt", "graft", *(c for c in wanted if c in SHARD.names[2:])]
+    stored = ["prompt", "graft", *(c for c in wanted if c in manifest.schema.names[2:])]
     frame = _Joined(out, manifest, wanted)
     found = _tables(out, manifest, stored)
     if batch_rows is not None:
         return (frame(batch) for batch in _batches(found, batch_rows))
     tables = list(found)
-    empty = pa.schema([SHARD.field(name) for name in stored]).empty_table()
+    empty = pa.schema([manifest.schema.field(name) for name in stored]).empty_table()
     whole = pa.concat_tables(tables or [empty])
     return frame(whole.sort_by([("prompt", "ascending"), ("graft", "ascending")]))
 

@@ -30,10 +30,12 @@ from graftlens.configfile import settings_from
 from graftlens.folder import differences, probe, refusal
 from graftlens.graft import Graft
 from graftlens.locks import holder
+from graftlens.metrics import Measure, load
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.places import folder_of
 from graftlens.prompts import Prompt, PromptError
-from graftlens.sweep.config import Checked, SweepConfig, check, load_config
+from graftlens.sweep.cells import asked_for
+from graftlens.sweep.config import Checked, SweepConfig, check, load_config, with_measures
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.disk import (
     FolderError,
@@ -48,8 +50,8 @@ from graftlens.sweep.disk import (
     writing,
 )
 from graftlens.sweep.memory import affordable_rows
+from graftlens.sweep.prepared import Prepared
 from graftlens.sweep.results import (
-    SHARD,
     Manifest,
     as_given,
     damaged,
@@ -63,7 +65,7 @@ from graftlens.sweep.results import (
     to_bytes,
     to_mend,
 )
-from graftlens.sweep.scoring import Scorer, prepare
+from graftlens.sweep.scoring import Scorer
 from graftlens.sweep.trust import trust_report
 
 #: Cells up to which the trust report sees the likeliest tokens too.
@@ -82,6 +84,9 @@ PLANNERS = 4
 POLL = 0.5
 
 Say = Callable[[str], None]
+
+#: Measures of the user's own, or where to import them from (``module:name``).
+Measures = Sequence[Measure | str]
 
 
 @dataclass(frozen=True)
@@ -122,6 +127,7 @@ def run_sweep(
     out: str | Path,
     *,
     overrides: Sequence[str] = (),
+    measures: Measures = (),
     device: str | None = None,
     progress: bool = True,
     say: Say = print,
@@ -136,6 +142,8 @@ def run_sweep(
         config: the config, or the path of its file, or its content.
         out: the sweep's folder.
         overrides: `key=value` settings that replace those of the file.
+        measures: of your own, or where to import them from (``module:name``); those that the config
+            does not name are added to its `metrics.measures`.
         device: where to run; the GPU where there is one, else the CPU, by default.
         progress: whether to show a progress bar.
         say: where messages go.
@@ -148,9 +156,10 @@ def run_sweep(
     if device is not None:
         check_devices([device])
     claimed = (out / "sweep.json").is_file()
-    prepare_sweep(config, out, overrides=overrides, say=say)
+    own = own_measures(measures)
+    prepare_sweep(config, out, overrides=overrides, measures=own, say=say)
     try:
-        work(out, device=device, progress=progress, say=say)
+        work(out, device=device, measures=own, progress=progress, say=say)
     except ValueError:
         # Models that are refused: the mended config is to find the folder free.
         if not claimed:
@@ -210,6 +219,7 @@ def prepare_sweep(
     out: str | Path,
     *,
     overrides: Sequence[str] = (),
+    measures: Measures = (),
     say: Say = print,
 ) -> Manifest:
     """Claim the folder for a sweep, or find it claimed for the same one; no weights are read.
@@ -222,7 +232,7 @@ def prepare_sweep(
         FolderError: a folder that cannot be written, or a full disk.
     """
     out = Path(out).expanduser()
-    checked, text = _checked(config, overrides)
+    checked, text = _checked(config, overrides, own_measures(measures))
     manifest, blocks = _plan(checked, overrides)
     manifest = replace(manifest, config_sha256=hashlib.sha256(text.encode()).hexdigest())
     table = prompt_table(checked.prompts, checked.dataset, blocks)
@@ -260,21 +270,37 @@ def _give_up(out: Path, say: Say) -> None:
                 (out / name).unlink(missing_ok=True)
 
 
+def own_measures(given: Measures) -> tuple[Measure, ...]:
+    """The user's own measures; those that are named by where they are get imported.
+
+    Raises:
+        ValueError: what cannot be imported, or is not a measure.
+    """
+    return tuple(load(one) if isinstance(one, str) else one for one in given)
+
+
 def _checked(
-    config: SweepConfig | str | Path | Mapping[str, Any] | Checked, overrides: Sequence[str]
+    config: SweepConfig | str | Path | Mapping[str, Any] | Checked,
+    overrides: Sequence[str],
+    measures: Sequence[Measure],
 ) -> tuple[Checked, str]:
     """The checked config, and its text as it was given."""
     if isinstance(config, str | Path):
         path = Path(config).expanduser()
-        checked = check(load_config(path, overrides))
-        said = "".join(f"#   {override}\n" for override in overrides)
-        note = f"\n# and on the command line:\n{said}" if overrides else ""
+        checked = check(with_measures(load_config(path, overrides), measures), measures)
+        typed = [*overrides, *(f"the measure {m.name}" for m in measures)]
+        said = "".join(f"#   {one}\n" for one in typed)
+        note = f"\n# and on the command line:\n{said}" if typed else ""
         return checked, path.read_text(encoding="utf-8") + note
     if overrides:
         raise ValueError(
             f"overrides={list(overrides)}: these go with a config's file. Change the config itself."
         )
-    checked = config if isinstance(config, Checked) else check(settings_from(SweepConfig, config))
+    if isinstance(config, Checked):
+        checked = config
+    else:
+        given = with_measures(settings_from(SweepConfig, config), measures)
+        checked = check(given, measures)
     return checked, _yaml(checked.config.model_dump(mode="json", exclude_unset=True))
 
 
@@ -285,21 +311,14 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
     shapes: list[Any] = []
     for number, prompt in enumerate(checked.prompts):
         try:
-            ready = prepare(
-                number,
-                prompt,
-                checked.tokenizer,
-                checked.arch,
-                config.prepend_bos,
-                config.metrics.answers,
-                config.metrics.distractors,
-            )
+            ready = checked.prepared(number, prompt)
         except PromptError:
             shapes.append(None)
         else:
             rest = [len(ready.answer), *map(len, ready.distractors)]
             shape = [len(ready.tokens) + max(rest), rest, sorted(ready.tokens.runs.items())]
-            shapes.append([shape, ready.tokens.ids, ready.answer, ready.distractors])
+            right = [ready.answers] if ready.answers else []
+            shapes.append([shape, ready.tokens.ids, ready.answer, ready.distractors, *right])
     n_prompts = len(checked.prompts)
     prompts, grafts = _cut(n_prompts, len(checked.grafts), config.shards)
     order = sorted(
@@ -316,6 +335,8 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
     # However grafts and prompts are written, what they come to is what counts.
     resolved = ("grafts", "grids", "prompts")
     identity = {name: value for name, value in dumped.items() if name not in resolved} | {
+        # Folders of sweeps without further measures stay what they are.
+        "metrics": {k: v for k, v in dumped["metrics"].items() if k != "measures" or v},
         "base source": next(iter(config.sources)),
         "grafts": rules,
         "order of grafts": ", ".join(rules),
@@ -391,12 +412,18 @@ def _agree(out: Path, given: Manifest, prompts: Sequence[Prompt]) -> Manifest:
 
 
 def work(
-    out: str | Path, *, device: str | None = None, progress: bool = True, say: Say = print
+    out: str | Path,
+    *,
+    device: str | None = None,
+    measures: Measures = (),
+    progress: bool = True,
+    say: Say = print,
 ) -> None:
     """Be one of the workers of a prepared sweep, to its end.
 
     Loads the models once, takes shards until none is left, waits for those that other workers
     hold (and takes over those of dead ones), and finishes the sweep if no other worker does.
+    `measures` are the user's own that the sweep names, or where to import them from.
 
     Raises:
         ValueError: a folder that holds no sweep, or other weights than it was begun with.
@@ -408,6 +435,7 @@ def work(
     if is_finished(out):
         say(f"{out} is finished: nothing to run.")
         return
+    asked = asked_for(config.metrics.measures, own_measures(measures))
     with writing(out):
         probe(out / "sweep.json")
     if (lines := differences(manifest.versions, _versions())) and (manifest.models is not None):
@@ -423,6 +451,13 @@ def work(
     manifest = _record(out, model, config, loaded.getvalue().strip(), files, say)
     missing = _missing(out, manifest)
     _, grafts, blocks = _given(out, manifest)
+    prepared = Prepared(
+        model.tokenizer,
+        model.arch,
+        model.prepends_bos(config.prepend_bos),
+        config.metrics.answers,
+        config.metrics.distractors,
+    )
     places = {name: place for place, name in enumerate(grafts)}
     done = manifest.cells - sum(map(manifest.rows, missing))
     # A prompt is done in as many parts as it has grafts.
@@ -450,15 +485,17 @@ def work(
             scorers[own] = Scorer(
                 model,
                 {name: graft for name, graft in grafts.items() if places[name] in own},
-                **config.metrics.model_dump(),
+                **(config.metrics.model_dump() | {"measures": asked}),
+                references={run: grafts[name] for run, name in manifest.recovery.items()},
                 prepend_bos=config.prepend_bos,
                 row_budget=manifest.row_budget,
+                prepared=prepared,
                 say=say,
             )
         table = scorers[own].table(blocks[block], advance)
         # The texts are the prompts' and the grafts'; the shard says which.
-        stored = table[SHARD.names].assign(graft=table["graft"].map(places))
-        rows = pa.Table.from_pandas(stored, schema=SHARD, preserve_index=False)
+        stored = table[manifest.schema.names].assign(graft=table["graft"].map(places))
+        rows = pa.Table.from_pandas(stored, schema=manifest.schema, preserve_index=False)
         return to_bytes(rows.replace_schema_metadata({"graftlens.key": manifest.key}))
 
     waiting = False
@@ -478,10 +515,10 @@ def work(
                     )
                 waiting = True
                 time.sleep(POLL)
-    finish(out, model, say)
+    finish(out, model, prepared, say)
 
 
-def finish(out: Path, model: GraftedTransformer, say: Say = print) -> None:
+def finish(out: Path, model: GraftedTransformer, prepared: Prepared, say: Say = print) -> None:
     """Write the trust report and the marker of a sweep whose shards are all there, once.
 
     Raises:
@@ -497,8 +534,9 @@ def finish(out: Path, model: GraftedTransformer, say: Say = print) -> None:
         config = _config(out, manifest)
         prompts, grafts, _ = _given(out, manifest)
         # The lists are most of a table's memory.
-        lists = () if manifest.cells <= LISTED else ("top_tokens", "top_probs")
-        results = read_results(out, columns=[n for n in SHARD.names if n not in lists])
+        lists = [f.name for f in manifest.schema if pa.types.is_list(f.type)]
+        lists = [] if manifest.cells <= LISTED else lists
+        results = read_results(out, columns=[n for n in manifest.schema.names if n not in lists])
         assert isinstance(results, pd.DataFrame)
         if len(results) < manifest.cells:
             raise FolderError(
@@ -514,6 +552,8 @@ def finish(out: Path, model: GraftedTransformer, say: Say = print) -> None:
             row_budget=manifest.row_budget,
             prepend_bos=config.prepend_bos,
             answers=config.metrics.answers,
+            prepared=prepared,
+            references={run: grafts[name] for run, name in manifest.recovery.items()},
         )
         found = {name: value for name, value in report.to_dict().items() if name != "ok"}
         trust = {"ok": report.ok} | sealed_json(found | {"text": report.text()})

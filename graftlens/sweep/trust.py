@@ -17,12 +17,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from graftlens.graft import Graft
-from graftlens.metrics import next_tokens, sequence_logprob
+from graftlens.metrics import Measure, Predictions, measures
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import collate
 from graftlens.model.sequential import Sequential, SequentialError
 from graftlens.prompts import Prompt, PromptError
-from graftlens.sweep.scoring import Extent, Scored, prepare, score
+from graftlens.sweep.prepared import Extent, Prepared, Scored
+from graftlens.sweep.scoring import score
 
 
 @dataclass(frozen=True)
@@ -155,6 +156,8 @@ def trust_report(
     row_budget: int | None = None,
     prepend_bos: bool | None = None,
     answers: Extent = "whole",
+    prepared: Prepared | None = None,
+    references: Mapping[str, Graft] | None = None,
 ) -> TrustReport:
     """Check a finished sweep. A difference is reported, never raised.
 
@@ -166,6 +169,8 @@ def trust_report(
         seed: which cells are drawn.
         cells: how many cells are computed again by the sequential algorithm.
         row_budget, prepend_bos, answers: as the sweep was run.
+        prepared: the prompts' tokens, if they are there.
+        references: the `base` and the `full` run, if measures compare with these.
     """
     prepend_bos = model.prepends_bos(prepend_bos)
     options: dict[str, Any] = {"prepend_bos": prepend_bos, "answers": answers}
@@ -176,19 +181,15 @@ def trust_report(
     reasons = results.get("reason", pd.Series(index=results.index, dtype=object))
     ran = (rows >= 0) & np.append(reasons.isna().to_numpy(bool), False)[rows]
 
-    ready: dict[int, Scored | None] = {}
+    ready = prepared or Prepared(model.tokenizer, model.arch, prepend_bos, answers)
 
     def scored(number: int) -> Scored | None:
-        if number not in ready:
-            try:
-                whole = prepare(
-                    number, prompts[number], model.tokenizer, model.arch, prepend_bos, answers
-                )
-                # Rotary tables may depend on what follows the prompt, so it must be what was run.
-                ready[number] = replace(whole, answer=whole.continuations(answers, "first")[0])
-            except PromptError:
-                ready[number] = None
-        return ready[number]
+        try:
+            whole = ready(number, prompts[number])
+        except PromptError:
+            return None
+        # Rotary tables may depend on what follows the prompt, so it must be what was run.
+        return replace(whole, answer=whole.continuations(answers, "first")[0])
 
     drawn = [
         (s, name)
@@ -218,7 +219,9 @@ def trust_report(
             table = score(model, {s.number: s.prompt}, {name: graft}, **options)
             record = table.iloc[0].to_dict()
         try:
-            found = _compared(model, sequential, s, graft, record, rounding, source)
+            found = _compared(
+                model, sequential, s, graft, record, rounding, source, references or {}
+            )
         except Exception as error:  # a report tells, and a sweep's end does not fail on it
             found = {}, None, (f"could not be computed again: {error!r}.",)
         return Check(s.number, name, recorded, *found)
@@ -291,12 +294,13 @@ def _contradictions(
     if {"logprob", "prob", "reason"} <= {*results.columns}:
         logprob, prob = (results[c].astype(float) for c in ("logprob", "prob"))
         wrong["have neither numbers nor a reason"] = logprob.isna() & results["reason"].isna()
-        for column in ("rank", "ties", "prob", "logprob"):
-            if column in results:
-                there = results[column].notna()
-                wrong[f"have a {column} and a reason"] = there & results["reason"].notna()
-                if column != "ties":  # which version 0.1.0 did not count
-                    wrong[f"have a logprob but no {column}"] = logprob.notna() & ~there
+        for m in measures():
+            if m.name in results and m.holds in ("number", "count"):
+                there = results[m.name].notna()
+                wrong[f"have a {m.name} and a reason"] = there & results["reason"].notna()
+                # Version 0.1.0 did not count ties.
+                if m.always and not m.optional and m.name != "ties":
+                    wrong[f"have a logprob but no {m.name}"] = logprob.notna() & ~there
         wrong["have a prob that is not exp(logprob)"] = (np.exp(logprob) - prob).abs() > 1e-6
     return [_such(results, what, odd.to_numpy(bool)) for what, odd in wrong.items() if odd.any()]
 
@@ -391,6 +395,7 @@ def _compared(
     record: Mapping[str, Any],
     rounding: Rounding,
     source: str | None,
+    references: Mapping[str, Graft],
 ) -> tuple[dict[str, float], tuple[int, int] | None, tuple[str, ...]]:
     """A record's differences from Hugging Face's numbers, the ranks, and what is beyond rounding.
 
@@ -413,21 +418,25 @@ def _compared(
     if not relative <= rounding.bound_logits:
         problems.append(f"the plain forward differs by {relative:.1e} of the largest logit.")
 
+    first_only = _predictions(theirs[:1], s)
+    if any(m.references and not pd.isna(record.get(m.name)) for m in measures()):
+        others = {run: _again(sequential, s, graft) for run, graft in references.items()}
+        first_only = _predictions(theirs[:1], s, **others)
+
     # measure -> what Hugging Face gives, what is recorded, how many tokens' rounding it may have
-    logprobs = theirs[0].log_softmax(-1)
-    whole = float(sequence_logprob(theirs, torch.tensor(s.answer)))
-    measures = {
-        "logprob": (float(logprobs[target]), record.get("logprob"), 1),
-        "answer_logprob": (whole, record.get("answer_logprob"), len(s.answer)),
-    }
-    if wrong := [d[0] for d in s.distractors if d[0] != target]:
-        margin = float(theirs[0, target] - theirs[0, wrong].max())
-        measures["logit_diff"] = (margin, record.get("logit_diff"), 2)
-    listed: Any = record.get("distractor_logprobs")
-    for i, ids in enumerate(s.distractors if np.ndim(listed) else ()):
-        value = float(sequence_logprob(logits(ids), torch.tensor(ids)))
-        measures[f"distractor_logprobs[{i}]"] = (value, listed[i], len(ids))
-    for name, (value, recorded, tokens) in measures.items():
+    found: dict[str, tuple[float, Any, float]] = {}
+    for m in measures():
+        recorded: Any = record.get(m.name)
+        if m.over == "answer":
+            found[m.name] = (_summed(m, theirs, s.answer), recorded, len(s.answer))
+        elif m.over == "distractors":
+            for i, ids in enumerate(s.distractors if np.ndim(recorded) else ()):
+                value = _summed(m, logits(ids), ids)
+                found[f"{m.name}[{i}]"] = (value, recorded[i], len(ids))
+        elif m.holds == "number" and m.function and not m.log and first_only.has(m):
+            value = float(first_only.column(m)[0])
+            found[m.name] = (value, recorded, _roundings(m, value))
+    for name, (value, recorded, tokens) in found.items():
         if recorded is None or pd.isna(recorded):
             continue
         differences[name] = abs(float(recorded) - value)
@@ -435,12 +444,12 @@ def _compared(
             problems.append(f"{name} is {recorded:.6g}, Hugging Face gives {value:.6g}.")
 
     ranks, near = None, 2 * rounding.bound_nats
-    target_id = torch.tensor([[target]])
+    logprobs = first_only.logprobs[0]
     if not pd.isna(record.get("rank")):
         others = torch.cat([logprobs[:target], logprobs[target + 1 :]]) - logprobs[target]
         # Tokens nearer to the target than rounding may stand on either side of it, or be tied.
         best, worst = 1 + int((others > near).sum()), 1 + int((others >= -near).sum())
-        ranks = (int(record["rank"]), int(next_tokens(theirs[:1], target_id, 1).rank[0]))
+        ranks = (int(record["rank"]), int(first_only.standing[0][0]))
         ties = 0 if pd.isna(record.get("ties")) else int(record["ties"])
         if not best <= ranks[0] <= worst:
             problems.append(f"rank is {ranks[0]}, Hugging Face gives {ranks[1]}.")
@@ -459,6 +468,46 @@ def _compared(
                     f"{texts[0]!r} with {math.exp(value):.6g}."
                 )
     return differences, ranks, tuple(problems)
+
+
+def _predictions(
+    logits: Float[Tensor, "1 d_vocab"], s: Scored, **references: Predictions
+) -> Predictions:
+    """The distribution after a prompt, with the tokens that measures compare."""
+
+    def ids(tokens: Sequence[int]) -> Tensor | None:
+        return torch.tensor([tokens]) if tokens else None
+
+    return Predictions(
+        logits,
+        answer=torch.tensor(s.answer[:1]),
+        distractors=ids(s.wrong),
+        answers=ids(s.answers),
+        **references,
+    )
+
+
+def _again(sequential: Sequential, s: Scored, graft: Graft) -> Predictions:
+    """A reference run's distribution after the prompt, by the sequential algorithm."""
+    first = len(s.tokens) - 1
+    logits = sequential.logits(s.tokens, graft, s.answer[:-1], at=[first])
+    return Predictions(logits.float().cpu())
+
+
+def _summed(m: Measure, logits: Float[Tensor, "token d_vocab"], ids: Sequence[int]) -> float:
+    """A measure along a continuation."""
+    return float(np.sum(Predictions(logits, answer=torch.tensor(ids)).column(m, np.float64)))
+
+
+def _roundings(m: Measure, value: float) -> float:
+    """How many times over the rounding of a log-probability may show in a measure.
+
+    Where each log-probability is off by at most e, a difference of logits is off by 2 e at most,
+    and an expectation of log-probabilities by e (3 + its size).
+    """
+    if m.unit == "logits":
+        return 2.0
+    return 1.0 if m.always else 3.0 + abs(value)
 
 
 def _largest(values: Iterable[float]) -> float:

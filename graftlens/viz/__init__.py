@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from graftlens.viz.differences import difference_heatmap, weight_heatmap
     from graftlens.viz.export import exporter, write_figure
     from graftlens.viz.heatmaps import heatmap
-    from graftlens.viz.lens import answer_by_layer, divergence_lines, lens_heatmap
+    from graftlens.viz.lens import answer_by_layer, kl_divergence_lines, lens_heatmap
     from graftlens.viz.linecharts import lines
     from graftlens.viz.patching import patching_scatter
     from graftlens.viz.sweeps import dose_response, size_curve, window_triangle
@@ -24,11 +24,11 @@ _HOME = {
     "logit_attribution_bars": "graftlens.viz.attribution",
     "logit_attribution_heatmap": "graftlens.viz.attribution",
     "difference_heatmap": "graftlens.viz.differences",
-    "divergence_lines": "graftlens.viz.lens",
     "dose_response": "graftlens.viz.sweeps",
     "exporter": "graftlens.viz.export",
     "grouped_bars": "graftlens.viz.bars",
     "heatmap": "graftlens.viz.heatmaps",
+    "kl_divergence_lines": "graftlens.viz.lens",
     "lens_heatmap": "graftlens.viz.lens",
     "lines": "graftlens.viz.linecharts",
     "patching_scatter": "graftlens.viz.patching",
@@ -42,11 +42,11 @@ __all__ = [
     "answer_by_layer",
     "attention_view",
     "difference_heatmap",
-    "divergence_lines",
     "dose_response",
     "exporter",
     "grouped_bars",
     "heatmap",
+    "kl_divergence_lines",
     "lens_heatmap",
     "lines",
     "logit_attribution_bars",

@@ -66,7 +66,8 @@ def dashboard_page(data: DashboardData) -> str:
     """The whole page as HTML.
 
     Raises:
-        ValueError: the lens table lacks a run, a layer or a position; or the divergence table does.
+        ValueError: the lens table lacks a run, a layer or a position; or the table of KL
+            divergences does.
         ModuleNotFoundError: CircuitsVis is not installed.
     """
     lens = LensArrays(data)

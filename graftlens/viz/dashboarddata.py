@@ -40,8 +40,8 @@ class DashboardData:
     runs: Mapping[str, Run]
     lens: pd.DataFrame
     """`graftlens.lens.logit_lens` of this prompt: every run, every position."""
-    divergence: pd.DataFrame
-    """`graftlens.lens.divergence` of this prompt."""
+    kl_divergence: pd.DataFrame
+    """`graftlens.lens.kl_divergence` of this prompt."""
     sources: Sequence[str]
     """The base first."""
     provenance: Mapping[str, object]

@@ -156,21 +156,16 @@ def _measured(data: DashboardData, name: str) -> dict[str, np.ndarray]:
             for run, given in data.runs.items()
             if given.attribution is not None
         }
-    other = "PRE" if name == "kl_base" else "SFT"
     n = len(data.tokens)
     found = {}
     for run in data.runs:
-        part = data.divergence[(data.divergence["p"] == run) & (data.divergence["q"] == other)]
-        part = part.sort_values("position")
-        if run == other and part.empty:
-            found[run] = np.zeros(n)
-        elif part["position"].tolist() != list(range(n)):
+        part = data.kl_divergence[data.kl_divergence["graft"] == run].sort_values("position")
+        if part["position"].tolist() != list(range(n)):
             raise ValueError(
-                f"the divergence table has {len(part)} rows of {run!r} from {other!r}; it must "
-                f"have one for each of {n} positions"
+                f"the table of KL divergences has {len(part)} rows of run {run!r}; it must have "
+                f"one for each of {n} positions"
             )
-        else:
-            found[run] = part["kl"].to_numpy(dtype=float)
+        found[run] = part[name].to_numpy(dtype=float)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Plots of the logit lens and of divergences: what runs predict by layer and by token.
+"""Plots of the logit lens and of KL divergences: what runs predict by layer and by token.
 
 Layers go up, the embeddings at the bottom. As in all plots of lens tables, a scale is the same for
 every run that a table holds, so that two figures of one table can be compared by eye; where two
@@ -6,12 +6,14 @@ runs are subtracted it is symmetric around 0.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from graftlens import metrics
 from graftlens.viz import grid, theme
 from graftlens.viz.lenstables import (
     as_float,
@@ -36,6 +38,11 @@ _INSIDE, _CHARACTER = 780, 6.4
 #: What a table of the logit lens has at each layer and position.
 LENS_VALUES: Mapping[str, Quantity] = {
     name: Quantity.of(name) for name in ("logprob", "prob", "rank", "entropy", "kl_base", "kl_full")
+}
+
+#: What a table of `lens.kl_divergence` has: how far a run is from PRE (base) or SFT (full).
+DIVERGENCES: Mapping[str, Quantity] = {
+    row.name: Quantity.of(row.name) for row in metrics.measures() if row.references
 }
 
 
@@ -230,34 +237,32 @@ def answer_by_layer(
     return figure
 
 
-def divergence_lines(
+def kl_divergence_lines(
     table: pd.DataFrame,
     *,
-    against: Sequence[str] | None = None,
+    values: Sequence[str] = ("kl_base", "kl_full"),
     prompt: int | None = None,
     look: theme.Theme = theme.LIGHT,
 ) -> go.Figure:
-    """KL(run ‖ other) at each token of a prompt: a panel for each of `against`, a line a run.
+    """How far each run is from PRE and from SFT at each token of a prompt: a panel for each value.
 
     Args:
-        table: of `lens.divergence`.
-        against: the other runs; left out, the first two of the table, which are PRE (where does a
-            graft change what is predicted?) and SFT (where is it still not the finetuned model?).
+        table: of `lens.kl_divergence`.
+        values: its columns; by default from PRE (where does a graft change what is predicted?) and
+            from SFT (where is it still not the finetuned model?).
         prompt: its number, where the table has several.
 
     Raises:
-        ValueError: an unknown run or prompt.
+        ValueError: an unknown value or prompt.
     """
-    check_columns(table, "divergence", "prompt", "position", "token", "p", "q", "kl")
-    rows = of_prompt(table, prompt)
-    names = list(dict.fromkeys([*rows["p"].astype(str), *rows["q"].astype(str)]))
-    panels = list(dict.fromkeys(names[:2] if against is None else against))
-    for name in panels:
-        if name not in set(rows["q"].astype(str)):
-            raise ValueError(f"the table has no divergence from {name!r}; it has {listed(names)}")
+    panels = list(dict.fromkeys(values))
+    shown = [known(DIVERGENCES, name) for name in panels]
     if not panels:
-        raise ValueError(f"against is empty; name one or more of {listed(names)}")
-    refuse_doubled(rows, ["p", "q", "position"])
+        raise ValueError(f"values is empty; name one or more of {listed(DIVERGENCES)}")
+    check_columns(table, "kl_divergence", "prompt", "graft", "position", "token", *panels)
+    rows = of_prompt(table, prompt)
+    names = grafts_of(rows)
+    refuse_doubled(rows, ["graft", "position"])
     positions = tokens_of(rows)
     figure = make_subplots(
         rows=len(panels),
@@ -268,30 +273,34 @@ def divergence_lines(
     lines, entries = theme.graft_lines(names), shortened(names)
     panel_names = shortened(names, 20)
     labelled: set[str] = set()
-    for number, other in enumerate(panels, start=1):
-        part = rows[rows["q"].astype(str) == other]
+    for number, facts in enumerate(shown, start=1):
+        # The runs that all others are compared with come first in the table.
+        place = 0 if metrics.measure(facts.name).references == ("base",) else 1
+        other = names[min(place, len(names) - 1)]
         for name in names:
-            found = part[part["p"].astype(str) == name].sort_values("position")
-            if name == other or found.empty:
+            found = rows[rows["graft"].astype(str) == name].sort_values("position")
+            if name == other:
                 continue
-            line, kl = lines[name], as_floats(found["kl"])
+            line, nats = lines[name], as_floats(found[facts.name])
+            label = _between(facts.label, other)
             hover = [
-                f"{escaped(_token(token))} at {int(position)}<br>"
-                + grid.wrapped(f"KL({name} ‖ {other}): {value:.3g} nats", 70)
-                for token, position, value in zip(
-                    found["token"], found["position"], kl, strict=True
+                grid.wrapped(f"{name}, {_token(token)} at {int(position)}", 70)
+                + "<br>"
+                + grid.wrapped(f"{label}: {far:.3g} {facts.unit}", 70)
+                for token, position, far in zip(
+                    found["token"], found["position"], nats, strict=True
                 )
             ]
-            figure.add_scatter(
-                x=[list(positions).index(int(position)) for position in found["position"]],
-                y=kl,
+            add_line(
+                figure,
+                [list(positions).index(int(position)) for position in found["position"]],
+                nats,
+                line,
+                size=7,
                 name=escaped(entries[name]),
                 legendgroup=name,
                 showlegend=name not in labelled,
                 legendrank=names.index(name) + 1,
-                mode="lines+markers",
-                line={"color": line.color, "dash": line.dash, "width": 2},
-                marker={"symbol": line.marker, "size": 7},
                 customdata=hover,
                 hovertemplate="%{customdata}<extra></extra>",
                 row=number,
@@ -299,7 +308,8 @@ def divergence_lines(
             )
             labelled.add(name)
         figure.update_yaxes(
-            title_text=grid.wrapped(f"KL(run ‖ {panel_names[other]})", 24) + "<br>(nats)",
+            title_text=grid.wrapped(_between(facts.label, panel_names[other]), 24)
+            + f"<br>({facts.unit})",
             rangemode="tozero",
             row=number,
         )
@@ -310,6 +320,11 @@ def divergence_lines(
     figure.update_xaxes(**grid.ticks(list(positions.values())), zeroline=False)
     figure.update_xaxes(title_text="token", row=len(panels))
     return figure
+
+
+def _between(label: str, other: str) -> str:
+    """A divergence's label with the name of the run that it compares with."""
+    return re.sub(r"\b(?:base|full)\b", lambda _: other, label)
 
 
 def _lookup(rows: pd.DataFrame, value: str) -> dict[tuple[float, int], float]:

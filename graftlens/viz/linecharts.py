@@ -80,8 +80,8 @@ _AT = "__x"
 
 def add_line(
     figure: go.Figure,
-    x: Sequence[float],
-    y: Sequence[float],
+    x: Sequence[float | int],
+    y: Sequence[float | int],
     line: theme.Line,
     *,
     size: int = 8,

@@ -229,13 +229,12 @@ def dose_response(
     what = kept["graft"].astype(str) if series is None else kept[series].astype(str)
     at = kept["strength"].astype(float)
     kept = kept.assign(**{_LINE: [_FACTOR.sub("", name, 1) for name in what], _DOSE: at})
-    twice = kept[kept.duplicated([_LINE, _DOSE], keep=False)]
-    if len(twice):
-        first = twice.iloc[0]
-        raise ValueError(
-            f"{len(twice)} rows for strength {first[_DOSE]:g} of {first[_LINE]!r}: pass the rows "
-            "of one group of prompts, or of one line for each value of series"
-        )
+    for (name, dose), count in kept.value_counts([_LINE, _DOSE], sort=False).items():
+        if count > 1:
+            raise ValueError(
+                f"{count} rows for strength {dose:g} of {name!r}: pass the rows of one group of "
+                "prompts, and give as series a column that tells its grafts apart"
+            )
     names = list(dict.fromkeys(kept[_LINE]))
     entries = shortened(names)
     figure = go.Figure()
