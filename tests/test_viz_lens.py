@@ -210,7 +210,7 @@ def test_ranks_have_one_at_the_top_of_a_log_axis():
     axis = viz.answer_by_layer(streams()).layout.yaxis
     assert axis.type == "log"
     assert axis.range[0] > math.log10(300) > 0 > axis.range[1]
-    assert axis.title.text == "rank of the answer's first token (1 = most likely)"
+    assert axis.title.text == "rank of the answer's first token<br>(1 = most likely)"
     # Ranks up to 3 have a decade all the same: an axis with one number has no scale.
     low = viz.answer_by_layer(streams(layers=1)).layout.yaxis.range
     assert low[0] > 1 > 0 > low[1]

@@ -221,7 +221,7 @@ def answer_by_layer(
     figure.update_xaxes(
         title_text=f"layers that have run (0: embeddings, {last:g}: output)", zeroline=False
     )
-    said = facts.title
+    said = grid.wrapped(facts.title, 32)
     if count > 1:
         said += f"<br>median of {count} prompts, band: quartiles"
     missing = len(chosen) - count
