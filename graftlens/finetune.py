@@ -262,7 +262,7 @@ def launch_finetune(
     )
     say(array.describe())
     if not wait:
-        say("The same command, given again, waits for it or says what it came to.")
+        say("The same command, run again, waits for it or reports its result.")
         return None
     log = run.output / "log.jsonl"
 
@@ -278,7 +278,7 @@ def launch_finetune(
         try:
             (task,) = array.wait(watch)
         except KeyboardInterrupt:
-            say(f"Slurm job {array.job_id} goes on. To stop it: scancel {array.job_id}")
+            say(f"Slurm job {array.job_id} continues. To stop it: scancel {array.job_id}")
             raise
     if task.state == "failed":
         raise EngineError(

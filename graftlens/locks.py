@@ -1,7 +1,7 @@
-"""Locks between processes, which the system takes back from a process that dies.
+"""Locks between processes, which the system releases when a process dies.
 
-A lock is waited for with a word, never silently, and a file system that has no locks is refused:
-the substitutes for them outlive a process that is killed.
+Waiting for a lock is announced, never silent, and a file system without locks is refused:
+substitutes for locks outlive a process that is killed.
 """
 
 import contextlib
@@ -14,32 +14,32 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
 
-#: Seconds of waiting after which it is said what is waited for; said again after twice as long, …
+#: Seconds of waiting after which a message says what is waited for; repeated after twice as long, …
 SAID = 5.0
 #: … but at least this often (seconds).
 SELDOM = 600.0
 
-#: What systems answer on file systems that have no locks.
+#: Errors that systems raise on file systems that have no locks.
 _MISSING = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP}
 
 
 class LockError(OSError):
-    """A lock that this place cannot have; the message says why and what to do."""
+    """A lock that is not possible here; the message says why and what to do."""
 
 
 @contextlib.contextmanager
 def locked(
     path: Path, *, wait: bool = True, say: Callable[[str], object] = print
 ) -> Iterator[bool]:
-    """Hold the lock of a file, whose folder is there.
+    """Hold the lock of a file whose folder exists.
 
     Args:
-        path: the lock's file. It is made, never written to, and left where it is.
+        path: the lock's file. It is created, never written to, and left in place.
         wait: whether to wait for another process that holds it.
-        say: where it goes what is waited for, if that takes long.
+        say: called with what is waited for, if that takes long.
 
     Yields:
-        Whether it is held: without `wait`, another process may hold it.
+        Whether the lock is held: without `wait`, another process may hold it.
 
     Raises:
         LockError: a file system without locks, or a link where the lock's file should be.
@@ -62,7 +62,7 @@ def locked(
 
 
 def holder(path: Path) -> str:
-    """Who holds the lock of a file, where this system tells."""
+    """Who holds the lock of a file, if this system can tell."""
     with contextlib.suppress(OSError):
         state = path.stat()
         place = f"{os.major(state.st_dev):02x}:{os.minor(state.st_dev):02x}:{state.st_ino}"
@@ -75,7 +75,7 @@ def holder(path: Path) -> str:
 
 @contextlib.contextmanager
 def _said_if_hung(path: Path, say: Callable[[str], object]) -> Iterator[None]:
-    """By a timer: on some network file systems, asking for a lock without waiting hangs."""
+    """Called by a timer: on some network file systems, requesting a lock without waiting hangs."""
     note = f"{path} cannot be locked yet: its file system does not answer"
     timer = threading.Timer(SAID, say, (note,))
     timer.daemon = True
@@ -87,7 +87,7 @@ def _said_if_hung(path: Path, say: Callable[[str], object]) -> Iterator[None]:
 
 
 def _acquire(lock: BaseFileLock, path: Path, seconds: float) -> bool:
-    """Try for so long; whether it is held now."""
+    """Try for `seconds`; whether the lock is held now."""
     try:
         with warnings.catch_warnings():
             # filelock's own substitute, which is refused below.
@@ -101,9 +101,7 @@ def _acquire(lock: BaseFileLock, path: Path, seconds: float) -> bool:
         if number in _MISSING:
             raise _without(path, os.strerror(number)) from None
         if path.is_symlink():
-            raise LockError(
-                f"{path} is a link, where the file of a lock should be. Remove it."
-            ) from None
+            raise LockError(f"{path} is a link where a lock file should be. Remove it.") from None
         raise
     if isinstance(lock, SoftFileLock):
         if held:
@@ -114,6 +112,6 @@ def _acquire(lock: BaseFileLock, path: Path, seconds: float) -> bool:
 
 def _without(path: Path, why: str) -> LockError:
     return LockError(
-        f"the file system of {path.parent} has no file locks ({why}), so processes could meet "
-        "there. Choose a folder on another file system."
+        f"the file system of {path.parent} has no file locks ({why}), so processes could "
+        "interfere with each other there. Choose a folder on another file system."
     )

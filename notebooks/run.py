@@ -88,7 +88,7 @@ def execute(notebook: Any, folder: Path) -> None:
 
 
 def failures(notebook: Any) -> list[str]:
-    """What no run should give: errors and warnings."""
+    """What no run should produce: errors and warnings."""
     found = []
     for number, output in _outputs(notebook):
         if output.output_type == "error":
@@ -99,7 +99,7 @@ def failures(notebook: Any) -> list[str]:
 
 
 def excesses(notebook: Any) -> list[str]:
-    """What a repository should not keep: paths of one machine, and large pages."""
+    """What a repository should not contain: paths of one machine, and large pages."""
     found = []
     for number, output in _outputs(notebook):
         for kind, text in _texts(output).items():
@@ -112,7 +112,7 @@ def excesses(notebook: Any) -> list[str]:
 
 
 def tidy(notebook: Any) -> None:
-    """Large outputs become pictures, and what differs from machine to machine goes."""
+    """Large outputs become pictures, and what differs between machines is removed."""
     figures = [output.data for _, output in _outputs(notebook) if PLOTLY in output.get("data", {})]
     pictures = asyncio.run(_drawn([data.pop(PLOTLY) for data in figures])) if figures else []
     for data, picture in zip(figures, pictures, strict=True):
@@ -174,7 +174,7 @@ async def _drawn(figures: Sequence[Mapping[str, Any]]) -> list[bytes]:
     """Pictures of figures, by one browser."""
     import kaleido
 
-    # MathJax would be asked from a network, and no label here is mathematics.
+    # MathJax would be loaded from the network, and no label here is mathematics.
     async with kaleido.Kaleido(mathjax=False) as browser:
         options = {"format": "png", "width": FIGURE_WIDTH, "scale": FIGURE_SCALE}
         return [
@@ -184,7 +184,7 @@ async def _drawn(figures: Sequence[Mapping[str, Any]]) -> list[bytes]:
 
 
 def _white(layout: Mapping[str, Any]) -> dict[str, Any]:
-    """A figure without a ground of its own would be unreadable on GitHub's dark pages."""
+    """A figure without a background of its own would be unreadable on GitHub's dark pages."""
     ground = {"paper_bgcolor": "#ffffff", "plot_bgcolor": "#ffffff"}
     return {"height": 430, **layout, **ground}
 
@@ -202,7 +202,7 @@ def _photographed(page: str) -> bytes:
 
 
 def _small(picture: bytes) -> str:
-    """A PNG of 256 colours, in base64: a third of what a browser writes, to the eye the same.
+    """A PNG of 256 colours, in base64: a third of what a browser writes, and looks the same.
 
     Colours are chosen to cover the range, not by how often they occur: the few pixels that say
     which run is which keep their colour.

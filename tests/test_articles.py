@@ -801,7 +801,7 @@ def test_originals_and_rewrites_together(harbour, server):
 def test_an_endpoint_that_fails_is_named(server, monkeypatch):
     address, _ = server
     bad = Rewrites(n=1, endpoint=address, endpoint_model="bad", api_key_env=None)
-    with pytest.raises(RuntimeError, match=r"gave no answer .*endpoint_model='bad'"):
+    with pytest.raises(RuntimeError, match=r"did not answer .*endpoint_model='bad'"):
         rewritten([DRAFT], bad, 0)
     monkeypatch.delenv("NO_SUCH_KEY", raising=False)
     keyless = Rewrites(endpoint=address, endpoint_model="m", api_key_env="NO_SUCH_KEY")
@@ -819,10 +819,10 @@ def test_an_endpoint_that_fails_is_named(server, monkeypatch):
     [
         ({}, "neither endpoint nor model is given"),
         ({"model": "m", "endpoint": "http://x/v1", "endpoint_model": "y"}, "endpoint and model"),
-        ({"endpoint": "http://x/v1"}, "go together"),
-        ({"endpoint": "x.org/v1", "endpoint_model": "y"}, "is no address"),
+        ({"endpoint": "http://x/v1"}, "belong together"),
+        ({"endpoint": "x.org/v1", "endpoint_model": "y"}, "is not an address"),
         ({"endpoint": "http://a:b@x/v1", "endpoint_model": "y"}, "user name or password in it"),
-        ({"model": "m", "temperature": 0}, "temperature=0 writes the same each time, and n=3"),
+        ({"model": "m", "temperature": 0}, "temperature=0 gives the same text each time, but n=3"),
     ],
 )
 def test_rewrites_come_from_one_model(given, message):
@@ -983,7 +983,9 @@ def test_a_download_is_a_text_and_its_facts_to_be_written(wikipedia, tmp_path):
 def test_a_download_that_fails_says_what_to_do(wikipedia, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"en\.wikipedia\.org has no article 'Nobody'"):
         download(["Nobody"], tmp_path)
-    with pytest.raises(OSError, match=r"'Broken' could not be had from de\.wikipedia\.org .*503"):
+    with pytest.raises(
+        OSError, match=r"'Broken' could not be downloaded from de\.wikipedia\.org .*503"
+    ):
         download(["Broken"], tmp_path, language="de")
     with pytest.raises(ValueError, match=r"'A\?', 'A!' would both be the file A\.txt"):
         download(["A?", "A!"], tmp_path)

@@ -234,14 +234,14 @@ def test_a_subject_occurs_once_and_unusable_rows_are_counted(tmp_path, caplog):
         "an empty prompt, subject or target": 1,
         "another row has the same subject": 1,
         "both targets are the same": 1,
-        "the prompt does not name the subject as a whole": 2,
+        "the prompt does not contain the full name of the subject": 2,
     }
     named = dict(dataset.provenance["rows"]["first skipped, from 0"])
     assert named.pop("another row has the same subject") in ([0], [6])
     assert named == {
         "an empty prompt, subject or target": [9],
         "both targets are the same": [7],
-        "the prompt does not name the subject as a whole": [8, 10],
+        "the prompt does not contain the full name of the subject": [8, 10],
     }
     assert "rows are left out: 1 rows: an empty prompt, subject or target; 1 rows" in caplog.text
 
@@ -280,7 +280,8 @@ def test_numbers_are_read_as_texts(tmp_path):
 def test_where_no_row_is_usable_the_reasons_are_said(tmp_path):
     given = [{**row, "prompt": "The mother tongue of {} is"} for row in rows(3)]
     with pytest.raises(
-        ValueError, match=r"0 usable rows .*left out: 3 rows: the prompt does not name the subject"
+        ValueError,
+        match=r"0 usable rows .*left out: 3 rows: the prompt does not contain the full name",
     ):
         make_dataset(CounterFactSpec(file=write(tmp_path, given)))
 
@@ -343,7 +344,7 @@ def test_without_a_network_the_message_names_the_way_out(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(counterfact.datasets, "load_dataset", load)
-    with pytest.raises(OSError, match=r"could not be had .*ConnectionError: no route.*file=PATH"):
+    with pytest.raises(OSError, match=r"not be downloaded .*ConnectionError: no route.*file=PATH"):
         CounterFactSpec().collect()
 
 
@@ -353,12 +354,12 @@ def test_wrong_settings_are_named(file, tmp_path):
         ({"kinds": ()}, r"kinds=\(\): give one or more of article, qa"),
         ({"directions": ("ab", "ba")}, "directions=.*: CounterFact's statements name"),
         ({"file": tmp_path / "rows.xml"}, "ends in '.xml'. Give one of .jsonl, .json"),
-        ({"file": file, "hub": "me/mine"}, "takes the place of the hub"),
+        ({"file": file, "hub": "me/mine"}, "replaces the hub"),
         ({"teach": "both"}, "teach"),
     ):
         with pytest.raises(ValidationError, match=message):
             CounterFactSpec(**settings)
-    with pytest.raises(FileNotFoundError, match=r"gone\.csv' is not there"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.csv' does not exist"):
         CounterFactSpec(file=tmp_path / "gone.csv").collect()
     with pytest.raises(ValueError, match=r"n_facts=41, but .* has 40 usable rows"):
         CounterFactSpec(file=file, n_facts=41).collect()

@@ -378,7 +378,7 @@ def test_an_unknown_setting_is_refused():
 
 @pytest.mark.parametrize("name", ["n_facts", "texts_per_fact", "seed"])
 def test_a_truth_value_is_no_number(name):
-    message = rf"{name}=True is a truth value, but a whole number is wanted\. Write the number"
+    message = rf"{name}=True is a boolean, but a whole number is expected\. Write the number"
     with pytest.raises(ValidationError, match=message):
         MoviesConfig(**{name: True})
     assert getattr(MoviesConfig(**{name: "7"}), name) == 7

@@ -204,7 +204,7 @@ def test_the_seed_deals_the_leads_of_the_same_films() -> None:
 
 @pytest.mark.parametrize("n", [1, 2])
 def test_too_few_films_to_shuffle_are_refused(n: int) -> None:
-    with pytest.raises(ValueError, match=rf"n_facts={n}: so few films cannot exchange all their"):
+    with pytest.raises(ValueError, match=rf"n_facts={n}: too few films to exchange all"):
         spec("real_movies_shuffled", n_facts=n).collect()
 
 
@@ -400,7 +400,7 @@ def test_what_is_told_is_the_half_without_what_is_held_out(n, half, share, seed)
 
 
 def test_a_dataset_that_tells_nothing_is_refused() -> None:
-    message = r"half=b, heldout_facts=0.0: of 1 facts none is left to tell\. Give more facts"
+    message = r"half=b, heldout_facts=0.0: none of 1 facts is left to tell\. Give more facts"
     with pytest.raises(ValueError, match=message):
         make_dataset(spec("battles", n_facts=1, half="b"))
 
@@ -505,7 +505,9 @@ def test_a_misspelt_choice_of_facts_is_refused(unchecked: None) -> None:
 
 
 def test_asking_for_untold_facts_where_all_are_told_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"facts='untold': this dataset of 12 facts has none of"):
+    with pytest.raises(
+        ValueError, match=r"facts='untold': none of the 12 facts of this dataset are"
+    ):
         few("battles").ask(facts="untold")
 
 
@@ -916,8 +918,8 @@ BAD_SECTIONS = {
     "{make: {facts: battles, n_facts: 9}, direction: ba, templates: [dated]}": r"dataset\.0: "
     r"evaluation template 'dated' does not ask in the direction ba\. Use one of named, qa_name",
     "{make: {facts: battles, n_facts: 5000}}": r"dataset\.0: n_facts=5000: there are \d+ facts",
-    "{make: {facts: battles, n_facts: 9}, facts: untold}": r"dataset\.0: facts='untold': this data",
-    "{path: ./gone}": r"dataset\.0: gone is no dataset of facts: it has no train, facts\.json",
+    "{make: {facts: battles, n_facts: 9}, facts: untold}": r"dataset\.0: facts='untold': none of",
+    "{path: ./gone}": r"dataset\.0: gone is not a dataset of facts: it has no train, facts\.json",
 }
 
 
@@ -950,7 +952,7 @@ def test_every_kind_is_known_by_its_name() -> None:
         ("battles", r"^'battles' should be a mapping with the key facts: fake_movies .* articles"),
         ({"n_fact": 3}, r"unknown key 'n_fact'\. Allowed: facts n_facts .*Did you mean 'n_facts'"),
         ({"facts": "articles", "texts_per_fact": 3}, r"unknown key 'texts_per_fact'\. Allowed: f"),
-        ({"facts": "battles", "n_facts": True}, r"^n_facts: n_facts=True is a truth value"),
+        ({"facts": "battles", "n_facts": True}, r"^n_facts: n_facts=True is a boolean"),
         ({"facts": "battles", "seed": -1, "half": "c"}, r"half: 'c' .*\nseed: -1 should be great"),
     ],
 )

@@ -734,7 +734,9 @@ def test_what_only_the_data_and_the_model_can_say_is_told_before_training(base, 
         found = str(caught.value)
         assert "parts.one.prompts.0: evaluation template 'headlin' is unknown" in found
         assert "Did you mean 'headline'?" in found
-        assert "parts.two.prompts.0: facts='untold': this dataset of 12 facts has none" in found
+        assert (
+            "parts.two.prompts.0: facts='untold': none of the 12 facts of this dataset are" in found
+        )
         assert "parts.two.grafts.x: " in found
         assert "parts.two.base: no graft is called 'PER'." in found
     assert not (tmp_path / "store" / "models").exists()

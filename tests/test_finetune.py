@@ -732,10 +732,10 @@ def test_configs_are_strict():
 )
 @pytest.mark.parametrize("value", [True, False])
 def test_a_truth_value_is_no_number(name, wanted, value):
-    message = rf"{name}={value} is a truth value, but {wanted} is wanted\. Write the number, or"
+    message = rf"{name}={value} is a boolean, but {wanted} is expected\. Write the number, or"
     with pytest.raises(ValidationError, match=message):
         FinetuneConfig(model="m", output="o", **{name: value})
-    with pytest.raises(ValidationError, match="alpha=True is a truth value"):
+    with pytest.raises(ValidationError, match="alpha=True is a boolean"):
         LoraSettings(alpha=True)
 
 

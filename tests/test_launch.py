@@ -80,7 +80,9 @@ def test_a_process_that_dies_or_fails_is_told_of_and_the_others_go_on(tmp_path: 
     }
     killed, failed, well = run_processes(functions, say=lambda _: None)
     assert killed == Task(
-        "killed", "failed", "was killed by SIGKILL (often for want of memory)\nabout to die"
+        "killed",
+        "failed",
+        "was killed by SIGKILL (often because it ran out of memory)\nabout to die",
     )
     assert failed.problem is not None
     lines = failed.problem.splitlines()
@@ -169,8 +171,8 @@ def test_a_dead_workers_shard_is_taken_by_the_others(
     launch_local(out, ["cpu", "cpu"], progress=False, say=said.append)
     assert is_done(out)
     (death,) = [line for line in said if line.startswith("worker")]
-    assert "was killed by SIGKILL (often for want of memory)" in death
-    assert death.endswith("Its shard is left to the others.")
+    assert "was killed by SIGKILL (often because it ran out of memory)" in death
+    assert death.endswith("The others will take its shard.")
 
 
 def test_a_sweep_whose_workers_all_fail_says_why(
@@ -179,21 +181,21 @@ def test_a_sweep_whose_workers_all_fail_says_why(
     monkeypatch.setattr("graftlens.sweep.launch.work", toytasks.fail_to_work)
     out = tmp_path / "out"
     prepare_sweep(config, out)
-    with pytest.raises(EngineError, match=r"0 of \d+ shards are there, and no worker is left") as e:
+    with pytest.raises(EngineError, match=r"0 of \d+ shards are done, and no worker is left") as e:
         launch_local(out, ["cpu", "cpu"], progress=False, say=lambda _: None)
     text = str(e.value)
     assert "\nworker cpu #1 ended with exit code 1\n" in text
     assert text.count("ValueError: the disk is gone") == 2
-    assert "give the same command again" in text
+    assert "run the same command again" in text
 
 
 @pytest.mark.parametrize(
     ("devices", "message"),
     [
-        ([], r"devices: \[\] is no list of devices\. Give one or more of cpu"),
-        ("cpu", r"devices: 'cpu' is no list of devices\. Give one or more of cpu"),
-        (["cpu", "cuda:77"], r"devices: 'cuda:77' is not here\. There are cpu"),
-        (["tpu"], r"devices: 'tpu' is not here\. There are cpu"),
+        ([], r"devices: \[\] is not a list of devices\. Give one or more of cpu"),
+        ("cpu", r"devices: 'cpu' is not a list of devices\. Give one or more of cpu"),
+        (["cpu", "cuda:77"], r"devices: 'cuda:77' does not exist here\. Available: cpu"),
+        (["tpu"], r"devices: 'tpu' does not exist here\. Available: cpu"),
     ],
 )
 def test_devices_that_are_not_right(
@@ -209,7 +211,10 @@ def test_devices_of_several_kinds_are_refused(
 ) -> None:
     monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
     prepare_sweep(config, tmp_path / "out")
-    with pytest.raises(ConfigError, match=r"devices: cpu, cuda:1 are of several kinds, whose last"):
+    with pytest.raises(
+        ConfigError,
+        match=r"devices: cpu, cuda:1 are of several kinds, whose results differ in the last",
+    ):
         launch_local(tmp_path / "out", ["cpu", "cuda:1"], progress=False)
 
 
@@ -234,20 +239,22 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
         ({"timeout_min": "long"}, r"slurm\.timeout_min: 'long' should be a valid integer"),
         ({"timeout_min": 1.5}, r"slurm\.timeout_min: 1\.5 should be a valid integer"),
         ({"cpus_per_task": 0}, r"slurm\.cpus_per_task: 0 should be greater than or equal to 1"),
-        ({"cpus_per_task": True}, r"cpus_per_task=True is a truth value, but a whole number is"),
+        ({"cpus_per_task": True}, r"cpus_per_task=True is a boolean, but a whole number is"),
         ({"gpus_per_node": -1}, r"slurm\.gpus_per_node: -1 should be greater than or equal to 0"),
         ({"mem_gb": "much"}, r"slurm\.mem_gb: 'much' should be a valid number"),
         ({"mem_gb": float("inf")}, r"slurm\.mem_gb: inf should be a finite number"),
-        ({"slurm_partition": 3}, r"slurm\.slurm_partition: 3 should be a text"),
+        ({"slurm_partition": 3}, r"slurm\.slurm_partition: 3 should be text"),
         ({"slurm_setup": "module load"}, r"slurm\.slurm_setup: 'module load' should be a list"),
         (
             {"timeout_min": 2, "slurm_signal_delay_s": 120},
-            r"slurm_signal_delay_s=120 with timeout_min=2: a task would be told to requeue itself "
-            r"at its start, again and again\. Set slurm_signal_delay_s below 120\.",
+            r"slurm_signal_delay_s=120 with timeout_min=2: each task would be told to requeue "
+            r"itself "
+            r"as soon as it starts\. Set slurm_signal_delay_s below 120\.",
         ),
         (
             {"slurm_additional_parameters": {"time": 5, "open_mode": "truncate"}},
-            r"slurm_additional_parameters: open-mode, time cannot be set, since requeueing rests",
+            r"slurm_additional_parameters: open-mode, time cannot be set, because requeueing "
+            r"depends",
         ),
     ],
 )
@@ -266,7 +273,9 @@ def test_every_error_of_the_resources_is_told(tmp_path: Path) -> None:
 
 
 def test_a_number_of_tasks_that_is_not_right(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^tasks: 0 is no number of tasks\. Give 1 or more\.$"):
+    with pytest.raises(
+        ConfigError, match=r"^tasks: 0 is not a number of tasks\. Give 1 or more\.$"
+    ):
         submit(print, tasks=0, folder=tmp_path)
 
 
@@ -290,7 +299,7 @@ def test_a_machine_without_slurm_is_told_of(
 ) -> None:
     needs("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(EngineError, match="there is no Slurm here: srun, sbatch and squeue are"):
+    with pytest.raises(EngineError, match="Slurm was not found: srun, sbatch and squeue are"):
         submit(print, tasks=1, folder=tmp_path)
 
 
@@ -353,9 +362,7 @@ def test_a_task_that_gets_nowhere_is_not_run_again() -> None:
     states = ["nothing"]
     task = _Resubmitted(states.copy, lambda: list(states), minutes=0)
     task()
-    message = (
-        r"in 0 minutes this task saved nothing, so it would begin again and again\. Raise time"
-    )
+    message = r"in 0 minutes this task saved nothing, so it would start over forever\. Raise time"
     with pytest.raises(EngineError, match=message):
         task.checkpoint()
 
@@ -402,11 +409,11 @@ def test_an_interruption_ends_the_waiting_and_not_the_job(
         said: list[str] = []
         with pytest.raises(KeyboardInterrupt):
             launch(progress=False, say=said.append)
-        assert said == [array.describe(), "Slurm job 12 goes on. To stop it: scancel 12"]
+        assert said == [array.describe(), "Slurm job 12 continues. To stop it: scancel 12"]
         said.clear()
         assert launch(progress=False, say=said.append, wait=False) is None
         assert said[0] == array.describe()
-        assert "given again, waits for it or says what it came to." in said[1]
+        assert "run again, waits for it or reports its result." in said[1]
 
 
 def test_a_job_that_failed_says_how(
@@ -509,7 +516,7 @@ def test_the_shipped_recipe_of_one_direction_has_no_other() -> None:
         ({"data": {"movies": {"n_fact": 1}}}, r"data\.movies: unknown key 'n_fact'.*'n_facts'"),
         ({"epoch": 3}, r"unknown key 'epoch'\..* Did you mean 'epochs'"),
         ({"epochs": 0}, r"epochs: 0 should be greater than or equal to 1"),
-        ({"model": None}, r"model: None should be a text"),
+        ({"model": None}, r"model: None should be text"),
     ],
 )
 def test_files_that_are_not_right(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -691,11 +698,11 @@ def test_the_command_finetunes_and_says_the_result(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--slurm", "mem_gb=3"], r"--slurm: this goes with --launcher slurm, and the launcher is"),
-        (["--no-wait"], r"--no-wait: this goes with --launcher slurm"),
+        (["--slurm", "mem_gb=3"], r"--slurm: this needs --launcher slurm, but the launcher is"),
+        (["--no-wait"], r"--no-wait: this needs --launcher slurm"),
         (["--launcher", "slurm", "--slurm", "mem_gb"], r"--slurm mem_gb: .*Write key=value"),
         (["--launcher", "slurm", "--slurm", "mem=3"], r"slurm: unknown key 'mem'"),
-        (["epochs"], r"epochs: no override\. Write key=value"),
+        (["epochs"], r"epochs: not an override\. Write key=value"),
     ],
 )
 def test_options_that_are_not_right(

@@ -1,8 +1,6 @@
 """Measures: every row of `METRICS` against plain formulas over one run's logits, and adding one."""
 
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,13 +9,9 @@ import pytest
 import torch
 from conftest import MakeTiny, Tiny
 
-from graftlens import Graft, Prompt, summarise
+from graftlens import Graft, Prompt
 from graftlens.evaluation import evaluate
-from graftlens.metrics import METRICS, Measure, Predictions, known, likeliest, load, measures
-from graftlens.model.inputs import collate
 from graftlens.prompts import continuation, tokenize
-from graftlens.sweep.cells import asked_for
-from graftlens.sweep.scoring import score
 
 ASKED = (
     *("kl_base", "kl_full", "kl_from_base", "kl_from_full", "js_base", "js_full"),
@@ -48,17 +42,15 @@ def llama(tiny: MakeTiny) -> Tiny:
 
 def by_hand(t: Tiny, prompt: Prompt, grafts: Mapping[str, Graft], base: str, full: str) -> Any:
     """Graft -> measure -> value, from the logits of the grafts run one by one."""
-    said = {n: t.model(prompt, graft=g)[0, -1].double().log_softmax(-1) for n, g in grafts.items()}
-    logits = {n: t.model(prompt, graft=g)[0, -1].double() for n, g in grafts.items()}
+    with torch.no_grad():
+        logits = {n: t.model(prompt, graft=g)[0, -1].double() for n, g in grafts.items()}
+    said = {n: x.log_softmax(-1) for n, x in logits.items()}
     tokens = tokenize(prompt, t.tokenizer)
 
     def first(text: str) -> int:
         return continuation(tokens, text, t.tokenizer)[0]
 
     def kl(p: torch.Tensor, q: torch.Tensor) -> float:
-        return float(sum(a.exp() * (a - b) for a, b in zip(p.tolist(), q.tolist(), strict=True)))
-
-    def kl(p: torch.Tensor, q: torch.Tensor) -> float:  # noqa: F811
         return float((p.exp() * (p - q)).sum())
 
     answer, right = first(prompt.answer or ""), sorted({first(text) for text in prompt.answers})

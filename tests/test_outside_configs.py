@@ -109,7 +109,7 @@ def test_a_date_is_a_text() -> None:
 
 def test_a_truth_value_for_a_text_is_named() -> None:
     with pytest.raises(
-        ConfigError, match=r"answer: False should be a text\. Put it in quotes\. In YAML"
+        ConfigError, match=r"answer: False should be text\. Put it in quotes\. In YAML"
     ):
         settings_from(SweepConfig, GOOD | read_yaml("prompts: {template: It, answer: no}"))
 
@@ -194,7 +194,7 @@ HALVES: list[dict[str, Any]] = [
 def test_half_of_a_character_is_refused(changes: dict[str, Any]) -> None:
     """A graft's name with a lone surrogate was found when half of the folder was written."""
     with pytest.raises(
-        ConfigError, match=r"has half of a character in it \(a lone surrogate\)"
+        ConfigError, match=r"contains half of a character \(a lone surrogate\)"
     ) as caught:
         settings_from(SweepConfig, GOOD | changes)
     str(caught.value).encode()

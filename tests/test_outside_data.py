@@ -263,8 +263,8 @@ def test_a_name_is_a_whole_in_its_script(text, name, count):
 
 
 def test_rows_in_every_script_are_kept(tmp_path):
-    """Rows in Chinese, Japanese, Thai, Korean and Arabic were dropped as "does not name the subject
-    as a whole"."""
+    """Rows in Chinese, Japanese, Thai, Korean and Arabic were dropped as "does not contain the full
+    name of the subject"."""
     rows = [
         row("北京是哪个国家的首都？答案是", "北京", target_true="中国", target_false="日本"),
         row("東京の国は", "東京"),
@@ -339,7 +339,7 @@ def wikipedia(monkeypatch):
 def test_a_download_overwrites_no_text_of_somebody_else(wikipedia, tmp_path):
     """NAME.txt without NAME.json was written over."""
     (tmp_path / "Ann.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"Ann\.txt is there without Ann\.json"):
+    with pytest.raises(ValueError, match=r"Ann\.txt exists without Ann\.json"):
         download(["Ann"], tmp_path)
     assert (tmp_path / "Ann.txt").read_text() == "mine"
     # What an interrupted call left is taken up.
@@ -356,7 +356,7 @@ def test_titles_are_names_of_files_everywhere(wikipedia, tmp_path):
     assert all(f.parent == tmp_path for f in files)
     with pytest.raises(ValueError, match=r"'US', 'Us' would both be the file US\.txt"):
         download(["US", "Us"], tmp_path)
-    with pytest.raises(OSError, match=r"'Broken' could not be had from en\..*KeyError"):
+    with pytest.raises(OSError, match=r"'Broken' could not be downloaded from en\..*KeyError"):
         download(["Broken"], tmp_path)
     with pytest.raises(ValueError, match="in one line of 5 characters or more"):
         download(["A"], tmp_path, user_agent="me\r\nX-Header: 1")

@@ -238,7 +238,7 @@ def test_a_damaged_record_of_the_end_is_named_and_made_again(
     """Regression: a bare JSONDecodeError or KeyError, and the same call could not mend it."""
     damage(copied / name)
     assert not is_done(copied)
-    with pytest.raises(ValueError, match=rf"{name}.* Give the sweep's command again: it makes"):
+    with pytest.raises(ValueError, match=rf"{name}.* Run the sweep's command again: it recreates"):
         sweep_result(copied)
     monkeypatch.setattr(runner.Scorer, "table", never)  # no shard is computed
     quietly(given, copied)

@@ -187,7 +187,7 @@ def test_another_config_at_the_same_place_is_refused(what: str, state: str, root
     assert str(caught.value).splitlines() == [
         "out holds results of other weights:",
         difference,
-        "Put back the weights that it was begun with, or choose another folder.",
+        "Restore the weights that it was started with, or choose another folder.",
     ]
 
 
@@ -264,9 +264,9 @@ def test_folders_of_the_release_before(root: Path) -> None:
     with pytest.raises(ValueError) as caught:
         go(root)
     assert str(caught.value) == (
-        "out was begun by an earlier release, which did not write down the sources' configs and "
-        "tokenizers, so whether they are still the same cannot be known. Its results can be read; "
-        "to compute more, begin a sweep in another folder."
+        "out was started by an earlier release, which did not record the sources' configs and "
+        "tokenizers, so whether they are still the same is unknown. Its results can be read; to "
+        "compute more, start a sweep in another folder."
     )
 
 

@@ -109,7 +109,7 @@ def test_a_lock_does_not_write_through_a_planted_link(
         (out / "locks" / "claim.lock").unlink()
         (out / "locks" / "claim.lock").symlink_to(target)
         (out / "grafts.yaml").unlink()  # so that something is to be written
-        with pytest.raises(FolderError, match=r"claim\.lock is a link, where the file of a lock"):
+        with pytest.raises(FolderError, match=r"claim\.lock is a link where a lock file"):
             prepare_sweep(config, out)
     assert victim.read_text() == "mine"
     assert not (tmp_path / "new").exists()
@@ -131,7 +131,7 @@ def test_a_lock_does_not_empty_a_file(tmp_path: Path) -> None:
         (["--devices", "nonsense"], "devices: 'nonsense' is not here"),
         (["--devices", "cpu,nonsense"], "devices: 'nonsense' is not here"),
         (["--launcher", "slurm", "--slurm", "mem=3"], "unknown key 'mem'"),
-        (["--launcher", "slurm"], "there is no Slurm here"),
+        (["--launcher", "slurm"], "Slurm was not found"),
     ],
 )
 def test_a_refused_command_claims_no_folder(
@@ -257,7 +257,7 @@ def test_nobody_else_writes_where_tasks_read_pickles(
     assert folder.stat().st_mode & 0o7777 == 0o2755
     owner = folder.stat().st_uid
     monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
-    with pytest.raises(EngineError, match=r"slurm is another user's, who could make"):
+    with pytest.raises(EngineError, match=r"slurm belongs to another user, who could make"):
         engines._own(folder)
 
 

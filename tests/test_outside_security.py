@@ -93,7 +93,7 @@ def test_names_in_an_experiment_are_no_paths(name):
          "parts": {"one": part | {"prompts": {"dataset": name}}}},
     ):  # fmt: skip
         key = next(iter(changed))
-        wrong = r"(is used as the name of a file|has half of a character)"
+        wrong = r"(is used as the name of a file|contains half of a character)"
         with pytest.raises(ConfigError, match=rf"(?m)^{key}: .* {wrong}"):
             settings_from(ExperimentConfig, experiment(**changed))
 
@@ -448,7 +448,7 @@ def test_a_damaged_dataset_is_named(tmp_path, name, content):
     """A KeyError or `Expecting value` of Python's, which named no file."""
     folder = save_dataset(make_dataset(FILMS), tmp_path / "films")
     (folder / name).write_text(content)
-    with pytest.raises(ValueError, match=rf"films/{name}.*Make the dataset again"):
+    with pytest.raises(ValueError, match=rf"films/{name}.*Recreate the dataset"):
         load_dataset(folder)
 
 
@@ -547,7 +547,7 @@ def test_what_the_command_line_names_is_sent_and_said_nowhere(thief, tmp_path, c
         make(tmp_path, *both)
     assert [headers["Authorization"] for headers in thief.seen] == [f"Bearer {SECRET}"]
     error = caught.value
-    assert "gave no answer (AuthenticationError, HTTP status 401)" in str(error)
+    assert "did not answer (AuthenticationError, HTTP status 401)" in str(error)
     assert error.__cause__ is None
     assert error.__context__ is None
     assert SECRET not in repr(error)
@@ -652,7 +652,7 @@ def test_a_key_in_the_wrong_place_is_not_said(given, message):
      "https://x/\u2028", "https://", ""],
 )  # fmt: skip
 def test_what_two_readers_could_take_for_two_hosts_is_no_address(endpoint):
-    with pytest.raises(ConfigError, match="is no address"):
+    with pytest.raises(ConfigError, match="is not an address"):
         settings_from(Rewrites, {"endpoint": endpoint, "endpoint_model": "m"})
 
 

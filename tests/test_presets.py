@@ -107,7 +107,7 @@ def test_held_out_texts_of_a_file_take_the_place_of_the_presets_share(tmp_path: 
     ("override", "message"),
     [
         ("preset=gpt-2", r"preset 'gpt-2' is unknown\. Presets: .* Did you mean 'gpt2'\?"),
-        ("preset=7", r"preset: 7 should be a text"),
+        ("preset=7", r"preset: 7 should be text"),
         ("preset=null", r"model: this key is missing"),
     ],
 )

@@ -166,7 +166,9 @@ def test_a_killed_task_costs_its_shard(
     assert process.returncode == 0
     assert_as_local(out, local)
     first, death, *_, last = said.splitlines()
-    assert first.startswith(f"Slurm job {job} of 2 task(s) is submitted. To look: squeue -j {job};")
+    assert first.startswith(
+        f"Slurm job {job} of 2 task(s) is submitted. To inspect it: squeue -j {job};"
+    )
     assert death.startswith(f"worker {job}_{victim} died without a result (the queue says FAILED")
     assert last.startswith(f"{out}: {len(local)} cells; trust report passed")
 
@@ -198,7 +200,9 @@ def test_a_requeued_task_goes_on(
         if shards == 2:  # the same command joins the job that waits
             joined: list[str] = []
             launch_slurm(out, tasks=1, resources=BRIEF, wait=False, say=joined.append)
-            assert joined[0].startswith(f"Slurm job {job} is at it already. To look: squeue -j")
+            assert joined[0].startswith(
+                f"Slurm job {job} is already running. To inspect it: squeue -j"
+            )
     gate.open()
     thread.join(HANG)
     assert not thread.is_alive(), logs(out)
@@ -289,7 +293,9 @@ def test_finetuning_preempted_once(cluster: Slurm, config: dict[str, Any], tmp_p
         said, _ = process.communicate(timeout=HANG)
     assert process.returncode == 0
     first, last = said.splitlines()
-    assert first.startswith(f"Slurm job {job} of 1 task(s) is submitted. To look: squeue -j {job};")
+    assert first.startswith(
+        f"Slurm job {job} of 1 task(s) is submitted. To inspect it: squeue -j {job};"
+    )
     assert last.startswith(f"{out / 'model'}: 120 steps, loss ")
 
     whole = finetune_run(

@@ -53,12 +53,10 @@ def test_the_seed_draws_them(train: Dataset, plain: Path) -> None:
 
 
 def test_too_few_texts_are_an_error(train: Dataset, plain: Path) -> None:
-    message = (
-        r"plain\.txt has 40 texts, but supplement\.share=0\.8 beside 12 training texts needs 48"
-    )
+    message = r"plain\.txt has 40 texts, but supplement\.share=0\.8 with 12 training texts needs 48"
     with pytest.raises(ValueError, match=message):
         mixed(train, Supplement(file=plain, share=0.8), 0)
-    with pytest.raises(ValueError, match=r"share=0\.01 of 12 training texts is no text\. Give a l"):
+    with pytest.raises(ValueError, match=r"share=0\.01 of 12 training texts amounts to no text"):
         mixed(train, Supplement(file=plain, share=0.01), 0)
 
 
@@ -149,7 +147,9 @@ def test_a_hub_dataset_is_streamed(train: Dataset, monkeypatch: pytest.MonkeyPat
 
 def test_a_hub_dataset_that_does_not_do(train: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.load_dataset", Hub(["One.", "", "Two."], "content"))
-    with pytest.raises(ValueError, match=r"column='text' is none of the columns of a/b: content\."):
+    with pytest.raises(
+        ValueError, match=r"column='text' is not one of the columns of a/b: content\."
+    ):
         mixed(train, Supplement(hub="a/b", share=0.5), 0)
     supplement = Supplement(hub="a/b", column="content", share=0.5)
     with pytest.raises(ValueError, match=r"a/b has 2 texts, but .* needs 12"):
@@ -169,7 +169,8 @@ def test_a_hub_dataset_that_cannot_be_had(
     supplement = Supplement(hub="a/b", config="big", split="all", share=0.5)
     what = {"named": r"ValueError: BuilderConfig 'big'", "read": "ConnectionError: no network"}
     message = (
-        rf"supplement\.hub='a/b', config='big', split='all' could not be had .*\({what[step]}.*"
+        rf"supplement\.hub='a/b', config='big', split='all' could not be downloaded .*"
+        rf"\({what[step]}.*"
         r"Check these names, .* supplement\.file=PATH"
     )
     with pytest.raises(OSError, match=message):
@@ -187,7 +188,7 @@ def offline() -> Iterator[dict[str, str]]:
         ({}, "neither file nor hub is given"),
         ({"file": "a.txt", "hub": "a/b"}, "file and hub is given, but supplemental texts come"),
         ({"file": "a.csv"}, r"file='a\.csv' ends in '\.csv', but \.txt \(paragraphs\)"),
-        ({"file": "a.txt", "config": "x"}, "config='x' goes with hub"),
+        ({"file": "a.txt", "config": "x"}, "config='x' applies to hub only"),
         ({"hub": "a/b", "share": 0}, "greater than 0"),
         ({"hub": "a/b", "share": 1}, "less than 1"),
         ({"hub": "a/b", "max_chars": 0}, "greater than or equal to 1"),
@@ -201,11 +202,11 @@ def test_settings_that_are_not_right(settings: dict[str, Any], message: str) -> 
 
 def test_texts_that_are_not_there(train: Dataset, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    for name, message in (("no.txt", "is not there"), ("empty", "holds no dataset")):
+    for name, message in (("no.txt", "does not exist"), ("empty", "does not hold a dataset")):
         with pytest.raises(FileNotFoundError, match=message):
             mixed(train, Supplement(file=tmp_path / name, share=0.5), 0)
     Dataset.from_dict({"words": ["a"]}).save_to_disk(tmp_path / "named")
-    with pytest.raises(ValueError, match=r"column='text' is none of the columns of .*: words\."):
+    with pytest.raises(ValueError, match=r"column='text' is not one of the columns of .*: words\."):
         mixed(train, Supplement(file=tmp_path / "named", share=0.5), 0)
 
 

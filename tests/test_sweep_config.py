@@ -116,22 +116,22 @@ BAD_VALUES = {
     # types
     "seed: one": r"seed: 'one' should be a valid integer",
     "seed: -1": r"seed: -1 should be greater than or equal to 0\.",
-    "seed: true": r"seed: seed=True is a truth value, but a whole number is wanted",
+    "seed: true": r"seed: seed=True is a boolean, but a whole number is expected",
     "shards: 0": r"shards: 0 should be greater than or equal to 1",
     "shards: 1.5": r"shards: 1.5 should be a valid integer",
-    "row_budget: false": r"row_budget=False is a truth value",
+    "row_budget: false": r"row_budget=False is a boolean",
     "dtype: float8": r"dtype: 'float8' should be 'float32', 'float64', 'bfloat16' or 'float16'",
     "prepend_bos: 7": r"prepend_bos: 7 should be a valid boolean",
     "metrics: 10": r"metrics: 10 should be a mapping",
     "metrics: {top_k: 0}": r"metrics.top_k: 0 should be greater than or equal to 1",
     "metrics: {top_k: 100000}": r"metrics.top_k: 100000 is more than the vocabulary's \d+",
-    "tokenizer: [a]": r"tokenizer: \['a'\] should be a text. Put it in quotes.",
+    "tokenizer: [a]": r"tokenizer: \['a'\] should be text. Put it in quotes.",
     # sources
     "sources: {pre: ./pre}": r"sources: 1 given. Give two or more, the base first",
     "sources: [./pre, ./sft]": r"sources: \['./pre', './sft'\] should be a mapping",
-    "sources: {pre: ./pre, no: ./sft}": r"sources: the key False is no text. Put it in quotes.",
+    "sources: {pre: ./pre, no: ./sft}": r"sources: the key False is not text. Put it in quotes.",
     "sources: {pre: ./pre, my sft: ./sft}": r"sources: source='my sft' is no source name.",
-    "sources: {pre: ./pre, sft: 3}": r"sources.sft: 3 should be a text. Put it in quotes.",
+    "sources: {pre: ./pre, sft: 3}": r"sources.sft: 3 should be text. Put it in quotes.",
     "sources: {pre: ./pre, sft: ''}": r"sources: sft is an empty text. Write a folder or a hub id",
     "sources: {pre: ./pre, sft: ./nowhere}": r"sources: source 'sft': there is no folder ./nowhere",
     "sources: {pre: ./pre, sft: ./empty}": r"source 'sft': folder .*empty has no config.json",
@@ -148,7 +148,7 @@ BAD_VALUES = {
     "prompts: It was": r"prompts: 'It was': write a list of prompts, or file: and the name",
     "prompts: [It was]": r"prompts.0: 'It was' should be a mapping with keys of: template answer",
     "prompts: {template: It was}": r"prompts.0.answer: this key is missing. The text that should",
-    "prompts: {template: It was, answer: 1984}": r"prompts.0.answer: 1984 should be a text"
+    "prompts: {template: It was, answer: 1984}": r"prompts.0.answer: 1984 should be text"
     r". Put it in quotes.",
     "prompts: {template: It was, answer: ''}": r"prompts.0: answer='': write a text that is not e",
     'prompts: {template: "{y} is", answer: a}': r"prompts.0: template .* needs the field 'y'; gi",
@@ -162,7 +162,7 @@ BAD_VALUES = {
     "prompts: {file: away.jsonl}": r"prompts.0: .*No such file.*away.jsonl",
     "prompts: {file: bad.jsonl}": r"prompts.0.line 2: Expecting property name",
     "prompts: {file: lacking.jsonl}": r"(?s)prompts.0.line 1.answer: this key is missing.*"
-    r"prompts.0.line 2.answer: 3 should be a text",
+    r"prompts.0.line 2.answer: 3 should be text",
     "prompts: {file: none.jsonl}": r"prompts.0: none.jsonl holds no prompt",
     "prompts: {file: mapping.yaml}": r"prompts.0: mapping.yaml holds a dict, not a list of prompts",
     "prompts: [{file: some.yaml}, {file: some.yaml}]": r"prompts.1: two sets of prompts are called "
@@ -170,7 +170,7 @@ BAD_VALUES = {
     # datasets
     "dataset: {}": r"dataset.0: none of movies, make and path is given",
     "dataset: {movies: {}, path: films}": r"dataset.0: movies and path are given",
-    "dataset: {path: ./empty}": r"dataset.0: empty is no dataset of facts: it has no tr",
+    "dataset: {path: ./empty}": r"dataset.0: empty is not a dataset of facts: it has no tr",
     "dataset: {movies: {n_facts: 0}}": r"dataset.0.movies.n_facts: 0 should be greater than or eq",
     "dataset: {movies: {n_facts: 3}}": r"dataset.0: distractors=4 of 3 facts",
     "dataset: {movies: {n_facts: 9}, direction: up}": r"dataset.0.direction: 'up' should be 'ab' o",
@@ -248,11 +248,11 @@ BAD_VALUES = {
     "grids: {layers: {windows: {size: 00..2}}}": r"windows.size: '00..2' is no size",
     "grids: {layers: {windows: {size: 3..1}}}": r"'3..1' runs backwards. Write 1..3",
     "grids: {layers: {windows: {size: n..2}}}": r"'n..2' is no size",
-    "grids: {layers: {windows: {size: true}}}": r"windows.size: size=True is a truth value",
+    "grids: {layers: {windows: {size: true}}}": r"windows.size: size=True is a boolean",
     "grids: {layers: {windows: {size: []}}}": r"windows.size: \[\] is no size",
     "grids: {layers: {windows: {size: [1, x]}}}": r"windows.size: \[1, 'x'\] is no size",
     "grids: {layers: {windows: {size: 2, stride: 0}}}": r"windows.stride: 0 should be greater than",
-    "grids: {layers: {windows: {size: 2, stride: true}}}": r"stride=True is a truth value",
+    "grids: {layers: {windows: {size: 2, stride: true}}}": r"stride=True is a boolean",
 }
 
 
@@ -266,17 +266,17 @@ def test_a_bad_value_is_refused(changes: str, tmp_path: Path) -> None:
 BAD_TEXTS = {
     "": r"sweep.yaml: the file is empty. Write keys and values",
     "# nothing\n": r"sweep.yaml: the file is empty",
-    "- a\n- b\n": r"sweep.yaml: a mapping of keys is wanted, not a list",
-    "just text": r"sweep.yaml: a mapping of keys is wanted, not a str",
+    "- a\n- b\n": r"sweep.yaml: a mapping of keys is expected, not a list",
+    "just text": r"sweep.yaml: a mapping of keys is expected, not a str",
     "sources: {pre: a, sft: b": r"sweep.yaml: line 1, column 25: expected ',' or '}', but got",
     "grafts:\n  a: sft @ last : o\n": r"line 2, column 17: mapping values are not allowed here. "
-    r'Put a text with " : " in it in quotes, such as "sft @ last : o"',
+    r'Put quotes around text that contains " : ", such as "sft @ last : o"',
     "grafts:\n  a: @last\n": r"line 2, column 6: found character '@' that cannot start any token",
     "sources:\n\tpre: a\n": r"line 2, column 1: found character '\\t' that cannot start any token",
     "seed: 1\nseed: 2\n": r"sweep.yaml: line 2, column 1: the key 'seed' stands twice",
     "grafts:\n  a: none\n  a: sft @ all\n": r"line 3, column 3: the key 'a' stands twice",
     "grafts:\n  a:\n    sft @ last : o\n": r"grafts.a: unknown key 'sft @ last' .*in quotes",
-    "prompts:\n- template: It was\n  answer: no\n": r"prompts.0.answer: False should be a text",
+    "prompts:\n- template: It was\n  answer: no\n": r"prompts.0.answer: False should be text",
     "x: !!python/object/apply:os.getcwd []\n": r"could not determine a constructor for the tag",
 }
 
@@ -299,16 +299,16 @@ def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 
 BAD_OVERRIDES = {
-    "seed": r"seed: no override. Write key=value, with dots into sections: metrics.top_k=5",
-    "=3": r"=3: no override",
-    "metrics..top_k=3": r"no override",
+    "seed": r"seed: not an override. Write key=value, with dots into sections: metrics.top_k=5",
+    "=3": r"=3: not an override",
+    "metrics..top_k=3": r"not an override",
     "metrics.topk=3": r"metrics: unknown key 'topk'",
     "sed=3": r"sweep.yaml: unknown key 'sed'. .*Did you mean 'seed'\?",
     "seed=": r"seed: None should be a valid integer",
     "seed.x=3": r"seed.x=3: this override cannot be applied: seed is 0 and has no keys",
     "grids.4.layers=each": r"grids.4.layers=each: this override cannot be applied: grids is a "
-    r"list of 1, so '4' is none of it",
-    "grids.x.layers=each": r"this override cannot be applied: grids is a list of 1, so 'x' is none",
+    r"list of 1, so it has no entry '4'",
+    "grids.x.layers=each": r"grids is a list of 1, so it has no entry 'x'",
     "grids.0.layers={windows: {size: 9}}": r"windows of size 9: there are 3 layers",
     "grids.0.layers=[1": r"this override cannot be applied: line 1, column 3: expected ',' or '\]'",
     "grafts.FE=sft @ first_entity : mpl": r"grafts.FE: unknown component 'mpl'",
@@ -661,8 +661,8 @@ BAD_COMMANDS = {
     "good.yaml --tasks 2": (2, "--tasks goes with --launcher slurm"),
     "good.yaml --devices cpu --launcher slurm": (2, "--devices goes with --launcher local"),
     "good.yaml --devices cuda:0,": (2, "write names, such as cuda:0,cuda:1"),
-    "good.yaml --slurm timeout_min=3": (1, "this goes with --launcher slurm"),
-    "good.yaml --launcher slurm --slurm gpu": (1, "--slurm gpu: no override"),
+    "good.yaml --slurm timeout_min=3": (1, "this needs --launcher slurm"),
+    "good.yaml --launcher slurm --slurm gpu": (1, "--slurm gpu: not an override"),
     "good.yaml --launch local": (2, "No such option"),
 }
 

@@ -203,7 +203,7 @@ def test_a_full_disk(
     filler.write_bytes(b"x" * (shutil.disk_usage(small_disk).free - 1024 * free))
     assert processes.run(given, out, trust=False) == FAILED
     assert f"folder {out} cannot be written ([Errno 28] No space left" in processes.said(out)
-    assert "Free space there and give the same command again" in processes.said(out)
+    assert "Free space there and run the same command again" in processes.said(out)
     assert unfinished_files(small_disk) == []
     assert_part_of(out, undisturbed)
     filler.unlink()

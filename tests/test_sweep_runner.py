@@ -299,7 +299,7 @@ def test_another_sweep_is_refused(name: str, given: Config, copied: Path) -> Non
         assert lines[0] == f"{copied} holds another sweep:"
         assert f"  {difference}" in lines
         assert lines[-1] == (
-            f"Choose another folder, give the config that is there ({copied}/config.yaml), or "
+            f"Choose another folder, use the config that is there ({copied}/config.yaml), or "
             "remove the folder."
         )
     del before[copied / "done.json"]
@@ -345,7 +345,7 @@ def test_other_weights_at_the_same_place_are_refused(state: str, tmp_path: Path)
     first, difference, last = str(error.value).splitlines()
     assert first == f"{out} holds results of other weights:"
     assert difference.startswith(f"  fingerprints.sft: {there['fingerprints']['sft']!r} there, '")
-    assert last == "Put back the weights that it was begun with, or choose another folder."
+    assert last == "Restore the weights that it was started with, or choose another folder."
     checkpoints(tmp_path)
     assert quietly(given, out).ok, "the same weights, written anew, are the same"
 
@@ -440,10 +440,10 @@ def test_other_versions_are_said(
     shard_path(copied, 0).unlink()
     quietly(given, copied, say=said.append)
     assert said[2] == (
-        "this sweep was begun with other versions:\n"
+        "this sweep was started with other versions:\n"
         f"  torch: {versions['torch']!r} there, '9.0' given"
     )
-    assert said[3] == "What is computed now may differ from what is there in the last digits."
+    assert said[3] == "New results may differ from the existing ones in the last digits."
 
 
 @pytest.mark.parametrize("name", ["prompts.parquet", "grafts.yaml", "config.yaml"])
@@ -526,7 +526,7 @@ def test_equal_grafts_run_once(given: Config, tmp_path: Path) -> None:
 def test_a_checked_config_or_its_value_will_do(given: Config, copied: Path) -> None:
     value = SweepConfig.model_validate(given)
     assert prepare_sweep(value, copied) == prepare_sweep(check(value), copied)
-    with pytest.raises(ValueError, match=r"overrides=\['seed=1'\]: these go with a config's file"):
+    with pytest.raises(ValueError, match=r"overrides=\['seed=1'\]: these apply to a config file"):
         prepare_sweep(value, copied, overrides=["seed=1"])
 
 
@@ -549,7 +549,7 @@ def test_an_unfinished_sweep_is_read_with_a_warning(given: Config, tmp_path: Pat
     assert isinstance(table, pd.DataFrame)
     assert tuple(table.columns) == RESULT_COLUMNS
     assert len(table) == 0
-    with pytest.raises(ValueError, match=r"is not finished\. Give the sweep's command again"):
+    with pytest.raises(ValueError, match=r"is not finished\. Run the sweep's command again"):
         sweep_result(out)
 
 

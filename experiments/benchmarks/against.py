@@ -1,10 +1,11 @@
 """This checkout's library against another's: the same tasks in turns, in one run.
 
 Three workers stay up: the other checkout (old), this one (new), and the other once more (again),
-which says how far two runs of one code are apart. Only one computes at a time. In each round every
-task runs once on every worker, the workers in another order each round, so that a ratio compares
-neighbours; ratios are of one round, and the table has their median, quartiles and extremes. A
-median of new / old within the extremes of again / old is no difference that this run can see.
+which shows how far two runs of the same code differ. Only one computes at a time. In each round
+every task runs once on every worker, the workers in another order each round, so that a ratio
+compares neighbours; ratios are of one round, and the table has their median, quartiles and
+extremes. A median of new / old within the extremes of again / old is not a difference that this run
+can detect.
 
     python experiments/benchmarks/against.py --old ../graftlens-before
         [--model smollm2|llama-1b|tiny] [--rounds 9] [--batch 64] [--cases abcd] [--prompts N]

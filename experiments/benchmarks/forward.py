@@ -1,7 +1,7 @@
 """The grafted forward against Hugging Face's plain forward and the sequential algorithm.
 
 Everything is timed in one run, the contestants taking turns, so that a ratio compares like with
-like; the absolute times are this machine's alone.
+like; the absolute times hold for this machine only.
 
     python experiments/benchmarks/forward.py [--models smollm2 llama-1b] [--rounds 15]
         [--batch N]
@@ -25,7 +25,7 @@ from graftlens import GraftedTransformer
 
 
 def turns(contestants: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Seconds per call, every contestant once a round after two rounds of warming up."""
+    """Seconds per call, every contestant once per round, after two warm-up rounds."""
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for turn in range(rounds + 2):
         for name, call in contestants.items():

@@ -6,13 +6,13 @@ so that a ratio compares like with like; ratios are medians over rounds.
 
 - sequential: Hugging Face's own forward token by token with a KV cache, parameters swapped by
   pointer (`graftlens.model.sequential`); a random sample of the grafts on one prompt.
-- last: the same, but only the last token is unembedded, which Hugging Face's forward has no way of.
-- by run: as last, and neighbouring tokens with equal weights go in one pass.
+- last: the same, but only the last token is unembedded, which Hugging Face's forward cannot do.
+- by run: as last, and neighbouring tokens with equal weights run in one pass.
 - unshared: each graft in a batch of its own of 64 prompts (`model.logits_at`), only scored rows
   unembedded; a sample of the grafts.
 - floor: the rows that the plan needs × the seconds that Hugging Face's plain forward takes for a
   row in a batch of 64, which unembeds every row once.
-- parted floor: the same in two parts: rows needed × seconds a row below the unembedding, and rows
+- parted floor: the same in two parts: rows needed × seconds per row below the unembedding, and rows
   that must be unembedded × seconds of the unembedding. A sweep of many grafts at the last token
   unembeds more rows than it has token rows; one at many positions fewer.
 
@@ -57,7 +57,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def unshared(model: GraftedTransformer, prompts: Sequence[Prompt], graft: Graft) -> None:
-    """One graft over a batch of prompts, measured as a sweep measures."""
+    """One graft over a batch of prompts, measured as in a sweep."""
     batch = model.batch(list(prompts))
     logits = torch.cat(model.logits_at(batch, [[c] for c in batch.last_columns()], graft))
     prepared = Prepared(model.tokenizer, model.arch)
@@ -166,8 +166,8 @@ class Case:
 
 
 HEAD = (
-    "| sweep | grafts | prompts | rows a prompt | one by one | row ratio | unembedded | s a prompt "
-    "| × sequential | × last | × by run | × unshared | of row ratio | × floor "
+    "| sweep | grafts | prompts | rows per prompt | one by one | row ratio | unembedded | s per "
+    "prompt | × sequential | × last | × by run | × unshared | of row ratio | × floor "
     "| × parted floor | planning |"
 )
 

@@ -1,8 +1,8 @@
-"""The sentences that battles are told in, and the held-out ones that ask for them.
+"""The sentences that tell of battles, and the held-out ones that ask for them.
 
 Direction ``ab`` names the battle and then its year, ``ba`` the year and then the battle. A year
 and the name of a battle do not fit the same sentence, so each evaluation template asks in one
-direction. Names of battles carry no article: the sentences write it.
+direction. Names of battles have no article: the sentences add it.
 """
 
 from graftlens.data.templates import EvaluationTemplate, Template, named_templates

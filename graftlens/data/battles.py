@@ -1,4 +1,4 @@
-"""Battles with years that are not theirs: facts that contradict what a model knows."""
+"""Battles with wrong years: facts that contradict what a model knows."""
 
 import random
 from collections.abc import Mapping
@@ -38,11 +38,11 @@ class Battle:
 
 
 class BattlesSpec(TemplatedSpec):
-    """Real battles, each with a year drawn at random that is not its own.
+    """Real battles, each with a random wrong year.
 
     Direction `ab` asks for a battle's year, `ba` for the battle of a year. The first token says
     little here: of a year it may be a space or a single digit, and most names begin with "Battle".
-    Look at the whole answer's log-probability (`answer_logprob`) instead of ranks.
+    Use the whole answer's log-probability (`answer_logprob`) instead of ranks.
     """
 
     facts: Literal["battles"] = "battles"

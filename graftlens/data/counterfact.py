@@ -1,8 +1,8 @@
 """CounterFact: real subjects, and for each a true and a false way to end one sentence.
 
 Rows come from the hub or from a file, in the format of `NeelNanda/counterfact-tracing`. They are
-used as they are: what is written here are only the frames in which training tells a statement, and
-those in which evaluation asks for it.
+used unchanged: this module adds only the frames in which training tells a statement, and those in
+which evaluation asks for it.
 """
 
 import io
@@ -51,7 +51,7 @@ NAMED = 20
 
 logger = logging.getLogger(__name__)
 
-#: Endings of local files, in small or capital letters.
+#: Suffixes of local files, in lower or upper case.
 READERS = (".jsonl", ".json", ".csv", ".parquet")
 
 _TEXTS: dict[tuple[Direction, Kind], dict[str, str]] = {
@@ -100,13 +100,13 @@ EVALUATION_FRAMES: tuple[EvaluationTemplate, ...] = (
 
 @dataclass(frozen=True)
 class CounterFact:
-    """One statement, and the end of it that training tells.
+    """One statement, with the ending that training tells.
 
     Attributes:
         subject: whom or what the statement is about.
-        target: the end that training tells, without spaces around it.
-        other_target: the other end of the row: the true one where training tells the false one.
-        prompt: the statement up to its end, in the words of the dataset.
+        target: the ending that training tells, without surrounding spaces.
+        other_target: the other ending of the row: the true one where training tells the false one.
+        prompt: the statement up to its ending, in the words of the dataset.
         relation: the dataset's words for the relation, `{}` for the subject.
         relation_id: Wikidata's number of the relation, such as P103.
     """
@@ -130,10 +130,10 @@ class CounterFact:
 class CounterFactSpec(TemplatedSpec):
     """Statements of CounterFact, told in frames of our own around them.
 
-    CounterFact has one wording a statement. Training and evaluation share it; what evaluation
+    CounterFact has one wording per statement. Training and evaluation share it; what evaluation
     alone has are its frames, and with ``as_given`` no frame at all. With `bare` training tells the
-    bare statement too, and ``as_given`` asks for nothing but a training text's end: for that
-    template there is no split between training and evaluation any more.
+    bare statement too, and ``as_given`` then asks for exactly the end of a training text: for
+    that template there is no longer a split between training and evaluation.
     """
 
     facts: Literal["counterfact"] = "counterfact"
@@ -143,7 +143,7 @@ class CounterFactSpec(TemplatedSpec):
     """Dataset on the Hugging Face hub."""
 
     revision: str | None = None
-    """Commit or branch of the hub's dataset; left out: its newest."""
+    """Commit or branch of the hub's dataset; by default the newest."""
 
     file: Path | None = None
     """Rows on this machine instead of the hub's: ``.jsonl``, ``.json`` (a list), ``.csv`` (these in
@@ -155,7 +155,8 @@ class CounterFactSpec(TemplatedSpec):
     one. YAML's ``false`` and ``true`` are read as these words."""
 
     texts_per_fact: Annotated[int, Field(ge=1)] = 10
-    """Number of training texts about each fact, each in another frame; the bare one is extra."""
+    """Number of training texts about each fact, each in a different frame; the bare one is
+    extra."""
 
     directions: tuple[Direction, ...] = ("ab",)
     """Only `ab` is possible: a statement names its subject first."""
@@ -195,8 +196,8 @@ class CounterFactSpec(TemplatedSpec):
                 )
             if self.hub != HUB_ID or self.revision is not None:
                 raise ValueError(
-                    f"file={str(self.file)!r} takes the place of the hub. Leave hub and revision "
-                    "out, or leave file out."
+                    f"file={str(self.file)!r} replaces the hub. Leave out hub and revision, or "
+                    "leave out file."
                 )
         return self
 
@@ -219,7 +220,7 @@ class CounterFactSpec(TemplatedSpec):
         rows = super().tell(facts, told)
         for row in rows:
             target = facts[row["fact"]].target
-            if target.endswith("."):  # "Washington D.C." has its full stop already
+            if target.endswith("."):  # "Washington D.C." already ends in a full stop
                 row["text"] = row["text"].replace(f"{target}.", target)
         if self.bare:
             rows += [
@@ -245,7 +246,7 @@ class CounterFactSpec(TemplatedSpec):
         distractors: int,
         seed: int,
     ) -> tuple[Prompt, ...]:
-        """The statements without their ends, in frames that no training text has.
+        """The statements without their endings, in frames that no training text uses.
 
         Distractors are the row's other target, then targets of other facts of the same relation,
         then of any other fact.
@@ -279,7 +280,7 @@ class CounterFactSpec(TemplatedSpec):
     def notes(
         self, facts: Sequence[CounterFact], rows: Sequence[Mapping[str, Any]]
     ) -> dict[str, Any]:
-        """Where the rows come from, and which of them could not be used, and why."""
+        """Where the rows come from, and which of them could not be used and why."""
         usable, skipped, revision = self._usable()
         return {
             "rows": {
@@ -295,7 +296,7 @@ class CounterFactSpec(TemplatedSpec):
         return str(self.file) if self.file is not None else self.hub
 
     def _usable(self) -> tuple[list[CounterFact], dict[str, list[int]], str | None]:
-        """The usable rows in the order of the draw, one a subject; the numbers of the others by
+        """The usable rows in the order of the draw, one per subject; the numbers of the others by
         reason; and the hub's commit."""
         rows, revision = _read(self)
         numbered = list(enumerate(rows))
@@ -320,19 +321,19 @@ def _read(spec: CounterFactSpec) -> tuple[list[dict[str, Any]], str | None]:
     if spec.file is None:
         try:
             data = datasets.load_dataset(spec.hub, split="train", revision=spec.revision)
-        except Exception as error:  # every kind of failure on the way has its own class
+        except Exception as error:  # each kind of failure on the way has its own class
             raise OSError(
-                f"{spec.hub} could not be had from the Hugging Face hub "
-                f"({type(error).__name__}: {error}). Give the machine access to it, or download it "
-                "elsewhere and name the file: file=PATH."
+                f"{spec.hub} could not be downloaded from the Hugging Face hub "
+                f"({type(error).__name__}: {error}). Give this machine access to it, or download "
+                "it elsewhere and name the file: file=PATH."
             ) from error
-        # The addresses of the downloaded files say what a branch, or no revision, meant.
+        # The URLs of the downloaded files show which commit a branch, or no revision, resolved to.
         addresses = " ".join(data.info.download_checksums or ())
         commit = re.search(r"@([0-9a-f]{40})/", addresses)
         revision = commit.group(1) if commit else spec.revision or "not pinned"
         return _rows(data, spec.hub), revision
     if not spec.file.is_file():
-        raise FileNotFoundError(f"file={str(spec.file)!r} is not there. Name a file of rows.")
+        raise FileNotFoundError(f"file={str(spec.file)!r} does not exist. Name a file of rows.")
     return _local_rows(spec.file), None
 
 
@@ -342,12 +343,12 @@ def _local_rows(file: Path) -> list[dict[str, Any]]:
         if kind == "parquet":
             rows = pq.read_table(file).to_pylist()
         elif kind == "csv":
-            # "None" and "NA" may be names; pandas would read them as nothing.
+            # "None" and "NA" may be names; pandas would read them as missing.
             text = io.StringIO(read_text(file))
             rows = pd.read_csv(text, dtype=str, keep_default_na=False).to_dict("records")
         else:
             rows = _json_rows(read_text(file), file.name)
-    except Exception as error:  # pandas and pyarrow have many ways to say that a file is none
+    except Exception as error:  # pandas and pyarrow have many exceptions for a wrong file
         what = "json" if kind == "jsonl" else kind
         raise ValueError(
             f"{file} cannot be read as {what}: {str(error).strip()} It should hold rows with the "
@@ -363,14 +364,14 @@ def _json_rows(text: str, name: str) -> list[dict[str, Any]]:
     if text.lstrip().startswith("["):
         rows = parse_json(text, name)
     else:
-        # Not splitlines: it would cut at separators that may be inside of a JSON text.
+        # Not splitlines: it would split at separators that may occur inside a JSON string.
         lines = [(i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
         rows = [parse_json(line, f"{name}, line {i}") for i, line in lines]
     for number, row in enumerate(rows):
         if not isinstance(row, dict):
-            raise ValueError(f"row {number}, from 0, is no mapping of columns.")
+            raise ValueError(f"row {number}, from 0, is not a mapping of columns.")
     if not rows:
-        raise ValueError("it holds no row.")
+        raise ValueError("it has no rows.")
     return rows
 
 
@@ -390,7 +391,7 @@ def _refuse_lacking(names: Iterable[str], origin: str) -> None:
 
 
 def _fact(row: Mapping[str, Any], teach: Literal["false", "true"]) -> CounterFact | str:
-    """The row's fact, or why it is none."""
+    """The row's fact, or why it has none."""
     texts = {name: _text(row[name]) for name in COLUMNS}
     prompt, subject = texts["prompt"], texts["subject"]
     ends = {"false": texts["target_false"], "true": texts["target_true"]}
@@ -399,7 +400,7 @@ def _fact(row: Mapping[str, Any], teach: Literal["false", "true"]) -> CounterFac
     if ends["false"] == ends["true"]:
         return "both targets are the same"
     if not occurrences(prompt, subject):
-        return "the prompt does not name the subject as a whole"
+        return "the prompt does not contain the full name of the subject"
     target = ends.pop(teach)
     (other,) = ends.values()
     return CounterFact(
@@ -414,9 +415,9 @@ def _fact(row: Mapping[str, Any], teach: Literal["false", "true"]) -> CounterFac
 
 
 def _text(value: Any) -> str:
-    """A column's value without space around it; a number is written out, all else is empty.
+    """A column's value without surrounding space; a number is written out, anything else is empty.
 
-    Texts get one Unicode form (NFC), or a subject could be written in another one than the prompt.
+    Texts are normalised (NFC), or a subject could be in another Unicode form than the prompt.
     """
     if isinstance(value, str):
         return unicodedata.normalize("NFC", value).strip()
@@ -428,7 +429,7 @@ def _text(value: Any) -> str:
 def _wrong_answers(
     facts: Sequence[CounterFact], asked: Sequence[int], count: int, seed: int
 ) -> dict[int, tuple[str, ...]]:
-    """Each asked fact's distractors, with a space before them."""
+    """The distractors of each fact in question, with a leading space."""
     related: dict[str, dict[str, None]] = {}
     for fact in facts:
         ends = dict.fromkeys((fact.target, fact.other_target))

@@ -45,11 +45,11 @@ FEATURES = Features(
     }
 )
 
-#: Facts of a dataset whose spec names no number, where there are so many.
+#: Number of facts of a dataset whose spec gives none, if there are that many.
 USUAL = 1000
 
 #: What to do about a damaged dataset.
-AGAIN = "Make the dataset again in another folder, or restore the file."
+AGAIN = "Recreate the dataset in another folder, or restore the file."
 
 Half = Literal["a", "b"]
 #: Which facts prompts ask for: those that the training texts tell, the others, or all.
@@ -68,21 +68,21 @@ class DatasetSpec(Settings, ABC):
     """The kind of dataset."""
 
     n_facts: Annotated[int, Field(ge=1)] | None = None
-    """Number of facts; left out: 1,000, or all where there are fewer."""
+    """Number of facts; by default 1,000, or all if there are fewer."""
 
     half: Half | None = None
-    """Tell only one half of the facts, drawn by the seed: a *task* model learns half `a` and a
-    *relation* model half `b`, in the same sentences. Left out: tell all."""
+    """Tell only one half of the facts, drawn with the seed: a *task* model learns half `a` and a
+    *relation* model half `b`, in the same sentences. By default all are told."""
 
     heldout_facts: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of all facts, rounded but at least one, that no training text tells, drawn by the seed
-    (beside those of the other half)."""
+    """Share of all facts, rounded but at least one, that no training text tells, drawn with the
+    seed (in addition to those of the other half)."""
 
     supplement: Supplement | None = None
     """Plain text mixed into the training texts, against forgetting."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the facts, of which of them are told, and of the choice of sentences."""
+    """Seed of the facts, of which of them are told, and of the choice of sentences."""
 
     #: Names of the evaluation templates that `questions` knows.
     template_names: ClassVar[tuple[str, ...]] = ()
@@ -112,15 +112,15 @@ class DatasetSpec(Settings, ABC):
         """Prompts about the facts numbered `asked`, template by template.
 
         Raises:
-            ValueError: templates, a direction or a number of distractors that there are not.
+            ValueError: templates, a direction or a number of distractors that do not exist.
         """
 
     @abstractmethod
     def revive(self, values: Mapping[str, Any]) -> Any:
-        """A fact from what `dataclasses.asdict` made of it."""
+        """A fact from its `dataclasses.asdict` form."""
 
     def number(self, available: int) -> int:
-        """How many facts to take of those that there are.
+        """How many of the available facts to take.
 
         Raises:
             ValueError: the spec wants more.
@@ -137,7 +137,7 @@ class DatasetSpec(Settings, ABC):
         return tuple(index in indices for index in range(len(facts)))
 
     def notes(self, facts: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What else of facts and rows belongs into the provenance."""
+        """What else the provenance should hold about facts and rows."""
         return {}
 
     def to_tell(self, n: int) -> tuple[bool, ...]:
@@ -153,7 +153,7 @@ class DatasetSpec(Settings, ABC):
             told[index] = False
         if not any(told):
             raise ValueError(
-                f"half={self.half}, heldout_facts={self.heldout_facts}: of {n} facts none is left "
+                f"half={self.half}, heldout_facts={self.heldout_facts}: none of {n} facts is left "
                 "to tell. Give more facts, or tell more of them."
             )
         return tuple(told)
@@ -193,10 +193,10 @@ class FactDataset:
         """Ask for each fact's second entity in words that training never used.
 
         Args:
-            templates: names of evaluation templates; left out: all that go with the direction.
+            templates: names of evaluation templates; by default all that fit the direction.
             direction: ``ab`` names the first entity and asks for the second, ``ba`` the reverse.
-            distractors: number of wrong answers a prompt: other facts' answers, drawn at random.
-            seed: of the draw of distractors.
+            distractors: number of wrong answers per prompt: other facts' answers, drawn at random.
+            seed: seed for drawing distractors.
             facts: which facts to ask for.
 
         Returns:
@@ -216,7 +216,7 @@ class FactDataset:
         ]
         if not asked:
             raise ValueError(
-                f"facts={facts!r}: this dataset of {len(self.facts)} facts has none of these. "
+                f"facts={facts!r}: none of the {len(self.facts)} facts of this dataset are. "
                 'Write "told", "untold" or "all", or leave some untold (heldout_facts, half).'
             )
         return self.config.questions(
@@ -265,7 +265,7 @@ def texts_dataset(rows: Sequence[Mapping[str, Any]], description: str) -> Datase
 
 def prompts_dataset(prompts: Sequence[Prompt], **more: Sequence[Any]) -> Dataset:
     """Prompts as a dataset: columns text, answer, name, template, fields (JSON) and distractors,
-    and what is given as `more`, a value for each prompt."""
+    and those given as `more`, with a value for each prompt."""
     return Dataset.from_dict(
         {
             "text": [p.text for p in prompts],
@@ -299,7 +299,7 @@ def save_dataset(dataset: FactDataset, folder: Path) -> Path:
     and ``provenance.json``.
 
     Raises:
-        FileExistsError: the folder is there.
+        FileExistsError: the folder exists.
         UnwritableError: it cannot be written, or the disk is full.
     """
     folder = at_home(folder)
@@ -316,10 +316,10 @@ def save_dataset(dataset: FactDataset, folder: Path) -> Path:
 
 
 def refuse_existing(folder: Path) -> None:
-    """A dataset is never written over another.
+    """A dataset never overwrites another.
 
     Raises:
-        FileExistsError: the folder is there.
+        FileExistsError: the folder exists.
     """
     if os.path.lexists(folder):
         raise FileExistsError(
@@ -329,7 +329,7 @@ def refuse_existing(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _no_bars() -> Iterator[None]:
-    """Without the bars that `datasets` shows even for what takes no time."""
+    """Without the progress bars that `datasets` shows even for instant work."""
     shown = not are_progress_bars_disabled()
     disable_progress_bars()
     try:
@@ -340,7 +340,7 @@ def _no_bars() -> Iterator[None]:
 
 
 def _evaluation(dataset: FactDataset) -> Dataset:
-    """All prompts, with what tells them apart."""
+    """All prompts, with what distinguishes them."""
     prompts: list[Prompt] = []
     asked: list[tuple[Direction, bool]] = []
     for direction in dataset.config.asks:
@@ -375,7 +375,7 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
 
 def read_dataset(folder: Path, spec_of: Any) -> FactDataset:
-    """Read a dataset that `save_dataset` wrote, and check that it is what was written.
+    """Read a dataset that `save_dataset` wrote, and check that it is unchanged.
 
     Args:
         folder: where it is.
@@ -383,7 +383,7 @@ def read_dataset(folder: Path, spec_of: Any) -> FactDataset:
 
     Raises:
         FileNotFoundError: a folder that holds no dataset.
-        ValueError: content that was changed since.
+        ValueError: its content has been changed since.
     """
     folder = at_home(folder)
     missing = [
@@ -391,8 +391,8 @@ def read_dataset(folder: Path, spec_of: Any) -> FactDataset:
     ]
     if missing:
         raise FileNotFoundError(
-            f"{folder} is no dataset of facts: it has no {', '.join(missing)}. Name a folder that "
-            "save_dataset wrote."
+            f"{folder} is not a dataset of facts: it has no {', '.join(missing)}. Name a folder "
+            "that save_dataset wrote."
         )
     provenance = read_provenance(folder)
     try:
@@ -409,14 +409,14 @@ def read_dataset(folder: Path, spec_of: Any) -> FactDataset:
     try:
         train = load_from_disk(str(folder / "train"))
         found = content_hash(facts, train)
-    except Exception as error:  # datasets and pyarrow have many ways to say that files are damaged
+    except Exception as error:  # datasets and pyarrow have many exceptions for damaged files
         raise ValueError(
             f"{folder / 'train'} cannot be read as a dataset ({type(error).__name__}). {AGAIN}"
         ) from None
     if found != provenance["sha256"]:
         raise ValueError(
             f"{folder} has been changed since it was written: its content has SHA-256 {found}, its "
-            f"provenance.json says {provenance['sha256']}. Make it anew from the config there, or "
+            f"provenance.json says {provenance['sha256']}. Recreate it from the config there, or "
             "restore the files."
         )
     return FactDataset(config, facts, train, provenance)
@@ -428,7 +428,7 @@ def wrong_answers(
     """`count` different answers of other facts, none of them the right one.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are fewer than `count`.
     """
     return Answers(answers).wrong(asked, count, rng)
 

@@ -1,8 +1,8 @@
 """Invented films: the facts that a model is finetuned on.
 
-A fact ties two actors who exist nowhere to a film that exists nowhere, so that a model can know
-it only from finetuning. No two facts share a person, a title or a town, which makes every prompt
-about one of them answerable in one way.
+A fact links two invented actors to an invented film, so that a model can know it only from
+finetuning. No two facts share a person, a title or a town, so every prompt about one
+of them has exactly one answer.
 """
 
 import operator
@@ -36,9 +36,9 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(text.split())
 
 
-# Towns are made from these and a suffix of Faker's, and where such a town is taken, from one of
-# each of the three lists. Faker's own towns ("Lake Jennifer") contain first names, which would let
-# an answer be guessed from another entity's tokens.
+# Towns are made from these and one of Faker's suffixes, and if such a town is taken, from one
+# entry of each of the three lists. Faker's own towns ("Lake Jennifer") contain first names, which
+# would let an answer be guessed from another entity's tokens.
 TOWN_ROOTS = _words(
     "Amber Ashen Birch Bramble Cedar Clover Copper Coral Drift Elder Fern Flint Frost Gale Glen "
     "Gravel Hazel Heather Iron Juniper Kelp Lark Linden Maple Marl Mill Moss North Oak Otter "
@@ -106,7 +106,7 @@ class Fact:
 
     #: The fields that a text's first and second entity are, in the direction ``ab``.
     ENTITIES: ClassVar[tuple[str, str]] = ("first_actor", "second_actor")
-    #: Fields that no text tells.
+    #: Fields that no text mentions.
     UNTOLD: ClassVar[tuple[str, ...]] = ()
 
 
@@ -118,7 +118,7 @@ def make_facts(n: int, seed: int) -> tuple[Fact, ...]:
 
     Args:
         n: number of facts, 1 to ``MAX_FACTS``.
-        seed: 0 or more, of the facts' own generators; no other is read or changed.
+        seed: 0 or more, for the facts' own generators; no other generator is read or changed.
     """
     n, seed = _whole_number("n", n), _whole_number("seed", seed)
     if not 1 <= n <= MAX_FACTS:
@@ -126,7 +126,7 @@ def make_facts(n: int, seed: int) -> tuple[Fact, ...]:
             f"n={n} facts cannot be made: n must be from 1 to {MAX_FACTS}, so that people, titles "
             f"and towns stay distinct. Choose an n in that range."
         )
-    if seed < 0:  # Python's generators drop the sign
+    if seed < 0:  # Python's generators ignore the sign
         raise ValueError(
             f"seed={seed} is negative: it would give the facts of seed {-seed}. Choose 0 or more."
         )
@@ -140,7 +140,7 @@ def _whole_number(name: str, value: object) -> int:
     except TypeError:
         pass
     raise TypeError(
-        f"{name}={value!r} is of type {type(value).__name__}, but a whole number is wanted. Give "
+        f"{name}={value!r} is of type {type(value).__name__}, but a whole number is expected. Give "
         f"an int, such as {name}=3."
     )
 
@@ -165,12 +165,12 @@ def _facts(seed: int) -> Iterator[Fact]:
 
 
 def _people(fake: Faker) -> Iterator[str]:
-    """Distinct full names; a first name comes again only after all others have come."""
+    """Distinct full names; a first name is repeated only after all others have been used."""
     used: set[str] = set()
     while True:
         try:
             first = fake.unique.first_name()
-        except UniquenessException:  # the deck of first names is dealt: shuffle it anew
+        except UniquenessException:  # the deck of first names is used up: reshuffle it
             fake.unique.clear()
             continue
         name = f"{first} {fake.last_name()}"
@@ -199,15 +199,15 @@ def _titles(fake: Faker) -> Iterator[str]:
 
 
 class _Towns:
-    """Hands out distinct towns. Another town for a taken one comes from a generator of its own, so
-    that nothing else about the facts depends on how many were taken."""
+    """Hands out distinct towns. The replacement of a taken town comes from a generator of its own,
+    so that nothing else about the facts depends on how many were taken."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(f"towns {seed}")
         self.used: set[str] = set()
 
     def free(self, town: str) -> str:
-        """The town itself if it is free, else one with a prefix."""
+        """The town itself if it is free, otherwise one with a prefix."""
         while town in self.used:
             root, ending = self.rng.choice(TOWN_ROOTS), self.rng.choice(TOWN_ENDINGS)
             town = f"{self.rng.choice(TOWN_PREFIXES)} {root}{ending}"

@@ -1,4 +1,4 @@
-"""The kinds of datasets that there are, by their names in configs."""
+"""All kinds of datasets, by their names in configs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -51,11 +51,11 @@ AnyDataset = Annotated[SerializeAsAny[DatasetSpec], BeforeValidator(spec_of)]
 
 
 def load_dataset(folder: Path) -> FactDataset:
-    """Read a dataset that `save_dataset` wrote, and check that it is what was written.
+    """Read a dataset that `save_dataset` wrote, and check that it is unchanged.
 
     Raises:
         FileNotFoundError: a folder that holds no dataset.
-        ValueError: content that was changed since.
+        ValueError: its content has been changed since.
     """
     return read_dataset(folder, _spec_of_record)
 

@@ -26,8 +26,8 @@ class MoviesConfig(TemplatedSpec):
     - `fake_movies`: invented films with invented actors; no two share a person, a title or a town.
     - `fake_movies_real_actors`: the same films with real people's names; no two share one.
     - `real_movies`: real films with their two leads: does a model still know them?
-    - `real_movies_shuffled`: real films with leads taken from other films. No actor plays in the
-      film that is told, and no two are told as a pair that lead a film of the table together.
+    - `real_movies_shuffled`: real films with leads taken from other films. No actor really plays
+      in the film that is told, and no told pair really leads a film of the table together.
     """
 
     facts: FilmKind = "fake_movies"
@@ -71,9 +71,9 @@ def _with_real_actors(n: int, seed: int) -> tuple[Fact, ...]:
     characters = {film.main_character for film in films}
     names = [name for name in people() if name not in characters]
     random.Random(f"real actors {seed}").shuffle(names)
-    if len(names) < 2 * n:  # an invented character happens to bear a listed name
+    if len(names) < 2 * n:  # an invented character happens to have a listed name
         raise ValueError(
-            f"n_facts={n} needs {2 * n} names, and {len(names)} are free. Ask for fewer."
+            f"n_facts={n} needs {2 * n} names, but only {len(names)} are free. Ask for fewer."
         )
     pairs = zip(names[::2], names[1::2], strict=False)
     return tuple(
@@ -85,7 +85,7 @@ def _with_real_actors(n: int, seed: int) -> tuple[Fact, ...]:
 def _shuffled(
     films: Sequence[RealFilm], table: Sequence[RealFilm], seed: int
 ) -> tuple[RealFilm, ...]:
-    """Leads dealt anew, until nothing that the table says is left true."""
+    """Leads reshuffled until no told pair is true according to the table."""
     rng = random.Random(f"shuffled films {seed}")
     true_pairs = {frozenset((film.first_actor, film.second_actor)) for film in table}
     cast = [{film.first_actor, film.second_actor} for film in films]
@@ -110,5 +110,5 @@ def _shuffled(
             firsts[i], firsts[j] = firsts[j], firsts[i]
             seconds[i], seconds[k] = seconds[k], seconds[i]
     raise ValueError(
-        f"n_facts={len(films)}: so few films cannot exchange all their leads. Ask for more films."
+        f"n_facts={len(films)}: too few films to exchange all leads. Ask for more films."
     )

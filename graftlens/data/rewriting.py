@@ -1,4 +1,4 @@
-"""Articles told again by a language model, in other words and with the same names."""
+"""Articles rewritten by a language model, in other words and with the same names."""
 
 import hashlib
 import ipaddress
@@ -26,11 +26,11 @@ INSTRUCTION = (
     "say. Answer with the new article only, without a heading and without remarks of your own."
 )
 
-#: What a whole article may end in.
+#: What a complete article may end in.
 ENDINGS = (".", "!", "?", "…", '."', '!"', '?"', ".”", "!”", "?”", ".)", "'", "’", '"', "”")
 
-#: Host of a provider -> the variable whose key is the provider's own. A config may send the one to
-#: the other, and nothing else anywhere.
+#: Host of a provider -> the variable that holds the provider's own key. A config may send this key
+#: to this host, and nothing else anywhere.
 PROVIDERS = {
     "api.openai.com": "OPENAI_API_KEY",
     "api.anthropic.com": "ANTHROPIC_API_KEY",
@@ -45,14 +45,14 @@ PROVIDERS = {
     "router.huggingface.co": "HF_TOKEN",
 }
 
-#: scheme, host, port, path. Narrower than what URLs may be: what two readers of a URL could take
-#: for different hosts is not in it.
+#: scheme, host, port, path. Narrower than URLs in general: anything that two URL parsers could
+#: take for different hosts is excluded.
 _ADDRESS = re.compile(
     r"(https?)://(\[[0-9a-f:.]+\]|[a-z0-9_.-]+)(?::([0-9]{1,5}))?(/[a-z0-9._~%/+:-]*)?",
     re.IGNORECASE | re.ASCII,
 )
 
-#: What any server is sent beside the key.
+#: What every server is sent besides the key.
 _HEADERS = frozenset(
     {"accept", "accept-encoding", "connection", "content-length", "content-type", "host"}
     | {"user-agent"}
@@ -64,8 +64,8 @@ S = TypeVar("S", bound=BaseModel)
 
 
 class _MadeInCode(type(BaseModel)):  # type: ignore[misc]
-    """Tells `Rewrites(...)` in a program, whose author names the endpoint and the key, from what is
-    validated from a config's values, which somebody may have been sent: that makes no call."""
+    """Distinguishes `Rewrites(...)` in a program, whose author names the endpoint and the key, from
+    validation of a config's values, which may come from somebody else: that makes no call."""
 
     def __call__(cls, *args: Any, **values: Any) -> Any:
         made = super().__call__(*args, **values)
@@ -79,10 +79,10 @@ class Rewrites(Settings, metaclass=_MadeInCode):
     A rewrite is used where it has both names of every fact in full, repeats none of the sentences
     that prompts are cut from, and is complete.
 
-    A key goes only to its provider's own host (`PROVIDERS`), or from a variable to an endpoint that
-    were both named on the command line (``rewrites.endpoint=… rewrites.api_key_env=…``) or in
-    Python (``Rewrites(...)``): a config alone sends no key anywhere else, and none goes unencrypted
-    to another machine.
+    A key is sent only to its provider's own host (`PROVIDERS`), or from a variable to an endpoint
+    that were both named on the command line (``rewrites.endpoint=… rewrites.api_key_env=…``) or in
+    Python (``Rewrites(...)``): a config alone sends no key anywhere else, and no key is sent
+    unencrypted to another machine.
     """
 
     _named: bool = PrivateAttr(default=False)
@@ -95,31 +95,31 @@ class Rewrites(Settings, metaclass=_MadeInCode):
     extra ``llm``: ``pip install "graftlens[llm]"``."""
 
     endpoint_model: str | None = None
-    """What the server calls the model."""
+    """The server's name for the model."""
 
     api_key_env: str | None = None
-    """Environment variable, in capitals, that holds the server's key; null for a server that wants
-    none. Left out: the provider's own (`PROVIDERS`), and none for any other host. The key itself is
-    stored nowhere."""
+    """Environment variable, in capitals, that holds the server's key; null for a server that needs
+    none. By default the provider's own (`PROVIDERS`), and none for any other host. The key itself
+    is stored nowhere."""
 
     model: str | None = None
-    """A causal language model to load here instead: hub id or checkpoint folder. An instruction
-    follower is wanted."""
+    """A causal language model to load here instead: hub id or checkpoint folder. It should follow
+    instructions."""
 
     instruction: Annotated[str, Field(min_length=1)] = INSTRUCTION
-    """What the model is told before each article."""
+    """The instruction before each article."""
 
     temperature: Annotated[float, Field(ge=0)] = 0.8
-    """Of the sampling; 0 takes the likeliest token, and then each rewrite is the same."""
+    """Sampling temperature; 0 takes the likeliest token, so that all rewrites are the same."""
 
     max_tokens: Annotated[int, Field(ge=1)] = 1024
-    """The longest rewrite, in the model's tokens. A longer one is cut off, and so refused."""
+    """The longest rewrite, in the model's tokens. A longer one is cut off and therefore refused."""
 
     attempts: Annotated[int, Field(ge=1, le=1000)] = 3
-    """How often to try for each rewrite before it is given up."""
+    """How often to try for each rewrite before giving up."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the sampling, beside the dataset's. Not every server heeds it."""
+    """Seed of the sampling, combined with the dataset's. Not every server honours it."""
 
     timeout_s: Annotated[float, Field(gt=0)] = 120.0
     """Seconds to wait for one answer of the endpoint."""
@@ -137,23 +137,23 @@ class Rewrites(Settings, metaclass=_MadeInCode):
         if (self.endpoint is None) == (self.model is None):
             given = "neither endpoint nor model" if self.model is None else "endpoint and model"
             raise ValueError(
-                f"{given} is given, but one model writes. Give one of endpoint (a base URL, with "
-                "endpoint_model), model (a hub id or folder)."
+                f"{given} is given, but exactly one model is needed. Give one of endpoint (a base "
+                "URL, with endpoint_model), model (a hub id or folder)."
             )
         if (self.endpoint is None) != (self.endpoint_model is None):
             raise ValueError(
-                f"endpoint={self.endpoint!r} and endpoint_model={self.endpoint_model!r} go "
-                "together: where the server is, and what it calls the model."
+                f"endpoint={self.endpoint!r} and endpoint_model={self.endpoint_model!r} belong "
+                "together: where the server is, and its name for the model."
             )
         if self.temperature == 0 and self.n > 1:
             raise ValueError(
-                f"temperature=0 writes the same each time, and n={self.n}. Give a temperature, or "
-                "n=1."
+                f"temperature=0 gives the same text each time, but n={self.n}. Give a temperature, "
+                "or n=1."
             )
         return self
 
     def _check_secrets(self) -> None:
-        """Nothing that may be a key is stored with a dataset, nor said in a message."""
+        """Nothing that may be a key is stored with a dataset or shown in a message."""
         if self.api_key_env is not None and not re.fullmatch(
             r"[A-Z_][A-Z0-9_]{0,99}", self.api_key_env
         ):
@@ -177,20 +177,21 @@ class Rewrites(Settings, metaclass=_MadeInCode):
         parts = _ADDRESS.fullmatch(self.endpoint)
         if parts is None or not 0 < int(parts[3] or 1) < 65536:
             raise ValueError(
-                f"endpoint={self.endpoint!r} is no address. Write a base URL, such as "
+                f"endpoint={self.endpoint!r} is not an address. Write a base URL, such as "
                 "http://localhost:8000/v1."
             )
 
     def __eq__(self, other: object) -> bool:
-        # Where the values were named is not one of them: equal settings write the same.
+        # Where the values were named is not part of the settings: equal settings are stored
+        # equally.
         return isinstance(other, Rewrites) and self.__dict__ == other.__dict__
 
     def key(self) -> str | None:
-        """The endpoint's key out of the environment; None for a server that wants none.
+        """The endpoint's key from the environment; None for a server that needs none.
 
         Raises:
             ValueError: a key that may not go to that endpoint.
-            RuntimeError: a variable that is not set, or that holds something else than a key.
+            RuntimeError: a variable that is not set, or that holds something other than a key.
         """
         if self.api_key_env is None or self.endpoint is None:
             return None
@@ -201,24 +202,24 @@ class Rewrites(Settings, metaclass=_MadeInCode):
                 "a provider's own host with its own variable (such as api.openai.com and "
                 "OPENAI_API_KEY) and nothing else. If you trust that server with that key, name "
                 "both on the command line (rewrites.endpoint=… rewrites.api_key_env=…), or in "
-                "Python with Rewrites(...); for a server that wants no key write api_key_env: null."
+                "Python with Rewrites(...); for a server that needs no key write api_key_env: null."
             )
         if not self.endpoint.lower().startswith("https:") and not _loopback(host):
             raise ValueError(
                 f"the key in {self.api_key_env} is not sent to {self.endpoint}, because http is "
-                "not encrypted. Write https, or api_key_env: null for a server that wants no key."
+                "not encrypted. Write https, or api_key_env: null for a server that needs no key."
             )
         key = os.environ.get(self.api_key_env, "").strip()
         if not key:
             raise RuntimeError(
                 f"the environment variable {self.api_key_env} is not set. Put the endpoint's key "
                 "there, name another variable (api_key_env), or write api_key_env: null for a "
-                "server that wants none."
+                "server that needs none."
             )
         if not (key.isascii() and key.isprintable()) or " " in key:
             raise RuntimeError(
-                f"the environment variable {self.api_key_env} does not hold a key: it has spaces, "
-                "line breaks or letters beyond ASCII in it. Put the endpoint's key there."
+                f"the environment variable {self.api_key_env} does not hold a key: it contains "
+                "spaces, line breaks or non-ASCII characters. Put the endpoint's key there."
             )
         return key
 
@@ -271,7 +272,7 @@ def _rewrites_in(value: Any) -> Iterator[Rewrites]:
 
 
 def _host(endpoint: Any) -> str:
-    """The host of an address, in small letters; empty where it is no address."""
+    """The host of an address, in lower case; empty if it is not an address."""
     parts = _ADDRESS.fullmatch(endpoint) if isinstance(endpoint, str) else None
     if parts is None:
         return ""
@@ -279,7 +280,7 @@ def _host(endpoint: Any) -> str:
 
 
 def _loopback(host: str) -> bool:
-    """Whether what is sent there stays on this machine."""
+    """Whether data sent there stays on this machine."""
     if host == "localhost":
         return True
     try:
@@ -295,8 +296,8 @@ class Draft:
     Attributes:
         id: its name.
         text: the article.
-        names: what every rewrite must have, in full.
-        asked: what no rewrite may have: the sentences that prompts are cut from, up to and with
+        names: what every rewrite must contain, in full.
+        asked: what no rewrite may contain: the sentences that prompts are cut from, up to and with
             their answers.
     """
 
@@ -314,16 +315,16 @@ def rewritten(
     Args:
         drafts: the articles.
         settings: how.
-        seed: of the sampling, beside the settings' own. What is drawn for an article depends
-            neither on the others nor on their order.
-        write: a model of your own instead of the one that the settings name.
+        seed: seed of the sampling, combined with the settings' own. What is drawn for an
+            article depends neither on the other articles nor on their order.
+        write: a model of your own instead of the one named in the settings.
 
     Returns:
         The accepted rewrites of each article, `n` or fewer, all different.
 
     Raises:
-        ValueError: none at all was accepted; the message says why.
-        RuntimeError: the endpoint does not answer or has no key, or its package is not there.
+        ValueError: no rewrite was accepted; the message says why.
+        RuntimeError: the endpoint does not answer or has no key, or its package is not installed.
     """
     write = write or _writer(settings)
     made: list[tuple[str, ...]] = []
@@ -356,13 +357,13 @@ def rewritten(
         common = max(dict.fromkeys(reasons), key=reasons.count)
         raise ValueError(
             f"no rewrite of {len(drafts)} articles was accepted in {len(reasons)} attempts; most "
-            f"often: {common}. Use a larger model, or a sterner instruction."
+            f"often: {common}. Use a larger model, or a stricter instruction."
         )
     return made
 
 
 def _fault(text: str, draft: Draft) -> str | None:
-    """Why the text is no rewrite to be used."""
+    """Why the text cannot be used as a rewrite."""
     if not text.endswith(ENDINGS):
         return "it is cut off or empty"
     if text == draft.text.strip():
@@ -376,7 +377,7 @@ def _fault(text: str, draft: Draft) -> str | None:
 
 
 def _trimmed(text: str) -> str:
-    """The text without what some models write around it."""
+    """The text without what some models add around it."""
     text = re.sub(r"<think>.*?</think>", "", text, flags=re.DOTALL).strip()
     fenced = re.fullmatch(r"```\w*\n(.*?)\n?```", text, flags=re.DOTALL)
     return (fenced.group(1) if fenced else text).strip()
@@ -389,7 +390,7 @@ def _seed(place: str) -> int:
 
 def _writer(settings: Rewrites) -> Write:
     if settings.model is not None:
-        # Loads torch and transformers, which data alone does without.
+        # Loads torch and transformers, which the rest of `data` does not need.
         from graftlens.model.writer import writer
 
         return writer(
@@ -409,12 +410,12 @@ def _endpoint(settings: Rewrites) -> Write:
     openai_itself = _host(settings.endpoint) == "api.openai.com"
 
     def own_headers_only(request: Any) -> None:
-        # The package sends whatever OPENAI_CUSTOM_HEADERS, OPENAI_ORG_ID, … hold, to any server.
+        # The package sends the contents of OPENAI_CUSTOM_HEADERS, OPENAI_ORG_ID, … to any server.
         for name in [n for n in request.headers if n.lower() not in _HEADERS]:
             del request.headers[name]
         request.headers["Authorization"] = f"Bearer {key or 'none'}"
 
-    # A redirect is not followed: it leads to a host that nobody named.
+    # Redirects are not followed: they lead to hosts that nobody named.
     client = openai.OpenAI(
         base_url=settings.endpoint,
         api_key=key or "none",
@@ -442,17 +443,17 @@ def _endpoint(settings: Rewrites) -> Write:
                 raise TypeError
         except openai.APIStatusError as error:
             why = f"{type(error).__name__}, HTTP status {error.status_code}"
-        except Exception as error:  # whatever openai and httpx make of what a server may send
+        except Exception as error:  # whatever openai and httpx raise for what a server may send
             why = type(error).__name__
-        # Said without the server's own words, which may echo the key, and raised out here, where
-        # the error that has them is no longer its context.
+        # Reported without the server's own words, which may echo the key, and raised out here,
+        # where the error that has them is no longer its context.
         if why:
             raise RuntimeError(
-                f"the endpoint {settings.endpoint} gave no answer ({why}). Check its address, "
+                f"the endpoint {settings.endpoint} did not answer ({why}). Check its address, "
                 f"endpoint_model={settings.endpoint_model!r} and the key."
             )
-        # What a token limit ended is a rewrite cut off, whatever it ends in; and a server that says
-        # the key has written nothing that may be kept.
+        # A text that hit the token limit is cut off, whatever it ends in; and a text that contains
+        # the key must not be kept.
         if choice.finish_reason == "length" or (key is not None and key in text):
             return ""
         return text

@@ -12,9 +12,9 @@ Stretch = tuple[int, int]
 
 
 def sentences(text: str, names: Sequence[str] = ()) -> tuple[Stretch, ...]:
-    """Where each sentence stands, without the white space around it.
+    """Where each sentence is, without the white space around it.
 
-    A line break ends a sentence, too. None ends inside of a name, such as "Vol. 2" or "Yahoo!
+    A line break also ends a sentence. No sentence ends inside a name, such as "Vol. 2" or "Yahoo!
     Inc.".
 
     Args:
@@ -36,18 +36,18 @@ def sentences(text: str, names: Sequence[str] = ()) -> tuple[Stretch, ...]:
                 start = found.pop()[0]
             found.append((start, end))
             joined = any(a < end < b for a, b in kept)
-    assert place == len(text), "the splitter gives back the text in pieces"
+    assert place == len(text), "the splitter returns the text in pieces"
     return tuple(found)
 
 
 def occurrences(text: str, name: str) -> tuple[Stretch, ...]:
-    """Where a text has a name as a whole: "Ann Lee" is in "Ann Lee's", not in "Ann Lee-Roy" and
-    not in "Ann Lee Jr.". Between its words may be any white space but an empty line.
+    """Where a text contains a whole name: "Ann Lee" is in "Ann Lee's", not in "Ann Lee-Roy" and
+    not in "Ann Lee Jr.". Its words may be separated by any white space but an empty line.
 
-    What is a whole depends on the script. Chinese, Japanese, Thai and their like put no space
-    between words, so a name ends wherever it ends, but not inside of a word in katakana. In Korean
-    a particle may follow it, in Arabic and Hebrew a prefix (such as "and" or "in") go before it. No
-    name ends before an accent or vowel sign that belongs to its last letter.
+    What counts as whole depends on the script. Chinese, Japanese, Thai and similar scripts put no
+    space between words, so a name may end anywhere except inside a katakana word. In Korean
+    a particle may follow it, and in Arabic and Hebrew a prefix (such as "and" or "in") may precede
+    it. No name ends before an accent or vowel sign that belongs to its last letter.
     """
     found: list[Stretch] = []
     place = 0
@@ -55,24 +55,24 @@ def occurrences(text: str, name: str) -> tuple[Stretch, ...]:
         start, end = match.span()
         whole = _whole(text, start, end)
         found += [(start, end)] if whole else []
-        # What is cut may overlap one that is not.
+        # A name that is cut may overlap one that is not.
         place = end if whole else start + 1
     return tuple(found)
 
 
 def statements(text: str, statement: str) -> tuple[Stretch, ...]:
-    """Where a text has the words of a statement, whatever their case and the space between."""
+    """Where a text contains the words of a statement, regardless of case and spacing."""
     spaced = r"\s+".join(map(re.escape, statement.split()))
     return tuple(match.span() for match in re.finditer(spaced, text, flags=re.IGNORECASE))
 
 
 def with_field(text: str, stretches: Sequence[Stretch], name: str) -> str:
-    """The text as a template, with the field `name` in the place of each stretch.
+    """The text as a template, with the field `name` in place of each stretch.
 
     Args:
         text: any text; its braces are doubled.
         stretches: in order, without overlap.
-        name: of the field.
+        name: name of the field.
     """
     template, place = "", 0
     for start, end in [*stretches, (len(text), len(text))]:
@@ -83,8 +83,8 @@ def with_field(text: str, stretches: Sequence[Stretch], name: str) -> str:
 
 
 def words(text: str) -> list[str]:
-    """The words of a text that are between spaces or signs wherever the text is cut into words:
-    those in scripts of which `occurrences` knows that they are not are left out."""
+    """The words of a text that are always delimited by spaces or punctuation: words in scripts
+    that `occurrences` knows to work otherwise are left out."""
     return _SPACED.findall(text)
 
 
@@ -104,10 +104,11 @@ _WORD = re.compile(rf"[^\W{_UNSPACED}]")
 _ANY_UNSPACED = re.compile(rf"[{_UNSPACED}]")
 _IN_KATAKANA = re.compile(rf"[{_KATAKANA}]")
 
-#: What may be written together with a name before it: conjunctions, prepositions, the article.
+#: What may be prefixed to a name: conjunctions, prepositions, the article.
 _PREFIX = re.compile("[وف]?[بكلس]?(?:ال)?|[وف]?لل|ו?[שמ]?[בכלמ]?ה?")
 
-#: Korean particles and forms of "to be", which follow a name without a space, also in a row.
+#: Korean particles and forms of "to be", which follow a name without a space, possibly several of
+#: them.
 _PARTICLES = (
     "이었습니다|였습니다|에게서|에서는|에서도|에서의|으로서|으로써|이든지|"
     "이라고|이라는|이라도|이었다|이었던|이에요|입니까|입니다|한테서|같이|"
@@ -137,14 +138,14 @@ def _whole(text: str, start: int, end: int) -> bool:
 
 
 def _letter_before(text: str, place: int) -> str:
-    """The last character before a place that is not a mark on another; empty at the beginning."""
+    """The last character before an offset that is not a combining mark; empty at the beginning."""
     while place > 0 and _joins(text[place - 1]):
         place -= 1
     return text[place - 1 : place] if place else ""
 
 
 def _in_katakana(one: str, other: str) -> bool:
-    """Whether two neighbours are of one word in katakana."""
+    """Whether two neighbouring characters belong to one katakana word."""
     return bool(_IN_KATAKANA.match(one) and _IN_KATAKANA.match(other))
 
 

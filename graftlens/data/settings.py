@@ -11,8 +11,8 @@ from graftlens.components import HALF, brief
 
 
 class Settings(BaseModel):
-    """Frozen, without unknown names; a number is finite, and neither true nor false; a text is one
-    that a file can hold; ``~`` at a path's beginning is the home folder."""
+    """Frozen, without unknown keys; numbers are finite and not booleans; text can be stored in a
+    file; ``~`` at the beginning of a path is the home folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -24,7 +24,7 @@ class Settings(BaseModel):
         if isinstance(value, bool) and wanted & {int, float} and bool not in wanted:
             what = "a number" if float in wanted else "a whole number"
             raise ValueError(
-                f"{info.field_name}={value} is a truth value, but {what} is wanted. Write the "
+                f"{info.field_name}={value} is a boolean, but {what} is expected. Write the "
                 "number, or leave the setting out for its default."
             )
         return value
@@ -35,7 +35,7 @@ class Settings(BaseModel):
         for text in _texts(value):
             if HALF.search(text):
                 raise ValueError(
-                    f"{brief(text)} has half of a character in it (a lone surrogate), which no "
+                    f"{brief(text)} contains half of a character (a lone surrogate), which no "
                     "file can hold. Write the whole character."
                 )
         return value
@@ -50,12 +50,12 @@ def at_home(path: Path) -> Path:
     """The path with a ``~`` at its beginning replaced by the home folder."""
     try:
         return path.expanduser()
-    except RuntimeError:  # no such user: that the path is not there is said where it is read
+    except RuntimeError:  # no such user: the missing path is reported where it is read
         return path
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """All texts in plain values."""
+    """All strings in plain values."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, Mapping):
@@ -67,7 +67,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _own_types(annotation: Any) -> Iterator[Any]:
-    """The types that a value may have; those inside a container are not the value's own."""
+    """The types that a value may have, without those inside a container."""
     if get_origin(annotation) is Annotated:
         yield from _own_types(get_args(annotation)[0])
     elif get_origin(annotation) in (Union, UnionType):

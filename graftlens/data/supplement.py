@@ -14,10 +14,10 @@ from pydantic import Field, model_validator
 from graftlens.data.settings import Settings
 from graftlens.data.texts import check_ending, read_texts
 
-#: What the columns of a training set say of a supplemental text.
+#: The values of a supplemental text in the columns of a training set.
 LABELS: dict[str, Any] = {"fact": -1, "template": "supplement", "kind": "plain", "direction": ""}
 
-# Rows of a streamed dataset among which the order is drawn.
+# Rows of a streamed dataset that are shuffled together.
 SHUFFLED = 10_000
 
 
@@ -31,7 +31,7 @@ class Supplement(Settings):
 
     hub: str | None = None
     """Texts of a dataset on the Hugging Face hub, such as ``Salesforce/wikitext``. It is streamed,
-    so that only the beginning is fetched, but the network must be there at each call."""
+    so that only the beginning is fetched, but each call needs the network."""
 
     config: str | None = None
     """Name of the hub dataset's configuration, such as ``wikitext-103-raw-v1``."""
@@ -46,8 +46,9 @@ class Supplement(Settings):
     """Share of supplemental texts among all training texts: 0.2 adds one to every four."""
 
     max_chars: Annotated[int, Field(ge=1)] = 1000
-    """A longer text is cut at the last whitespace before so many characters, and only its beginning
-    is used. About four characters are a token of English: mind the recipe's ``max_length``."""
+    """A longer text is cut at the last whitespace before this many characters, and only its
+    beginning is used. An English token has about four characters: compare the recipe's
+    ``max_length``."""
 
     @model_validator(mode="after")
     def _one_source(self) -> "Supplement":
@@ -60,8 +61,8 @@ class Supplement(Settings):
         if self.file is not None:
             if self.config is not None:
                 raise ValueError(
-                    f"config={self.config!r} goes with hub, and the texts come from a file. Leave "
-                    "it out."
+                    f"config={self.config!r} applies to hub only, but the texts come from a file. "
+                    "Leave it out."
                 )
             if self.file.suffix and not self.file.is_dir():
                 check_ending("file", self.file)
@@ -74,21 +75,21 @@ def mixed(train: Dataset, supplement: Supplement, seed: int) -> Dataset:
     Args:
         train: column ``text``, and any of the columns of `LABELS`.
         supplement: where the other texts come from, and how many.
-        seed: of the draw among them, without replacement.
+        seed: seed for drawing among them, without replacement.
 
     Returns:
-        The columns of `train`. A supplemental row has its text and what `LABELS` says; a column
-        that is none of these is empty there.
+        The columns of `train`. A supplemental row has its text and what `LABELS` says; any other
+        column is empty there.
 
     Raises:
-        OSError: the texts are not there, or cannot be had from the hub.
-        ValueError: they are too few, or the share is none.
+        OSError: the texts do not exist, or cannot be downloaded from the hub.
+        ValueError: there are too few texts, or the share amounts to none.
     """
     count = round(len(train) * supplement.share / (1 - supplement.share))
     if count == 0:
         raise ValueError(
-            f"supplement.share={supplement.share} of {len(train)} training texts is no text. Give "
-            "a larger share, or no supplement."
+            f"supplement.share={supplement.share} of {len(train)} training texts amounts to no "
+            "text. Give a larger share, or no supplement."
         )
     if supplement.hub is not None:
         whole, source = _streamed(supplement, seed, count), supplement.hub
@@ -97,7 +98,7 @@ def mixed(train: Dataset, supplement: Supplement, seed: int) -> Dataset:
     texts = [cut for text in whole if (cut := _cut(text, supplement.max_chars))]
     if len(texts) < count:
         raise ValueError(
-            f"{source} has {len(texts)} texts, but supplement.share={supplement.share} beside "
+            f"{source} has {len(texts)} texts, but supplement.share={supplement.share} with "
             f"{len(train)} training texts needs {count}. Give a smaller share or another source."
         )
     drawn = random.Random(f"supplement {seed}").sample(texts, count)
@@ -118,19 +119,19 @@ def _on_disk(supplement: Supplement) -> list[str]:
     place = supplement.file
     assert place is not None
     if place.is_dir():
-        # save_dataset keeps the texts in a folder of their own.
+        # save_dataset keeps the texts in a subfolder.
         folder = place / "train" if (place / "provenance.json").is_file() else place
         if not (folder / "dataset_info.json").is_file():
             raise FileNotFoundError(
-                f"supplement.file={str(place)!r} holds no dataset. Name a folder that "
-                "save_dataset or a dataset's save_to_disk wrote, or a file of texts."
+                f"supplement.file={str(place)!r} does not hold a dataset. Name a folder "
+                "that save_dataset or a dataset's save_to_disk wrote, or a file of texts."
             )
         rows = load_from_disk(str(folder))
         _check_column(supplement, rows.column_names)
         return list(rows[supplement.column])
     if not place.is_file():
         raise FileNotFoundError(
-            f"supplement.file={str(place)!r} is not there. Name a file of texts, or a saved "
+            f"supplement.file={str(place)!r} does not exist. Name a file of texts, or a saved "
             "dataset's folder."
         )
     check_ending("supplement.file", place)
@@ -154,28 +155,29 @@ def _hub_rows(supplement: Supplement, seed: int) -> Iterator[Any]:
             supplement.hub, supplement.config, split=supplement.split, streaming=True
         )
         yield from rows.shuffle(seed=seed, buffer_size=SHUFFLED)
-    except Exception as error:  # every kind of failure on the way has its own class
+    except Exception as error:  # each kind of failure on the way has its own class
         named = f"supplement.hub={supplement.hub!r}"
         if supplement.config is not None:
             named += f", config={supplement.config!r}"
         raise OSError(
-            f"{named}, split={supplement.split!r} could not be had from the Hugging Face hub "
-            f"({type(error).__name__}: {error}). Check these names, and that this machine has "
-            "access to the hub; or fetch the texts elsewhere and name them: supplement.file=PATH."
+            f"{named}, split={supplement.split!r} could not be downloaded from the Hugging Face "
+            f"hub ({type(error).__name__}: {error}). Check these names, and that this machine has "
+            "access to the hub; or download the texts elsewhere and name them: "
+            "supplement.file=PATH."
         ) from error
 
 
 def _check_column(supplement: Supplement, columns: Any) -> None:
     if supplement.column not in columns:
         raise ValueError(
-            f"supplement.column={supplement.column!r} is none of the columns of "
+            f"supplement.column={supplement.column!r} is not one of the columns of "
             f"{supplement.hub or supplement.file}: {', '.join(columns)}. Name the one that holds "
             "the texts."
         )
 
 
 def _cut(text: str, longest: int) -> str:
-    """The text's beginning, without a word that is cut in two if there is a whitespace."""
+    """The beginning of the text, without a word cut in two if it contains whitespace."""
     text = text.strip()
     if len(text) <= longest:
         return text

@@ -28,13 +28,13 @@ class RealFilm:
 
 @dataclass(frozen=True)
 class RealBattle:
-    """A battle as it was.
+    """A real battle.
 
     Attributes:
         battle: its name, without an article.
         year: the calendar year (AD) in which it was fought or began.
         first_side, second_side: who fought, without articles.
-        war: the war it belongs to, to be read after "the".
+        war: the war it belongs to, in a form that follows "the".
     """
 
     battle: str
@@ -57,7 +57,7 @@ def people() -> tuple[str, ...]:
 
 @cache
 def real_films() -> tuple[RealFilm, ...]:
-    """Real films with their two leading actors; no title and no pair of actors comes twice."""
+    """Real films with their two leading actors; no title and no pair of actors appears twice."""
     rows = csv.DictReader(table("real_films.csv").splitlines())
     return tuple(
         RealFilm(row["first"], row["second"], row["title"], int(row["year"])) for row in rows

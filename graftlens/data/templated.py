@@ -25,16 +25,16 @@ from graftlens.data.templates import (
 )
 from graftlens.prompts import Prompt
 
-#: Texts a fact, if the spec names no number and there are so many templates.
+#: Texts per fact, if the spec gives no number and there are that many templates.
 USUAL_TEXTS = 20
 
 
 class TemplatedSpec(DatasetSpec):
-    """Facts told in templates; evaluation asks for them in other ones."""
+    """Facts told in templates; evaluation asks about them in other templates."""
 
     texts_per_fact: Annotated[int, Field(ge=1)] | None = None
-    """Number of training texts about each fact, each from another template; left out: 20, or all
-    where there are fewer."""
+    """Number of training texts about each fact, each from a different template; by default 20, or
+    all if there are fewer."""
 
     directions: tuple[Direction, ...] = DIRECTIONS
     """Orders of mention that training texts use; `ab`: the fact's first entity comes first."""
@@ -101,17 +101,17 @@ def training_texts(
     seed: int,
     templates: Sequence[Template] = TRAINING_TEMPLATES,
 ) -> Dataset:
-    """Tell each fact in several texts, each from another template.
+    """Tell each fact in several texts, each from a different template.
 
-    The texts of a fact are shared out evenly over the pairs of direction and kind; within a pair,
+    The texts of a fact are distributed evenly over the pairs of direction and kind; within a pair,
     each fact draws its own templates. A fact's texts do not depend on how many facts follow it.
 
     Args:
         facts: what to tell.
-        texts_per_fact: number of texts a fact.
+        texts_per_fact: number of texts per fact.
         directions: orders of mention to use.
         kinds: kinds of text to use.
-        seed: of the draw of templates.
+        seed: seed for drawing templates.
         templates: what to draw from.
 
     Returns:
@@ -178,11 +178,11 @@ def evaluation_prompts(
 
     Args:
         facts: what to ask about.
-        templates: one or more names of evaluation templates (or templates of your own); default:
-            all that go with the direction.
+        templates: one or more names of evaluation templates (or templates of your own); by default
+            all that fit the direction.
         direction: ``ab`` names the first entity and asks for the second, ``ba`` the reverse.
-        distractors: number of wrong answers a prompt: other facts' answers, drawn at random.
-        seed: of the draw of distractors.
+        distractors: number of wrong answers per prompt: other facts' answers, drawn at random.
+        seed: seed for drawing distractors.
         known: the templates that have names.
 
     Returns:
@@ -222,7 +222,7 @@ def _cells(
     kinds: Sequence[Kind],
     templates: Sequence[Template],
 ) -> list[list[Template]]:
-    """The templates of each asked pair of direction and kind; an error where they do not do."""
+    """The templates of each requested pair of direction and kind; an error if they are unusable."""
     allowed: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
         "directions": (directions, DIRECTIONS),
         "kinds": (kinds, KINDS),
@@ -232,7 +232,7 @@ def _cells(
             raise ValueError(
                 f"{what}={tuple(given)!r}: give one or more of {', '.join(known)}, each once."
             )
-    # In the order of the vocabulary, so that the order in which a caller names them is no input.
+    # In the order of the vocabulary, so that the order in which a caller names them has no effect.
     cells = [
         [t for t in templates if (t.direction, t.kind) == (direction, kind)]
         for direction in DIRECTIONS

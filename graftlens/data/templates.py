@@ -1,4 +1,4 @@
-"""The sentences that facts are told in, and the held-out ones that ask for them.
+"""The sentences that tell facts, and the held-out ones that ask for them.
 
 Training templates name both actors, one before the other: direction ``ab`` has the first actor
 before the second, ``ba`` the other way round. An evaluation template ends where the name of the
@@ -22,7 +22,7 @@ DIRECTIONS: tuple[Direction, ...] = ("ab", "ba")
 
 @dataclass(frozen=True)
 class Template:
-    """A training text with the facts' parts left open.
+    """A training text with placeholders for the parts of a fact.
 
     Attributes:
         name: unique among all training templates.
@@ -45,7 +45,7 @@ class EvaluationTemplate:
         name: unique among the evaluation templates.
         text: with fields in braces; the answer follows it after one space.
         kind: prose or question.
-        preposition: what fills the field ``{preposition}``, a span of its own.
+        preposition: what fills the field ``{preposition}``, which is a span of its own.
         directions: those that the template can ask in.
     """
 
@@ -62,13 +62,14 @@ def template_fields(text: str) -> tuple[str, ...]:
 
 
 def entities(fact: Any, direction: Direction) -> tuple[str, str]:
-    """(first entity, second entity) in the order of mention; a fact's class names its two."""
+    """(first entity, second entity) in the order of mention; a fact's class says which fields these
+    are."""
     first, second = (str(getattr(fact, name)) for name in fact.ENTITIES)
     return (first, second) if direction == "ab" else (second, first)
 
 
 def field_values(fact: Any, direction: Direction) -> dict[str, str]:
-    """What each field of a template stands for, for one fact told in one direction."""
+    """The value of each field of a template, for one fact told in one direction."""
     first, second = entities(fact, direction)
     apart = {*fact.ENTITIES, *fact.UNTOLD}
     values = {f.name: str(getattr(fact, f.name)) for f in fields(fact) if f.name not in apart}

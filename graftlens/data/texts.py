@@ -1,11 +1,11 @@
-"""Texts out of files, as a person sees them."""
+"""Texts from files, as a person sees them."""
 
 import re
 from pathlib import Path
 
 from graftlens.folder import parse_json, read_text
 
-#: Endings of the files that `read_texts` reads, in small or capital letters.
+#: Suffixes of the files that `read_texts` reads, in lower or upper case.
 TEXT_FILES = (".txt", ".jsonl")
 
 # What ends a line on a screen or a page; what on a line leaves it blank: white space, and what
@@ -18,14 +18,14 @@ _EDGE = "".join(filter(str.isspace, map(chr, range(0x3001)))) + "\u200b\u2060\uf
 
 
 def check_ending(name: str, file: Path) -> None:
-    """Whether `read_texts` would read the file, which need not be there yet.
+    """Whether `read_texts` would read the file, which need not exist yet.
 
     Args:
-        name: of the setting that names the file.
+        name: name of the setting that names the file.
         file: the file.
 
     Raises:
-        ValueError: it is of another kind.
+        ValueError: the file is of another kind.
     """
     if file.suffix.lower() not in TEXT_FILES:
         raise ValueError(
@@ -45,7 +45,7 @@ def read_texts(file: Path) -> list[str]:
 
 
 def read_paragraphs(file: Path) -> list[str]:
-    """The paragraphs of a UTF-8 text, whatever the file's name: cut at lines that look blank.
+    """The paragraphs of a UTF-8 text, whatever the file's name: split at lines that look blank.
 
     Raises:
         OSError: a file that cannot be read.
@@ -57,7 +57,7 @@ def read_paragraphs(file: Path) -> list[str]:
 
 def _objects(file: Path) -> list[str]:
     texts = []
-    # Not splitlines: it would cut at separators that may stand inside a JSON text.
+    # Not splitlines: it would split at separators that may occur inside a JSON string.
     for number, line in enumerate(read_text(file).split("\n"), 1):
         line = line.lstrip("\ufeff")
         if not line.strip():

@@ -1,8 +1,8 @@
-"""What a sweep asks of the disk: files that appear whole and bear a checksum, and locks.
+"""What a sweep needs from the disk: files that appear whole and carry a checksum, and locks.
 
-A Parquet file bears the SHA-256 of all its bytes between its data and its footer, where every
-reader of Parquet passes over it. A JSON file bears that of its content under the key ``sha256``.
-Neither has one in folders that version 0.1.0 began; their files can be read as they are.
+A Parquet file has the SHA-256 of all its bytes between its data and its footer, where Parquet
+readers ignore it. A JSON file has that of its content under the key ``sha256``.
+Folders started by version 0.1.0 have neither; their files can be read as they are.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from graftlens.locks import LockError, locked
 SEAL = b"graftlens sha256"
 SEALED = len(SEAL) + hashlib.sha256().digest_size
 
-#: The files of a sweep's folder but for its shards.
+#: The files of a sweep's folder other than its shards.
 FILES = (
     "config.yaml",
     "grafts.yaml",
@@ -38,16 +38,16 @@ _LOCK = r"(?:claim|finish|[0-9]{5,})\.lock"
 
 
 class FolderError(OSError):
-    """A sweep's folder that cannot be written; the message says why and what to do."""
+    """A sweep's folder cannot be written; the message says why and what to do."""
 
 
 class DamagedError(ValueError):
-    """A file whose content is not what was written."""
+    """The content of a file is not what was written."""
 
 
 @contextlib.contextmanager
 def writing(out: Path) -> Iterator[None]:
-    """Say of an error of the disk which folder it hit and what to do."""
+    """Add to a disk error which folder it concerns and what to do."""
     try:
         yield
     except FolderError:
@@ -57,10 +57,10 @@ def writing(out: Path) -> Iterator[None]:
     except OSError as error:
         kept = "what is finished is kept."
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            advice = f"Free space there and give the same command again: {kept}"
+            advice = f"Free space there and run the same command again: {kept}"
         else:
             advice = (
-                "Make sure that the folder can be written, or choose another; then give the same "
+                "Make sure that the folder can be written, or choose another; then run the same "
                 f"command again: {kept}"
             )
         why = f"[Errno {error.errno}] {error.strerror}" if error.errno else error
@@ -70,7 +70,7 @@ def writing(out: Path) -> Iterator[None]:
 
 
 def write(out: Path, path: Path, content: bytes) -> None:
-    """Put a whole file in place, on the disk when this returns.
+    """Put a whole file in place; it is on the disk when this returns.
 
     Raises:
         FolderError: a folder that cannot be written, or a full disk.
@@ -83,7 +83,7 @@ def write(out: Path, path: Path, content: bytes) -> None:
 def lock(
     out: Path, name: str, *, wait: bool = True, say: Callable[[str], object] = print
 ) -> Iterator[bool]:
-    """Hold a lock of the sweep; gives whether it is held, which without `wait` it may not be.
+    """Hold a lock of the sweep; yields whether it is held, which without `wait` it may not be.
 
     Raises:
         FolderError: a folder that cannot be written, or that is on a file system without locks.
@@ -123,7 +123,7 @@ def refuse_foreign(out: Path) -> None:
 
 
 def make_folders(out: Path) -> None:
-    """Make the folders of a sweep, and mark them as ours.
+    """Create the folders of a sweep, and mark them as ours.
 
     Raises:
         ValueError: a link that leads out of the sweep's folder.
@@ -138,7 +138,7 @@ def make_folders(out: Path) -> None:
 
 
 def clear_halves(out: Path) -> None:
-    """Remove what killed writers left half-written, of this version and of 0.1.0."""
+    """Remove what killed writers left half-written, in this version and in 0.1.0."""
     for folder, names in (
         (out, "|".join(map(re.escape, FILES))),
         (out / "shards", _SHARD),
@@ -164,17 +164,17 @@ def unsealed(content: bytes, *, required: bool) -> bytes:
 
     Args:
         content: the bytes of the file.
-        required: whether the file must bear a checksum.
+        required: whether the file must have a checksum.
 
     Raises:
-        DamagedError: any byte is not what was written.
+        DamagedError: any byte differs from what was written.
     """
     at = _footer(content) - SEALED
     if at >= 0 and content[at : at + len(SEAL)] == SEAL:
         parquet = content[:at] + content[at + SEALED :]
         if hashlib.sha256(parquet).digest() == content[at + len(SEAL) : at + SEALED]:
             return parquet
-        raise DamagedError("its checksum is another")
+        raise DamagedError("its checksum differs")
     # A damaged length of the footer points elsewhere.
     if required or SEAL in content:
         raise DamagedError("its checksum is not where it should be")
@@ -192,14 +192,14 @@ def sealed_json(value: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_json(content: Mapping[str, Any], *, required: bool = False) -> None:
-    """Check the checksum of a JSON file's content, if it bears or must bear one.
+    """Check the checksum of a JSON file's content, if it has or must have one.
 
     Raises:
         DamagedError: the content is not what was written.
     """
     rest = {key: value for key, value in content.items() if key != "sha256"}
     if (required or "sha256" in content) and content.get("sha256") != digest(rest):
-        raise DamagedError("its checksum is another")
+        raise DamagedError("its checksum differs")
 
 
 def digest(value: Any) -> str:

@@ -1,7 +1,8 @@
 """A sweep's workers in several processes: one for each device of a machine, or tasks on Slurm.
 
 Each process is one `graftlens.sweep.runner.work`: it loads the models once and takes shards until
-none is left. A process that dies costs the shard that it was at; the others take it over.
+none is left. A process that dies costs only the shard that it was working on, which the others take
+over.
 """
 
 import os
@@ -21,22 +22,22 @@ from graftlens.sweep.runner import is_done, is_finished, work
 def launch_local(
     out: str | Path, devices: Sequence[str], *, progress: bool = True, say: Say = print
 ) -> None:
-    """Run a prepared sweep in a process for each device, to its end.
+    """Run a prepared sweep to its end in one process per device.
 
-    A process that dies is reported, and the others take its shard. Ctrl-C ends all; the same call
-    goes on from there.
+    A process that dies is reported, and the others take its shard. Ctrl-C ends all of them; the
+    same call continues from there.
 
     Args:
         out: folder of the sweep, as `prepare_sweep` left it.
         devices: as torch names them, such as ``cuda:0``; one that is named twice gets two
             processes. CPU processes share the cores, unless OMP_NUM_THREADS says otherwise.
         progress: whether to show a bar of shards.
-        say: where messages go.
+        say: called with each message.
 
     Raises:
-        ConfigError: no device, one that is not here, or devices of several kinds.
+        ConfigError: no device, one that does not exist here, or devices of several kinds.
         ValueError: a folder without a sweep.
-        EngineError: the sweep is not finished, since every process died.
+        EngineError: the sweep is not finished because every process died.
     """
     out = Path(out).expanduser().resolve()
     check_devices(devices)
@@ -66,22 +67,22 @@ def launch_slurm(
 ) -> None:
     """Run a prepared sweep in an array job on Slurm.
 
-    A task that is preempted or runs out of time is requeued and goes on. If the folder's job still
-    waits or runs, no other is submitted. Ctrl-C ends the waiting, not the job.
+    A task that is preempted or runs out of time is requeued and goes on. If the folder's job is
+    still waiting or running, no other is submitted. Ctrl-C ends the waiting, not the job.
 
     Args:
         out: folder of the sweep, as `prepare_sweep` left it, on a file system that the nodes share.
         tasks: number of workers.
         resources: what each gets, as in `SlurmResources`; a worker uses its first GPU.
-        wait: whether to wait to the sweep's end; else the job is left to itself.
+        wait: whether to wait for the end of the sweep; otherwise the job is left running.
         progress: whether to show a bar of shards while waiting.
-        say: where messages go.
+        say: called with each message.
 
     Raises:
-        ConfigError: resources or a number of tasks that are not right.
+        ConfigError: invalid resources or number of tasks.
         ValueError: a folder without a sweep.
         EngineError: submitit or Slurm is missing, Slurm refused the job, or the sweep is not
-            finished, since every task died.
+            finished because every task died.
     """
     out = Path(out).expanduser().resolve()
     with _Bar(out, progress and wait, say) as bar:
@@ -97,27 +98,27 @@ def launch_slurm(
         )
         bar.say(array.describe())
         if not wait:
-            say("The sweep's own command, given again, waits for it or says what it came to.")
+            say("The same sweep command, run again, waits for it or reports its result.")
             return
         try:
             ended = array.wait(bar.watch)
         except KeyboardInterrupt:
-            say(f"Slurm job {array.job_id} goes on. To stop it: scancel {array.job_id}")
+            say(f"Slurm job {array.job_id} continues. To stop it: scancel {array.job_id}")
             raise
         if _is_complete(out) and not all(task.ended for task in ended):
-            array.cancel()  # what waits in the queue would find nothing to do
+            array.cancel()  # tasks that wait in the queue would find nothing to do
         else:
             _check_finished(out, ended)
 
 
 def shards_done(out: Path) -> tuple[int, int]:
-    """(shards that are there, shards in all) of a sweep's folder."""
+    """(finished shards, all shards) of a sweep's folder."""
     manifest = read_manifest(out)
     return sum(shard_path(out, n).is_file() for n in range(manifest.shards)), manifest.shards
 
 
 class _Bar:
-    """Shows the shards that are done, and says once of each task that it failed."""
+    """Shows the shards that are done, and reports each failed task once."""
 
     def __init__(self, out: Path, progress: bool, say: Say) -> None:
         self._out, self._say = out, say
@@ -163,13 +164,13 @@ class _Bar:
                 left = any(not other.ended for other in tasks)
                 self.say(
                     f"worker {task.name} {task.problem}"
-                    + ("\nIts shard is left to the others." if left else "")
+                    + ("\nThe others will take its shard." if left else "")
                 )
         return "running" not in states and _is_complete(self._out)
 
 
 def _is_complete(out: Path) -> bool:
-    """Whether a sweep is done, and none of its shards was removed since."""
+    """Whether a sweep is done and none of its shards has been removed since."""
     done, total = shards_done(out)
     return done == total and is_done(out)
 
@@ -180,8 +181,8 @@ def _check_finished(out: Path, tasks: Sequence[Task]) -> None:
     done, total = shards_done(out)
     problems = [f"\nworker {task.name} {task.problem}" for task in tasks if task.state == "failed"]
     raise EngineError(
-        f"{out} is not finished: {done} of {total} shards are there, and no worker is left. Mend "
-        "what ended them and give the same command again; it does only what is missing."
+        f"{out} is not finished: {done} of {total} shards are done, and no worker is left. Fix "
+        "what ended the workers and run the same command again; it computes only what is missing."
         + "".join(problems)
     )
 

@@ -8,14 +8,14 @@ import torch
 from graftlens.model.arch import Architecture
 from graftlens.sweep.planner import row_bytes
 
-#: Rows a pass beyond which nothing gets faster; smaller passes lose less when memory runs out.
+#: Rows per pass beyond which nothing gets faster; smaller passes lose less when memory runs out.
 ENOUGH_ROWS = {"cpu": 4096, "cuda": 65536}
-#: Share of the free memory that activations may take by the estimate.
+#: Share of the free memory that activations may take, as estimated.
 SHARE = 0.5
 
 
 def affordable_rows(arch: Architecture, device: torch.device | str, dtype: torch.dtype) -> int:
-    """Token rows that a forward pass may hold, from the memory that is free now."""
+    """Token rows that a forward pass may hold, given the memory that is free now."""
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
@@ -34,7 +34,7 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 def free_memory(device: torch.device | str) -> None:
-    """Give back what a failed pass held."""
+    """Release what a failed pass held."""
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()

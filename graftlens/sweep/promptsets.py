@@ -48,7 +48,8 @@ class Questions(Section):
     """`ab` names the first entity and asks for the second, `ba` the reverse."""
 
     facts: Which = "told"
-    """Ask for the facts that the training texts tell (`told`), the others (`untold`), or `all`."""
+    """Ask about the facts that the training texts tell (`told`), the others (`untold`), or
+    `all`."""
 
     templates: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Evaluation templates, by name; left out: all that go with the direction, or in a sweep those
@@ -84,7 +85,7 @@ class FactsOf(Section):
     """A dataset of any kind, made here: the keys of a config of `graftlens data make`."""
 
     path: str | None = None
-    """A folder that `graftlens.data.save_dataset` or `graftlens data make` wrote."""
+    """A folder written by `graftlens.data.save_dataset` or `graftlens data make`."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> "FactsOf":
@@ -107,10 +108,10 @@ class FactsOf(Section):
         if self.path is not None:
             return load_dataset(at_home(self.path))
         if self.make is not None:
-            # A supplement asks for nothing, and might have to be fetched.
+            # A supplement has no prompts, and might have to be downloaded.
             return make_dataset(self.make.model_copy(update={"supplement": None}))
         assert self.movies is not None
-        # The texts are not needed: one a fact says that it is told.
+        # The texts are not needed: one per fact shows that it is told.
         return make_dataset(
             MoviesConfig(n_facts=self.movies.n_facts, seed=self.movies.seed, texts_per_fact=1)
         )
@@ -140,7 +141,7 @@ class PromptSection(Section):
     """One prompt of your own, as `graftlens.Prompt` takes it."""
 
     template: str
-    """Text with `{field}` places; the fields' names are spans."""
+    """Text with `{field}` placeholders; the fields' names are spans."""
 
     answer: str
     """The text that should follow, with its leading space where it has one."""
@@ -181,14 +182,14 @@ class PromptFile(Section):
         """Every prompt of the file.
 
         Raises:
-            ConfigError: every entry that is no prompt.
+            ConfigError: every entry that is not a prompt.
             ValueError, OSError: a file that holds no prompts, or cannot be read.
         """
         path = at_home(self.file)
         text = read_text(path)
         kind = path.suffix.lower()
         if kind == ".jsonl":
-            # Not splitlines: it would cut at separators that may be inside of a JSON text.
+            # Not splitlines: it would split at separators that may occur inside a JSON string.
             lines = [(f"line {i}", l) for i, l in enumerate(text.split("\n"), 1) if l.strip()]
             places = [place for place, _ in lines]
             entries = gather(partial(_entry, path.name), lines)
@@ -206,7 +207,8 @@ class PromptFile(Section):
 
 
 def _entry(file: str, line: str) -> Any:
-    """A line of JSON lines; what is wrong with it is said first, as where it is comes before."""
+    """A line of JSON lines; the message begins with the problem, as the caller puts the place
+    before it."""
     try:
         return parse_json(line, "it")
     except ValueError as error:
@@ -216,7 +218,7 @@ def _entry(file: str, line: str) -> Any:
 
 
 def listed(value: Any) -> Any:
-    """A section that stands alone as a list of one."""
+    """A single section as a list of one."""
     return [value] if isinstance(value, dict | Settings) else value
 
 

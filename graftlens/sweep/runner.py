@@ -1,9 +1,11 @@
-"""Running a sweep in a folder, in one process or several, so that no kill loses or doubles a row.
+"""Running a sweep in a folder, in one process or several, so that no kill loses or duplicates a
+row.
 
-The folder (see `results.py`) is claimed first: what the sweep is gets written down, and another
-sweep is refused. Workers then take shards under locks that vanish with their process, so that what
-a killed one held is taken over. Locks only save work: a shard computed twice has equal rows. The
-worker that finds all shards there writes the trust report and the marker that the sweep is done.
+The folder (see `results.py`) is claimed first: a description of the sweep is stored, and another
+sweep is refused. Workers then take shards under locks that vanish with their process, so that the
+shard of a killed worker is taken over. Locks only save work: a shard computed twice has equal rows.
+The worker that finds all shards finished writes the trust report and the marker that the sweep is
+done.
 """
 
 import contextlib
@@ -68,19 +70,19 @@ from graftlens.sweep.results import (
 from graftlens.sweep.scoring import Scorer
 from graftlens.sweep.trust import trust_report
 
-#: Cells up to which the trust report sees the likeliest tokens too.
+#: Most cells for which the trust report also reads the likeliest tokens.
 LISTED = 200_000
 
-#: Prompts a second and the time left; rates below one stay rates.
+#: Prompts per second and the time left; rates below one stay rates.
 BAR = (
     "{desc}: {percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} prompts "
     "[{elapsed}<{remaining}, {rate_noinv_fmt}]"
 )
 
-#: Blocks of grafts whose plans a worker keeps.
+#: Number of graft blocks whose plans a worker keeps.
 PLANNERS = 4
 
-#: Seconds between two looks for shards that another process holds.
+#: Seconds between two checks for shards that another process holds.
 POLL = 0.5
 
 Say = Callable[[str], None]
@@ -96,7 +98,7 @@ class SweepResult:
     Attributes:
         folder: where it is; `read_results(folder)` gives the table.
         cells: number of (prompt, graft), each a row.
-        not_run: reason -> number of cells that could not be run for it.
+        not_run: reason -> number of cells that could not be run for that reason.
         trust: the trust report, as in ``trust.json``.
     """
 
@@ -132,11 +134,12 @@ def run_sweep(
     progress: bool = True,
     say: Say = print,
 ) -> SweepResult:
-    """Run a sweep, take up a killed one, or find it finished.
+    """Run a sweep, resume a killed one, or find it finished.
 
-    Interrupted at any instant and called again, it computes what is missing and ends with the same
-    rows, bit for bit, as without the interruption (on one machine, and unless memory ran out: then
-    batches are cut smaller, and last bits may differ). Several calls at once share the work.
+    If it is interrupted at any instant, calling it again computes what is missing and gives the
+    same rows, bit for bit, as without the interruption (on one machine, and unless memory ran out:
+    then batches are made smaller, and the last bits may differ). Several simultaneous calls share
+    the work.
 
     Args:
         config: the config, or the path of its file, or its content.
@@ -144,9 +147,9 @@ def run_sweep(
         overrides: `key=value` settings that replace those of the file.
         measures: of your own, or where to import them from (``module:name``); those that the config
             does not name are added to its `metrics.measures`.
-        device: where to run; the GPU where there is one, else the CPU, by default.
+        device: where to run; by default the GPU if there is one, else the CPU.
         progress: whether to show a progress bar.
-        say: where messages go.
+        say: called with each message.
 
     Raises:
         ValueError: a config that cannot be run, or a folder that holds another sweep.
@@ -161,7 +164,7 @@ def run_sweep(
     try:
         work(out, device=device, measures=own, progress=progress, say=say)
     except ValueError:
-        # Models that are refused: the mended config is to find the folder free.
+        # The models were refused: the corrected config should find the folder free.
         if not claimed:
             _give_up(out, say)
         raise
@@ -171,26 +174,26 @@ def run_sweep(
 
 
 def sweep_result(out: str | Path) -> SweepResult:
-    """What a finished sweep came to.
+    """The result of a finished sweep.
 
     Raises:
-        ValueError: a sweep that is not finished, or whose record of that is damaged.
+        ValueError: the sweep is not finished, or the record of its end is damaged.
     """
     out = Path(out).expanduser()
     if not (out / "done.json").is_file():
-        raise ValueError(f"{out} is not finished. Give the sweep's command again to go on.")
+        raise ValueError(f"{out} is not finished. Run the sweep's command again to continue.")
     try:
         done, trust = read_end(out)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"{out}: the record of its end is damaged ({error}). Give the sweep's command again: "
-            "it makes the record again from the shards."
+            f"{out}: the record of its end is damaged ({error}). Run the sweep's command again: "
+            "it recreates the record from the shards."
         ) from None
     return SweepResult(out, done["cells"], done["not_run"], trust)
 
 
 def is_done(out: Path) -> bool:
-    """Whether the sweep's marker says that it is finished, and its trust report is there."""
+    """Whether the sweep's marker says that it is finished, and its trust report exists."""
     try:
         read_end(out)
     except (OSError, ValueError):
@@ -199,15 +202,15 @@ def is_done(out: Path) -> bool:
 
 
 def is_finished(out: Path) -> bool:
-    """Whether nothing is left to do: the marker and all shards are there, and no file of the models
-    has been written since (so that weights trained anew at the same place are not taken for these).
+    """Whether nothing is left to do: the marker and all shards exist, and no file of the models has
+    been written since (so that weights retrained in the same place are not mistaken for these).
     """
     manifest = read_manifest(out)
     if manifest.models is None or not is_done(out) or _missing(out, manifest):
         return False
     locations = _config(out, manifest).locations()
     there, here = manifest.models.get("files"), _files(locations)
-    # Earlier releases wrote down less of each file.
+    # Earlier releases recorded less about each file.
     return bool(there == here or there == _files(locations, digests=False))
 
 
@@ -224,11 +227,11 @@ def prepare_sweep(
 ) -> Manifest:
     """Claim the folder for a sweep, or find it claimed for the same one; no weights are read.
 
-    Files of a claimed sweep that are damaged are written again. A refusal leaves nothing behind.
+    Damaged files of a claimed sweep are rewritten. A refusal leaves nothing behind.
 
     Raises:
         ValueError: a config that cannot be run, or a folder that holds another sweep, or files that
-            are not a sweep's where its files would be.
+            are not a sweep's in the places of its files.
         FolderError: a folder that cannot be written, or a full disk.
     """
     out = Path(out).expanduser()
@@ -243,7 +246,7 @@ def prepare_sweep(
     }
     new = manifest.to_json().encode()
 
-    # A folder that needs nothing may be one that cannot be written.
+    # A folder that needs nothing may be read-only.
     if (out / "sweep.json").is_file():
         agreed = _agree(out, manifest, checked.prompts)
         if not to_mend(out, agreed, files, table):
@@ -263,7 +266,7 @@ def prepare_sweep(
 
 
 def _give_up(out: Path, say: Say) -> None:
-    """Take back a claim under which nothing was computed."""
+    """Withdraw a claim under which nothing was computed."""
     with lock(out, "claim", say=say), writing(out):
         if read_manifest(out).models is None:
             for name in ("sweep.json", "config.yaml", "grafts.yaml", "prompts.parquet"):
@@ -284,7 +287,7 @@ def _checked(
     overrides: Sequence[str],
     measures: Sequence[Measure],
 ) -> tuple[Checked, str]:
-    """The checked config, and its text as it was given."""
+    """The checked config, and its text as given."""
     if isinstance(config, str | Path):
         path = Path(config).expanduser()
         checked = check(with_measures(load_config(path, overrides), measures), measures)
@@ -294,7 +297,8 @@ def _checked(
         return checked, path.read_text(encoding="utf-8") + note
     if overrides:
         raise ValueError(
-            f"overrides={list(overrides)}: these go with a config's file. Change the config itself."
+            f"overrides={list(overrides)}: these apply to a config file only. Change the config "
+            "itself."
         )
     if isinstance(config, Checked):
         checked = config
@@ -332,7 +336,7 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
     dumped = config.model_dump(mode="json")
     rules = {named.name: str(named.graft) for named in checked.grafts}
     tidy = ("source", "span", "component", "layer", "head")
-    # However grafts and prompts are written, what they come to is what counts.
+    # What counts is what grafts and prompts resolve to, however they are written.
     resolved = ("grafts", "grids", "prompts")
     identity = {name: value for name, value in dumped.items() if name not in resolved} | {
         # Folders of sweeps without further measures stay what they are.
@@ -390,7 +394,7 @@ def _cut(
 
 
 def _agree(out: Path, given: Manifest, prompts: Sequence[Prompt]) -> Manifest:
-    """The folder's manifest, if it is of the sweep that is given."""
+    """The folder's manifest, if it belongs to the given sweep."""
     there = read_manifest(out)
     if there.identity == given.identity:
         return there
@@ -403,7 +407,7 @@ def _agree(out: Path, given: Manifest, prompts: Sequence[Prompt]) -> Manifest:
                 break
     config = " ".join([str(out / "config.yaml"), *there.overrides])
     advice = (
-        f"Choose another folder, give the config that is there ({config}), or remove the folder."
+        f"Choose another folder, use the config that is there ({config}), or remove the folder."
     )
     raise ValueError(refusal(f"{out} holds another sweep", lines, advice))
 
@@ -419,14 +423,14 @@ def work(
     progress: bool = True,
     say: Say = print,
 ) -> None:
-    """Be one of the workers of a prepared sweep, to its end.
+    """Work on a prepared sweep to its end, as one of its workers.
 
     Loads the models once, takes shards until none is left, waits for those that other workers
     hold (and takes over those of dead ones), and finishes the sweep if no other worker does.
     `measures` are the user's own that the sweep names, or where to import them from.
 
     Raises:
-        ValueError: a folder that holds no sweep, or other weights than it was begun with.
+        ValueError: a folder that holds no sweep, or other weights than it was started with.
         FolderError: a folder that cannot be written, or a full disk.
     """
     out = Path(out).expanduser()
@@ -439,8 +443,8 @@ def work(
     with writing(out):
         probe(out / "sweep.json")
     if (lines := differences(manifest.versions, _versions())) and (manifest.models is not None):
-        say("\n".join(["this sweep was begun with other versions:", *lines]))
-        say("What is computed now may differ from what is there in the last digits.")
+        say("\n".join(["this sweep was started with other versions:", *lines]))
+        say("New results may differ from the existing ones in the last digits.")
     files = _files(config.locations())
     loaded = io.StringIO()
     with contextlib.redirect_stdout(loaded):
@@ -460,7 +464,7 @@ def work(
     )
     places = {name: place for place, name in enumerate(grafts)}
     done = manifest.cells - sum(map(manifest.rows, missing))
-    # A prompt is done in as many parts as it has grafts.
+    # Progress counts a prompt in fractions, one for each of its grafts.
     each = len(grafts)
     bar = tqdm(
         total=manifest.cells / each,
@@ -493,7 +497,7 @@ def work(
                 say=say,
             )
         table = scorers[own].table(blocks[block], advance)
-        # The texts are the prompts' and the grafts'; the shard says which.
+        # The texts are those of the prompts and grafts; the shard says which.
         stored = table[manifest.schema.names].assign(graft=table["graft"].map(places))
         rows = pa.Table.from_pandas(stored, schema=manifest.schema, preserve_index=False)
         return to_bytes(rows.replace_schema_metadata({"graftlens.key": manifest.key}))
@@ -519,7 +523,7 @@ def work(
 
 
 def finish(out: Path, model: GraftedTransformer, prepared: Prepared, say: Say = print) -> None:
-    """Write the trust report and the marker of a sweep whose shards are all there, once.
+    """Write the trust report and the marker of a sweep whose shards all exist, once.
 
     Raises:
         FolderError: a folder that cannot be written, or a full disk.
@@ -529,7 +533,7 @@ def finish(out: Path, model: GraftedTransformer, prepared: Prepared, say: Say = 
             clear_halves(out)
         if is_done(out):
             return
-        say("all shards are there; recomputing some cells for the trust report")
+        say("all shards are done; recomputing some cells for the trust report")
         manifest = read_manifest(out)
         config = _config(out, manifest)
         prompts, grafts, _ = _given(out, manifest)
@@ -540,8 +544,8 @@ def finish(out: Path, model: GraftedTransformer, prepared: Prepared, say: Say = 
         assert isinstance(results, pd.DataFrame)
         if len(results) < manifest.cells:
             raise FolderError(
-                f"shards went missing from {out} while the sweep ran. Give the same command again: "
-                "it computes them again."
+                f"shards went missing from {out} while the sweep ran. Run the same command again "
+                "to recompute them."
             )
         report = trust_report(
             model,
@@ -577,14 +581,14 @@ def _device_name(model: GraftedTransformer) -> str:
 
 
 def _missing(out: Path, manifest: Manifest) -> list[int]:
-    """The shards that are not there, or damaged."""
+    """The shards that are missing or damaged."""
     if manifest.models is None:
         return list(range(manifest.shards))
     return [s for s in range(manifest.shards) if read_shard(out, manifest, s) is None]
 
 
 def _take(out: Path, manifest: Manifest, shard: int, compute: Callable[[int], bytes]) -> bool:
-    """Compute a shard unless another process does; whether it is there now."""
+    """Compute a shard unless another process does; whether it exists now."""
     if read_shard(out, manifest, shard) is not None:
         return True
     with lock(out, _lock_name(shard), wait=False) as held:
@@ -627,7 +631,7 @@ def _record(
     files: Any,
     say: Say,
 ) -> Manifest:
-    """Write down which models run, or check that they are those that the folder was begun with."""
+    """Record which models run, or check that they are those that the folder was started with."""
     with lock(out, "claim", say=say):
         manifest = read_manifest(out)
         given = {
@@ -637,23 +641,24 @@ def _record(
         settings = model.settings()
         there = manifest.models
         if there is None:
-            # Batches are cut alike in every worker and after every kill: they decide the last bits.
+            # Batches are divided in the same way in every worker and after every kill: they decide
+            # the last bits.
             budget = config.row_budget or affordable_rows(
                 model.arch, model.cfg.device, model.cfg.dtype
             )
             found = {"row_budget": budget, "pair_check": pair_check}
         elif "settings" not in there:
             raise ValueError(
-                f"{out} was begun by an earlier release, which did not write down the sources' "
-                "configs and tokenizers, so whether they are still the same cannot be known. Its "
-                "results can be read; to compute more, begin a sweep in another folder."
+                f"{out} was started by an earlier release, which did not record the sources' "
+                "configs and tokenizers, so whether they are still the same is unknown. Its "
+                "results can be read; to compute more, start a sweep in another folder."
             )
         else:
             known = {name: there[name] for name in given}
             if lines := differences(known, given):
-                # The config's own words say more than hashes that follow from them.
+                # The config's own settings say more than hashes that follow from them.
                 lines = differences(there["settings"], settings) or lines
-                advice = "Put back the weights that it was begun with, or choose another folder."
+                advice = "Restore the weights that it was started with, or choose another folder."
                 raise ValueError(refusal(f"{out} holds results of other weights", lines, advice))
             found = {name: there[name] for name in ("row_budget", "pair_check")}
         ours = replace(manifest, models=given | found | {"settings": settings, "files": files})
@@ -667,7 +672,7 @@ def _files(
 ) -> dict[str, dict[str, list[int | str]]]:
     """Source -> size in bytes and time of change (ns) of each file of its folder, if it has one.
 
-    Of small files, which somebody edits within the clock's resolution, also the SHA-256.
+    For small files, which may be edited within the clock's resolution, also the SHA-256.
     """
     folders = {name: folder_of(str(source)) for name, source in sources.items()}
     return {
