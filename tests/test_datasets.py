@@ -43,7 +43,7 @@ from graftlens.data import (
     save_dataset,
     spec_of,
 )
-from graftlens.data.dataset import wrong_answers
+from graftlens.data.dataset import Asking, wrong_answers
 from graftlens.data.templates import DIRECTIONS, field_values, template_fields
 from graftlens.prompts import Prompt, continuation, tokenize
 from graftlens.sweep.config import SweepConfig, check
@@ -252,7 +252,7 @@ def test_the_true_year_is_in_no_text_and_no_prompt() -> None:
     for direction in DIRECTIONS:
         assert "1999" not in field_values(battle, direction).values()
         prompts = spec("battles").questions(
-            [battle], [0], templates=None, direction=direction, distractors=0, seed=0
+            [battle], [0], Asking(direction=direction, distractors=0)
         )
         assert len(prompts) == 4
         assert not [p for p in prompts if "1999" in p.text or "true_year" in p.fields]

@@ -28,6 +28,7 @@ from waiting import HANG, until
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data import dataset as dataset_module
 from graftlens.data import save_dataset
+from graftlens.data.dataset import Asking
 from graftlens.data.movies import MoviesConfig
 from graftlens.experiment import plan as plan_module
 from graftlens.experiment.compare import compare_runs
@@ -563,10 +564,7 @@ def test_a_cell_that_cannot_be_run_is_no_prompt_without_distractors(base, place)
         for prompt in MoviesConfig(n_facts=FACTS).questions(
             MoviesConfig(n_facts=FACTS).collect(),
             [0],
-            templates=["with_title", "qa"],
-            direction="ab",
-            distractors=0,
-            seed=0,
+            Asking(["with_title", "qa"], distractors=0),
         )
     }
     assert config.limit == 3

@@ -38,8 +38,9 @@ from graftlens.components import Component
 from graftlens.graft import Graft
 from graftlens.model.arch import PairError, UnsupportedArchitectureError, architecture
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.model.load import load
 from graftlens.prompts import Prompt
+
+load = GraftedTransformer.from_pretrained
 
 TOLERANCE = 1e-4  # relative to the largest logit, float32
 

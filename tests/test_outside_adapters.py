@@ -31,7 +31,10 @@ from transformers import PreTrainedModel
 from graftlens.components import Component
 from graftlens.graft import Graft
 from graftlens.model.arch import PairError, UnsupportedArchitectureError
-from graftlens.model.load import load, preview
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.load import preview
+
+load = GraftedTransformer.from_pretrained
 
 TOLERANCE = 1e-5  # relative to the largest logit, float32
 TIED = "llama3-rope-tied"

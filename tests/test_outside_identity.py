@@ -23,12 +23,14 @@ from transformers import PreTrainedConfig
 from graftlens.checkpoints import claim
 from graftlens.finetune import FinetuneConfig, finetune
 from graftlens.model.arch import PairError
+from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.identity import config_settings, tokenizer_digest
-from graftlens.model.load import load
 from graftlens.sweep import runner
 from graftlens.sweep.results import read_manifest, read_results, shard_path
 from graftlens.sweep.runner import prepare_sweep, run_sweep
 from graftlens.trainingtexts import vocabulary_hash
+
+load = GraftedTransformer.from_pretrained
 
 # -- fingerprints ------------------------------------------------------------------------------
 

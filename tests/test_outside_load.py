@@ -32,8 +32,10 @@ from graftlens.graft import Graft
 from graftlens.model import source as source_module
 from graftlens.model.arch import PairError, UnsupportedArchitectureError
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.model.load import load, preview
+from graftlens.model.load import preview
 from graftlens.model.tokenizers import read_tokenizer
+
+load = GraftedTransformer.from_pretrained
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"

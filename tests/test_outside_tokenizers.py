@@ -13,9 +13,12 @@ from toytokenizers import TOKENIZERS
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from graftlens.model.arch import PairError
-from graftlens.model.load import load, preview
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.load import preview
 from graftlens.model.tokenizers import read_tokenizer, shared_tokenizer
 from graftlens.prompts import encode
+
+load = GraftedTransformer.from_pretrained
 
 TEXTS = ("Renée Zellner acted", " 1,234 <|end_of_text|> x", "東京\n\n", "a")
 

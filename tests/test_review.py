@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 from graftlens.evaluation import evaluate
 from graftlens.graft import At, Graft, Rule
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.model.load import load
 from graftlens.prompts import Prompt, PromptError
+
+load = GraftedTransformer.from_pretrained
 
 TOKENS = torch.tensor([[5, 9, 33, 7, 21, 40]])
 

@@ -17,7 +17,7 @@ from pydantic import model_validator
 
 from graftlens.data.articlefiles import SHIPPED, ArticlePrompt, stored
 from graftlens.data.articleprompts import ArticleFact, Context, Ready, prepared, together
-from graftlens.data.dataset import USUAL, DatasetSpec
+from graftlens.data.dataset import USUAL, Asking, DatasetSpec
 from graftlens.data.rewriting import Rewrites, rewritten
 from graftlens.data.templates import Direction
 from graftlens.prompts import Prompt
@@ -138,25 +138,18 @@ class ArticlesSpec(DatasetSpec):
         return tuple(fact.article in articles for fact in facts)
 
     def questions(
-        self,
-        facts: Sequence[ArticleFact],
-        asked: Sequence[int],
-        *,
-        templates: Sequence[str] | None,
-        direction: Direction,
-        distractors: int,
-        seed: int,
+        self, facts: Sequence[ArticleFact], asked: Sequence[int], how: Asking
     ) -> tuple[Prompt, ...]:
         """The facts' prompts; a fact may have several of one name, or none."""
-        if direction != "ab":
+        if how.direction != "ab":
             raise ValueError(
-                f"direction={direction!r}: prompts are cut where a sentence names the second "
+                f"direction={how.direction!r}: prompts are cut where a sentence names the second "
                 'entity after the first, so only "ab" is possible. List a fact the other way round '
                 "to ask for its first entity."
             )
         able = {prompt.name for index in asked for prompt in facts[index].prompts}
         there = [name for name in TEMPLATE_NAMES if name in able]
-        names = there if templates is None else list(templates)
+        names = there if how.templates is None else list(how.templates)
         unknown = [name for name in names if name not in there]
         if unknown or not names:
             raise ValueError(
@@ -172,17 +165,17 @@ class ArticlesSpec(DatasetSpec):
         for name in names:
             for index in asked:
                 fact = facts[index]
-                rng = random.Random(f"distractors {seed} {name} {index}")
+                rng = random.Random(f"distractors {how.seed} {name} {index}")
                 wrong = [answer for answer in different if answer not in right[fact.first_entity]]
-                if not 0 <= distractors <= len(wrong):
+                if not 0 <= how.distractors <= len(wrong):
                     raise ValueError(
-                        f"distractors={distractors} of {len(facts)} facts: the distractors of "
+                        f"distractors={how.distractors} of {len(facts)} facts: the distractors of "
                         f"{fact.first_entity} are the answers of facts about others, so 0 to "
                         f"{len(wrong)} are possible here. Ask for fewer, or give more facts."
                     )
                 values = {"first_entity": fact.first_entity, **dict(fact.details)}
                 made += [
-                    prompt.about(fact.article, values, rng.sample(wrong, distractors))
+                    prompt.about(fact.article, values, rng.sample(wrong, how.distractors))
                     for prompt in fact.prompts
                     if prompt.name == name
                 ]

@@ -21,7 +21,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
-from graftlens.data.dataset import USUAL
+from graftlens.data.dataset import USUAL, Asking
 from graftlens.data.sentences import occurrences, with_field
 from graftlens.data.templated import TemplatedSpec
 from graftlens.data.templates import (
@@ -237,26 +237,19 @@ class CounterFactSpec(TemplatedSpec):
         return rows
 
     def questions(
-        self,
-        facts: Sequence[CounterFact],
-        asked: Sequence[int],
-        *,
-        templates: Sequence[str] | None,
-        direction: Direction,
-        distractors: int,
-        seed: int,
+        self, facts: Sequence[CounterFact], asked: Sequence[int], how: Asking
     ) -> tuple[Prompt, ...]:
         """The statements without their endings, in frames that no training text uses.
 
         Distractors are the row's other target, then targets of other facts of the same relation,
         then of any other fact.
         """
-        if direction != "ab":
+        if how.direction != "ab":
             raise ValueError(
-                f"direction={direction!r}: CounterFact's statements name the subject and ask for "
-                'the target, so only "ab" is possible.'
+                f"direction={how.direction!r}: CounterFact's statements name the subject and ask "
+                'for the target, so only "ab" is possible.'
             )
-        wrong = _wrong_answers(facts, asked, distractors, seed)
+        wrong = _wrong_answers(facts, asked, how.distractors, how.seed)
         return tuple(
             Prompt(
                 template=frame.text.replace("{prompt}", facts[index].template),
@@ -269,7 +262,7 @@ class CounterFactSpec(TemplatedSpec):
                 distractors=wrong[index],
                 name=frame.name,
             )
-            for frame in _asked_frames(templates)
+            for frame in _asked_frames(how.templates)
             for index in asked
         )
 

@@ -56,6 +56,23 @@ Half = Literal["a", "b"]
 Which = Literal["told", "untold", "all"]
 
 
+@dataclass(frozen=True)
+class Asking:
+    """How facts are asked for.
+
+    Attributes:
+        templates: names of evaluation templates; None for all that go with the direction.
+        direction: ``ab`` names the first entity and asks for the second, ``ba`` the reverse.
+        distractors: number of wrong answers per prompt.
+        seed: of the draw of distractors.
+    """
+
+    templates: Sequence[str] | None = None
+    direction: Direction = "ab"
+    distractors: int = 4
+    seed: int = 0
+
+
 class DatasetSpec(Settings, ABC):
     """What a dataset is made of. Equal specs give equal datasets.
 
@@ -100,14 +117,7 @@ class DatasetSpec(Settings, ABC):
 
     @abstractmethod
     def questions(
-        self,
-        facts: Sequence[Any],
-        asked: Sequence[int],
-        *,
-        templates: Sequence[str] | None,
-        direction: Direction,
-        distractors: int,
-        seed: int,
+        self, facts: Sequence[Any], asked: Sequence[int], how: Asking
     ) -> tuple[Prompt, ...]:
         """Prompts about the facts numbered `asked`, template by template.
 
@@ -219,14 +229,8 @@ class FactDataset:
                 f"facts={facts!r}: none of the {len(self.facts)} facts of this dataset are. "
                 'Write "told", "untold" or "all", or leave some untold (heldout_facts, half).'
             )
-        return self.config.questions(
-            self.facts,
-            asked,
-            templates=[templates] if isinstance(templates, str) else templates,
-            direction=direction,
-            distractors=distractors,
-            seed=seed,
-        )
+        names = [templates] if isinstance(templates, str) else templates
+        return self.config.questions(self.facts, asked, Asking(names, direction, distractors, seed))
 
 
 def make_dataset(config: DatasetSpec) -> FactDataset:

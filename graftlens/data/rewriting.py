@@ -5,7 +5,7 @@ import ipaddress
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from graftlens.configfile import overridden
 from graftlens.data.sentences import occurrences, statements
-from graftlens.data.settings import Settings
+from graftlens.data.settings import Settings, within
 
 #: (prompt, seed) -> what the language model writes.
 Write = Callable[[str, int], str]
@@ -238,37 +238,13 @@ def told_on_command_line(settings: S, overrides: Sequence[str]) -> S:
     given = overridden({}, overrides)
     named = {
         (section["endpoint"], section["api_key_env"])
-        for section in _sections(given)
+        for section in within(given, dict)
         if isinstance(section.get("endpoint"), str) and isinstance(section.get("api_key_env"), str)
     }
-    for rewrites in _rewrites_in(settings):
+    for rewrites in within(settings, Rewrites):
         if (rewrites.endpoint, rewrites.api_key_env) in named:
             rewrites._named = True
     return settings
-
-
-def _sections(value: Any) -> Iterator[dict[Any, Any]]:
-    """Every mapping in plain values."""
-    if isinstance(value, dict):
-        yield value
-    for inner in value.values() if isinstance(value, dict) else value:
-        if isinstance(inner, dict | list):
-            yield from _sections(inner)
-
-
-def _rewrites_in(value: Any) -> Iterator[Rewrites]:
-    """Every `Rewrites` in settings, however deep."""
-    if isinstance(value, Rewrites):
-        yield value
-    elif isinstance(value, BaseModel):
-        for name in type(value).model_fields:
-            yield from _rewrites_in(getattr(value, name))
-    elif isinstance(value, Mapping):
-        for inner in value.values():
-            yield from _rewrites_in(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _rewrites_in(inner)
 
 
 def _host(endpoint: Any) -> str:

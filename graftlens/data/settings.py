@@ -1,13 +1,15 @@
 """What all groups of settings have in common."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, field_validator
 
 from graftlens.components import HALF, brief
+
+T = TypeVar("T")
 
 
 class Settings(BaseModel):
@@ -32,7 +34,7 @@ class Settings(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _whole_characters(cls, value: Any) -> Any:
-        for text in _texts(value):
+        for text in within(value, str):
             if HALF.search(text):
                 raise ValueError(
                     f"{brief(text)} contains half of a character (a lone surrogate), which no "
@@ -54,16 +56,19 @@ def at_home(path: Path) -> Path:
         return path
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All strings in plain values."""
-    if isinstance(value, str):
+def within(value: Any, kind: type[T]) -> Iterator[T]:
+    """All values of a kind in settings and plain values, however deep; keys, too."""
+    if isinstance(value, kind):
         yield value
+    inner: Iterable[Any] = ()
+    if isinstance(value, BaseModel):
+        inner = (getattr(value, name) for name in type(value).model_fields)
     elif isinstance(value, Mapping):
-        for pair in value.items():
-            yield from _texts(pair)
+        inner = (*value.keys(), *value.values())
     elif isinstance(value, list | tuple):
-        for item in value:
-            yield from _texts(item)
+        inner = value
+    for item in inner:
+        yield from within(item, kind)
 
 
 def _own_types(annotation: Any) -> Iterator[Any]:

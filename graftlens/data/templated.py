@@ -9,7 +9,7 @@ from datasets import Dataset
 from pydantic import Field, model_validator
 
 from graftlens.components import suggest
-from graftlens.data.dataset import Answers, DatasetSpec, texts_dataset
+from graftlens.data.dataset import Answers, Asking, DatasetSpec, texts_dataset
 from graftlens.data.templates import (
     DIRECTIONS,
     EVALUATION_TEMPLATES,
@@ -73,22 +73,10 @@ class TemplatedSpec(DatasetSpec):
         return [row for row in rows if told[row["fact"]]]
 
     def questions(
-        self,
-        facts: Sequence[Any],
-        asked: Sequence[int],
-        *,
-        templates: Sequence[str] | None,
-        direction: Direction,
-        distractors: int,
-        seed: int,
+        self, facts: Sequence[Any], asked: Sequence[int], how: Asking
     ) -> tuple[Prompt, ...]:
         return evaluation_prompts(
-            [facts[index] for index in asked],
-            templates=templates,
-            direction=direction,
-            distractors=distractors,
-            seed=seed,
-            known=self.evaluation,
+            [facts[index] for index in asked], **vars(how), known=self.evaluation
         )
 
 

@@ -21,7 +21,7 @@ from graftlens.components import expand_components
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data import DatasetSpec, load_dataset, make_dataset, save_dataset
 from graftlens.data.dataset import read_provenance
-from graftlens.data.settings import Settings
+from graftlens.data.settings import Settings, within
 from graftlens.experiment.analysis import check_figures
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig
 from graftlens.finetune import FinetuneRun, TrainingData
@@ -139,14 +139,11 @@ def _described(spec: DatasetSpec) -> dict[str, Any]:
     return values | {"sha256 of files": [_file_digest(path) for path in _files(spec)]}
 
 
-def _files(value: Any) -> Iterator[Path]:
+def _files(settings: Settings) -> Iterator[Path]:
     """Every file that settings name, folders' files one by one."""
-    if isinstance(value, Settings):
-        for name in type(value).model_fields:
-            yield from _files(getattr(value, name))
-    elif isinstance(value, Path):
-        inner = sorted(value.rglob("*")) if value.is_dir() else [value]
-        yield from (path for path in inner if path.is_file())
+    for path in within(settings, Path):
+        inner = sorted(path.rglob("*")) if path.is_dir() else [path]
+        yield from (file for file in inner if file.is_file())
 
 
 def _file_digest(path: Path) -> str:

@@ -112,7 +112,7 @@ class Active:
                 others = [h.graft for h in self._live - set(_HERE.get()) if h.kind == "graft"]
             if others:
                 raise RuntimeError(
-                    f"`with model.grafted({_said(others[0])!r})` is in force in another thread or "
+                    f"`with model.grafted({said(others[0])!r})` is in force in another thread or "
                     "task, and none in this one, so it is not clear which graft is meant here. "
                     'Name it (graft=…; "none" is the base), or take the weight of one source '
                     "(model.W_O[source, layer])."
@@ -229,7 +229,7 @@ class Active:
             way = way if layer is None else f"blocks[{layer}].{inside}{way}"
         where = "" if layer is None else f" in layer {layer}"
         raise ValueError(
-            f"under graft {_said(self.current)!r} there is no single weight for "
+            f"under graft {said(self.current)!r} there is no single weight for "
             f"{component}{where}: positions or heads differ. "
             f"Choose a source yourself, as in model.{way}."
         )
@@ -260,7 +260,7 @@ class Active:
         if tuple(shape) != graft.shape:
             raise ValueError(
                 f"{component} was called by itself on {list(shape)} vectors under graft "
-                f"{_said(graft)!r}, by which the places of its batch of {list(graft.shape)} use "
+                f"{said(graft)!r}, by which the places of its batch of {list(graft.shape)} use "
                 "different weights. Give it [batch, pos, d_model] of that batch, a stack entry by "
                 "entry; or use the cache's own methods (cache.logit_lens, cache.accumulated_resid("
                 "apply_ln=True), cache.logit_attrs)."
@@ -298,5 +298,5 @@ def _entered(mine: _Held) -> Iterator[None]:
             mine.over = True
 
 
-def _said(graft: Graft | GraftMask | None) -> str:
+def said(graft: Graft | GraftMask | None) -> str:
     return str(graft.graft if isinstance(graft, GraftMask) else graft or Graft())

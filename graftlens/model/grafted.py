@@ -2,10 +2,8 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
@@ -14,38 +12,28 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
-from transformer_lens.utilities import Slice
 
-from graftlens.components import COMPONENTS, Component, suggest
+from graftlens.components import COMPONENTS, Component
 from graftlens.graft import Graft
-from graftlens.model.active import Active
+from graftlens.model.active import Active, said
 from graftlens.model.arch import Architecture
-from graftlens.model.cache import Activations, GraftedCache, sliced
-from graftlens.model.forward import (
-    AttentionOrder,
-    KeyValueCache,
-    Parts,
-    Pass,
-    TransformerBlock,
-)
+from graftlens.model.cache import GraftedCache, sliced
+from graftlens.model.config import GraftedConfig, config_of
+from graftlens.model.forward import AttentionOrder, KeyValueCache, Parts, Pass, TransformerBlock
 from graftlens.model.generation import Generation
+from graftlens.model.hooks import Hooking, first_of
 from graftlens.model.identity import config_settings, facts_digest, tokenizer_digest
 from graftlens.model.inputs import Batch, Input, Padding
-from graftlens.model.linear import (
-    Linear,
-    PosEmbed,
-    TokenEmbed,
-    per_head_in,
-    per_head_out,
-    per_row,
-)
-from graftlens.model.mask import GraftLike, GraftMask, Selection, plain, resolve
+from graftlens.model.linear import Linear, PosEmbed, TokenEmbed
+from graftlens.model.load import load, short
+from graftlens.model.mask import GraftLike, GraftMask, plain, resolve
 from graftlens.model.output import FinalNorm, Unembed
 from graftlens.model.points import FlaggedPoint
+from graftlens.model.probe import probe
 from graftlens.model.reading import Reading, tell, whole
 from graftlens.model.tree import TreeBatch, TreeShape
+from graftlens.model.views import WeightViews
 from graftlens.model.weights import Sourced, Weights, equal_sources
 
 __all__ = ["GraftLike", "GraftedConfig", "GraftedTransformer", "Input"]
@@ -54,56 +42,7 @@ C = Component
 T = TypeVar("T")
 
 
-@dataclass
-class GraftedConfig:
-    """The architecture in HookedTransformer's words, and the flags that turn costly hooks on."""
-
-    model_name: str
-    n_layers: int
-    d_model: int
-    n_heads: int
-    n_key_value_heads: int | None
-    d_head: int
-    d_mlp: int
-    d_vocab: int
-    n_ctx: int
-    act_fn: str
-    eps: float
-    normalization_type: Literal["LN", "RMS"]
-    positional_embedding_type: Literal["standard", "rotary"]
-    parallel_attn_mlp: bool
-    gated_mlp: bool
-    use_normalization_before_and_after: bool
-    use_qk_norm: bool
-    attn_scores_soft_cap: float
-    output_logits_soft_cap: float
-    rotary_dim: int | None
-    dtype: torch.dtype
-    device: torch.device
-    sources: tuple[str, ...]
-    use_attn_result: bool = False
-    use_split_qkv_input: bool = False
-    use_attn_in: bool = False
-    use_hook_mlp_in: bool = False
-    attn_only: bool = False
-    final_rms: bool = False
-    attention_dir: str = "causal"
-    ungroup_grouped_query_attention: bool = False
-    #: Whether texts get a BOS token; None leaves it to the tokenizer. May be set at any time.
-    default_prepend_bos: bool | None = None
-    tokenizer_name: str | None = None
-
-    @property
-    def d_vocab_out(self) -> int:
-        """Entries of the output vocabulary."""
-        return self.d_vocab
-
-    def to_dict(self) -> dict[str, Any]:
-        """All settings as a dictionary."""
-        return asdict(self)
-
-
-class GraftedTransformer(Reading, Generation, HookedRootModule):
+class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
     """A language model in several sources (PRE, SFT, …), run under a graft.
 
     Hooks, caches and shapes are HookedTransformer's; the weights have a leading source axis
@@ -157,7 +96,7 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         self.active = Active(arch, self.sources)
         parts = Parts(arch, list(weights.values()), self.active)
         sample = next(iter(next(iter(weights.values())).values()))
-        self.cfg = _config(arch, self.sources, model_name or arch.family, sample, tokenizer)
+        self.cfg = config_of(arch, self.sources, model_name or arch.family, sample, tokenizer)
 
         self.embed = TokenEmbed(parts.weight(C.EMBED, None), self.active, arch.embed_scale)
         self.hook_embed = HookPoint()
@@ -185,33 +124,84 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         check: bool = True,
         verbose: bool = True,
     ) -> "GraftedTransformer":
-        """Load two or more sources of one architecture, the base first.
+        """Load two or more sources of one architecture, and hold each against its own model.
 
         Args:
             sources: name -> hub id, checkpoint folder, PEFT adapter folder, transformers model,
-                `TransformerBridge` or (TransformerLens 3.9) `HookedTransformer`.
+                `TransformerBridge` or (TransformerLens 3.9) `HookedTransformer`, the base first.
             tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own. The
                 model's pads on the right whatever it was saved with; set
                 `model.tokenizer.padding_side` to pad elsewhere.
             device: the GPU where there is one, else the CPU, unless given.
             dtype: float32 on the CPU and the checkpoints' own dtype on a GPU, unless given.
-            check: hold each source's logits against its own model's, and the tokenizers against
-                each other.
+            check: compare each source's tensors with its files, and its logits with its own
+                model's on a probe.
             verbose: print one line about what was loaded and checked.
 
         Raises:
-            PairError: sources that cannot be grafted together; the message says what differs.
+            PairError: sources that cannot be grafted together (the message says what differs), or
+                whose logits are not reproduced.
+            ValueError: a source's name that the text form of grafts could not hold, or a GPU that
+                is not there.
             UnsupportedArchitectureError: a family or option that is not exactly supported.
         """
-        from graftlens.model.load import load
+        loaded = load(sources, tokenizer=tokenizer, device=device, dtype=dtype)
+        read = loaded.sources
+        model = cls(
+            loaded.arch,
+            loaded.weights,
+            rotary=loaded.rotary,
+            activation=loaded.activation,
+            tokenizer=loaded.tokenizer,
+            model_name=read[0].origin,
+            end_tokens={source.name: source.end_tokens for source in read},
+            pad_token={source.name: source.pad_token for source in read},
+            hf_config=read[0].config,
+        ).to(loaded.device)
 
-        return load(
-            sources,
-            tokenizer=tokenizer,
-            device=device,
-            dtype=dtype,
-            check=check,
-            verbose=verbose,
+        def alone(source: str, tokens: Tensor) -> Tensor:
+            return model(tokens, graft=Graft.rule(source), attention_mask=torch.ones_like(tokens))
+
+        checked = "logits not checked"
+        if check:
+            worst = probe(alone, loaded.arch, read, loaded.device, loaded.dtype)
+            checked = f"logits equal the sources' own within {worst:.0e}"
+        if verbose:
+            print(f"graftlens: {model.summary()}; {checked}")
+        return model
+
+    def summary(self) -> str:
+        """The model in one line: architecture, sources, what they share, dtype and device."""
+        stored = list(self.stored())
+        shared = sum(len(weight.variants) == 1 for weight in stored)
+        same = f"{shared} of {len(stored)} tensors are the same in all sources"
+        if shared == len(stored):
+            same = "ALL SOURCES ARE IDENTICAL, so no graft can change anything"
+        arch = self.arch
+        return (
+            f"{arch.family}, {arch.n_layers} layers, d_model {arch.d_model}, "
+            f"sources {' '.join(self.sources)} (base {self.sources[0]}); {same}; "
+            f"{short(self.cfg.dtype)} on {self.cfg.device}"
+        )
+
+    def __repr__(self) -> str:
+        """A screen: what the model is and which graft is in force here, without its modules."""
+        arch = self.arch
+        heads = f"{arch.n_heads} heads of {arch.d_head}"
+        if arch.n_kv_heads != arch.n_heads:
+            heads += f" ({arch.n_kv_heads} key-value heads)"
+        sizes = (
+            f"{heads}, {arch.mlp} MLPs of {arch.d_mlp} neurons, vocabulary of {arch.d_vocab:,}, "
+            f"context of {arch.n_ctx:,}"
+        )
+        return "\n".join(
+            (
+                f"{type(self).__name__} {self.cfg.model_name}",
+                f"  {self.summary()}",
+                f"  {sizes}",
+                f"  components: {' '.join(arch.components)}",
+                f"  graft in force: {said(self.active.here)}",
+            )
         )
 
     # -- running ---------------------------------------------------------------------------------
@@ -355,7 +345,7 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         hooked = [name for name, hook in self.hook_dict.items() if hook.has_hooks()]
         if hooked:
             raise ValueError(
-                f"hooks are attached at {_first(hooked)}, "
+                f"hooks are attached at {first_of(hooked)}, "
                 "but a sweep's rows are no [batch, pos]: what a hook changed there would not mean "
                 "what it means in a run. Remove them (model.reset_hooks()), or run the grafts one "
                 "by one with model.run_with_hooks(…)."
@@ -597,28 +587,6 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         """Every weight of the model once, with its sources."""
         return (module for module in self.modules() if isinstance(module, Sourced))
 
-    def __getattr__(self, name: str) -> Any:
-        # An AttributeError inside a property comes here too, and would lose its reason.
-        lacking = next((c for c, row in COMPONENTS.items() if row.view == name), None)
-        if lacking is not None and lacking not in self.arch.components:
-            raise AttributeError(
-                f"{self.arch.family} has no {lacking}, so no {name}. "
-                f"Its components are: {' '.join(self.arch.components)}."
-            )
-        return super().__getattr__(name)
-
-    def _layers(
-        self, component: Component, part: str = "weight"
-    ) -> Float[Tensor, "source layer ..."]:
-        """One component's tensors over all sources and layers (a new tensor)."""
-        linears: list[Any] = [self.part(component, layer) for layer in range(self.arch.n_layers)]
-        if part == "weight":
-            return torch.stack([linear.weight.stacked() for linear in linears], dim=1)
-        count = range(len(self.sources))
-        return torch.stack(
-            [torch.stack([linear.bias_or_zeros(s) for s in count]) for linear in linears], dim=1
-        )
-
     def fingerprints(self) -> dict[str, str]:
         """Source name -> SHA-256 of what decides its numbers.
 
@@ -646,319 +614,6 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
         config = {} if self.hf_config is None else config_settings(self.hf_config)
         return {"config": config, "tokenizer": tokenizer_digest(self.tokenizer)}
 
-    @property
-    def W_Q(self) -> Float[Tensor, "source layer head d_model d_head"]:
-        """Queries of every source; stacked anew on each access, as in HookedTransformer."""
-        return per_head_out(self._layers(C.Q), self.arch.n_heads)
-
-    @property
-    def W_K(self) -> Float[Tensor, "source layer kv_head d_model d_head"]:
-        """Keys of every source, one matrix per key-value head."""
-        return per_head_out(self._layers(C.K), self.arch.n_kv_heads)
-
-    @property
-    def W_V(self) -> Float[Tensor, "source layer kv_head d_model d_head"]:
-        """Values of every source, one matrix per key-value head."""
-        return per_head_out(self._layers(C.V), self.arch.n_kv_heads)
-
-    @property
-    def W_O(self) -> Float[Tensor, "source layer head d_head d_model"]:
-        """Output maps of every source."""
-        return per_head_in(self._layers(C.O), self.arch.n_heads)
-
-    @property
-    def W_in(self) -> Float[Tensor, "source layer d_model d_mlp"]:
-        """MLP input maps (the up projection, where gated) of every source."""
-        return self._layers(C.MLP_IN).transpose(-1, -2)
-
-    @property
-    def W_gate(self) -> Float[Tensor, "source layer d_model d_mlp"]:
-        """MLP gates of every source.
-
-        Raises:
-            AttributeError: an architecture without a gate.
-        """
-        return self._layers(C.MLP_GATE).transpose(-1, -2)
-
-    @property
-    def W_out(self) -> Float[Tensor, "source layer d_mlp d_model"]:
-        """MLP output maps of every source."""
-        return self._layers(C.MLP_OUT).transpose(-1, -2)
-
-    @property
-    def W_E(self) -> Float[Tensor, "source d_vocab d_model"]:
-        """Token embeddings of every source, as stored (Gemma's before scaling)."""
-        return self.embed.weight.stacked()
-
-    @property
-    def W_pos(self) -> Float[Tensor, "source n_ctx d_model"]:
-        """Learned position embeddings of every source.
-
-        Raises:
-            AttributeError: an architecture with rotary positions.
-        """
-        return self.pos_embed.weight.stacked()
-
-    @property
-    def W_U(self) -> Float[Tensor, "source d_model d_vocab"]:
-        """Unembeddings of every source."""
-        return self.unembed.linear.weight.stacked().transpose(-1, -2)
-
-    @property
-    def b_Q(self) -> Float[Tensor, "source layer head d_head"]:
-        """Query biases, zeros where there are none."""
-        return self._layers(C.Q, "bias").unflatten(-1, (self.arch.n_heads, -1))
-
-    @property
-    def b_K(self) -> Float[Tensor, "source layer kv_head d_head"]:
-        """Key biases, zeros where there are none."""
-        return self._layers(C.K, "bias").unflatten(-1, (self.arch.n_kv_heads, -1))
-
-    @property
-    def b_V(self) -> Float[Tensor, "source layer kv_head d_head"]:
-        """Value biases, zeros where there are none."""
-        return self._layers(C.V, "bias").unflatten(-1, (self.arch.n_kv_heads, -1))
-
-    @property
-    def b_O(self) -> Float[Tensor, "source layer d_model"]:
-        """Attention output biases, zeros where there are none."""
-        return self._layers(C.O, "bias")
-
-    @property
-    def b_in(self) -> Float[Tensor, "source layer d_mlp"]:
-        """MLP input biases, zeros where there are none."""
-        return self._layers(C.MLP_IN, "bias")
-
-    @property
-    def b_out(self) -> Float[Tensor, "source layer d_model"]:
-        """MLP output biases, zeros where there are none."""
-        return self._layers(C.MLP_OUT, "bias")
-
-    @property
-    def b_U(self) -> Float[Tensor, "source d_vocab"]:
-        """Unembedding biases, zeros where there are none."""
-        return torch.stack([self.unembed.linear.bias_or_zeros(s) for s in range(len(self.sources))])
-
-    # -- what ActivationCache and transformer_lens.patching ask of a model -----------------------
-
-    def tokens_to_residual_directions(
-        self, tokens: str | int | Int[Tensor, "*shape"]
-    ) -> Float[Tensor, "*shape d_model"]:
-        """The unembedding vectors of tokens: the base's, or those of a uniform graft in force.
-
-        As in TransformerLens, `ln_final`'s weight is not folded in: multiply by `ln_final.w` for
-        the direction that the logit really is.
-        """
-        ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
-        index = torch.as_tensor(ids, device=self.cfg.device)
-        return self.unembed.W_U.T[index.squeeze() if index.numel() == 1 else index]
-
-    def accumulated_bias(
-        self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
-    ) -> Float[Tensor, "*batch_and_pos d_model"]:
-        """The sum of b_O and b_out over the layers before `layer` (and b_O of `layer` itself when
-        `mlp_input`): [d_model], or per position under a mask in force that differs there.
-        """
-        mask = self.active.current
-        total = torch.zeros(self.arch.d_model, device=self.cfg.device, dtype=self.cfg.dtype)
-        for l in range(layer + int(mlp_input)):
-            block = self.blocks[l]
-            assert isinstance(block, TransformerBlock)
-            parts: list[tuple[Component, Linear]] = [(C.O, block.attn.o)]
-            if include_mlp_biases and l < layer:
-                parts.append((C.MLP_OUT, block.mlp.mlp_out))
-            for component, linear in parts:
-                if linear.bias is None:
-                    continue
-                if isinstance(mask, GraftMask):
-                    chosen = mask[component, l]
-                    rows = per_row(
-                        linear.bias, chosen if isinstance(chosen, Selection) else chosen.whole
-                    )
-                    total = total + (rows if rows.ndim == 1 else rows.unflatten(0, mask.shape))
-                else:
-                    total = total + self.active.of(linear.bias, component, l)
-        return total
-
-    def set_use_attn_result(self, use_attn_result: bool) -> None:
-        """Whether `blocks.*.attn.hook_result` [batch, pos, head, d_model] is computed.
-
-        Raises, as do all below:
-            ValueError: a hook is attached that would no longer fire.
-            RuntimeError: another thread or task is running the model.
-        """
-        self._set_flag("use_attn_result", use_attn_result)
-
-    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
-        """Whether `hook_q_input`, `hook_k_input`, `hook_v_input` fire, one input per head."""
-        self._set_flag("use_split_qkv_input", use_split_qkv_input)
-
-    def set_use_attn_in(self, use_attn_in: bool) -> None:
-        """Whether `hook_attn_in` fires, one input per head for q, k and v together.
-
-        It does not while `use_split_qkv_input` is on, which gives q, k and v their own.
-
-        Raises:
-            ValueError: with grouped-query heads, where q and k have different numbers of heads.
-        """
-        if use_attn_in and self.arch.n_heads != self.arch.n_kv_heads:
-            raise ValueError(
-                f"hook_attn_in needs as many key-value heads as heads; here they are "
-                f"{self.arch.n_kv_heads} and {self.arch.n_heads}. Use set_use_split_qkv_input."
-            )
-        self._set_flag("use_attn_in", use_attn_in)
-
-    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
-        """Whether `blocks.*.hook_mlp_in` fires."""
-        self._set_flag("use_hook_mlp_in", use_hook_mlp_in)
-
-    def _set_flag(self, flag: str, on: bool) -> None:
-        self.active.check("hooks")
-        before = getattr(self.cfg, flag)
-        setattr(self.cfg, flag, on)
-        try:
-            self._refuse_silent_hooks(f"set_{flag}({on})")
-        except ValueError:
-            setattr(self.cfg, flag, before)
-            raise
-
-    def _refuse_silent_hooks(self, what: str) -> None:
-        """That every hook that is attached fires: a flag may have been turned off since."""
-        silent = [point for point in self._flagged if point.hooked and not point.fires]
-        if silent:
-            raise ValueError(
-                f"{what}: hooks are attached at {_first(point.name for point in silent)}, which "
-                f"would not fire. {silent[0].way} Or remove the hooks first (model.reset_hooks(), "
-                "permanent ones with including_permanent=True)."
-            )
-
-    # -- hooks and moving ------------------------------------------------------------------------
-
-    @contextmanager
-    def hooks(
-        self,
-        fwd_hooks: Sequence[tuple[Any, Any]] = (),
-        bwd_hooks: Sequence[tuple[Any, Any]] = (),
-        reset_hooks_end: bool = True,
-        clear_contexts: bool = False,
-    ) -> Iterator["GraftedTransformer"]:
-        """TransformerLens's context of temporary hooks; a name that no hook has is an error.
-
-        A filter chooses among the hooks whose flag is on.
-
-        Raises:
-            ValueError: a hook name that does not exist, a filter that matches none, or a hook whose
-                flag is off, so that it would never fire.
-            RuntimeError: another thread or task runs the model, or has hooks on it; and, inside, a
-                run of another thread or task.
-        """
-        given = [(self._names(n, "hook"), h, "fwd") for n, h in fwd_hooks]
-        given += [(self._names(n, "hook"), h, "bwd") for n, h in bwd_hooks]
-        with self.active.hooking() as level:
-            try:
-                for names, hook, direction in given:
-                    for name in names:
-                        self.hook_dict[name].add_hook(hook, dir=direction, level=level)
-                yield self
-            finally:
-                if reset_hooks_end:
-                    # Not this class's own, which would refuse where another context ends this.
-                    super().reset_hooks(clear_contexts, including_permanent=False, level=level)
-
-    @property
-    def context_level(self) -> int:
-        """How deeply `with model.hooks(…)` and the like are nested."""
-        return self.active.level
-
-    @context_level.setter
-    def context_level(self, level: int) -> None:
-        """HookedRootModule begins by setting it to 0, which it is."""
-
-    def add_hook(self, name: Any, hook: Any, *args: Any, **kwargs: Any) -> None:
-        """As in TransformerLens: on the model until it is removed, in the runs of every thread.
-
-        A filter chooses among the hooks whose flag is on.
-
-        Raises:
-            ValueError: as for `hooks`; so does `hook_point.add_hook` itself.
-            RuntimeError: another thread or task runs the model, or has hooks on it.
-        """
-        self.active.check("hooks")
-        for each in self._names(name, "hook"):
-            super().add_hook(each, hook, *args, **kwargs)
-
-    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
-        """As in TransformerLens.
-
-        Raises:
-            RuntimeError: another thread or task runs the model, or has hooks on it.
-        """
-        self.active.check("hooks")
-        super().reset_hooks(*args, **kwargs)
-
-    def add_caching_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; what is given is that of `get_caching_hooks`."""
-        cached, fwd, bwd = self.get_caching_hooks(*args, **kwargs)
-        for direction, hooks in (("fwd", fwd), ("bwd", bwd)):
-            for name, hook in hooks:
-                self.add_hook(name, hook, dir=direction)
-        return cached
-
-    def get_caching_hooks(
-        self,
-        names_filter: Any = None,
-        incl_bwd: bool = False,
-        device: Any = None,
-        remove_batch_dim: bool = False,
-        cache: dict[str, Tensor] | None = None,
-        pos_slice: Any = None,
-    ) -> Any:
-        """As in TransformerLens; a filter that matches no hook is an error.
-
-        Unless `cache` is given, the dictionary remembers the graft of the run that filled it, so
-        that an `ActivationCache` made of it knows which weights to compute with.
-        """
-        names = self._names(names_filter, "names_filter")
-        cache = Activations() if cache is None else cache
-        cached, *hooks = super().get_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
-        kept = None if pos_slice is None else Slice.unwrap(pos_slice)
-
-        def keep(tensor: Tensor, hook: HookPoint, save: Any) -> None:
-            passes = self.active.running  # none where a backward hook fires
-            if passes and isinstance(cache, Activations):
-                cache.filled(str(hook.name), passes[-1], kept)
-            if kept is not None:
-                # TransformerLens guesses the axis from the name, and cuts heads at hook_rot_q.
-                per_pair = str(hook.name).endswith(("hook_attn_scores", "hook_pattern"))
-                tensor = kept.apply(tensor, dim=2 if per_pair else 1)
-            save(tensor, hook=hook)
-
-        return cached, *([(name, partial(keep, save=save)) for name, save in h] for h in hooks)
-
-    def _names(self, chosen: Any, what: str) -> list[str]:
-        known = self.hook_dict
-        silent = {str(point.name): point for point in self._flagged if not point.fires}
-        if chosen is None or callable(chosen):
-            names = [n for n in known if (chosen is None or chosen(n)) and n not in silent]
-            if not names:
-                raise ValueError(
-                    f"{what} matches none of the {len(known)} hooks. Hook names look like "
-                    '"blocks.0.hook_resid_post"; list(model.hook_dict) has them all.'
-                )
-            return names
-        names = [chosen] if isinstance(chosen, str) else list(chosen)
-        for name in names:
-            if name not in known:
-                raise ValueError(
-                    f"{what}: no hook {name!r}. list(model.hook_dict) has all names."
-                    f"{suggest(str(name), known)}"
-                )
-            if name in silent:
-                raise ValueError(
-                    f"{what}: {name!r} does not fire, to save memory. {silent[name].way}"
-                )
-        return names
-
     def to(self, *args: Any, **kwargs: Any) -> "GraftedTransformer":
         """Move to a device or dtype, as any module; `cfg` follows."""
         kwargs.pop("print_details", None)
@@ -983,43 +638,6 @@ class GraftedTransformer(Reading, Generation, HookedRootModule):
     def cpu(self) -> "GraftedTransformer":
         """Move to the CPU."""
         return self.to("cpu")
-
-
-def _config(
-    arch: Architecture, sources: tuple[str, ...], name: str, sample: Tensor, tokenizer: Any
-) -> GraftedConfig:
-    return GraftedConfig(
-        model_name=name,
-        n_layers=arch.n_layers,
-        d_model=arch.d_model,
-        n_heads=arch.n_heads,
-        n_key_value_heads=None if arch.n_kv_heads == arch.n_heads else arch.n_kv_heads,
-        d_head=arch.d_head,
-        d_mlp=arch.d_mlp,
-        d_vocab=arch.d_vocab,
-        n_ctx=arch.n_ctx,
-        act_fn=arch.act_fn,
-        eps=arch.eps,
-        normalization_type="RMS" if arch.norm == "rms" else "LN",
-        positional_embedding_type="rotary" if arch.rotary_dim else "standard",
-        parallel_attn_mlp=arch.parallel,
-        gated_mlp=arch.mlp == "gated",
-        use_normalization_before_and_after=arch.pre_norms and arch.post_norms,
-        use_qk_norm=arch.qk_norm != "none",
-        attn_scores_soft_cap=arch.attn_softcap or -1.0,
-        output_logits_soft_cap=arch.logit_softcap or -1.0,
-        rotary_dim=arch.rotary_dim or None,
-        dtype=sample.dtype,
-        device=sample.device,
-        sources=sources,
-        tokenizer_name=getattr(tokenizer, "name_or_path", None),
-    )
-
-
-def _first(names: Iterable[str | None]) -> str:
-    """The first few of some names, for a message."""
-    known = [str(name) for name in names]
-    return ", ".join(known[:3]) + (" …" if len(known) > 3 else "")
 
 
 def _no_graft(value: object) -> str:

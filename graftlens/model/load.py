@@ -1,11 +1,11 @@
-"""Loading sources: read each checkpoint, check that they make a pair, prove each against its own.
+"""Loading sources: read each checkpoint, and check that they make a pair.
 
 What is not exactly supported is refused. Loading reads Hugging Face state dicts directly, so a
 loaded model that is given as a source is neither changed nor kept.
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from graftlens.model.arch import (
     UnsupportedArchitectureError,
     brief,
 )
-from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.hooked import read_hooked
 from graftlens.model.identity import rotary_tables
 from graftlens.model.places import is_adapter
 from graftlens.model.source import (
@@ -34,7 +34,31 @@ from graftlens.model.source import (
 from graftlens.model.tokenizers import shared_tokenizer
 from graftlens.model.weights import Weights
 
-_WIDER = 'float16 overflows: load with dtype="bfloat16" or dtype="float32".'
+WIDER = 'float16 overflows: load with dtype="bfloat16" or dtype="float32".'
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Sources that make a pair, checked: what a `GraftedTransformer` is put together from.
+
+    Attributes:
+        arch: the architecture that they share.
+        sources: what was read of each, the base first, in their own dtypes.
+        weights: source name -> its tensors, on the device and in the dtype to run in.
+        rotary: the rotary module, None with learned positions.
+        activation: the MLP's non-linearity.
+        tokenizer: the tokenizer that they share, None where no source brings one.
+        device, dtype: where and in what to run.
+    """
+
+    arch: Architecture
+    sources: tuple[Source, ...]
+    weights: dict[str, Weights]
+    rotary: nn.Module | None
+    activation: nn.Module
+    tokenizer: Any
+    device: torch.device
+    dtype: torch.dtype
 
 
 def load(
@@ -43,10 +67,8 @@ def load(
     tokenizer: Any = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
-    check: bool = True,
-    verbose: bool = True,
-) -> GraftedTransformer:
-    """Load two or more sources of one architecture into a `GraftedTransformer`.
+) -> Loaded:
+    """Read two or more sources of one architecture, and check that they make a pair.
 
     Args:
         sources: name -> source, the base first. A source is a hub id, a checkpoint folder, a
@@ -54,21 +76,18 @@ def load(
             `TransformerBridge` without compatibility mode, or with TransformerLens 3.9 a
             `HookedTransformer` whose weights were not processed.
         tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own.
-        device: where to put the model; the GPU where there is one, else the CPU.
+        device: where to put the weights; the GPU where there is one, else the CPU.
         dtype: the dtype to run in. Left out, it is float32 on the CPU (float64 for checkpoints in
             float64) and the checkpoints' own on a GPU, and checkpoints of different dtypes are
             refused. A checkpoint's own dtype is that of its files, whatever its config says.
-        check: compare each source's tensors with its files, and its logits with its own model's
-            on a probe.
-        verbose: print one line about what was loaded and checked.
 
     Raises:
         PairError: sources that differ in architecture, shapes, dtype or tokenizer, that are not
-            finite, that were processed (folded), or whose logits are not reproduced; files that
-            are missing, damaged or quantised; float16 where a number overflows in it. A bias that
-            only some sources have is no difference: it is zero in the others. Nor are contexts of
-            different lengths with rotary positions: the pair's is the longest. Rotary settings are
-            compared by the tables that they come to.
+            finite, or that were processed (folded); files that are missing, damaged or quantised;
+            float16 where a number overflows in it. A bias that only some sources have is no
+            difference: it is zero in the others. Nor are contexts of different lengths with rotary
+            positions: the pair's is the longest. Rotary settings are compared by the tables that
+            they come to.
         ValueError: a source's name that the text form of grafts could not hold, or a GPU that is
             not there.
         UnsupportedArchitectureError: a family or option that is not exactly supported.
@@ -102,7 +121,7 @@ def load(
     if wanted is None:
         distinct = {d for found in own.values() for d in found}
         if len(distinct) > 1:
-            listed = ", ".join(f"{n}: {' '.join(map(_short, f))}" for n, f in own.items())
+            listed = ", ".join(f"{n}: {' '.join(map(short, f))}" for n, f in own.items())
             raise PairError(
                 f"the sources' dtypes differ ({listed}). Name the one to run in, such as "
                 "dtype=torch.float32."
@@ -112,7 +131,6 @@ def load(
             wanted = torch.promote_types(wanted, torch.float32)
 
     shared = shared_tokenizer([(s.name, s.tokenizer) for s in read], tokenizer)
-    base = read[0]
     prepared = {
         source.name: {
             site: _own_storage(tensor.detach().to(target, wanted).contiguous())
@@ -122,23 +140,17 @@ def load(
     }
     if wanted is torch.float16:
         _refuse_overflow(prepared)
-    model = GraftedTransformer(
+    return Loaded(
         arch,
+        tuple(read),
         _share_tied(prepared),
         # Tables that are kept, as a HookedTransformer's, end with the source's context.
-        rotary=max(read, key=lambda source: source.arch.n_ctx).rotary,
-        activation=_activation(arch.act_fn),
-        tokenizer=shared,
-        model_name=base.origin,
-        end_tokens={source.name: source.end_tokens for source in read},
-        pad_token={source.name: source.pad_token for source in read},
-        hf_config=base.config,
+        max(read, key=lambda source: source.arch.n_ctx).rotary,
+        _activation(arch.act_fn),
+        shared,
+        target,
+        wanted,
     )
-    model.to(target)
-    worst = _probe(model, read, wanted) if check else None
-    if verbose:
-        print(_line(model, worst))
-    return model
 
 
 def preview(
@@ -202,8 +214,6 @@ def _read(name: str, given: Any, base: Any) -> Source:
     if "TransformerBridge" in kinds:
         return read_bridge(name, given)
     if "HookedTransformer" in kinds:
-        from graftlens.model.hooked import read_hooked
-
         return read_hooked(name, given)
     if "PeftModel" in kinds:
         # The adapter's own tensors are float32 whatever the model's are.
@@ -312,7 +322,7 @@ def _refuse_overflow(prepared: Mapping[str, Weights]) -> None:
                 where = "" if layer is None else f", layer {layer}"
                 raise PairError(
                     f"source {name!r}: {component} {part}{where} has numbers beyond float16's "
-                    "65504. " + _WIDER
+                    "65504. " + WIDER
                 )
 
 
@@ -336,7 +346,8 @@ def _own_storage(tensor: Tensor) -> Tensor:
     return tensor if alone else tensor.clone()
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
+    """A dtype's name in messages: `float32`."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -359,80 +370,3 @@ def _activation(name: str) -> nn.Module:
             f"{' '.join(sorted(ACT2FN))}."
         )
     return ACT2FN[name]
-
-
-def _probe(model: GraftedTransformer, read: list[Source], dtype: torch.dtype) -> float:
-    """The largest difference from any source's own logits, run in the same dtype.
-
-    In float32 it is the largest difference relative to the largest logit; in half precision the
-    root mean square of the differences relative to that of the logits.
-
-    Raises:
-        PairError: a difference beyond rounding.
-    """
-    arch = model.arch
-    windows = [w for w in arch.windows if w is not None]
-    exact = torch.finfo(dtype).bits >= 32
-    # Half precision rounds at every step, so there the mean is compared, and more is allowed: twice
-    # what Hugging Face's own half precision differs from its float32 on the families tested.
-    allowed = 1e-4 if exact else 3 * torch.finfo(dtype).eps * (1 + arch.n_layers) ** 0.5
-    # Long enough to pass a sliding window, where that is affordable.
-    length = min([*(s.arch.n_ctx for s in read), max([24, *(w + 8 for w in windows if w <= 120)])])
-    tokens = torch.randint(
-        arch.d_vocab, (2, length), generator=torch.Generator().manual_seed(0)
-    ).to(model.cfg.device)
-    worst = 0.0
-    for source in read:
-        if source.prove is not None:
-            source.prove()
-        with torch.no_grad():
-            ours = model(
-                tokens, graft=Graft.rule(source.name), attention_mask=torch.ones_like(tokens)
-            ).float()
-        theirs = source.logits(tokens, dtype).to(ours)
-        order = torch.inf if exact else 2
-        difference = float(
-            torch.linalg.vector_norm(ours - theirs, order)
-            / torch.linalg.vector_norm(theirs, order).clamp_min(1e-9)
-        )
-        who = f"source {source.name!r} ({source.origin})"
-        if not bool(torch.isfinite(theirs).all()):
-            raise PairError(
-                f"{who}: its own model's logits are not finite in {_short(dtype)}. "
-                + (_WIDER if dtype is torch.float16 else "Its weights are not those of a model.")
-            )
-        if not bool(torch.isfinite(ours).all()) and dtype is torch.float16:
-            raise PairError(f"{who}: its logits overflow in float16. {_WIDER}")
-        if not difference <= allowed:
-            why = "This checkpoint is not supported exactly. Please report its config."
-            if source.hooks:
-                why = (
-                    f"Its own model has hooks (on {' '.join(source.hooks[:5])}), which grafts do "
-                    "not run: remove them (model.reset_hooks(), or handle.remove()) and load again."
-                )
-            raise PairError(
-                f"{who}: logits differ from its own model's by {difference:.1e} (relative); "
-                f"{allowed:.1e} is rounding in {_short(dtype)}. {why}"
-            )
-        worst = max(worst, difference)
-    return worst
-
-
-def _line(model: GraftedTransformer, worst: float | None) -> str:
-    arch = model.arch
-    stored = list(model.stored())
-    shared = sum(len(weight.variants) == 1 for weight in stored)
-    same = f"{shared} of {len(stored)} tensors are the same in all sources"
-    if shared == len(stored):
-        same = "ALL SOURCES ARE IDENTICAL, so no graft can change anything"
-    checked = (
-        "logits not checked"
-        if worst is None
-        else f"logits equal the sources' own within {worst:.0e}"
-    )
-    return (
-        f"graftlens: {arch.family}, {arch.n_layers} layers, d_model {arch.d_model}, "
-        f"sources {' '.join(model.sources)} (base {model.sources[0]}); "
-        f"{same}; "
-        f"{_short(model.cfg.dtype)} on {model.cfg.device}; {checked}"
-    )

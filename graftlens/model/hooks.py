@@ -1,0 +1,209 @@
+"""A model's hooks: TransformerLens's, and an error where one would never fire."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Self
+
+from torch import Tensor
+from transformer_lens import HookedRootModule
+from transformer_lens.hook_points import HookPoint
+from transformer_lens.utilities import Slice
+
+from graftlens.components import suggest
+from graftlens.model.active import Active
+from graftlens.model.arch import Architecture
+from graftlens.model.cache import Activations
+from graftlens.model.points import FlaggedPoint
+
+
+class Hooking(HookedRootModule):
+    """The part of `GraftedTransformer` that has hooks."""
+
+    arch: Architecture
+    active: Active
+    cfg: Any
+    _flagged: list[FlaggedPoint]
+
+    def set_use_attn_result(self, use_attn_result: bool) -> None:
+        """Whether `blocks.*.attn.hook_result` [batch, pos, head, d_model] is computed.
+
+        Raises, as do all below:
+            ValueError: a hook is attached that would no longer fire.
+            RuntimeError: another thread or task is running the model.
+        """
+        self._set_flag("use_attn_result", use_attn_result)
+
+    def set_use_split_qkv_input(self, use_split_qkv_input: bool) -> None:
+        """Whether `hook_q_input`, `hook_k_input`, `hook_v_input` fire, one input per head."""
+        self._set_flag("use_split_qkv_input", use_split_qkv_input)
+
+    def set_use_attn_in(self, use_attn_in: bool) -> None:
+        """Whether `hook_attn_in` fires, one input per head for q, k and v together.
+
+        It does not while `use_split_qkv_input` is on, which gives q, k and v their own.
+
+        Raises:
+            ValueError: with grouped-query heads, where q and k have different numbers of heads.
+        """
+        if use_attn_in and self.arch.n_heads != self.arch.n_kv_heads:
+            raise ValueError(
+                f"hook_attn_in needs as many key-value heads as heads; here they are "
+                f"{self.arch.n_kv_heads} and {self.arch.n_heads}. Use set_use_split_qkv_input."
+            )
+        self._set_flag("use_attn_in", use_attn_in)
+
+    def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
+        """Whether `blocks.*.hook_mlp_in` fires."""
+        self._set_flag("use_hook_mlp_in", use_hook_mlp_in)
+
+    def _set_flag(self, flag: str, on: bool) -> None:
+        self.active.check("hooks")
+        before = getattr(self.cfg, flag)
+        setattr(self.cfg, flag, on)
+        try:
+            self._refuse_silent_hooks(f"set_{flag}({on})")
+        except ValueError:
+            setattr(self.cfg, flag, before)
+            raise
+
+    def _refuse_silent_hooks(self, what: str) -> None:
+        """That every hook that is attached fires: a flag may have been turned off since."""
+        silent = [point for point in self._flagged if point.hooked and not point.fires]
+        if silent:
+            raise ValueError(
+                f"{what}: hooks are attached at {first_of(point.name for point in silent)}, which "
+                f"would not fire. {silent[0].way} Or remove the hooks first (model.reset_hooks(), "
+                "permanent ones with including_permanent=True)."
+            )
+
+    @contextmanager
+    def hooks(
+        self,
+        fwd_hooks: Sequence[tuple[Any, Any]] = (),
+        bwd_hooks: Sequence[tuple[Any, Any]] = (),
+        reset_hooks_end: bool = True,
+        clear_contexts: bool = False,
+    ) -> Iterator[Self]:
+        """TransformerLens's context of temporary hooks; a name that no hook has is an error.
+
+        A filter chooses among the hooks whose flag is on.
+
+        Raises:
+            ValueError: a hook name that does not exist, a filter that matches none, or a hook whose
+                flag is off, so that it would never fire.
+            RuntimeError: another thread or task runs the model, or has hooks on it; and, inside, a
+                run of another thread or task.
+        """
+        given = [(self._names(n, "hook"), h, "fwd") for n, h in fwd_hooks]
+        given += [(self._names(n, "hook"), h, "bwd") for n, h in bwd_hooks]
+        with self.active.hooking() as level:
+            try:
+                for names, hook, direction in given:
+                    for name in names:
+                        self.hook_dict[name].add_hook(hook, dir=direction, level=level)
+                yield self
+            finally:
+                if reset_hooks_end:
+                    # Not this class's own, which would refuse where another context ends this.
+                    super().reset_hooks(clear_contexts, including_permanent=False, level=level)
+
+    @property
+    def context_level(self) -> int:
+        """How deeply `with model.hooks(…)` and the like are nested."""
+        return self.active.level
+
+    @context_level.setter
+    def context_level(self, level: int) -> None:
+        """HookedRootModule begins by setting it to 0, which it is."""
+
+    def add_hook(self, name: Any, hook: Any, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens: on the model until it is removed, in the runs of every thread.
+
+        A filter chooses among the hooks whose flag is on.
+
+        Raises:
+            ValueError: as for `hooks`; so does `hook_point.add_hook` itself.
+            RuntimeError: another thread or task runs the model, or has hooks on it.
+        """
+        self.active.check("hooks")
+        for each in self._names(name, "hook"):
+            super().add_hook(each, hook, *args, **kwargs)
+
+    def reset_hooks(self, *args: Any, **kwargs: Any) -> None:
+        """As in TransformerLens.
+
+        Raises:
+            RuntimeError: another thread or task runs the model, or has hooks on it.
+        """
+        self.active.check("hooks")
+        super().reset_hooks(*args, **kwargs)
+
+    def add_caching_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        """As in TransformerLens; what is given is that of `get_caching_hooks`."""
+        cached, fwd, bwd = self.get_caching_hooks(*args, **kwargs)
+        for direction, hooks in (("fwd", fwd), ("bwd", bwd)):
+            for name, hook in hooks:
+                self.add_hook(name, hook, dir=direction)
+        return cached
+
+    def get_caching_hooks(
+        self,
+        names_filter: Any = None,
+        incl_bwd: bool = False,
+        device: Any = None,
+        remove_batch_dim: bool = False,
+        cache: dict[str, Tensor] | None = None,
+        pos_slice: Any = None,
+    ) -> Any:
+        """As in TransformerLens; a filter that matches no hook is an error.
+
+        Unless `cache` is given, the dictionary remembers the graft of the run that filled it, so
+        that an `ActivationCache` made of it knows which weights to compute with.
+        """
+        names = self._names(names_filter, "names_filter")
+        cache = Activations() if cache is None else cache
+        cached, *hooks = super().get_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
+        kept = None if pos_slice is None else Slice.unwrap(pos_slice)
+
+        def keep(tensor: Tensor, hook: HookPoint, save: Any) -> None:
+            passes = self.active.running  # none where a backward hook fires
+            if passes and isinstance(cache, Activations):
+                cache.filled(str(hook.name), passes[-1], kept)
+            if kept is not None:
+                # TransformerLens guesses the axis from the name, and cuts heads at hook_rot_q.
+                per_pair = str(hook.name).endswith(("hook_attn_scores", "hook_pattern"))
+                tensor = kept.apply(tensor, dim=2 if per_pair else 1)
+            save(tensor, hook=hook)
+
+        return cached, *([(name, partial(keep, save=save)) for name, save in h] for h in hooks)
+
+    def _names(self, chosen: Any, what: str) -> list[str]:
+        known = self.hook_dict
+        silent = {str(point.name): point for point in self._flagged if not point.fires}
+        if chosen is None or callable(chosen):
+            names = [n for n in known if (chosen is None or chosen(n)) and n not in silent]
+            if not names:
+                raise ValueError(
+                    f"{what} matches none of the {len(known)} hooks. Hook names look like "
+                    '"blocks.0.hook_resid_post"; list(model.hook_dict) has them all.'
+                )
+            return names
+        names = [chosen] if isinstance(chosen, str) else list(chosen)
+        for name in names:
+            if name not in known:
+                raise ValueError(
+                    f"{what}: no hook {name!r}. list(model.hook_dict) has all names."
+                    f"{suggest(str(name), known)}"
+                )
+            if name in silent:
+                raise ValueError(
+                    f"{what}: {name!r} does not fire, to save memory. {silent[name].way}"
+                )
+        return names
+
+
+def first_of(names: Iterable[str | None]) -> str:
+    """The first few of some names, for a message."""
+    known = [str(name) for name in names]
+    return ", ".join(known[:3]) + (" …" if len(known) > 3 else "")
