@@ -1,5 +1,6 @@
 """Charts for a page: each with a caption and a description made from the same numbers."""
 
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from graftlens.viz.heatmaps import cells, heatmap
 from graftlens.viz.linecharts import lines
 from graftlens.viz.page import Figure
 from graftlens.viz.quantities import Quantity, of_summary
+from graftlens.viz.sweeps import dose_response
 
 #: A description that lists more values than this tells a listener less, not more.
 LISTED = 60
@@ -98,6 +100,27 @@ def line_chart(
         start = "" if name is None else f"{name}: "
         said.append(f"{start}from {first} at {means.index[0]} to {last} at {means.index[-1]}")
     alt = f"Line chart of {facts.label} along {along}. {'. '.join(said)}."
+    return Figure(caption, alt, figure, dict(files or {}))
+
+
+def dose_chart(
+    summary: pd.DataFrame,
+    metric: str,
+    *,
+    series: str | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> Figure:
+    """`dose_response(summary, metric, series=series)` with its caption and description."""
+    facts = of_summary(summary, metric)
+    figure = dose_response(summary, metric, series=series)
+    each = "graft" if series is None else series.replace("_", " ")
+    caption = f"{_capital(facts.title)} against the strength of a graft, one line for each {each}."
+    said = []
+    for line in figure.data:
+        first, last = (_value(facts, line.y[at]) for at in (0, -1))
+        name = html.unescape(str(line.name))
+        said.append(f"{name}: from {first} at {line.x[0]:g} to {last} at {line.x[-1]:g}")
+    alt = f"Line chart of {facts.label} against strength. {'. '.join(said)}."
     return Figure(caption, alt, figure, dict(files or {}))
 
 
