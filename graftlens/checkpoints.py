@@ -75,7 +75,7 @@ def recorded(folder: Path) -> Mapping[str, Any] | None:
         with contextlib.suppress(OSError, ValueError):
             if is_identity(said := _marker(place).get("run")):
                 if problem:
-                    logger.warning("%s: made again from %s", problem, place / MARKER)
+                    logger.warning("%s: rebuilt from %s", problem, place / MARKER)
                 return said
     if problem:
         raise ValueError(
@@ -265,13 +265,13 @@ def verify(folder: Path) -> Mapping[str, Any]:
         size = isinstance(expected, int)
         if (path.stat().st_size if size else _sha256(path)) != expected:
             raise DamagedError(
-                f"{path} is not as it was written: its {'size' if size else 'SHA-256'} is another"
+                f"{path} is not as it was written: its {'size' if size else 'SHA-256'} differs"
             )
     for path in _added(folder):
         if path.suffix.lower() in LOADED:
             raise FileExistsError(
                 f"{path} was added to a folder of graftlens finetune, and a loader could read it. "
-                "Move it away and give the same command again."
+                "Move it away and run the same command again."
             )
     return marker
 
@@ -311,7 +311,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any], **facts: Any) -> No
 
 @contextlib.contextmanager
 def saving(place: Path) -> Iterator[None]:
-    """One plain sentence for what goes wrong in writing, whichever library writes.
+    """One plain sentence for an error in writing, whichever library writes.
 
     Raises:
         OSError: names the place and what to do.
@@ -330,8 +330,8 @@ def saving(place: Path) -> Iterator[None]:
             raise
         what = "the disk is full" if full else getattr(error, "strerror", None) or said
         raise OSError(
-            f"{place} could not be written: {what}. Mend that and give the same command again; it "
-            "goes on from its last checkpoint."
+            f"{place} could not be written: {what}. Fix that and run the same command again; it "
+            "resumes from its last checkpoint."
         ) from error
 
 
@@ -364,8 +364,8 @@ def newest_complete(folder: Path) -> Path | None:
             marker = verify(path)
         except DamagedError as error:
             logger.warning(
-                "%s is incomplete or damaged (%s): removed, the run goes on from the one before or "
-                "begins again",
+                "%s is incomplete or damaged (%s): removed; the run resumes from the one before "
+                "it, or begins again",
                 path,
                 error,
             )

@@ -35,8 +35,6 @@ class Cut(StrEnum):
 
 
 Group = Literal["attn", "mlp", "ln"]
-#: What the weight is: a table that rows are looked up in, a linear map, or a vector.
-Kind = Literal["table", "linear", "norm"]
 
 
 @runtime_checkable
@@ -83,20 +81,18 @@ class ComponentRow:
 
     Attributes:
         side: on which rows it works; says also whether it is in the layers or outside.
-        kind: what its weight is.
         shape: its weight's shape, [d_out, d_in] of a linear map, from the architecture.
         group: the group that it belongs to besides `block` and `all`.
         cut: the units that its weight can be cut into.
         axis: the axis of the weight that the units are on. On rows (0) the bias is cut as well; on
             columns (1) the bias belongs to no unit.
         home: the module of a layer that it is in, where it is not the layer itself.
-        view: the model's name for its weights, as in HookedTransformer; None for a norm, whose
-            weight is found at its module.
+        view: the model's name for its weights in all sources, as in HookedTransformer; None for a
+            norm, whose weight is found at its module.
         present: which architectures have it.
     """
 
     side: Side
-    kind: Kind
     shape: Callable[[Facts], tuple[int, ...]]
     group: Group | None = None
     cut: Cut = Cut.NONE
@@ -114,7 +110,7 @@ class ComponentRow:
 def _attn(
     side: Side, view: str, cut: Cut, axis: Literal[0, 1], shape: Callable[[Facts], tuple[int, ...]]
 ) -> ComponentRow:
-    return ComponentRow(side, "linear", shape, "attn", cut, axis, "attn", view)
+    return ComponentRow(side, shape, "attn", cut, axis, "attn", view)
 
 
 def _mlp(
@@ -123,7 +119,7 @@ def _mlp(
     shape: Callable[[Facts], tuple[int, ...]],
     present: Callable[[Facts], bool] = _always,
 ) -> ComponentRow:
-    return ComponentRow(Side.QUERY, "linear", shape, "mlp", Cut.NEURON, axis, "mlp", view, present)
+    return ComponentRow(Side.QUERY, shape, "mlp", Cut.NEURON, axis, "mlp", view, present)
 
 
 def _norm(
@@ -132,7 +128,7 @@ def _norm(
     def there(arch: Facts) -> bool:
         return arch.norm != "layer_plain" and present(arch)
 
-    return ComponentRow(side, "norm", lambda arch: (arch.d_model,), group, present=there)
+    return ComponentRow(side, lambda arch: (arch.d_model,), group, present=there)
 
 
 def _qk_norm(side: Side, heads: Callable[[Facts], int]) -> ComponentRow:
@@ -140,7 +136,7 @@ def _qk_norm(side: Side, heads: Callable[[Facts], int]) -> ComponentRow:
         return (arch.d_head * (heads(arch) if arch.qk_norm == "full" else 1),)
 
     return ComponentRow(
-        side, "norm", shape, "attn", home="attn", present=lambda arch: arch.qk_norm != "none"
+        side, shape, "attn", home="attn", present=lambda arch: arch.qk_norm != "none"
     )
 
 
@@ -162,13 +158,12 @@ class Component(StrEnum):
 
     EMBED = (
         "embed",
-        ComponentRow(Side.INPUT, "table", lambda arch: (arch.d_vocab, arch.d_model), view="W_E"),
+        ComponentRow(Side.INPUT, lambda arch: (arch.d_vocab, arch.d_model), view="W_E"),
     )
     POS_EMBED = (
         "pos_embed",
         ComponentRow(
             Side.INPUT,
-            "table",
             lambda arch: (arch.n_ctx, arch.d_model),
             view="W_pos",
             present=lambda arch: arch.rotary_dim == 0,
@@ -205,7 +200,7 @@ class Component(StrEnum):
     LN_FINAL = "ln_final", _norm(Side.OUTPUT, None)
     UNEMBED = (
         "unembed",
-        ComponentRow(Side.OUTPUT, "linear", lambda arch: (arch.d_vocab, arch.d_model), view="W_U"),
+        ComponentRow(Side.OUTPUT, lambda arch: (arch.d_vocab, arch.d_model), view="W_U"),
     )
 
 

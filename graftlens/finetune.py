@@ -65,7 +65,7 @@ from graftlens.checkpoints import (
 )
 from graftlens.data import DatasetSpec, load_dataset, make_dataset, save_dataset
 from graftlens.engines import EngineError, SlurmResources, Task, submit
-from graftlens.finetuned import FinetuneResult, check_epochs, earlier_result, mended, read_result
+from graftlens.finetuned import FinetuneResult, check_epochs, earlier_result, read_result, repaired
 from graftlens.folder import refuse_differences, write_whole
 from graftlens.model.identity import config_settings, tokenizer_digest
 from graftlens.model.quiet import quiet
@@ -141,14 +141,15 @@ def finetune(
     tokenizer: Any = None,
     progress: bool = True,
 ) -> FinetuneResult:
-    """Finetune, or take up a killed run, or return a finished one.
+    """Finetune, or resume a killed run, or return a finished one.
 
     Interrupted at any instant and called again, it ends with the same weights, bit for bit, as
     without the interruption (on one machine with one number of threads).
 
-    Several processes that a launcher started train together: each takes ``batch_size`` texts a
+    Several processes that a launcher started train together: each takes ``batch_size`` texts per
     forward pass, and where these do not come out even, the last batch of an epoch is filled up with
-    texts of its first. The result is one process's with their batches in one, but for dropout.
+    texts of its first. The result equals that of one process with their batches joined, except for
+    dropout.
 
     Args:
         config: the recipe and the run's folder.
@@ -163,7 +164,7 @@ def finetune(
         RuntimeError: another process finetunes in this folder.
         ValueError: texts, or settings, that do not fit each other or the model; a model that is
             not whole or not finite; a folder that holds another run; a damaged result that no
-            checkpoint can mend.
+            checkpoint can repair.
         OSError: a folder that cannot be written, or that holds what is not ours under a name that
             is needed.
     """
@@ -283,7 +284,7 @@ def launch_finetune(
     if task.state == "failed":
         raise EngineError(
             f"finetuning in {run.output} is not finished: Slurm job {task.name} {task.problem}\n"
-            "Mend that and give the same command again; it goes on from its last checkpoint."
+            "Fix that and run the same command again; it resumes from its last checkpoint."
         )
     return read_result(run.output / "model")
 
@@ -379,7 +380,7 @@ def _finetune(
         check_claim(config.output, identity, defaults=defaults, elsewhere=LOCATIONS)
         if not final.exists():
             return None
-        result = mended(config, identity)
+        result = repaired(config, identity)
         if result is not None:
             claim(config.output, identity)  # where run.json was damaged
             clear()

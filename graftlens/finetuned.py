@@ -1,4 +1,4 @@
-"""The result of a finetuning run: read from its folder, checked file by file, and mended."""
+"""The result of a finetuning run: read from its folder, checked file by file, and repaired."""
 
 import logging
 import shutil
@@ -53,7 +53,7 @@ class FinetuneResult:
     def line(self) -> str:
         """The result in one line."""
         line = f"{self.folder}: {self.steps} steps, loss {self.losses[0]:.3f} → "
-        line += f"{self.losses[-1]:.3f} nats a token"
+        line += f"{self.losses[-1]:.3f} nats per token"
         if self.perplexities:
             before, after = self.perplexities[0], self.perplexities[self.epoch]
             line += f", held-out perplexity {before:.1f} → {after:.1f}"
@@ -111,7 +111,7 @@ def earlier_result(final: Path) -> FinetuneResult:
     """What a run of an earlier release came to, which did not write down its start's config.
 
     Raises:
-        ValueError: it is not finished, so that another start would be gone on with.
+        ValueError: it is not finished, so that training might go on from another start.
     """
     cannot = (
         f"{final.parent} was begun by an earlier release, which did not write down the config of "
@@ -126,22 +126,22 @@ def earlier_result(final: Path) -> FinetuneResult:
     return read_result(final)
 
 
-def mended(config: FinetuneConfig, identity: Mapping[str, Any]) -> FinetuneResult | None:
-    """The result in the folder; a damaged one is made again, at once or (None) from a checkpoint.
+def repaired(config: FinetuneConfig, identity: Mapping[str, Any]) -> FinetuneResult | None:
+    """The result in the folder; a damaged one is rebuilt, at once or (None) from a checkpoint.
 
     Raises:
-        DamagedError: there is nothing to make it of.
+        DamagedError: there is nothing to rebuild it from.
     """
     final, epochs = config.output / "model", config.output / "epochs"
     try:
         result = read_result(final)
     except DamagedError as error:
         if (found := foreign(final)) is not None:
-            raise DamagedError(f"{error}. {found} lies beside it: move it away first.") from None
+            raise DamagedError(f"{error}. {found} is next to it: move it away first.") from None
         record = final / "finetune.json"
         kept = epochs / f"epoch-{_result_of(record).epoch}" if is_intact(record) else None
         if kept is not None and is_ours(kept):
-            logger.warning("%s: made again from %s", error, kept)
+            logger.warning("%s: rebuilt from %s", error, kept)
 
             def write(folder: Path) -> None:
                 verify(kept)
@@ -152,10 +152,10 @@ def mended(config: FinetuneConfig, identity: Mapping[str, Any]) -> FinetuneResul
             return read_result(final)
         if newest_complete(config.output / "checkpoints") is None:
             raise DamagedError(
-                f"{error}, and there is no checkpoint to make it again from. Put the file back, or "
-                f"remove {final} and give the same command again: it trains from the beginning."
+                f"{error}, and there is no checkpoint to rebuild it from. Restore the file, or "
+                f"remove {final} and run the same command again: it trains from the beginning."
             ) from None
-        logger.warning("%s: made again from the last checkpoint", error)
+        logger.warning("%s: rebuilt from the last checkpoint", error)
         return None
     if config.keep_epochs:
         check_epochs(config, config.epochs)
@@ -174,5 +174,5 @@ def check_epochs(config: FinetuneConfig, last: int) -> None:
                 verify(path)
             except DamagedError as error:
                 raise DamagedError(
-                    f"{error}. Put the file back, or remove {path} to go on without these weights."
+                    f"{error}. Restore the file, or remove {path} to go on without these weights."
                 ) from None

@@ -1,4 +1,4 @@
-"""Files and folders of this project's own: read with a plain word for what is wrong, written whole.
+"""The project's own files and folders: read with plain messages about what is wrong, written whole.
 
 What is written appears in one rename, never through a link that somebody planted, and never outside
 of the folder that it belongs to. What is not ours is recognised by what is missing inside, not by a
@@ -51,7 +51,7 @@ def read_text(path: str | Path) -> str:
 
 def parse_json(text: str, where: str | Path) -> Any:
     """Plain values of a JSON text; a key that appears twice is refused, as in YAML, and so is what
-    no text or number can hold: half of a character, a number of thousands of digits.
+    no text or number can hold: half of a character, a number with thousands of digits.
 
     Args:
         text: the JSON text.
@@ -82,7 +82,7 @@ def parse_json(text: str, where: str | Path) -> Any:
     except UnicodeEncodeError as error:
         half = ord(error.object[error.start])
         raise ValueError(
-            f"{where} has half of a character (\\u{half:04x}), which no text has."
+            f"{where} contains half of a character (\\u{half:04x}), which no text can."
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error}).") from None
@@ -140,8 +140,8 @@ class UnwritableError(OSError):
         what = error.strerror or " ".join(str(error).split())
         super().__init__(error.errno, what)
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        mend = "Free space there" if full else "Make its folder writable"
-        self.said = f"{path} cannot be written ({what.lower()}). {mend}, or choose another place."
+        advice = "Free space there" if full else "Make its folder writable"
+        self.said = f"{path} cannot be written ({what.lower()}). {advice}, or choose another place."
 
     def __str__(self) -> str:
         return self.said
@@ -149,7 +149,7 @@ class UnwritableError(OSError):
 
 @contextlib.contextmanager
 def told_of(path: Path) -> Iterator[None]:
-    """Say of an error of the disk which place it hit and what to do.
+    """Report an error of the disk with the place and what to do.
 
     Raises:
         UnwritableError: a folder that cannot be written, or a full disk.
@@ -161,9 +161,9 @@ def told_of(path: Path) -> Iterator[None]:
 
 
 def writable(path: str | Path) -> Path:
-    """The path of a file that is to be written later, with `~` expanded, if it can be.
+    """The path of a file that is to be written later, with `~` expanded, if it can be written.
 
-    To be asked before long work. Nothing is left behind.
+    Ask before long work. Nothing is left behind.
 
     Raises:
         UnwritableError: a folder of that name, a folder that cannot be made or written, a name that
@@ -176,7 +176,7 @@ def writable(path: str | Path) -> Path:
 
 
 def probe(path: Path) -> None:
-    """Write something beside a file that is to be written later, and take it away again.
+    """Write something next to a file that is to be written later, and remove it again.
 
     Raises:
         OSError: the file cannot be written there.
@@ -354,7 +354,7 @@ def refuse_differences(
 
 
 def halves(path: Path) -> Iterator[Path]:
-    """What killed writers of `path` left beside it."""
+    """What killed writers of `path` left next to it."""
     return halves_of(path.parent, re.escape(_shortened(path.name)))
 
 
@@ -389,11 +389,10 @@ def inside(folder: Path, *names: str) -> Path:
 
 
 def name_fault(name: str) -> str:
-    """What is wrong with a name that somebody chose for what becomes a file or folder; empty where
-    nothing is.
+    """What is wrong with a name that somebody chose for a file or folder; empty where nothing is.
 
-    It must mean the same on every system and to every reader: no way to another folder, no device
-    of Windows, nothing that is not seen or that only looks like a separator.
+    It must mean the same on every system and to every reader: no path to another folder, no device
+    of Windows, nothing invisible or that only looks like a separator.
     """
     # A fullwidth solidus is a solidus to what folds widths, and two dots may be one character.
     for text in (name, unicodedata.normalize("NFKC", name)):
@@ -433,13 +432,13 @@ def at_home(path: str | Path) -> Path:
     """The path with a ``~`` at its beginning replaced by the home folder.
 
     Raises:
-        ValueError: ``~name`` of a user that there is not.
+        ValueError: ``~name`` of a user who does not exist.
     """
     try:
         return Path(path).expanduser()
     except RuntimeError:
         raise ValueError(
-            f"{path} begins with the home folder of a user that is not there. Write the path out."
+            f"{path} begins with the home folder of a user who does not exist. Write the path out."
         ) from None
 
 
@@ -449,13 +448,13 @@ def _shown(name: str) -> str:
 
 
 def _half(path: Path) -> Path:
-    """A name that nobody can have guessed, for the file while it is being written."""
+    """A name that nobody can guess, for the file while it is being written."""
     name = _shortened(path.name)
     return path.with_name(f".{name}.{os.getpid()}-{secrets.token_hex(8)}.tmp")
 
 
 def _shortened(name: str) -> str:
-    """As much of a name as leaves room for what `_half` adds: names have 255 bytes at most."""
+    """As much of a name as leaves room for what `_half` adds: names have at most 255 bytes."""
     return os.fsencode(name)[:200].decode(errors="ignore")
 
 

@@ -1,4 +1,4 @@
-"""Perplexity of texts, and the batches that training and it have in common."""
+"""Perplexity of texts, and the batches that it shares with training."""
 
 import contextlib
 import math

@@ -46,7 +46,7 @@ class FinetuneConfig(Settings):
     """Peak learning rate of AdamW; it falls linearly to zero over all steps."""
 
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """AdamW's decoupled weight decay, a step and unit of learning rate (not on norms, biases)."""
+    """AdamW's decoupled weight decay, per step and unit of learning rate (not on norms, biases)."""
 
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     """Optimizer steps in which the learning rate rises linearly from zero."""
@@ -55,11 +55,11 @@ class FinetuneConfig(Settings):
     """L2 norm to which gradients are clipped."""
 
     batch_size: Annotated[int, Field(ge=1)] = 16
-    """Texts a forward pass, on each device: an optimizer step takes this many times
+    """Texts per forward pass on each device: an optimizer step takes this many times
     ``gradient_accumulation`` times the number of processes."""
 
     gradient_accumulation: Annotated[int, Field(ge=1)] = 1
-    """Forward passes an optimizer step."""
+    """Forward passes per optimizer step."""
 
     max_length: Annotated[int, Field(ge=2)] = 512
     """Longest training text in tokens, its end token included; a longer one is an error, and so is
@@ -67,7 +67,7 @@ class FinetuneConfig(Settings):
     this length, or of those positions where they are fewer."""
 
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    """Of the order of texts, dropout and new adapters."""
+    """Seed of the order of texts, dropout and new adapters."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of matrix products (autocast; weights and optimizer stay float32). ``auto``: bfloat16 where
@@ -81,7 +81,7 @@ class FinetuneConfig(Settings):
 
     heldout_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Share of the training texts that is held out for perplexity (drawn by the seed, supplemental
-    texts among them); one that comes to no text is an error."""
+    texts included); a share that rounds to no text is an error."""
 
     heldout_file: Path | None = None
     """UTF-8 text whose blank-line separated paragraphs are held-out texts for perplexity."""
@@ -114,8 +114,8 @@ class FinetuneConfig(Settings):
     def _home_of_somebody(cls, value: Path) -> Path:
         if str(value).startswith("~"):
             raise ValueError(
-                f"output={str(value)!r}: there is no such user, and no folder is made of that "
-                "name. Write the folder out."
+                f"output={str(value)!r}: there is no such user, and no folder of that name "
+                "is made. Write the path out."
             )
         return value
 

@@ -101,7 +101,7 @@ def check_dataset(name: str, dataset: Any) -> None:
     if not isinstance(dataset, Dataset):
         raise TypeError(
             f"{name} is of type {type(dataset).__name__}, but a datasets.Dataset with a column "
-            "'text' is wanted. Make one of a list of texts: Dataset.from_dict({'text': texts})."
+            "'text' is needed. Make one of a list of texts: Dataset.from_dict({'text': texts})."
         )
     if "text" not in dataset.column_names:
         raise ValueError(
@@ -138,8 +138,8 @@ def split(
         count = round(len(texts) * config.heldout_share)
         if texts and count == 0:
             raise ValueError(
-                f"heldout_share={config.heldout_share} of {len(texts)} training texts is no text. "
-                f"{_least_share(len(texts))}"
+                f"heldout_share={config.heldout_share} of {len(texts)} training texts rounds to no "
+                f"text. {_least_share(len(texts))}"
             )
         out = set(order[:count])
         held = [text for index, text in enumerate(texts) if index in out]

@@ -131,7 +131,7 @@ def test_a_shipped_experiment_runs_whole(path, ran):
     assert list(record["models"]) == list(said.get("models", {}))
     for model in record["models"].values():
         assert model["steps"] > 0
-        first, last = model["loss at first and last step (nats a token)"]
+        first, last = model["loss at first and last step (nats per token)"]
         assert last < first
     for about in record["datasets"].values():
         assert about["counts"]["facts"] == FACTS
@@ -635,7 +635,7 @@ def test_every_name_that_is_wrong_is_told_at_once(base):
         "parts.one.figures.1.metrics: top7 is not among ks (1 5 50). Add it there.": "",
         "parts.one.figures.1.metrics: unknown metric 'top0'.": "",
         "parts.one.figures.2.grafts: no graft is called 'STF'.": "Did you mean 'SFT'?",
-        "parts.one.figures.3: rate and draw are of grids with dropout": "",
+        "parts.one.figures.3: rate and draw belong to grids with dropout": "",
         "parts.one.finding.enough: no graft is called 'TL'.": "",
         "parts.one.finding.metric: top10 is not among ks": "",
         "parts.one.where_possible: no graft is called 'LLT'.": "Did you mean 'LT'?",
@@ -681,17 +681,18 @@ def test_what_is_missing_or_cannot_be(base):
     for values, problem in (
         ({"grafts": None}, "no grafts: give grafts or grids"),
         ({"grafts": {}, "grids": [{"positions": "last"}], "figures": [{"kind": "bars"}]},
-         "bars are drawn of named grafts, and there are none"),
-        ({"figures": [{"kind": "heatmap"}]}, "heatmap are drawn of grids, and there are none"),
+         "bars show named grafts, and there are none"),
+        ({"figures": [{"kind": "heatmap"}]}, "kind heatmap shows grids, and there are none"),
         ({"figures": [{"kind": "bars", "grids": ["x"]}]}, "no grid is called 'x'. There are: none"),
         ({"grids": [{"name": "a"}, {"name": "a"}]}, "two grids have the same name"),
         ({"grids": [{"positions": "last"}], "figures": [{"kind": "lines", "x": "layr"}]},
          "parts.one.figures.0.x: 'layr' should be 'position', 'component', 'layer'"),
         ({"sources": {"sft": "sft"}}, "a graft needs two sources or more"),
         ({"figures": [{"kind": "pie"}]}, "parts.one.figures.0.kind: 'pie' should be 'bars'"),
-        ({"change": {"models": {"sft": {}}}}, "neither is given of data (to train on) and path"),
-        ({"change": {"models": {"sft": {"data": "films", "path": "x"}}}}, "both are given"),
-        ({"change": {"models": {"sft": {"path": "x", "start": "y"}}}}, "are about training"),
+        ({"change": {"models": {"sft": {}}}}, "neither data (to train on) nor path is given"),
+        ({"change": {"models": {"sft": {"data": "films", "path": "x"}}}},
+         "both data (to train on) and path are given"),
+        ({"change": {"models": {"sft": {"path": "x", "start": "y"}}}}, "describe training"),
         ({"change": {"recipe": {"model": "x"}}}, "recipe: unknown key 'model'"),
         ({"change": {"datasets": {}}}, "datasets"),
         ({"change": {"parts": {}}}, "parts"),

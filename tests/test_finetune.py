@@ -647,7 +647,7 @@ def test_the_same_start_and_texts_may_lie_elsewhere(tiny, tmp_path, monkeypatch)
     with pytest.raises(ValueError, match="holds another finetuning run") as caught:
         run(again)
     names = [line.split(":")[0] for line in str(caught.value).splitlines()[1:-1]]
-    assert names == ["  data.heldout_sha256", "  data.heldout_texts"]
+    assert names == ["  data.heldout_texts", "  data.heldout_sha256"]
 
 
 def test_a_folder_in_use_is_refused(tiny, tmp_path):
@@ -673,7 +673,7 @@ def test_a_missing_column_is_named(tiny, tmp_path):
 def test_texts_come_in_a_dataset(tiny, tmp_path, unchecked):
     config = recipe(tiny, tmp_path / "run")
     message = (
-        r"^{} is of type {}, but a datasets\.Dataset with a column 'text' is wanted\. Make one of "
+        r"^{} is of type {}, but a datasets\.Dataset with a column 'text' is needed\. Make one of "
         r"a list of texts: Dataset\.from_dict\(\{{'text': texts\}}\)\.$"
     )
     with pytest.raises(TypeError, match=message.format("train", "list")):
@@ -697,7 +697,9 @@ def test_an_infinite_loss_stops_the_run(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("count", [2, 3, 7, 12, 13, 99, 1000, 1017])
 def test_a_heldout_share_of_no_text_is_refused_with_the_least_that_works(count, tiny, tmp_path):
     data = as_dataset(["a"] * count)
-    with pytest.raises(ValueError, match=rf"=1e-05 of {count} training texts is no") as caught:
+    with pytest.raises(
+        ValueError, match=rf"=1e-05 of {count} training texts rounds to no"
+    ) as caught:
         _split(recipe(tiny, tmp_path, heldout_share=1e-5), data, None)
     least = float(re.search(r"Give (\S+) or more, or heldout_share=0", str(caught.value))[1])
     assert least <= 1.2 * 0.5 / count
@@ -706,7 +708,7 @@ def test_a_heldout_share_of_no_text_is_refused_with_the_least_that_works(count, 
 
 def test_one_text_cannot_be_held_out(tiny, tmp_path):
     with pytest.raises(
-        ValueError, match=r"=0\.25 of 1 training texts is no text\. Give more texts"
+        ValueError, match=r"=0\.25 of 1 training texts rounds to no text\. Give more texts"
     ):
         _split(recipe(tiny, tmp_path), as_dataset(["a"]), None)
 

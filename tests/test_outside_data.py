@@ -194,7 +194,7 @@ def test_home_is_found_in_prompts_files(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "p.jsonl").write_text(json.dumps(PROMPT))
     assert len(PromptFile(file="~/p.jsonl").prompts()) == 1
-    with pytest.raises(ValueError, match="home folder of a user that is not there"):
+    with pytest.raises(ValueError, match="home folder of a user who does not exist"):
         PromptFile(file="~nobody-of-that-name/p.jsonl").prompts()
     assert len(prompt_sections({"file": "~/p.jsonl"})) == 1
 

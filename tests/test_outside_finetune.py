@@ -21,6 +21,7 @@ from families import save_checkpoint, tiny_model
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_finetune import stop_at
 from toytokenizers import gpt2_style
 from waiting import HANG
 
@@ -85,16 +86,6 @@ def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def stop_at(monkeypatch, step: int) -> None:
-    original, calls = transformers.Trainer.training_step, []
-
-    def failing(*args, **kwargs):
-        calls.append(1)
-        return 1 / 0 if len(calls) == step else original(*args, **kwargs)
-
-    monkeypatch.setattr(transformers.Trainer, "training_step", failing)
-
-
 def flip(path: Path, at: float = 0.7) -> None:
     """One bit of one byte, at this share of the file."""
     content = bytearray(path.read_bytes())
@@ -154,7 +145,7 @@ def test_one_bit_of_a_checkpoint(cut, start, whole, tmp_path, caplog):
     result = run(recipe(start, folder))
     assert are_equal(weights(result.folder), weights(whole.folder))
     assert result.losses == whole.losses
-    assert "model.safetensors is not as it was written: its SHA-256 is another" in caplog.text
+    assert "model.safetensors is not as it was written: its SHA-256 differs" in caplog.text
     assert {path.name for path in folder.iterdir()} == {".lock", "run.json", "log.jsonl", "model"}
 
 
@@ -245,7 +236,7 @@ def test_a_damaged_result_is_refused_where_nothing_is_left_to_make_it_of(whole, 
     """F9: a truncated model was returned as the result, with exit code 0."""
     folder = copied(whole.folder.parent, tmp_path)
     spoil(folder / "model" / "model.safetensors", "truncated")
-    message = r"model/model\.safetensors is not as it was written.* remove .*model and give the sam"
+    message = r"model/model\.safetensors is not as it was written.* remove .*model and run the sam"
     with pytest.raises(DamagedError, match=message):
         run(recipe(start, folder))
     shutil.rmtree(folder / "model")  # as the message says
@@ -256,7 +247,7 @@ def test_a_damaged_result_is_refused_where_nothing_is_left_to_make_it_of(whole, 
 def test_a_damaged_record_of_the_result_is_named(file, whole, start, tmp_path):
     folder = copied(whole.folder.parent, tmp_path)
     flip(folder / "model" / file)
-    with pytest.raises(DamagedError, match=rf"model/{file} is not .* remove .*model and give the"):
+    with pytest.raises(DamagedError, match=rf"model/{file} is not .* remove .*model and run the"):
         run(recipe(start, folder))
 
 
@@ -266,7 +257,7 @@ def test_a_damaged_result_is_made_again_from_the_checkpoint(cut, whole, start, t
     flip(folder / "model" / "model.safetensors")
     assert are_equal(weights(run(recipe(start, folder)).folder), weights(whole.folder))
     assert "model.safetensors is not as it was written" in caplog.text
-    assert "made again from the last checkpoint" in caplog.text
+    assert "rebuilt from the last checkpoint" in caplog.text
 
 
 def test_epochs_that_are_kept_are_checked_and_mend_the_result(start, whole, tmp_path, caplog):
@@ -275,7 +266,7 @@ def test_epochs_that_are_kept_are_checked_and_mend_the_result(start, whole, tmp_
     flip(result.folder / "model.safetensors")
     assert run(config) == result
     assert are_equal(weights(result.folder), weights(whole.folder))
-    assert "made again from" in caplog.text
+    assert "rebuilt from" in caplog.text
     flip(tmp_path / "run" / "epochs" / "epoch-2" / "model.safetensors")
     with pytest.raises(DamagedError, match=r"epoch-2/model\.safetensors is not as it was written"):
         run(config)
@@ -869,7 +860,7 @@ def test_a_finished_run_does_not_die_of_what_it_prints(encoding, unchecked, monk
     sys.stdout.flush()
     assert ended.value.code == 0
     assert shown.getvalue().startswith(b"r/model: 2 steps, loss 1.000 ")
-    assert shown.getvalue().endswith(b" 0.500 nats a token\n")
+    assert shown.getvalue().endswith(b" 0.500 nats per token\n")
 
 
 def test_what_is_said_is_in_a_log_file_at_once(monkeypatch):
@@ -907,7 +898,7 @@ def test_home_folders_in_every_path(unchecked, tmp_path, monkeypatch):
     assert asked.data.file == tmp_path / "x.txt"
     assert asked.data.supplement is not None
     assert asked.data.supplement.file == tmp_path / "s.txt"
-    with pytest.raises(ValueError, match="there is no such user, and no folder is made of that"):
+    with pytest.raises(ValueError, match="there is no such user, and no folder of that name"):
         FinetuneConfig(model="m", output=Path("~no-such-user/run"))
     assert not [path for path in tmp_path.iterdir() if path.name.startswith("~")]
 

@@ -90,7 +90,7 @@ def test_other_encodings_are_refused_by_name(encoding: str, name: str, tmp_path:
         ('{"text": null}', r"line 2 has no text"),
         ('["text"]', r"line 2 has no text"),
         ("null", r"line 2 has no text"),
-        ('{"text": "half \\ud83d"}', r"line 2 has half of a character \(\\ud83d\)"),
+        ('{"text": "half \\ud83d"}', r"line 2 contains half of a character \(\\ud83d\)"),
         ("[" * 100_000, r"line 2 is nested too deeply"),
     ],
 )

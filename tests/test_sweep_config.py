@@ -175,7 +175,7 @@ BAD_VALUES = {
     "dataset: {movies: {n_facts: 3}}": r"dataset.0: distractors=4 of 3 facts",
     "dataset: {movies: {n_facts: 9}, direction: up}": r"dataset.0.direction: 'up' should be 'ab' o",
     "dataset: [{movies: {n_facts: 9}}, {movies: {n_facts: 8}}]": r"dataset.1: two sets of prompts "
-    r"are called 'movies seed 0'. Name one anew",
+    r"are called 'movies seed 0'. Rename one",
     "templates: [qa]": r"templates: these are templates of a dataset, and none is given",
     "{dataset: {movies: {n_facts: 9}}, templates: [q]}": r"templates: unknown evaluation template "
     r"'q'. Allowed: headline qa .*Did you mean 'qa'\?",

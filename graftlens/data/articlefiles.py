@@ -1,4 +1,4 @@
-"""Articles as they are written: a text, the facts that it tells, and prompts given beside it."""
+"""Articles as they are written: a text, the facts that it tells, and prompts given with it."""
 
 import unicodedata
 from collections import Counter
@@ -31,7 +31,7 @@ class ArticlePrompt:
         name: `sentence` or `article` where it is cut, by its context; else `given`.
         template: with `{first_entity}` wherever the text has the name.
         answer: what follows, with its space.
-        fields: of the template, beside those of the fact.
+        fields: of the template, in addition to those of the fact.
     """
 
     name: str
@@ -58,7 +58,7 @@ class ArticlePrompt:
 
 
 class GivenPrompt(Settings):
-    """A prompt that is written beside an article instead of cut from it."""
+    """A prompt that is written for an article instead of being cut from it."""
 
     template: str
     """Text with fields in braces, `{first_entity}` among them, up to where the answer would
@@ -68,7 +68,7 @@ class GivenPrompt(Settings):
     """What follows, with or without a space before it."""
 
     fields: dict[str, str] = Field(default_factory=dict)
-    """Fields of the template beside the fact's own (`first_entity` and whatever else it has)."""
+    """Fields of the template in addition to the fact's own (`first_entity` and others)."""
 
     fact: Annotated[int, Field(ge=0)] = 0
     """Which of the article's facts it asks for, counted from 0."""
@@ -214,7 +214,7 @@ class Stored:
     Attributes:
         where: what messages call it.
         values: JSON.
-        text: what a file beside it holds, where its text has one of its own.
+        text: the content of a file next to it, where the text has a file of its own.
         id: its id, unless `values` has another.
     """
 

@@ -253,7 +253,7 @@ def _apart(
 
 
 def _template(text: str, begin: int, end: int, ones: Sequence[Stretch]) -> str:
-    """A stretch of the text, with the first entity as a field wherever it stands."""
+    """A stretch of the text, with the first entity as a field wherever it appears."""
     inside = [(a - begin, b - begin) for a, b in ones if begin <= a and b <= end]
     return with_field(text[begin:end], inside, "first_entity").strip()
 

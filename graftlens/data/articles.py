@@ -48,9 +48,9 @@ class ArticlesSpec(DatasetSpec):
     """The kind of dataset."""
 
     path: Path | None = None
-    """A ``.jsonl`` file with an article a line, or a folder of articles: ``NAME.txt`` with
-    ``NAME.json`` beside it for everything but the text, or ``NAME.json`` with the text in it; files
-    of other kinds are not looked at. All in UTF-8. Left out: the shipped articles about invented
+    """A ``.jsonl`` file with one article per line, or a folder of articles: ``NAME.txt`` with
+    ``NAME.json`` next to it for everything but the text, or ``NAME.json`` with the text in it;
+    files of other kinds are ignored. All in UTF-8. Left out: the shipped articles about invented
     films."""
 
     context: Context = "sentence"
@@ -58,8 +58,8 @@ class ArticlesSpec(DatasetSpec):
     it asks for, so with ``article`` only first mentions can be asked for."""
 
     heldout_sentences: bool = True
-    """Cut one prompt a fact, from the last sentence that makes one, and leave every sentence out of
-    the training texts, of this article and of others, that says a prompt (cut or given) with its
+    """Cut one prompt per fact, from the last sentence that makes one, and leave out of the training
+    texts every sentence, of this article and of others, that says a prompt (cut or given) with its
     answer. Without it every sentence that can makes a prompt, and those of originals are trained
     on: such prompts ask whether a text is remembered."""
 

@@ -9,19 +9,17 @@ import pandas as pd
 
 from graftlens.configfile import ConfigError
 from graftlens.experiment.config import ExperimentConfig, PartConfig
+from graftlens.metrics import always_measured
 from graftlens.references import COLUMNS as REFERENCES
-from graftlens.stats import GRAFT_COLUMNS, VALUE_METRICS, summarise
+from graftlens.stats import GRAFT_COLUMNS, summarise
 from graftlens.sweep.config import Checked
 from graftlens.sweep.results import read_prompts, read_results
 
 #: What a grid says of its grafts, as columns.
 TAGS = ("grid", "position", "component", "layer", "head", "source", "layers", "rate", "draw")
 
-#: Columns of the results that statistics need.
-_NEEDED = (
-    "prompt", "graft", "rule", *REFERENCES, "template", "dataset", "answer", "rank", "prob",
-    "logprob", "answer_logprob", "logit_diff", "reason",
-)  # fmt: skip
+#: Columns of the results that statistics need beside the measures.
+_NEEDED = ("prompt", "graft", "rule", *REFERENCES, "template", "dataset", "answer", "reason")
 
 
 @dataclass(frozen=True)
@@ -57,17 +55,19 @@ def part_tables(
         checked: the part's sweep.
         folder: the sweep's folder.
     """
-    table = read_results(folder, columns=_NEEDED)
+    own = checked.config.metrics.measures
+    measured = [*(m.name for m in always_measured() if m.summary == "mean"), *own]
+    table = read_results(folder, columns=[*_NEEDED, *measured])
     assert isinstance(table, pd.DataFrame)
     table = table.assign(fact=_facts(folder).reindex(table["prompt"]).to_numpy())
     metrics = ["logprob"]
     if checked.config.metrics.answers == "whole":
         metrics.append("answer_logprob")
-    # A prompt without distractors has none; a cell that could not be run is no such prompt.
+    # A prompt without distractors has none; a cell that could not be run is not such a prompt.
     if table.loc[table["reason"].isna(), "logit_diff"].notna().all():
         metrics.append("logit_diff")
-    asked = (metric for figure in part.figures for metric in figure.metrics)
-    metrics += [m for m in dict.fromkeys(asked) if m in VALUE_METRICS and m not in metrics]
+    asked = [*own, *(metric for figure in part.figures for metric in figure.metrics)]
+    metrics += [m for m in dict.fromkeys(asked) if m in measured and m not in metrics]
     apart = ("dataset",) if table["dataset"].nunique() > 1 else ()
     frames = {}
     for name, by, unit in (("template", (*apart, "template"), "prompt"), ("pooled", apart, "fact")):

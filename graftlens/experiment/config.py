@@ -14,8 +14,8 @@ from graftlens.data.rewriting import told_on_command_line
 from graftlens.finetune import FinetuneConfig
 from graftlens.folder import at_home, name_problems, read_text
 from graftlens.graft import At, Rule
+from graftlens.metrics import always_measured, averaged, known
 from graftlens.presets import PRESETS
-from graftlens.stats import VALUE_METRICS
 from graftlens.sweep.config import GraftSettings, RunSettings
 from graftlens.sweep.promptsets import Questions, Section, listed
 
@@ -51,10 +51,14 @@ class ModelConfig(Section):
     @model_validator(mode="after")
     def _data_or_path(self) -> "ModelConfig":
         if (self.data is None) == (self.path is None):
-            given = "neither is" if self.data is None else "both are"
-            raise ValueError(f"{given} given of data (to train on) and path. Give one.")
+            given = "neither data (to train on) nor path is"
+            if self.data is not None:
+                given = "both data (to train on) and path are"
+            raise ValueError(f"{given} given. Give one.")
         if self.path is not None and (self.change or self.recipe or self.start != BASE):
-            raise ValueError("change, start and recipe are about training; path brings a model.")
+            raise ValueError(
+                "change, start and recipe describe training; path names a trained model."
+            )
         return self
 
 
@@ -72,7 +76,7 @@ class FigureConfig(Section):
     """A figure of a part's results, one for each metric."""
 
     kind: Literal["bars", "heatmap", "lines"]
-    """`bars`: grafts side by side, with intervals. `heatmap`: a cell a graft. `lines`: a metric
+    """`bars`: grafts side by side, with intervals. `heatmap`: one cell per graft. `lines`: a metric
     over a number, such as a share of layers."""
 
     metrics: tuple[str, ...] = ("top5",)
@@ -99,7 +103,7 @@ class FigureConfig(Section):
 
 
 class Finding(Section):
-    """The claim that some grafts are enough and others are not."""
+    """The claim that one graft is enough and the rest is not."""
 
     enough: str
     """The graft that should bring the fact back, by name."""
@@ -108,7 +112,7 @@ class Finding(Section):
     """The graft of everything else, which should not."""
 
     metric: str = "top5"
-    """By which metric."""
+    """The metric by which it is judged."""
 
 
 class PartConfig(RunSettings, GraftSettings):
@@ -150,9 +154,9 @@ class PartConfig(RunSettings, GraftSettings):
             where = f"figures.{i}"
             of_grids = figure.kind != "bars" or figure.grids is not None
             if of_grids and not self.grids:
-                problems.append((where, f"{figure.kind} are drawn of grids, and there are none."))
+                problems.append((where, f"kind {figure.kind} shows grids, and there are none."))
             elif not of_grids and not self.grafts:
-                what = "bars are drawn of named grafts, and there are none. Name grids instead."
+                what = "bars show named grafts, and there are none. Name grids instead."
                 problems.append((where, what))
             for name in figure.grids or ():
                 if name not in named:
@@ -161,7 +165,7 @@ class PartConfig(RunSettings, GraftSettings):
             drawn = [named[name] for name in figure.grids or named if name in named]
             axes = {figure.x, figure.panel} | ({figure.y} if figure.kind == "heatmap" else set())
             if of_grids and axes & {"rate", "draw"} and any(g.dropout is None for g in drawn):
-                what = "rate and draw are of grids with dropout, and a grid here has none."
+                what = "rate and draw belong to grids with dropout, and a grid here has none."
                 problems.append((where, what))
             for name in figure.grafts or ():
                 if name not in self.grafts:
@@ -194,7 +198,7 @@ class ExperimentConfig(RunSettings):
     """What it asks."""
 
     expected: str = ""
-    """What the paper found, to be held against the result."""
+    """What the paper found, to compare the result with."""
 
     model: str = "smollm2-135m"
     """The pretrained model: a preset's name (with its recipe), a hub id or a checkpoint folder."""
@@ -215,8 +219,8 @@ class ExperimentConfig(RunSettings):
     """The k of the top-k accuracies in tables."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of training, distractors, the trust report's cells and resampling. The datasets have seeds
-    of their own."""
+    """Seed of training, distractors, the trust report's cells and resampling. The datasets have
+    seeds of their own."""
 
     @model_validator(mode="after")
     def _known_names(self) -> "ExperimentConfig":
@@ -284,17 +288,22 @@ class ExperimentConfig(RunSettings):
 
     def _no_metric(self, name: str, part: PartConfig) -> str:
         """Why a part's tables will not have a metric; empty where they will."""
+        settings = self.settings(part)["metrics"]
         tops = [f"top{k}" for k in self.ks]
-        known = [*tops, *VALUE_METRICS, "recovery"]
-        if name not in known:
-            depth = name.removeprefix("top")
-            if depth != name and depth.isdigit() and int(depth):
+        measured = [m.name for m in always_measured() if m.summary == "mean"]
+        there = [*tops, *measured, *settings.measures, "recovery"]
+        row = known(name)
+        if name not in there:
+            if row is not None and row.summary == "share":
                 return f"{name} is not among ks ({' '.join(map(str, self.ks))}). Add it there."
-            what = f"unknown metric {name!r}. Allowed: {' '.join(known)}."
-            return what + suggest(name, known)
-        if name == "answer_logprob" and self.settings(part)["metrics"].answers != "whole":
+            if row is not None and row.summary == "mean":
+                return f"{name} is not measured here. Add it to metrics.measures."
+            what = f"unknown metric {name!r}. Allowed: {' '.join(there)}."
+            return what + suggest(name, [*there, *averaged()])
+        if row is not None and row.over == "answer" and settings.answers != "whole":
             return f"{name} needs metrics.answers: whole."
-        if name == "logit_diff" and not all(prompts.distractors for prompts in part.prompts):
+        lacking = not all(prompts.distractors for prompts in part.prompts)
+        if row is not None and "distractors" in row.needs and lacking:
             return f"{name} needs distractors, and some of the part's prompts have none."
         return ""
 
@@ -333,7 +342,7 @@ class ExperimentConfig(RunSettings):
         """The models, each after the one that its training starts from.
 
         Raises:
-            ValueError: models that start from one another in a ring.
+            ValueError: models that start from one another in a circle.
         """
         done: list[str] = []
         left = list(self.models)
@@ -357,7 +366,7 @@ class ExperimentConfig(RunSettings):
         hint = suggest(model, PRESETS)
         if hint and model not in PRESETS and "/" not in model and not Path(model).exists():
             raise ValueError(
-                f"{model!r} is no preset, no folder, and has no owner as hub ids have.{hint} "
+                f"{model!r} is not a preset or a folder, and it lacks the owner of a hub id.{hint} "
                 f"Presets: {' '.join(PRESETS)}."
             )
         return model

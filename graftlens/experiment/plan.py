@@ -40,15 +40,15 @@ logger = logging.getLogger(__name__)
 class Store:
     """The folder of datasets and models.
 
-    What is in it counts by its content: a dataset's folder is used only if it holds the dataset
-    that its name says, whatever a note in the store names.
+    What counts is the content: a dataset's folder is used only if it holds the dataset that its
+    name says, whatever a note in the store names.
     """
 
     folder: Path
 
     def dataset(self, name: str, spec: DatasetSpec) -> Path:
-        """The dataset's folder; made, if it is not there, or is damaged (then what is there is
-        kept beside it, renamed).
+        """The dataset's folder; made if it is not there or is damaged (then what is there is kept
+        next to it, renamed).
 
         Raises:
             ValueError, OSError: it cannot be made or read, or its folder holds something else.
@@ -113,7 +113,7 @@ def _put_aside(folder: Path) -> None:
     """Rename a damaged dataset, so that it can be made again and nothing is lost.
 
     Raises:
-        ValueError: a folder that is no dataset of ours.
+        ValueError: a folder that is not one of our datasets.
     """
     if not (folder / "provenance.json").is_file() or not (folder / "train").is_dir():
         raise ValueError(
@@ -124,7 +124,7 @@ def _put_aside(folder: Path) -> None:
     while os.path.lexists(aside := folder.with_name(f"{folder.name}.damaged-{number}")):
         number += 1
     folder.rename(aside)
-    logger.warning("%s was damaged: it is made again, and what was there is %s", folder, aside)
+    logger.warning("%s was damaged: it is rebuilt, and what was there is kept as %s", folder, aside)
 
 
 def digest(value: Any) -> str:
@@ -227,7 +227,7 @@ class Plan:
         _each(partial(look, name) for name in self.sweeps)
 
     def refuse_others(self, folder: Path) -> None:
-        """Find an experiment of other models in the folder, before any is trained.
+        """Refuse a folder with an experiment of other models, before any is trained.
 
         Args:
             folder: the experiment's.

@@ -1,7 +1,7 @@
 """Running an experiment: data, models, sweeps, then tables, figures and one page.
 
 Each step leaves whole files only and finds what an earlier call left, so that an interrupted
-experiment is taken up where it stopped: datasets and models in the store, sweeps in the
+experiment resumes where it stopped: datasets and models in the store, sweeps in the
 experiment's folder::
 
     OUT/index.html             the page
@@ -79,7 +79,7 @@ def run_experiment(
     progress: bool = True,
     say: Callable[[str], None] = print,
 ) -> ExperimentResult:
-    """Run an experiment, or take up one that was interrupted, or show a finished one anew.
+    """Run an experiment, or resume an interrupted one, or show a finished one again.
 
     Args:
         experiment: a name in `experiments/`, the path of a config, or a config that was read.
@@ -194,7 +194,7 @@ def describe_experiment(
 
 
 def default_folder(named: NamedExperiment) -> Path:
-    """Where an experiment goes if nobody says: a folder for each experiment and model."""
+    """Where an experiment goes by default: a folder for each experiment and model."""
     model = Path(named.config.model).name or "model"
     return inside(RUNS, plain(f"{named.name}-{model}"))
 
@@ -227,7 +227,7 @@ def _train(run: FinetuneRun, progress: bool, say: Callable[[str], None]) -> Fine
             return finetune_run(run, progress=progress)
         except InUseError:
             if not waited:
-                say(f"  another process is at {run.output}: waiting for it")
+                say(f"  another process is training in {run.output}: waiting for it")
             waited = True
             time.sleep(POLL)
 
@@ -282,7 +282,7 @@ def _training(recipe: Mapping[str, Any], result: FinetuneResult) -> dict[str, An
     found = {
         "steps": result.steps,
         "epoch kept": result.epoch,
-        "loss at first and last step (nats a token)": [result.losses[0], result.losses[-1]],
+        "loss at first and last step (nats per token)": [result.losses[0], result.losses[-1]],
         "held-out perplexity before training and after each epoch": list(result.perplexities),
         "seconds": round(result.seconds, 1),
     }

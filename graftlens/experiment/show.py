@@ -33,8 +33,8 @@ def show_part(
     out: Path,
     stems: set[str],
 ) -> tuple[Part, str]:
-    """Write a part's tables (CSV, Markdown) and figures (HTML, and PNG and SVG where a browser is
-    at hand) into `out/tables` and `out/figures`.
+    """Write a part's tables (CSV, Markdown) and figures (HTML, and PNG and SVG where there is a
+    browser) into `out/tables` and `out/figures`.
 
     Args:
         name: the part's.

@@ -86,6 +86,12 @@ def read_hooked(name: str, model: Any) -> Source:
     kinds, rotary = _rotary(model)
     weights = _weights(model)
     arch = _architecture(cfg, model, kinds, weights)
+    if lacking := [site for site in arch.sites if (*site, "weight") not in weights]:
+        component, layer = lacking[0]
+        raise UnsupportedArchitectureError(
+            f"source {name!r}: this HookedTransformer has no {component}"
+            f"{'' if layer is None else f' in layer {layer}'}, which its config implies."
+        )
 
     @torch.no_grad()
     def logits(

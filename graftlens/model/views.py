@@ -30,13 +30,15 @@ class WeightViews(HookedRootModule):
 
     def __getattr__(self, name: str) -> Any:
         # An AttributeError inside a property comes here too, and would lose its reason.
-        lacking = next((c for c, row in COMPONENTS.items() if row.view == name), None)
-        if lacking is not None and lacking not in self.arch.components:
+        component = next((c for c, row in COMPONENTS.items() if row.view == name), None)
+        if component is None:
+            return super().__getattr__(name)
+        if component not in self.arch.components:
             raise AttributeError(
-                f"{self.arch.family} has no {lacking}, so no {name}. "
+                f"{self.arch.family} has no {component}, so no {name}. "
                 f"Its components are: {' '.join(self.arch.components)}."
             )
-        return super().__getattr__(name)
+        return self._view(component)  # one that no property below documents
 
     def _layers(
         self, component: Component, part: str = "weight"

@@ -14,7 +14,7 @@ from jaxtyping import Bool
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from graftlens.components import check_name, suggest
-from graftlens.configfile import ConfigError, read_settings
+from graftlens.configfile import ConfigError, noted, read_settings
 from graftlens.data import template_names
 from graftlens.data.rewriting import told_on_command_line
 from graftlens.graft import At, Graft, Rule
@@ -382,13 +382,9 @@ def _prompts(config: SweepConfig) -> tuple[dict[str, tuple[Prompt, ...]], _Probl
     problems: _Problems = []
     for where, title, read in origins:
         if title in sets:
-            problems.append((where, f"two sets of prompts are called {title!r}. Name one anew."))
-        try:
+            problems.append((where, f"two sets of prompts are called {title!r}. Rename one."))
+        with noted(problems, where):
             sets[title] = _first(read(), config.limit)
-        except ConfigError as error:
-            problems.extend(error.under(where).problems)
-        except (ValueError, OSError) as error:
-            problems.append((where, str(error)))
     return sets, problems
 
 

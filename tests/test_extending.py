@@ -1,0 +1,45 @@
+"""The README's "Adding" is what this test does: a toy component and a toy family, by their rows."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+#: The README's blocks in their order: the file, and the line that each goes before.
+PLACES = (
+    ("components.py", '    LN1_POST = "ln1_post", '),
+    ("model/arch.py", "def supported() "),
+    ("model/forward.py", '        if arch.qk_norm != "none":\n            self.q_norm = '),
+    ("model/forward.py", "        return out.unflatten(0, places)\n\n    def _qk_norm"),
+)
+
+
+def test_a_component_and_a_family_are_added_as_the_readme_says(tmp_path: Path) -> None:
+    """A list of components that somebody keeps beside the table would lack the toy."""
+    library = tmp_path / "graftlens"
+    shutil.copytree(ROOT / "graftlens", library, ignore=shutil.ignore_patterns("__pycache__"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    inside = readme.split("<!-- extending -->")[1].split("<!-- /extending -->")[0]
+    blocks = re.findall(r"```python\n# graftlens/([\w/.]+)[^\n]*\n(.*?)```", inside, flags=re.S)
+    assert [name for name, _ in blocks] == [name for name, _ in PLACES]
+    for (name, block), (_, before) in zip(blocks, PLACES, strict=True):
+        text = (library / name).read_text(encoding="utf-8")
+        assert text.count(before) == 1, f"{name} has changed: where does this go now? {before!r}"
+        indent = before[: len(before) - len(before.lstrip())]
+        added = textwrap.indent(block, indent) + ("\n\n" if not indent else "")
+        (library / name).write_text(text.replace(before, added + before), encoding="utf-8")
+    path = os.pathsep.join((str(tmp_path), str(ROOT / "tests")))
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests" / "toyfamily.py")],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == str(library / "__init__.py"), "it ran the extended copy"
