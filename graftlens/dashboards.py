@@ -4,6 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def dashboard(
         )
     start, total = given.starts[0], given.totals[0]
     ids = tuple(given.tokens[0, start : start + total].tolist())
-    item = Tokenized(ids, given.prompts[0].runs, given.prompts[0].prompt)
+    item = replace(given.prompts[0], ids=ids)
     batch = model.batch([item])
     _warn_of_size(model, len(ids), len(runs.grafts))
     asked = item.prompt

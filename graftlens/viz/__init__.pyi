@@ -12,6 +12,7 @@ from .lens import kl_divergence_lines as kl_divergence_lines
 from .lens import lens_heatmap as lens_heatmap
 from .linecharts import lines as lines
 from .patching import patching_scatter as patching_scatter
+from .sweeps import dose_response as dose_response
 from .sweeps import size_curve as size_curve
 from .sweeps import window_triangle as window_triangle
 from .text import text_table as text_table
