@@ -11,8 +11,8 @@ the graft without rules is written ``none``.
 
 Positions are an expression over spans: ``+`` is union, ``&`` intersection, ``~`` complement,
 ``(…)`` groups, ``[0, -1]`` names token positions of the prompt. ``name#2`` is the second run of a
-span that occurs more than once. q and o act at the destination position, k and v at the source
-position: a k or v graft at position i changes what later positions read there.
+span that occurs more than once, ``name#-1`` the last. q and o act at the destination position, k
+and v at the source position: a k or v graft at position i changes what later positions read there.
 """
 
 import re
@@ -50,7 +50,7 @@ MAX_RULES, MAX_DEPTH = 10_000, 50
 
 _SOURCE = re.compile(r"[A-Za-z_][A-Za-z0-9_.\-]*")
 _TOKEN = re.compile(
-    r"\s*(?:(?P<span>[^\s+&~()\[\]#]+)(?:#(?P<run>[0-9]{1,9}))?|(?P<list>\[[^\]]*\])|(?P<op>[+&~()]))"
+    r"\s*(?:(?P<span>[^\s+&~()\[\]#]+)(?:#(?P<run>-?[0-9]{1,9}))?|(?P<list>\[[^\]]*\])|(?P<op>[+&~()]))"
 )
 
 
@@ -99,7 +99,7 @@ class At(ABC):
 
 @dataclass(frozen=True)
 class Span(At):
-    """All runs of a named span, or one of them (`run`, counted from 1)."""
+    """All runs of a named span, or one of them (`run`, counted from 1, or from -1, the last)."""
 
     name: str
     run: int | None = None
@@ -114,14 +114,16 @@ class Span(At):
                 f"{suggest(self.name, runs)}"
             )
         found = runs[self.name]
-        if self.run is not None and not 1 <= self.run <= len(found):
+        if self.run is not None and not 1 <= abs(self.run) <= len(found):
             raise ValueError(
                 f"no run {self}: span {self.name!r} occurs {len(found)} time(s) in this prompt. "
                 f"Write {self.name}#1{f' to {self.name}#{len(found)}' if len(found) > 1 else ''}, "
                 f"or {self.name} for all of them."
             )
+        if self.run is not None:
+            found = [found[self.run - (self.run > 0)]]
         chosen = np.zeros(total or length, dtype=bool)
-        for positions in found if self.run is None else [found[self.run - 1]]:
+        for positions in found:
             chosen[list(positions)] = True
         return chosen
 
@@ -240,8 +242,8 @@ def _parse_expression(text: str) -> At:
         if match is None or (match["span"] and not match["span"].isidentifier()):
             raise _syntax(text, place, "a span, [positions], +, &, ~ or parentheses")
         if match["span"]:
-            if match["run"] is not None and int(match["run"]) < 1:
-                raise _syntax(text, match.start("run"), "a run number from 1")
+            if match["run"] is not None and not int(match["run"]):
+                raise _syntax(text, match.start("run"), "a run number from 1, or from -1,")
             tokens.append(
                 ("term", Span(match["span"], int(match["run"]) if match["run"] else None))
             )

@@ -38,7 +38,9 @@ RUNS = {
 
 _ATOMS = st.one_of(
     st.sampled_from(SPANS),
-    st.sampled_from(["first_entity#1", "first_entity#2", "second_entity#1"]),
+    st.sampled_from(
+        ["first_entity#1", "first_entity#2", "second_entity#1", "first_entity#-1", "bos#-1"]
+    ),
     st.lists(st.integers(-LENGTH, LENGTH - 1), min_size=1, max_size=3).map(str),
 )
 
@@ -214,6 +216,7 @@ def test_at_takes_an_expression_a_number_or_a_list() -> None:
     assert At.parse(range(2)) == At.parse("[0, 1]")
     assert At.parse(Span("last")) == Span("last")
     assert At.parse("last#2") == Span("last", 2)
+    assert At.parse("user#-1 & ~last") == At.parse(str(At.parse("user#-1&~last")))
 
 
 def test_names_and_dependence_on_the_end() -> None:
@@ -439,7 +442,8 @@ MALFORMED = {
     "sft @ 0": f"at='0': {_WANTED} '0'.",
     "sft @ a, b": f"at='a, b': {_WANTED} 'a, b'.",
     "sft @ a#": f"at='a#': {_WANTED} '#'.",
-    "sft @ a#0": "at='a#0': expected a run number from 1 at '0'.",
+    "sft @ a#0": "at='a#0': expected a run number from 1, or from -1, at '0'.",
+    "sft @ a#-0": "at='a#-0': expected a run number from 1, or from -1, at '-0'.",
     "sft @ [0": f"at='[0': {_WANTED} '[0'.",
     "sft @ []": "at='[]': expected whole numbers, such as [0, -1] at '[]'.",
     "sft @ [0, ]": "at='[0, ]': expected whole numbers, such as [0, -1] at '[0, ]'.",

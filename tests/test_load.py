@@ -10,7 +10,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from families import VARIANTS, save_checkpoint, tiny_model, tiny_pair, tiny_sources
+from families import VARIANTS, multimodal, save_checkpoint, tiny_model, tiny_pair, tiny_sources
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers, pre_tokenizers
@@ -20,8 +20,6 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     Gemma2Config,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     GemmaConfig,
     GPTJConfig,
     LlamaConfig,
@@ -836,35 +834,9 @@ def test_float64(pair: dict[str, PreTrainedModel]) -> None:
 # -- multimodal Gemma 3 ------------------------------------------------------------------------
 
 
-def _multimodal(seed: int) -> Gemma3ForConditionalGeneration:
-    torch.manual_seed(seed)
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 20,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = Gemma3Config(
-        text_config=VARIANTS["gemma3"]().to_dict(),
-        vision_config=vision,
-        mm_tokens_per_image=4,
-        image_token_index=90,
-        boi_token_index=91,
-        eoi_token_index=92,
-    )
-    model = Gemma3ForConditionalGeneration(config)
-    text = model.model.language_model
-    with torch.no_grad():
-        for parameter in text.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.25)
-    return model.eval().requires_grad_(False)
-
-
 @pytest.mark.parametrize("saved", [False, True])
 def test_the_text_part_of_a_multimodal_gemma_3(saved: bool, tmp_path: Path) -> None:
-    pair = {"pre": _multimodal(1), "sft": _multimodal(2)}
+    pair = {"pre": multimodal(1), "sft": multimodal(2)}
     sources: dict[str, Any] = dict(pair)
     if saved:
         for name, model in pair.items():

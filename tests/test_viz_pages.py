@@ -15,7 +15,7 @@ from scipy.stats import kendalltau
 from summaries import ENDS, positions, site_map
 from test_report import Page
 
-from graftlens.viz import compare, figures, page, report, tables, text
+from graftlens.viz import compare, figures, page, quantities, report, tables, text
 from graftlens.viz.render import render
 
 
@@ -110,7 +110,7 @@ def test_cells_on_the_page_are_those_of_the_table(written):
     path, made, _ = written
     table = made.parts[0].tables[0].frame
     source = path.read_text(encoding="utf-8")
-    for said in text.written_all(text.measure(table, "recovery"), table):
+    for said in text.written_all(quantities.of_summary(table, "recovery"), table):
         value, interval = said.split(" ", 1)
         assert f"<td>{value} <small>{interval}</small></td>" in source
 

@@ -1,8 +1,8 @@
 """Looking into grafted runs: what they compute where, against PRE and SFT.
 
 Every function takes a model, prompts and grafts and returns a table; `graftlens.viz` draws them.
-Prompts run a few at a time; where hooks are attached to the model, or patches in force, all run
-together, so that what a hook is given is the whole batch.
+Prompts run a few at a time; if hooks are attached to the model, or patches are in force, all run
+together, so that a hook is given the whole batch.
 """
 
 from graftlens.lens.activations import activation_difference, pattern_difference

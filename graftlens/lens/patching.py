@@ -1,10 +1,10 @@
 """Cross-model activation patching on the sites of a graft.
 
 A graft changes the *mechanism* at a place: its weights run on whatever comes in. A patch changes
-the *information*: the outputs that the finetuned model's own run had there are put in, whoever
-computed what led to them. A fact that a patch brings back at a site, and a graft does not, passes
-through there and originates before (activation patching: Vig et al. 2020, arXiv 2004.12265; across
-finetuned models, as CMAP: Prakash et al. 2024, arXiv 2402.14811).
+the *information*: the outputs that the finetuned model's own run had there are put in, regardless
+of what the grafted run computed before. A fact that a patch brings back at a site, and a graft does
+not, passes through there and originates earlier (activation patching: Vig et al. 2020, arXiv
+2004.12265; across finetuned models, as CMAP: Prakash et al. 2024, arXiv 2402.14811).
 """
 
 from collections.abc import Callable, Iterator
@@ -44,10 +44,10 @@ from graftlens.references import marked
 
 C = Component
 
-#: True while what runs is not to be changed by patches that are in force.
+#: True while patches in force must not change what runs.
 SUSPENDED: ContextVar[bool] = ContextVar("suspended", default=False)
 
-#: What the run is called in which a graft's sites are patched.
+#: The name of the run in which a graft's sites are patched.
 PATCHED = "{} (patched)"
 
 
@@ -58,10 +58,10 @@ def patched(
     """Inside, a run of `prompts` has SFT's own activations at the sites of `graft`.
 
     Each site (component, layer, position, head) that the graft gives to a source has the output of
-    the component replaced by what it is when that source runs everywhere. All else runs as it
-    would: the base, or the graft that the run is given. Hooks that are attached to the model act in
-    that source's run too. What `lens` calls PRE or SFT inside is the patched run of that graft.
-    A graft without rules patches nothing.
+    the component replaced by what it is when that source runs everywhere. Everything else runs
+    as it would without the patch: the base, or the graft that the run is given. Hooks that are
+    attached to the model act in that source's run too. What `lens` calls PRE or SFT inside is the
+    patched run of that graft. A graft without rules patches nothing.
 
     `logit_lens`, `kl_divergence` and `direct_logit_attribution` read streams by the norm and the
     unembedding of the run's own graft, so they refuse a patch of `ln_final` or `unembed`, as
@@ -79,8 +79,8 @@ def patched(
         ...     logits, cache = model.run_with_cache(prompt)
 
     Raises:
-        PromptError, ValueError: as for a run under the graft; rules that give no site to another
-            source than the base; inside, a run of other prompts; and a flag by which q, k, v or o
+        PromptError, ValueError: as for a run under the graft; rules that give no site to a source
+            other than the base; inside, a run of other prompts; and a flag by which q, k, v or o
             do not run as one map (`use_split_qkv_input`, `use_attn_in`, `use_attn_result`).
         RuntimeError: another thread or task runs the model or has hooks on it; and, there, a run
             while this one is inside.
@@ -123,8 +123,9 @@ def patched(
 def _of_the_base(model: GraftedTransformer, graft: Graft) -> str:
     base, other = model.sources[0], model.sources[-1]
     return (
-        f"the patch {str(graft)!r} {_NO_SITE}. Nothing of the base "
-        f"({base}) can be patched in, which is what runs already. To patch it onto {other}, load "
+        f"the patch {str(graft)!r} {_NO_SITE}. Activations of the "
+        f"base ({base}) cannot be patched in, because it is what runs anyway. To patch it onto "
+        f"{other}, load "
         f'{other} as the base (GraftedTransformer.from_pretrained({{"{other}": …, "{base}": …}})) '
         f'and patch "{base} @ …".'
     )
@@ -140,11 +141,12 @@ def patching(
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
-    """Every graft as a graft and as a patch, side by side: does the fact originate there or pass?
+    """Every graft as a graft and as a patch, side by side: does the fact originate there or pass
+    through?
 
     The output itself is not patched: `ln_final` and `unembed` are left out of every patch, because
     SFT's own logits would be SFT's answer whatever came before. A graft of these alone has no
-    patch, and neither has one that gives a prompt's sites to the base only: its row has a `reason`
+    patch, and neither does one that gives a prompt's sites to the base only: its row has a `reason`
     and no numbers.
 
     Args:
@@ -171,8 +173,8 @@ def patching(
     for name in runs.grafts:
         if PATCHED.format(name) in runs.grafts:
             raise ValueError(
-                f"a graft is called {PATCHED.format(name)!r}, which is what the patch of {name!r} "
-                "is called. Give it another name."
+                f"a graft is called {PATCHED.format(name)!r}, which is the name of the patch of "
+                f"{name!r}. Give it another name."
             )
     parts = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
@@ -203,8 +205,8 @@ def patching(
     return marked(tidy(parts, ("prompt", "graft", "rule", "how")), runs.base, runs.full)
 
 
-_OUTPUT_ONLY = "the graft is of ln_final and unembed only, whose output is the answer itself"
-_NO_SITE = "gives no site to another source than the base"
+_OUTPUT_ONLY = "the graft covers only ln_final and unembed, whose output is the answer itself"
+_NO_SITE = "gives no site to a source other than the base"
 
 
 def _without_output(mask: GraftMask) -> GraftMask:
@@ -278,7 +280,8 @@ class _Site:
         for source in np.unique(whole[real]):
             rows = np.flatnonzero((whole == source) & real)
             self.wanted.append((int(source), None, rows))
-        # Where all heads are of one source, o's bias is too; else each head comes by itself.
+        # If all heads are of one source, so is o's bias; otherwise each head is replaced
+        # separately.
         for heads, selection in chosen.groups if isinstance(chosen, HeadSelection) else ():
             for source in np.unique(selection.choice[real]):
                 some = (selection.choice == source) & (whole != source) & real
@@ -308,7 +311,7 @@ class _Site:
                 continue
             heads = list(kept.heads)
             if isinstance(module, HeadsIn):
-                # Heads of o add up: theirs for ours.
+                # Heads of o add up: subtract ours and add theirs.
                 ours = _by_head(module, args, out)[kept.rows]
                 flat[kept.rows] += (kept.values - ours)[:, heads].sum(1)
             else:
@@ -318,7 +321,7 @@ class _Site:
 
 
 def _rows(out: Tensor) -> Tensor:
-    """A view of an output as rows [batch · pos, width], whatever shape its map gives."""
+    """A view of an output as rows [batch · pos, width], whatever the shape of its map's output."""
     return out if out.ndim == 2 else out.view(-1, *out.shape[2:]).flatten(1)
 
 
@@ -332,7 +335,7 @@ def _by_head(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
 
 @contextmanager
 def _suspended() -> Iterator[None]:
-    """Inside, no patch acts: for a source's own run."""
+    """Inside, no patch acts; used for a source's own run."""
     token = SUSPENDED.set(True)
     try:
         yield
@@ -342,7 +345,8 @@ def _suspended() -> Iterator[None]:
 
 @contextmanager
 def _in_force(model: GraftedTransformer, sites: frozenset[Site]) -> Iterator[None]:
-    """Tells the lens: a few of the prompts are not those patched, and some sites it reads anew."""
+    """Tells the lens that a few prompts are not the whole batch that is patched, and that it
+    recomputes some sites."""
     token = PATCHES.set((*PATCHES.get(), (model, sites)))
     try:
         yield
@@ -361,7 +365,7 @@ def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[RemovableHa
 
 @contextmanager
 def _checked(model: GraftedTransformer, batch: Batch) -> Iterator[None]:
-    """Runs of other prompts are refused: their rows are other prompts' rows."""
+    """Runs of other prompts are refused: their rows do not correspond."""
 
     def check(_: nn.Module, args: tuple[Any, ...]) -> None:
         if SUSPENDED.get():
@@ -379,14 +383,14 @@ def _checked(model: GraftedTransformer, batch: Batch) -> Iterator[None]:
 
 
 _OTHERS = (
-    "these are not the prompts that are patched, or not all their rows. Inside patched(…), run the "
-    "prompts that it was given, as a whole and padded on the same side: model(prompts), "
+    "these are not the prompts that are patched, or not all of their rows. Inside patched(…), run "
+    "the prompts that it was given, as a whole and padded on the same side: model(prompts), "
     "run_with_cache, run_with_hooks."
 )
 
 
 def _check_rows(model: GraftedTransformer, batch: Batch) -> None:
-    """That the pass under way has the rows that are patched, at their places."""
+    """Check that the current pass has the rows that are patched, at their positions."""
     mask = model.active.current
     if not isinstance(mask, GraftMask) or (mask.shape, mask.places) != (
         batch.real.shape,

@@ -1,6 +1,7 @@
 """Continuing prompts under a graft."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -142,7 +143,7 @@ class Generation:
             added = ids[len(prompt) :]
             stop = next((n for n, token in enumerate(added) if token in ends[i]), len(added))
             new = self._added_text(ids[: len(prompt)], added[:stop])
-            known = item if isinstance(item, str) else prompt.prompt and prompt.prompt.text
+            known = item if isinstance(item, str) else prompt.text
             before = self.to_string(ids[: len(prompt)]) if known is None else known
             texts.append(new if new_only else before + new)
         return texts[0] if single else texts
@@ -220,7 +221,7 @@ def _left_padded(batch: Batch, pad_id: int) -> Batch:
         return batch
     rows = batch.tokens.tolist()
     prompts = [
-        Tokenized(tuple(row[s : s + len(p)]), p.runs, p.prompt)
+        replace(p, ids=tuple(row[s : s + len(p)]))
         for row, s, p in zip(rows, batch.starts, batch.prompts, strict=True)
     ]
     return collate(prompts, pad_id=pad_id, side="left", device=batch.tokens.device)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from graftlens.viz.lens import answer_by_layer, kl_divergence_lines, lens_heatmap
     from graftlens.viz.linecharts import lines
     from graftlens.viz.patching import patching_scatter
-    from graftlens.viz.sweeps import size_curve, window_triangle
+    from graftlens.viz.sweeps import dose_response, size_curve, window_triangle
 
 _HOME = {
     "answer_by_layer": "graftlens.viz.lens",
@@ -24,6 +24,7 @@ _HOME = {
     "logit_attribution_bars": "graftlens.viz.attribution",
     "logit_attribution_heatmap": "graftlens.viz.attribution",
     "difference_heatmap": "graftlens.viz.differences",
+    "dose_response": "graftlens.viz.sweeps",
     "exporter": "graftlens.viz.export",
     "grouped_bars": "graftlens.viz.bars",
     "heatmap": "graftlens.viz.heatmaps",
@@ -41,6 +42,7 @@ __all__ = [
     "answer_by_layer",
     "attention_view",
     "difference_heatmap",
+    "dose_response",
     "exporter",
     "grouped_bars",
     "heatmap",
