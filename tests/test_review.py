@@ -86,7 +86,7 @@ def test_a_mask_belongs_to_its_batch(tiny: MakeTiny) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": (-1,)}, "layers are counted from 0; -1 is no layer"),
+        ({"layers": (-1,)}, "layers are counted from 0; -1 is not a layer"),
         ({"layers": ()}, "names no layer"),
         ({"components": ()}, "names no component"),
         ({"components": ("mpl",)}, "unknown component 'mpl'"),
