@@ -29,7 +29,7 @@ from graftlens.model.arch import Site
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import Batch
-from graftlens.prompts import PromptError, Tokenized, continuation, encode
+from graftlens.prompts import PromptError, Tokenized, continuation, ids_with
 from graftlens.references import References
 
 C = Component
@@ -272,10 +272,9 @@ def first_token(
         PromptError: a prompt without a text, or a text that does not begin a token of its own.
     """
     tokenizer = model._tokenizer()
-    if item.prompt is not None:
-        ids, _ = encode(item.prompt.text, tokenizer, prepend_bos)
-        if tuple(ids) != item.ids:  # made elsewhere, with another prepend_bos
-            prepend_bos = item.ids[0] == tokenizer.bos_token_id
+    if item.prompt is not None and ids_with(item, "", tokenizer, prepend_bos) != item.ids:
+        # Made elsewhere, with another prepend_bos.
+        prepend_bos = item.ids[0] == tokenizer.bos_token_id
     return continuation(item, text, tokenizer, prepend_bos)[0]
 
 
