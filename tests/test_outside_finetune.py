@@ -247,7 +247,7 @@ def test_a_damaged_result_is_refused_where_nothing_is_left_to_make_it_of(whole, 
 def test_a_damaged_record_of_the_result_is_named(file, whole, start, tmp_path):
     folder = copied(whole.folder.parent, tmp_path)
     flip(folder / "model" / file)
-    with pytest.raises(DamagedError, match=rf"model/{file} is not .* remove .*model and run the"):
+    with pytest.raises(DamagedError, match=rf"model/{file} has changed .* remove .*model and run the"):
         run(recipe(start, folder))
 
 
