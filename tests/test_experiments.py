@@ -803,7 +803,7 @@ def test_a_finished_experiment_is_only_shown_anew(base, place, tmp_path, monkeyp
     def trained(*_: object, **__: object) -> None:
         raise AssertionError("a model was trained again")
 
-    monkeypatch.setattr("graftlens.finetune._train", trained)
+    monkeypatch.setattr("graftlens.finetune.train", trained)
     again = run(named, tmp_path / "run")
     assert files_in(again.folder) == before
     assert again.page.is_file()
