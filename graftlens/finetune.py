@@ -2,24 +2,24 @@
 
 The folder of a run holds
 
-- ``run.json``: the config, the data's hashes and the starting weights' hash, written when all has
-  been checked and before the first step; a later call with anything else is refused (but the same
-  weights and texts may lie elsewhere);
+- ``run.json``: the config, the data's hashes and the starting weights' hash, written after all
+  checks and before the first step; a later call with anything else is refused (but the same
+  weights and texts may be in other places);
 - ``data/``: the dataset that `finetune_run` made, which a later call reads instead of making it
-  again: a language model's rewrites, and what a hub holds, may be others the next time;
+  again: a language model's rewrites, and what a hub holds, may differ the next time;
 - ``log.jsonl``: loss of every step, held-out perplexity of every epoch;
-- ``checkpoints/``: the newest complete state to resume from, gone when the run is finished;
-- ``epochs/``: with ``keep_epochs`` the weights after each epoch, else the best ones so far, gone
+- ``checkpoints/``: the newest complete state to resume from, removed when the run is finished;
+- ``epochs/``: with ``keep_epochs`` the weights after each epoch, else the best ones so far, removed
   when the run is finished;
 - ``model/``: the finetuned checkpoint (float32, with tokenizer and ``finetune.json``), which
   appears in one rename;
-- ``config.yaml``: what `finetune_run` was told.
+- ``config.yaml``: the settings of `finetune_run`.
 
-Checkpoints, epochs and model have a ``complete.json`` with the SHA-256 of every file: what is
-damaged is found, named, and not used. What else lies in the folder is never replaced or removed:
-where it has a name that the run needs, the run is refused before the model is loaded.
-graftlens.checkpoints says how, and how a half-written checkpoint, from which the Trainer would
-resume with fresh optimizer state, is ruled out.
+Checkpoints, epochs and model have a ``complete.json`` with the SHA-256 of every file: damaged
+files are found, named, and not used. Other files in the folder are never replaced or removed: if
+one has a name that the run needs, the run is refused before the model is loaded.
+`graftlens.checkpoints` explains how, and how a half-written checkpoint, from which the Trainer
+would resume with fresh optimizer state, is ruled out.
 
 Started by ``accelerate launch`` or ``torchrun``, the processes share the batches; only the first
 one touches the folder.
@@ -118,7 +118,7 @@ __all__ = [
 # Say where something is; run.json has a hash of what is there.
 LOCATIONS = ("config.model", "config.output", "config.heldout_file")
 
-# In a dataset's folder: the run keeps it there; it may be replaced as long as no run has begun.
+# In a dataset's folder: the run keeps it there; it may be replaced as long as no run has started.
 KEPT = ".graftlens-kept"
 
 
@@ -133,13 +133,13 @@ def finetune(
 ) -> FinetuneResult:
     """Finetune, or resume a killed run, or return a finished one.
 
-    Interrupted at any instant and called again, it ends with the same weights, bit for bit, as
-    without the interruption (on one machine with one number of threads).
+    If it is interrupted at any instant, calling it again gives the same weights, bit for bit,
+    as without the interruption (on one machine with one number of threads).
 
     Several processes that a launcher started train together: each takes ``batch_size`` texts per
-    forward pass, and where these do not come out even, the last batch of an epoch is filled up with
-    texts of its first. The result equals that of one process with their batches joined, except for
-    dropout.
+    forward pass, and if the texts do not divide evenly, the last batch of an epoch is filled up
+    with texts from its first. The result equals that of one process with their batches joined,
+    except for dropout.
 
     Args:
         config: the recipe and the run's folder.
@@ -155,7 +155,7 @@ def finetune(
         ValueError: texts, or settings, that do not fit each other or the model; a model that is
             not whole or not finite; a folder that holds another run; a damaged result that no
             checkpoint can repair.
-        OSError: a folder that cannot be written, or that holds what is not ours under a name that
+        OSError: a folder that cannot be written, or that holds files of others under a name that
             is needed.
     """
     check_dataset("train", train)
@@ -188,14 +188,14 @@ def _processes(config: FinetuneConfig) -> Processes:
 def finetune_run(run: FinetuneRun, *, progress: bool = True) -> FinetuneResult:
     """Read or make the training texts, and `finetune` on them.
 
-    The model "smollm2" is the demo's. The finished run's folder says what it was made of in
+    The model "smollm2" is the demo's. The finished run's folder records its settings in
     ``config.yaml``. A dataset that is made is kept in the folder ``data``, from where a later call
     reads it.
 
     Raises:
-        OSError: the data, held-out texts or the model's folder are not there.
-        ValueError: the data have no texts; the run's folder holds another dataset; what `finetune`
-            refuses.
+        OSError: the data, held-out texts or the model's folder do not exist.
+        ValueError: the data have no texts; the run's folder holds another dataset; anything that
+            `finetune` refuses.
     """
     recipe = run.recipe
     check_heldout_file(recipe)
@@ -226,13 +226,13 @@ def launch_finetune(
 ) -> FinetuneResult | None:
     """Run `finetune_run` as a job on Slurm, which is requeued when it is preempted or out of time.
 
-    Its time must allow `save_epochs` epochs, after which there is something to resume from. If the
-    job of this folder still waits or runs, it is joined. Ctrl-C ends the waiting only.
+    Its time must allow `save_epochs` epochs, after which there is something to resume from. If this
+    folder's job is still waiting or running, it is joined. Ctrl-C ends the waiting only.
 
     Args:
-        run: the recipe; its folders lie on a file system that the nodes share.
+        run: the recipe; its folders are on a file system that the nodes share.
         resources: what the job gets.
-        wait: whether to wait for the result; else the job is left to itself.
+        wait: whether to wait for the result; otherwise the job is left running.
         progress: whether to show a bar while waiting.
         say: where messages go.
 
@@ -240,7 +240,7 @@ def launch_finetune(
         The result; None without waiting.
 
     Raises:
-        ConfigError: resources that are not right.
+        ConfigError: invalid resources.
         EngineError: submitit or Slurm is missing, Slurm refused the job, or it failed.
     """
     array = submit(
@@ -280,7 +280,7 @@ def launch_finetune(
 
 
 def _saved(folder: Path) -> list[str]:
-    """What a requeued job would resume from, or has left to return."""
+    """What a requeued job would resume from, or only has to return."""
     kept = [*folder.glob(f"checkpoints/*/{MARKER}"), *folder.glob("model")]
     return sorted(str(path) for path in kept)
 
@@ -358,7 +358,7 @@ def _finetune(
             },
             processes=processes.count,
         )
-        # A setting that an earlier release did not know had what is now its default.
+        # A setting that an earlier release did not know had its present default.
         plain = FinetuneConfig(model="", output=Path()).model_dump(mode="json")
         defaults = {"config": plain, "processes": 1}
         if is_earlier(config.output):
@@ -393,11 +393,11 @@ def _finetune(
     # Seeded before adapters are made; the Trainer seeds the training itself.
     torch.manual_seed(config.seed)
     trained = with_adapters(model, config.lora) if config.lora is not None else model
-    # After all checks: a run that is refused leaves the folder to one that is not.
+    # After all checks: a refused run leaves the folder free for another one.
     processes.from_first(partial(_claim, config.output, identity))
 
     def save(folder: Path, plain: Any) -> None:
-        """Weights and tokenizer, as a checkpoint that anyone loads."""
+        """Weights and tokenizer, as a checkpoint that anything can load."""
         now = getattr(plain.config, "use_cache", use_cache)
         plain.config.use_cache = use_cache
         with quiet():
@@ -408,7 +408,7 @@ def _finetune(
     def save_epoch(number: int) -> None:
         plain = trained
         if config.lora is not None:
-            # Of a copy: adapters that are merged and taken out again leave rounding errors.
+            # Of a copy: merging and unmerging adapters leaves rounding errors.
             plain = copy.deepcopy(trained).merge_and_unload()
         write_folder(epochs / f"epoch-{number}", partial(save, plain=plain), run=identity)
 
@@ -464,7 +464,7 @@ def _claim(output: Path, identity: Mapping[str, Any]) -> None:
 
 @contextlib.contextmanager
 def _keep_random_state() -> Iterator[None]:
-    """The Trainer seeds every global generator; the caller's are put back."""
+    """The Trainer seeds every global generator; this restores the caller's."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

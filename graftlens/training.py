@@ -73,7 +73,7 @@ def train(
     log = config.output / "log.jsonl"
 
     class Saver(Trainer):
-        """Says plainly what goes wrong in saving, and does not leave half a checkpoint then."""
+        """Reports plainly what goes wrong in saving, and leaves no half-written checkpoint."""
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             with saving(checkpoints):
@@ -85,7 +85,7 @@ def train(
                     raise
 
     class Recorder(TrainerCallback):
-        """Writes the log, measures perplexity, keeps epochs, says when a checkpoint is complete."""
+        """Writes the log, measures perplexity, keeps epochs, marks complete checkpoints."""
 
         def __init__(self) -> None:
             shown = progress and processes.is_first
@@ -128,7 +128,7 @@ def train(
                 if processes.is_first:
                     with saving(checkpoints):
                         begin(checkpoints / f"checkpoint-{state.global_step}")
-                processes.wait()  # the others write into it, too
+                processes.wait()  # the others write into it as well
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             processes.wait()  # each writes its own random state
@@ -152,16 +152,16 @@ def train(
             folder = epochs / f"epoch-{self.best(state)}"
             if not folder.is_dir():
                 raise FileNotFoundError(
-                    f"{folder} is not there, but it held the best weights of the run to resume. "
-                    f"Put it back, or remove {config.output} to start again."
+                    f"{folder} does not exist, but it held the best weights of the run to resume. "
+                    f"Restore it, or remove {config.output} to start again."
                 )
             if processes.is_first:
                 try:
                     verify(folder)
                 except DamagedError as error:
                     raise DamagedError(
-                        f"{error}, and it holds the best weights of the run to resume. Put the "
-                        f"file back, or remove {config.output} to start again."
+                        f"{error}, and it holds the best weights of the run to resume. Restore "
+                        f"the file, or remove {config.output} to start again."
                     ) from None
 
         def measure(self, state: Any) -> None:
@@ -206,12 +206,12 @@ def train(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        # Named only when it is wanted: later releases of transformers rename it.
+        # Named only when it is needed: later releases of transformers rename it.
         **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
     )
     if arguments.n_gpu > 1:  # the Trainer would multiply the batch size by the number of devices
         arguments._n_gpu = 1
-    if precision == "float32":  # also where accelerate's own settings say otherwise
+    if precision == "float32":  # also if accelerate's own settings say otherwise
         arguments.mixed_precision = "no"
     trainer = Saver(
         model=model,
@@ -238,12 +238,12 @@ def _perplexities(state: Any) -> tuple[float, ...]:
 
 
 def best_epoch(perplexities: Sequence[float]) -> int:
-    """The epoch, from 1, with the lowest one; the earlier of equals."""
+    """The epoch, from 1, with the lowest one; the earlier one of equals."""
     return min(range(1, len(perplexities)), key=lambda epoch: perplexities[epoch])
 
 
 def _log_lines(state: Any) -> list[dict[str, Any]]:
-    """What the Trainer's history says of losses and perplexities; its timings stay out."""
+    """The losses and perplexities in the Trainer's history, without its timings."""
     keys = ("step", "loss", "learning_rate", "grad_norm", "heldout_perplexity")
     return [
         {key: line[key] for key in keys if key in line}
