@@ -2,24 +2,24 @@
 
 The folder of a run holds
 
-- ``run.json``: the config, the data's hashes and the starting weights' hash, written when all has
-  been checked and before the first step; a later call with anything else is refused (but the same
-  weights and texts may lie elsewhere);
+- ``run.json``: the config, the data's hashes and the starting weights' hash, written after all
+  checks and before the first step; a later call with anything else is refused (but the same
+  weights and texts may be in other places);
 - ``data/``: the dataset that `finetune_run` made, which a later call reads instead of making it
-  again: a language model's rewrites, and what a hub holds, may be others the next time;
+  again: a language model's rewrites, and what a hub holds, may differ the next time;
 - ``log.jsonl``: loss of every step, held-out perplexity of every epoch;
-- ``checkpoints/``: the newest complete state to resume from, gone when the run is finished;
-- ``epochs/``: with ``keep_epochs`` the weights after each epoch, else the best ones so far, gone
+- ``checkpoints/``: the newest complete state to resume from, removed when the run is finished;
+- ``epochs/``: with ``keep_epochs`` the weights after each epoch, else the best ones so far, removed
   when the run is finished;
 - ``model/``: the finetuned checkpoint (float32, with tokenizer and ``finetune.json``), which
   appears in one rename;
-- ``config.yaml``: what `finetune_run` was told.
+- ``config.yaml``: the settings of `finetune_run`.
 
-Checkpoints, epochs and model have a ``complete.json`` with the SHA-256 of every file: what is
-damaged is found, named, and not used. What else lies in the folder is never replaced or removed:
-where it has a name that the run needs, the run is refused before the model is loaded.
-graftlens.checkpoints says how, and how a half-written checkpoint, from which the Trainer would
-resume with fresh optimizer state, is ruled out.
+Checkpoints, epochs and model have a ``complete.json`` with the SHA-256 of every file: damaged
+files are found, named, and not used. Other files in the folder are never replaced or removed: if
+one has a name that the run needs, the run is refused before the model is loaded.
+`graftlens.checkpoints` explains how, and how a half-written checkpoint, from which the Trainer
+would resume with fresh optimizer state, is ruled out.
 
 Started by ``accelerate launch`` or ``torchrun``, the processes share the batches; only the first
 one touches the folder.
@@ -128,7 +128,7 @@ __all__ = [
 # Say where something is; run.json has a hash of what is there.
 LOCATIONS = ("config.model", "config.output", "config.heldout_file")
 
-# In a dataset's folder: the run keeps it there; it may be replaced as long as no run has begun.
+# In a dataset's folder: the run keeps it there; it may be replaced as long as no run has started.
 KEPT = ".graftlens-kept"
 
 
@@ -143,13 +143,13 @@ def finetune(
 ) -> FinetuneResult:
     """Finetune, or resume a killed run, or return a finished one.
 
-    Interrupted at any instant and called again, it ends with the same weights, bit for bit, as
-    without the interruption (on one machine with one number of threads).
+    If it is interrupted at any instant, calling it again gives the same weights, bit for bit,
+    as without the interruption (on one machine with one number of threads).
 
     Several processes that a launcher started train together: each takes ``batch_size`` texts per
-    forward pass, and where these do not come out even, the last batch of an epoch is filled up with
-    texts of its first. The result equals that of one process with their batches joined, except for
-    dropout.
+    forward pass, and if the texts do not divide evenly, the last batch of an epoch is filled up
+    with texts from its first. The result equals that of one process with their batches joined,
+    except for dropout.
 
     Args:
         config: the recipe and the run's folder.
@@ -165,7 +165,7 @@ def finetune(
         ValueError: texts, or settings, that do not fit each other or the model; a model that is
             not whole or not finite; a folder that holds another run; a damaged result that no
             checkpoint can repair.
-        OSError: a folder that cannot be written, or that holds what is not ours under a name that
+        OSError: a folder that cannot be written, or that holds files of others under a name that
             is needed.
     """
     check_dataset("train", train)
@@ -198,14 +198,14 @@ def _processes(config: FinetuneConfig) -> Processes:
 def finetune_run(run: FinetuneRun, *, progress: bool = True) -> FinetuneResult:
     """Read or make the training texts, and `finetune` on them.
 
-    The model "smollm2" is the demo's. The finished run's folder says what it was made of in
+    The model "smollm2" is the demo's. The finished run's folder records its settings in
     ``config.yaml``. A dataset that is made is kept in the folder ``data``, from where a later call
     reads it.
 
     Raises:
-        OSError: the data, held-out texts or the model's folder are not there.
-        ValueError: the data have no texts; the run's folder holds another dataset; what `finetune`
-            refuses.
+        OSError: the data, held-out texts or the model's folder do not exist.
+        ValueError: the data have no texts; the run's folder holds another dataset; anything that
+            `finetune` refuses.
     """
     recipe = run.recipe
     check_heldout_file(recipe)
@@ -236,13 +236,13 @@ def launch_finetune(
 ) -> FinetuneResult | None:
     """Run `finetune_run` as a job on Slurm, which is requeued when it is preempted or out of time.
 
-    Its time must allow `save_epochs` epochs, after which there is something to resume from. If the
-    job of this folder still waits or runs, it is joined. Ctrl-C ends the waiting only.
+    Its time must allow `save_epochs` epochs, after which there is something to resume from. If this
+    folder's job is still waiting or running, it is joined. Ctrl-C ends the waiting only.
 
     Args:
-        run: the recipe; its folders lie on a file system that the nodes share.
+        run: the recipe; its folders are on a file system that the nodes share.
         resources: what the job gets.
-        wait: whether to wait for the result; else the job is left to itself.
+        wait: whether to wait for the result; otherwise the job is left running.
         progress: whether to show a bar while waiting.
         say: where messages go.
 
@@ -250,7 +250,7 @@ def launch_finetune(
         The result; None without waiting.
 
     Raises:
-        ConfigError: resources that are not right.
+        ConfigError: invalid resources.
         EngineError: submitit or Slurm is missing, Slurm refused the job, or it failed.
     """
     array = submit(
@@ -290,7 +290,7 @@ def launch_finetune(
 
 
 def _saved(folder: Path) -> list[str]:
-    """What a requeued job would resume from, or has left to return."""
+    """What a requeued job would resume from, or only has to return."""
     kept = [*folder.glob(f"checkpoints/*/{MARKER}"), *folder.glob("model")]
     return sorted(str(path) for path in kept)
 
@@ -368,7 +368,7 @@ def _finetune(
             },
             processes=processes.count,
         )
-        # A setting that an earlier release did not know had what is now its default.
+        # A setting that an earlier release did not know had its present default.
         plain = FinetuneConfig(model="", output=Path()).model_dump(mode="json")
         defaults = {"config": plain, "processes": 1}
         if is_earlier(config.output):
@@ -403,11 +403,11 @@ def _finetune(
     # Seeded before adapters are made; the Trainer seeds the training itself.
     torch.manual_seed(config.seed)
     trained = with_adapters(model, config.lora) if config.lora is not None else model
-    # After all checks: a run that is refused leaves the folder to one that is not.
+    # After all checks: a refused run leaves the folder free for another one.
     processes.from_first(partial(_claim, config.output, identity))
 
     def save(folder: Path, plain: Any) -> None:
-        """Weights and tokenizer, as a checkpoint that anyone loads."""
+        """Weights and tokenizer, as a checkpoint that anything can load."""
         now = getattr(plain.config, "use_cache", use_cache)
         plain.config.use_cache = use_cache
         with quiet():
@@ -418,7 +418,7 @@ def _finetune(
     def save_epoch(number: int) -> None:
         plain = trained
         if config.lora is not None:
-            # Of a copy: adapters that are merged and taken out again leave rounding errors.
+            # Of a copy: merging and unmerging adapters leaves rounding errors.
             plain = copy.deepcopy(trained).merge_and_unload()
         write_folder(epochs / f"epoch-{number}", partial(save, plain=plain), run=identity)
 
@@ -495,7 +495,7 @@ def _train(
     log = config.output / "log.jsonl"
 
     class Saver(Trainer):
-        """Says plainly what goes wrong in saving, and does not leave half a checkpoint then."""
+        """Reports plainly what goes wrong in saving, and leaves no half-written checkpoint."""
 
         def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
             with saving(checkpoints):
@@ -507,7 +507,7 @@ def _train(
                     raise
 
     class Recorder(TrainerCallback):
-        """Writes the log, measures perplexity, keeps epochs, says when a checkpoint is complete."""
+        """Writes the log, measures perplexity, keeps epochs, marks complete checkpoints."""
 
         def __init__(self) -> None:
             shown = progress and processes.is_first
@@ -550,7 +550,7 @@ def _train(
                 if processes.is_first:
                     with saving(checkpoints):
                         begin(checkpoints / f"checkpoint-{state.global_step}")
-                processes.wait()  # the others write into it, too
+                processes.wait()  # the others write into it as well
 
         def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             processes.wait()  # each writes its own random state
@@ -574,16 +574,16 @@ def _train(
             folder = epochs / f"epoch-{self.best(state)}"
             if not folder.is_dir():
                 raise FileNotFoundError(
-                    f"{folder} is not there, but it held the best weights of the run to resume. "
-                    f"Put it back, or remove {config.output} to start again."
+                    f"{folder} does not exist, but it held the best weights of the run to resume. "
+                    f"Restore it, or remove {config.output} to start again."
                 )
             if processes.is_first:
                 try:
                     verify(folder)
                 except DamagedError as error:
                     raise DamagedError(
-                        f"{error}, and it holds the best weights of the run to resume. Put the "
-                        f"file back, or remove {config.output} to start again."
+                        f"{error}, and it holds the best weights of the run to resume. Restore "
+                        f"the file, or remove {config.output} to start again."
                     ) from None
 
         def measure(self, state: Any) -> None:
@@ -628,12 +628,12 @@ def _train(
         dataloader_pin_memory=False,
         remove_unused_columns=False,
         ddp_find_unused_parameters=False,
-        # Named only when it is wanted: later releases of transformers rename it.
+        # Named only when it is needed: later releases of transformers rename it.
         **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
     )
     if arguments.n_gpu > 1:  # the Trainer would multiply the batch size by the number of devices
         arguments._n_gpu = 1
-    if precision == "float32":  # also where accelerate's own settings say otherwise
+    if precision == "float32":  # also if accelerate's own settings say otherwise
         arguments.mixed_precision = "no"
     trainer = Saver(
         model=model,
@@ -660,12 +660,12 @@ def _perplexities(state: Any) -> tuple[float, ...]:
 
 
 def _best(perplexities: Sequence[float]) -> int:
-    """The epoch, from 1, with the lowest one; the earlier of equals."""
+    """The epoch, from 1, with the lowest one; the earlier one of equals."""
     return min(range(1, len(perplexities)), key=lambda epoch: perplexities[epoch])
 
 
 def _log_lines(state: Any) -> list[dict[str, Any]]:
-    """What the Trainer's history says of losses and perplexities; its timings stay out."""
+    """The losses and perplexities in the Trainer's history, without its timings."""
     keys = ("step", "loss", "learning_rate", "grad_norm", "heldout_perplexity")
     return [
         {key: line[key] for key in keys if key in line}
@@ -676,7 +676,7 @@ def _log_lines(state: Any) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _keep_random_state() -> Iterator[None]:
-    """The Trainer seeds every global generator; the caller's are put back."""
+    """The Trainer seeds every global generator; this restores the caller's."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:
