@@ -257,7 +257,7 @@ def test_names_are_no_markup_and_no_mathematics():
 
 def test_many_bars_say_that_not_all_are_named():
     table = positions({"PRE": 0.0, "SFT": 1.0} | {f"graft {i}": 0.5 for i in range(70)})
-    assert "not every graft is written" in bars.grouped_bars(table).layout.xaxis.title.text
+    assert "not every graft is labelled" in bars.grouped_bars(table).layout.xaxis.title.text
 
 
 def test_fills_of_many_series_differ():

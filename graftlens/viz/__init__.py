@@ -1,6 +1,6 @@
-"""Plots, tables and pages of results; the plots that a notebook wants have their names here.
+"""Plots, tables and pages of results; what a notebook needs is exported here.
 
-They are loaded on first use, so that `graftlens.viz.text` can be had without plotly.
+They are loaded on first use, so that `graftlens.viz.text` can be imported without plotly.
 """
 
 from importlib import import_module

@@ -30,7 +30,7 @@ from graftlens.viz.lenstables import (
 )
 from graftlens.viz.linecharts import add_line
 from graftlens.viz.quantities import Quantity, known, scale
-from graftlens.viz.spelling import escaped, isolated, short, shortened, visible
+from graftlens.viz.spelling import escaped, inline, short, shortened, visible
 
 #: Pixels: about how wide the inside of a figure is, and a character of a cell's label.
 _INSIDE, _CHARACTER = 780, 6.4
@@ -98,30 +98,30 @@ def lens_heatmap(
             z -= facts.coloured(without_it)
             said += f" ({minus}: {facts.written(without_it)})"
         top = [str(token) for token in row["top_tokens"]]
-        lines = [f"{_layer(layer)}, {_token(row['token'])} at {position}", said]
+        lines = [f"{_layer(layer)}, {inline(row['token'])} at {position}", said]
         if not pd.isna(row["target"]) and value not in ("rank", "prob"):
             rank, share = (as_float(row[name]) for name in ("rank", "prob"))
             lines.append(
-                f"answer {_token(row['target'])}: rank {LENS_VALUES['rank'].written(rank)}, "
+                f"answer {inline(row['target'])}: rank {LENS_VALUES['rank'].written(rank)}, "
                 f"{LENS_VALUES['prob'].written(share)}"
             )
         chances = (LENS_VALUES["prob"].written(float(p)) for p in row["top_probs"])
         lines += [
-            f"{place}. {_token(token)} {chance}"
+            f"{place}. {inline(token)} {chance}"
             for place, (token, chance) in enumerate(zip(top, chances, strict=True), start=1)
         ]
         label = short(visible(top[0]), labels) if top and labels >= 3 else ""
         cells[layer, position] = grid.Cell(z, lines, label)
     ends = {float(row["layer"]): str(row["stream"]) for _, row in shown.iterrows()}
     names = [_layer_tick(layer, ends[layer]) for layer in layers]
-    # Those of the embeddings themselves are so low that they would take the whole scale.
+    # Those of the bare embeddings are so low that they would dominate the scale.
     scaled = rows[rows["layer"] > 0] if facts.is_logprob and layers[-1] > 0 else rows
     held = [facts.coloured(v) for v in as_floats(scaled[value])]
     shifted = [cell.z for cell in cells.values()]
     how = "/" if facts.is_rank else "−"
     heading = graft if minus is None else f"{graft} {how} {minus}"
     if not pd.isna(shown["target"].iloc[0]):
-        heading += f": answer {_token(shown['target'].iloc[0])}"
+        heading += f": answer {inline(shown['target'].iloc[0])}"
     return grid.draw(
         cells,
         across=(list(positions), list(positions.values())),
@@ -284,7 +284,7 @@ def kl_divergence_lines(
             line, nats = lines[name], as_floats(found[facts.name])
             label = _between(facts.label, other)
             hover = [
-                grid.wrapped(f"{name}, {_token(token)} at {int(position)}", 70)
+                grid.wrapped(f"{name}, {inline(token)} at {int(position)}", 70)
                 + "<br>"
                 + grid.wrapped(f"{label}: {far:.3g} {facts.unit}", 70)
                 for token, position, far in zip(
@@ -331,10 +331,6 @@ def _lookup(rows: pd.DataFrame, value: str) -> dict[tuple[float, int], float]:
     places = zip(rows["layer"], rows["position"], strict=True)
     keys = [(float(layer), int(position)) for layer, position in places]
     return dict(zip(keys, as_floats(rows[value]), strict=True))
-
-
-def _token(token: object) -> str:
-    return isolated(visible(token))
 
 
 def _layer(layer: float) -> str:
