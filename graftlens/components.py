@@ -399,7 +399,7 @@ def parse_numbers(text: str, what: str) -> tuple[int, ...]:
         match = _RANGE.fullmatch(piece)
         if match is None:
             raise ValueError(
-                f"{what}={brief(text)}: {brief(piece)} is no number or range. "
+                f"{what}={brief(text)}: {brief(piece)} is not a number or range. "
                 'Write numbers and inclusive ranges, such as "3", "8-15" or "0,2-4".'
             )
         ends = [end for end in match.groups() if end]

@@ -455,10 +455,10 @@ MALFORMED = {
     "sft @ last : o : top_half": "unknown layer group 'top_half'. Allowed: all lower_half",
     "sft @ last : o : -1": "unknown layer group '-1'. Allowed: all lower_half upper_half",
     "sft @ last : o : 3-1": "layers='3-1': the range '3-1' runs backwards. Write it as 1-3.",
-    "sft @ last : o : 3..5": f"layers='3..5': '3..5' is no number or range. {_FORMS}",
+    "sft @ last : o : 3..5": f"layers='3..5': '3..5' is not a number or range. {_FORMS}",
     "sft @ last : o : 1 + ": "unknown layer group ''. Allowed: all lower_half",
-    "sft @ last : q : all : x": f"heads='x': 'x' is no number or range. {_FORMS}",
-    "sft @ last : q : all : -1": f"heads='-1': '-1' is no number or range. {_FORMS}",
+    "sft @ last : q : all : x": f"heads='x': 'x' is not a number or range. {_FORMS}",
+    "sft @ last : q : all : -1": f"heads='-1': '-1' is not a number or range. {_FORMS}",
     "sft @ last : mlp : all : 0": (
         f"heads=[0] with components mlp: mlp cannot be split by head. {_HEADS}"
     ),

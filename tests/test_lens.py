@@ -1001,8 +1001,8 @@ tried(logit_lens, one, at=torch.tensor([True]))
         check=True,
         cwd=Path(__file__).parent,
     ).stdout.splitlines()
-    tokens = "with the keys input_ids attention_mask is no prompt. Of what a tokenizer"
-    none = "is no prompt. Give texts, Prompts, or a tensor of token ids."
+    tokens = "with the keys input_ids attention_mask is not a prompt. Of what a"
+    none = "is not a prompt. Give texts, Prompts, or a tensor of token ids."
     mask = "is a GraftMask, which belongs to one batch of prompts. Give the graft"
     graft = "is no graft. Give a Graft or its one-line text"
     number = "write a whole number from 1."

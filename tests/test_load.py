@@ -245,7 +245,7 @@ def test_a_model_that_peft_has_changed_is_named(pair: dict[str, PreTrainedModel]
         load({"pre": base, "sft": adapted})
     assert str(caught.value) == (
         "source 'pre': PEFT has put its layers into this model (get_peft_model changes the model "
-        "it is given). Load the model anew, or give its folder."
+        "it is given). Load the model again, or give its folder."
     )
 
 
@@ -487,7 +487,7 @@ def test_mixed_dtypes_within_one_source(pair: dict[str, PreTrainedModel]) -> Non
 def test_a_dtype_that_is_none_is_named(pair: dict[str, PreTrainedModel], dtype: Any) -> None:
     """Regression: AttributeError, or an autograd error deep inside."""
     assert _refused(pair, dtype=dtype) == (
-        f'dtype={dtype!r} is no floating-point dtype of torch. Write, for example, "bfloat16".'
+        f'dtype={dtype!r} is not a floating-point dtype of torch. Write, for example, "bfloat16".'
     )
 
 
@@ -545,7 +545,7 @@ def test_folders_that_are_no_checkpoint(pair: dict[str, PreTrainedModel], tmp_pa
         "source 'pre': there is no folder ./nowhere."
     )
     assert _refused({"pre": pair["pre"], "sft": tmp_path}) == (
-        f"source 'sft': folder {tmp_path} has no config.json, so it is no checkpoint. "
+        f"source 'sft': folder {tmp_path} has no config.json, so it is not a checkpoint. "
         "Give the folder that save_pretrained wrote."
     )
 

@@ -101,7 +101,7 @@ BAD_VALUES = {
     "graft: {a: none}": r"sweep.yaml: unknown key 'graft'. Allowed: sources .*"
     r"Did you mean 'grafts'\?",
     "metrics: {topk: 3}": r"metrics: unknown key 'topk'. "
-    r"Allowed: top_k answers distractors. Did you mean 'top_k'\?",
+    r"Allowed: top_k answers distractors measures. Did you mean 'top_k'\?",
     "grids: {component: q}": r"grids.0: unknown key 'component'. .*Did you mean 'components'\?",
     "grids: [{}, {layers: {window: {size: 2}}}]": r"grids.1.layers: unknown key 'window'. Allowed: "
     r"windows. Did you mean 'windows'\?",
@@ -140,7 +140,7 @@ BAD_VALUES = {
     "sources: {pre: ./pre, sft: ./foreign}": r"the tokenizers of 'pre' and 'sft' differ: \d+ voc",
     "sources: {pre: ./pre, sft: ./falcon}": r"model_type 'falcon' is not supported. Supported: gpt",
     "sources: {pre: ./adapter, sft: ./sft}": r"source 'pre', the base, is a PEFT adapter. Put the",
-    "sources: {pre: ./mute_a, sft: ./mute_b}": r"no source brings a tokenizer. Name one with the",
+    "sources: {pre: ./mute_a, sft: ./mute_b}": r"no source has a tokenizer. Name one with the",
     "tokenizer: ./mute_a": r"tokenizer='./mute_a': this folder holds no tokenizer",
     # prompts
     "prompts: OUT": r"no prompts: give dataset or prompts",
@@ -213,7 +213,7 @@ BAD_VALUES = {
     r" 'sft @ last': 'sft @ bos' and 'sft @ last'. Rename one",
     "base: nonne": r"base: no graft is called 'nonne'. Write the name of .*Did you mean 'none'\?",
     "full: SFT": r"full: no graft is called 'SFT'.",
-    "{base: FE, full: FE}": r"full: 'FE' is the base, too: recovery is measured between two grafts",
+    "{base: FE, full: FE}": r"full: 'FE' is also the base, and recovery is measured between two",
     # grids
     "grids: 3": r"grids: 3 should be a list",
     "grids: [3]": r"grids.0: 3 should be a mapping",

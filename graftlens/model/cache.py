@@ -90,7 +90,7 @@ class GraftedCache(ActivationCache):
     ) -> Any:
         """As in TransformerLens; the bias is that of each row, so its positions are cut too.
 
-        Where a norm stands on a sublayer's output (Gemma 2 and 3, OLMo 2), heads are given before
+        Where a norm follows a sublayer (Gemma 2 and 3, OLMo 2), heads are given before
         it, as in TransformerLens, so the parts do not add up to the residual stream.
         """
         kept = Slice.unwrap(pos_slice)  # one position stays an axis until the end

@@ -72,7 +72,7 @@ class WeightViews(HookedRootModule):
 
     @property
     def W_Q(self) -> Float[Tensor, "source layer head d_model d_head"]:
-        """Queries of every source; stacked anew on each access, as in HookedTransformer."""
+        """Queries of every source; stacked again on each access, as in HookedTransformer."""
         return self._view(C.Q)
 
     @property

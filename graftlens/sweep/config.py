@@ -55,7 +55,7 @@ SHOWN = 12
 
 
 class Metrics(Section):
-    """What is measured beside the answer's rank and probabilities."""
+    """What is measured in addition to the answer's rank and probabilities."""
 
     top_k: Annotated[int, Field(ge=1)] = 10
     """Likeliest tokens to keep in each row."""
@@ -120,10 +120,10 @@ class RunSettings(Section):
     """Where to load the tokenizer from; left out: the sources' own."""
 
     dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
-    """To run in; left out: float32 on a CPU, the checkpoints' own on a GPU."""
+    """Dtype to run in; left out: float32 on a CPU, the checkpoints' own on a GPU."""
 
     prepend_bos: bool | None = None
-    """Put a BOS token first or not; left out, the tokenizer decides."""
+    """Whether a BOS token comes first; left out, the tokenizer decides."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
     """Prompts to take of each template of a set of prompts, from its beginning; left out: all."""
@@ -132,10 +132,10 @@ class RunSettings(Section):
     """What is kept of each cell."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of what is drawn at random: distractors, and the cells of the trust report."""
+    """Seed of what is drawn at random: distractors, and the cells of the trust report."""
 
     shards: Annotated[int, Field(ge=1)] = 4096
-    """Cells (a prompt under a graft) in a shard, about: what a worker takes, what a loss costs."""
+    """Cells (a prompt under a graft) per shard, about: what a worker takes, what a kill costs."""
 
     row_budget: Annotated[int, Field(ge=1)] | None = None
     """Token rows per forward pass, at most; left out: measured against free memory."""
@@ -302,7 +302,7 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     try:
         arch, tokenizer = preview(config.locations(), config.tokenizer)
         if tokenizer is None:
-            raise ValueError("no source brings a tokenizer. Name one with the key tokenizer.")
+            raise ValueError("no source has a tokenizer. Name one with the key tokenizer.")
     except (ValueError, OSError, RuntimeError) as error:
         raise ConfigError(("sources", str(error)), *_prompts(config)[1]) from None
     if config.metrics.top_k > arch.d_vocab:
@@ -330,7 +330,7 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
             problems.append((role, what + suggest(asked, known)))
         chosen[role] = usual if asked is None else known.get(asked, asked)
     if chosen["base"] == chosen["full"]:
-        what = f"{chosen['full']!r} is the base, too: recovery is measured between two grafts."
+        what = f"{chosen['full']!r} is also the base, and recovery is measured between two grafts."
         problems.append(("full", what))
     places: dict[Graft, str] = {}
     for where, _, graft in named:
