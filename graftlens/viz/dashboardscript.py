@@ -15,6 +15,8 @@ from graftlens.viz.spelling import inline
 #: Attention is kept as 16-bit numbers: this stands for 1.
 FULL = 65535
 
+_KL = {name: Quantity.of(name, base="PRE", full="SFT") for name in ("kl_base", "kl_full")}
+
 #: What tokens can be coloured by, and what is said of it.
 TOKENS: Mapping[str, tuple[Quantity, str]] = {
     "logprob": (
@@ -23,12 +25,12 @@ TOKENS: Mapping[str, tuple[Quantity, str]] = {
         "has none.",
     ),
     "kl_base": (
-        Quantity.of("kl_base"),
-        "Of the distributions of what comes after each token; the base is PRE.",
+        _KL["kl_base"],
+        "Of the distributions of what comes after each token.",
     ),
     "kl_full": (
-        Quantity.of("kl_full"),
-        "Of the distributions of what comes after each token; the full run is SFT.",
+        _KL["kl_full"],
+        "Of the distributions of what comes after each token.",
     ),
     "attribution": (
         CONTRIBUTION,
@@ -55,8 +57,8 @@ LENS: Mapping[str, Shown] = {
     "rank": Shown(f"{_RANK.label} (logarithmic)", _RANK),
     "top_prob": Shown(_TOP_PROB.label, _TOP_PROB),
     **{
-        name: Shown(f"{Quantity.of(name).label} at the same layer (nats)", Quantity.of(name))
-        for name in ("kl_base", "kl_full")
+        name: Shown(f"{quantity.label} at the same layer (nats)", quantity)
+        for name, quantity in _KL.items()
     },
     **{
         name: Shown(f"{_LOGPROB.label}, run − {run} ({_LOGPROB.unit})", _LOGPROB, run)

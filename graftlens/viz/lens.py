@@ -6,7 +6,6 @@ runs are subtracted it is symmetric around 0.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -37,7 +36,8 @@ _INSIDE, _CHARACTER = 780, 6.4
 
 #: What a table of the logit lens has at each layer and position.
 LENS_VALUES: Mapping[str, Quantity] = {
-    name: Quantity.of(name) for name in ("logprob", "prob", "rank", "entropy", "kl_base", "kl_full")
+    name: Quantity.of(name, base="PRE", full="SFT")
+    for name in ("logprob", "prob", "rank", "entropy", "kl_base", "kl_full")
 }
 
 #: What a table of `lens.kl_divergence` has: how far a run is from PRE (base) or SFT (full).
@@ -282,7 +282,7 @@ def kl_divergence_lines(
             if name == other:
                 continue
             line, nats = lines[name], as_floats(found[facts.name])
-            label = _between(facts.label, other)
+            label = Quantity.of(facts.name, base=other, full=other).label
             hover = [
                 grid.wrapped(f"{name}, {inline(token)} at {int(position)}", 70)
                 + "<br>"
@@ -307,9 +307,10 @@ def kl_divergence_lines(
                 col=1,
             )
             labelled.add(name)
+        short_name = panel_names[other]
+        shown_as = Quantity.of(facts.name, base=short_name, full=short_name)
         figure.update_yaxes(
-            title_text=grid.wrapped(_between(facts.label, panel_names[other]), 24)
-            + f"<br>({facts.unit})",
+            title_text=grid.wrapped(shown_as.label, 24) + f"<br>({facts.unit})",
             rangemode="tozero",
             row=number,
         )
@@ -320,11 +321,6 @@ def kl_divergence_lines(
     figure.update_xaxes(**grid.ticks(list(positions.values())), zeroline=False)
     figure.update_xaxes(title_text="token", row=len(panels))
     return figure
-
-
-def _between(label: str, other: str) -> str:
-    """A divergence's label with the name of the run that it compares with."""
-    return re.sub(r"\b(?:base|full)\b", lambda _: other, label)
 
 
 def _lookup(rows: pd.DataFrame, value: str) -> dict[tuple[float, int], float]:

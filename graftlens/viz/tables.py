@@ -19,7 +19,7 @@ from graftlens.folder import at_home, read_text, write_whole
 from graftlens.stats import GRAFT_COLUMNS
 from graftlens.viz import text
 from graftlens.viz.lenstables import check_column
-from graftlens.viz.quantities import Quantity, measured, of_summary
+from graftlens.viz.quantities import measured, of_summary
 
 #: Texts that spreadsheets read as formulas, also behind white space; with apostrophes before
 #: them, so that the one that is added is the one that is taken off.
@@ -146,7 +146,7 @@ def written_columns(
     for name in _chosen(frame, columns):
         if name in measured:
             facts = of_summary(frame, name)
-            found[Quantity.of(name).short] = text.written_all(facts, frame)
+            found[facts.short] = text.written_all(facts, frame)
         else:
             found[name.replace("_", " ")] = [_plain(value) for value in frame[name].tolist()]
     return found
