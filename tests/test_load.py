@@ -525,7 +525,7 @@ def test_one_source_is_no_pair(pair: dict[str, PreTrainedModel]) -> None:
 def test_names_that_no_graft_could_write(pair: dict[str, PreTrainedModel], name: str) -> None:
     with pytest.raises(ValueError) as caught:
         load({"pre": pair["pre"], name: pair["sft"]})
-    assert str(caught.value).startswith(f"source={name!r} is no source name. Names begin with")
+    assert str(caught.value).startswith(f"source={name!r} is not a source name. Names begin with")
 
 
 @pytest.mark.parametrize("given", [None, 3, {"a": 1}, torch.nn.Linear(2, 2)])
