@@ -1066,7 +1066,7 @@ def test_runs_are_compared_part_by_part(ran, tmp_path):
     for label in ("articles", "counterfact"):
         assert label in text
     three = compare_runs([one.folder, two.folder, ran("hybrid").folder], tmp_path / "three.html")
-    assert "Parts that one run alone has" in three.read_text(encoding="utf-8")
+    assert "Parts that only one run has" in three.read_text(encoding="utf-8")
     with pytest.raises(ValueError, match=r"these runs have no part in common \(articles.*hybrid"):
         compare_runs([one.folder, ran("hybrid").folder], tmp_path / "none.html")
     with pytest.raises(ValueError, match=r"0 given: name two or more folders"):
