@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 
 from graftlens import stats
+from graftlens.metrics import averaged
 from graftlens.viz import bars, quantities, report, text, theme
 
 RULES = {"PRE": "", "SFT": "sft @ all", "FE+LT": "sft @ first_entity + last"}
@@ -28,7 +29,7 @@ def make_table(strength, *, templates=("headline", "award"), n=12, not_run=()):
             row |= {"rank": rank, "prob": 0.5, "logprob": -rank / 10 - (i % 3) / 10}
             row |= {"answer_logprob": -rank / 5, "logit_diff": np.nan, "reason": None}
             if (graft, i) in not_run:
-                row |= dict.fromkeys(stats.VALUE_METRICS, np.nan)
+                row |= dict.fromkeys(averaged(), np.nan)
                 row["reason"] = "span <first_entity> not found"
             rows.append(row)
     return pd.DataFrame(rows)

@@ -162,14 +162,15 @@ def test_a_page_of_many_grafts_stays_small(tmp_path):
     assert path.stat().st_size - empty.stat().st_size < 1_500_000
 
 
-def test_templates_scripts_and_styles_are_installed():
+def test_templates_scripts_styles_and_stubs_are_installed():
     """A file that no pattern names is in a checkout and missing from a wheel."""
     package = Path(page.__file__).parent.parent
     project = tomllib.loads((package.parent / "pyproject.toml").read_text())
-    named = project["tool"]["setuptools"]["package-data"]["graftlens"]
-    installed = {path for pattern in named for path in package.glob(pattern)}
-    beside = {p for p in package.joinpath("viz").rglob("*") if p.is_file() and p.suffix != ".pyc"}
-    assert {p.suffix for p in installed} >= {".html", ".js", ".css"}
+    data = project["tool"]["setuptools"]["package-data"]
+    installed = {path for pattern in data["graftlens"] for path in package.glob(pattern)}
+    installed |= {path for pattern in data["*"] for path in package.rglob(pattern)}
+    beside = {p for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    assert {p.suffix for p in installed} >= {".html", ".js", ".css", ".pyi", ".typed", ".txt"}
     assert {p for p in beside if p.suffix != ".py"} <= installed
 
 
@@ -298,7 +299,7 @@ def test_the_page_says_what_cannot_be_compared(compared):
     words = " ".join("".join(found.words).split())
     assert compare.UNPAIRED in words
     assert "alone: only in small <1>" in words
-    assert "Prompts a group: small <1> 24; large 40." in words
+    assert "Prompts per group: small <1> 24; large 40." in words
     assert [text for tag, text in found.headings if tag == "h2"][:3] == [
         "Position grafts",
         "sites",
