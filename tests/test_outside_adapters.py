@@ -405,7 +405,7 @@ def test_adapters_whose_merge_is_not_their_forward() -> None:
 
 
 def test_an_adapter_on_an_adapter(plain: Path) -> None:
-    with pytest.raises(PairError, match=r"and so is the base\. \.\*merge_and_unload"):
+    with pytest.raises(PairError, match=r"and so is the base\. .*merge_and_unload"):
         load({"pre": adapted(lora()), "sft": plain})
 
 

@@ -230,7 +230,7 @@ BAD_VALUES = {
     "grids: {layers: [8, 9], components: [q, k]}": r"no layer 8.* \(And 3 more grafts like it.\)",
     "grids: {heads: each}": r"grids.0: heads=\[0\] with components all: all cannot be split by",
     "grids: {heads: each, components: q + k}": r"grids.0: heads of 'q \+ k': q and o have 4 heads",
-    "grids: {heads: first, components: q}": r"grids.0.heads: heads='first': 'first' is not a number",
+    "grids: {heads: first, components: q}": r"grids.0.heads: heads='first': 'first' is not a num",
     "grids: {heads: , components: q}": r"grids.0.heads: heads is empty. Name heads, or leave",
     "grids: {heads: [[0, 4]], components: o}": r"grids.0: .*no head 4 in o, which has 4 heads",
     "grids: {source: task}": r"grids.0.source: no source 'task'. There are: pre sft",
