@@ -642,7 +642,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an index without tensors": (
         _index(b'{"metadata": {}, "weight_map": {}}'),
-        r"index\.json names no tensor",
+        r"index\.json does not name any tensor",
     ),
     "another shape": (
         lambda f: rewrite(f, lambda s: s.update({ODD: torch.zeros(41, 24)})),

@@ -89,8 +89,8 @@ def test_a_mask_belongs_to_its_batch(tiny: MakeTiny) -> None:
     ("change", "message"),
     [
         ({"layers": (-1,)}, "layers are counted from 0; -1 is not a layer"),
-        ({"layers": ()}, "names no layer"),
-        ({"components": ()}, "names no component"),
+        ({"layers": ()}, "does not name a layer"),
+        ({"components": ()}, "does not name a component"),
         ({"components": ("mpl",)}, "unknown component 'mpl'"),
     ],
 )
