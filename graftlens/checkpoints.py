@@ -507,5 +507,6 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 def _filled(there: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """What is there, and the defaults for what is not, section by section."""
-    both = {key for key in there.keys() & defaults.keys() if isinstance(there[key], Mapping)}
+    sections = [k for k, v in defaults.items() if isinstance(v, Mapping)]
+    both = [key for key in sections if isinstance(there.get(key), Mapping)]
     return {**defaults, **there} | {key: _filled(there[key], defaults[key]) for key in both}

@@ -803,7 +803,7 @@ def test_a_finished_experiment_is_only_shown_anew(base, place, tmp_path, monkeyp
     def trained(*_: object, **__: object) -> None:
         raise AssertionError("a model was trained again")
 
-    monkeypatch.setattr("graftlens.finetune._train", trained)
+    monkeypatch.setattr("graftlens.finetune.train", trained)
     again = run(named, tmp_path / "run")
     assert files_in(again.folder) == before
     assert again.page.is_file()
@@ -1066,7 +1066,7 @@ def test_runs_are_compared_part_by_part(ran, tmp_path):
     for label in ("articles", "counterfact"):
         assert label in text
     three = compare_runs([one.folder, two.folder, ran("hybrid").folder], tmp_path / "three.html")
-    assert "Parts that one run alone has" in three.read_text(encoding="utf-8")
+    assert "Parts that only one run has" in three.read_text(encoding="utf-8")
     with pytest.raises(ValueError, match=r"these runs have no part in common \(articles.*hybrid"):
         compare_runs([one.folder, ran("hybrid").folder], tmp_path / "none.html")
     with pytest.raises(ValueError, match=r"0 given: name two or more folders"):

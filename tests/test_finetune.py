@@ -147,7 +147,7 @@ import torch
 torch.set_num_threads(1)
 import transformers
 from datasets import Dataset
-from graftlens import checkpoints, finetune as module
+from graftlens import checkpoints, finetune as module, training
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -178,7 +178,7 @@ def arm(moment, step):
     elif moment == "while the second checkpoint is half written":
         at_call(transformers.Trainer, "_save_optimizer_and_scheduler", 2)
     elif moment == "before the second checkpoint is marked":
-        at_call(module, "mark_complete", 2)
+        at_call(training, "mark_complete", 2)
     elif moment == "before the first checkpoint is removed":
         removal_of("checkpoint-3")
     elif moment == "while the model is written":
@@ -420,7 +420,7 @@ def test_each_epoch_is_kept_as_a_checkpoint_to_load(best, tiny, tmp_path):
 
 def test_of_equally_good_epochs_the_earlier_is_kept(tiny, tmp_path, monkeypatch):
     values = iter([9.0, 4.0, 3.0, 3.0, 5.0])
-    monkeypatch.setattr("graftlens.finetune.perplexity", lambda *_, **__: next(values))
+    monkeypatch.setattr("graftlens.training.perplexity", lambda *_, **__: next(values))
     result = run(best_recipe(tiny, tmp_path / "run"))
     assert (result.epoch, result.heldout_perplexity) == (2, 3.0)
     assert {path.name for path in (tmp_path / "run").iterdir()} - {".lock"} == {

@@ -297,7 +297,7 @@ def train(start: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: Any) -> None:
         raise _Stopped
 
-    monkeypatch.setattr("graftlens.finetune._train", stop)
+    monkeypatch.setattr("graftlens.finetune.train", stop)
     recipe = FinetuneConfig(model=str(start), output=output, epochs=1, heldout_share=0)
     with pytest.raises(_Stopped):
         finetune(recipe, Dataset.from_dict({"text": ["Ann plays with Bo."] * 4}), progress=False)
