@@ -207,7 +207,7 @@ def check_numbers(table: pd.DataFrame, ends: dict[str, str], taught: bool) -> No
         assert np.isfinite(value).all(), metric
         assert (np.isfinite(low) & np.isfinite(high)).all(), metric
         assert ((low <= value + 1e-9) & (value <= high + 1e-9)).all(), metric
-    nothing = "the interval of full − base includes 0: nothing sure to recover"
+    nothing = "the interval of full − base includes 0: nothing certain to recover"
     noted = table["recovery_note"].eq(nothing)
     assert (table["recovery"].isna() == noted).all()
     assert not (taught and noted.any())

@@ -1114,7 +1114,7 @@ def test_a_sweep_is_summarised_without_drawing_every_cell():
         (lambda t: stats.compare_all(t, against="g9"), "no graft named 'g9' in the table"),
         (
             lambda t: stats.compare_all(t[t["graft"] == "PRE"], against="PRE"),
-            "the table has no graft but 'PRE': nothing to compare it with",
+            "the table has no graft but 'PRE': there is nothing to compare it with",
         ),
         (
             lambda t: stats.compare_all(t, [("g1", "g1")]),

@@ -132,7 +132,7 @@ BAD_VALUES = {
     "sources: {pre: ./pre, no: ./sft}": r"sources: the key False is not text. Put it in quotes.",
     "sources: {pre: ./pre, my sft: ./sft}": r"sources: source='my sft' is not a source name.",
     "sources: {pre: ./pre, sft: 3}": r"sources.sft: 3 should be text. Put it in quotes.",
-    "sources: {pre: ./pre, sft: ''}": r"sources: sft is an empty text. Write a folder or a hub id",
+    "sources: {pre: ./pre, sft: ''}": r"sources: sft is empty. Write a folder or a hub id",
     "sources: {pre: ./pre, sft: ./nowhere}": r"sources: source 'sft': there is no folder ./nowhere",
     "sources: {pre: ./pre, sft: ./empty}": r"source 'sft': folder .*empty has no config.json",
     "sources: {pre: ./pre, sft: ./gpt2}": r"'pre' .* and 'sft' .* differ in architecture: family",
@@ -176,7 +176,7 @@ BAD_VALUES = {
     "dataset: {movies: {n_facts: 9}, direction: up}": r"dataset.0.direction: 'up' should be 'ab' o",
     "dataset: [{movies: {n_facts: 9}}, {movies: {n_facts: 8}}]": r"dataset.1: two sets of prompts "
     r"are called 'movies seed 0'. Rename one",
-    "templates: [qa]": r"templates: these are templates of a dataset, and none is given",
+    "templates: [qa]": r"templates: these are templates of a dataset, but no dataset is",
     "{dataset: {movies: {n_facts: 9}}, templates: [q]}": r"templates: unknown evaluation template "
     r"'q'. Allowed: headline qa .*Did you mean 'qa'\?",
     "{dataset: {movies: {n_facts: 9}}, templates: [qa, qa]}": r"templates: .*name each template on",
@@ -234,7 +234,7 @@ BAD_VALUES = {
     "grids: {heads: , components: q}": r"grids.0.heads: heads is empty. Name heads, or leave",
     "grids: {heads: [[0, 4]], components: o}": r"grids.0: .*no head 4 in o, which has 4 heads",
     "grids: {source: task}": r"grids.0.source: no source 'task'. There are: pre sft",
-    "grids: {source: [no]}": r"grids.0.source: False is no source's name. Put it in quotes",
+    "grids: {source: [no]}": r"grids.0.source: False is not a source's name. If it is",
     "grids: {base: task @ last}": r"grids.0.base: no source 'task'",
     "grids: {base: [{last: o}]}": r"grids.0.base: unknown key 'last' in rule",
     "grids: {positions: second_entity}": r"grids.0: none of 1 prompts can run it.*no span 'second",
@@ -243,14 +243,14 @@ BAD_VALUES = {
     "grids: {layers: {windows: {size: 2..4}}}": r"windows of size 2..4: there are 3 layers here, s",
     "grids: {layers: {windows: {size: 4..n}}}": r"windows of size 4..n: there are 3 layers here",
     "grids: {heads: {windows: {size: 3}}, components: k}": r"windows of size 3: there are 2 heads",
-    "grids: {layers: {windows: {size: 0}}}": r"grids.0.layers.windows.size: 0 is no size: sizes c",
-    "grids: {layers: {windows: {size: 0..2}}}": r"windows.size: '0..2' is no size: sizes count fro",
-    "grids: {layers: {windows: {size: 00..2}}}": r"windows.size: '00..2' is no size",
+    "grids: {layers: {windows: {size: 0}}}": r"grids.0.layers.windows.size: 0 is not a size:",
+    "grids: {layers: {windows: {size: 0..2}}}": r"windows.size: '0..2' is not a size: sizes",
+    "grids: {layers: {windows: {size: 00..2}}}": r"windows.size: '00..2' is not a size",
     "grids: {layers: {windows: {size: 3..1}}}": r"'3..1' runs backwards. Write 1..3",
-    "grids: {layers: {windows: {size: n..2}}}": r"'n..2' is no size",
+    "grids: {layers: {windows: {size: n..2}}}": r"'n..2' is not a size",
     "grids: {layers: {windows: {size: true}}}": r"windows.size: size=True is a boolean",
-    "grids: {layers: {windows: {size: []}}}": r"windows.size: \[\] is no size",
-    "grids: {layers: {windows: {size: [1, x]}}}": r"windows.size: \[1, 'x'\] is no size",
+    "grids: {layers: {windows: {size: []}}}": r"windows.size: \[\] is not a size",
+    "grids: {layers: {windows: {size: [1, x]}}}": r"windows.size: \[1, 'x'\] is not a size",
     "grids: {layers: {windows: {size: 2, stride: 0}}}": r"windows.stride: 0 should be greater than",
     "grids: {layers: {windows: {size: 2, stride: true}}}": r"stride=True is a boolean",
 }
@@ -795,5 +795,5 @@ def test_a_limit_takes_the_first_prompts_of_each_template(tmp_path: Path) -> Non
 
 def test_an_answer_that_joins_the_last_word_is_pointed_at(tmp_path: Path) -> None:
     joined = "{prompts: [{template: Ann acted with, answer: Bo}], grafts: {LT: sft @ last}}"
-    with pytest.warns(UserWarning, match=r"the answer 'Bo' goes on with .* Did you mean ' Bo'\?$"):
+    with pytest.warns(UserWarning, match=r"the answer 'Bo' continues .* Did you mean ' Bo'\?$"):
         made(joined, tmp_path / "s.yaml")

@@ -1,4 +1,4 @@
-"""The results table, checked, and its numbers in their places: prompts × grafts."""
+"""The results table, checked, and its numbers as an array: prompts × grafts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pandas.api.types import is_float_dtype
 
 from graftlens.metrics import averaged, known
 
-#: Columns of a sweep's table that say what a graft is; a summary's rows carry them on.
+#: Columns of a sweep's table that describe a graft; a summary's rows keep them.
 GRAFT_COLUMNS = ("source", "span", "component", "layer", "head")
 #: Why there is no recovery of a table whose column names no full run.
 NO_FULL_RUN = "the table names no full run (column 'full_run'): give full= the name of a graft"
@@ -18,7 +18,7 @@ NO_FULL_RUN = "the table names no full run (column 'full_run'): give full= the n
 
 @dataclass(frozen=True)
 class Grid:
-    """A table's rows in their places: prompts in ascending order × grafts as asked for."""
+    """A table's rows as an array: prompts in ascending order × grafts as requested."""
 
     table: pd.DataFrame
     prompts: Int[np.ndarray, " prompt"]
@@ -30,7 +30,7 @@ class Grid:
     def of(cls, table: pd.DataFrame, grafts: Sequence[str]) -> "Grid":
         prompts, row = np.unique(table["prompt"].to_numpy(dtype=np.int64), return_inverse=True)
         column = pd.Index(grafts).get_indexer(table["graft"]).astype(np.int64)
-        # A row that is not there at all did not run either.
+        # A missing row did not run either.
         ran = np.zeros((len(prompts), len(grafts)), dtype=bool)
         ran[row, column] = table["reason"].isna()
         return cls(table, prompts, row, column, ran)
@@ -66,7 +66,7 @@ class Grid:
         if missing.any() and not (optional and (partial or (missing == needed).all())):
             where = self.prompts[missing.any(axis=1)]
             fix = (
-                "leave the metric out, or summarise the prompts that have it apart"
+                "leave the metric out, or summarise the prompts that have it separately"
                 if optional
                 else "a row without numbers must give its reason in column 'reason'"
             )
@@ -78,7 +78,7 @@ class Grid:
             where = self.prompts[np.isinf(values).any(axis=1)]
             raise ValueError(
                 f"column {name!r} is infinite for prompt {listed(where[:5].tolist())}; "
-                "its mean would be too: leave the metric out, or mend the run"
+                "its mean would be too: leave the metric out, or fix the run"
             )
         depth = depth_of(metric)
         if depth is None:
@@ -129,7 +129,7 @@ def groups_of(
 
 
 def with_notes(result: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Leave None, not NaN, where there is no note."""
+    """Leave None, not NaN, if there is no note."""
     if name in result:
         notes = result[name].astype(object)
         result[name] = notes.where(notes.notna(), None)
@@ -137,7 +137,7 @@ def with_notes(result: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def graft_facts(table: pd.DataFrame) -> dict[str, dict[str, object]]:
-    """Graft -> what the table says of it besides the results."""
+    """Graft -> what the table says about it besides the results."""
     columns = [c for c in GRAFT_COLUMNS if c in table]
     first = table.drop_duplicates("graft").set_index("graft")[columns]
     return {str(graft): dict(row) for graft, row in first.astype(object).iterrows()}
@@ -207,7 +207,7 @@ def _with_several(table: pd.DataFrame, name: str) -> object | None:
 def end_places(
     grafts: Sequence[str], base: str, full: str | None, otherwise: str
 ) -> tuple[int, int]:
-    """Where the two runs that recovery is measured between stand among the grafts."""
+    """The positions, among the grafts, of the two runs that recovery is measured between."""
     if full is None:
         raise ValueError(f"{NO_FULL_RUN}, or {otherwise}")
     for role, name in (("base", base), ("full", full)):
@@ -231,7 +231,7 @@ def check_metrics(table: pd.DataFrame, names: Sequence[str], also: str | None = 
 
 
 def depth_of(metric: str) -> int | None:
-    """k of a `top{k}` metric, None of another."""
+    """k of a `top{k}` metric, None for another."""
     row = known(metric)
     return None if row is None else row.at_most
 
