@@ -152,7 +152,7 @@ def sweep(
         list[str] | None,
         typer.Option(
             metavar="MODULE:NAME",
-            help="A measure of your own (a graftlens.metrics.Measure), imported from there; again "
+            help="A measure of your own (a graftlens.Measure), imported from there; again "
             "for more.",
         ),
     ] = None,
@@ -175,12 +175,9 @@ def sweep(
     own = measure or []
 
     if dry_run:
-        from graftlens.metrics import load
-        from graftlens.sweep.config import check, describe, load_config, with_measures
+        from graftlens.sweep.config import describe_sweep
 
-        measures = [load(one) for one in own]
-        asked = with_measures(load_config(config, given), measures)
-        typer.echo(describe(check(asked, measures)))
+        typer.echo(describe_sweep(config, overrides=given, measures=own))
         return
     from graftlens.sweep.runner import prepare_sweep, run_sweep, sweep_result
 

@@ -1,18 +1,18 @@
-"""A dashboard of one prompt: runs it under several grafts and hands the page what they gave."""
+"""A dashboard of one prompt: runs it under several grafts and passes the results to the page."""
 
 import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from graftlens import __version__
-from graftlens.components import Component, format_numbers
+from graftlens.components import COMPONENTS, Component, format_numbers
 from graftlens.folder import writable
 from graftlens.graft import Graft, Grafts
 from graftlens.lens import direct_logit_attribution, kl_divergence, logit_lens
@@ -21,7 +21,7 @@ from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer, Input
 from graftlens.model.inputs import Batch
 from graftlens.model.load import preview
-from graftlens.model.mask import GraftMask, HeadSelection, select, sites_of
+from graftlens.model.mask import GraftMask, select, sites_of
 from graftlens.model.smollm2 import located
 from graftlens.prompts import Prompt, Tokenized, tokenize
 from graftlens.sweep.devices import check_devices
@@ -45,16 +45,16 @@ def dashboard(
 ) -> Dashboard:
     """One prompt under PRE, SFT and grafts, side by side, on a page that needs no network.
 
-    It shows which tokens are grafted and with what; tokens coloured by log-probability, KL or
-    attribution; the logit lens; the answer's rank by layer; and attention by layer and head, of
-    each run and of the differences between runs. Returned to a notebook it shows itself; `.save`
-    writes one HTML file, `.save_image` a picture of it.
+    It shows which tokens are grafted and with what; tokens coloured by log-probability, KL
+    divergence or direct logit attribution; the logit lens; the answer's rank by layer; and
+    attention by layer and head, of each run and of the differences between runs. A notebook
+    displays it; `.save` writes one HTML file, `.save_image` a picture of it.
 
     Args:
         model: the model.
         prompt: one prompt, as anything that can be run. With an answer, the answer is ranked and
             attributed.
-        grafts: name -> graft, or grafts that go by their texts, after PRE and SFT.
+        grafts: name -> graft, or grafts, which are keyed by their text, in addition to PRE and SFT.
         full: the run that counts as SFT, if it is not the source `sft` or the only one.
         title: of the page.
         top_k: how many of the likeliest tokens the logit lens shows.
@@ -66,20 +66,20 @@ def dashboard(
 
     Raises:
         PromptError: a prompt that cannot be run.
-        ValueError: several prompts; a graft that the model cannot run, or one named PRE or SFT that
-            is not.
+        ValueError: several prompts; a graft that the model cannot run, or one wrongly named PRE or
+            SFT.
     """
     runs = _runs(model.sources, grafts, full)
     one = [prompt] if isinstance(prompt, Tokenized) else prompt
     given = model.batch(one, prepend_bos=prepend_bos)
     if len(given.prompts) != 1:
         raise ValueError(
-            f"{len(given.prompts)} prompts: a dashboard shows one. Make one for each, or compare "
-            "them with graftlens.lens."
+            f"{len(given.prompts)} prompts: a dashboard shows one. Make one dashboard per prompt, "
+            "or compare them with graftlens.lens."
         )
     start, total = given.starts[0], given.totals[0]
     ids = tuple(given.tokens[0, start : start + total].tolist())
-    item = Tokenized(ids, given.prompts[0].runs, given.prompts[0].prompt)
+    item = replace(given.prompts[0], ids=ids)
     batch = model.batch([item])
     _warn_of_size(model, len(ids), len(runs.grafts))
     asked = item.prompt
@@ -151,7 +151,8 @@ def write_dashboard(
     top_k: int = 5,
     device: str | None = None,
 ) -> Path:
-    """Load a model, make a dashboard of one prompt, and write its page and maybe a picture of it.
+    """Load a model, make a dashboard of one prompt, and write its page and optionally a picture of
+    it.
 
     Args:
         sources: name -> hub id, folder, or `smollm2`; the base first.
@@ -162,18 +163,20 @@ def write_dashboard(
 
     Raises:
         ValueError, RuntimeError: as `dashboard` and `Dashboard.save_image`.
-        OSError: a page or a picture that cannot be written; found before a weight is read.
+        OSError: a page or a picture that cannot be written; checked before any weight is read.
     """
     path = writable(path)
     if os.path.lexists(path) and not path.is_symlink() and not is_page(path):
         raise ValueError(
-            f"{path} is there and is not a page that graftlens wrote, so it is left as it is. Name "
+            f"{path} exists and is not a page that graftlens wrote, so it is left untouched. Name "
             "another file."
         )
     if image is not None:
         image = writable(image)
         if image.resolve() == path.resolve():
-            raise ValueError(f"{path} is the page and the picture. Name another file for one.")
+            raise ValueError(
+                f"{path} is both the page and the picture. Name another file for one of them."
+            )
     if device is not None:
         check_devices([device])
     places = {name: located(place) for name, place in sources.items()}
@@ -190,7 +193,7 @@ def _check(places: Mapping[str, str], prompt: Prompt, runs: Runs) -> None:
     """Refuse what cannot run before any weight is read."""
     arch, tokenizer = preview(places)
     if tokenizer is None:
-        raise ValueError("no source brings a tokenizer. Save one beside the base's weights.")
+        raise ValueError("no source has a tokenizer. Save one in the folder of the base's weights.")
     item = tokenize(prompt, tokenizer)
     for graft in runs.grafts.values():
         for rule in graft.rules:
@@ -199,7 +202,7 @@ def _check(places: Mapping[str, str], prompt: Prompt, runs: Runs) -> None:
 
 
 def _runs(sources: Sequence[str], grafts: Grafts | None, full: Graft | str | None) -> Runs:
-    """The runs, whose first two are called PRE and SFT whatever the caller calls them."""
+    """The runs, the first two of which are called PRE and SFT whatever the caller calls them."""
     runs = Runs.of(sources, grafts, full)
     first, whole = runs.grafts[runs.base], runs.grafts[runs.full]
     rest = {name: graft for name, graft in runs.grafts.items() if graft not in (first, whole)}
@@ -241,12 +244,12 @@ def _shares(model: GraftedTransformer, mask: GraftMask) -> dict[str, np.ndarray]
     shares = {source: np.zeros((len(rows), mask.shape[1])) for source in model.sources}
     for (component, _), chosen in mask.sites.items():
         layers = len(model.arch.layers_of(component))
-        groups = chosen.groups if isinstance(chosen, HeadSelection) else (((0,), chosen),)
-        heads = sum(len(group) for group, _ in groups)
+        groups = [(group or (0,), selection) for group, selection in chosen.parts()]
+        units = sum(len(group) for group, _ in groups)
         for group, selection in groups:
             for number, source in enumerate(model.sources):
-                here = selection.choice.reshape(mask.shape)[0] == number
-                shares[source][rows[component]] += here * (len(group) / heads / layers)
+                here = selection.share(number).reshape(mask.shape)[0]
+                shares[source][rows[component]] += here * (len(group) / units / layers)
     return shares
 
 
@@ -266,30 +269,35 @@ def _where(model: GraftedTransformer, mask: GraftMask) -> list[str]:
 
 
 def _components_from(arch: Architecture, mask: GraftMask, position: int, source: int) -> str:
-    """The components of one source at a position, those of the same layers and heads together."""
-    found: dict[tuple[Component, tuple[int, ...] | None], list[int | None]] = {}
+    """The components of one source at a position, those of the same layers and units together."""
+    found: dict[tuple[Component, tuple[int, ...] | None, float], list[int | None]] = {}
     for (component, layer), chosen in mask.sites.items():
-        groups: Sequence[tuple[tuple[int, ...] | None, Any]] = (
-            chosen.groups if isinstance(chosen, HeadSelection) else ((None, chosen),)
-        )
-        heads = [(g, s) for g, s in groups if s.choice.reshape(mask.shape)[0, position] == source]
-        if not heads:
-            continue
-        which = None
-        if len(heads) < len(groups):
-            which = tuple(sorted(head for group, _ in heads for head in group or ()))
-        found.setdefault((component, which), []).append(layer)
-    everything = {(c, None): list(arch.layers_of(c)) for c in arch.components}
+        parts = list(chosen.parts())
+        of_share: dict[float, list[tuple[int, ...] | None]] = {}
+        for units, selection in parts:
+            if share := selection.share(source).reshape(mask.shape)[0, position]:
+                of_share.setdefault(float(share), []).append(units)
+        for share, groups in of_share.items():
+            which = None
+            if len(groups) < len(parts):
+                which = tuple(sorted(unit for units in groups for unit in units or ()))
+            found.setdefault((component, which, share), []).append(layer)
+    everything = {(c, None, 1.0): list(arch.layers_of(c)) for c in arch.components}
     if found == everything:
         return "all weights"
-    together: dict[tuple[tuple[int | None, ...], tuple[int, ...] | None], list[Component]] = {}
-    for (component, which), layers in found.items():
-        together.setdefault((tuple(layers), which), []).append(component)
+    together: dict[
+        tuple[tuple[int | None, ...], tuple[int, ...] | None, str, float], list[Component]
+    ] = {}
+    for (component, which, share), layers in found.items():
+        word = "" if which is None else COMPONENTS[component].cut.split()[-1]
+        together.setdefault((tuple(layers), which, word, share), []).append(component)
     pieces = []
-    for (all_layers, which), components in together.items():
+    for (all_layers, which, word, share), components in together.items():
         words = " ".join(components)
+        if share != 1:
+            words = f"{share:g} of {words}"
         if which is not None:
-            words += f" ({_numbered('head', which)})"
+            words += f" ({_numbered(word, which)})"
         numbers = [layer for layer in all_layers if layer is not None]
         if numbers and len(numbers) < arch.n_layers:
             words += f" in {_numbered('layer', numbers)}"
@@ -305,7 +313,7 @@ def _numbered(what: str, numbers: Sequence[int]) -> str:
 
 
 def _provenance(model: GraftedTransformer, prompt: Prompt | None) -> Mapping[str, object]:
-    # A folder's own name: where it lies is nothing to whoever reads the page.
+    # The folder's own name: its location does not concern readers of the page.
     name = model.cfg.model_name
     found: dict[str, object] = {
         "model": Path(name).name if Path(name).is_dir() else name,

@@ -8,8 +8,10 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import takewhile
 from typing import Any
 
+from graftlens.chat import RESERVED, Conversation, Rendered, contents, render
 from graftlens.graft import Runs
 
 #: Spans that every prompt has: its first position (the BOS token where the tokenizer puts one),
@@ -53,10 +55,13 @@ class Prompt:
         distractors: wrong answers to compare with, written like the answer.
         name: what this template is called in tables.
         answers: all texts that are right, written like the answer, for `answer_set_prob`.
+        conversation: the messages of a chat, as `Prompt.chat` makes them; `template` is then their
+            transcript, and the model reads what its chat template makes of them.
 
     Raises:
-        ValueError: a field that is missing, empty, or named like a standard span; a malformed
-            template; an empty answer or distractor; a text that holds half of a character.
+        ValueError: a field that is missing, empty, or named like a standard span or one of a
+            conversation's; a malformed template; an empty answer or distractor; a text that holds
+            half of a character.
     """
 
     template: str
@@ -65,8 +70,61 @@ class Prompt:
     distractors: Sequence[str] = ()
     name: str | None = None
     answers: Sequence[str] = ()
+    conversation: Conversation | None = None
+
+    @classmethod
+    def chat(
+        cls,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        fields: Mapping[str, str] | None = None,
+        answer: str | None = None,
+        prefill: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        template_options: Mapping[str, Any] | None = None,
+        **more: Any,
+    ) -> "Prompt":
+        """A conversation, which the tokenizer's chat template writes.
+
+        Its tokens are those of `apply_chat_template`. Each belongs to one of the spans `system`,
+        `user`, `assistant` and `tool` (a token with any character of what such a message says) or
+        to `template` (all that the template writes). `turn` is a message with its markers, the
+        generation prompt the last one. `user#1` is the first user message, `user#-1` the last.
+
+        Args:
+            messages: `{"role": …, "content": …}` and what else the template reads. Roles: system,
+                user, assistant, tool. What an assistant says is also its reasoning, and of its tool
+                calls the names and the texts of the arguments.
+            fields: the text of each `{field}` of the contents; left out, braces are literal.
+            answer: the text that should follow. The generation prompt ends with a newline or a
+                marker in most templates: the answer then begins without a space.
+            prefill: how the assistant's answer begins; without it the template is asked for the
+                generation prompt, unless the last message is the assistant's.
+            tools: JSON schemas of functions, for templates that write them.
+            template_options: what else the template reads, such as `{"enable_thinking": False}`.
+            more: the other attributes of a `Prompt`.
+
+        Raises:
+            ValueError: a role or content that is unknown; as `Prompt`.
+        """
+        conversation = Conversation.of(
+            messages,
+            prefill=prefill,
+            tools=tools,
+            template_options=template_options,
+            literal=fields is None,
+        )
+        return cls(conversation.transcript, fields or {}, answer, conversation=conversation, **more)
 
     def __post_init__(self) -> None:
+        given: Any = self.conversation
+        if isinstance(given, Mapping):  # as it is written down
+            object.__setattr__(self, "conversation", Conversation.of(**given))
+        if self.conversation is not None and self.template != self.conversation.transcript:
+            raise ValueError(
+                f"template={self.template!r} is not the transcript of the conversation. Make a "
+                "prompt of a conversation with Prompt.chat(messages)."
+            )
         if not isinstance(self.template, str):
             raise ValueError(f"template={self.template!r}: write a text.")
         if not isinstance(self.fields, Mapping):
@@ -105,11 +163,14 @@ class Prompt:
     @cached_property
     def _pieces(self) -> tuple[tuple[str, str | None], ...]:
         """(literal text, following field or None), in order."""
+        return self._parsed(self.template)
+
+    def _parsed(self, template: str) -> tuple[tuple[str, str | None], ...]:
         try:
-            parsed = list(string.Formatter().parse(self.template))
+            parsed = list(string.Formatter().parse(template))
         except ValueError as error:
             raise ValueError(
-                f"template {self.template!r} is malformed ({error}). Write {{field}} for a field "
+                f"template {template!r} is malformed ({error}). Write {{field}} for a field "
                 "and double a brace that is meant as itself."
             ) from None
         pieces = []
@@ -117,17 +178,22 @@ class Prompt:
             if name is not None:
                 if not name.isidentifier() or spec or conversion:
                     raise ValueError(
-                        f"template {self.template!r}: {name!r} is no plain field. Write {{name}} "
+                        f"template {template!r}: {name!r} is no plain field. Write {{name}} "
                         "with letters, digits and _, without format or conversion."
                     )
                 if name in STANDARD_SPANS:
                     raise ValueError(
-                        f"template {self.template!r}: {name!r} is a span that every prompt has. "
+                        f"template {template!r}: {name!r} is a span that every prompt has. "
                         "Give the field another name."
+                    )
+                if name in RESERVED:
+                    raise ValueError(
+                        f"template {template!r}: {name!r} is a span of conversations "
+                        f"({' '.join(RESERVED)} are). Give the field another name."
                     )
                 if name not in self.fields:
                     raise ValueError(
-                        f"template {self.template!r} needs the field {name!r}; "
+                        f"template {template!r} needs the field {name!r}; "
                         f"given: {' '.join(self.fields) or 'none'}."
                     )
             pieces.append((literal, name))
@@ -135,7 +201,7 @@ class Prompt:
 
     @cached_property
     def text(self) -> str:
-        """The prompt as the model reads it."""
+        """The prompt as the model reads it; of a conversation, its transcript."""
         return "".join(
             literal + (self.fields[name] if name else "") for literal, name in self._pieces
         )
@@ -153,6 +219,40 @@ class Prompt:
                 place += len(value)
         return {name: tuple(ranges) for name, ranges in spans.items()}
 
+    def filled(self) -> tuple[list[dict[str, Any]], list[list[list[tuple[str, int, int]]]]]:
+        """A conversation's messages with their fields filled in, the prefill as the last one.
+
+        Returns:
+            The messages; and per message, for each text of its content, the name and the first and
+            last character of each field in it.
+        """
+        assert self.conversation is not None
+        messages = self.conversation.messages
+        if self.conversation.prefill is not None:
+            messages.append({"role": "assistant", "content": self.conversation.prefill})
+        spans: list[list[list[tuple[str, int, int]]]] = []
+        for message in messages:
+            content = message.get("content", [])
+            filled = [self._filled(text) for text in contents(message)]
+            spans.append([found for _, found in filled])
+            if isinstance(content, str):
+                message["content"] = filled[0][0]
+            else:
+                for part, (text, _) in zip(content, filled, strict=True):
+                    part["text"] = text
+        return messages, spans
+
+    def _filled(self, template: str) -> tuple[str, list[tuple[str, int, int]]]:
+        if self.conversation is not None and self.conversation.literal:
+            return template, []
+        text, spans = "", []
+        for literal, name in self._parsed(template):
+            text += literal
+            if name:
+                spans.append((name, len(text), len(text) + len(self.fields[name])))
+                text += self.fields[name]
+        return text, spans
+
 
 class PromptError(ValueError):
     """A prompt that cannot be run as asked; the message says why and what to do."""
@@ -164,13 +264,17 @@ class Tokenized:
 
     Attributes:
         ids: token ids, without padding.
-        runs: span name -> its runs of token positions; fields, then `bos`, `last`, `all`.
+        runs: span name -> its runs of token positions; fields, of a conversation its roles,
+            `template` and `turn`, then `bos`, `last`, `all`.
         prompt: where the tokens come from, None for bare tokens.
+        text: what the tokens were read from: the prompt's text, or what the chat template made of
+            its conversation; None for bare tokens.
     """
 
     ids: tuple[int, ...]
     runs: Runs
     prompt: Prompt | None = None
+    text: str | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -292,31 +396,123 @@ def tokenize(prompt: "Prompt | str", tokenizer: Any, prepend_bos: bool | None = 
     if isinstance(prompt, str):
         ids, _ = encode(prompt, tokenizer, prepend_bos)
         return Tokenized.bare(ids)
+    if prompt.conversation is not None:
+        return _tokenize_chat(prompt, tokenizer, prepend_bos)
     text = prompt.text
     ids, offsets = encode(text, tokenizer, prepend_bos)
     standard = Tokenized.bare(ids).runs
     covered = _covered(text, tokenizer.convert_ids_to_tokens(ids), offsets)
-    runs: dict[str, tuple[tuple[int, ...], ...]] = {}
-    for name, ranges in prompt.char_spans.items():
-        found = []
-        for start, end in ranges:
-            run = tuple(
-                i
-                for i, (a, b) in enumerate(covered)
-                if a < end and b > start and not _begins_what_follows(text, a, b, end)
+    runs = {
+        name: tuple(_run(text, covered, name, *place) for place in places)
+        for name, places in prompt.char_spans.items()
+    }
+    return Tokenized(tuple(ids), {**runs, **standard}, prompt, text)
+
+
+def _run(
+    text: str, covered: Sequence[tuple[int, int]], name: str, start: int, end: int
+) -> tuple[int, ...]:
+    """The tokens of a field that is the text from `start` to `end`."""
+    run = tuple(
+        i
+        for i, (a, b) in enumerate(covered)
+        if a < end and b > start and not _begins_what_follows(text, a, b, end)
+    )
+    if not run:
+        raise PromptError(
+            f"no token of {text!r} covers the field {name!r} "
+            f"({text[start:end]!r}): the tokenizer drops it. "
+            "Change the field's text."
+        )
+    return run
+
+
+def _encode_chat(
+    text: str, tokenizer: Any, prepend_bos: bool | None
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """As `apply_chat_template`: the template writes the BOS token, or there is none."""
+    ids, offsets = encode(text, tokenizer, prepend_bos=False)
+    bos = tokenizer.bos_token_id
+    if prepend_bos and bos is not None and ids[:1] != [bos]:
+        return [bos, *ids], [(0, 0), *offsets]
+    return ids, offsets
+
+
+def _tokenize_chat(prompt: Prompt, tokenizer: Any, prepend_bos: bool | None) -> Tokenized:
+    assert prompt.conversation is not None
+    messages, fields = prompt.filled()
+    try:
+        rendered = render(prompt.conversation, tokenizer, messages)
+    except ValueError as error:
+        raise PromptError(str(error)) from None
+    text = rendered.text
+    ids, offsets = _encode_chat(text, tokenizer, prepend_bos)
+    standard = Tokenized.bare(ids).runs
+    covered = _covered(text, tokenizer.convert_ids_to_tokens(ids), offsets)
+    runs: dict[str, list[tuple[int, ...]]] = {}
+    for spans, places in zip(fields, rendered.places, strict=True):
+        for found, characters in zip(spans, places, strict=True):
+            for name, start, end in found:
+                there = [place for place in characters[start:end] if place is not None]
+                if not there:
+                    raise PromptError(
+                        f"the chat template leaves out the field {name!r} "
+                        f"({prompt.fields[name]!r}). Take it out of that message, or use a "
+                        "template that writes it."
+                    )
+                run = _run(text, covered, name, there[0][0], there[-1][1])
+                runs.setdefault(name, []).append(run)
+    bos = bool(ids) and ids[0] == tokenizer.bos_token_id
+    named = {**runs, **_roles(rendered, covered), "turn": _turns(rendered, offsets, int(bos))}
+    return Tokenized(
+        tuple(ids), {**{n: tuple(r) for n, r in named.items()}, **standard}, prompt, text
+    )
+
+
+def _roles(
+    rendered: Rendered, covered: Sequence[tuple[int, int]]
+) -> dict[str, list[tuple[int, ...]]]:
+    """Role -> for each of its messages, the tokens with characters of what it says; `template`."""
+    said: list[list[int]] = [[] for _ in rendered.roles]
+    template: list[list[int]] = []
+    for i, (a, b) in enumerate(covered):
+        owners = set(rendered.owners[a:b]) - {-1}
+        if len(owners) > 1:
+            raise PromptError(
+                f"the token of {rendered.text[a:b]!r} holds characters of messages "
+                f"{' and '.join(map(str, sorted(owners)))}, so it has no one role. Change the "
+                "texts where they meet, or use a template that writes something between them."
             )
-            if not run:
-                raise PromptError(
-                    f"no token of {text!r} covers the field {name!r} "
-                    f"({text[start:end]!r}): the tokenizer drops it. "
-                    "Change the field's text."
-                )
-            found.append(run)
-        runs[name] = tuple(found)
-    return Tokenized(tuple(ids), {**runs, **standard}, prompt)
+        if owners:
+            said[owners.pop()].append(i)
+        elif template and template[-1][-1] == i - 1:
+            template[-1].append(i)
+        else:
+            template.append([i])
+    runs: dict[str, list[tuple[int, ...]]] = {}
+    for role in dict.fromkeys(rendered.roles):
+        own = [tuple(tokens) for r, tokens in zip(rendered.roles, said, strict=True) if r == role]
+        if any(own):
+            runs[role] = own
+    return {**runs, "template": [tuple(run) for run in template]}
 
 
-#: How tokenizers write a space: SentencePiece's mark, GPT-2's, itself.
+def _turns(
+    rendered: Rendered, offsets: Sequence[tuple[int, int]], first: int
+) -> list[tuple[int, ...]]:
+    """The tokens that begin in each turn, from the position `first` on."""
+    starts, done = [], 0
+    for a, _ in offsets:
+        done = max(done, a)  # a token without a width is where the one before it is
+        starts.append(done)
+    return [
+        tuple(i for i in range(first, len(starts)) if low <= starts[i] < high)
+        for low, high in rendered.turns
+    ]
+
+
+#: How tokenizers write white space: SentencePiece's mark, GPT-2's, themselves.
+_WHITE = {"▁": " ", "Ġ": " ", "Ċ": "\n", "č": "\r", "ĉ": "\t"} | {c: c for c in " \n\r\t"}
 _SPACES = "▁Ġ "
 
 
@@ -325,24 +521,32 @@ def _covered(
 ) -> list[tuple[int, int]]:
     """The characters that each token is made of, where tokenizers' offsets say otherwise.
 
-    Byte-level tokenizers may leave the spaces before a word out of its token's offsets, so that a
-    token of spaces has no width. And a tokenizer may put a space of its own before a word, which
-    gets the word's first character as if it were made of that.
+    Byte-level tokenizers may leave the white space before and after a word out of its token's
+    offsets, so that a token of white space has no width. And a tokenizer may put a space of its own
+    before a word, which gets the word's first character as if it were made of that.
     """
     found: list[tuple[int, int]] = []
     done = 0  # where the token before ends
     for i, (piece, (a, b)) in enumerate(zip(pieces, offsets, strict=True)):
-        piece = piece or ""
-        spaces = len(piece) - len(piece.lstrip(_SPACES))
-        if spaces and spaces == len(piece):
-            here, following = text[a:b], offsets[i + 1 : i + 2]
+        piece, here = piece or "", text[a:b]
+        before = "".join(_WHITE[c] for c in takewhile(_WHITE.__contains__, piece))
+        after = "".join(_WHITE[c] for c in takewhile(_WHITE.__contains__, reversed(piece)))[::-1]
+        if before and len(before) == len(piece):
+            following = offsets[i + 1 : i + 2]
             if a == b:
-                real = text[done : done + spaces] == " " * spaces
-                a, b = (done, done + spaces) if real else (0, 0)
-            elif here.strip(_SPACES).strip() or (following and following[0][0] == a):
+                real = text.startswith(before, done)
+                a, b = (done, done + len(before)) if real else (0, 0)
+            elif here != piece and (
+                here.strip(_SPACES).strip() or (following and following[0][0] == a)
+            ):
                 a, b = 0, 0  # these are another token's characters
-        while spaces and a < b and a > done and text[a - 1] == " ":
-            a, spaces = a - 1, spaces - 1
+            after = ""
+        before = before[: max(0, len(before) - len(here) + len(here.lstrip()))]
+        after = after[len(here) - len(here.rstrip()) :]
+        while before and done < a < b and text[a - 1] == before[-1]:
+            a, before = a - 1, before[:-1]
+        while after and a < b and text[b : b + 1] == after[0]:
+            b, after = b + 1, after[1:]
         found.append((a, b))
         done = max(done, b)
     return found
@@ -362,12 +566,22 @@ def continuation(
         PromptError: the text's first characters join the prompt's last token, so that no token
             begins where the text does.
     """
-    if prompt.prompt is None:
+    if prompt.prompt is None or prompt.text is None:
         raise PromptError("an answer needs a prompt with a text; this one is bare tokens.")
-    whole, _ = encode(prompt.prompt.text + text, tokenizer, prepend_bos)
-    if tuple(whole[: len(prompt)]) != prompt.ids or len(whole) == len(prompt):
+    whole = ids_with(prompt, text, tokenizer, prepend_bos)
+    if whole[: len(prompt)] != prompt.ids or len(whole) == len(prompt):
         raise PromptError(
-            f"{text!r} after {prompt.prompt.text[-20:]!r} does not begin a token of its own. "
+            f"{text!r} after {prompt.text[-20:]!r} does not begin a token of its own. "
             "End the prompt without a space and begin the answer with one."
         )
-    return tuple(whole[len(prompt) :])
+    return whole[len(prompt) :]
+
+
+def ids_with(
+    prompt: Tokenized, text: str, tokenizer: Any, prepend_bos: bool | None = None
+) -> tuple[int, ...]:
+    """The token ids of a prompt's text with another text joined on."""
+    assert prompt.prompt is not None
+    assert prompt.text is not None
+    encoder = encode if prompt.prompt.conversation is None else _encode_chat
+    return tuple(encoder(prompt.text + text, tokenizer, prepend_bos)[0])

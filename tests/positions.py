@@ -49,8 +49,11 @@ def evaluate(text: str, runs: Runs, length: int) -> set[int]:
         name, rest = match[0], rest[match.end() :]
         found_runs = runs[name]
         if rest.startswith("#"):
-            number, rest = rest[1], rest[2:]
-            found_runs = (found_runs[int(number) - 1],)
+            digits = re.match(r"#(-?)(\d+)", rest)
+            assert digits is not None, rest
+            rest = rest[digits.end() :]
+            ordered = found_runs[::-1] if digits[1] else found_runs
+            found_runs = (ordered[int(digits[2]) - 1],)
         return {position for run in found_runs for position in run}
 
     result = union()

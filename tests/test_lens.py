@@ -295,7 +295,7 @@ def test_emergence_of_tables_that_do_not_say(oracles: OracleOf) -> None:
         emergence(pd.concat([table, other]))
     some = table[table["layer"] != 1]
     assert len(emergence(some, k=50)) == 4
-    with pytest.raises(ValueError, match="it is not logit_lens's"):
+    with pytest.raises(ValueError, match="the table is not from logit_lens"):
         emergence(table.drop(columns="stream"))
 
 
@@ -804,7 +804,7 @@ def test_errors_say_what_is_allowed(oracles: OracleOf) -> None:
         logit_lens(model, one, top_k=0)
     with pytest.raises(ValueError, match=r"k=0: write a whole number from 1"):
         emergence(logit_lens(model, one), k=0)
-    with pytest.raises(ValueError, match=r"by='neuron'. Allowed: layer component head source\."):
+    with pytest.raises(ValueError, match=r"by='neuron'. Allowed: layer component head src_pos\."):
         _unchecked(direct_logit_attribution)(model, one, by="neuron")
     with pytest.raises(ValueError, match=r"against='median'. Allowed: mean distractors, or None\."):
         _unchecked(direct_logit_attribution)(model, one, against="median")
@@ -848,7 +848,7 @@ def test_what_cannot_count_as_sft(tiny: MakeTiny) -> None:
         with pytest.raises(ValueError, match=r"not a run of a finetuned.* sources task relat"):
             logit_lens(model, PROMPTS[0], grafts, full=full)
     for slip, meant in (("tsk", "task"), ("mostyl", "mostly")):
-        message = rf"full='{slip}' is no run .* sources task relation, .* Did you mean '{meant}'\?"
+        message = rf"full='{slip}' is not a run .* task relation, .* Did you mean '{meant}'\?"
         with pytest.raises(ValueError, match=message):
             kl_divergence(model, PROMPTS[0], grafts, full=slip)
 
@@ -936,7 +936,7 @@ def test_hooks_are_given_all_prompts_together(oracles: OracleOf) -> None:
 
 @pytest.mark.parametrize("hooks", [(), []])
 def test_no_hook_is_not_all_hooks(oracles: OracleOf, hooks: Any) -> None:
-    with pytest.raises(ValueError, match="names no hook"):
+    with pytest.raises(ValueError, match="does not name a hook"):
         activation_difference(oracles("gpt2").tiny.model, PROMPTS[0], hooks=hooks)
 
 
@@ -1001,10 +1001,10 @@ tried(logit_lens, one, at=torch.tensor([True]))
         check=True,
         cwd=Path(__file__).parent,
     ).stdout.splitlines()
-    tokens = "with the keys input_ids attention_mask is no prompt. Of what a tokenizer"
-    none = "is no prompt. Give texts, Prompts, or a tensor of token ids."
+    tokens = "with the keys input_ids attention_mask is not a prompt. Of what a"
+    none = "is not a prompt. Give texts, Prompts, or a tensor of token ids."
     mask = "is a GraftMask, which belongs to one batch of prompts. Give the graft"
-    graft = "is no graft. Give a Graft or its one-line text"
+    graft = "is not a graft. Give a Graft or its one-line text"
     number = "write a whole number from 1."
     options = [f"top_k={k}: {number}" for k in ("True", "'3'", "3.0", "0", "None") for _ in (0, 1)]
     hook = "Write a hook's name, or its last part for every layer: hook_embed"
@@ -1017,10 +1017,11 @@ tried(logit_lens, one, at=torch.tensor([True]))
         *(f"full {mask}", f"full=5 {graft}"),
         *("accepted 8", "accepted 4", *options),
         *("accepted 2", *(f"k={k}: {number}" for k in ("True", "'1'", "1.5", "None"))),
-        "source=1 is no source of this model. Allowed: pre sft.",
+        "source=1 is not a source of this model. Allowed: pre sft.",
         *(f"no hook {name}. {hook}" for name in (5, None, 5)),
         *("accepted 48", "accepted 8", "accepted 8", "accepted 16"),
-        *("at=[0.5]: 0.5 is no whole number.", "at=None is no position.", "at=[True]: True is no"),
+        *("at=[0.5]: 0.5 is not a whole number.", "at=None is not a position."),
+        "at=[True]: True is not a whole number.",
     ]
     for said, start in zip(printed, wanted, strict=True):
         assert said.startswith(start)

@@ -406,7 +406,7 @@ def test_what_reads_a_few_rows_only_is_refused(oracles: OracleOf) -> None:
     """Regression: a sweep's token tree had the rows replaced that stand at the patched numbers, so
     position 0's logits were taken for the last one's."""
     model, one = oracles("gpt2").tiny.model, PROMPTS[0]
-    refused = pytest.raises(ValueError, match="not the prompts that are patched, or not all their")
+    refused = pytest.raises(ValueError, match="not the prompts that are patched, or not all")
     for text in ("sft @ [0] : unembed", "sft @ last", "sft @ first_entity : mlp_out"):
         with patched(model, one, text):
             for grafts in (["none"], ["none", "sft @ last"], ["sft @ last : mlp", "none"]):
@@ -504,7 +504,7 @@ def test_nothing_of_the_base_can_be_patched_in(oracles: OracleOf) -> None:
     masks = (model.resolve(texts[0], PROMPTS[0]),)
     for graft in (*texts, *map(Graft.parse, texts), *masks):
         with (
-            pytest.raises(ValueError, match=r"gives no site to another source than the") as error,
+            pytest.raises(ValueError, match=r"gives no site to a source other than the") as error,
             patched(model, PROMPTS[0], graft),
         ):
             pass
@@ -623,12 +623,12 @@ def test_a_graft_without_sites_has_no_patch(oracles: OracleOf) -> None:
     table = patching(model, [alone, PROMPTS[0]], grafts)
     assert table["graft"].iloc[0] == "base"
     table = table.set_index(["graft", "prompt"])
-    no_site = "the graft gives no site to another source than the base"
+    no_site = "the graft gives no site to a source other than the base"
     for name, reasons in (
         ("base again", [no_site, no_site]),
         ("written out", [no_site, no_site]),
         ("taken back", [no_site, None]),
-        ("out", [no_site, "the graft is of ln_final and unembed only"]),
+        ("out", [no_site, "the graft covers only ln_final and unembed"]),
     ):
         for prompt, reason in enumerate(reasons):
             row = table.loc[(f"{name} (patched)", prompt)]
@@ -662,7 +662,7 @@ def test_names_of_patched_runs_are_their_own(oracles: OracleOf) -> None:
     """Two runs of one name would be one graft to the statistics."""
     model = oracles("gpt2").tiny.model
     grafts = {"FE": "sft @ first_entity", "FE (patched)": "sft @ last"}
-    with pytest.raises(ValueError, match=r"'FE \(patched\)', which is what the patch of 'FE' is"):
+    with pytest.raises(ValueError, match=r"'FE \(patched\)', which is the name of the patch"):
         patching(model, PROMPTS[0], grafts)
 
 

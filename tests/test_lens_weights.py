@@ -191,9 +191,9 @@ def test_which_source_against_which(tiny: MakeTiny) -> None:
     assert set(pair["source"]) == {"pre"}
     with pytest.raises(ValueError, match=r"sources pre task relation: .*source='relation'"):
         weight_difference(t.model)
-    with pytest.raises(ValueError, match=r"source='tsk' is no source .*pre task relation.*Did you"):
+    with pytest.raises(ValueError, match=r"source='tsk' is not a source .*task relation.*Did you"):
         weight_difference(t.model, "tsk")
-    with pytest.raises(ValueError, match=r"base='base' is no source .*pre task relation"):
+    with pytest.raises(ValueError, match=r"base='base' is not a source .*pre task relation"):
         weight_difference(t.model, "task", "base")
 
 

@@ -481,7 +481,7 @@ def test_a_dashboard_overwrites_no_file_that_is_not_a_page_of_ours(
     monkeypatch.setattr(GraftedTransformer, "from_pretrained", never)
     page = tmp_path / "dashboard.html"
     page.write_text("mine")
-    with pytest.raises(ValueError, match="is there and is not a page that graftlens wrote"):
+    with pytest.raises(ValueError, match="exists and is not a page that graftlens wrote"):
         write_dashboard(sources, Prompt("Ann"), {}, page)
     assert page.read_text() == "mine"
 
@@ -521,9 +521,9 @@ def test_pages_are_refused_before_the_weights(
     for place, image in ((blocked, None), (page, blocked), (page, tmp_path / LONG)):
         with pytest.raises(UnwritableError, match="cannot be written"):
             write_dashboard(sources, asked, {}, place, image=image)
-    with pytest.raises(ValueError, match="is the page and the picture"):
+    with pytest.raises(ValueError, match="is both the page and the picture"):
         write_dashboard(sources, asked, {}, page, image=page)
-    with pytest.raises(ConfigError, match="'nonsense' is not here"):
+    with pytest.raises(ConfigError, match="'nonsense' does not exist here"):
         write_dashboard(sources, asked, {}, page, device="nonsense")
     with pytest.raises(UnwritableError, match=r"report.html cannot be written \(not a directory\)"):
         demo_module.demo(tmp_path / "file", facts=6, epochs=1)
@@ -544,7 +544,7 @@ def test_a_device_that_is_not_here_claims_nothing(
     """Regression: the folder was claimed, and then the device was refused."""
     out = tmp_path / "out"
     for device in ("nonsense", "cuda:77"):
-        with pytest.raises(ConfigError, match=f"devices: '{device}' is not here"):
+        with pytest.raises(ConfigError, match=f"devices: '{device}' does not exist here"):
             quietly(given, out, device=device)
     assert not out.exists()
 

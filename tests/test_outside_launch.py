@@ -128,8 +128,8 @@ def test_a_lock_does_not_empty_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--devices", "nonsense"], "devices: 'nonsense' is not here"),
-        (["--devices", "cpu,nonsense"], "devices: 'nonsense' is not here"),
+        (["--devices", "nonsense"], "devices: 'nonsense' does not exist here"),
+        (["--devices", "cpu,nonsense"], "devices: 'nonsense' does not exist here"),
         (["--launcher", "slurm", "--slurm", "mem=3"], "unknown key 'mem'"),
         (["--launcher", "slurm"], "Slurm was not found"),
     ],

@@ -24,7 +24,7 @@ def activation_difference(
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
-    """Each run's activations against those of PRE and of SFT, by layer and position.
+    """Each run's activations compared with those of PRE and of SFT, by layer and position.
 
     Args:
         model, prompts, grafts, at, full, prepend_bos: as in `logit_lens`.
@@ -32,12 +32,12 @@ def activation_difference(
 
     Returns:
         One row per prompt, graft, hook, position (and head, where the activation has heads):
-        `norm` (Euclidean), `distance_base` and `distance_full` (norm of the difference to PRE and
-        to SFT), `relative_base` and `relative_full` (the same over the norm there), `cosine_base`
-        and `cosine_full`.
+        `norm` (Euclidean), `distance_base` and `distance_full` (norm of the difference from PRE
+        and from SFT), `relative_base` and `relative_full` (the same divided by the norm there),
+        `cosine_base` and `cosine_full`.
 
     Raises:
-        ValueError: a hook that is not there, is turned off, or is over pairs of positions.
+        ValueError: a hook that does not exist, is turned off, or is over pairs of positions.
         PromptError: prompts that cannot be run, or without the positions `at`.
     """
     names = hook_names(model, hooks)
@@ -70,7 +70,7 @@ def pattern_difference(
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
-    """Each run's attention against that of PRE and of SFT, head by head and query by query.
+    """Each run's attention compared with that of PRE and of SFT, head by head and query by query.
 
     Args:
         model, prompts, grafts, full, prepend_bos: as in `logit_lens`.
@@ -79,7 +79,7 @@ def pattern_difference(
     Returns:
         One row per prompt, graft, layer, head and position: `distance_base` and `distance_full`,
         the total variation distance between the two patterns of that query (half the sum of
-        absolute differences: 0 equal, 1 nothing in common).
+        absolute differences: 0 if equal, 1 if disjoint).
 
     Raises:
         PromptError: prompts that cannot be run, or without the positions `at`.

@@ -1,7 +1,7 @@
 """Direct logit attribution under a graft: which terms of a run make up the answer's logit.
 
-The residual stream before the final norm is a sum of what embeddings, heads and MLPs wrote. With
-the norm's scale held at the value that it had, the answer's logit is linear in that sum, so each
+The residual stream before the final norm is the sum of what embeddings, heads and MLPs wrote. With
+the norm's scale held at its actual value, the answer's logit is linear in that sum, so each
 term has a contribution and they add up (Elhage et al. 2021, "A Mathematical Framework for
 Transformer Circuits"; Wang et al. 2022, arXiv 2211.00593). Each term is read with the
 weights that the graft chose at its position: W_O, norms and unembedding.
@@ -33,8 +33,8 @@ from graftlens.lens.runs import (
 from graftlens.model.cache import GraftedCache
 from graftlens.model.forward import TransformerBlock
 from graftlens.model.grafted import GraftedTransformer, Input
-from graftlens.model.linear import Gathered, HeadsIn, Norm, by_source, per_row
-from graftlens.model.mask import GraftMask, HeadSelection, Selection, plain
+from graftlens.model.linear import Gathered, Norm, UnitsIn, by_source, per_row
+from graftlens.model.mask import Choice, GraftMask, Selection, UnitSelection, WholeChoice, plain
 from graftlens.prompts import PromptError, Tokenized
 
 C = Component
@@ -60,7 +60,8 @@ def direct_logit_attribution(
     Args:
         model: the model.
         prompts: prompts with answers.
-        grafts: name -> graft, or grafts that go by their texts; PRE and SFT are always among them.
+        grafts: name -> graft, or grafts, which are keyed by their text; PRE and SFT are always
+            among them.
         by: `layer`; `component` (attention and MLP of each layer); `head`; or `src_pos`,
             what attention moved here by the position attended to.
         at: the positions at which the logit is read.
@@ -76,15 +77,16 @@ def direct_logit_attribution(
         unembedding's), `layer`, `head`, `src_pos` and `src_token` where the term has
         one, `contribution` (logits) and `logit`, to which the contributions of a position add up
         (to the rounding of the model's dtype, and unless a hook changes the stream between terms).
-        `logit` is worked out in float32 from the last stream: a model in bfloat16 or float16 gives
-        its own logit with the rounding of that dtype. Where an architecture caps its logits
+        `logit` is worked out in float32 from the last stream: the logit of a model in bfloat16 or
+        float16 itself has the rounding of that dtype. Where an architecture caps its logits
         (Gemma 2), `logit` is the one before the cap.
 
     Raises:
-        PromptError: a prompt without an answer, or without distractors where they are asked for.
-        ValueError: a word for `by` or `against` that is none of those above; a patch of `ln_final`
-            or `unembed` in force, which the stream is not read by; or, with `head` and `src_pos`, a
-            patch of `o` or `ln1_post`, after which what heads wrote is not what attention wrote.
+        PromptError: a prompt without an answer, or without distractors if they are needed.
+        ValueError: a value of `by` or `against` that is not one of those above; a patch of
+            `ln_final` or `unembed` in force, which reading the stream would ignore; or, with `head`
+            and `src_pos`, a patch of `o` or `ln1_post`, after which what heads wrote is not what
+            attention wrote.
     """
     if by not in get_args(By):
         raise ValueError(f"by={by!r}. Allowed: {' '.join(get_args(By))}.")
@@ -122,7 +124,7 @@ def direct_logit_attribution(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """Per place, the token whose logit is explained, and those that it is held against."""
+    """Per place, the token whose logit is explained, and those that it is compared with."""
 
     target: list[int]
     others: list[tuple[int, ...]]
@@ -131,7 +133,7 @@ class _Wanted:
     def of_rows(
         self, table: Float[Tensor, "d_vocab *width"], rows: np.ndarray
     ) -> Float[Tensor, "place *width"]:
-        """Each place's row of a table over the vocabulary, less what it is held against."""
+        """Each place's row of a table over the vocabulary, minus what it is compared with."""
         found = table[torch.tensor([self.target[i] for i in rows], device=table.device)]
         if self.mean:
             return found - table.mean(0)
@@ -148,7 +150,7 @@ def _others(
     against: Against | None,
     prepend_bos: bool | None,
 ) -> list[tuple[int, ...]]:
-    """What each prompt's answer is held against: first tokens of its distractors, or nothing."""
+    """What each prompt's answer is compared with: first tokens of its distractors, or nothing."""
     if against != "distractors":
         return [()] * len(prompts)
     return [
@@ -163,16 +165,16 @@ def _distractors(
     texts = () if item.prompt is None else item.prompt.distractors
     if not texts:
         raise PromptError(
-            f"prompt {number} has no distractors. Give Prompt(…, distractors=[…]), or another "
-            "against=…"
+            f"prompt {number} has no distractors. Give Prompt(…, distractors=[…]), or use "
+            "another against=…"
         )
     found = {first_token(model, item, text, prepend_bos): text for text in texts}
-    # One that begins as the answer does says nothing about the answer's first token.
+    # A distractor that begins like the answer says nothing about the answer's first token.
     found.pop(target, None)
     if not found:
         raise PromptError(
             f"prompt {number}: every distractor begins with the answer's first token. Give others, "
-            "or another against=…"
+            "or use another against=…"
         )
     return tuple(found)
 
@@ -225,7 +227,7 @@ class _Attribution:
             yield self._rows("bias", self.bias)
 
     def _attention(self, layer: int, by: By) -> Iterator[pd.DataFrame]:
-        """A layer's attention, head by head or by the position that it reads."""
+        """A layer's attention, head by head or by the position attended to."""
         block = self.model.blocks[layer]
         assert isinstance(block, TransformerBlock)
         attn, direction = block.attn, self.direction
@@ -241,12 +243,11 @@ class _Attribution:
         else:
             yield self._by_src_pos(layer, read)
         if attn.o.bias is not None:
-            whole = chosen if isinstance(chosen, Selection) else chosen.whole
-            bias = per_row(attn.o.bias, whole).float()
+            bias = per_row(attn.o.bias, chosen.whole).float()
             yield self._rows("attn_bias", (bias * direction).sum(-1), layer=layer)
 
     def _by_src_pos(self, layer: int, read: Float[Tensor, "place head d_head"]) -> pd.DataFrame:
-        """What all heads of a layer moved to each place, by the position it came from."""
+        """What all heads of a layer moved to each place, by the position attended to."""
         arch, batch = self.model.arch, self.places.batch
         pattern = self.cache[f"blocks.{layer}.attn.hook_pattern"].float()
         v = self.cache[f"blocks.{layer}.attn.hook_v"].float()
@@ -285,15 +286,18 @@ class _Attribution:
         return (self._at(hook) * direction).sum(-1)
 
     def _unembedded(
-        self, tables: Sequence[Tensor], chosen: Selection, wanted: _Wanted
+        self, tables: Sequence[Tensor], chosen: WholeChoice, wanted: _Wanted
     ) -> Float[Tensor, "place *width"]:
-        """Each place's row of its own source's table."""
+        """Each place's row of its own source's table, or of several mixed."""
+        assert isinstance(chosen, Selection)
         made: Tensor | None = None
-        for source in np.unique(chosen.choice):
-            rows = np.flatnonzero(chosen.choice == source)
+        for source in chosen.sources:
+            rows = chosen.rows_of(source)
             part = wanted.of_rows(tables[source].float(), rows)
-            made = part.new_empty(len(chosen.choice), *part.shape[1:]) if made is None else made
-            made[torch.from_numpy(rows).to(made.device)] = part
+            share = torch.from_numpy(chosen.share(source)[rows]).to(part)
+            made = part.new_zeros(chosen.n_rows, *part.shape[1:]) if made is None else made
+            index = torch.from_numpy(rows).to(made.device)
+            made[index] += part * share.reshape(-1, *(1,) * (part.ndim - 1))
         assert made is not None
         return made
 
@@ -304,14 +308,14 @@ class _Attribution:
         layer: int | None,
         direction: Float[Tensor, "place d_model"],
     ) -> Float[Tensor, "place d_model"]:
-        """A direction after a norm, as one before it, the norm's scale held as it was."""
+        """A direction after a norm, as one before it, with the norm's scale held fixed."""
         name = component.value if layer is None else f"blocks.{layer}.{component.value}"
         if norm.weight is not None:
             weight = per_row(norm.weight, plain(self.mask[component, layer])).float()
             direction = direction * (weight + self.model.arch.norm_offset)
         direction = direction / self._at(f"{name}.hook_scale")
         if self.model.arch.norm != "rms":
-            # LayerNorm subtracts the mean, which is the same as centring what it is read along.
+            # LayerNorm subtracts the mean, which is the same as centring the direction.
             direction = direction - direction.mean(-1, keepdim=True)
         return direction
 
@@ -332,7 +336,7 @@ class _Attribution:
 
 
 def _through_o(
-    o: HeadsIn, direction: Float[Tensor, "place d_model"], chosen: Selection | HeadSelection
+    o: UnitsIn, direction: Float[Tensor, "place d_model"], chosen: Choice
 ) -> Float[Tensor, "place head d_head"]:
     """A direction after W_O as one before it, for each head with the W_O that its place used."""
 
@@ -341,10 +345,11 @@ def _through_o(
 
     read = Gathered(direction)
     if isinstance(chosen, Selection):
-        return by_source(read, chosen, o.equal, back).unflatten(1, (o.n_heads, -1))
+        return by_source(read, chosen, o.equal, back).unflatten(1, (o.n_units, -1))
+    assert isinstance(chosen, UnitSelection)
     made: Tensor | None = None
     for heads, selection in chosen.on(direction.device):
-        part = by_source(read, selection, o.equal, back).unflatten(1, (o.n_heads, -1))
+        part = by_source(read, selection, o.equal, back).unflatten(1, (o.n_units, -1))
         made = torch.empty_like(part) if made is None else made
         made[:, heads] = part[:, heads]
     assert made is not None

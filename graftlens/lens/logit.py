@@ -1,4 +1,4 @@
-"""The logit lens of grafted runs, and what it says about where an answer comes up."""
+"""The logit lens of grafted runs, and where an answer first appears in it."""
 
 from collections.abc import Sequence
 
@@ -26,7 +26,7 @@ from graftlens.metrics import Measure, Predictions, measure
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer, Input
 
-#: Rows that are unembedded at a time: a vocabulary wide each, for every run.
+#: Rows that are unembedded at a time: each is as wide as the vocabulary, for every run.
 ROWS = 256
 
 #: What `kl_divergence` measures.
@@ -50,37 +50,37 @@ def logit_lens(
     Logit lens (nostalgebraist 2020, "interpreting GPT: the logit lens"): each stream goes through
     the run's final norm and unembedding. Under a graft these are the ones that the graft chose at
     that position, so the last layer gives the run's own output. Hooks that are attached to the
-    model act on the layers, not on this reading (those of `ln_final` and `unembed`). Nor does a
-    patch of `ln_final` or `unembed`, which is refused.
+    model act on the layers, but hooks of `ln_final` and `unembed` do not act on this reading; a
+    patch of these is refused.
 
     Args:
         model: the model.
         prompts: anything that can be run; prompts with an answer have it ranked.
-        grafts: name -> graft, or grafts that go by their texts. The base alone (PRE) and one source
-            everywhere (SFT) are always among the runs.
+        grafts: name -> graft, or grafts, which are keyed by their text. The base alone (PRE) and
+            one source everywhere (SFT) are always among the runs.
         at: the positions to read, as in a rule: `"last"`, `"first_entity + last"`.
         incl_mid: also the streams between attention and MLP.
         top_k: how many of the likeliest tokens to keep.
         full: the run that counts as SFT and that `kl_full` is measured against: a graft, the name
-            of one of `grafts`, or a finetuned source's name; needed where there are several
-            finetuned sources, none called `sft`.
+            of one of `grafts`, or a finetuned source's name; needed if there are several
+            finetuned sources and none is called `sft`.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
 
     Returns:
         One row per prompt, graft, layer and position: `prompt` (its number), `graft`, `rule`,
-        `layer` (how many layers have run; half of one between attention and MLP), `stream`
+        `layer` (how many layers have run; half a layer more between attention and MLP), `stream`
         (TransformerLens's name: `0_pre`, `3_mid`, `final_post`), `position`, `token`, `target` and
         `target_id` (the answer's first token), its `rank` (1 is best), `ties` (other tokens with
         exactly its logit, of which those with smaller ids rank before it), `prob` and `logprob`
         (nats), `entropy` (nats), `kl_base` and `kl_full` (KL of this distribution to that of PRE
-        and of SFT at the same layer and position, nats), `top_tokens`, `top_probs`. Where a
+        and of SFT at the same layer and position, nats), `top_tokens`, `top_probs`. If a
         prompt has no answer, the columns about it are NA.
 
     Raises:
         PromptError: prompts that cannot be run, or without the positions `at`.
-        ValueError: a graft that the model cannot run, a `top_k` that is no number from 1, a patch
-            of `ln_final` or `unembed` in force, or `incl_mid` with parallel attention and MLP,
-            which have no stream between them.
+        ValueError: a graft that the model cannot run, a `top_k` that is not a number from 1, a
+            patch of `ln_final` or `unembed` in force, or `incl_mid` with parallel attention and
+            MLP, which have no stream between them.
     """
     top_k = from_1("top_k", top_k)
     refuse_patched_output(model)
@@ -107,24 +107,24 @@ def emergence(table: pd.DataFrame, k: int = 1) -> pd.DataFrame:
     """Where the answer comes up: the first layer from which its rank stays within `k`.
 
     Args:
-        table: from `logit_lens`, with one position a prompt (`at="last"`), or several; with the
-            last layer's rows (stream `final_post`).
+        table: from `logit_lens`, with one or several positions per prompt, including the last
+            layer's rows (stream `final_post`).
         k: the rank that counts, 1 for the likeliest token.
 
     Returns:
         `prompt`, `graft`, `position` and `layer`: how many layers have run when the answer's rank
-        is at most `k` and stays so to the output; NA where the output's rank is above `k`. Prompts
-        without an answer have no row.
+        is at most `k` and stays so up to the output; NA where the output's rank is above `k`.
+        Prompts without an answer have no row.
 
     Raises:
-        ValueError: `k` is no whole number from 1, or a table without answers, without the last
+        ValueError: `k` is not a whole number from 1, or a table without answers, without the last
             layer of some run, or with two rows for one layer of it.
     """
     k = from_1("k", k)
     if not {"rank", "layer", "stream"} <= set(table) or table["rank"].isna().all():
         raise ValueError(
-            "no prompt of this table has an answer, or it is not logit_lens's. Give the table of "
-            "logit_lens of Prompts with answer=…"
+            "no prompt of this table has an answer, or the table is not from logit_lens. Give the "
+            "table that logit_lens returns for Prompts with answer=…"
         )
     ranked = table[table["rank"].notna()]
     rows = []
@@ -138,8 +138,8 @@ def emergence(table: pd.DataFrame, k: int = 1) -> pd.DataFrame:
             )
         if twice := part["layer"][part["layer"].duplicated()].tolist():
             raise ValueError(
-                f"{about}: this table has two rows of layer {twice[0]:g}. Where it is joined of "
-                "several, give their prompts numbers of their own."
+                f"{about}: this table has two rows of layer {twice[0]:g}. If it was joined from "
+                "several tables, give their prompts distinct numbers."
             )
         within = (part["rank"] <= k).to_numpy(dtype=bool)
         after = len(within) - int(np.argmin(within[::-1])) if not within.all() else 0
@@ -279,7 +279,7 @@ def _measured() -> list[Measure]:
 def _read(
     model: GraftedTransformer, places: Places, cache: GraftedCache, hook: str, rows: slice
 ) -> Float[Tensor, "place d_vocab"]:
-    """A stream at some places as logits, by what the graft chose there."""
+    """A stream at some places as logits, by the weights that the graft chose there."""
     index = places.rows[rows]
     resid = cache[hook].flatten(0, 1)[torch.from_numpy(index).to(cache[hook].device)]
     with unhooked(model):

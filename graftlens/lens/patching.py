@@ -1,10 +1,10 @@
 """Cross-model activation patching on the sites of a graft.
 
 A graft changes the *mechanism* at a place: its weights run on whatever comes in. A patch changes
-the *information*: the outputs that the finetuned model's own run had there are put in, whoever
-computed what led to them. A fact that a patch brings back at a site, and a graft does not, passes
-through there and originates before (activation patching: Vig et al. 2020, arXiv 2004.12265; across
-finetuned models, as CMAP: Prakash et al. 2024, arXiv 2402.14811).
+the *information*: the outputs that the finetuned model's own run had there are put in, regardless
+of what the grafted run computed before. A fact that a patch brings back at a site, and a graft does
+not, passes through there and originates earlier (activation patching: Vig et al. 2020, arXiv
+2004.12265; across finetuned models, as CMAP: Prakash et al. 2024, arXiv 2402.14811).
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -38,16 +38,16 @@ from graftlens.metrics import Predictions
 from graftlens.model.arch import Site
 from graftlens.model.grafted import GraftedTransformer, GraftLike, Input
 from graftlens.model.inputs import Batch
-from graftlens.model.linear import HeadsIn, HeadsOut
-from graftlens.model.mask import GraftMask, HeadSelection, Selection
+from graftlens.model.linear import Gathered, UnitsIn, UnitsOut
+from graftlens.model.mask import Choice, GraftMask, Selection
 from graftlens.references import marked
 
 C = Component
 
-#: True while what runs is not to be changed by patches that are in force.
+#: True while patches in force must not change what runs.
 SUSPENDED: ContextVar[bool] = ContextVar("suspended", default=False)
 
-#: What the run is called in which a graft's sites are patched.
+#: The name of the run in which a graft's sites are patched.
 PATCHED = "{} (patched)"
 
 
@@ -58,10 +58,10 @@ def patched(
     """Inside, a run of `prompts` has SFT's own activations at the sites of `graft`.
 
     Each site (component, layer, position, head) that the graft gives to a source has the output of
-    the component replaced by what it is when that source runs everywhere. All else runs as it
-    would: the base, or the graft that the run is given. Hooks that are attached to the model act in
-    that source's run too. What `lens` calls PRE or SFT inside is the patched run of that graft.
-    A graft without rules patches nothing.
+    the component replaced by what it is when that source runs everywhere. Everything else runs
+    as it would without the patch: the base, or the graft that the run is given. Hooks that are
+    attached to the model act in that source's run too. What `lens` calls PRE or SFT inside is the
+    patched run of that graft. A graft without rules patches nothing.
 
     `logit_lens`, `kl_divergence` and `direct_logit_attribution` read streams by the norm and the
     unembedding of the run's own graft, so they refuse a patch of `ln_final` or `unembed`, as
@@ -79,8 +79,8 @@ def patched(
         ...     logits, cache = model.run_with_cache(prompt)
 
     Raises:
-        PromptError, ValueError: as for a run under the graft; rules that give no site to another
-            source than the base; inside, a run of other prompts; and a flag by which q, k, v or o
+        PromptError, ValueError: as for a run under the graft; rules that give no site to a source
+            other than the base; inside, a run of other prompts; and a flag by which q, k, v or o
             do not run as one map (`use_split_qkv_input`, `use_attn_in`, `use_attn_result`).
         RuntimeError: another thread or task runs the model or has hooks on it; and, there, a run
             while this one is inside.
@@ -123,8 +123,9 @@ def patched(
 def _of_the_base(model: GraftedTransformer, graft: Graft) -> str:
     base, other = model.sources[0], model.sources[-1]
     return (
-        f"the patch {str(graft)!r} {_NO_SITE}. Nothing of the base "
-        f"({base}) can be patched in, which is what runs already. To patch it onto {other}, load "
+        f"the patch {str(graft)!r} {_NO_SITE}. Activations of the "
+        f"base ({base}) cannot be patched in, because it is what runs anyway. To patch it onto "
+        f"{other}, load "
         f'{other} as the base (GraftedTransformer.from_pretrained({{"{other}": …, "{base}": …}})) '
         f'and patch "{base} @ …".'
     )
@@ -140,11 +141,12 @@ def patching(
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
 ) -> pd.DataFrame:
-    """Every graft as a graft and as a patch, side by side: does the fact originate there or pass?
+    """Every graft as a graft and as a patch, side by side: does the fact originate there or pass
+    through?
 
     The output itself is not patched: `ln_final` and `unembed` are left out of every patch, because
     SFT's own logits would be SFT's answer whatever came before. A graft of these alone has no
-    patch, and neither has one that gives a prompt's sites to the base only: its row has a `reason`
+    patch, and neither does one that gives a prompt's sites to the base only: its row has a `reason`
     and no numbers.
 
     Args:
@@ -171,8 +173,8 @@ def patching(
     for name in runs.grafts:
         if PATCHED.format(name) in runs.grafts:
             raise ValueError(
-                f"a graft is called {PATCHED.format(name)!r}, which is what the patch of {name!r} "
-                "is called. Give it another name."
+                f"a graft is called {PATCHED.format(name)!r}, which is the name of the patch of "
+                f"{name!r}. Give it another name."
             )
     parts = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
@@ -203,14 +205,13 @@ def patching(
     return marked(tidy(parts, ("prompt", "graft", "rule", "how")), runs.base, runs.full)
 
 
-_OUTPUT_ONLY = "the graft is of ln_final and unembed only, whose output is the answer itself"
-_NO_SITE = "gives no site to another source than the base"
+_OUTPUT_ONLY = "the graft covers only ln_final and unembed, whose output is the answer itself"
+_NO_SITE = "gives no site to a source other than the base"
 
 
 def _without_output(mask: GraftMask) -> GraftMask:
     """The mask with the base at the final norm and the unembedding."""
-    rows = int(np.prod(mask.shape))
-    base = Selection(np.zeros(rows, dtype=np.int8), np.ones(rows, dtype=bool))
+    base = Selection.uniform(0, int(np.prod(mask.shape)))
     sites = {
         site: base if COMPONENTS[site[0]].side is Side.OUTPUT else chosen
         for site, chosen in mask.sites.items()
@@ -222,9 +223,8 @@ def _prompts_of(mask: GraftMask, batch: Batch) -> Bool[np.ndarray, " batch"]:
     """Which prompts have a site that is not the base's."""
     found = np.zeros(batch.real.shape, dtype=bool)
     for chosen in mask.sites.values():
-        groups = [chosen] if isinstance(chosen, Selection) else [s for _, s in chosen.groups]
-        for selection in groups:
-            found |= selection.choice.reshape(found.shape) != 0
+        for _, selection in chosen.parts():
+            found |= selection.share(0).reshape(found.shape) != 1
     return (found & batch.real).any(1)
 
 
@@ -256,45 +256,56 @@ def _scored(
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What a source's own run had at some rows, of some heads (None is all)."""
+class _Wanted:
+    """What is put in at some rows: a source's share of some units (None is all)."""
 
-    rows: Tensor
-    heads: tuple[int, ...] | None
-    values: Tensor
+    source: int
+    units: tuple[int, ...] | None
+    rows: Int[np.ndarray, " rows"]
+    share: Float[np.ndarray, " rows"]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a source's own run had there, and its share of the rows (None is all of them)."""
+
+    rows: Int[Tensor, " rows"]
+    units: tuple[int, ...] | None
+    values: Float[Tensor, "rows width"]
+    share: Float[Tensor, " rows"] | None
 
 
 class _Site:
     """One component in one layer: where its output is replaced, and by what."""
 
-    def __init__(
-        self, module: nn.Module, chosen: Selection | HeadSelection, real: np.ndarray
-    ) -> None:
+    def __init__(self, module: nn.Module, chosen: Choice, real: np.ndarray) -> None:
         self.module = module
         self.kept: list[_Kept] = []
-        whole = chosen.whole.choice if isinstance(chosen, HeadSelection) else chosen.choice
-        #: (source, heads, rows) of everything that is not the base's.
-        self.wanted: list[tuple[int, tuple[int, ...] | None, np.ndarray]] = []
-        for source in np.unique(whole[real]):
-            rows = np.flatnonzero((whole == source) & real)
-            self.wanted.append((int(source), None, rows))
-        # Where all heads are of one source, o's bias is too; else each head comes by itself.
-        for heads, selection in chosen.groups if isinstance(chosen, HeadSelection) else ():
-            for source in np.unique(selection.choice[real]):
-                some = (selection.choice == source) & (whole != source) & real
-                self.wanted.append((int(source), heads, np.flatnonzero(some)))
-        self.wanted = [(s, heads, rows) for s, heads, rows in self.wanted if s and len(rows)]
-        self.sources = {source for source, _, _ in self.wanted}
+        #: Everything that is not the base's.
+        self.wanted: list[_Wanted] = []
+        whole = chosen.whole
+        assert isinstance(whole, Selection)
+        # Where all units run the same, a bias of none of them does too; else each comes by itself.
+        for units, selection in [(None, whole), *(p for p in chosen.parts() if p[0] is not None)]:
+            for source in selection.sources:
+                share = selection.share(source)
+                own = np.zeros_like(share) if units is None else whole.share(source)
+                rows = np.flatnonzero((share != own) & real)
+                if source and len(rows):
+                    self.wanted.append(_Wanted(source, units, rows, share[rows]))
+        self.sources = {wanted.source for wanted in self.wanted}
 
     def capture(self, source: int) -> Callable[..., None]:
         """A forward hook that keeps what this site needs of a source's own run."""
 
         def keep(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            for wanted, heads, rows in self.wanted:
-                if wanted == source:
-                    index = torch.from_numpy(rows).to(out.device)
-                    given = _rows(out) if heads is None else _by_head(module, args, out)
-                    self.kept.append(_Kept(index, heads, given[index]))
+            for wanted in self.wanted:
+                if wanted.source == source:
+                    index = torch.from_numpy(wanted.rows).to(out.device)
+                    values = _given(module, args, out, wanted.units)[index]
+                    share = torch.from_numpy(wanted.share).to(values)
+                    mixed = None if (wanted.share == 1).all() else share[:, None]
+                    self.kept.append(_Kept(index, wanted.units, values, mixed))
 
         return keep
 
@@ -303,36 +314,48 @@ class _Site:
         made = out.clone()
         flat = _rows(made)
         for kept in self.kept:
-            if kept.heads is None:
-                flat[kept.rows] = kept.values
+            if kept.share is None and not (kept.units and isinstance(module, UnitsIn)):
+                flat[kept.rows[:, None], _columns(module, flat, kept.units)] = kept.values
                 continue
-            heads = list(kept.heads)
-            if isinstance(module, HeadsIn):
-                # Heads of o add up: theirs for ours.
-                ours = _by_head(module, args, out)[kept.rows]
-                flat[kept.rows] += (kept.values - ours)[:, heads].sum(1)
-            else:
-                index = torch.tensor(heads, device=out.device)
-                _by_head(module, args, flat)[kept.rows[:, None], index] = kept.values[:, heads]
+            # Units that add up, and shares of a whole: theirs for ours.
+            change = kept.values - _given(module, args, out, kept.units)[kept.rows]
+            change = change if kept.share is None else kept.share * change
+            units = None if isinstance(module, UnitsIn) else kept.units
+            flat[kept.rows[:, None], _columns(module, flat, units)] += change
         return made
 
 
 def _rows(out: Tensor) -> Tensor:
-    """A view of an output as rows [batch · pos, width], whatever shape its map gives."""
+    """A view of an output as rows [batch · pos, width], whatever the shape of its map's output."""
     return out if out.ndim == 2 else out.view(-1, *out.shape[2:]).flatten(1)
 
 
-def _by_head(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-    """[row, head, width]: what each head gives; of o, what it adds to the residual stream."""
-    if isinstance(module, HeadsIn):
-        return module.results(args[0].x.unflatten(1, (module.n_heads, -1)), args[1])
-    assert isinstance(module, HeadsOut), "only q, k, v and o have heads"
-    return out.view(len(out), module.n_heads, -1)
+def _columns(
+    module: nn.Module, out: Tensor, units: tuple[int, ...] | None
+) -> Int[Tensor, " columns"]:
+    """The columns of an output that some units give; None is all."""
+    if units is None:
+        return torch.arange(out.shape[1], device=out.device)
+    assert isinstance(module, UnitsOut), "only attention and the MLP have units"
+    return module.columns(torch.tensor(units, device=out.device), out.shape[1])
+
+
+def _given(
+    module: nn.Module, args: tuple[Any, ...], out: Tensor, units: tuple[int, ...] | None
+) -> Float[Tensor, "row width"]:
+    """What some units give (None is all): their columns; of a map from units, what they add."""
+    flat = _rows(out)
+    if units is not None and isinstance(module, UnitsIn):
+        x: Gathered = args[0]
+        mine = module.columns(torch.tensor(units, device=out.device), x.x.shape[1])
+        alone = torch.zeros_like(x.x).index_copy(1, mine, x.x[:, mine])
+        return module.product(Gathered(alone), args[1])
+    return flat if units is None else flat[:, _columns(module, flat, units)]
 
 
 @contextmanager
 def _suspended() -> Iterator[None]:
-    """Inside, no patch acts: for a source's own run."""
+    """Inside, no patch acts; used for a source's own run."""
     token = SUSPENDED.set(True)
     try:
         yield
@@ -342,7 +365,8 @@ def _suspended() -> Iterator[None]:
 
 @contextmanager
 def _in_force(model: GraftedTransformer, sites: frozenset[Site]) -> Iterator[None]:
-    """Tells the lens: a few of the prompts are not those patched, and some sites it reads anew."""
+    """Tells the lens that a few prompts are not the whole batch that is patched, and that it
+    recomputes some sites."""
     token = PATCHES.set((*PATCHES.get(), (model, sites)))
     try:
         yield
@@ -361,7 +385,7 @@ def _hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[RemovableHa
 
 @contextmanager
 def _checked(model: GraftedTransformer, batch: Batch) -> Iterator[None]:
-    """Runs of other prompts are refused: their rows are other prompts' rows."""
+    """Runs of other prompts are refused: their rows do not correspond."""
 
     def check(_: nn.Module, args: tuple[Any, ...]) -> None:
         if SUSPENDED.get():
@@ -379,14 +403,14 @@ def _checked(model: GraftedTransformer, batch: Batch) -> Iterator[None]:
 
 
 _OTHERS = (
-    "these are not the prompts that are patched, or not all their rows. Inside patched(…), run the "
-    "prompts that it was given, as a whole and padded on the same side: model(prompts), "
+    "these are not the prompts that are patched, or not all of their rows. Inside patched(…), run "
+    "the prompts that it was given, as a whole and padded on the same side: model(prompts), "
     "run_with_cache, run_with_hooks."
 )
 
 
 def _check_rows(model: GraftedTransformer, batch: Batch) -> None:
-    """That the pass under way has the rows that are patched, at their places."""
+    """Check that the current pass has the rows that are patched, at their positions."""
     mask = model.active.current
     if not isinstance(mask, GraftMask) or (mask.shape, mask.places) != (
         batch.real.shape,

@@ -29,7 +29,7 @@ from graftlens.model.arch import Site
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import Batch
-from graftlens.prompts import PromptError, Tokenized, continuation, encode
+from graftlens.prompts import PromptError, Tokenized, continuation, ids_with
 from graftlens.references import References
 
 C = Component
@@ -37,24 +37,24 @@ C = Component
 #: Hooks over pairs of positions: their rows are distributions, or masked.
 PAIRS = ("hook_pattern", "hook_attn_scores")
 
-#: The models that are patched here, each with the sites whose outputs are replaced.
+#: The models that are patched in this context, each with the sites whose outputs are replaced.
 PATCHES: ContextVar[tuple[tuple[GraftedTransformer, frozenset[Site]], ...]] = ContextVar(
     "patches", default=()
 )
 
-#: Prompts that run together at most, and bytes that their caches may take if it is several.
+#: Most prompts that run together, and most bytes of their caches if there are several.
 CHUNK, BUDGET = 8, 1 << 30
 
 
 def refuse_patches(
     model: GraftedTransformer, components: Collection[Component], why: str, instead: str
 ) -> None:
-    """That none of the components is patched where a table would not tell the patched run.
+    """Refuse a patch of components that a table could not show correctly.
 
     Args:
         model: the model.
         components: those that must not be patched.
-        why, instead: what is not told of the patched run, and what to do.
+        why, instead: what would be wrong about the patched run, and what to do.
 
     Raises:
         ValueError: one of the components is patched here.
@@ -73,7 +73,7 @@ def refuse_patches(
 
 
 def refuse_patched_output(model: GraftedTransformer) -> None:
-    """That neither the final norm nor the unembedding is patched where streams are read anew.
+    """Refuse a patch of the final norm or the unembedding, through which streams are read again.
 
     Raises:
         ValueError: one of them is.
@@ -82,8 +82,8 @@ def refuse_patched_output(model: GraftedTransformer) -> None:
     refuse_patches(
         model,
         components_where(lambda row: row.side is Side.OUTPUT),
-        "streams are read here by the norm and the unembedding of the run's own graft, which no "
-        "patch changes",
+        "streams are read here by the norm and the unembedding of the run's own graft, which "
+        "patches do not change",
         f'Leave them out of the patch (": {" + ".join([*inside, "block"])}" is all the rest), or '
         "take the patched output itself from model(prompts).",
     )
@@ -91,7 +91,8 @@ def refuse_patched_output(model: GraftedTransformer) -> None:
 
 @contextmanager
 def unhooked(model: GraftedTransformer) -> Iterator[None]:
-    """Inside, hooks of the final norm and the unembedding rest: what is read is no [batch, pos]."""
+    """Inside, hooks of the final norm and the unembedding are off: what is read is not [batch,
+    pos]."""
     points = [
         point
         for module in (model.ln_final, model.unembed)
@@ -111,7 +112,7 @@ def unhooked(model: GraftedTransformer) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Runs:
-    """Named grafts, with the two runs that the others are held against among them.
+    """Named grafts, including the two runs that the others are compared with.
 
     Attributes:
         grafts: name -> graft; the base alone first, then one source everywhere, then the rest.
@@ -140,7 +141,7 @@ class Runs:
         elif full is None and len(others) != 1:
             raise ValueError(
                 f"this model has the sources {' '.join(sources)}: say which one the runs "
-                f'are held against, such as full="{sources[-1]} @ all".'
+                f'are compared with, such as full="{sources[-1]} @ all".'
             )
         found = References.of(given, sources, full)
         assert found.full is not None
@@ -148,7 +149,7 @@ class Runs:
         return cls(first | dict(found.grafts), found.base, found.full)
 
     def columns(self, name: str) -> dict[str, str]:
-        """What a table says of a run."""
+        """The columns of a table that describe a run."""
         return {"graft": name, "rule": str(self.grafts[name])}
 
 
@@ -181,16 +182,16 @@ class Places:
 def chunks(
     model: GraftedTransformer, whole: Batch, runs: Runs, at: Where, size: int = CHUNK
 ) -> Iterator[Places]:
-    """The places `at` of the prompts, in their order: a few prompts at a time, or all of them where
-    patches or hooks are there, which are made for the whole batch.
+    """The places `at` of the prompts, in order: a few prompts at a time, or all of them if there
+    are patches or hooks, which apply to the whole batch.
 
     Raises:
-        PromptError: prompts that cannot be run, that have no such place, or that one of the runs'
-            grafts cannot be applied to.
-        ValueError: `at` is no expression over spans.
+        PromptError: prompts that cannot be run, that have no such place, or to which one of the
+            grafts cannot be applied.
+        ValueError: `at` is not an expression over spans.
     """
     where = At.parse(at.tolist() if isinstance(at, Tensor | np.ndarray) else at)
-    # Before anything runs, and with the prompts' own numbers in what is said.
+    # Before anything runs, and with the prompts' own numbers in the message.
     for graft in runs.grafts.values():
         model.resolve(graft, whole)
     ids = whole.tokens.tolist()
@@ -227,7 +228,7 @@ def _places(
 
 
 def token_text(model: GraftedTransformer, token: int) -> str:
-    """A token as text; its number where the model has no tokenizer."""
+    """A token as text; its id if the model has no tokenizer."""
     return str(token) if model.tokenizer is None else model.to_single_str_token(token)
 
 
@@ -268,13 +269,12 @@ def first_token(
     """The first token of a text that follows a prompt.
 
     Raises:
-        PromptError: a prompt without a text, or a text that begins no token of its own.
+        PromptError: a prompt without a text, or a text that does not begin a token of its own.
     """
     tokenizer = model._tokenizer()
-    if item.prompt is not None:
-        ids, _ = encode(item.prompt.text, tokenizer, prepend_bos)
-        if tuple(ids) != item.ids:  # made elsewhere, with another prepend_bos
-            prepend_bos = item.ids[0] == tokenizer.bos_token_id
+    if item.prompt is not None and ids_with(item, "", tokenizer, prepend_bos) != item.ids:
+        # Made elsewhere, with another prepend_bos.
+        prepend_bos = item.ids[0] == tokenizer.bos_token_id
     return continuation(item, text, tokenizer, prepend_bos)[0]
 
 
@@ -300,7 +300,7 @@ def needed_target_ids(
 def cached(
     model: GraftedTransformer, batch: Batch, graft: Graft, names: Sequence[str]
 ) -> GraftedCache:
-    """The named activations of one run; it is unembedded only where they ask for it."""
+    """The named activations of one run; it is unembedded only if they need it."""
     after = any(name.startswith(("ln_final", "unembed")) for name in names)
     kind = "logits" if after else None
     _, cache = model.run_with_cache(batch, graft=graft, return_type=kind, names_filter=list(names))
@@ -309,15 +309,18 @@ def cached(
 
 
 def hook_names(model: GraftedTransformer, wanted: str | Sequence[str]) -> list[str]:
-    """Full hook names; a name without a module, such as `hook_resid_post`, is that of every layer.
+    """Full hook names; a name without a module, such as `hook_resid_post`, stands for that hook in
+    every layer.
 
     Raises:
-        ValueError: a name that no hook has, or no name.
+        ValueError: a name that no hook has, or no name at all.
     """
     single = isinstance(wanted, str) or not isinstance(wanted, Iterable)
     asked = [wanted] if single else list(wanted)
     if not asked:
-        raise ValueError(f"hooks={wanted!r} names no hook. Name one, such as hook_resid_post.")
+        raise ValueError(
+            f"hooks={wanted!r} does not name a hook. Name one, such as hook_resid_post."
+        )
     names: list[str] = []
     for want in asked:
         found = [n for n in model.hook_dict if n == want or n.endswith(f".{want}")]
@@ -367,7 +370,7 @@ def look_into(
 
 
 def _cache_bytes(model: GraftedTransformer, whole: Batch, hooks: Sequence[str]) -> int:
-    """What the hooks of one prompt take in a cache, at most."""
+    """Most bytes that the hooks of one prompt take in a cache."""
     arch, width = model.arch, whole.real.shape[1]
     row = max(arch.d_model, arch.n_heads * arch.d_head, arch.d_mlp)
     sizes = [width * arch.n_heads if name.endswith(PAIRS) else row for name in hooks]
@@ -377,10 +380,10 @@ def _cache_bytes(model: GraftedTransformer, whole: Batch, hooks: Sequence[str]) 
 def tidy(
     parts: Sequence[pd.DataFrame], first: Sequence[str], whole: Sequence[str] = ()
 ) -> pd.DataFrame:
-    """One table of all parts, prompt by prompt.
+    """One table from several, prompt by prompt.
 
     Args:
-        parts: tables with a column `prompt`, each in the order that it shall have.
+        parts: tables with a column `prompt`, each in its final order.
         first: the columns that come first; the others follow in their order.
         whole: columns of whole numbers that may be NA.
     """

@@ -27,15 +27,15 @@ def weight_difference(
 
     Args:
         model: the model.
-        source: the changed source; needed where there are several besides the base.
-        base: what it is held against; the model's base unless given.
+        source: the changed source; needed if there are several besides the base.
+        base: the source it is compared with; the model's base unless given.
         spectra: whether to compute what needs singular values (the slow part of large models);
-            without them those columns are NA.
+            if not, those columns are NA.
 
     Returns:
         One row per component, layer (NA outside the layers) and parameter (`weight`, `bias`):
         `entries`; `frobenius` ‖ΔW‖_F and `relative_frobenius` ‖ΔW‖_F / ‖W‖_F; `spectral`, the
-        largest singular value of ΔW, and `relative_spectral`, the same over that of W;
+        largest singular value of ΔW, and `relative_spectral`, the same divided by that of W;
         `effective_rank` of ΔW, the exponential of the entropy of its singular values as a
         distribution (Roy and Vetterli 2007); `stable_rank` ‖ΔW‖_F² / ‖ΔW‖₂²; and `share_changed`,
         the share of entries that differ. Norms are those of the tensors as stored (Gemma's norm
@@ -56,7 +56,7 @@ def weight_difference(
     for what, name in (("source", source), ("base", base)):
         if name not in model.sources:
             raise ValueError(
-                f"{what}={name!r} is no source of this model. Allowed: "
+                f"{what}={name!r} is not a source of this model. Allowed: "
                 f"{' '.join(model.sources)}.{suggest(str(name), model.sources)}"
             )
     if source == base:
@@ -99,12 +99,12 @@ def _measured(before: Tensor, after: Tensor, spectra: bool) -> dict[str, float |
 
 
 def _ratio(a: float, b: float) -> float:
-    """a / b; nothing over nothing is 0."""
+    """a / b, where 0 / 0 is 0."""
     return 0.0 if a == b == 0 else a / b if b else float("inf")
 
 
 def _singular_values(w: Float[Tensor, "*shape"]) -> Float[Tensor, " rank"]:
-    """From the smaller Gram matrix in float64: right to about 1e-8 of the largest."""
+    """From the smaller Gram matrix in float64: accurate to about 1e-8 of the largest."""
     if w.ndim == 1:
         return w.norm()[None]
     gram = w @ w.T if w.shape[0] <= w.shape[1] else w.T @ w

@@ -1,6 +1,7 @@
 """Continuing prompts under a graft."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from graftlens.model.forward import KeyValueCache
 from graftlens.model.inputs import Batch, Input, collate
-from graftlens.model.mask import GraftLike, GraftMask, Selection
+from graftlens.model.mask import GraftLike, GraftMask
 from graftlens.model.reading import whole
 from graftlens.prompts import Prompt, Tokenized
 
@@ -142,7 +143,7 @@ class Generation:
             added = ids[len(prompt) :]
             stop = next((n for n, token in enumerate(added) if token in ends[i]), len(added))
             new = self._added_text(ids[: len(prompt)], added[:stop])
-            known = item if isinstance(item, str) else prompt.prompt and prompt.prompt.text
+            known = item if isinstance(item, str) else prompt.text
             before = self.to_string(ids[: len(prompt)]) if known is None else known
             texts.append(new if new_only else before + new)
         return texts[0] if single else texts
@@ -202,10 +203,10 @@ def _sources_of_rows(mask: GraftMask) -> list[list[str]]:
         row[start : start + total] = True
     used = np.zeros((mask.shape[0], len(mask.sources)), dtype=bool)
     for chosen in {id(chosen): chosen for chosen in mask.sites.values()}.values():
-        selections = [chosen] if isinstance(chosen, Selection) else [s for _, s in chosen.groups]
-        for selection in selections:
+        for _, selection in chosen.parts():
             for source in selection.sources:
-                used[:, source] |= ((selection.choice.reshape(mask.shape) == source) & real).any(1)
+                has = selection.share(source).reshape(mask.shape) != 0
+                used[:, source] |= (has & real).any(1)
     return [[mask.sources[s] for s in np.flatnonzero(row)] for row in used]
 
 
@@ -220,7 +221,7 @@ def _left_padded(batch: Batch, pad_id: int) -> Batch:
         return batch
     rows = batch.tokens.tolist()
     prompts = [
-        Tokenized(tuple(row[s : s + len(p)]), p.runs, p.prompt)
+        replace(p, ids=tuple(row[s : s + len(p)]))
         for row, s, p in zip(rows, batch.starts, batch.prompts, strict=True)
     ]
     return collate(prompts, pad_id=pad_id, side="left", device=batch.tokens.device)

@@ -25,19 +25,16 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import torch
-import yaml
 from tqdm.auto import tqdm
 
-from graftlens.configfile import settings_from
 from graftlens.folder import differences, probe, refusal
 from graftlens.graft import Graft
 from graftlens.locks import holder
-from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.places import folder_of
 from graftlens.prompts import Prompt, PromptError
 from graftlens.sweep.cells import Measures, asked_for, own_measures
-from graftlens.sweep.config import Checked, SweepConfig, check, load_config, with_measures
+from graftlens.sweep.config import Checked, SweepConfig, as_yaml, checked_as_given
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.disk import (
     FolderError,
@@ -247,13 +244,13 @@ def prepare_sweep(
         FolderError: a folder that cannot be written, or a full disk.
     """
     out = Path(out).expanduser()
-    checked, text = _checked(config, overrides, own_measures(measures))
+    checked, text = checked_as_given(config, overrides, own_measures(measures))
     manifest, blocks = _plan(checked, overrides)
     manifest = replace(manifest, config_sha256=hashlib.sha256(text.encode()).hexdigest())
     table = prompt_table(checked.prompts, checked.dataset, blocks)
     files = {
         "config.yaml": text.encode(),
-        "grafts.yaml": _yaml({str(g["name"]): g["rule"] for g in manifest.grafts}).encode(),
+        "grafts.yaml": as_yaml({str(g["name"]): g["rule"] for g in manifest.grafts}).encode(),
         "prompts.parquet": to_bytes(table),
     }
     new = manifest.to_json().encode()
@@ -284,32 +281,6 @@ def _give_up(out: Path, say: Say) -> None:
         if read_manifest(out).models is None:
             for name in ("sweep.json", "config.yaml", "grafts.yaml", "prompts.parquet"):
                 (out / name).unlink(missing_ok=True)
-
-
-def _checked(
-    config: SweepConfig | str | Path | Mapping[str, Any] | Checked,
-    overrides: Sequence[str],
-    measures: Sequence[Measure],
-) -> tuple[Checked, str]:
-    """The checked config, and its text as given."""
-    if isinstance(config, str | Path):
-        path = Path(config).expanduser()
-        checked = check(with_measures(load_config(path, overrides), measures), measures)
-        typed = [*overrides, *(f"the measure {m.name}" for m in measures)]
-        said = "".join(f"#   {one}\n" for one in typed)
-        note = f"\n# and on the command line:\n{said}" if typed else ""
-        return checked, path.read_text(encoding="utf-8") + note
-    if overrides:
-        raise ValueError(
-            f"overrides={list(overrides)}: these apply to a config file only. Change the config "
-            "itself."
-        )
-    if isinstance(config, Checked):
-        checked = config
-    else:
-        given = with_measures(settings_from(SweepConfig, config), measures)
-        checked = check(given, measures)
-    return checked, _yaml(checked.config.model_dump(mode="json", exclude_unset=True))
 
 
 def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[int]]:
@@ -690,7 +661,3 @@ def _files(
 
 def _digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _yaml(value: Mapping[str, Any]) -> str:
-    return str(yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))
