@@ -167,6 +167,15 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return checkpoints(tmp_path_factory.mktemp("pair"))
 
 
+def small(sources: dict[str, str], **changes: Any) -> dict[str, Any]:
+    """Three prompts, one of which cannot run a graft, under four grafts."""
+    given = config(sources, **changes)
+    names = ("PRE", "SFT", "LT", "T")
+    grafts = {name: graft for name, graft in given["grafts"].items() if name in names}
+    prompts = [given["prompts"][i] | {"answers": [" Mara", "!"]} for i in (0, 2, 5)]
+    return given | {"prompts": prompts, "grafts": grafts}
+
+
 def sweep(given: Mapping[str, Any], out: Path, **options: Any) -> pd.DataFrame:
     result = run_sweep(given, out, progress=False, say=lambda line: None, **options)
     assert result.ok, (out / "trust.txt").read_text()
@@ -187,7 +196,7 @@ def test_a_measure_is_one_row(
         table.groupby("graft", sort=False)["toy"].mean().tolist()
     )
     assert viz.grouped_bars(summary, "toy").layout.yaxis.title.text.startswith("third likeliest")
-    swept = sweep(config(sources, metrics={"measures": ["toy", "kl_full"]}), tmp_path / "out")
+    swept = sweep(small(sources, metrics={"measures": ["toy", "kl_full"]}), tmp_path / "out")
     assert swept["toy"].notna().tolist() == swept["reason"].isna().tolist()
     assert (swept.loc[swept["graft"] == "SFT", "kl_full"].dropna() == 0).all()
 
@@ -196,7 +205,7 @@ def test_a_sweep_with_measures_is_one_by_one_and_resumes(
     sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """References lie in every shard: grafts are cut into blocks, and a lost shard comes back."""
-    given = config(sources, shards=3, metrics={"top_k": 3, "measures": [*ASKED, "own"]})
+    given = small(sources, shards=2, metrics={"top_k": 3, "measures": [*ASKED, "own"]})
     own = Measure("own", ["base_logprobs", "logprobs"], lambda _, q, p: (p - q).abs().amax(-1))
     out = tmp_path / "out"
     whole = sweep(given, out, measures=[own])
@@ -213,7 +222,7 @@ def test_a_sweep_with_measures_is_one_by_one_and_resumes(
     stored = read_prompts(out)["as_given"].to_pylist()
     texts = [Prompt(**json.loads(text)) for text in stored]
     t = Tiny("llama", {}, model, model.tokenizer)
-    for number in (0, 4):
+    for number in (0, 2):
         rows = ran[ran["prompt"] == number].set_index("graft")
         able = {name: grafts[name] for name in rows.index}
         ends = manifest.recovery["base"], manifest.recovery["full"]
@@ -229,8 +238,11 @@ def test_a_sweep_with_measures_is_one_by_one_and_resumes(
         run_sweep(given, out, progress=False, say=lambda line: None)
     assert_equal_tables(sweep(given, out, measures=[own]), whole)
     monkeypatch.setattr("graftlens.sweep.runner.GraftedTransformer", None)  # nothing to run
-    with pytest.raises(ValueError, match=r"metrics\.measures\.0: 'kl_base' there"):
-        run_sweep(config(sources, shards=3), out, progress=False)
+    other = small(sources, shards=2, metrics={"top_k": 3})
+    with pytest.raises(
+        ValueError, match=r"metrics\.measures: \['kl_base', .* there, nothing given"
+    ):
+        run_sweep(other, out, progress=False)
 
 
 def test_a_measure_of_the_command_line_is_imported_by_each_worker(
@@ -244,18 +256,20 @@ def test_a_measure_of_the_command_line_is_imported_by_each_worker(
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    given = config(sources, grafts={"LT": "sft @ last"})
+    given = small(sources)
     Path("s.yaml").write_text(yaml.safe_dump(given))
     code = ["--measure", "mine:best", "--out", "out", "--devices", "cpu,cpu"]
     with monkeypatch.context() as unchecked:
-        unchecked.setattr(jaxtyping.config, "jaxtyping_disable", True)  # of what typer itself passes
+        unchecked.setattr(
+            jaxtyping.config, "jaxtyping_disable", True
+        )  # of what typer itself passes
         found = CliRunner().invoke(app, ["sweep", "s.yaml", *code])
     assert found.exit_code == 0, found.output
     table = read_results("out")
     assert isinstance(table, pd.DataFrame)
     assert table["best"].notna().tolist() == table["reason"].isna().tolist()
     assert read_manifest(Path("out")).asked == ("best",)
-    summary = summarise(table, metrics=["best"], ks=(), recovery="best", resamples=50)
+    summary = summarise(table, by=(), metrics=["best"], ks=(), recovery="best", resamples=50)
     assert summary["best"].notna().all()
     for wrong, said in (
         ("mine:other", "is a int, not a measure"),
