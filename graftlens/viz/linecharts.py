@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from graftlens.viz import text, theme
+from graftlens.viz.lenstables import check_column
 from graftlens.viz.quantities import Quantity, of_summary
 from graftlens.viz.spelling import escaped
 
@@ -30,11 +31,7 @@ def lines(
     """
     facts = of_summary(frame, metric)
     for column in (x, *([series] if series is not None else [])):
-        if column not in frame.columns:
-            raise ValueError(
-                f"the table has no column {column!r}; it has "
-                f"{', '.join(map(repr, map(str, frame.columns)))}"
-            )
+        check_column(frame, column)
     at = pd.to_numeric(frame[x].astype(object), errors="coerce")
     if at.isna().any():
         wrong = frame.loc[at.isna(), x].iloc[0]
@@ -57,13 +54,7 @@ def lines(
         height=430,
         margin={"l": 60, "r": 16, "t": 48, "b": 60},
         showlegend=series is not None,
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "y": 1.02,
-            "yanchor": "bottom",
-            "title_text": escaped((series or "").replace("_", " ")),
-        },
+        legend=theme.ABOVE | {"title_text": escaped((series or "").replace("_", " "))},
         hovermode="closest",
     )
     draws = "lines: mean of the draws, dots: each draw, band: least to greatest"
@@ -94,6 +85,28 @@ def add_line(
         mode="lines+markers",
         line={"color": line.color, "dash": line.dash, "width": 2},
         marker={"symbol": line.marker, "size": size},
+        **more,
+    )
+
+
+def add_band(
+    figure: go.Figure,
+    x: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    color: str,
+    **more: Any,
+) -> None:
+    """Add what lies between two curves; `more` is what plotly's scatter takes."""
+    figure.add_scatter(
+        x=[*x, *x[::-1]],
+        y=[*high, *low[::-1]],
+        fill="toself",
+        fillcolor=color,
+        mode="lines",
+        line={"width": 0},
+        hoverinfo="skip",
+        showlegend=False,
         **more,
     )
 
@@ -134,15 +147,12 @@ def _add_draws(
     places: Sequence[float] = found.index.tolist()
     # Draws without a value have no place in the band.
     held = found.dropna()
-    figure.add_scatter(
-        x=[*held.index, *held.index[::-1]],
-        y=[*held["max"], *held["min"][::-1]],
-        fill="toself",
-        fillcolor=_faint(line.color, 0.18),
-        mode="lines",
-        line={"width": 0},
-        hoverinfo="skip",
-        showlegend=False,
+    add_band(
+        figure,
+        held.index.tolist(),
+        held["min"].tolist(),
+        held["max"].tolist(),
+        _faint(line.color, 0.18),
         legendgroup=label,
         name=f"{label}: band",
     )
