@@ -12,7 +12,7 @@ from graftlens.metrics import averaged, known
 
 #: Columns of a sweep's table that describe a graft; a summary's rows keep them.
 GRAFT_COLUMNS = ("source", "span", "component", "layer", "head")
-#: Why there is no recovery of a table whose column names no full run.
+#: Why a table without a full run has no recovery.
 NO_FULL_RUN = "the table names no full run (column 'full_run'): give full= the name of a graft"
 
 
@@ -60,7 +60,7 @@ class Grid:
         values[self.row, self.column] = cells
         values[~needed] = np.nan
         missing = np.isnan(values) & needed
-        # Of a user's own measure nobody here knows; others say whether they may be missing.
+        # Nothing is known of a user's own measure; others say whether they may be missing.
         row = known(metric)
         optional = row is None or row.optional
         if missing.any() and not (optional and (partial or (missing == needed).all())):
@@ -137,7 +137,7 @@ def with_notes(result: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def graft_facts(table: pd.DataFrame) -> dict[str, dict[str, object]]:
-    """Graft -> what the table says about it besides the results."""
+    """Graft -> what the table says about it, apart from its results."""
     columns = [c for c in GRAFT_COLUMNS if c in table]
     first = table.drop_duplicates("graft").set_index("graft")[columns]
     return {str(graft): dict(row) for graft, row in first.astype(object).iterrows()}
