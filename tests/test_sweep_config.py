@@ -163,7 +163,7 @@ BAD_VALUES = {
     "prompts: {file: bad.jsonl}": r"prompts.0.line 2: Expecting property name",
     "prompts: {file: lacking.jsonl}": r"(?s)prompts.0.line 1.answer: this key is missing.*"
     r"prompts.0.line 2.answer: 3 should be text",
-    "prompts: {file: none.jsonl}": r"prompts.0: none.jsonl holds no prompt",
+    "prompts: {file: none.jsonl}": r"prompts.0: none.jsonl does not hold a prompt",
     "prompts: {file: mapping.yaml}": r"prompts.0: mapping.yaml holds a dict, not a list of prompts",
     "prompts: [{file: some.yaml}, {file: some.yaml}]": r"prompts.1: two sets of prompts are called "
     r"'some.yaml'",
@@ -219,7 +219,7 @@ BAD_VALUES = {
     "grids: [3]": r"grids.0: 3 should be a mapping",
     "grids: {components: mpl}": r"grids.0.components: unknown component 'mpl'. Allowed: .*'mlp'\?",
     "grids: {components: []}": r"grids.0.components: the list is empty. Name an entry, or leave",
-    "grids: {components: [q, 3]}": r"grids.0.components: 3 is no component",
+    "grids: {components: [q, 3]}": r"grids.0.components: 3 is not a component",
     "grids: {positions: last +}": r"grids.0.positions: at='last \+': a span or \[positions\] is mi",
     "grids: {positions: }": r"grids.0.positions: at=None is not a position",
     "grids: {positions: {last: o}}": r"grids.0.positions: at=\{'last': 'o'\} is not a position",
