@@ -113,6 +113,15 @@ def test_cells_on_the_page_are_those_of_the_table(written):
         assert f"<td>{value} <small>{interval}</small></td>" in source
 
 
+def test_columns_of_numbers_are_told_from_those_of_words():
+    frame = pd.DataFrame(
+        {"graft": ["0.5*sft @ last", "-1*sft"], "run": ["20.0% [8.3, 41.7]", "–"]}
+        | {"layer": ["0-3", "4"], "n": [1, 2], "why": ["", "3 of 4 failed"]}
+    )
+    head = page.Table("t", frame).cells().head
+    assert [name for name, words in head if words] == ["graft", "why"]
+
+
 def test_in_a_browser_every_chart_is_drawn(written, tmp_path):
     path, made, _ = written
     script = """
