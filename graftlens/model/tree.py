@@ -32,8 +32,6 @@ from graftlens.model.mask import (
     grouped,
 )
 
-C = Component
-
 #: Components whose source is chosen per key row; some are chosen for both kinds of row.
 KEY_SIDE = components_where(lambda row: row.side in (Side.KEY, Side.BOTH))
 #: Components whose source is chosen per query row.
@@ -304,7 +302,8 @@ class LayerRows:
         self.key_places = self.query_places if self.same else positions("key_nodes")
         self.chosen = sides.query.selections(repeated("query_choices"))
         of_keys = sides.key.selections(repeated("key_choices"))
-        self.key_norm = of_keys.pop(C.LN1, None)
+        # What works on rows of both kinds has a choice for each.
+        self.on_keys = {c: of_keys.pop(c) for c in tuple(of_keys) if c in self.chosen}
         self.chosen |= self._as_queries(of_keys) if self.same else of_keys
         self.groups = [
             TreeGroup(piece, device)
