@@ -487,8 +487,7 @@ class _Gradients:
         for strength in (*self.by_site.values(), *self.of_bias.values()):
             strength.requires_grad_(True)
         batch = torch.tensor([self.tokens])
-        sites = [{(Component(c), l): s for (c, l), s in of.items()} for of in self._both()]
-        mask = self.model.resolve(self.under, batch).strengthened("sft", *sites)
+        mask = self.model.resolve(self.under, batch).strengthened("sft", *self._both())
         logits = self.model(batch, graft=mask)[0]
         _close(logits.detach(), self.oracle({}), 1e-6)
         wanted = [s for of in self._both() for s in of.values()]
@@ -611,7 +610,7 @@ def test_strengths_of_the_wrong_shape_or_place_are_refused(tiny: MakeTiny) -> No
     row, o = torch.ones(LENGTH), (Component.O, 1)
     for strengths, bias, message in [
         ({(Component.O, 9): row}, None, "strengths of o in layer 9: no such site in this mask."),
-        ({(Component.O, None): row}, None, "strengths of o: no such site in this mask."),
+        ({("o", None): row}, None, "strengths of o: no such site in this mask."),
         ({o: torch.ones(3)}, None, "strengths of o in layer 1 have shape [3]. Give one for each"),
         ({o: torch.ones(1, LENGTH)}, None, "have shape [1, 7]. Give one for each of the batch's 7"),
         ({}, {o: row}, "strengths of o in layer 1: a bias alone."),

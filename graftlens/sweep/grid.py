@@ -40,7 +40,8 @@ def _sizes(value: Any) -> int | str | tuple[int, ...]:
     ends = _SIZES.fullmatch(value.strip()) if isinstance(value, str) else None
     if ends is None or any(end != "n" and int(end) < 1 for end in ends.groups("n")):
         raise ValueError(
-            f'{brief(value)} is not a size: sizes count from 1. Write 3, "1..4", "1..n" or [1, 2, 4].'
+            f"{brief(value)} is not a size: sizes count from 1. "
+            'Write 3, "1..4", "1..n" or [1, 2, 4].'
         )
     if ends[1] and ends[2] != "n" and int(ends[1]) > int(ends[2]):
         raise ValueError(f"{value!r} runs backwards. Write {ends[2]}..{ends[1]}.")
@@ -54,7 +55,7 @@ class Windows(Settings):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     size: Annotated[int | str | tuple[int, ...], BeforeValidator(_sizes)]
-    """Layers (or heads, neurons) in a window: 3, "1..4", "1..n" or [1, 2, 4]; n is all of the model's."""
+    """Layers (heads, neurons) in a window: 3, "1..4", "1..n" or [1, 2, 4]; n is all there are."""
 
     stride: Annotated[int, Field(ge=1)] = 1
     """Layers (or heads) from the start of one window to the next."""
