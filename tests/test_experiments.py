@@ -494,12 +494,14 @@ def test_equal_grafts_each_have_their_row(base, place):
                 "layers": ["all", {"cumulative": "below", "stride": 4}],
             },
             {"positions": "last", "dropout": {"rates": [0, 0.5, 1], "draws": 2}},
+            {"name": "doses", "positions": ["last", "bos"], "strengths": [2, 0.5]},
         ],
         figures=[
             {"kind": "bars", "metrics": ["prob", "rank"], "grafts": ["recall", "whole", "PRE"]},
             {"kind": "bars", "grids": ["spans"], "x": "position", "by": "pooled"},
             {"kind": "lines", "grids": ["2"], "x": "rate", "by": "pooled"},
             {"kind": "lines", "grids": ["runs"], "x": "layers", "by": "pooled", "panel": "source"},
+            {"kind": "lines", "grids": ["doses"], "x": "strength", "by": "pooled"},
         ],
         finding={"enough": "recall", "rest": "whole"},
     )
@@ -543,6 +545,22 @@ def test_equal_grafts_each_have_their_row(base, place):
         runs = rows[rows["grid"] == "runs"]
         assert list(runs["layers"]) == [LAYERS, 4, LAYERS]
         assert list(runs["layer"]) == ["all", "0-3", "0-7"]
+        doses = rows[rows["grid"] == "doses"].set_index("graft")
+        assert dict(doses["strength"]) == {
+            "doses: 2*sft @ last": 2,
+            "doses: 0.5*sft @ last": 0.5,
+            "doses: 2*sft @ bos": 2,
+            "doses: 0.5*sft @ bos": 0.5,
+        }
+        drawn = result.folder / "figures" / f"one-doses-top5-{dataset}.html".replace(" ", "-")
+        held = re.search(r"id='chart-0-figure'>(.*?)</script>", drawn.read_text("utf-8"))[1]
+        lines = {line["name"]: line for line in json.loads(held)["data"]}
+        assert list(lines) == ["doses: sft @ last", "doses: sft @ bos"]
+        value = doses["top5"]
+        assert lines["doses: sft @ last"]["x"] == [0.5, 2]
+        assert lines["doses: sft @ last"]["y"] == [
+            value[f"doses: {dose}*sft @ last"] for dose in ("0.5", "2")
+        ]
     page = result.page.read_text(encoding="utf-8")
     assert "recall" in page
     names = {path.name for path in (result.folder / "figures").iterdir()}

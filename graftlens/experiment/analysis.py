@@ -126,7 +126,7 @@ def check_figures(part: PartConfig, checked: Checked) -> None:
     """Find figures that cannot be drawn, before anything is trained.
 
     Raises:
-        ConfigError: every figure in which several grafts would be one bar or one cell.
+        ConfigError: every figure in which several grafts would be one bar, cell or point.
     """
     tags = _tags(part, checked)
     problems = []

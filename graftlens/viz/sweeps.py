@@ -195,8 +195,8 @@ def size_curve(
 
 _SIZE = "__size"
 
-#: The strength that a rule's text begins with, as in `0.5*sft @ last`.
-_FACTOR = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\*")
+#: The strength in the text of a rule, as in `doses: 0.5*sft @ last`.
+_FACTOR = re.compile(r"(?<![\w.])[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\*")
 
 
 def dose_response(
