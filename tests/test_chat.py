@@ -4,16 +4,31 @@ Token ids are held against transformers' own `apply_chat_template`, and whose ea
 against the templates written a second time, in Python.
 """
 
+import copy
 import random
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from chattemplates import PROMPT, TEMPLATES, WRITERS, tokenizer_of
+from conftest import MakeTiny, Tiny
+from reference import sequential_graft
+from toytokenizers import TOKENIZERS
 
-from graftlens.chat import ROLES, render
+from graftlens.chat import RESERVED, ROLES, render
+from graftlens.dashboards import dashboard
+from graftlens.evaluation import evaluate, position_grafts
+from graftlens.graft import At, Graft
+from graftlens.model.arch import PairError
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.identity import tokenizer_digest
+from graftlens.model.tokenizers import with_chat_template
 from graftlens.prompts import Prompt, PromptError, Tokenized, tokenize
+from graftlens.sweep.results import as_given, revived
 
 NAMES = sorted(TEMPLATES)
 TRIMS_OFFSETS = {"llama3", "deepseek"}  # their tokenizers leave spaces out of tokens' offsets
@@ -176,3 +191,370 @@ def test_random_conversations(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_two_hundred_random_conversations(name: str) -> None:
     _many(name, 200)
+
+
+# -- what a conversation is ------------------------------------------------------------------------
+
+ASKED = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who starred with {first_entity}? Name {first_entity}'s partner."},
+]
+
+
+def _texts(tokens: Tokenized, span: str, name: str = "chatml") -> list[str]:
+    decode = tokenizer_of(name).decode
+    return [decode([tokens.ids[i] for i in run]) for run in tokens.runs[span]]
+
+
+def test_fields_of_contents_are_spans() -> None:
+    prompt = Prompt.chat(ASKED, fields={"first_entity": "Renée Zellner"}, answer="Anders")
+    tokens = tokenize(prompt, tokenizer_of("chatml"))
+    assert _texts(tokens, "first_entity") == [" Renée Zellner", " Renée Zellner"]
+    assert _texts(tokens, "user") == [prompt.text.split("user: ")[1].split("\n\n")[0]]
+    assert _texts(tokens, "turn") == [
+        "<|im_start|>system\nBe brief.<|im_end|>\n",
+        f"<|im_start|>user\n{_texts(tokens, 'user')[0]}<|im_end|>\n",
+        "<|im_start|>assistant\n",
+    ]
+    assert prompt.text == (
+        "system: Be brief.\n\nuser: Who starred with Renée Zellner? Name Renée Zellner's partner."
+        "\n\nassistant:"
+    )
+    assert prompt.template == prompt.text.replace("Renée Zellner", "{first_entity}")
+    # Without fields, braces are literal.
+    literal = Prompt.chat(ASKED)
+    assert "{first_entity}" in str(tokenize(literal, tokenizer_of("chatml")).text)
+    assert literal.text.count("{first_entity}") == 2
+
+
+def test_conversations_are_values() -> None:
+    made = [
+        Prompt.chat(ASKED, fields={"first_entity": n}, prefill="{first_entity} and") for n in "ab"
+    ]
+    assert len({*made, Prompt.chat(ASKED, fields={"first_entity": "a"}, prefill=" it")}) == 3
+    assert made[0] == Prompt.chat(ASKED, fields={"first_entity": "a"}, prefill="{first_entity} and")
+    assert revived(as_given(made[0])) == made[0]
+    messages = [dict(m) for m in ASKED]
+    prompt = Prompt.chat(messages)
+    messages[0]["content"] = "changed"
+    assert prompt == Prompt.chat(ASKED)
+    assert prompt.conversation is not None
+    prompt.conversation.messages[0]["content"] = "changed"
+    assert prompt == Prompt.chat(ASKED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prefill", ["The lead is", "<think>\nHm"])
+def test_a_prefill_is_the_begun_message_of_the_assistant(name: str, prefill: str) -> None:
+    messages = [{"role": "user", "content": "Who?"}]
+    tokenizer = tokenizer_of(name)
+    tokens = tokenize(Prompt.chat(messages, prefill=prefill), tokenizer)
+    whole = [*messages, {"role": "assistant", "content": prefill}]
+    theirs = tokenizer.apply_chat_template(whole, continue_final_message=True)["input_ids"]
+    assert list(tokens.ids) == theirs
+    assert tokens.text is not None
+    assert tokens.text.endswith(prefill)
+    assert max(tokens.runs["assistant"][0]) == len(tokens) - 1
+    assert set(tokens.runs["assistant"][-1]) <= set(tokens.runs["turn"][-1])
+
+
+def test_assistant_tokens_are_those_of_the_templates_own_mask() -> None:
+    """A template may say itself what is generated: the message, and the marker that ends it."""
+    for name in ("chatml", "phi3"):
+        tokenizer = tokenizer_of(name)
+        for number in range(5):
+            messages, _ = _conversation(name, random.Random(number))
+            if messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": "So it is."})
+            theirs = tokenizer.apply_chat_template(
+                messages, return_assistant_tokens_mask=True, return_dict=True
+            )
+            tokens = tokenize(Prompt.chat(messages), tokenizer)
+            generated = {i for i, said in enumerate(theirs["assistant_masks"]) if said}
+            ours = {i for run in tokens.runs["assistant"] for i in run}
+            template = {i for run in tokens.runs["template"] for i in run}
+            if name == "chatml":  # the other's markers take in a message's first white space
+                assert ours <= generated
+            assert generated - ours <= template
+
+
+def test_template_options_and_the_generation_prompt() -> None:
+    question = [{"role": "user", "content": "Who?"}]
+    tokenizer = tokenizer_of("qwen3")
+    tokens = tokenize(Prompt.chat(question, template_options={"enable_thinking": False}), tokenizer)
+    assert _texts(tokens, "turn", "qwen3")[-1] == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    chosen = At.parse("template & turn#-1").select(tokens.runs, len(tokens))
+    assert list(np.flatnonzero(chosen)) == list(tokens.runs["turn"][-1])
+    closed = Prompt.chat(question, template_options={"add_generation_prompt": False})
+    assert (
+        list(tokenize(closed, tokenizer).ids)
+        == tokenizer.apply_chat_template(question)["input_ids"]
+    )
+    dated = Prompt.chat(question, template_options={"date_string": "1 May 2025"})
+    assert "1 May 2025" in str(tokenize(dated, tokenizer_of("llama3")).text)
+
+
+def test_runs_are_counted_from_both_ends() -> None:
+    messages = [
+        {"role": role, "content": text}
+        for role, text in [("user", "one"), ("assistant", "two"), ("user", "three")]
+    ]
+    tokens = tokenize(Prompt.chat(messages), tokenizer_of("chatml"))
+
+    def text(at: str) -> str:
+        chosen = np.flatnonzero(At.parse(at).select(tokens.runs, len(tokens)))
+        return tokenizer_of("chatml").decode([tokens.ids[i] for i in chosen])
+
+    assert text("user#1") == text("user#-2") == "one"
+    assert text("user#2") == text("user#-1") == "three"
+    assert text("turn#-2 & ~user") == "<|im_start|>user\n<|im_end|>\n"
+    assert text("user + assistant + template") == tokens.text
+    with pytest.raises(ValueError, match="no run user#-3: span 'user' occurs 2 time"):
+        text("user#-3")
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral"])
+def test_white_space_that_is_a_token_belongs_to_its_field(name: str) -> None:
+    """A newline at a field's end was no token of the field's where offsets leave it out."""
+    tokenizer = tokenizer_of(name)
+    for space in ("\n", " ", "\n\n", "\t"):
+        content = "Say {x}: now {x}"
+        fields = {"x": f"Anders{space}"}
+        prompts = [
+            Prompt(content, fields),
+            Prompt.chat([{"role": "user", "content": content}], fields=fields),
+        ]
+        for prompt in prompts:
+            tokens = tokenize(prompt, tokenizer, prepend_bos=False)
+            first = tokens.runs["x"][0]
+            pieces = tokenizer.convert_ids_to_tokens([tokens.ids[i] for i in first])
+            assert pieces[-1] in ("Ċ", "Ġ", "▁", "<0x0A>", "ĊĊ", "ĉ", "<0x09>"), (space, pieces)
+            following = tokenizer.decode([tokens.ids[first[-1] + 1]])
+            assert following.startswith(":")
+
+
+# -- what is refused, and how ----------------------------------------------------------------------
+
+USER = {"role": "user", "content": "Who?"}
+
+
+BEGUN = {"role": "assistant", "content": "I"}
+BAD = [
+    ([], {}, r"messages=\[\]: a conversation has one message or more"),
+    ([{"content": "a"}], {}, r"messages\[0\] is .*Write \{\"role\": \"user\""),
+    ([{"role": "usr", "content": ""}], {}, r"role='usr' is unknown\. .*Did you mean 'user'\?"),
+    ([USER, {"role": "user"}], {}, r"messages\[1\]: no content"),
+    ([{"role": "user", "content": 3}], {}, r"messages\[0\]: content=3\. Write a text, or a list"),
+    ([{"role": "user", "content": [{"type": "image"}]}], {}, "other kinds of content are not"),
+    ([USER], {"prefill": ""}, "prefill='': write how the assistant's answer begins"),
+    ([USER, BEGUN], {"prefill": "am"}, "the last message is the assistant's already"),
+    ([USER], {"template_options": {"tokenize": False}}, "'tokenize' is not an option of a"),
+    ([USER], {"template_options": {"when": {1, 2}}}, "hold JSON values only"),
+    ([{"role": "user", "content": "{x"}], {"fields": {"x": "a"}}, "is malformed"),
+    ([{"role": "user", "content": "{y}"}], {"fields": {"x": "a"}}, "needs the field 'y'"),
+    ([{"role": "user", "content": "a \ud800"}], {}, "half of a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("messages", "more", "said"), BAD)
+def test_conversations_that_are_none(messages: Any, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Prompt.chat(messages, **more)
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_no_field_has_the_name_of_a_conversations_span(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{name}' is a span of conversations"):
+        Prompt(f"Ask {{{name}}}.", {name: "a"})
+
+
+_FIRST, _SECOND = "messages[0].content", "messages[1].content"
+UNFOLLOWED = [
+    (None, "has no chat template, so it cannot write a conversation"),
+    ("{{ raise_exception('one only') }}", "refuses this conversation: one only"),
+    (f"{{{{ {_FIRST} + {_FIRST} }}}}", r"a text of messages\[0\] \(user\) more than once"),
+    (f"{{{{ {_FIRST} }}}}", r"leaves out messages\[1\] \(system\): 'Be brief\.'"),
+    (
+        f"{{% if {_FIRST} == 'Who are you?' %}}Who am I?{{% endif %}}",
+        r"leaves out messages\[0\] \(user\): 'Who are you\?'",
+    ),
+    (
+        f"{{{{ {_SECOND}[:3] + {_FIRST} + {_SECOND}[3:] }}}}",
+        r"decides by the text of messages\[1\] \(system\) what to write",
+    ),
+    (
+        f"{{{{ {_SECOND}.split(' ')[0] + '; ' + {_FIRST} + '; ' + {_SECOND}.split(' ')[1] }}}}",
+        r"mixes the texts of messages\[0\] and messages\[1\]",
+    ),
+    (f"{{{{ {_FIRST} + {_SECOND} }}}}", "holds characters of messages 0 and 1"),
+]
+
+
+@pytest.mark.parametrize(("template", "said"), UNFOLLOWED)
+def test_templates_that_cannot_be_followed(template: str | None, said: str) -> None:
+    tokenizer = TOKENIZERS["gpt2"]()
+    tokenizer.chat_template = template
+    tokenizer.add_tokens(["you?Be"])
+    prompt = Prompt.chat(
+        [
+            {"role": "user", "content": "Who are you?"},
+            {"role": "system", "content": "Be brief."},
+        ]
+    )
+    with pytest.raises(PromptError, match=said):
+        tokenize(prompt, tokenizer)
+
+
+def test_a_field_that_the_template_drops_is_refused() -> None:
+    messages = [
+        USER,
+        {"role": "assistant", "content": "<think>\n{thought}</think>\n\nWell."},
+        USER,
+    ]
+    prompt = Prompt.chat(messages, fields={"thought": "Hm"})
+    with pytest.raises(PromptError, match="the chat template leaves out the field 'thought'"):
+        tokenize(prompt, tokenizer_of("qwen3"))
+    assert _texts(tokenize(prompt, tokenizer_of("chatml")), "thought") == ["Hm"]
+
+
+# -- a grafted conversation ------------------------------------------------------------------------
+
+
+SHORT = (
+    "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatty(tiny: MakeTiny) -> Tiny:
+    """A tiny pair whose tokenizer has a chat template without tokens of its own."""
+    pair = tiny("llama", tokenizer="gpt2")
+    pair.model.tokenizer = copy.copy(pair.model.tokenizer)
+    pair.model.tokenizer.chat_template = SHORT
+    return pair
+
+
+TALK = Prompt.chat(
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who saw {first_entity}?"},
+        {"role": "assistant", "content": "José"},
+        {"role": "user", "content": "Who else?"},
+    ],
+    fields={"first_entity": "Anders"},
+    answer=" Robert",
+    distractors=[" Mary"],
+)
+
+
+_GROUPS = {"attn": {"q", "k", "v", "o"}, "mlp": {"mlp_in", "mlp_gate", "mlp_out"}}
+
+
+@pytest.mark.parametrize(
+    "graft",
+    [
+        "sft @ system",
+        "sft @ ~system : attn",
+        "sft @ user#-1 : v + o | sft @ template : mlp",
+        "sft @ template & turn#-1",
+        "sft @ assistant + first_entity : q + mlp_in : 1",
+    ],
+)
+def test_a_grafted_conversation_is_the_sequential_algorithm(chatty: Tiny, graft: str) -> None:
+    model = chatty.model
+    (tokens,) = model.tokenized(TALK)
+    rules = Graft.parse(graft).rules
+    chosen = [set(np.flatnonzero(r.at.select(tokens.runs, len(tokens)))) for r in rules]
+
+    def choose(component: str, layer: int | None, position: int, head: int | None) -> str:
+        source = "pre"
+        for rule, positions in zip(rules, chosen, strict=True):
+            here = position in positions
+            named = {part for word in rule.components for part in _GROUPS.get(word, {word})}
+            here &= component in named or "all" in named
+            if here and (rule.layers == ("all",) or layer in rule.layers):
+                source = "sft"
+        return source
+
+    expected = sequential_graft(chatty.sources, list(tokens.ids), choose)
+    found = model(TALK, graft=graft)[0]
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert not torch.equal(found, model(TALK)[0])
+
+
+def test_position_grafts_of_a_chat(chatty: Tiny) -> None:
+    grafts = position_grafts("sft", kind="chat")
+    assert {name: str(graft) for name, graft in grafts.items()} == {
+        "PRE": "none",
+        "SFT": "sft @ all",
+        "system": "sft @ system",
+        "user": "sft @ user",
+        "template": "sft @ template",
+        "LT": "sft @ last",
+        "not-system": "sft @ ~system",
+        "not-user": "sft @ ~user",
+        "not-template": "sft @ ~template",
+        "not-LT": "sft @ ~last",
+    }
+    table = evaluate(chatty.model, TALK, grafts, progress=False)
+    assert table["reason"].isna().all()
+    ids = chatty.model.tokenized(TALK)[0].ids
+    for name in ("PRE", "SFT"):
+        row = table[table["graft"] == name].iloc[0]
+        logits = chatty.logits(name.lower(), list(ids))[-1].log_softmax(-1)
+        assert row["logprob"] == pytest.approx(float(logits[row["target_id"]]), abs=1e-4)
+
+
+def test_generation_goes_on_from_the_conversation(chatty: Tiny) -> None:
+    text = chatty.model.generate(TALK, max_new_tokens=3)
+    (tokens,) = chatty.model.tokenized(TALK)
+    assert text.startswith(tokens.text)
+
+
+def test_a_dashboard_shows_the_roles(chatty: Tiny, tmp_path: Path) -> None:
+    page = dashboard(chatty.model, TALK, {"user": "sft @ user"}).save(tmp_path / "chat.html")
+    assert "Who saw Anders?" in page.read_text(encoding="utf-8")
+
+
+# -- one template per model ------------------------------------------------------------------------
+
+
+def test_all_sources_share_one_chat_template(tmp_path: Path) -> None:
+    def tokenizer(template: str | None) -> Any:
+        made = TOKENIZERS["gpt2"]()
+        made.chat_template = template
+        return made
+
+    plain, a, b = tokenizer(None), tokenizer("{{ 'a' }}"), tokenizer("{{ 'b' }}")
+    kept, told = with_chat_template(a, [("pre", a), ("sft", b)], None)
+    assert kept is a
+    assert told == "chat template of 'pre' ('sft' has another)"
+    taken, told = with_chat_template(plain, [("pre", plain), ("sft", b), ("other", b)], None)
+    assert (taken.chat_template, plain.chat_template) == ("{{ 'b' }}", None)
+    assert told == "chat template of 'sft'"
+    assert with_chat_template(plain, [("pre", plain)], None) == (plain, "")
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ 'é' }}", encoding="utf-8")
+    for given in ("{{ 'é' }}", file, str(file)):
+        found, told = with_chat_template(a, [("pre", a)], given)
+        assert (found.chat_template, a.chat_template, told) == (
+            "{{ 'é' }}",
+            "{{ 'a' }}",
+            "chat template as given",
+        )
+    with pytest.raises(PairError, match=r"chat_template='lost\.jinja' is neither a template"):
+        with_chat_template(a, [("pre", a)], "lost.jinja")
+    assert tokenizer_digest(a) != tokenizer_digest(b) != tokenizer_digest(plain)
+
+
+def test_loading_tells_whose_template_it_is(
+    tiny: MakeTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = tiny("llama", tokenizer="gpt2").sources
+    template = TEMPLATES["olmo"][0]
+    model = GraftedTransformer.from_pretrained(
+        sources, tokenizer=TOKENIZERS["gpt2"](), chat_template=template, check=False
+    )
+    assert capsys.readouterr().out.strip().endswith("; chat template as given")
+    assert model.tokenizer.chat_template == template
