@@ -148,6 +148,14 @@ def sweep(
         ),
     ] = None,
     wait: Annotated[bool, typer.Option(help="Wait for the job, or leave it running.")] = True,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODULE:NAME",
+            help="A measure of your own (a graftlens.Measure), imported from there; again "
+            "for more.",
+        ),
+    ] = None,
 ) -> None:
     """Run many grafts over many prompts, as described in a YAML file.
 
@@ -164,15 +172,18 @@ def sweep(
     folder = out or Path("graftlens-sweep") / config.stem
     given = overrides or []
 
-    if dry_run:
-        from graftlens.sweep.config import check, describe, load_config
+    own = measure or []
 
-        typer.echo(describe(check(load_config(config, given))))
+    if dry_run:
+        from graftlens.sweep.config import describe_sweep
+
+        typer.echo(describe_sweep(config, overrides=given, measures=own))
         return
     from graftlens.sweep.runner import prepare_sweep, run_sweep, sweep_result
 
     if launcher is Launcher.local and len(names) < 2:
-        result = run_sweep(config, folder, overrides=given, device=names[0] if names else None)
+        device = names[0] if names else None
+        result = run_sweep(config, folder, overrides=given, measures=own, device=device)
         if not result.ok:
             raise typer.Exit(UNTRUSTED)
         return
@@ -185,11 +196,11 @@ def sweep(
         check_devices(names)
     else:
         check_submission(tasks or 1, resources)
-    prepare_sweep(config, folder, overrides=given)
+    prepare_sweep(config, folder, overrides=given, measures=own)
     if launcher is Launcher.local:
-        launch_local(folder, names)
+        launch_local(folder, names, measures=own)
     else:
-        launch_slurm(folder, tasks=tasks or 1, resources=resources, wait=wait)
+        launch_slurm(folder, tasks=tasks or 1, resources=resources, measures=own, wait=wait)
     if wait:
         result = sweep_result(folder)
         typer.echo(result.line())

@@ -216,6 +216,9 @@ def components_where(holds: Callable[[ComponentRow], bool]) -> tuple[Component, 
 #: Components whose weights split by head. q and o split by query head, k and v by key-value head.
 HEAD_COMPONENTS = frozenset(components_where(lambda row: row.cut in (Cut.HEAD, Cut.KV_HEAD)))
 
+#: Components whose weights split by neuron.
+NEURON_COMPONENTS = frozenset(components_where(lambda row: row.cut is Cut.NEURON))
+
 GROUPS: dict[str, tuple[Component, ...]] = {
     **{g: components_where(lambda row, g=g: row.group == g) for g in get_args(Group)},  # type: ignore[misc]
     "block": components_where(lambda row: row.in_layers),
@@ -382,15 +385,17 @@ def layer_group(name: str, n_layers: int) -> tuple[int, ...]:
 
 #: Layers and heads are numbered below this: far beyond every model, but a range is written out.
 MAX_NUMBER = 10_000
+#: And neurons below this.
+MAX_NEURON = 200_000
 
 _RANGE = re.compile(r"([0-9]+)(?:\s*-\s*([0-9]+))?")
 
 
-def parse_numbers(text: str, what: str) -> tuple[int, ...]:
+def parse_numbers(text: str, what: str, most: int = MAX_NUMBER) -> tuple[int, ...]:
     """`"3"`, `"8-15"` (both ends in) or `"0,2-4"` as a sorted tuple of distinct numbers.
 
     Raises:
-        ValueError: anything else, a range that runs backwards, or numbers of `MAX_NUMBER` and more;
+        ValueError: anything else, a range that runs backwards, or numbers of `most` and more;
             `what` names the argument.
     """
     numbers: set[int] = set()
@@ -399,30 +404,30 @@ def parse_numbers(text: str, what: str) -> tuple[int, ...]:
         match = _RANGE.fullmatch(piece)
         if match is None:
             raise ValueError(
-                f"{what}={brief(text)}: {brief(piece)} is no number or range. "
+                f"{what}={brief(text)}: {brief(piece)} is not a number or range. "
                 'Write numbers and inclusive ranges, such as "3", "8-15" or "0,2-4".'
             )
         ends = [end for end in match.groups() if end]
         for end in ends:
             # A very long text is not read: that would take the square of its length.
-            if len(end) > 9 or int(end) >= MAX_NUMBER:
-                raise too_many(piece, what)
+            if len(end) > 9 or int(end) >= most:
+                raise too_many(piece, what, most)
         low, high = int(ends[0]), int(ends[-1])
         if high < low:
             raise ValueError(
                 f"{what}={text!r}: the range {piece!r} runs backwards. Write it as {high}-{low}."
             )
         written += high - low + 1
-        if written > MAX_NUMBER:
-            raise too_many(text, what)
+        if written > most:
+            raise too_many(text, what, most)
         numbers.update(range(low, high + 1))
     return tuple(sorted(numbers))
 
 
-def too_many(number: object, what: str) -> ValueError:
+def too_many(number: object, what: str, most: int = MAX_NUMBER) -> ValueError:
     """What is said of a layer or head that no model has, before a range to it is written out."""
     return ValueError(
-        f"{what}={brief(number)}: no model has {MAX_NUMBER:,} {what}. Write lower numbers, and "
+        f"{what}={brief(number)}: no model has {most:,} {what}. Write lower numbers, and "
         "fewer."
     )
 

@@ -4,6 +4,7 @@ The schema is a pydantic model; its errors are reworded in the terms of this pro
 which value, what is allowed. Problems are `(where, what)`, `where` a dotted path into the file.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -93,15 +94,22 @@ def gather(read: Callable[[Any], T], items: Iterable[tuple[str, Any]]) -> list[T
     made: list[T] = []
     problems: list[tuple[str, str]] = []
     for where, item in items:
-        try:
+        with noted(problems, where):
             made.append(read(item))
-        except ConfigError as error:
-            problems.extend(error.under(where).problems)
-        except (ValueError, OSError) as error:
-            problems.append((where, str(error)))
     if problems:
         raise ConfigError(*problems)
     return made
+
+
+@contextlib.contextmanager
+def noted(problems: list[tuple[str, str]], where: str) -> Iterator[None]:
+    """Add the problems of what is read at `where` to `problems` instead of raising them."""
+    try:
+        yield
+    except ConfigError as error:
+        problems.extend(error.under(where).problems)
+    except (ValueError, OSError) as error:
+        problems.append((where, str(error)))
 
 
 # -- YAML --------------------------------------------------------------------------------------

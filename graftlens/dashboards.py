@@ -6,14 +6,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from graftlens import __version__
-from graftlens.components import Component, format_numbers
+from graftlens.components import COMPONENTS, Component, format_numbers
 from graftlens.folder import writable
 from graftlens.graft import Graft, Grafts
 from graftlens.lens import direct_logit_attribution, kl_divergence, logit_lens
@@ -22,7 +21,7 @@ from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer, Input
 from graftlens.model.inputs import Batch
 from graftlens.model.load import preview
-from graftlens.model.mask import GraftMask, HeadSelection, select, sites_of
+from graftlens.model.mask import GraftMask, select, sites_of
 from graftlens.model.smollm2 import located
 from graftlens.prompts import Prompt, Tokenized, tokenize
 from graftlens.sweep.devices import check_devices
@@ -245,12 +244,12 @@ def _shares(model: GraftedTransformer, mask: GraftMask) -> dict[str, np.ndarray]
     shares = {source: np.zeros((len(rows), mask.shape[1])) for source in model.sources}
     for (component, _), chosen in mask.sites.items():
         layers = len(model.arch.layers_of(component))
-        groups = chosen.groups if isinstance(chosen, HeadSelection) else (((0,), chosen),)
-        heads = sum(len(group) for group, _ in groups)
+        groups = [(group or (0,), selection) for group, selection in chosen.parts()]
+        units = sum(len(group) for group, _ in groups)
         for group, selection in groups:
             for number, source in enumerate(model.sources):
-                here = selection.choice.reshape(mask.shape)[0] == number
-                shares[source][rows[component]] += here * (len(group) / heads / layers)
+                here = selection.share(number).reshape(mask.shape)[0]
+                shares[source][rows[component]] += here * (len(group) / units / layers)
     return shares
 
 
@@ -270,30 +269,35 @@ def _where(model: GraftedTransformer, mask: GraftMask) -> list[str]:
 
 
 def _components_from(arch: Architecture, mask: GraftMask, position: int, source: int) -> str:
-    """The components of one source at a position, those of the same layers and heads together."""
-    found: dict[tuple[Component, tuple[int, ...] | None], list[int | None]] = {}
+    """The components of one source at a position, those of the same layers and units together."""
+    found: dict[tuple[Component, tuple[int, ...] | None, float], list[int | None]] = {}
     for (component, layer), chosen in mask.sites.items():
-        groups: Sequence[tuple[tuple[int, ...] | None, Any]] = (
-            chosen.groups if isinstance(chosen, HeadSelection) else ((None, chosen),)
-        )
-        heads = [(g, s) for g, s in groups if s.choice.reshape(mask.shape)[0, position] == source]
-        if not heads:
-            continue
-        which = None
-        if len(heads) < len(groups):
-            which = tuple(sorted(head for group, _ in heads for head in group or ()))
-        found.setdefault((component, which), []).append(layer)
-    everything = {(c, None): list(arch.layers_of(c)) for c in arch.components}
+        parts = list(chosen.parts())
+        of_share: dict[float, list[tuple[int, ...] | None]] = {}
+        for units, selection in parts:
+            if share := selection.share(source).reshape(mask.shape)[0, position]:
+                of_share.setdefault(float(share), []).append(units)
+        for share, groups in of_share.items():
+            which = None
+            if len(groups) < len(parts):
+                which = tuple(sorted(unit for units in groups for unit in units or ()))
+            found.setdefault((component, which, share), []).append(layer)
+    everything = {(c, None, 1.0): list(arch.layers_of(c)) for c in arch.components}
     if found == everything:
         return "all weights"
-    together: dict[tuple[tuple[int | None, ...], tuple[int, ...] | None], list[Component]] = {}
-    for (component, which), layers in found.items():
-        together.setdefault((tuple(layers), which), []).append(component)
+    together: dict[
+        tuple[tuple[int | None, ...], tuple[int, ...] | None, str, float], list[Component]
+    ] = {}
+    for (component, which, share), layers in found.items():
+        word = "" if which is None else COMPONENTS[component].cut.split()[-1]
+        together.setdefault((tuple(layers), which, word, share), []).append(component)
     pieces = []
-    for (all_layers, which), components in together.items():
+    for (all_layers, which, word, share), components in together.items():
         words = " ".join(components)
+        if share != 1:
+            words = f"{share:g} of {words}"
         if which is not None:
-            words += f" ({_numbered('head', which)})"
+            words += f" ({_numbered(word, which)})"
         numbers = [layer for layer in all_layers if layer is not None]
         if numbers and len(numbers) < arch.n_layers:
             words += f" in {_numbered('layer', numbers)}"

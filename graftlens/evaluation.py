@@ -97,7 +97,7 @@ def evaluate(
             nats, from the base and from the full run), `kl_from_base` and `kl_from_full` (the other
             way round), `js_base`, `js_full`, `entropy` (nats), `margin` (the answer's logit minus
             the best other token's), `answer_set_prob` (of the first tokens of `Prompt.answers`), or
-            a `graftlens.metrics.Measure` of your own.
+            a `graftlens.Measure` of your own.
         full: the run that counts as SFT: the name of a graft or a source, or a graft. None is the
             only finetuned source everywhere; where there are several, the one that `grafts` has
             everywhere, or else no run: the column `full_run` is empty then, and recovery is NA.

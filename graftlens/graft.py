@@ -3,11 +3,17 @@
 A graft is an ordered list of rules; where two rules meet, the later one wins; where no rule
 reaches, the base runs. In text, one rule a piece::
 
-    sft @ first_entity + last : o + mlp : upper_half : 2
-    source @ positions        : components : layers  : heads
+    sft @ first_entity + last : o + q   : upper_half : 2
+    0.5*sft @ last            : mlp_out : 20         : n12-13
+    strength*source @ positions : components : layers : heads, or neurons after an n
 
 Everything after the positions may be left out and then means all. Rules are joined by ``|``, and
 the graft without rules is written ``none``.
+
+A rule with a *strength* s gives y = (1 - s) * (what ran there without the rule) + s * (what the
+source gives). Each component is linear in its own weights, so this mixes weights. s is any finite
+number: 1, which may be left out, is the source's weights alone, 0 changes nothing, 2 and -1
+extrapolate. Later rules act on what earlier ones made.
 
 Positions are an expression over spans: ``+`` is union, ``&`` intersection, ``~`` complement,
 ``(…)`` groups, ``[0, -1]`` names token positions of the prompt. ``name#2`` is the second run of a
@@ -15,10 +21,12 @@ span that occurs more than once, ``name#-1`` the last. q and o act at the destin
 and v at the source position: a k or v graft at position i changes what later positions read there.
 """
 
+import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -27,10 +35,14 @@ from jaxtyping import Bool
 
 from graftlens import plainyaml
 from graftlens.components import (
+    GROUPS,
     HEAD_COMPONENTS,
     LAYER_GROUPS,
     MAX_CHARACTERS,
+    MAX_NEURON,
     MAX_NUMBER,
+    NEURON_COMPONENTS,
+    Component,
     brief,
     check_name,
     cut,
@@ -62,7 +74,7 @@ class At(ABC):
         """Read an expression such as ``"~(first_entity + last)"``, or a list of positions.
 
         Raises:
-            ValueError: text that is no such expression; the message points at the place.
+            ValueError: text that is not such an expression; the message points at the place.
         """
         if isinstance(text, At):
             return text
@@ -73,7 +85,7 @@ class At(ABC):
         if isinstance(text, Sequence | np.ndarray):
             return Positions(_integers(text, "at"))
         raise ValueError(
-            f'at={brief(text)} is no position. Write spans ("first_entity + last"), '
+            f'at={brief(text)} is not a position. Write spans ("first_entity + last"), '
             "or token positions ([0, -1])."
         )
 
@@ -226,7 +238,7 @@ def _integers(values: Any, what: str) -> tuple[int, ...]:
     for value in values:
         if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
             raise ValueError(
-                f"{what}={brief(values)}: {brief(value)} is no whole number. "
+                f"{what}={brief(values)}: {brief(value)} is not a whole number. "
                 "A list holds whole numbers; names and ranges go in one text."
             )
         numbers.append(int(value))
@@ -310,9 +322,8 @@ def _parse_expression(text: str) -> At:
     result = union()
     if peek() != "end":
         raise ValueError(
-            f"at={brief(text)}: nothing joins {cut(str(tokens[cursor][1]), 200)} to what stands "
-            "before it. "
-            "Join with + or &."
+            f"at={brief(text)}: nothing joins {cut(str(tokens[cursor][1]), 200)} to what comes "
+            "before it. Join with + or &."
         )
     return result
 
@@ -355,7 +366,7 @@ def parse_layers(layers: str | int | Sequence[int | str]) -> Layers:
             (number,) = _integers([piece], "layers")
             if number < 0:
                 raise ValueError(
-                    f"layers={brief(layers)}: layers are counted from 0; {number} is no layer."
+                    f"layers={brief(layers)}: layers are counted from 0; {number} is not a layer."
                 )
             if number >= MAX_NUMBER:
                 raise too_many(number, "layers")
@@ -378,7 +389,9 @@ def parse_layers(layers: str | int | Sequence[int | str]) -> Layers:
 class Rule:
     """Take the weights of `source` for `components`, in `layers`, at the positions `at`.
 
-    `heads` restricts q and o to those query heads, k and v to those key-value heads; None is all.
+    `heads` restricts q and o to those query heads, k and v to those key-value heads; `units`
+    restricts mlp_in, mlp_gate and mlp_out to those neurons; None is all. `strength` is the s of
+    y = (1 - s) * (what ran there without the rule) + s * (what the source gives).
     """
 
     source: str
@@ -386,46 +399,58 @@ class Rule:
     components: tuple[str, ...] = ("all",)
     layers: Layers = ("all",)
     heads: tuple[int, ...] | None = None
+    units: tuple[int, ...] | None = None
+    strength: float | int = 1.0
 
     def __post_init__(self) -> None:
         # However a rule is made, it holds what the vocabulary allows, in one form.
         object.__setattr__(self, "at", At.parse(self.at))
         object.__setattr__(self, "components", parse_components(self.components))
         object.__setattr__(self, "layers", parse_layers(self.layers))
-        if self.heads is not None:
-            object.__setattr__(self, "heads", tuple(sorted(set(_integers(self.heads, "heads")))))
+        object.__setattr__(self, "strength", _strength(self.strength))
+        for kind in _CUTS:
+            if getattr(self, kind.name) is not None:
+                object.__setattr__(self, kind.name, self._numbers(kind))
         if not isinstance(self.source, str) or not _SOURCE.fullmatch(self.source):
             raise ValueError(
-                f"source={brief(self.source)} is no source name. Names begin with a letter or _, "
-                "and go on with letters, digits, _ . -"
+                f"source={brief(self.source)} is not a source name. Names begin with a letter or "
+                "_, and go on with letters, digits, _ . -"
             )
-        if self.heads is not None:
-            without = [c for c in self.components if c not in HEAD_COMPONENTS]
-            if without:
-                raise ValueError(
-                    f"heads={list(self.heads)} with components {' + '.join(self.components)}: "
-                    f"{' '.join(without)} cannot be split by head. "
-                    "Heads go with q, k, v and o only: "
-                    'write components="q + k + v + o", or leave heads out.'
-                )
-            if self.heads and max(self.heads) >= MAX_NUMBER:
-                raise too_many(max(self.heads), "heads")
-            if not self.heads or min(self.heads) < 0:
-                raise ValueError(
-                    f"heads={list(self.heads)}: name at least one head, counted from 0, "
-                    "or leave heads out for all."
-                )
+
+    def _numbers(self, kind: "_Cut") -> tuple[int, ...]:
+        """The heads or neurons that the rule keeps to, checked and in order."""
+        given = sorted(set(_integers(getattr(self, kind.name), kind.name)))
+        if without := [c for c in self.components if not kind.fits(GROUPS.get(c, (c,)))]:
+            raise ValueError(
+                f"{kind.name}={brief(given)} with components {' + '.join(self.components)}: "
+                f"{' '.join(without)} cannot be split by {kind.word}. {kind.way}"
+            )
+        if given and max(given) >= kind.most:
+            raise too_many(max(given), kind.name, kind.most)
+        if not given or min(given) < 0:
+            raise ValueError(
+                f"{kind.name}={brief(given)}: name at least one {kind.word}, counted from 0, "
+                f"or leave {kind.name} out for all."
+            )
+        return tuple(given)
+
+    def of(self, component: Component) -> tuple[int, ...] | None:
+        """The heads or neurons of a component that the rule keeps to; None is all."""
+        return self.heads if component in HEAD_COMPONENTS else self.units
 
     def __str__(self) -> str:
         layers = [item for item in self.layers if isinstance(item, str)]
         numbers = [item for item in self.layers if not isinstance(item, str)]
         if numbers:
             layers.append(format_numbers(numbers))
-        heads = "" if self.heads is None else format_numbers(self.heads)
-        parts = [" + ".join(self.components), " + ".join(layers), heads]
+        units = "" if self.heads is None else format_numbers(self.heads)
+        if self.units is not None:
+            units = f"n{format_numbers(self.units)}"
+        parts = [" + ".join(self.components), " + ".join(layers), units]
         while parts and parts[-1] in ("", "all"):
             parts.pop()
-        return " : ".join([f"{self.source} @ {self.at}", *parts])
+        strength = "" if self.strength == 1 else f"{format_number(self.strength)}*"
+        return " : ".join([f"{strength}{self.source} @ {self.at}", *parts])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for YAML; what is left at its default is left out."""
@@ -436,7 +461,82 @@ class Rule:
             record["layers"] = list(self.layers)
         if self.heads is not None:
             record["heads"] = list(self.heads)
+        if self.units is not None:
+            record["units"] = list(self.units)
+        if self.strength != 1:
+            record["strength"] = self.strength
         return record
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """What a component can be cut into, in a rule's words."""
+
+    name: str
+    word: str
+    components: frozenset[Component]
+    most: int
+    way: str
+
+    def fits(self, components: Iterable[str]) -> bool:
+        """Whether all of them can be cut so."""
+        return self.components.issuperset(components)
+
+
+_CUTS = (
+    _Cut(
+        "heads",
+        "head",
+        HEAD_COMPONENTS,
+        MAX_NUMBER,
+        'Heads go with q, k, v and o only: write components="q + k + v + o", or leave heads out.',
+    ),
+    _Cut(
+        "units",
+        "neuron",
+        NEURON_COMPONENTS,
+        MAX_NEURON,
+        'Neurons go with mlp_in, mlp_gate and mlp_out only: write components="mlp", or leave '
+        "units out.",
+    ),
+)
+
+
+def _strength(value: Any) -> float:
+    plain = isinstance(value, int | float | np.integer | np.floating)
+    if plain and not isinstance(value, bool):
+        try:
+            number = float(value) + 0.0  # no -0.0
+        except OverflowError:
+            number = math.inf
+        if math.isfinite(number):
+            return number
+    raise ValueError(
+        f"strength={brief(value)} is not a finite number. Write one, such as 0.5 (half of the way "
+        "to the source), 2 or -1; 1, the source itself, may be left out."
+    )
+
+
+def format_number(value: float) -> str:
+    """The shortest text that reads back as this number: `2`, `0.5`, `1e-05`."""
+    return str(int(value)) if value.is_integer() and abs(value) < 1e15 else repr(value)
+
+
+#: A rule's keys in YAML.
+_KEYS = ("source", "at", "components", "layers", "heads", "units", "strength")
+
+_FACTOR = re.compile(r"([^*@\s]*)\s*\*\s*(.*)", re.DOTALL)
+_NUMBER = re.compile(r"[-+]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][-+]?[0-9]{1,9})?")
+
+
+def _factor(text: str) -> tuple[float, str]:
+    """The strength and the source of `0.5*sft`; of `sft` the strength is 1."""
+    match = _FACTOR.fullmatch(text)
+    if match is None:
+        return 1.0, text
+    written = match[1]
+    plain = len(written) <= 100 and _NUMBER.fullmatch(written)
+    return _strength(float(written) if plain else written), match[2]
 
 
 @dataclass(frozen=True)
@@ -460,7 +560,9 @@ class Graft:
             raise _too_many_rules(len(self.rules))
         for rule in self.rules:
             if not isinstance(rule, Rule):
-                raise ValueError(f"{brief(rule)} is no Rule. Build grafts with Graft.rule and |.")
+                raise ValueError(
+                    f"{brief(rule)} is not a Rule. Build grafts with Graft.rule and |."
+                )
 
     @classmethod
     def rule(
@@ -470,6 +572,8 @@ class Graft:
         components: str | Sequence[str] = "all",
         layers: str | int | Sequence[int | str] = "all",
         heads: str | int | Sequence[int] | None = None,
+        units: str | int | Sequence[int] | None = None,
+        strength: float | int = 1.0,
     ) -> "Graft":
         """A graft of one rule.
 
@@ -482,27 +586,41 @@ class Graft:
                 `ln_final` and `unembed` are left out of `components="all"`.
             heads: query heads for q and o, key-value heads for k and v; None is all. o's bias
                 belongs to no head: a row takes it from a source only where all its heads do.
+            units: neurons of mlp_in, mlp_gate and mlp_out (`[12, 13]`, `"12-13"`); None is all.
+                mlp_out's bias belongs to no neuron, as o's to no head.
+            strength: the s of y = (1 - s) * (what ran there without the rule) + s * (what the
+                source gives): any finite number.
 
         Raises:
             ValueError: anything that is not in the vocabulary, with what is.
         """
-        if isinstance(heads, str):
-            heads = None if heads.strip() == "all" else parse_numbers(heads, "heads")
-        elif isinstance(heads, int | np.integer) and not isinstance(heads, bool):
-            heads = [heads]
-        elif heads is not None and not isinstance(heads, Sequence | np.ndarray):
-            raise ValueError(
-                f"heads={brief(heads)} is a {type(heads).__name__}. "
-                'Write numbers ([0, 2]) or a range ("0-3").'
-            )
-        chosen = None if heads is None else _integers(heads, "heads")
         return cls(
             (
                 Rule(
-                    source, At.parse(at), parse_components(components), parse_layers(layers), chosen
+                    source,
+                    At.parse(at),
+                    parse_components(components),
+                    parse_layers(layers),
+                    _numbered(heads, "heads", MAX_NUMBER),
+                    _numbered(units, "units", MAX_NEURON),
+                    strength,
                 ),
             )
         )
+
+    def scaled(self, strength: float | int, base: str = "pre") -> "Graft":
+        """The graft at a strength: followed by (1 - strength) of the base everywhere.
+
+        Args:
+            strength: 1 is the graft, 0 the base, 2 twice the way from the base to the graft.
+            base: the name of the model's first source.
+
+        Example:
+            >>> str(Graft.rule("sft", at="last").scaled(0.7))
+            'sft @ last | 0.3*pre @ all'
+        """
+        rest = Decimal(1) - Decimal(repr(_strength(strength)))
+        return self | Graft.rule(base, strength=float(rest))
 
     def __or__(self, other: "Graft") -> "Graft":
         if not isinstance(other, Graft):
@@ -550,14 +668,25 @@ class Graft:
                 word = piece.strip()
                 hint = f" For all positions: {word + ' @ all'!r}." if word.isidentifier() else ""
                 raise ValueError(
-                    f"graft {brief(text)}: {brief(word)} is no rule. Write "
+                    f"graft {brief(text)}: {brief(word)} is not a rule. Write "
                     '"source @ positions : components : layers : heads" (from components on, what '
-                    'is left out means all), such as "sft @ last : o + mlp : upper_half"; join '
-                    'rules with |; "none" is the graft without rules.' + hint
+                    'is left out means all), such as "sft @ last : o + mlp : upper_half" or '
+                    '"0.5*sft @ last : mlp_out : 20 : n12-13"; join rules with |; "none" is the '
+                    "graft without rules." + hint
                 )
             fields += [""] * (4 - len(fields))
-            at, components, layers, heads = fields
-            made = cls.rule(source.strip(), at, components or "all", layers or "all", heads or None)
+            at, components, layers, last = fields
+            strength, name = _factor(source.strip())
+            neurons = re.match(r"n\s*(?=[0-9])", last)
+            made = cls.rule(
+                name,
+                at,
+                components or "all",
+                layers or "all",
+                (last or None) if neurons is None else None,
+                None if neurons is None else last[neurons.end() :],
+                strength,
+            )
             rules.extend(made.rules)
         return cls(tuple(rules))
 
@@ -578,30 +707,30 @@ class Graft:
             rules = [rules]
         if not isinstance(rules, Sequence):
             raise ValueError(
-                f"{brief(rules)} is no graft. Write one line of text, or a list of rules, each "
-                "with the keys source, at, components, layers, heads."
+                f"{brief(rules)} is not a graft. Write one line of text, or a list of rules, each "
+                f"with the keys {', '.join(_KEYS)}."
             )
         made: list[Rule] = []
         for rule in rules:
             if isinstance(rule, str):
                 made.extend(cls.parse(rule).rules)
                 continue
-            allowed = ("source", "at", "components", "layers", "heads")
             if not isinstance(rule, Mapping):
                 raise ValueError(
-                    f"{brief(rule)} is no rule. A rule has the keys {' '.join(allowed)}."
+                    f"{brief(rule)} is not a rule. A rule has the keys {' '.join(_KEYS)}."
                 )
             for key in rule:
-                if key not in allowed:
+                if key not in _KEYS:
                     quote = " Put a one-line rule in quotes." if "@" in str(key) else ""
                     raise ValueError(
                         f"unknown key {brief(key)} in rule {brief(dict(rule))}. "
-                        f"Allowed: {' '.join(allowed)}.{suggest(str(key), allowed)}{quote}"
+                        f"Allowed: {' '.join(_KEYS)}.{suggest(str(key), _KEYS)}{quote}"
                     )
             if rule.get("source") is None or rule.get("at") is None:
                 raise ValueError(f"rule {brief(dict(rule))} needs the keys source and at.")
             # A key left empty in YAML is null, which must not quietly mean all (heads: null does).
-            if empty := [k for k, value in rule.items() if value is None and k != "heads"]:
+            empty = [k for k, v in rule.items() if v is None and k not in ("heads", "units")]
+            if empty:
                 raise ValueError(
                     f"rule {brief(dict(rule))}: {empty[0]} is empty. Give it a value, or leave the "
                     "key out for all."
@@ -624,10 +753,24 @@ class Graft:
             rules = plainyaml.load(text)
         except yaml.YAMLError as error:
             raise ValueError(
-                f"graft {brief(text)} is no YAML ({error}). Put a one-line rule in quotes: "
+                f"graft {brief(text)} is not YAML ({error}). Put a one-line rule in quotes: "
                 '"sft @ last : o".'
             ) from None
         return cls.from_list(rules)
+
+
+def _numbered(given: Any, what: str, most: int) -> tuple[int, ...] | None:
+    """Heads or neurons as numbers, from a range, a number or a list; None is all."""
+    if isinstance(given, str):
+        return None if given.strip() == "all" else parse_numbers(given, what, most)
+    if isinstance(given, int | np.integer) and not isinstance(given, bool):
+        given = [given]
+    elif given is not None and not isinstance(given, Sequence | np.ndarray):
+        raise ValueError(
+            f"{what}={brief(given)} is a {type(given).__name__}. "
+            'Write numbers ([0, 2]) or a range ("0-3").'
+        )
+    return None if given is None else _integers(given, what)
 
 
 def _too_many_rules(count: int) -> ValueError:
@@ -640,16 +783,16 @@ def _too_many_rules(count: int) -> ValueError:
 #: Positions as an expression, or as numbers of tokens.
 Where = At | str | int | Sequence[int]
 
-#: One or more grafts: by name, or going by their own texts.
+#: One or more grafts: by name, or keyed by their text.
 Grafts = Graft | str | Mapping[str, Graft | str] | Sequence[Graft | str]
 
 
 def named_grafts(grafts: Grafts) -> dict[str, Graft]:
-    """Grafts by name; those given without a name go by their own texts.
+    """Grafts by name; those given without a name are keyed by their text.
 
     Raises:
-        ValueError: text that is no graft, what is neither a graft nor its text, or a name that is
-            not one line of text.
+        ValueError: text that is not a graft, what is neither a graft nor its text, or a name that
+            is not one line of text.
     """
     if isinstance(grafts, Mapping):
         for name in grafts:
@@ -664,7 +807,7 @@ def as_graft(given: Any, what: str) -> Graft:
     """A graft, or its text, as a graft; `what` is what a message calls it.
 
     Raises:
-        ValueError: text that is no graft, or what is neither a graft nor its text.
+        ValueError: text that is not a graft, or what is neither a graft nor its text.
     """
     if isinstance(given, str):
         return Graft.parse(given)
@@ -676,6 +819,6 @@ def as_graft(given: Any, what: str) -> Graft:
             "Give the graft itself: mask.graft."
         )
     raise ValueError(
-        f"{what}={brief(given)} is no graft. Give a Graft or its one-line text, such as "
+        f"{what}={brief(given)} is not a graft. Give a Graft or its one-line text, such as "
         '"sft @ last : o + mlp"; "none" is the base alone.'
     )

@@ -53,6 +53,7 @@ class Measure:
         log: the function gives the measure's logarithm. The exponential is taken in float64.
         always: measured in every run; others are measured where they are asked for.
         column: the column that it is read from, where that is another one.
+        at_most: of a `share`, what the column's values that count do not exceed.
         label, short, unit: what axes say; a short label is for running text.
         bounds: the least and the largest value; None where there is none.
         better: which direction is better; None if neither is.
@@ -73,6 +74,7 @@ class Measure:
     log: bool = False
     always: bool = False
     column: str = ""
+    at_most: int | None = None
     label: str = ""
     short: str = ""
     unit: str = "mean"
@@ -88,7 +90,8 @@ class Measure:
                 f"name={self.name!r}: a measure's name is a column. Write letters, digits and _, "
                 "such as 'my_measure'."
             )
-        needs = (self.needs,) if isinstance(self.needs, str) else tuple(self.needs)
+        given: Any = self.needs
+        needs = (given,) if isinstance(given, str) else tuple(given)
         object.__setattr__(self, "needs", needs)
         for need in needs:
             if need not in NEEDS:
@@ -334,6 +337,7 @@ def _top(k: str) -> Measure:
     return Measure(
         f"top{k}",
         column="rank",
+        at_most=int(k),
         label=f"top-{k} accuracy",
         short=f"top-{k} accuracy",
         unit="% of prompts",

@@ -14,6 +14,8 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GemmaConfig,
     GPT2Config,
@@ -295,3 +297,30 @@ def save_checkpoint(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def multimodal(seed: int) -> Gemma3ForConditionalGeneration:
+    """A Gemma 3 that also sees pictures."""
+    torch.manual_seed(seed)
+    vision = {
+        "hidden_size": 16,
+        "intermediate_size": 20,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    config = Gemma3Config(
+        text_config=VARIANTS["gemma3"]().to_dict(),
+        vision_config=vision,
+        mm_tokens_per_image=4,
+        image_token_index=90,
+        boi_token_index=91,
+        eoi_token_index=92,
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    text = model.model.language_model
+    with torch.no_grad():
+        for parameter in text.parameters():
+            parameter.copy_(torch.randn(parameter.shape) * 0.25)
+    return model.eval().requires_grad_(False)

@@ -14,12 +14,16 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-# (component, layer, position, head) -> source. The layer is None for the components outside the
-# layers, the head is None for every component but q, k, v and o.
-Choose = Callable[[str, int | None, int, int | None], str]
+# A source, or sources with their shares: then the weights are mixed.
+Chosen = str | dict[str, float]
+# (component, layer, position, unit) -> what it uses. The layer is None for the components outside
+# the layers; the unit is a head of q, k, v and o, with `neurons` a neuron of the MLP's maps, and
+# None for every other component.
+Choose = Callable[[str, int | None, int, int | None], Chosen]
 
 MODEL_COMPONENTS = ("embed", "pos_embed", "ln_final", "unembed")
 HEAD_COMPONENTS = ("q", "k", "v", "o")
+NEURON_COMPONENTS = ("mlp_in", "mlp_gate", "mlp_out")
 LAYER_COMPONENTS = (
     *("ln1", "q", "k", "v", "q_norm", "k_norm", "o", "ln1_post"),
     *("ln2", "mlp_gate", "mlp_in", "mlp_out", "ln2_post"),
@@ -107,6 +111,14 @@ def n_heads_of(model: PreTrainedModel, component: str) -> int | None:
     return config.num_attention_heads
 
 
+def n_neurons(model: PreTrainedModel) -> int:
+    """The width of the MLP."""
+    config = model.config
+    if config.model_type == "gpt2":
+        return config.n_inner or 4 * config.n_embd
+    return config.intermediate_size
+
+
 def _weight_and_bias(module: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Views of a module's parameters, the weight as [out, in] whatever the layout it is kept in."""
     weight = getattr(module, "weight", None)
@@ -132,15 +144,16 @@ def _first_row(model: PreTrainedModel, component: str, head: int) -> int:
 
 
 def _parts(
-    model: PreTrainedModel, component: str, layer: int | None, head: int | None
+    model: PreTrainedModel, component: str, layer: int | None, unit: int | None
 ) -> list[Tensor]:
-    """Views of the parameters that a component (one head of it) owns; writing to them swaps it.
+    """Views of the parameters that a component (one head or neuron of it) owns; writing to them
+    swaps it.
 
-    The bias of o is no head's own and is handled apart.
+    A bias of o, and of mlp_out's neurons, is no unit's own and is handled apart.
     """
     if component in MODEL_COMPONENTS:
         assert layer is None
-        assert head is None
+        assert unit is None
         if component == "pos_embed":
             return [model.base_model.wpe.weight] if model.config.model_type == "gpt2" else []
         module = {
@@ -159,18 +172,24 @@ def _parts(
     except AttributeError:  # no q_norm or k_norm in this family
         return []
     if component in HEAD_COMPONENTS:
-        assert head is not None
+        assert unit is not None
         weight, bias = _weight_and_bias(module)
         if component == "o":
-            return [weight[:, head * _d_head(model) : (head + 1) * _d_head(model)]]
-        start = _first_row(model, component, head)
+            return [weight[:, unit * _d_head(model) : (unit + 1) * _d_head(model)]]
+        start = _first_row(model, component, unit)
         rows = slice(start, start + _d_head(model))
         return [weight[rows]] + ([] if bias is None else [bias[rows]])
-    assert head is None
-    if path == "mlp.gate_up_proj":
-        d_mlp = model.config.intermediate_size
-        first = 0 if component == "mlp_gate" else d_mlp
-        return [module.weight[first : first + d_mlp]]
+    if component in NEURON_COMPONENTS:
+        weight, bias = _weight_and_bias(module)
+        if path == "mlp.gate_up_proj":
+            d_mlp = model.config.intermediate_size
+            first = 0 if component == "mlp_gate" else d_mlp
+            weight = weight[first : first + d_mlp]
+        if unit is not None and component == "mlp_out":
+            return [weight[:, unit]]
+        kept = [weight] + ([] if bias is None else [bias])
+        return kept if unit is None else [part[unit] for part in kept]
+    assert unit is None
     return list(module.parameters())
 
 
@@ -209,29 +228,49 @@ class _WholePromptRotary(nn.Module):
         return cos[:, position_ids[0]], sin[:, position_ids[0]]
 
 
+def _bias(model: PreTrainedModel, component: str, layer: int) -> Tensor | None:
+    """The bias of o or mlp_out, which is no unit's own."""
+    path = _MODULES[model.config.model_type][component]
+    return _layers(model)[layer].get_submodule(path).bias
+
+
+def _put(target: Tensor, theirs: dict[str, Tensor], chosen: Chosen) -> None:
+    """Overwrite a parameter with a source's, or with a mixture of several."""
+    if isinstance(chosen, str):
+        target.copy_(theirs[chosen])
+    else:
+        target.copy_(sum(share * theirs[source] for source, share in chosen.items()))
+
+
 def _overwrite(
-    runner: PreTrainedModel, models: dict[str, PreTrainedModel], choose: Choose, position: int
+    runner: PreTrainedModel,
+    models: dict[str, PreTrainedModel],
+    choose: Choose,
+    position: int,
+    neurons: bool,
 ) -> None:
     """Give the running copy the parameters chosen for one token."""
     base = next(iter(models))
     for component in components_of(runner):
         outside = component in MODEL_COMPONENTS
+        n_units = n_heads_of(runner, component)
+        if neurons and component in NEURON_COMPONENTS:
+            n_units = n_neurons(runner)
         for layer in [None] if outside else range(len(_layers(runner))):
-            n_heads = n_heads_of(runner, component)
-            chosen = []
-            for head in [None] if n_heads is None else range(n_heads):
-                source = choose(component, layer, position, head)
-                chosen.append(source)
-                mine = _parts(runner, component, layer, head)
-                theirs = _parts(models[source], component, layer, head)
-                for target, value in zip(mine, theirs, strict=True):
-                    target.copy_(value)
-            if component == "o":
-                whole = chosen[0] if len(set(chosen)) == 1 else base
-                path = _MODULES[runner.config.model_type]["o"]
-                target = _layers(runner)[layer].get_submodule(path).bias
+            choices: list[Chosen] = []
+            for unit in [None] if n_units is None else range(n_units):
+                chosen = choose(component, layer, position, unit)
+                choices.append(chosen)
+                mine = _parts(runner, component, layer, unit)
+                theirs = {name: _parts(m, component, layer, unit) for name, m in models.items()}
+                for number, target in enumerate(mine):
+                    _put(target, {name: parts[number] for name, parts in theirs.items()}, chosen)
+            if component in ("o", "mlp_out") and n_units is not None:
+                target = _bias(runner, component, layer)
                 if target is not None:
-                    target.copy_(_layers(models[whole])[layer].get_submodule(path).bias)
+                    agree = all(chosen == choices[0] for chosen in choices)
+                    biases = {name: _bias(m, component, layer) for name, m in models.items()}
+                    _put(target, biases, choices[0] if agree else base)
 
 
 @overload
@@ -240,12 +279,17 @@ def sequential_graft(
     tokens: list[int],
     choose: Choose,
     hidden: Literal[False] = False,
+    neurons: bool = False,
 ) -> Tensor: ...
 
 
 @overload
 def sequential_graft(
-    models: dict[str, PreTrainedModel], tokens: list[int], choose: Choose, hidden: Literal[True]
+    models: dict[str, PreTrainedModel],
+    tokens: list[int],
+    choose: Choose,
+    hidden: Literal[True],
+    neurons: bool = False,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -255,9 +299,11 @@ def sequential_graft(
     tokens: list[int],
     choose: Choose,
     hidden: bool = False,
+    neurons: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Logits [pos, d_vocab] of a prompt, every parameter chosen per token; the first model is base.
 
+    With `neurons`, `choose` is asked about each neuron of the MLP's maps; else about the maps.
     With `hidden`, also the residual stream [layer + 1, pos, d_model]: what enters each layer, and
     what leaves the last one before the final norm.
     """
@@ -279,7 +325,7 @@ def sequential_graft(
     cache = DynamicCache(config=runner.config)
     logits = []
     for position, token in enumerate(tokens):
-        _overwrite(runner, models, choose, position)
+        _overwrite(runner, models, choose, position, neurons)
         output = runner(
             input_ids=torch.tensor([[token]]),
             position_ids=torch.tensor([[position]]),

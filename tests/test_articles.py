@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jsonserver import JsonHandler
 from needs import needs
 from pydantic import ValidationError
 from toytokenizers import TOKENIZERS
@@ -705,42 +706,28 @@ def test_the_draws_depend_on_the_article_and_not_on_its_place():
     assert rewritten([DRAFT], settings, 1, write) != alone
 
 
-class Server(BaseHTTPRequestHandler):
+class Server(JsonHandler):
     """Answers as an OpenAI-compatible server does; the first answer drops a name."""
 
     asked: list[dict]
 
     def do_POST(self):
-        request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        request = json.loads(self.asked_for())
         self.asked.append({**request, "path": self.path, "key": self.headers["Authorization"]})
         text, reason = "A drama with Renée Zellner-Ortiz.", "stop"
         if len(self.asked) == 2:
             text, reason = "Renée Zellner-Ortiz and Robert Okafor Jr. play.", "length"
         elif len(self.asked) > 2:
             text = f"Robert Okafor Jr. is with Renée Zellner-Ortiz, take {len(self.asked)}."
-        body = json.dumps(
-            {
-                "id": "1",
-                "object": "chat.completion",
-                "created": 1,
-                "model": request["model"],
-                "choices": [
-                    {
-                        "index": 0,
-                        "finish_reason": reason,
-                        "message": {"role": "assistant", "content": text},
-                    }
-                ],
-            }
-        ).encode()
-        self.send_response(200 if request["model"] == "good" else 404)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+        message = {"role": "assistant", "content": text}
+        said = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": request["model"],
+            "choices": [{"index": 0, "finish_reason": reason, "message": message}],
+        }
+        self.answer(200 if request["model"] == "good" else 404, said)
 
 
 @pytest.fixture

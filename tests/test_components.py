@@ -167,14 +167,14 @@ def test_numbers_by_hand(text: str, numbers: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "layers='': '' is no number or range"),
-        ("1,", "layers='1,': '' is no number or range"),
-        ("x", "layers='x': 'x' is no number or range"),
-        ("-1", "layers='-1': '-1' is no number or range"),
-        ("1.5", "layers='1.5': '1.5' is no number or range"),
-        ("1..3", "layers='1..3': '1..3' is no number or range"),
-        ("8-", "layers='8-': '8-' is no number or range"),
-        ("1-2-3", "layers='1-2-3': '1-2-3' is no number or range"),
+        ("", "layers='': '' is not a number or range"),
+        ("1,", "layers='1,': '' is not a number or range"),
+        ("x", "layers='x': 'x' is not a number or range"),
+        ("-1", "layers='-1': '-1' is not a number or range"),
+        ("1.5", "layers='1.5': '1.5' is not a number or range"),
+        ("1..3", "layers='1..3': '1..3' is not a number or range"),
+        ("8-", "layers='8-': '8-' is not a number or range"),
+        ("1-2-3", "layers='1-2-3': '1-2-3' is not a number or range"),
         ("15-8", "layers='15-8': the range '15-8' runs backwards. Write it as 8-15."),
     ],
 )

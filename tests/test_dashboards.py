@@ -228,7 +228,7 @@ def test_what_cannot_run_is_refused_before_weights_are_read(
 
 
 def test_a_near_miss_of_smollm2_is_not_asked_of_the_hub() -> None:
-    with pytest.raises(ValueError, match=r"'smolm2' is no folder, .* Did you mean 'smollm2'\?"):
+    with pytest.raises(ValueError, match=r"'smolm2' is not a folder, .* Did you mean 'smollm2'\?"):
         located("smolm2")
     assert located("gpt2") == "gpt2"
     assert located("me/smollm2") == "me/smollm2"

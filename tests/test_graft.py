@@ -397,16 +397,17 @@ def test_rules_on_different_components_layers_or_heads_commute() -> None:
 # -- everything that is refused ----------------------------------------------------------------
 
 _RULE_FORM = (
-    'is no rule. Write "source @ positions : components : layers : heads" (from components on, '
-    'what is left out means all), such as "sft @ last : o + mlp : upper_half"; join rules with |; '
-    '"none" is the graft without rules.'
+    'is not a rule. Write "source @ positions : components : layers : heads" (from components on, '
+    'what is left out means all), such as "sft @ last : o + mlp : upper_half" or '
+    '"0.5*sft @ last : mlp_out : 20 : n12-13"; join rules with |; "none" is the graft without '
+    "rules."
 )
 _WANTED = "expected a span, [positions], +, &, ~ or parentheses at"
 _NAMES = "Names begin with a letter or _, and go on with letters, digits, _ . -"
 _FORMS = 'Write numbers and inclusive ranges, such as "3", "8-15" or "0,2-4".'
 _HEADS = 'Heads go with q, k, v and o only: write components="q + k + v + o", or leave heads out.'
 
-_IN_LISTS = "is no whole number. A list holds whole numbers; names and ranges go in one text."
+_IN_LISTS = "is not a whole number. A list holds whole numbers; names and ranges go in one text."
 
 MALFORMED = {
     "": f"graft '': '' {_RULE_FORM}",
@@ -416,11 +417,11 @@ MALFORMED = {
     "sft @ last |": f"graft 'sft @ last |': '' {_RULE_FORM}",
     "| sft @ last": f"graft '| sft @ last': '' {_RULE_FORM}",
     "none | sft @ last": f"graft 'none | sft @ last': 'none' {_RULE_FORM}",
-    "sft @ last : o : 3 : 2 : 1": "'sft @ last : o : 3 : 2 : 1' is no rule.",
-    "@ last": f"source='' is no source name. {_NAMES}",
-    "1st @ last": f"source='1st' is no source name. {_NAMES}",
-    "my source @ last": f"source='my source' is no source name. {_NAMES}",
-    "org/model @ last": f"source='org/model' is no source name. {_NAMES}",
+    "sft @ last : o : 3 : 2 : 1": "'sft @ last : o : 3 : 2 : 1' is not a rule.",
+    "@ last": f"source='' is not a source name. {_NAMES}",
+    "1st @ last": f"source='1st' is not a source name. {_NAMES}",
+    "my source @ last": f"source='my source' is not a source name. {_NAMES}",
+    "org/model @ last": f"source='org/model' is not a source name. {_NAMES}",
     "sft @": "at='': a span or [positions] is missing at the end. Write, for example,",
     "sft @ : o": "at='': a span or [positions] is missing at the end.",
     "sft @ last +": "at='last +': a span or [positions] is missing at the end.",
@@ -455,10 +456,10 @@ MALFORMED = {
     "sft @ last : o : top_half": "unknown layer group 'top_half'. Allowed: all lower_half",
     "sft @ last : o : -1": "unknown layer group '-1'. Allowed: all lower_half upper_half",
     "sft @ last : o : 3-1": "layers='3-1': the range '3-1' runs backwards. Write it as 1-3.",
-    "sft @ last : o : 3..5": f"layers='3..5': '3..5' is no number or range. {_FORMS}",
+    "sft @ last : o : 3..5": f"layers='3..5': '3..5' is not a number or range. {_FORMS}",
     "sft @ last : o : 1 + ": "unknown layer group ''. Allowed: all lower_half",
-    "sft @ last : q : all : x": f"heads='x': 'x' is no number or range. {_FORMS}",
-    "sft @ last : q : all : -1": f"heads='-1': '-1' is no number or range. {_FORMS}",
+    "sft @ last : q : all : x": f"heads='x': 'x' is not a number or range. {_FORMS}",
+    "sft @ last : q : all : -1": f"heads='-1': '-1' is not a number or range. {_FORMS}",
     "sft @ last : mlp : all : 0": (
         f"heads=[0] with components mlp: mlp cannot be split by head. {_HEADS}"
     ),
@@ -484,21 +485,21 @@ def test_an_error_in_a_later_rule_is_found() -> None:
     ("arguments", "message"),
     [
         ({"at": []}, "at=[] names no position. Write at least one, such as [0, -1]."),
-        ({"at": True}, "at=True is no position. Write spans"),
-        ({"at": [0, True]}, "at=[0, True]: True is no whole number."),
-        ({"layers": -1}, "layers=-1: layers are counted from 0; -1 is no layer."),
-        ({"layers": [0, -3]}, "layers=[0, -3]: layers are counted from 0; -3 is no layer."),
+        ({"at": True}, "at=True is not a position. Write spans"),
+        ({"at": [0, True]}, "at=[0, True]: True is not a whole number."),
+        ({"layers": -1}, "layers=-1: layers are counted from 0; -1 is not a layer."),
+        ({"layers": [0, -3]}, "layers=[0, -3]: layers are counted from 0; -3 is not a layer."),
         ({"layers": []}, "layers=[] names no layer. Write a group (all lower_half"),
-        ({"layers": [True]}, "layers=[True]: True is no whole number."),
+        ({"layers": [True]}, "layers=[True]: True is not a whole number."),
         ({"components": []}, "components=[] names no component."),
         (
             {"components": "q", "heads": []},
             "heads=[]: name at least one head, counted from 0, or leave heads out for all.",
         ),
         ({"components": "q", "heads": [-1]}, "heads=[-1]: name at least one head, counted from 0"),
-        ({"components": "q", "heads": [True]}, "heads=[True]: True is no whole number."),
+        ({"components": "q", "heads": [True]}, "heads=[True]: True is not a whole number."),
         ({"components": "q", "heads": True}, "heads=True is a bool."),
-        ({"source": "a b"}, "source='a b' is no source name."),
+        ({"source": "a b"}, "source='a b' is not a source name."),
     ],
 )
 def test_malformed_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
@@ -507,7 +508,7 @@ def test_malformed_arguments_are_refused(arguments: dict[str, Any], message: str
 
 
 def test_a_rule_checks_its_source_however_it_is_made() -> None:
-    with pytest.raises(ValueError, match="source='' is no source name"):
+    with pytest.raises(ValueError, match="source='' is not a source name"):
         Rule("", Span("last"))
 
 
@@ -564,10 +565,10 @@ def test_defaults_are_left_out_of_yaml() -> None:
             "rule {'source': 'sft', 'at': None} needs the keys source and at.",
         ),
         ("- source:\n  at: last", "rule {'source': None, 'at': 'last'} needs the keys source and"),
-        ("- 3", "3 is no rule. A rule has the keys source at components layers heads."),
-        ("- [sft, last]", "['sft', 'last'] is no rule."),
-        ("3", "3 is no graft. Write one line of text, or a list of rules, each with the keys"),
-        ("", "None is no graft."),
+        ("- 3", "3 is not a rule. A rule has the keys source at components layers heads."),
+        ("- [sft, last]", "['sft', 'last'] is not a rule."),
+        ("3", "3 is not a graft. Write one line of text, or a list of rules, each with the keys"),
+        ("", "None is not a graft."),
         ('- {source: sft, at: "0"}', "at='0': expected a span, [positions]"),
         # Regressions: YAML reads an unquoted line with colons as a mapping, or not at all.
         (
@@ -575,8 +576,8 @@ def test_defaults_are_left_out_of_yaml() -> None:
             "unknown key 'sft @ last' in rule {'sft @ last': 'o'}. Allowed: source at components "
             "layers heads. Put a one-line rule in quotes.",
         ),
-        ("- sft @ last : o : 3", "graft '- sft @ last : o : 3' is no YAML (mapping values are"),
-        ("[unclosed", "graft '[unclosed' is no YAML (while parsing"),
+        ("- sft @ last : o : 3", "graft '- sft @ last : o : 3' is not YAML (mapping values are"),
+        ("[unclosed", "graft '[unclosed' is not YAML (while parsing"),
     ],
 )
 def test_yaml_oddities_are_refused(text: str, message: str) -> None:
@@ -585,7 +586,7 @@ def test_yaml_oddities_are_refused(text: str, message: str) -> None:
 
 
 def test_yaml_runs_no_code() -> None:
-    with pytest.raises(ValueError, match="is no YAML"):
+    with pytest.raises(ValueError, match="is not YAML"):
         Graft.from_yaml("!!python/object/apply:os.getcwd []")
 
 
@@ -618,10 +619,11 @@ for rule in (
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.splitlines()
     assert printed == [
-        f"source=5 is no source name. {_NAMES}",
-        f"source=False is no source name. {_NAMES}",
-        'at=1.5 is no position. Write spans ("first_entity + last"), or token positions ([0, -1]).',
-        "at={'a': 1} is no position. "
+        f"source=5 is not a source name. {_NAMES}",
+        f"source=False is not a source name. {_NAMES}",
+        "at=1.5 is not a position. "
+        'Write spans ("first_entity + last"), or token positions ([0, -1]).',
+        "at={'a': 1} is not a position. "
         'Write spans ("first_entity + last"), or token positions ([0, -1]).',
         f"at=['first', 'last']: 'first' {_IN_LISTS}",
         f"heads=['0-1']: '0-1' {_IN_LISTS}",

@@ -13,11 +13,12 @@ PACKAGE = Path(__file__).parent.parent / "graftlens"
 LAYERS = (
     "components",
     "graft",
+    "references",
     "prompts",
     "model",
     "lens",
     "sweep",
-    "evaluate",
+    "evaluation",
     "dashboards",
     "demo",
     "experiment",
@@ -122,10 +123,11 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
         follow(name, ())
 
 
-@pytest.mark.parametrize("name", ["components", "graft", "prompts", "stats"])
+@pytest.mark.parametrize("name", ["components", "graft", "references", "prompts", "stats"])
 def test_the_values_load_without_the_heavy_packages(name: str) -> None:
     """A notebook that only writes grafts, or a cluster job that only plans, starts at once."""
-    program = f"import sys, graftlens.{name}; print(*sorted(m.split('.')[0] for m in sys.modules))"
+    everything = f"import sys; from graftlens.{name} import *"
+    program = f"{everything}; print(*sorted(m.split('.')[0] for m in sys.modules))"
     loaded = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     ).stdout.split()

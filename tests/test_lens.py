@@ -1001,10 +1001,10 @@ tried(logit_lens, one, at=torch.tensor([True]))
         check=True,
         cwd=Path(__file__).parent,
     ).stdout.splitlines()
-    tokens = "with the keys input_ids attention_mask is no prompt. Of what a tokenizer"
-    none = "is no prompt. Give texts, Prompts, or a tensor of token ids."
+    tokens = "with the keys input_ids attention_mask is not a prompt. Of what a"
+    none = "is not a prompt. Give texts, Prompts, or a tensor of token ids."
     mask = "is a GraftMask, which belongs to one batch of prompts. Give the graft"
-    graft = "is no graft. Give a Graft or its one-line text"
+    graft = "is not a graft. Give a Graft or its one-line text"
     number = "write a whole number from 1."
     options = [f"top_k={k}: {number}" for k in ("True", "'3'", "3.0", "0", "None") for _ in (0, 1)]
     hook = "Write a hook's name, or its last part for every layer: hook_embed"
@@ -1020,7 +1020,8 @@ tried(logit_lens, one, at=torch.tensor([True]))
         "source=1 is not a source of this model. Allowed: pre sft.",
         *(f"no hook {name}. {hook}" for name in (5, None, 5)),
         *("accepted 48", "accepted 8", "accepted 8", "accepted 16"),
-        *("at=[0.5]: 0.5 is no whole number.", "at=None is no position.", "at=[True]: True is no"),
+        *("at=[0.5]: 0.5 is not a whole number.", "at=None is not a position."),
+        "at=[True]: True is not a whole number.",
     ]
     for said, start in zip(printed, wanted, strict=True):
         assert said.startswith(start)

@@ -10,7 +10,7 @@ from typing import Any
 import families
 import pytest
 import torch
-from families import VARIANTS, save_checkpoint, tiny_model, tiny_pair, tiny_sources
+from families import VARIANTS, multimodal, save_checkpoint, tiny_model, tiny_pair, tiny_sources
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers, pre_tokenizers
@@ -20,8 +20,6 @@ from transformers import (
     AutoModelForCausalLM,
     FalconConfig,
     Gemma2Config,
-    Gemma3Config,
-    Gemma3ForConditionalGeneration,
     GemmaConfig,
     GPTJConfig,
     LlamaConfig,
@@ -247,7 +245,7 @@ def test_a_model_that_peft_has_changed_is_named(pair: dict[str, PreTrainedModel]
         load({"pre": base, "sft": adapted})
     assert str(caught.value) == (
         "source 'pre': PEFT has put its layers into this model (get_peft_model changes the model "
-        "it is given). Load the model anew, or give its folder."
+        "it is given). Load the model again, or give its folder."
     )
 
 
@@ -489,7 +487,7 @@ def test_mixed_dtypes_within_one_source(pair: dict[str, PreTrainedModel]) -> Non
 def test_a_dtype_that_is_none_is_named(pair: dict[str, PreTrainedModel], dtype: Any) -> None:
     """Regression: AttributeError, or an autograd error deep inside."""
     assert _refused(pair, dtype=dtype) == (
-        f'dtype={dtype!r} is no floating-point dtype of torch. Write, for example, "bfloat16".'
+        f'dtype={dtype!r} is not a floating-point dtype of torch. Write, for example, "bfloat16".'
     )
 
 
@@ -527,7 +525,7 @@ def test_one_source_is_no_pair(pair: dict[str, PreTrainedModel]) -> None:
 def test_names_that_no_graft_could_write(pair: dict[str, PreTrainedModel], name: str) -> None:
     with pytest.raises(ValueError) as caught:
         load({"pre": pair["pre"], name: pair["sft"]})
-    assert str(caught.value).startswith(f"source={name!r} is no source name. Names begin with")
+    assert str(caught.value).startswith(f"source={name!r} is not a source name. Names begin with")
 
 
 @pytest.mark.parametrize("given", [None, 3, {"a": 1}, torch.nn.Linear(2, 2)])
@@ -547,7 +545,7 @@ def test_folders_that_are_no_checkpoint(pair: dict[str, PreTrainedModel], tmp_pa
         "source 'pre': there is no folder ./nowhere."
     )
     assert _refused({"pre": pair["pre"], "sft": tmp_path}) == (
-        f"source 'sft': folder {tmp_path} has no config.json, so it is no checkpoint. "
+        f"source 'sft': folder {tmp_path} has no config.json, so it is not a checkpoint. "
         "Give the folder that save_pretrained wrote."
     )
 
@@ -836,35 +834,9 @@ def test_float64(pair: dict[str, PreTrainedModel]) -> None:
 # -- multimodal Gemma 3 ------------------------------------------------------------------------
 
 
-def _multimodal(seed: int) -> Gemma3ForConditionalGeneration:
-    torch.manual_seed(seed)
-    vision = {
-        "hidden_size": 16,
-        "intermediate_size": 20,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "image_size": 28,
-        "patch_size": 14,
-    }
-    config = Gemma3Config(
-        text_config=VARIANTS["gemma3"]().to_dict(),
-        vision_config=vision,
-        mm_tokens_per_image=4,
-        image_token_index=90,
-        boi_token_index=91,
-        eoi_token_index=92,
-    )
-    model = Gemma3ForConditionalGeneration(config)
-    text = model.model.language_model
-    with torch.no_grad():
-        for parameter in text.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.25)
-    return model.eval().requires_grad_(False)
-
-
 @pytest.mark.parametrize("saved", [False, True])
 def test_the_text_part_of_a_multimodal_gemma_3(saved: bool, tmp_path: Path) -> None:
-    pair = {"pre": _multimodal(1), "sft": _multimodal(2)}
+    pair = {"pre": multimodal(1), "sft": multimodal(2)}
     sources: dict[str, Any] = dict(pair)
     if saved:
         for name, model in pair.items():

@@ -9,6 +9,7 @@ import torch
 from families import VARIANTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jaxtyping import Int
 from positions import evaluate
 from reference import MODEL_COMPONENTS
 
@@ -21,7 +22,7 @@ from graftlens.components import (
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture, architecture
 from graftlens.model.inputs import Batch, Padding, collate, from_tokens
-from graftlens.model.mask import GraftMask, HeadSelection, Selection, resolve
+from graftlens.model.mask import GraftMask, Selection, UnitSelection, resolve
 from graftlens.prompts import PromptError, Tokenized
 
 ARCHS = {name: architecture(make()) for name, make in VARIANTS.items()}
@@ -175,6 +176,15 @@ def test_taking_rows_and_columns(
             )
 
 
+def selection_sources(
+    selection: Selection, equal: tuple[int, ...] | None = None
+) -> Int[np.ndarray, " rows"]:
+    """The one source of each row."""
+    shares = np.stack([selection.share(s, equal) for s in range(len(SOURCES))])
+    assert ((shares == 1).sum(axis=0) == 1).all()
+    return shares.argmax(axis=0)
+
+
 @settings(deadline=None, max_examples=40)
 @given(cases(), st.sampled_from([(0, 1, 2), (0, 1, 1), (0, 0, 2), (0, 0, 0), (0, 1, 0)]))
 def test_blocks_cover_every_row_once(
@@ -185,9 +195,9 @@ def test_blocks_cover_every_row_once(
     mask = resolve(graft, batch, arch, SOURCES)
     for chosen in mask.sites.values():
         for selection in (
-            [s for _, s in chosen.groups] if isinstance(chosen, HeadSelection) else [chosen]
+            [s for _, s in chosen.groups] if isinstance(chosen, UnitSelection) else [chosen]
         ):
-            merged = np.array(equal)[selection.choice]
+            merged = selection_sources(selection, equal)
             blocks = selection.blocks(equal, CPU)
             rows = torch.cat([block.rows for block in blocks]).tolist()
             assert sorted(rows) == list(range(batch.real.size))
@@ -196,7 +206,8 @@ def test_blocks_cover_every_row_once(
             only = selection.only(equal)
             real = set(merged[batch.real.reshape(-1)].tolist())
             assert only == (real.pop() if len(real) == 1 else None)
-            assert selection.per_row(CPU).tolist() == selection.choice.tolist()
+            named = [selection.mixtures[i] for i in selection.per_row(CPU).tolist()]
+            assert [m[0][0] for m in named] == selection_sources(selection).tolist()
 
 
 # -- shapes of the answer ----------------------------------------------------------------------
@@ -210,8 +221,8 @@ def test_one_prompt_by_hand() -> None:
     assert mask.source_index("embed").tolist() == [[0, 1, 1, 0, 1, 1]]
     assert mask.source_index("o", 0).tolist() == [[0, 1, 1, 0, 1, 1]]
     assert mask.source_index("o", 2).tolist() == [[0, 1, 1, 0, 1, 2]]
-    assert mask.source_index("q", 0, head=0).tolist() == [[0, 1, 1, 0, 1, 1]]
-    assert mask.source_index("q", 0, head=1).tolist() == [[0, 1, 1, 0, 0, 1]]
+    assert mask.source_index("q", 0, unit=0).tolist() == [[0, 1, 1, 0, 1, 1]]
+    assert mask.source_index("q", 0, unit=1).tolist() == [[0, 1, 1, 0, 0, 1]]
     # A part that belongs to no head takes the source only where all heads agree.
     assert mask.source_index("q", 0).tolist() == [[0, 1, 1, 0, 0, 1]]
     assert mask.shape == (1, 6)
@@ -266,9 +277,9 @@ def test_groups_of_heads_share_a_selection() -> None:
         Graft.rule("sft", "last", "q + k", heads=[1]), collate([prompt(5)]), ARCHS["llama"], SOURCES
     )
     chosen = mask[Component.Q, 0]
-    assert isinstance(chosen, HeadSelection)
+    assert isinstance(chosen, UnitSelection)
     assert sorted(heads for heads, _ in chosen.groups) == [(0, 2, 3), (1,)]
-    assert isinstance(mask[Component.K, 0], HeadSelection)
+    assert isinstance(mask[Component.K, 0], UnitSelection)
     assert isinstance(mask[Component.V, 0], Selection)
 
 

@@ -73,7 +73,7 @@ def test_overrides_are_read_alike(key: str) -> None:
 
 def test_a_graft_s_yaml_is_read_alike() -> None:
     """`Graft.from_yaml` had PyYAML's own loader."""
-    with pytest.raises(ValueError, match=r"is no YAML \('1:3' is not a plain decimal number"):
+    with pytest.raises(ValueError, match=r"is not YAML \('1:3' is not a plain decimal number"):
         Graft.from_yaml("[{source: sft, at: last, layers: [1:3]}]")
     with pytest.raises(ValueError, match=r"the key 'at' stands twice"):
         Graft.from_yaml("[{source: sft, at: last, at: all}]")
@@ -253,7 +253,7 @@ def test_names_in_any_script_stay() -> None:
         ("x" * 2_000_000, "has 2,000,000 characters; 1,000,000 are the most."),
         ("sft @ last : " + "z" * 500_000, "unknown component 'zzz"),
         ("sft @ last : q : " + "z" * 500_000, "unknown layer group 'zzz"),
-        ("z z" * 100_000 + "@ last", "is no source name."),
+        ("z z" * 100_000 + "@ last", "is not a source name."),
         ("sft @ " + "x" * 500_000 + " y", "expected"),
     ],
     ids=range(17),

@@ -21,6 +21,7 @@ from families import save_checkpoint, tiny_model
 from filelock import FileLock
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from test_finetune import stop_at
 from toytokenizers import gpt2_style
 from waiting import HANG
 
@@ -83,16 +84,6 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def stop_at(monkeypatch, step: int) -> None:
-    original, calls = transformers.Trainer.training_step, []
-
-    def failing(*args, **kwargs):
-        calls.append(1)
-        return 1 / 0 if len(calls) == step else original(*args, **kwargs)
-
-    monkeypatch.setattr(transformers.Trainer, "training_step", failing)
 
 
 def flip(path: Path, at: float = 0.7) -> None:

@@ -256,7 +256,7 @@ def earlier(root: Path) -> Path:
 
 
 def test_folders_of_the_release_before(root: Path) -> None:
-    """They are read, and found finished; what may not be the same is not gone on with."""
+    """They are read, and found finished; an unfinished one is refused in one sentence."""
     out = earlier(root)
     table = read_results(out)
     assert len(table) == read_manifest(out).cells
@@ -266,9 +266,8 @@ def test_folders_of_the_release_before(root: Path) -> None:
     with pytest.raises(ValueError) as caught:
         go(root)
     assert str(caught.value) == (
-        "out was started by an earlier release, which did not record the sources' configs and "
-        "tokenizers, so whether they are still the same is unknown. Its results can be read; to "
-        "compute more, start a sweep in another folder."
+        "out was started by version 0.1.0, whose results can be read but not added to: start the "
+        "sweep in another folder."
     )
 
 

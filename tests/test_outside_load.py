@@ -23,7 +23,6 @@ from torch import Tensor
 from toytokenizers import TOKENIZERS
 from transformers import (
     AutoModelForCausalLM,
-    Gemma3ForConditionalGeneration,
     LlamaConfig,
     PreTrainedModel,
 )
@@ -159,30 +158,9 @@ def test_of_two_tied_tensors_a_file_may_hold_either(
             read(folders)
 
 
-def _multimodal(seed: int) -> Gemma3ForConditionalGeneration:
-    from transformers import Gemma3Config
-
-    torch.manual_seed(seed)
-    vision = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
-    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    config = Gemma3Config(
-        text_config=families.VARIANTS["gemma3"]().to_dict(),
-        vision_config=vision,
-        mm_tokens_per_image=4,
-        image_token_index=90,
-        boi_token_index=91,
-        eoi_token_index=92,
-    )
-    model = Gemma3ForConditionalGeneration(config)
-    with torch.no_grad():
-        for parameter in model.model.language_model.parameters():
-            parameter.copy_(torch.randn(parameter.shape) * 0.25)
-    return model.eval().requires_grad_(False)
-
-
 def test_the_files_say_the_dtype_of_a_multimodal_model(tmp_path: Path) -> None:
     """Regression: there the wrong dtype is under `text_config`, too."""
-    pair = {"pre": _multimodal(1), "sft": _multimodal(2)}
+    pair = {"pre": families.multimodal(1), "sft": families.multimodal(2)}
     folders = {}
     for name, theirs in pair.items():
         theirs.save_pretrained(tmp_path / name)

@@ -302,7 +302,7 @@ def test_cfg_says_whether_texts_get_a_bos_token(tiny: MakeTiny) -> None:
                 options = {"progress": False, "prepend_bos": forced}
                 table = graftlens.evaluate(model, [prompt], "sft @ last", **options)
                 lens = logit_lens(model, prompt, "sft @ last", prepend_bos=forced)
-                plain[forced] += [table["logprob"][0], lens]
+                plain[forced] += [table["logprob"].iloc[-1], lens]
         for forced in (True, False, None):
             model.cfg.default_prepend_bos = forced
             wanted = plain[forced]
@@ -311,7 +311,7 @@ def test_cfg_says_whether_texts_get_a_bos_token(tiny: MakeTiny) -> None:
             assert torch.equal(model.generate(texts, 2, return_type="tokens"), wanted[2])
             if kind == "gpt2":
                 table = graftlens.evaluate(model, [prompt], "sft @ last", progress=False)
-                assert table["logprob"][0] == wanted[3]
+                assert table["logprob"].iloc[-1] == wanted[3]
                 assert logit_lens(model, prompt, "sft @ last").equals(wanted[4])
             bos = model.tokenizer.bos_token_id
             assert bool((model.to_tokens(texts)[:, 0] == bos).all()) == (

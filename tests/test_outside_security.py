@@ -6,13 +6,14 @@ import os
 import sys
 import threading
 from html import unescape
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import yaml
+from jsonserver import JsonHandler
 from markdown_it import MarkdownIt
 from summaries import positions
 
@@ -463,7 +464,7 @@ def test_a_damaged_table_of_texts_is_named(tmp_path):
 # -- keys ------------------------------------------------------------------------------------------
 
 
-class Thief(BaseHTTPRequestHandler):
+class Thief(JsonHandler):
     """Keeps every header, and says them again in its error."""
 
     seen: list[dict[str, str]]
@@ -471,7 +472,7 @@ class Thief(BaseHTTPRequestHandler):
     location = ""
 
     def do_POST(self):
-        self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked_for()
         self.seen.append(dict(self.headers))
         if self.status == 200:
             text = f"Ann met Bo, {self.headers['Authorization']}."
@@ -479,17 +480,7 @@ class Thief(BaseHTTPRequestHandler):
             said = {"choices": [{"index": 0, "finish_reason": "stop", "message": message}]}
         else:
             said = {"error": {"message": str(dict(self.headers))}}
-        body = json.dumps(said).encode()
-        self.send_response(self.status)
-        if self.location:
-            self.send_header("Location", self.location)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    def log_message(self, *args):
-        pass
+        self.answer(self.status, said, self.location)
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ import pandas as pd
 import pytest
 
 from graftlens import stats
-from graftlens.viz import bars, report, text, theme
+from graftlens.metrics import averaged
+from graftlens.viz import bars, quantities, report, text, theme
 
 RULES = {"PRE": "", "SFT": "sft @ all", "FE+LT": "sft @ first_entity + last"}
 RULES |= {"(FE+LT)^C": "sft @ not(first_entity + last)"}
@@ -28,7 +29,7 @@ def make_table(strength, *, templates=("headline", "award"), n=12, not_run=()):
             row |= {"rank": rank, "prob": 0.5, "logprob": -rank / 10 - (i % 3) / 10}
             row |= {"answer_logprob": -rank / 5, "logit_diff": np.nan, "reason": None}
             if (graft, i) in not_run:
-                row |= dict.fromkeys(stats.VALUE_METRICS, np.nan)
+                row |= dict.fromkeys(averaged(), np.nan)
                 row["reason"] = "span <first_entity> not found"
             rows.append(row)
     return pd.DataFrame(rows)
@@ -156,7 +157,7 @@ def test_plotly_is_inlined_once_without_its_cloud_button(written):
 def test_numbers_on_the_page_are_those_of_the_summary(written):
     _, summary, page = written
     cells = [attrs for tag, attrs in page.tags if tag == "td" and "data-metric" in attrs]
-    names = text.metrics(summary)
+    names = quantities.measured(summary)
     assert len(cells) == len(summary) * len(names)
     for number, (_, row) in enumerate(summary.iterrows()):
         chunk = cells[number * len(names) : (number + 1) * len(names)]
@@ -167,7 +168,7 @@ def test_numbers_on_the_page_are_those_of_the_summary(written):
                 assert shown == wanted or (math.isnan(shown) and math.isnan(wanted))
     words = " ".join("".join(page.words).split())
     row = summary[(summary["template"] == "award") & (summary["graft"] == "FE+LT")].iloc[0]
-    shown = text.written(text.measure(summary, "top5"), row)
+    shown = text.written(quantities.of_summary(summary, "top5"), row)
     number, interval = shown.split(" ", 1)
     assert f"{100 * row['top5']:.1f}%" == number
     assert f"{number} {interval}" in words
@@ -210,7 +211,7 @@ def test_charts_have_descriptions_and_their_own_data(written):
     for chart in charts:
         assert chart["role"] == "img"
         assert chart["aria-label"].startswith("Bar chart of")
-    shown = text.written(text.measure(summary, "top5"), summary.iloc[1])
+    shown = text.written(quantities.of_summary(summary, "top5"), summary.iloc[1])
     assert f"SFT {shown}" in charts[0]["aria-label"]
     assert sum('"type": "bar"' in script for script in page.scripts) == 2
 

@@ -86,7 +86,7 @@ def test_a_mask_belongs_to_its_batch(tiny: MakeTiny) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layers": (-1,)}, "layers are counted from 0; -1 is no layer"),
+        ({"layers": (-1,)}, "layers are counted from 0; -1 is not a layer"),
         ({"layers": ()}, "names no layer"),
         ({"components": ()}, "names no component"),
         ({"components": ("mpl",)}, "unknown component 'mpl'"),
@@ -189,10 +189,10 @@ def test_what_is_too_long_or_unknown_is_a_row_with_a_reason(tiny: MakeTiny) -> N
         Prompt("{first_entity} with", {"first_entity": "Ann"}, " Al"),
         Prompt("{first_entity} with", {"first_entity": "Ann " * 60}, " Al"),
     ]
-    with pytest.warns(UserWarning, match="1 of 2 rows could not be run; first reason: prompt and"):
+    with pytest.warns(UserWarning, match="3 of 6 rows could not be run; first reason: prompt and"):
         table = evaluate(model, prompts, "sft @ last", progress=False)
-    assert table["reason"].isna().tolist() == [True, False]
-    assert "more than the model's context of 64" in table["reason"][1]
+    assert table["reason"].isna().tolist() == [True, True, True, False, False, False]
+    assert "more than the model's context of 64" in table["reason"][5]
     with pytest.warns(UserWarning, match="goes on with the prompt's last word. Did you mean ' Al'"):
         evaluate(model, Prompt("Ann with", {}, "Al"), Graft.rule("sft"), progress=False)
 

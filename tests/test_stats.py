@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from graftlens import stats
+from graftlens.metrics import averaged
 from graftlens.stats import permutation, resampling
 from graftlens.stats.intervals import _newcombe
 from graftlens.viz import text
@@ -26,7 +27,7 @@ def make_table(columns, *, metric="logprob", template="headline", first=0):
             row |= {"text": "t", "answer": " a", "rank": 1.0, "prob": 0.5, "logprob": -1.0}
             row |= {"answer_logprob": -2.0, "logit_diff": 0.5, "reason": None, metric: value}
             if value is None:
-                row |= dict.fromkeys(stats.VALUE_METRICS, np.nan) | {"reason": "no such span"}
+                row |= dict.fromkeys(averaged(), np.nan) | {"reason": "no such span"}
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -921,7 +922,7 @@ def test_t_intervals_over_templates_cover_new_templates():
 def test_levels_without_a_value_are_said_and_not_counted():
     table = levels_table()
     gone = (table["template"] == "y") & (table["graft"] == "B")
-    table.loc[gone, [*stats.VALUE_METRICS]] = np.nan
+    table.loc[gone, [*averaged()]] = np.nan
     table.loc[gone, "reason"] = "no such span"
     found = stats.stability(table).set_index("graft").loc["A"]
     assert (found["levels"], found["mean"], found["n"], found["not_run"]) == (2, 0.375, 8, 4)
@@ -1019,7 +1020,7 @@ def test_prompts_that_did_not_run_change_only_the_count(call, unit):
         prompt=lambda t: t["prompt"] + 1000,
         fact=lambda t: t["fact"] + 1000,
         reason="no such span",
-        **dict.fromkeys(stats.VALUE_METRICS, np.nan),
+        **dict.fromkeys(averaged(), np.nan),
     )
     before = call(table, unit=unit)
     after = call(pd.concat([table, bad], ignore_index=True), unit=unit)
@@ -1125,7 +1126,7 @@ def test_a_sweep_is_summarised_without_drawing_every_cell():
         ),
         (
             lambda t: stats.compare_all(t, against="PRE", metric="loss"),
-            "unknown metric 'loss'; choose .* 'logit_diff', 'recovery'",
+            "unknown metric 'loss'; choose .* 'logit_diff', .*'margin', .*'recovery'",
         ),
         (
             lambda t: stats.compare_all(t, against="g1", metric="recovery", full="sft"),

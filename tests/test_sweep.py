@@ -38,17 +38,21 @@ PLACES = ("last", "all", "bos", "~last", "~bos", "[2]", "[1, 3]", "[-2]", "~[4]"
 
 @st.composite
 def grafts_of(draw: st.DrawFn, arch: Architecture, n_rules: int = 3) -> Graft:
-    """Any graft that `arch` can run: every component, group, layer and head, every place."""
+    """Any graft that `arch` can run: every component, group, layer, head and neuron, every place,
+    at any strength.
+    """
     graft = Graft()
     for _ in range(draw(st.integers(0, n_rules))):
         source, at = draw(st.sampled_from(SOURCES)), draw(st.sampled_from(PLACES))
+        strength = draw(st.sampled_from([1, 1, 1, 0.5, 2, -1, 0]))
         layers = draw(
             st.one_of(
                 st.just("all"),
                 st.lists(st.integers(0, arch.n_layers - 1), min_size=1, max_size=2),
             )
         )
-        if draw(st.booleans()):
+        cut = draw(st.sampled_from(["heads", "neurons", "none"]))
+        if cut == "heads":
             components = draw(
                 st.lists(
                     st.sampled_from([c for c in arch.components if c in HEAD_COMPONENTS]),
@@ -57,14 +61,18 @@ def grafts_of(draw: st.DrawFn, arch: Architecture, n_rules: int = 3) -> Graft:
             )
             n_heads = min(arch.n_units_of(c) for c in components)
             heads = draw(st.one_of(st.none(), st.sets(st.integers(0, n_heads - 1), min_size=1)))
-            graft |= Graft.rule(source, at, components, layers, heads and sorted(heads))
+            heads = heads and sorted(heads)
+            graft |= Graft.rule(source, at, components, layers, heads, strength=strength)
+        elif cut == "neurons":
+            components = draw(st.sampled_from([["mlp"], ["mlp_in"], ["mlp_out"]]))
+            units = sorted(draw(st.sets(st.integers(0, arch.d_mlp - 1), min_size=1, max_size=4)))
+            graft |= Graft.rule(source, at, components, layers, units=units, strength=strength)
         else:
             inside = [str(c) for c in arch.components if c not in MODEL_COMPONENTS]
             outside = [str(c) for c in arch.components if c in MODEL_COMPONENTS]
             known = [*inside, "attn", "mlp", "all", *(outside if layers == "all" else ())]
-            graft |= Graft.rule(
-                source, at, draw(st.lists(st.sampled_from(known), min_size=1, max_size=3)), layers
-            )
+            components = draw(st.lists(st.sampled_from(known), min_size=1, max_size=3))
+            graft |= Graft.rule(source, at, components, layers, strength=strength)
     return graft
 
 
@@ -120,12 +128,19 @@ def rows_by_brute_force(
     for graft in grafts:
         mask = model.resolve(graft, collate([prompt], continuations=[(0,)]))
 
-        def sources(
-            component: Component, layer: int | None, node: int, mask=mask
-        ) -> tuple[int, ...]:  # type: ignore[no-untyped-def]
-            heads = range(arch.n_units_of(component)) if component in HEAD_COMPONENTS else [None]
-            column = branches.columns[node]
-            return tuple(int(mask.source_index(component, layer, h)[0, column]) for h in heads)
+        @cache
+        def shares(component: Component, layer: int | None, mask=mask) -> np.ndarray:  # type: ignore[no-untyped-def]
+            """[source, unit, column]"""
+            found = np.empty((len(SOURCES), arch.n_units_of(component), mask.shape[1]))
+            for units, selection in mask[component, layer].parts():
+                for source in range(len(SOURCES)):
+                    found[source, slice(None) if units is None else list(units)] = selection.share(
+                        source
+                    )
+            return found
+
+        def sources(component: Component, layer: int | None, node: int, shares=shares) -> bytes:  # type: ignore[no-untyped-def]
+            return shares(component, layer)[:, :, branches.columns[node]].tobytes()
 
         @cache
         def entering(layer: int, node: int, sources=sources) -> int:  # type: ignore[no-untyped-def]

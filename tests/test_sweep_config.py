@@ -101,7 +101,7 @@ BAD_VALUES = {
     "graft: {a: none}": r"sweep.yaml: unknown key 'graft'. Allowed: sources .*"
     r"Did you mean 'grafts'\?",
     "metrics: {topk: 3}": r"metrics: unknown key 'topk'. "
-    r"Allowed: top_k answers distractors. Did you mean 'top_k'\?",
+    r"Allowed: top_k answers distractors measures. Did you mean 'top_k'\?",
     "grids: {component: q}": r"grids.0: unknown key 'component'. .*Did you mean 'components'\?",
     "grids: [{}, {layers: {window: {size: 2}}}]": r"grids.1.layers: unknown key 'window'. Allowed: "
     r"windows. Did you mean 'windows'\?",
@@ -130,7 +130,7 @@ BAD_VALUES = {
     "sources: {pre: ./pre}": r"sources: 1 given. Give two or more, the base first",
     "sources: [./pre, ./sft]": r"sources: \['./pre', './sft'\] should be a mapping",
     "sources: {pre: ./pre, no: ./sft}": r"sources: the key False is not text. Put it in quotes.",
-    "sources: {pre: ./pre, my sft: ./sft}": r"sources: source='my sft' is no source name.",
+    "sources: {pre: ./pre, my sft: ./sft}": r"sources: source='my sft' is not a source name.",
     "sources: {pre: ./pre, sft: 3}": r"sources.sft: 3 should be text. Put it in quotes.",
     "sources: {pre: ./pre, sft: ''}": r"sources: sft is an empty text. Write a folder or a hub id",
     "sources: {pre: ./pre, sft: ./nowhere}": r"sources: source 'sft': there is no folder ./nowhere",
@@ -140,7 +140,7 @@ BAD_VALUES = {
     "sources: {pre: ./pre, sft: ./foreign}": r"the tokenizers of 'pre' and 'sft' differ: \d+ voc",
     "sources: {pre: ./pre, sft: ./falcon}": r"model_type 'falcon' is not supported. Supported: gpt",
     "sources: {pre: ./adapter, sft: ./sft}": r"source 'pre', the base, is a PEFT adapter. Put the",
-    "sources: {pre: ./mute_a, sft: ./mute_b}": r"no source brings a tokenizer. Name one with the",
+    "sources: {pre: ./mute_a, sft: ./mute_b}": r"no source has a tokenizer. Name one with the",
     "tokenizer: ./mute_a": r"tokenizer='./mute_a': this folder holds no tokenizer",
     # prompts
     "prompts: OUT": r"no prompts: give dataset or prompts",
@@ -175,7 +175,7 @@ BAD_VALUES = {
     "dataset: {movies: {n_facts: 3}}": r"dataset.0: distractors=4 of 3 facts",
     "dataset: {movies: {n_facts: 9}, direction: up}": r"dataset.0.direction: 'up' should be 'ab' o",
     "dataset: [{movies: {n_facts: 9}}, {movies: {n_facts: 8}}]": r"dataset.1: two sets of prompts "
-    r"are called 'movies seed 0'. Name one anew",
+    r"are called 'movies seed 0'. Rename one",
     "templates: [qa]": r"templates: these are templates of a dataset, and none is given",
     "{dataset: {movies: {n_facts: 9}}, templates: [q]}": r"templates: unknown evaluation template "
     r"'q'. Allowed: headline qa .*Did you mean 'qa'\?",
@@ -185,11 +185,11 @@ BAD_VALUES = {
     "grafts: OUT": r"no grafts: give grafts or grids",
     "{grafts: {}, grids: []}": r"no grafts: give grafts or grids",
     "grafts: [none]": r"grafts: \['none'\] should be a mapping",
-    "grafts: {a: }": r"grafts.a: None is no graft. Write one line of text, or a list of rules",
+    "grafts: {a: }": r"grafts.a: None is not a graft. Write one line of text, or a list of rules",
     "grafts: {a: {sft @ last: o}}": r"grafts.a: unknown key 'sft @ last' in rule .*"
     r"Put a one-line rule in quotes",
     "grafts: {a: [{sft @ last: o}]}": r"grafts.a: unknown key 'sft @ last' .*in quotes",
-    "grafts: {a: sft last}": r"grafts.a: graft 'sft last': 'sft last' is no rule. Write .*posit",
+    "grafts: {a: sft last}": r"grafts.a: graft 'sft last': 'sft last' is not a rule. Write .*pos",
     "grafts: {a: 'stf @ last'}": r"grafts.a: no source 'stf'. There are: pre sft. Did you",
     "grafts: {a: 'sft @ last : mpl'}": r"grafts.a: unknown component 'mpl'. Allowed: embed .*'mlp'",
     "grafts: {a: 'sft @ last : q_norm'}": r"grafts.a: llama has no component 'q_norm'. Its comp",
@@ -213,7 +213,7 @@ BAD_VALUES = {
     r" 'sft @ last': 'sft @ bos' and 'sft @ last'. Rename one",
     "base: nonne": r"base: no graft is called 'nonne'. Write the name of .*Did you mean 'none'\?",
     "full: SFT": r"full: no graft is called 'SFT'.",
-    "{base: FE, full: FE}": r"full: 'FE' is the base, too: recovery is measured between two grafts",
+    "{base: FE, full: FE}": r"full: 'FE' is also the base, and recovery is measured between two",
     # grids
     "grids: 3": r"grids: 3 should be a list",
     "grids: [3]": r"grids.0: 3 should be a mapping",
@@ -221,11 +221,11 @@ BAD_VALUES = {
     "grids: {components: []}": r"grids.0.components: the list is empty. Name an entry, or leave",
     "grids: {components: [q, 3]}": r"grids.0.components: 3 is no component",
     "grids: {positions: last +}": r"grids.0.positions: at='last \+': a span or \[positions\] is mi",
-    "grids: {positions: }": r"grids.0.positions: at=None is no position",
-    "grids: {positions: {last: o}}": r"grids.0.positions: at=\{'last': 'o'\} is no position",
+    "grids: {positions: }": r"grids.0.positions: at=None is not a position",
+    "grids: {positions: {last: o}}": r"grids.0.positions: at=\{'last': 'o'\} is not a position",
     "grids: {layers: upper}": r"grids.0.layers: unknown layer group 'upper'. Allowed: all",
     "grids: {layers: [-1]}": r"grids.0.layers: layers=-1: layers are counted from 0",
-    "grids: {layers: [[0, true]]}": r"grids.0.layers: layers=\[True\]: True is no whole number",
+    "grids: {layers: [[0, true]]}": r"grids.0.layers: layers=\[True\]: True is not a whole number",
     "grids: {layers: [0, 7]}": r"grids.0: rule 'sft @ all : all : 7': no layer 7.*0 to 2\.$",
     "grids: {layers: [8, 9], components: [q, k]}": r"no layer 8.* \(And 3 more grafts like it.\)",
     "grids: {heads: each}": r"grids.0: heads=\[0\] with components all: all cannot be split by",

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 from summaries import ENDS, NO_RULE, positions, site, site_map, summary
 
-from graftlens.viz import bars, figures, heatmaps, linecharts, text, theme
+from graftlens.viz import bars, figures, heatmaps, linecharts, quantities, text, theme
 
 # --- heat maps -------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ def test_hover_says_value_interval_prompts_and_graft():
     table = site_map()
     (trace,) = traces(heatmaps.heatmap(table, "recovery"), "heatmap")
     row = table[table["graft"] == "sft @ last : o : 10"].iloc[0]
-    said = text.written(text.measure(table, "recovery"), row)
+    said = text.written(quantities.of_summary(table, "recovery"), row)
     assert trace.customdata[1][3] == (
         f"layer 10, component o<br>{said}<br>24 prompts<br>sft @ last : o : 10"
     )
@@ -188,8 +188,8 @@ def test_layers_are_counted_and_not_percent():
     assert linecharts.lines(table, "layers", "top5").layout.xaxis.tickformat is None
 
 
-def test_lines_refuse_what_is_no_number():
-    with pytest.raises(ValueError, match="column 'mode' has 'count', which is no number"):
+def test_lines_refuse_what_is_not_a_number():
+    with pytest.raises(ValueError, match="column 'mode' has 'count', which is not a number"):
         linecharts.lines(along((0.0,)), "mode", "top5")
     with pytest.raises(ValueError, match="no column 'seeds'; it has"):
         linecharts.lines(along((0.0,)), "share", "top5", series="seeds")
@@ -307,7 +307,7 @@ def test_colour_scales_are_ordered_by_lightness():
 
 def test_written_all_is_written_row_by_row():
     table = positions(templates=("a", "b"))
-    for name in text.metrics(table):
-        facts = text.measure(table, name)
+    for name in quantities.measured(table):
+        facts = quantities.of_summary(table, name)
         rows = [text.written(facts, row) for _, row in table.iterrows()]
         assert text.written_all(facts, table) == rows

@@ -16,7 +16,7 @@ from needs import needs
 from summaries import positions, site_map
 
 from graftlens.folder import write_whole
-from graftlens.viz import bars, export, heatmaps, tables, text, theme
+from graftlens.viz import bars, export, heatmaps, quantities, tables, text, theme
 
 # --- files appear whole ----------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ def test_markdown_has_values_with_intervals(tmp_path):
         "| log-probability | logit diff | recovery |"
     )
     assert re.fullmatch(r"\|(---\|){9}", lines[3])
-    facts = text.measure(table, "top5")
+    facts = quantities.of_summary(table, "top5")
     for line, (_, row) in zip(lines[4:], table.iterrows(), strict=False):
         cells = line.strip("| ").split(" | ")
         assert cells[:3] == [row["template"], row["graft"], "24"]

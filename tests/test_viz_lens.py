@@ -12,7 +12,7 @@ import pytest
 from summaries import summary
 
 from graftlens import viz
-from graftlens.viz import lens, spelling, text, theme
+from graftlens.viz import lens, quantities, spelling, text, theme
 
 RULES = {"PRE": "none", "SFT": "sft @ all", "FE": "sft @ first_entity"}
 TOKENS = ("<b>", " a\n", "$x$")
@@ -73,7 +73,7 @@ def test_axes_name_layers_and_tokens_as_they_are():
     assert list(figure.layout.xaxis.ticktext) == ["&lt;b&gt;", "·a↵", "&#36;x&#36;"]
     assert list(figure.layout.xaxis.tickvals) == [0, 1, 2]
     assert heading(figure) == "FE: answer ·Ann"
-    assert figure.data[0].colorbar.title.text == "log-probability of the answer<br>(nats)"
+    assert figure.data[0].colorbar.title.text == "log-probability (nats)"
 
 
 def test_repeated_tokens_keep_their_own_columns():
@@ -94,12 +94,12 @@ def test_cells_are_labelled_with_the_likeliest_token_while_there_is_room():
 def test_hover_has_the_place_the_value_the_answer_and_the_likeliest_tokens():
     (trace,) = traces(viz.lens_heatmap(streams(), "FE"), "heatmap")
     assert trace.customdata[1][0] == (
-        "after 1 layer, &lt;b&gt; at 0<br>log-probability of the answer: -3.40<br>"
+        "after 1 layer, &lt;b&gt; at 0<br>log-probability of the answer's first token: -3.40<br>"
         "answer ·Ann: rank 30, 3.33%<br>1. &lt;1&gt; 50%<br>2. ↵ 1.23%"
     )
     (trace,) = traces(viz.lens_heatmap(streams(), "FE", value="rank"), "heatmap")
     assert trace.customdata[2][1].startswith(
-        "after 2 layers, ·a↵ at 1<br>rank of the answer: 3<br>"
+        "after 2 layers, ·a↵ at 1<br>rank of the answer's first token: 3<br>"
     )
 
 
@@ -119,7 +119,9 @@ def test_the_difference_of_two_runs_is_signed():
     assert trace.z[1][2] == pytest.approx(-math.log(3))
     assert -trace.zmin == trace.zmax == pytest.approx(math.log(3))
     assert [color for _, color in trace.colorscale] == list(theme.DIVERGING)
-    assert "log-probability of the answer: -5.40 (PRE: -4.30)" in trace.customdata[1][2]
+    assert (
+        "log-probability of the answer's first token: -5.40 (PRE: -4.30)" in trace.customdata[1][2]
+    )
     figure = viz.lens_heatmap(table, "FE", minus="PRE")
     assert heading(figure) == "FE − PRE: answer ·Ann"
 
@@ -208,7 +210,7 @@ def test_ranks_have_one_at_the_top_of_a_log_axis():
     axis = viz.answer_by_layer(streams()).layout.yaxis
     assert axis.type == "log"
     assert axis.range[0] > math.log10(300) > 0 > axis.range[1]
-    assert axis.title.text == "rank of the answer (1 = most likely)"
+    assert axis.title.text == "rank of the answer's first token<br>(1 = most likely)"
     # Ranks up to 3 have a decade all the same: an axis with one number has no scale.
     low = viz.answer_by_layer(streams(layers=1)).layout.yaxis.range
     assert low[0] > 1 > 0 > low[1]
@@ -225,7 +227,7 @@ def test_several_prompts_are_a_median_and_its_quartiles():
     assert dict(zip(band.x[:3], band.y[:3], strict=True))[2] == 6.25
     assert dict(zip(band.x[3:], band.y[3:], strict=True))[2] == 3.75
     assert lines["FE"].customdata[2] == (
-        "FE<br>after 2 layers<br>rank of the answer: median 4.5 [3.75, 6.25]"
+        "FE<br>after 2 layers<br>rank of the answer's first token: median 4.5 [3.75, 6.25]"
     )
     assert "median of 4 prompts, band: quartiles" in figure.layout.yaxis.title.text
     one = viz.answer_by_layer(table, prompts=[7])
@@ -280,7 +282,8 @@ def test_long_names_are_short_in_a_legend_and_whole_on_hover():
     assert apart.layout.height - before.layout.height == 40
     assert len({axis.title.text for axis in (apart.layout.yaxis, apart.layout.yaxis2)}) == 2
     assert max(map(len, apart.layout.yaxis.title.text.split("<br>"))) <= 24
-    assert f"KL({LONG[1]} ‖ {LONG[0]})" in unescaped(apart.data[0].customdata[0])
+    for piece in (f"{LONG[1]}, ", f"KL(graft ‖ {LONG[0]})"):
+        assert piece in unescaped(apart.data[0].customdata[0])
     bars = viz.logit_attribution_bars(called(attributions("head"), "graft"))
     assert [unescaped(trace.name) for trace in bars.data] == entries
     assert LONG[0] in unescaped(bars.data[0].hovertemplate)
@@ -612,7 +615,7 @@ def test_a_point_for_each_graft_has_both_values_and_both_intervals():
             assert value + error.array[0] == pytest.approx(row["recovery_high"])
             assert value - error.arrayminus[0] == pytest.approx(row["recovery_low"])
         assert point.marker.color == theme.graft_fill(name).color
-    facts = text.measure(table, "recovery")
+    facts = quantities.of_summary(table, "recovery")
     said = [text.written(facts, rows.loc[name]) for name in ("LT", "LT (patched)")]
     assert points[1].customdata[0] == f"LT<br>grafting {said[0]}<br>patching {said[1]}"
 
@@ -689,9 +692,9 @@ def test_kl_divergence_has_a_panel_for_pre_and_sft_and_a_line_for_each_other_run
     assert list(found["y", "FE"].y) == pytest.approx([20.0, 20.1, 20.2])
     assert list(found["y2", "PRE"].y) == pytest.approx([1.0, 1.1, 1.2])
     assert [trace.name for trace in figure.data if trace.showlegend] == ["SFT", "FE", "PRE"]
-    assert figure.layout.yaxis.title.text == "KL(run ‖ PRE)<br>(nats)"
+    assert figure.layout.yaxis.title.text == "KL(graft ‖ PRE)<br>(nats)"
     assert list(figure.layout.xaxis2.ticktext) == [HOSTILE, "·a↵", "&#36;x&#36;"]
-    assert found["y", "FE"].customdata[0] == "&lt;b&gt; at 0<br>KL(FE ‖ PRE): 20 nats"
+    assert found["y", "FE"].customdata[0] == "FE, &lt;b&gt; at 0<br>KL(graft ‖ PRE): 20 nats"
     assert found["y", "FE"].line.color == found["y2", "FE"].line.color
 
 
@@ -701,8 +704,8 @@ def test_kl_divergence_of_other_values():
     assert {trace.name: trace.y[0] for trace in figure.data} == pytest.approx(
         {"PRE": 0.03, "FE": 0.23}
     )
-    assert figure.layout.yaxis.title.text == "JS(run, SFT)<br>(nats)"
-    with pytest.raises(ValueError, match=r"unknown value 'LT'; choose from 'kl_base', 'kl_full'"):
+    assert figure.layout.yaxis.title.text == "Jensen-Shannon<br>divergence from SFT<br>(nats)"
+    with pytest.raises(ValueError, match=r"unknown value 'LT'; choose from 'kl_base', 'kl_fr"):
         viz.kl_divergence_lines(table, values=["LT"], prompt=0)
     with pytest.raises(ValueError, match=r"no column 'kl_from_base'.* lens\.kl_divergence"):
         viz.kl_divergence_lines(table, values=["kl_from_base"], prompt=0)

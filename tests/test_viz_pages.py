@@ -15,7 +15,7 @@ from scipy.stats import kendalltau
 from summaries import ENDS, positions, site_map
 from test_report import Page
 
-from graftlens.viz import compare, figures, page, report, tables, text
+from graftlens.viz import compare, figures, page, quantities, report, tables, text
 from graftlens.viz.render import render
 
 
@@ -110,7 +110,7 @@ def test_cells_on_the_page_are_those_of_the_table(written):
     path, made, _ = written
     table = made.parts[0].tables[0].frame
     source = path.read_text(encoding="utf-8")
-    for said in text.written_all(text.measure(table, "recovery"), table):
+    for said in text.written_all(quantities.of_summary(table, "recovery"), table):
         value, interval = said.split(" ", 1)
         assert f"<td>{value} <small>{interval}</small></td>" in source
 
@@ -162,14 +162,15 @@ def test_a_page_of_many_grafts_stays_small(tmp_path):
     assert path.stat().st_size - empty.stat().st_size < 1_500_000
 
 
-def test_templates_scripts_and_styles_are_installed():
+def test_templates_scripts_styles_and_stubs_are_installed():
     """A file that no pattern names is in a checkout and missing from a wheel."""
     package = Path(page.__file__).parent.parent
     project = tomllib.loads((package.parent / "pyproject.toml").read_text())
-    named = project["tool"]["setuptools"]["package-data"]["graftlens"]
-    installed = {path for pattern in named for path in package.glob(pattern)}
-    beside = {p for p in package.joinpath("viz").rglob("*") if p.is_file() and p.suffix != ".pyc"}
-    assert {p.suffix for p in installed} >= {".html", ".js", ".css"}
+    data = project["tool"]["setuptools"]["package-data"]
+    installed = {path for pattern in data["graftlens"] for path in package.glob(pattern)}
+    installed |= {path for pattern in data["*"] for path in package.rglob(pattern)}
+    beside = {p for p in package.rglob("*") if p.is_file() and p.suffix != ".pyc"}
+    assert {p.suffix for p in installed} >= {".html", ".js", ".css", ".pyi", ".typed", ".txt"}
     assert {p for p in beside if p.suffix != ".py"} <= installed
 
 

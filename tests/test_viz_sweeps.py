@@ -11,7 +11,7 @@ from sweeps import NoReport, checkpoints, config
 from graftlens import stats
 from graftlens.sweep import runner
 from graftlens.sweep.results import read_results
-from graftlens.viz import sweeps, text, theme
+from graftlens.viz import quantities, sweeps, text, theme
 
 WINDOWS = ("0", "1", "2", "10", "0-1", "1-2", "0-2", "2-10")
 
@@ -127,7 +127,7 @@ def test_points_are_the_grafts_by_how_many_layers_they_have():
     assert sorted(zip(points.x, points.y, strict=True)) == sorted(
         zip(map(float, sizes), inner["recovery"], strict=True)
     )
-    facts = text.measure(table, "recovery")
+    facts = quantities.of_summary(table, "recovery")
     assert points.customdata[7] == (
         f"sft @ last : all : 2-10<br>{text.written(facts, inner.iloc[7])}"
     )
@@ -228,3 +228,68 @@ def test_a_sweep_over_windows_can_be_drawn(tmp_path, monkeypatch):
     assert found["0", str(last)] == value[f"0-{last}"]
     points = series(sweeps.size_curve(table, "logprob", n_layers=last + 1))["grafts"]
     assert len(points.x) == len(found) + 1
+
+
+# --- strengths -----------------------------------------------------------------------------------
+
+DOSES = (2.0, -0.5, 0.0, 0.5, 1.0)
+
+
+def doses(components=("o", "mlp"), **options):
+    """At strength s a component recovers about s/2 (the first) or s/4."""
+    grafts, strength = dict(ENDS), {"PRE": 0.0, "SFT": 1.0}
+    of = {"PRE": None, "SFT": 1.0}
+    for number, component in enumerate(components, start=1):
+        for dose in DOSES:
+            ((name, about),) = site(component, "all").items()
+            name = name if dose == 1 else f"{dose:g}*{name}"
+            grafts[name], of[name] = about, dose
+            strength[name] = dose / (2 * number)
+    table = summary(grafts, strength, **options)
+    return table.assign(strength=table["graft"].map(of))
+
+
+def test_a_line_goes_along_the_strengths_of_a_graft():
+    table = doses()
+    figure = sweeps.dose_response(table)
+    assert list(series(figure)) == ["sft @ last : o : all", "sft @ last : mlp : all"]
+    for name, line in series(figure).items():
+        rows = table[table["graft"].str.endswith(name)].sort_values("strength")
+        assert list(line.x) == sorted(DOSES)
+        assert list(line.y) == list(rows["recovery"])
+        assert np.allclose(np.add(line.y, line.error_y.array), rows["recovery_high"])
+        assert np.allclose(np.subtract(line.y, line.error_y.arrayminus), rows["recovery_low"])
+        facts = quantities.of_summary(table, "recovery")
+        said = text.written(facts, rows.iloc[0])
+        assert line.customdata[0] == f"{name}<br>strength -0.5<br>{said}"
+    one, two = figure.data
+    assert (one.line.dash, one.marker.symbol) != (two.line.dash, two.marker.symbol)
+    assert figure.layout.yaxis.title.text == "recovery (0 = PRE, 1 = SFT)"
+    # The ends of recovery are where strengths are measured from, and no points.
+    assert [(shape.y0, shape.line.dash) for shape in figure.layout.shapes] == [
+        (0.0, "dot"),
+        (1.0, "dot"),
+    ]
+    assert [note.text for note in figure.layout.annotations] == ["PRE", "SFT"]
+
+
+def test_lines_of_strengths_by_a_column_and_of_another_measure():
+    table = doses()
+    figure = sweeps.dose_response(table, "top5", series="component")
+    assert list(series(figure)) == ["o", "mlp"]
+    assert figure.layout.yaxis.tickformat == ".0%"
+    value = table.set_index("graft")["top5"]
+    (last,) = {y for x, y in zip(figure.data[0].x, figure.data[0].y, strict=True) if x == 2}
+    assert last == value["2*sft @ last : o : all"]
+
+
+def test_what_a_plot_of_strengths_refuses():
+    table = doses()
+    with pytest.raises(ValueError, match=r"no column 'strength'; it has 'template', 'graft'"):
+        sweeps.dose_response(table.drop(columns="strength"))
+    with pytest.raises(
+        ValueError, match=r"2 rows for strength 2 of 'sft': pass the rows of one"
+    ):
+        sweeps.dose_response(table, series="source")
+    with pytest.raises(ValueError, match="no graft has a value of 'recovery' and a value in"):
+        sweeps.dose_response(table.assign(strength=None))

@@ -14,7 +14,7 @@ from graftlens.folder import inside
 from graftlens.sweep.config import Checked
 from graftlens.viz import text
 from graftlens.viz.export import write_figure
-from graftlens.viz.figures import bar_chart, heat_map, line_chart
+from graftlens.viz.figures import bar_chart, dose_chart, heat_map, line_chart
 from graftlens.viz.page import Figure, Part, Table
 from graftlens.viz.tables import write_table
 
@@ -161,6 +161,8 @@ def _figures(
                 figure = bar_chart(as_bars(drawn, wanted.x, wanted.panel), metric)
             elif wanted.kind == "heatmap":
                 figure = heat_map(drawn, metric, x=wanted.x, y=wanted.y, panel=wanted.panel)
+            elif wanted.x == "strength":
+                figure = dose_chart(drawn, metric, series=wanted.panel)
             else:
                 figure = line_chart(drawn, wanted.x, metric, series=wanted.panel)
             yield stem, figure

@@ -5,20 +5,6 @@ Prompts run a few at a time; if hooks are attached to the model, or patches are 
 together, so that a hook is given the whole batch.
 """
 
-from graftlens.lens.activations import activation_difference, pattern_difference
-from graftlens.lens.attribution import direct_logit_attribution
-from graftlens.lens.logit import emergence, kl_divergence, logit_lens
-from graftlens.lens.patching import patched, patching
-from graftlens.lens.weights import weight_difference
+import lazy_loader
 
-__all__ = [
-    "activation_difference",
-    "direct_logit_attribution",
-    "emergence",
-    "kl_divergence",
-    "logit_lens",
-    "patched",
-    "patching",
-    "pattern_difference",
-    "weight_difference",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

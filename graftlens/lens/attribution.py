@@ -33,8 +33,8 @@ from graftlens.lens.runs import (
 from graftlens.model.cache import GraftedCache
 from graftlens.model.forward import TransformerBlock
 from graftlens.model.grafted import GraftedTransformer, Input
-from graftlens.model.linear import Gathered, HeadsIn, Norm, by_source, per_row
-from graftlens.model.mask import GraftMask, HeadSelection, Selection, plain
+from graftlens.model.linear import Gathered, Norm, UnitsIn, by_source, per_row
+from graftlens.model.mask import Choice, GraftMask, Selection, UnitSelection, WholeChoice, plain
 from graftlens.prompts import PromptError, Tokenized
 
 C = Component
@@ -243,8 +243,7 @@ class _Attribution:
         else:
             yield self._by_src_pos(layer, read)
         if attn.o.bias is not None:
-            whole = chosen if isinstance(chosen, Selection) else chosen.whole
-            bias = per_row(attn.o.bias, whole).float()
+            bias = per_row(attn.o.bias, chosen.whole).float()
             yield self._rows("attn_bias", (bias * direction).sum(-1), layer=layer)
 
     def _by_src_pos(self, layer: int, read: Float[Tensor, "place head d_head"]) -> pd.DataFrame:
@@ -287,15 +286,18 @@ class _Attribution:
         return (self._at(hook) * direction).sum(-1)
 
     def _unembedded(
-        self, tables: Sequence[Tensor], chosen: Selection, wanted: _Wanted
+        self, tables: Sequence[Tensor], chosen: WholeChoice, wanted: _Wanted
     ) -> Float[Tensor, "place *width"]:
-        """Each place's row of its own source's table."""
+        """Each place's row of its own source's table, or of several mixed."""
+        assert isinstance(chosen, Selection)
         made: Tensor | None = None
-        for source in np.unique(chosen.choice):
-            rows = np.flatnonzero(chosen.choice == source)
+        for source in chosen.sources:
+            rows = chosen.rows_of(source)
             part = wanted.of_rows(tables[source].float(), rows)
-            made = part.new_empty(len(chosen.choice), *part.shape[1:]) if made is None else made
-            made[torch.from_numpy(rows).to(made.device)] = part
+            share = torch.from_numpy(chosen.share(source)[rows]).to(part)
+            made = part.new_zeros(chosen.n_rows, *part.shape[1:]) if made is None else made
+            index = torch.from_numpy(rows).to(made.device)
+            made[index] += part * share.reshape(-1, *(1,) * (part.ndim - 1))
         assert made is not None
         return made
 
@@ -334,7 +336,7 @@ class _Attribution:
 
 
 def _through_o(
-    o: HeadsIn, direction: Float[Tensor, "place d_model"], chosen: Selection | HeadSelection
+    o: UnitsIn, direction: Float[Tensor, "place d_model"], chosen: Choice
 ) -> Float[Tensor, "place head d_head"]:
     """A direction after W_O as one before it, for each head with the W_O that its place used."""
 
@@ -343,10 +345,11 @@ def _through_o(
 
     read = Gathered(direction)
     if isinstance(chosen, Selection):
-        return by_source(read, chosen, o.equal, back).unflatten(1, (o.n_heads, -1))
+        return by_source(read, chosen, o.equal, back).unflatten(1, (o.n_units, -1))
+    assert isinstance(chosen, UnitSelection)
     made: Tensor | None = None
     for heads, selection in chosen.on(direction.device):
-        part = by_source(read, selection, o.equal, back).unflatten(1, (o.n_heads, -1))
+        part = by_source(read, selection, o.equal, back).unflatten(1, (o.n_units, -1))
         made = torch.empty_like(part) if made is None else made
         made[:, heads] = part[:, heads]
     assert made is not None

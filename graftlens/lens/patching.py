@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -38,8 +38,8 @@ from graftlens.metrics import Predictions
 from graftlens.model.arch import Site
 from graftlens.model.grafted import GraftedTransformer, GraftLike, Input
 from graftlens.model.inputs import Batch
-from graftlens.model.linear import HeadsIn, HeadsOut
-from graftlens.model.mask import GraftMask, HeadSelection, Selection
+from graftlens.model.linear import Gathered, UnitsIn, UnitsOut
+from graftlens.model.mask import Choice, GraftMask, Selection
 from graftlens.references import marked
 
 C = Component
@@ -211,8 +211,7 @@ _NO_SITE = "gives no site to a source other than the base"
 
 def _without_output(mask: GraftMask) -> GraftMask:
     """The mask with the base at the final norm and the unembedding."""
-    rows = int(np.prod(mask.shape))
-    base = Selection(np.zeros(rows, dtype=np.int8), np.ones(rows, dtype=bool))
+    base = Selection.uniform(0, int(np.prod(mask.shape)))
     sites = {
         site: base if COMPONENTS[site[0]].side is Side.OUTPUT else chosen
         for site, chosen in mask.sites.items()
@@ -224,9 +223,8 @@ def _prompts_of(mask: GraftMask, batch: Batch) -> Bool[np.ndarray, " batch"]:
     """Which prompts have a site that is not the base's."""
     found = np.zeros(batch.real.shape, dtype=bool)
     for chosen in mask.sites.values():
-        groups = [chosen] if isinstance(chosen, Selection) else [s for _, s in chosen.groups]
-        for selection in groups:
-            found |= selection.choice.reshape(found.shape) != 0
+        for _, selection in chosen.parts():
+            found |= selection.share(0).reshape(found.shape) != 1
     return (found & batch.real).any(1)
 
 
@@ -258,46 +256,56 @@ def _scored(
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """What a source's own run had at some rows, of some heads (None is all)."""
+class _Wanted:
+    """What is put in at some rows: a source's share of some units (None is all)."""
 
-    rows: Tensor
-    heads: tuple[int, ...] | None
-    values: Tensor
+    source: int
+    units: tuple[int, ...] | None
+    rows: Int[np.ndarray, " rows"]
+    share: Float[np.ndarray, " rows"]
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """What a source's own run had there, and its share of the rows (None is all of them)."""
+
+    rows: Int[Tensor, " rows"]
+    units: tuple[int, ...] | None
+    values: Float[Tensor, "rows width"]
+    share: Float[Tensor, " rows"] | None
 
 
 class _Site:
     """One component in one layer: where its output is replaced, and by what."""
 
-    def __init__(
-        self, module: nn.Module, chosen: Selection | HeadSelection, real: np.ndarray
-    ) -> None:
+    def __init__(self, module: nn.Module, chosen: Choice, real: np.ndarray) -> None:
         self.module = module
         self.kept: list[_Kept] = []
-        whole = chosen.whole.choice if isinstance(chosen, HeadSelection) else chosen.choice
-        #: (source, heads, rows) of everything that is not the base's.
-        self.wanted: list[tuple[int, tuple[int, ...] | None, np.ndarray]] = []
-        for source in np.unique(whole[real]):
-            rows = np.flatnonzero((whole == source) & real)
-            self.wanted.append((int(source), None, rows))
-        # If all heads are of one source, so is o's bias; otherwise each head is replaced
-        # separately.
-        for heads, selection in chosen.groups if isinstance(chosen, HeadSelection) else ():
-            for source in np.unique(selection.choice[real]):
-                some = (selection.choice == source) & (whole != source) & real
-                self.wanted.append((int(source), heads, np.flatnonzero(some)))
-        self.wanted = [(s, heads, rows) for s, heads, rows in self.wanted if s and len(rows)]
-        self.sources = {source for source, _, _ in self.wanted}
+        #: Everything that is not the base's.
+        self.wanted: list[_Wanted] = []
+        whole = chosen.whole
+        assert isinstance(whole, Selection)
+        # Where all units run the same, a bias of none of them does too; else each comes by itself.
+        for units, selection in [(None, whole), *(p for p in chosen.parts() if p[0] is not None)]:
+            for source in selection.sources:
+                share = selection.share(source)
+                own = np.zeros_like(share) if units is None else whole.share(source)
+                rows = np.flatnonzero((share != own) & real)
+                if source and len(rows):
+                    self.wanted.append(_Wanted(source, units, rows, share[rows]))
+        self.sources = {wanted.source for wanted in self.wanted}
 
     def capture(self, source: int) -> Callable[..., None]:
         """A forward hook that keeps what this site needs of a source's own run."""
 
         def keep(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            for wanted, heads, rows in self.wanted:
-                if wanted == source:
-                    index = torch.from_numpy(rows).to(out.device)
-                    given = _rows(out) if heads is None else _by_head(module, args, out)
-                    self.kept.append(_Kept(index, heads, given[index]))
+            for wanted in self.wanted:
+                if wanted.source == source:
+                    index = torch.from_numpy(wanted.rows).to(out.device)
+                    values = _given(module, args, out, wanted.units)[index]
+                    share = torch.from_numpy(wanted.share).to(values)
+                    mixed = None if (wanted.share == 1).all() else share[:, None]
+                    self.kept.append(_Kept(index, wanted.units, values, mixed))
 
         return keep
 
@@ -306,17 +314,14 @@ class _Site:
         made = out.clone()
         flat = _rows(made)
         for kept in self.kept:
-            if kept.heads is None:
-                flat[kept.rows] = kept.values
+            if kept.share is None and not (kept.units and isinstance(module, UnitsIn)):
+                flat[kept.rows[:, None], _columns(module, flat, kept.units)] = kept.values
                 continue
-            heads = list(kept.heads)
-            if isinstance(module, HeadsIn):
-                # Heads of o add up: subtract ours and add theirs.
-                ours = _by_head(module, args, out)[kept.rows]
-                flat[kept.rows] += (kept.values - ours)[:, heads].sum(1)
-            else:
-                index = torch.tensor(heads, device=out.device)
-                _by_head(module, args, flat)[kept.rows[:, None], index] = kept.values[:, heads]
+            # Units that add up, and shares of a whole: theirs for ours.
+            change = kept.values - _given(module, args, out, kept.units)[kept.rows]
+            change = change if kept.share is None else kept.share * change
+            units = None if isinstance(module, UnitsIn) else kept.units
+            flat[kept.rows[:, None], _columns(module, flat, units)] += change
         return made
 
 
@@ -325,12 +330,27 @@ def _rows(out: Tensor) -> Tensor:
     return out if out.ndim == 2 else out.view(-1, *out.shape[2:]).flatten(1)
 
 
-def _by_head(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-    """[row, head, width]: what each head gives; of o, what it adds to the residual stream."""
-    if isinstance(module, HeadsIn):
-        return module.results(args[0].x.unflatten(1, (module.n_heads, -1)), args[1])
-    assert isinstance(module, HeadsOut), "only q, k, v and o have heads"
-    return out.view(len(out), module.n_heads, -1)
+def _columns(
+    module: nn.Module, out: Tensor, units: tuple[int, ...] | None
+) -> Int[Tensor, " columns"]:
+    """The columns of an output that some units give; None is all."""
+    if units is None:
+        return torch.arange(out.shape[1], device=out.device)
+    assert isinstance(module, UnitsOut), "only attention and the MLP have units"
+    return module.columns(torch.tensor(units, device=out.device), out.shape[1])
+
+
+def _given(
+    module: nn.Module, args: tuple[Any, ...], out: Tensor, units: tuple[int, ...] | None
+) -> Float[Tensor, "row width"]:
+    """What some units give (None is all): their columns; of a map from units, what they add."""
+    flat = _rows(out)
+    if units is not None and isinstance(module, UnitsIn):
+        x: Gathered = args[0]
+        mine = module.columns(torch.tensor(units, device=out.device), x.x.shape[1])
+        alone = torch.zeros_like(x.x).index_copy(1, mine, x.x[:, mine])
+        return module.product(Gathered(alone), args[1])
+    return flat if units is None else flat[:, _columns(module, flat, units)]
 
 
 @contextmanager

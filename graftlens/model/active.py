@@ -18,8 +18,17 @@ from torch import Tensor
 from graftlens.components import COMPONENTS, Component
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture
-from graftlens.model.mask import Equal, GraftMask, HeadSelection, Selection, uniform_source
-from graftlens.model.weights import Sourced
+from graftlens.model.mask import (
+    Equal,
+    GraftMask,
+    Mixture,
+    Selection,
+    WholeChoice,
+    merged,
+    plain,
+    uniform_mixture,
+)
+from graftlens.model.weights import Sourced, equal_sources
 
 C = Component
 
@@ -217,9 +226,9 @@ class Active:
         """
         if len(weight.variants) == 1:
             return weight[0]
-        used = self._used(component, layer)
-        if used is not None and len({weight.slots[source] for source in used}) == 1:
-            return weight[used[0]]
+        used = self._used(component, layer, equal_sources(weight))
+        if len(used) == 1:
+            return weight.mixed(used.pop())
         row = COMPONENTS[component]
         if row.view is not None:
             way = f"{row.view}[source]" if layer is None else f"{row.view}[source, layer]"
@@ -234,7 +243,7 @@ class Active:
             f"Choose a source yourself, as in model.{way}."
         )
 
-    def rows(self, component: Component, shape: torch.Size, equal: Equal) -> Selection:
+    def rows(self, component: Component, shape: torch.Size, equal: Equal) -> WholeChoice:
         """What a module outside the layers uses that is called by itself.
 
         Args:
@@ -247,10 +256,9 @@ class Active:
             RuntimeError: as for `current` and `run`.
         """
         self.check("pass")
-        used, graft = self._used(component, None), self.current
-        if used is not None and len({equal[source] for source in used}) == 1:
-            rows = int(np.prod(shape))
-            return Selection(np.full(rows, used[0], dtype=np.int8), np.ones(rows, dtype=bool))
+        used, graft = self._used(component, None, equal), self.current
+        if len(used) == 1:
+            return Selection.uniform(used.pop(), int(np.prod(shape)))
         if not isinstance(graft, GraftMask):
             raise ValueError(
                 f"{component} was called by itself under graft {str(graft)!r}, which needs a "
@@ -265,22 +273,16 @@ class Active:
                 "entry; or use the cache's own methods (cache.logit_lens, cache.accumulated_resid("
                 "apply_ln=True), cache.logit_attrs)."
             )
-        chosen = graft[component, None]
-        assert isinstance(chosen, Selection), "only q, k, v and o have heads"
-        return chosen
+        return plain(graft[component, None])
 
-    def _used(self, component: Component, layer: int | None) -> tuple[int, ...] | None:
-        """The sources of a site's rows; None where a graft that is not resolved gives several."""
+    def _used(self, component: Component, layer: int | None, equal: Equal) -> set[Mixture]:
+        """What a site's rows run, equal sources as one; nothing where a graft that is not resolved
+        may give several."""
         graft = self.current
-        if isinstance(graft, Graft):
-            only = uniform_source(graft, (component, layer), self.arch, self.sources)
-            return None if only is None else (only,)
-        if graft is None:
-            return (0,)
-        chosen = graft[component, layer]
-        if isinstance(chosen, HeadSelection):
-            return tuple(sorted({s for _, selection in chosen.groups for s in selection.sources}))
-        return chosen.sources
+        if isinstance(graft, GraftMask):
+            return {merged(mixture, equal) for mixture in graft[component, layer].mixtures}
+        only = uniform_mixture(graft or Graft(), (component, layer), self.arch, self.sources)
+        return set() if only is None else {merged(only, equal)}
 
 
 @contextmanager

@@ -223,7 +223,7 @@ def read_peft(name: str, adapter: Any, origin: str) -> Source:
         theirs = unmerged(tokens, dtype)
     ours = source.logits(tokens, dtype)
     off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-9))
-    # Values that are not finite are told of by name when the pair is checked.
+    # Values that are not finite are reported by name when the pair is checked.
     if off > 1e-4:
         raise UnsupportedArchitectureError(
             f"source {name!r}: merged into the weights, {origin} gives other logits than as an "
@@ -237,13 +237,13 @@ def read_peft(name: str, adapter: Any, origin: str) -> Source:
 
 
 def _check_kind(name: str, kind: str, origin: str) -> None:
-    """Refuse what is no change of weights."""
+    """Refuse an adapter that does not change weights."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
     if not hasattr(PEFT_TYPE_TO_TUNER_MAPPING.get(kind), "merge_and_unload"):
         raise UnsupportedArchitectureError(
             f"source {name!r}: {origin} is an adapter of the kind {kind}, which trains additions "
-            "to the prompt or to the layers' outputs, and no weights that could be grafted. "
+            "to the prompt or to the layers' outputs, and not weights that could be grafted. "
             "Adapters that PEFT can merge into the weights, such as LORA, are supported."
         )
 

@@ -445,7 +445,7 @@ def architecture(config: Any) -> Architecture:
         raise
     except Exception as error:  # each kind of wrong value sets off another
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise ConfigValueError(f"{kind}: its values make no model ({why[:300]})") from error
+        raise ConfigValueError(f"{kind}: its values do not make a model ({why[:300]})") from error
     if wrong := [name for name in vars(arch) if not _possible(arch, name)]:
         listed = ", ".join(f"{name}={brief(getattr(arch, name))}" for name in wrong)
         raise ConfigValueError(f"{kind} with {listed} is not a model")

@@ -15,7 +15,7 @@ from transformer_lens.utilities import Slice
 from graftlens.components import Component
 from graftlens.graft import Graft
 from graftlens.model.active import Active
-from graftlens.model.mask import GraftMask, Selection, plain
+from graftlens.model.mask import GraftMask, Selection, Strengthened, plain
 from graftlens.model.reading import tell
 
 C = Component
@@ -90,7 +90,7 @@ class GraftedCache(ActivationCache):
     ) -> Any:
         """As in TransformerLens; the bias is that of each row, so its positions are cut too.
 
-        Where a norm stands on a sublayer's output (Gemma 2 and 3, OLMo 2), heads are given before
+        Where a norm follows a sublayer (Gemma 2 and 3, OLMo 2), heads are given before
         it, as in TransformerLens, so the parts do not add up to the residual stream.
         """
         kept = Slice.unwrap(pos_slice)  # one position stays an axis until the end
@@ -144,20 +144,26 @@ class GraftedCache(ActivationCache):
         """
         _tell_of_norm(self)
         chosen = plain(self.mask[C.UNEMBED, None])
+        if isinstance(chosen, Strengthened):
+            raise ValueError(
+                "logit_attrs does not know the tensor of strengths that this run's unembedding was "
+                "mixed by. Run without it (mask.strengthened(…) without the unembedding)."
+            )
         rest = (tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim)
-        if len(chosen.sources) == 1:
+        if chosen.only() is not None:
             with self.model.active.under(self.mask):
                 return super().logit_attrs(residual_stack, *rest)
-        # Positions differ: the attribution under each source, then each row's own.
-        per_source = []
-        for source in range(len(self.model.sources)):
-            uniform = _uniform(self.mask, source)
-            with self.model.active.under(uniform):
-                per_source.append(super().logit_attrs(residual_stack, *rest))
-        which = torch.from_numpy(chosen.choice.astype(np.int64).reshape(self.mask.shape))
-        which = sliced(which, batch_slice, 0) if has_batch_dim else which[0]
-        which = sliced(which, pos_slice, -1).to(per_source[0].device)
-        return torch.stack(per_source).gather(0, which.expand(1, *per_source[0].shape))[0]
+        # Positions differ: the attribution under each source, by its share of each row.
+        total: Tensor | None = None
+        for source in chosen.sources:
+            with self.model.active.under(_uniform(self.mask, source)):
+                found = super().logit_attrs(residual_stack, *rest)
+            share = torch.from_numpy(chosen.share(source).reshape(self.mask.shape))
+            share = sliced(share, batch_slice, 0) if has_batch_dim else share[0]
+            part = found * sliced(share, pos_slice, -1).to(found)
+            total = part if total is None else total + part
+        assert total is not None, "every row runs some source"
+        return total
 
 
 def sliced(x: Tensor, given: Any, dim: int) -> Tensor:
@@ -167,8 +173,7 @@ def sliced(x: Tensor, given: Any, dim: int) -> Tensor:
 
 def _uniform(mask: GraftMask, source: int) -> GraftMask:
     """`mask` with one source everywhere at the unembedding."""
-    rows = int(np.prod(mask.shape))
-    one = Selection(np.full(rows, source, dtype=np.int8), np.ones(rows, dtype=bool))
+    one = Selection.uniform(source, int(np.prod(mask.shape)))
     return GraftMask(mask.graft, mask.sources, mask.shape, {**mask.sites, (C.UNEMBED, None): one})
 
 

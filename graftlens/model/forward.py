@@ -19,17 +19,16 @@ from graftlens.components import Component
 from graftlens.model.active import Active
 from graftlens.model.arch import Architecture, MlpKind
 from graftlens.model.linear import (
-    Chosen,
     Gathered,
-    HeadsIn,
-    HeadsOut,
     Linear,
     Norm,
+    UnitsIn,
+    UnitsOut,
     by_source,
     per_head_in,
     per_head_out,
 )
-from graftlens.model.mask import GraftMask, HeadSelection, Selection
+from graftlens.model.mask import Choice, GraftMask, Selection, plain
 from graftlens.model.points import FlaggedPoint
 from graftlens.model.tree import TreeBatch, TreeGroup
 from graftlens.model.weights import Sourced, Weights, equal_sources
@@ -155,10 +154,10 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.arch, self.layer, self.flags, self.active = arch, layer, flags, active
-        self.q = HeadsOut(*parts.linear(C.Q, layer), arch.n_heads)
-        self.k = HeadsOut(*parts.linear(C.K, layer), arch.n_kv_heads)
-        self.v = HeadsOut(*parts.linear(C.V, layer), arch.n_kv_heads)
-        self.o = HeadsIn(*parts.linear(C.O, layer), arch.n_heads)
+        self.q = UnitsOut(*parts.linear(C.Q, layer), arch.n_heads)
+        self.k = UnitsOut(*parts.linear(C.K, layer), arch.n_kv_heads)
+        self.v = UnitsOut(*parts.linear(C.V, layer), arch.n_kv_heads)
+        self.o = UnitsIn(*parts.linear(C.O, layer), arch.n_heads)
         if arch.qk_norm != "none":
             self.q_norm = parts.norm(C.Q_NORM, layer)
             self.k_norm = parts.norm(C.K_NORM, layer)
@@ -185,14 +184,14 @@ class Attention(nn.Module):
         places = q_input.shape[:2]
         gathered: dict[int, Gathered] = {}
 
-        def project(linear: HeadsOut, x: Tensor, component: Component) -> Tensor:
+        def project(linear: UnitsOut, x: Tensor, component: Component) -> Tensor:
             chosen = mask[component, layer]
             if x.ndim == 4:
                 out = linear.split(x.flatten(0, 1), chosen)
             else:
                 rows = gathered.setdefault(id(x), Gathered(x.flatten(0, 1)))
                 out = linear(rows, chosen)
-            return out.unflatten(1, (linear.n_heads, arch.d_head)).unflatten(0, x.shape[:2])
+            return out.unflatten(1, (linear.n_units, arch.d_head)).unflatten(0, x.shape[:2])
 
         q = self.hook_q(project(self.q, q_input, C.Q))
         k = self.hook_k(project(self.k, k_input, C.K))
@@ -224,11 +223,10 @@ class Attention(nn.Module):
             out = self.o(Gathered(rows.flatten(1)), chosen)
         return out.unflatten(0, places)
 
-    def _qk_norm(self, norm: Norm, x: Tensor, chosen: Chosen) -> Tensor:
-        assert isinstance(chosen, Selection)
+    def _qk_norm(self, norm: Norm, x: Tensor, chosen: Choice) -> Tensor:
         if self.arch.qk_norm == "full":
-            return norm(x.flatten(2), chosen).unflatten(2, x.shape[2:])
-        return norm(x, chosen)
+            return norm(x.flatten(2), plain(chosen)).unflatten(2, x.shape[2:])
+        return norm(x, plain(chosen))
 
     def _attend(
         self,
@@ -316,8 +314,8 @@ class MLP(nn.Module):
     ) -> None:
         super().__init__()
         self.layer, self.act, self.active = layer, act, active
-        self.mlp_in = Linear(*parts.linear(C.MLP_IN, layer))
-        self.mlp_out = Linear(*parts.linear(C.MLP_OUT, layer))
+        self.mlp_in = UnitsOut(*parts.linear(C.MLP_IN, layer), arch.d_mlp)
+        self.mlp_out = UnitsIn(*parts.linear(C.MLP_OUT, layer), arch.d_mlp)
         self.hook_pre = HookPoint()
         self.hook_post = HookPoint()
 
@@ -330,10 +328,11 @@ class MLP(nn.Module):
             linear._forward_hooks for linear in linears.values()
         )
         if not watched and isinstance(one, Selection) and all(c is one for c in chosen.values()):
-            # Nobody looks inside: each source's rows go through the whole MLP at once.
             weights = (w for linear in linears.values() for w in (linear.weight, linear.bias))
-            out = by_source(rows, one, equal_sources(*weights), self._whole)
-            return out.unflatten(0, places)
+            equal = equal_sources(*weights)
+            if not one.mixed(equal):
+                # Nobody looks inside: each source's rows go through the whole MLP at once.
+                return by_source(rows, one, equal, self._whole).unflatten(0, places)
 
         def hooked(hook: HookPoint, t: Tensor) -> Tensor:
             return hook(t.unflatten(0, places)).flatten(0, 1)
@@ -342,7 +341,7 @@ class MLP(nn.Module):
         return self.mlp_out(Gathered(post), chosen[C.MLP_OUT]).unflatten(0, places)
 
     def _hidden(
-        self, x: Gathered, chosen: Mapping[Component, Chosen], hooked: Hooked
+        self, x: Gathered, chosen: Mapping[Component, Choice], hooked: Hooked
     ) -> Float[Tensor, "rows d_mlp"]:
         return self.act(hooked(self.hook_pre, self.mlp_in(x, chosen[C.MLP_IN])))
 
@@ -385,11 +384,11 @@ class GatedMLP(MLP):
         self, arch: Architecture, layer: int, parts: "Parts", act: nn.Module, active: Active
     ) -> None:
         super().__init__(arch, layer, parts, act, active)
-        self.mlp_gate = Linear(*parts.linear(C.MLP_GATE, layer))
+        self.mlp_gate = UnitsOut(*parts.linear(C.MLP_GATE, layer), arch.d_mlp)
         self.hook_pre_linear = HookPoint()
 
     def _hidden(
-        self, x: Gathered, chosen: Mapping[Component, Chosen], hooked: Hooked
+        self, x: Gathered, chosen: Mapping[Component, Choice], hooked: Hooked
     ) -> Float[Tensor, "rows d_mlp"]:
         pre = hooked(self.hook_pre, self.mlp_gate(x, chosen[C.MLP_GATE]))
         linear = hooked(self.hook_pre_linear, self.mlp_in(x, chosen[C.MLP_IN]))
@@ -502,9 +501,7 @@ class TransformerBlock(nn.Module):
 
     def _norm(self, name: str, x: Tensor, run: Pass) -> Tensor:
         norm: Norm = getattr(self, name)
-        chosen = run.mask[C(name), self.layer] if norm.weight is not None else None
-        assert not isinstance(chosen, HeadSelection)
-        return norm(x, chosen)
+        return norm(x, None if norm.weight is None else plain(run.mask[C(name), self.layer]))
 
 
 class Parts:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graftlens.model.forward import KeyValueCache
 from graftlens.model.inputs import Batch, Input, collate
-from graftlens.model.mask import GraftLike, GraftMask, Selection
+from graftlens.model.mask import GraftLike, GraftMask
 from graftlens.model.reading import whole
 from graftlens.prompts import Prompt, Tokenized
 
@@ -203,10 +203,10 @@ def _sources_of_rows(mask: GraftMask) -> list[list[str]]:
         row[start : start + total] = True
     used = np.zeros((mask.shape[0], len(mask.sources)), dtype=bool)
     for chosen in {id(chosen): chosen for chosen in mask.sites.values()}.values():
-        selections = [chosen] if isinstance(chosen, Selection) else [s for _, s in chosen.groups]
-        for selection in selections:
+        for _, selection in chosen.parts():
             for source in selection.sources:
-                used[:, source] |= ((selection.choice.reshape(mask.shape) == source) & real).any(1)
+                has = selection.share(source).reshape(mask.shape) != 0
+                used[:, source] |= (has & real).any(1)
     return [[mask.sources[s] for s in np.flatnonzero(row)] for row in used]
 
 

@@ -357,7 +357,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         if hooked:
             raise ValueError(
                 f"hooks are attached at {first_of(hooked)}, "
-                "but a sweep's rows are no [batch, pos]: what a hook changed there would not mean "
+                "but a sweep's rows are not [batch, pos]: what a hook changed there would not mean "
                 "what it means in a run. Remove them (model.reset_hooks()), or run the grafts one "
                 "by one with model.run_with_hooks(…)."
             )

@@ -14,7 +14,8 @@ from graftlens.model.weights import Weights
 
 C = Component
 
-#: HookedTransformer's config says which class the weights came from; families go by model_type.
+#: HookedTransformer's config names the class that the weights came from; families are keyed by
+#: model_type.
 _FAMILIES = {
     "GPT2LMHeadModel": "gpt2",
     "GPTNeoXForCausalLM": "gpt_neox",

@@ -21,7 +21,7 @@ class Batch:
     Attributes:
         tokens: token ids; padding holds any valid id.
         real: which places hold a token of the prompt (or of what follows it).
-        prompts: the tokenized prompts, one a row.
+        prompts: the tokenized prompts, one per row.
         starts: per row, the column of its first token.
         totals: per row, the number of real tokens; more than `len(prompt)` where an answer or
             generated tokens follow, whose positions all count as `last`.
@@ -115,7 +115,7 @@ def from_tokens(
         pad_id: the pad token, where known: without a mask, rows are searched for padding. Four
             columns are copied to the host for it.
         bos_id, eos_ids: tokens that may begin and end a prompt. A pad token that is one of them is
-            taken for it where it stands once, in every row.
+            taken for it where it appears once, in every row.
 
     Raises:
         PromptError: a mask of another shape, with other values or with a gap, a row without tokens,
@@ -169,7 +169,7 @@ def _real_places(attention_mask: Any, shape: tuple[int, ...]) -> Bool[np.ndarray
         row = int(np.argmax(edges != 2))
         raise PromptError(
             f"attention_mask row {row} is {rows[row].astype(int).tolist()}: the tokens of a "
-            "prompt must stand in one run, with padding on the left or on the right only."
+            "prompt must be in one run, with padding on the left or on the right only."
         )
     return real.numpy()
 

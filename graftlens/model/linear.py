@@ -1,8 +1,9 @@
 """The maps of the grafted forward: linear maps, norms and embeddings, by each row's source.
 
-Every map is told which source each row uses (`Selection`). Rows of one source are gathered,
-multiplied by that source's own weight, and put back: one matrix product's work in all, and no
-delta is ever added to a weight. Where every row uses the same source, nothing is gathered.
+Every map is told what each row runs (`Selection`). Rows of one source are gathered, multiplied by
+that source's own weight, and put back: one matrix product's work in all, and no delta is ever added
+to a weight. Where every row uses the same source, nothing is gathered. Rows that mix sources go
+through each of them, and the results are added up by their shares.
 """
 
 from collections.abc import Callable
@@ -16,11 +17,17 @@ from transformer_lens.hook_points import HookPoint
 from graftlens.components import Component
 from graftlens.model.active import Active
 from graftlens.model.arch import Architecture
-from graftlens.model.mask import Block, HeadSelection, Selection
+from graftlens.model.mask import (
+    Block,
+    Choice,
+    Selection,
+    Strengthened,
+    UnitSelection,
+    WholeChoice,
+)
 from graftlens.model.weights import Sourced, equal_sources
 
 C = Component
-Chosen = Selection | HeadSelection
 
 
 class Gathered:
@@ -40,19 +47,25 @@ class Gathered:
 #: Up to this share of the rows, those of other sources are computed twice rather than all gathered.
 FEW = 1 / 16
 
+#: Up to so many groups of units are computed one by one; more of them by source, all units at once.
+GROUPS_APART = 16
+
 
 def by_source(
     x: Gathered, chosen: Selection, equal: tuple[int, ...], apply: Callable[[Tensor, int], Tensor]
 ) -> Float[Tensor, "rows *out"]:
-    """`apply(rows, source)` on the rows of each source, put back in the rows' own order."""
+    """`apply(rows, source)` on the rows of each source, put back in the rows' own order; of a
+    mixture, the sources' results by their shares."""
     only = chosen.only(equal)
     if only is not None:
         return apply(x.x, only)
     blocks = chosen.blocks(equal, x.x.device)
+    if any(block.share is not None for block in blocks):
+        return _added_up(x, blocks, apply)
     most = max(blocks, key=lambda block: len(block.rows))
     out: Tensor | None = None
     if len(x.x) - len(most.rows) <= FEW * len(x.x):
-        # Gathering and putting back nearly all rows costs more than a few rows computed in vain.
+        # Gathering and putting back nearly all rows costs more than computing a few for nothing.
         out, blocks = apply(x.x, most.source), tuple(b for b in blocks if b is not most)
     for block in blocks:
         result = apply(x[block], block.source)
@@ -63,14 +76,57 @@ def by_source(
     return out
 
 
+def _added_up(
+    x: Gathered, blocks: tuple[Block, ...], apply: Callable[[Tensor, int], Tensor]
+) -> Float[Tensor, "rows *out"]:
+    """One product for each source, however many strengths there are; added up in no less than
+    float32."""
+    total: Tensor | None = None
+    for block in blocks:
+        # Rows of one source alone are its own numbers: times 1, added to 0.
+        every = len(block.rows) == len(x.x)
+        result = apply(x.x if every else x[block], block.source)
+        dtype, wide = result.dtype, torch.promote_types(result.dtype, torch.float32)
+        result = result.to(wide)
+        if block.share is not None:
+            result = result * block.scale(wide, result.ndim)
+        if total is None:
+            total = result.new_zeros(len(x.x), *result.shape[1:])
+        total = total + result if every else total.index_add(0, block.rows, result)
+    assert total is not None
+    return total.to(dtype)
+
+
+def mixed_with(
+    chosen: Strengthened,
+    own: Float[Tensor, "rows *out"],
+    theirs: Callable[[], Float[Tensor, "rows *out"]],
+    equal: tuple[int, ...],
+    strength: Float[Tensor, "rows _out"] | None = None,
+) -> Float[Tensor, "rows *out"]:
+    """(1 - s) * own + s * theirs, where s is `strength` or, without it, the choice's own."""
+    strength = (chosen.strength if strength is None else strength).to(own.dtype)
+    if runs_already(chosen, equal):
+        return own + 0 * strength.sum()
+    return own + strength.reshape(*strength.shape, *(1,) * (own.ndim - strength.ndim)) * (
+        theirs() - own
+    )
+
+
+def runs_already(chosen: Strengthened, equal: tuple[int, ...]) -> bool:
+    """Whether what is mixed in is what runs without it, so that it needs no work."""
+    inner = chosen.inner
+    return isinstance(inner, Selection) and inner.only(equal) == equal[chosen.source]
+
+
 class Linear(nn.Module):
     """x W^T + b, with W and b of the source that each row uses."""
 
-    def __init__(self, weight: Sourced, bias: Sourced | None, n_heads: int = 1) -> None:
+    def __init__(self, weight: Sourced, bias: Sourced | None, n_units: int = 1) -> None:
         super().__init__()
         self.weight = weight
         self.bias = bias
-        self.n_heads = n_heads
+        self.n_units = n_units
         self.equal = equal_sources(weight, bias)
 
     def plain(self, x: Float[Tensor, "rows d_in"], source: int) -> Float[Tensor, "rows d_out"]:
@@ -88,28 +144,47 @@ class Linear(nn.Module):
             self.bias_or_zeros(0) if self.bias is None else active.of(self.bias, component, layer)
         )
 
-    def forward(self, x: Gathered, chosen: Chosen) -> Float[Tensor, "rows d_out"]:
+    def forward(self, x: Gathered, chosen: Choice) -> Float[Tensor, "rows d_out"]:
         if isinstance(chosen, Selection):
             return by_source(x, chosen, self.equal, self.plain)
-        return self._heads_differ(x, chosen)
+        if isinstance(chosen, UnitSelection):
+            return self._units_differ(x, chosen)
+        if chosen.by_unit:
+            return self._strengths_differ(x, chosen)
+        own = self(x, chosen.inner)
+        return mixed_with(chosen, own, lambda: self.plain(x.x, chosen.source), self.equal)
 
-    def _heads_differ(self, x: Gathered, chosen: HeadSelection) -> Float[Tensor, "rows d_out"]:
-        raise TypeError(f"{type(self).__name__} has no heads")
+    def _units_differ(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
+        raise TypeError(f"{type(self).__name__} has no units")
 
-    def _columns(self, heads: Int[Tensor, " heads"], width: int) -> Int[Tensor, " columns"]:
-        """The columns of `width` that belong to some heads."""
-        d_head = width // self.n_heads
-        within = torch.arange(d_head, device=heads.device)
-        return (heads[:, None] * d_head + within).flatten()
+    def _strengths_differ(self, x: Gathered, chosen: Strengthened) -> Float[Tensor, "rows d_out"]:
+        raise TypeError(f"{type(self).__name__} has no units")
+
+    def columns(self, units: Int[Tensor, " units"], width: int) -> Int[Tensor, " columns"]:
+        """The columns of `width` that belong to some units."""
+        own = width // self.n_units
+        within = torch.arange(own, device=units.device)
+        return (units[:, None] * own + within).flatten()
+
+    def _spread(self, shares: Float[Tensor, "rows unit"], width: int) -> Tensor:
+        """What there is for each unit, for each of the columns of `width`."""
+        if shares.shape[1] != self.n_units:
+            raise ValueError(
+                f"strengths for {shares.shape[1]} units, of a map that has {self.n_units}."
+            )
+        return shares.repeat_interleave(width // self.n_units, dim=1)
 
     def _each_head(
         self,
         x: Float[Tensor, "rows head d_in"],
-        chosen: Chosen,
+        chosen: Choice,
         apply: Callable[[Tensor, int, Tensor | slice], Tensor],
     ) -> Float[Tensor, "rows head d_out"]:
         """`apply(rows, source, heads)` where every head reads an input of its own."""
         everything = slice(None)
+        if isinstance(chosen, Strengthened):
+            own = self._each_head(x, chosen.inner, apply)
+            return mixed_with(chosen, own, lambda: apply(x, chosen.source, everything), self.equal)
         if isinstance(chosen, Selection):
             return by_source(Gathered(x), chosen, self.equal, lambda r, s: apply(r, s, everything))
         out: Tensor | None = None
@@ -125,14 +200,17 @@ class Linear(nn.Module):
         return out
 
 
-class HeadsOut(Linear):
-    """A map onto heads (q, k, v): each group of heads is computed with its own rows' sources."""
+class UnitsOut(Linear):
+    """A map onto units (q, k, v onto heads, mlp_in and mlp_gate onto neurons), whose biases are
+    theirs: each group of units is computed with its own rows' sources."""
 
-    def _heads_differ(self, x: Gathered, chosen: HeadSelection) -> Float[Tensor, "rows d_out"]:
+    def _units_differ(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
         width = self.weight[0].shape[0]
+        if len(chosen.groups) > GROUPS_APART:
+            return self._by_share(x, chosen, width)
         out: Tensor | None = None
-        for heads, selection in chosen.on(x.x.device):
-            columns = self._columns(heads, width)
+        for units, selection in chosen.on(x.x.device):
+            columns = self.columns(units, width)
 
             def part(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
                 bias = None if self.bias is None else self.bias[source][columns]
@@ -144,29 +222,66 @@ class HeadsOut(Linear):
         assert out is not None
         return out
 
+    def _by_share(self, x: Gathered, chosen: UnitSelection, width: int) -> Tensor:
+        """One product for each source, each of its columns times its unit's share."""
+        like = self.weight[0]
+        out = like.new_zeros(x.x.shape[0], width)
+        for source in sorted({self.equal[source] for source in chosen.sources}):
+            rows, shares = chosen.unit_shares(source, self.equal, like)
+            result = self.plain(x.x.index_select(0, rows), source)
+            out = out.index_add(0, rows, result * self._spread(shares, width))
+        return out
+
+    def _strengths_differ(self, x: Gathered, chosen: Strengthened) -> Float[Tensor, "rows d_out"]:
+        own = self(x, chosen.inner)
+        strength = self._spread(chosen.strength, own.shape[1])
+        return mixed_with(chosen, own, lambda: self.plain(x.x, chosen.source), self.equal, strength)
+
     def split(
-        self, x: Float[Tensor, "rows head d_model"], chosen: Chosen
+        self, x: Float[Tensor, "rows head d_model"], chosen: Choice
     ) -> Float[Tensor, "rows d_out"]:
         """The map where each head reads an input of its own (`use_split_qkv_input`)."""
 
         def apply(rows: Tensor, source: int, heads: Tensor | slice) -> Tensor:
             out = torch.einsum(
-                "rhi,hio->rho", rows, per_head_out(self.weight[source], self.n_heads)[heads]
+                "rhi,hio->rho", rows, per_head_out(self.weight[source], self.n_units)[heads]
             )
             if self.bias is not None:
-                out = out + self.bias[source].unflatten(0, (self.n_heads, -1))[heads]
+                out = out + self.bias[source].unflatten(0, (self.n_units, -1))[heads]
             return out
 
         return self._each_head(x, chosen, apply).flatten(1)
 
 
-class HeadsIn(Linear):
-    """A map from heads (o). Its bias belongs to no head: see `HeadSelection.whole`."""
+class UnitsIn(Linear):
+    """A map from units (o from heads, mlp_out from neurons). Its bias belongs to none of them: see
+    `UnitSelection.whole`."""
 
-    def _heads_differ(self, x: Gathered, chosen: HeadSelection) -> Float[Tensor, "rows d_out"]:
+    def _units_differ(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
+        return self.add_bias(self.product(x, chosen), chosen)
+
+    def _strengths_differ(self, x: Gathered, chosen: Strengthened) -> Float[Tensor, "rows d_out"]:
+        return self.add_bias(self.product(x, chosen), chosen)
+
+    def _weigh(self, rows: Float[Tensor, "rows d_in"], source: int) -> Tensor:
+        return F.linear(rows, self.weight[source])
+
+    def product(self, x: Gathered, chosen: Choice) -> Float[Tensor, "rows d_out"]:
+        """What the units give, before the bias."""
+        if isinstance(chosen, Selection):
+            return by_source(x, chosen, self.equal, self._weigh)
+        if isinstance(chosen, Strengthened):
+            if not chosen.by_unit or runs_already(chosen, self.equal):
+                own = self.product(x, chosen.inner)
+                return mixed_with(chosen, own, lambda: self._weigh(x.x, chosen.source), self.equal)
+            theirs = x.x * self._spread(chosen.strength, x.x.shape[1]).to(x.x.dtype)
+            own = self.product(Gathered(x.x - theirs), chosen.inner)
+            return own + self._weigh(theirs, chosen.source)
+        if len(chosen.groups) > GROUPS_APART:
+            return self._by_share(x, chosen)
         total: Tensor | None = None
-        for heads, selection in chosen.on(x.x.device):
-            columns = self._columns(heads, x.x.shape[1])
+        for units, selection in chosen.on(x.x.device):
+            columns = self.columns(units, x.x.shape[1])
 
             def part(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
                 return F.linear(rows, self.weight[source][:, columns])
@@ -175,32 +290,47 @@ class HeadsIn(Linear):
             result = by_source(mine, selection, self.equal, part)
             total = result if total is None else total + result
         assert total is not None
-        return self.add_bias(total, chosen)
+        return total
 
-    def add_bias(self, x: Float[Tensor, "rows d_out"], chosen: Chosen) -> Tensor:
-        if self.bias is None:
-            return x
-        whole = chosen if isinstance(chosen, Selection) else chosen.whole
-        return x + per_row(self.bias, whole)
+    def _by_share(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
+        """One product for each source, each unit's input times the source's share of it."""
+        like = self.weight[0]
+        total = like.new_zeros(x.x.shape[0], like.shape[0])
+        for source in sorted({self.equal[source] for source in chosen.sources}):
+            rows, shares = chosen.unit_shares(source, self.equal, like)
+            theirs = x.x.index_select(0, rows) * self._spread(shares, x.x.shape[1])
+            total = total.index_add(0, rows, self._weigh(theirs, source))
+        return total
+
+    def add_bias(self, x: Float[Tensor, "rows d_out"], chosen: Choice) -> Tensor:
+        """What the map gives, from what its units give."""
+        return x if self.bias is None else x + per_row(self.bias, chosen.whole).to(x.dtype)
 
     def results(
-        self, z: Float[Tensor, "rows head d_head"], chosen: Chosen
+        self, z: Float[Tensor, "rows head d_head"], chosen: Choice
     ) -> Float[Tensor, "rows head d_model"]:
         """What each head adds to the residual stream, before the bias."""
 
         def apply(rows: Tensor, source: int, heads: Tensor | slice) -> Tensor:
-            weight = per_head_in(self.weight[source], self.n_heads)[heads]
+            weight = per_head_in(self.weight[source], self.n_units)[heads]
             return torch.einsum("rhi,hio->rho", rows, weight)
 
         return self._each_head(z, chosen, apply)
 
 
-def per_row(weight: Sourced, chosen: Selection) -> Float[Tensor, "rows width"] | Tensor:
+def per_row(weight: Sourced, chosen: WholeChoice) -> Float[Tensor, "rows width"] | Tensor:
     """A vector-shaped weight for every row, or one vector where all rows agree."""
-    only = chosen.only(equal_sources(weight))
+    equal = equal_sources(weight)
+    if isinstance(chosen, Strengthened):
+        own = per_row(weight, chosen.inner.whole).expand(len(chosen.strength), -1)
+        return mixed_with(chosen, own, lambda: weight[chosen.source], equal)
+    only = chosen.only(equal)
     if only is not None:
         return weight[only]
-    return weight.stacked().index_select(0, chosen.per_row(weight[0].device))
+    used = [weight.mixed(mixture) for mixture in chosen.mixtures]
+    dtype = max((vector.dtype for vector in used), key=lambda dtype: dtype.itemsize)
+    table = torch.stack([vector.to(dtype) for vector in used])
+    return table.index_select(0, chosen.per_row(table.device))
 
 
 class Norm(nn.Module):
@@ -223,7 +353,7 @@ class Norm(nn.Module):
         self.hook_normalized = HookPoint()
 
     def forward(
-        self, x: Float[Tensor, "*batch_pos_head width"], chosen: Selection | None
+        self, x: Float[Tensor, "*batch_pos_head width"], chosen: WholeChoice | None
     ) -> Float[Tensor, "*batch_pos_head width"]:
         dtype = x.dtype
         x = x if dtype == torch.float64 else x.float()
@@ -260,7 +390,7 @@ class Norm(nn.Module):
     @staticmethod
     def _rows(
         weight: Sourced,
-        chosen: Selection,
+        chosen: WholeChoice,
         shape: tuple[int, ...],
         offset: float,
         dtype: torch.dtype,
@@ -280,15 +410,22 @@ class Embed(nn.Module):
         self.equal = equal_sources(weight)
 
     def forward(
-        self, ids: Int[Tensor, "batch pos"], chosen: Selection
+        self, ids: Int[Tensor, "batch pos"], chosen: WholeChoice
     ) -> Float[Tensor, "batch pos d_model"]:
-        def look_up(rows: Tensor, source: int) -> Tensor:
-            return F.embedding(rows, self.weight[source])
-
-        out = by_source(Gathered(ids.flatten()), chosen, self.equal, look_up)
+        out = self._looked_up(Gathered(ids.flatten()), chosen)
         if self.scale != 1.0:
             out = out * torch.tensor(self.scale, dtype=out.dtype)
         return out.unflatten(0, ids.shape)
+
+    def _looked_up(self, ids: Gathered, chosen: Choice) -> Float[Tensor, "rows d_model"]:
+        def look_up(rows: Tensor, source: int) -> Tensor:
+            return F.embedding(rows, self.weight[source])
+
+        if isinstance(chosen, Strengthened):
+            own = self._looked_up(ids, chosen.inner)
+            return mixed_with(chosen, own, lambda: look_up(ids.x, chosen.source), self.equal)
+        assert isinstance(chosen, Selection), "tables have no units"
+        return by_source(ids, chosen, self.equal, look_up)
 
 
 class TokenEmbed(Embed):

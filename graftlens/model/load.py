@@ -107,7 +107,8 @@ def load(
     wanted = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(wanted, torch.dtype) and wanted.is_floating_point):
         raise PairError(
-            f'dtype={dtype!r} is no floating-point dtype of torch. Write, for example, "bfloat16".'
+            f"dtype={dtype!r} is not a floating-point dtype of torch. "
+            'Write, for example, "bfloat16".'
         )
     if wanted is not None and torch.finfo(wanted).bits < 16:
         raise PairError(
@@ -201,7 +202,7 @@ def preview(
 
 def _check_names(sources: Mapping[str, Any]) -> None:
     if not isinstance(sources, Mapping) or len(sources) < 2:
-        # Not the value itself: a loaded model prints as a page.
+        # Not the value itself, which may be of any kind and length.
         given = (
             " ".join(map(str, sources)) if isinstance(sources, Mapping) else type(sources).__name__
         )

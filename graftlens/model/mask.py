@@ -1,20 +1,24 @@
-"""A graft resolved against one batch: which source every row of every linear map uses.
+"""A graft resolved against one batch: what every row of every linear map runs.
 
-Rows are the places `[batch · pos]` of a batch, in that order. Index lists are made on the host,
-once per mask, and copied to the device without waiting for it; the forward only looks them up.
+Rows are the places `[batch · pos]` of a batch, in that order. What a row runs at a site is a
+*code*, which names a mixture of sources (`Mixtures`); codes of single sources come first. Index
+lists are made on the host, once per mask, and copied to the device without waiting for it; the
+forward only looks them up.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from decimal import Context, Decimal
+from functools import cached_property
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Int, Int8
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 from graftlens.components import (
     COMPONENTS,
-    HEAD_COMPONENTS,
     Component,
     expand_components,
     layer_group,
@@ -25,84 +29,366 @@ from graftlens.model.arch import Architecture, Site
 from graftlens.model.inputs import Batch
 from graftlens.prompts import PromptError, Tokenized
 
-#: Source -> the first source with the same tensors. Rows of equal sources make one block.
+#: Source -> the first source with the same tensors. Rows of equal sources are computed together.
 Equal = tuple[int, ...]
+
+#: Sources with their shares, in the order of the sources; no share is 0, and they add up to 1.
+Mixture = tuple[tuple[int, Decimal], ...]
+
+#: Strengths are multiplied out as they are written (1 - 0.7 is 0.3), to so many digits.
+_EXACT = Context(prec=60)
+_ONE = Decimal(1)
+
+
+def _mixture(shares: Iterable[tuple[int, Decimal]]) -> Mixture:
+    """The canonical form: shares of one source added up, none that is 0, one alone is 1."""
+    total: dict[int, Decimal] = {}
+    for source, share in shares:
+        total[source] = _EXACT.add(total.get(source, Decimal(0)), share)
+    kept = tuple(sorted((source, share) for source, share in total.items() if share))
+    return ((kept[0][0], _ONE),) if len(kept) == 1 else kept
+
+
+def merged(mixture: Mixture, equal: Equal) -> Mixture:
+    """A mixture in which equal sources are one."""
+    if len(mixture) == 1:
+        return ((equal[mixture[0][0]], _ONE),)
+    return _mixture((equal[source], share) for source, share in mixture)
+
+
+class Mixtures:
+    """The mixtures that codes stand for: first each source alone, then others as they come up."""
+
+    def __init__(self, n_sources: int) -> None:
+        self.n_sources = n_sources
+        self._known: list[Mixture] = []
+        self._codes: dict[Mixture, int] = {}
+        self._blended: dict[tuple[int, int, float], int] = {}
+        self._merged: dict[tuple[int, Equal], int] = {}
+        for source in range(n_sources):
+            self.code(((source, _ONE),))
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __getitem__(self, code: int) -> Mixture:
+        return self._known[code]
+
+    def code(self, mixture: Mixture) -> int:
+        """The code of a mixture in canonical form; a new one is added."""
+        if mixture not in self._codes:
+            self._codes[mixture] = len(self._known)
+            self._known.append(mixture)
+        return self._codes[mixture]
+
+    def blend(
+        self, codes: Int32[np.ndarray, "*places"], source: int, strength: float | int
+    ) -> Int32[np.ndarray, "*places"]:
+        """(1 - strength) of what codes stand for and `strength` of a source.
+
+        Raises:
+            ValueError: strengths that multiply to more than a float holds.
+        """
+        if strength == 1:
+            return np.full_like(codes, source)
+        return self._each(codes, lambda code: self._blend(code, source, strength))
+
+    def merge(
+        self, codes: Int32[np.ndarray, "*places"], equal: Equal
+    ) -> Int32[np.ndarray, "*places"]:
+        """The codes of the same mixtures in which equal sources are one."""
+        if len(self) == self.n_sources or codes.size == 0 or codes.max() < self.n_sources:
+            return np.asarray(equal, dtype=np.int32)[codes]
+        return self._each(codes, lambda code: self.merge_one(code, equal))
+
+    def merge_one(self, code: int, equal: Equal) -> int:
+        """`merge` of a single code."""
+        key = code, equal
+        if key not in self._merged:
+            self._merged[key] = self.code(merged(self[code], equal))
+        return self._merged[key]
+
+    def shares(self, source: int) -> Float[np.ndarray, " code"]:
+        """What share of a source each code has."""
+        return np.array([float(dict(mixture).get(source, 0)) for mixture in self._known])
+
+    def _blend(self, code: int, source: int, strength: float | int) -> int:
+        key = code, source, strength
+        if key not in self._blended:
+            share = Decimal(repr(float(strength)))
+            rest = _EXACT.subtract(_ONE, share)
+            kept = [(s, _EXACT.multiply(rest, old)) for s, old in self[code]]
+            made = _mixture([*kept, (source, share)])
+            if not all(math.isfinite(float(share)) for _, share in made):
+                raise ValueError(
+                    f"the strengths of the rules that meet here multiply to {made[0][1]:.3g}, "
+                    "which is more than a number of the model can be. Lower them."
+                )
+            self._blended[key] = self.code(made)
+        return self._blended[key]
+
+    @staticmethod
+    def _each(
+        codes: Int32[np.ndarray, "*places"], change: Callable[[int], int]
+    ) -> Int32[np.ndarray, "*places"]:
+        used, where = np.unique(codes, return_inverse=True)
+        changed = np.array([change(int(code)) for code in used], dtype=np.int32)
+        return changed[where].reshape(codes.shape)
 
 
 @dataclass(frozen=True)
 class Block:
-    """The rows that one source computes."""
+    """The rows that one source computes, and its share of each; None where it is all of them."""
 
     source: int
     rows: Int[Tensor, " rows"]
+    share: Float[np.ndarray, " rows"] | None = None
+    _scales: dict[torch.dtype, Float[Tensor, " rows"]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def scale(self, dtype: torch.dtype, ndim: int) -> Tensor:
+        """The shares [row, 1, …], to be multiplied with `ndim` axes of results."""
+        assert self.share is not None
+        if dtype not in self._scales:
+            made = torch.from_numpy(self.share).to(dtype)
+            self._scales[dtype] = made.to(self.rows.device, non_blocking=True)
+        return self._scales[dtype].reshape(-1, *(1,) * (ndim - 1))
 
 
 class Selection:
-    """Which source each row uses at one site; shared by all sites that agree."""
+    """What each row runs at one site; shared by all sites that agree. Ask it, by source."""
 
-    def __init__(self, choice: Int8[np.ndarray, " rows"], real: Bool[np.ndarray, " rows"]) -> None:
-        """`choice` is the source index of each row; rows that are not `real` may use any."""
-        used = np.unique(choice[real]) if real.any() else np.zeros(1, dtype=np.int8)
-        # Padding follows the prompts where they agree, so that a uniform mask stays uniform.
-        self.choice = np.where(real, choice, used[0]) if len(used) == 1 else choice
-        self.sources: tuple[int, ...] = tuple(int(s) for s in used)
+    def __init__(
+        self,
+        codes: Int32[np.ndarray, " rows"],
+        real: Bool[np.ndarray, " rows"],
+        mixtures: Mixtures,
+    ) -> None:
+        """`codes` of the mixtures; rows that are not `real` may run any."""
+        used = np.unique(codes[real]) if real.any() else np.zeros(1, dtype=np.int32)
+        # Padding runs what some prompt does, so that a uniform mask stays uniform.
+        known = real.all() or np.isin(codes, used)
+        self._codes = codes if np.all(known) else np.where(known, codes, used[0])
+        self._used = tuple(int(code) for code in used)
+        self._mixtures = mixtures
+        self.n_rows = len(codes)
         self._blocks: dict[tuple[Equal, torch.device], tuple[Block, ...]] = {}
         self._rows: dict[torch.device, Int[Tensor, " rows"]] = {}
 
-    def only(self, equal: Equal) -> int | None:
-        """The source that computes every row, or None where several do."""
-        first = equal[self.sources[0]]
-        return first if all(equal[s] == first for s in self.sources) else None
+    @classmethod
+    def uniform(cls, mixture: int | Mixture, rows: int) -> "Selection":
+        """Every row runs one source (by its number), or one mixture."""
+        mixture = ((mixture, _ONE),) if isinstance(mixture, int) else mixture
+        mixtures = Mixtures(1 + max(source for source, _ in mixture))
+        codes = np.full(rows, mixtures.code(mixture), dtype=np.int32)
+        return cls(codes, np.ones(rows, dtype=bool), mixtures)
+
+    @property
+    def whole(self) -> "Selection":
+        """What a part runs that belongs to no unit; here nothing is cut into units."""
+        return self
+
+    def parts(self) -> Iterator[tuple[tuple[int, ...] | None, "Selection"]]:
+        """Each group of units with its selection; here all are one (None)."""
+        yield None, self
+
+    @cached_property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """What the rows run, each once."""
+        return tuple(self._mixtures[code] for code in self._used)
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """The sources that have a share in any row."""
+        return tuple(sorted({source for mixture in self.mixtures for source, _ in mixture}))
+
+    def share(self, source: int, equal: Equal | None = None) -> Float[np.ndarray, " rows"]:
+        """A source's share of each row; with `equal`, its equals' shares are the first one's."""
+        codes = self._codes if equal is None else self._mixtures.merge(self._codes, equal)
+        return self._mixtures.shares(source)[codes]
+
+    def rows_of(self, source: int, equal: Equal | None = None) -> Int[np.ndarray, " some_rows"]:
+        """The rows in which a source has a share."""
+        return np.flatnonzero(self.share(source, equal))
+
+    def only(self, equal: Equal | None = None) -> int | None:
+        """The source that is all of every row, or None where several are, or a mixture."""
+        used = {code if equal is None else self._merge(code, equal) for code in self._used}
+        code = used.pop()
+        return code if not used and code < self._mixtures.n_sources else None
+
+    def mixed(self, equal: Equal) -> bool:
+        """Whether some row runs a mixture of sources whose tensors differ."""
+        return any(self._merge(code, equal) >= self._mixtures.n_sources for code in self._used)
+
+    def _merge(self, code: int, equal: Equal) -> int:
+        pure = code < self._mixtures.n_sources
+        return equal[code] if pure else self._mixtures.merge_one(code, equal)
 
     def blocks(self, equal: Equal, device: torch.device) -> tuple[Block, ...]:
         """The rows of each source, sources with equal tensors taken together."""
         key = (equal, device)
         if key not in self._blocks:
-            merged = np.asarray(equal, dtype=np.int64)[self.choice]
-            self._blocks[key] = tuple(
-                Block(
-                    int(s),
-                    torch.from_numpy(np.flatnonzero(merged == s)).to(device, non_blocking=True),
-                )
-                for s in np.unique(merged)
-            )
+            codes = self._mixtures.merge(self._codes, equal)
+            used = np.unique(codes)
+            made = []
+            for source in sorted({s for code in used for s, _ in self._mixtures[int(code)]}):
+                share = self._mixtures.shares(source)[codes]
+                rows = np.flatnonzero(share)
+                there = torch.from_numpy(rows).to(device, non_blocking=True)
+                part = share[rows]
+                made.append(Block(source, there, None if (part == 1).all() else part))
+            self._blocks[key] = tuple(made)
         return self._blocks[key]
 
     def per_row(self, device: torch.device) -> Int[Tensor, " rows"]:
-        """The source index of each row."""
+        """Which of `mixtures` each row runs."""
         if device not in self._rows:
-            self._rows[device] = torch.from_numpy(self.choice.astype(np.int64)).to(
-                device, non_blocking=True
-            )
+            index = np.searchsorted(np.array(self._used), self._codes).astype(np.int64)
+            self._rows[device] = torch.from_numpy(index).to(device, non_blocking=True)
         return self._rows[device]
+
+    def agrees(self, other: "Selection") -> bool:
+        """Whether every row runs the same."""
+        mine = self._mixtures is other._mixtures
+        return mine and np.array_equal(self._codes, other._codes)
+
+    def pick(self, rows: Int[np.ndarray, " kept"]) -> "Selection":
+        """The selection of some rows."""
+        return Selection(self._codes[rows], np.ones(len(rows), dtype=bool), self._mixtures)
 
 
 @dataclass(frozen=True)
-class HeadSelection:
-    """A site whose heads differ: groups of heads, each with its own selection.
+class UnitSelection:
+    """A site whose units (heads, neurons) differ: groups of them, each with its own selection.
 
-    `whole` says where a part that belongs to no head (o's bias) comes from: the source that all
-    heads of a row share, else the base.
+    `whole` says where a part that belongs to no unit (the bias of o and of mlp_out) comes from:
+    what all units of a row run, else the base.
     """
 
     groups: tuple[tuple[tuple[int, ...], Selection], ...]
     whole: Selection
-    _indices: dict[torch.device, tuple[Int[Tensor, " heads"], ...]] = field(
+    _indices: dict[torch.device, tuple[Int[Tensor, " units"], ...]] = field(
         default_factory=dict, repr=False, compare=False
     )
+    _shares: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
-    def on(self, device: torch.device) -> Iterator[tuple[Int[Tensor, " heads"], Selection]]:
-        """Each group's heads as an index on `device`, with the group's selection."""
+    def parts(self) -> Iterator[tuple[tuple[int, ...] | None, Selection]]:
+        """Each group of units with its selection."""
+        yield from self.groups
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """The sources that have a share in any unit of any row."""
+        return tuple(sorted({source for _, s in self.groups for source in s.sources}))
+
+    @cached_property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """What the units of all rows run, each once."""
+        return tuple(dict.fromkeys(m for _, s in self.groups for m in s.mixtures))
+
+    def on(self, device: torch.device) -> Iterator[tuple[Int[Tensor, " units"], Selection]]:
+        """Each group's units as an index on `device`, with the group's selection."""
         if device not in self._indices:
             self._indices[device] = tuple(
-                torch.tensor(heads).to(device, non_blocking=True) for heads, _ in self.groups
+                torch.tensor(units).to(device, non_blocking=True) for units, _ in self.groups
             )
         return zip(self._indices[device], (s for _, s in self.groups), strict=True)
 
+    def mixed(self, equal: Equal) -> bool:
+        """Whether some unit of some row runs a mixture of sources whose tensors differ."""
+        return any(selection.mixed(equal) for _, selection in self.groups)
 
-def plain(chosen: Selection | HeadSelection) -> Selection:
-    """The selection of a site that has no heads."""
-    assert isinstance(chosen, Selection), "only q, k, v and o have heads"
+    def rows_of(self, source: int, equal: Equal | None = None) -> Int[np.ndarray, " some_rows"]:
+        """The rows in which a source has a share of some unit."""
+        found = np.zeros(self.whole.n_rows, dtype=bool)
+        for _, selection in self.groups:
+            found[selection.rows_of(source, equal)] = True
+        return np.flatnonzero(found)
+
+    def unit_shares(
+        self, source: int, equal: Equal, like: Tensor
+    ) -> tuple[Int[Tensor, " some_rows"], Float[Tensor, "some_rows unit"]]:
+        """The rows in which a source has a share, and its share of each of their units."""
+        key = (source, equal, like.device, like.dtype)
+        if key not in self._shares:
+            rows = self.rows_of(source, equal)
+            shares = np.stack([s.share(source, equal)[rows] for _, s in self.groups], axis=1)
+            group_of = np.empty(sum(len(units) for units, _ in self.groups), dtype=np.int64)
+            for number, (units, _) in enumerate(self.groups):
+                group_of[list(units)] = number
+            self._shares[key, "rows"] = torch.from_numpy(rows).to(like.device, non_blocking=True)
+            self._shares[key, "unit"] = torch.from_numpy(group_of).to(like.device)
+            self._shares[key] = torch.from_numpy(shares).to(like.dtype).to(like.device)
+        return self._shares[key, "rows"], self._shares[key][:, self._shares[key, "unit"]]
+
+    def pick(self, rows: Int[np.ndarray, " kept"]) -> "UnitSelection":
+        """The selection of some rows."""
+        groups = tuple((units, s.pick(rows)) for units, s in self.groups)
+        return UnitSelection(groups, self.whole.pick(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Strengthened:
+    """What a site runs, mixed with a source by strengths that gradients reach.
+
+    Attributes:
+        inner: what runs without it.
+        source: the source that is mixed in.
+        strength: y = (1 - strength) * (what runs without it) + strength * (the source's), for
+            each row, or for each unit of each row.
+        bias: the same for a bias that belongs to no unit, where `strength` is by unit.
+    """
+
+    inner: "Choice"
+    source: int
+    strength: Float[Tensor, " rows"] | Float[Tensor, "rows unit"]
+    bias: Float[Tensor, " rows"] | None = None
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether each unit has a strength of its own."""
+        return self.strength.ndim == 2
+
+    @property
+    def whole(self) -> "Selection | Strengthened":
+        """What a part runs that belongs to no unit."""
+        strength = self.bias if self.by_unit else self.strength
+        if strength is None:
+            return self.inner.whole
+        return Strengthened(self.inner.whole, self.source, strength)
+
+    def parts(self) -> Iterator[tuple[tuple[int, ...] | None, Selection]]:
+        """What the rows may run: what they run without it, and the source."""
+        yield from self.inner.parts()
+        yield None, Selection.uniform(self.source, len(self.strength))
+
+    @property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """As `parts`."""
+        return tuple(dict.fromkeys(m for _, s in self.parts() for m in s.mixtures))
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """As `parts`."""
+        return tuple(sorted({source for _, s in self.parts() for source in s.sources}))
+
+    def pick(self, rows: Int[np.ndarray, " kept"]) -> "Strengthened":
+        """The choice of some rows."""
+        index = torch.from_numpy(rows).to(self.strength.device)
+        bias = None if self.bias is None else self.bias[index]
+        return Strengthened(self.inner.pick(rows), self.source, self.strength[index], bias)
+
+
+#: What a site runs; of a site that has no units, or all of whose units agree.
+Choice = Selection | UnitSelection | Strengthened
+WholeChoice = Selection | Strengthened
+
+
+def plain(chosen: Choice) -> WholeChoice:
+    """The choice of a site that has no units."""
+    assert not isinstance(chosen, UnitSelection), "only attention and the MLP have units"
     return chosen
 
 
@@ -121,27 +407,108 @@ class GraftMask:
     graft: Graft
     sources: tuple[str, ...]
     shape: tuple[int, int]
-    sites: Mapping[Site, Selection | HeadSelection] = field(repr=False)
+    sites: Mapping[Site, Choice] = field(repr=False)
     places: tuple[tuple[int, int, int], ...] = ()
 
-    def __getitem__(self, site: Site) -> Selection | HeadSelection:
+    def __getitem__(self, site: Site) -> Choice:
         return self.sites[site]
 
-    def source_index(
-        self, component: Component | str, layer: int | None = None, head: int | None = None
-    ) -> Int8[np.ndarray, "batch pos"]:
-        """Which source (by index) each place uses at one site; for views and tests.
+    def shares(
+        self, component: Component | str, layer: int | None = None, unit: int | None = None
+    ) -> Float[np.ndarray, "source batch pos"]:
+        """Each source's share of each place at one site; for views and tests.
+
+        Args:
+            component: what is asked about.
+            layer: its layer; None outside the layers.
+            unit: a head or neuron. Without one, where units differ, the answer is for what belongs
+                to no unit.
 
         Raises:
             KeyError: a site that the architecture does not have.
         """
-        chosen = self.sites[(Component(component), layer)]
-        if isinstance(chosen, HeadSelection):
-            if head is None:
-                chosen = chosen.whole
-            else:
-                chosen = next(s for heads, s in chosen.groups if head in heads)
-        return chosen.choice.reshape(self.shape).astype(np.int8)
+        chosen: Choice = self.sites[(Component(component), layer)]
+        while isinstance(chosen, Strengthened):
+            chosen = chosen.inner
+        if isinstance(chosen, UnitSelection):
+            groups = [s for units, s in chosen.groups if unit is not None and unit in units]
+            chosen = groups[0] if groups else chosen.whole
+        found = [chosen.share(source) for source in range(len(self.sources))]
+        return np.stack(found).reshape(-1, *self.shape)
+
+    def source_index(
+        self, component: Component | str, layer: int | None = None, unit: int | None = None
+    ) -> Int[np.ndarray, "batch pos"]:
+        """Which source (by index) each place uses at one site; for views and tests.
+
+        Args: as for `shares`.
+
+        Raises:
+            KeyError: a site that the architecture does not have.
+            ValueError: a mixture of sources somewhere at this site; `shares` says of what.
+        """
+        shares = self.shares(component, layer, unit)
+        if not ((shares == 0) | (shares == 1)).all():
+            raise ValueError(
+                f"under {str(self.graft)!r} some places mix sources at {component}"
+                f"{'' if layer is None else f' in layer {layer}'}. Ask mask.shares(…)."
+            )
+        return shares.argmax(axis=0)
+
+    def strengthened(
+        self,
+        source: str,
+        strengths: Mapping[Site, Tensor],
+        bias: Mapping[Site, Tensor] | None = None,
+    ) -> "GraftMask":
+        """The mask with a source mixed in by tensors of strengths, which gradients reach.
+
+        At each site given, y = (1 - s) * (what the mask runs there) + s * (the source's). Run the
+        result as any mask: `model(prompts, graft=mask.strengthened(…))`; nothing but the strengths
+        needs a gradient.
+
+        Args:
+            source: the name of what is mixed in.
+            strengths: (component, layer) -> s for each row [batch · pos], the batch's rows one
+                after another, or for each unit of each row [batch · pos, unit]: heads of q and o,
+                key-value heads of k and v, neurons of mlp_in, mlp_gate and mlp_out.
+            bias: (component, layer) -> s for each row [batch · pos] of the bias of o or mlp_out,
+                which belongs to no unit; left out, it stays what it was. With strengths by row the
+                bias goes with its weight.
+
+        Raises:
+            ValueError: a source or site that the mask lacks, or strengths of another shape.
+        """
+        if source not in self.sources:
+            raise ValueError(
+                f"no source {source!r}. This mask has: {' '.join(self.sources)}."
+                f"{suggest(source, self.sources)}"
+            )
+        bias = bias or {}
+        sites: dict[Site, Choice] = dict(self.sites)
+        rows = self.shape[0] * self.shape[1]
+        for site in {**strengths, **bias}:
+            known = f"{site[0]}{'' if site[1] is None else f' in layer {site[1]}'}"
+            if site not in sites or site not in strengths:
+                what = "no such site in this mask" if site not in sites else "a bias alone"
+                raise ValueError(
+                    f"strengths of {known}: {what}. Give (component, layer) of a component that "
+                    "the architecture has, the layer None outside the layers."
+                )
+            given, own = strengths[site], bias.get(site)
+            shapes = [tuple(t.shape) for t in (given, own) if t is not None]
+            if given.ndim not in (1, 2) or any(shape[:1] != (rows,) for shape in shapes):
+                raise ValueError(
+                    f"strengths of {known} have shape {list(shapes[0])}. Give one for each of the "
+                    f"batch's {rows} rows, [batch · pos], or [batch · pos, unit]."
+                )
+            if own is not None and (given.ndim == 1 or own.ndim != 1):
+                raise ValueError(
+                    f"the bias of {known} has strengths of its own, one a row, only where those of "
+                    "its weight are by unit, [batch · pos, unit]."
+                )
+            sites[site] = Strengthened(sites[site], self.sources.index(source), given, own)
+        return replace(self, sites=sites)
 
     def take(
         self, batch: Int[np.ndarray, " batch"] | None, pos: Int[np.ndarray, " pos"] | None
@@ -154,21 +521,10 @@ class GraftMask:
     def pick(self, rows: Int[np.ndarray, "batch pos"]) -> "GraftMask":
         """The mask of any rows, numbered through the batch, laid out in a new shape."""
         keep = rows.reshape(-1)
-        real = np.ones(keep.size, dtype=bool)
-        made: dict[int, Selection | HeadSelection] = {}
-
-        def cut(chosen: Selection) -> Selection:
-            return Selection(chosen.choice[keep], real)
-
+        made: dict[int, Choice] = {}
         for chosen in self.sites.values():
             if id(chosen) not in made:
-                made[id(chosen)] = (
-                    cut(chosen)
-                    if isinstance(chosen, Selection)
-                    else HeadSelection(
-                        tuple((heads, cut(s)) for heads, s in chosen.groups), cut(chosen.whole)
-                    )
-                )
+                made[id(chosen)] = chosen.pick(keep)
         sites = {site: made[id(chosen)] for site, chosen in self.sites.items()}
         return GraftMask(self.graft, self.sources, (rows.shape[0], rows.shape[1]), sites)
 
@@ -180,32 +536,37 @@ GraftLike = Graft | GraftMask | str | None
 def resolve(
     graft: Graft, batch: Batch, arch: Architecture, sources: Sequence[str], base: int = 0
 ) -> GraftMask:
-    """Work out which source every row uses at every site.
+    """Work out what every row runs at every site.
 
     Raises:
         PromptError: a rule that a prompt cannot satisfy (no such span, position or run, or
             nothing selected), with the prompt's number.
-        ValueError: a source, component, layer or head that the model does not have.
+        ValueError: a source, component, layer, head or neuron that the model does not have.
     """
     plans = [sites_of(rule, arch, sources) for rule in graft.rules]
     places = [_rows_of(rule, batch) for rule in graft.rules]
     real = batch.real.reshape(-1)
-    made: dict[object, Selection | HeadSelection] = {}
+    mixtures = Mixtures(len(sources))
+    made: dict[object, Choice] = {}
 
-    def at(site: Site) -> Selection | HeadSelection:
+    def at(site: Site) -> Choice:
         component, _ = site
         active = tuple(i for i, plan in enumerate(plans) if site in plan)
-        by_head = any(graft.rules[i].heads is not None for i in active)
-        key = (active, arch.n_units_of(component) if by_head else None)
+        cuts = [units for i in active if (units := graft.rules[i].of(component)) is not None]
+        n_units = arch.n_units_of(component) if cuts else 1
+        key = (active, n_units)
         if key not in made:
-            n_heads = arch.n_units_of(component) if by_head else 1
-            choice = np.full((n_heads, real.size), base, dtype=np.int8)
+            atom_of = atoms(cuts, n_units)
+            codes = np.full((atom_of.max() + 1, real.size), base, dtype=np.int32)
             for i in active:
-                heads = graft.rules[i].heads
-                selected = slice(None) if heads is None else list(heads)
-                source = sources.index(graft.rules[i].source)
-                choice[selected] = np.where(places[i], np.int8(source), choice[selected])
-            made[key] = grouped(choice, real, base)
+                rule = graft.rules[i]
+                units = rule.of(component)
+                chosen = slice(None) if units is None else np.unique(atom_of[list(units)])
+                here = codes[chosen]
+                source = sources.index(rule.source)
+                here[:, places[i]] = mixtures.blend(here[:, places[i]], source, rule.strength)
+                codes[chosen] = here
+            made[key] = grouped(codes, atom_of, real, mixtures, base)
         return made[key]
 
     sites = {site: at(site) for site in arch.sites}
@@ -213,31 +574,73 @@ def resolve(
     return GraftMask(graft, tuple(sources), shape, sites, batch.places)
 
 
-def uniform_source(
+def uniform_mixture(
     graft: Graft, site: Site, arch: Architecture, sources: Sequence[str]
-) -> int | None:
-    """The one source that a site uses in every prompt, or None where positions may differ."""
-    source: int | None = 0
+) -> Mixture | None:
+    """What a site runs in all places of every prompt, or None where positions may differ."""
+    mixtures = Mixtures(len(sources))
+    code: int | None = 0
     for rule in graft.rules:
-        if site in sites_of(rule, arch, sources):
-            everywhere = rule.at == Span("all") and rule.heads is None
-            source = sources.index(rule.source) if everywhere else None
-    return source
+        if rule.strength == 0 or site not in sites_of(rule, arch, sources):
+            continue
+        if rule.at != Span("all") or rule.of(site[0]) is not None:
+            code = None
+        elif code is not None or rule.strength == 1:
+            now = np.array([code or 0], dtype=np.int32)
+            code = int(mixtures.blend(now, sources.index(rule.source), rule.strength)[0])
+    return None if code is None else mixtures[code]
+
+
+def atoms(cuts: Iterable[Sequence[int]], n_units: int) -> Int[np.ndarray, " unit"]:
+    """The coarsest partition of units that every one of `cuts` respects: the atom of each unit."""
+    atom_of = np.zeros(n_units, dtype=np.int64)
+    sizes = [n_units]
+    for cut in dict.fromkeys(map(tuple, cuts)):
+        inside = np.array(cut)
+        found, where, counts = np.unique(atom_of[inside], return_inverse=True, return_counts=True)
+        for number, (atom, count) in enumerate(zip(found, counts, strict=True)):
+            if count < sizes[atom]:
+                atom_of[inside[where.reshape(-1) == number]] = len(sizes)
+                sizes[atom] -= count
+                sizes.append(count)
+    return atom_of
 
 
 def grouped(
-    choice: Int8[np.ndarray, "heads rows"], real: Bool[np.ndarray, " rows"], base: int
-) -> Selection | HeadSelection:
-    distinct, group_of = np.unique(choice, axis=0, return_inverse=True)
+    codes: Int32[np.ndarray, "atom case"],
+    atom_of: Int[np.ndarray, " unit"],
+    real: Bool[np.ndarray, " rows"],
+    mixtures: Mixtures,
+    base: int = 0,
+    of_row: Int[np.ndarray, " rows"] | None = None,
+) -> Selection | UnitSelection:
+    """The choice of a site whose units' codes are given by atom.
+
+    Args:
+        codes: for each row, or for each of the cases that `of_row` names by number.
+        atom_of: the atom of each unit.
+        real: rows that are no padding.
+        mixtures: what the codes stand for.
+        base: the code of what belongs to no unit where a row's units differ.
+        of_row: the case of each row.
+    """
+
+    def rows(of_cases: np.ndarray) -> Selection:
+        return Selection(of_cases if of_row is None else of_cases[of_row], real, mixtures)
+
+    distinct, group_of = np.unique(codes, axis=0, return_inverse=True)
     if len(distinct) == 1:
-        return Selection(distinct[0], real)
+        return rows(distinct[0])
+    unit_group = group_of.reshape(-1)[atom_of]
+    order = np.argsort(unit_group, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(unit_group))[:-1])
     groups = tuple(
-        (tuple(np.flatnonzero(group_of.reshape(-1) == g).tolist()), Selection(rows, real))
-        for g, rows in enumerate(distinct)
+        (tuple(units.tolist()), rows(of_cases))
+        for units, of_cases in zip(members, distinct, strict=True)
     )
-    agree = (choice == choice[0]).all(axis=0)
-    whole = np.where(agree, choice[0], np.int8(base)).astype(np.int8)
-    return HeadSelection(groups, Selection(whole, real))
+    agree = (codes == codes[0]).all(axis=0)
+    whole = np.where(agree, codes[0], np.int32(base)).astype(np.int32)
+    return UnitSelection(groups, rows(whole))
 
 
 def sites_of(rule: Rule, arch: Architecture, sources: Sequence[str]) -> frozenset[Site]:
@@ -276,14 +679,14 @@ def sites_of(rule: Rule, arch: Architecture, sources: Sequence[str]) -> frozense
         outside = []
     inside = [c for c in components if COMPONENTS[c].in_layers]
     for component in inside:
-        if rule.heads is not None and component in HEAD_COMPONENTS:
-            n_heads = arch.n_units_of(component)
-            if max(rule.heads) >= n_heads:
-                kind = f"{COMPONENTS[component].cut}s"
-                raise ValueError(
-                    f"rule {str(rule)!r}: no head {max(rule.heads)} in {component}, which has "
-                    f"{n_heads} {kind} here: 0 to {n_heads - 1}."
-                )
+        units = rule.of(component)
+        n_units = arch.n_units_of(component)
+        if units is not None and units[-1] >= n_units:
+            word = str(COMPONENTS[component].cut)
+            raise ValueError(
+                f"rule {str(rule)!r}: no {word.split()[-1]} {units[-1]} in {component}, which has "
+                f"{n_units} {word}s here: 0 to {n_units - 1}."
+            )
     return frozenset([(c, None) for c in outside] + [(c, l) for c in inside for l in layers])
 
 

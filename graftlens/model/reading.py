@@ -119,12 +119,12 @@ class Reading:
         """Prompts as tokens with spans; a single prompt counts as a list of one.
 
         Raises:
-            ValueError: texts for a model without a tokenizer, or something that is no prompt, such
-                as what a tokenizer returns.
+            ValueError: texts for a model without a tokenizer, or something that is not a prompt,
+                such as what a tokenizer returns.
         """
         if isinstance(prompts, Mapping):
             raise ValueError(
-                f"a {type(prompts).__name__} with the keys {' '.join(map(str, prompts))} is no "
+                f"a {type(prompts).__name__} with the keys {' '.join(map(str, prompts))} is not a "
                 'prompt. Of what a tokenizer returns, give the tensors (return_tensors="pt"): '
                 'model.batch(enc["input_ids"], attention_mask=enc["attention_mask"]) is a batch '
                 "that everything runs."
@@ -134,7 +134,7 @@ class Reading:
         for item in items:
             if not isinstance(item, str | Prompt | Tokenized):
                 raise ValueError(
-                    f"{item!r} is no prompt. Give texts, Prompts, or a tensor of token ids."
+                    f"{item!r} is not a prompt. Give texts, Prompts, or a tensor of token ids."
                 )
         bos = self.prepends_bos(prepend_bos)
         if note := doubled_bos(items, self.tokenizer, bos):

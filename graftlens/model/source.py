@@ -287,7 +287,7 @@ def open_config(what: str, path: str, any_family: bool = False) -> Any:
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise PairError(
-                f"{what}: folder {path} has no config.json, so it is no checkpoint. "
+                f"{what}: folder {path} has no config.json, so it is not a checkpoint. "
                 "Give the folder that save_pretrained wrote."
             )
         file = folder / "config.json"
@@ -404,7 +404,7 @@ def read_transformers(
     if strict and any(".base_layer." in key for key in model.state_dict()):
         raise PairError(
             f"source {name!r}: PEFT has put its layers into this model (get_peft_model changes the "
-            "model it is given). Load the model anew, or give its folder."
+            "model it is given). Load the model again, or give its folder."
         )
     if computed := [key for key in model.state_dict() if _COMPUTED.search(key)]:
         raise PairError(
@@ -503,7 +503,7 @@ def hooked_places(model: nn.Module) -> tuple[str, ...]:
 
 
 def rotary_of(model: nn.Module) -> nn.Module | None:
-    """A model's rotary module, made again from its config; None with learned positions.
+    """A model's rotary module, rebuilt from its config; None with learned positions.
 
     `.to(dtype)` rounds a model's frequencies, and dynamic ones have a memory.
     """

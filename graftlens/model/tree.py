@@ -17,13 +17,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int, Int8
+from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
 from graftlens.components import Component, Side, components_where
 from graftlens.graft import Graft
 from graftlens.model.arch import Site
-from graftlens.model.mask import GraftMask, HeadSelection, Selection, grouped
+from graftlens.model.mask import (
+    Choice,
+    GraftMask,
+    Mixtures,
+    Selection,
+    UnitSelection,
+    grouped,
+)
 
 C = Component
 
@@ -40,19 +47,38 @@ GATHERED = 1 << 16
 
 
 class Choices:
-    """A numbered list of ways to choose sources for some components; a row names one by number.
+    """A numbered list of ways to choose weights for some components; a row names one by number.
+
+    A choice is an array of codes, of each component as many as it has atoms: groups of units that
+    every rule treats alike.
 
     Attributes:
-        slots: (component, head) of each entry of a choice; the head is None where a component is
-            chosen as a whole.
+        components: of which weights are chosen.
+        places: component -> its entries in a choice.
+        width: entries of a choice.
     """
 
-    def __init__(self, slots: Sequence[tuple[Component, int | None]]) -> None:
-        self.slots = tuple(slots)
+    def __init__(
+        self,
+        components: Sequence[Component],
+        mixtures: Mixtures,
+        atom_of: Mapping[Component, Int[np.ndarray, " unit"]],
+    ) -> None:
+        """`mixtures` are what codes stand for; `atom_of` has the atom of each unit of a component,
+        where rules cut it."""
+        self.components, self._mixtures = tuple(components), mixtures
+        one = np.zeros(1, dtype=np.int64)
+        self._atom_of = {c: atom_of.get(c, one) for c in components}
+        self.places: dict[Component, slice] = {}
+        self.width = 0
+        for component, atoms in self._atom_of.items():
+            stop = self.width + int(atoms.max()) + 1
+            self.places[component] = slice(self.width, stop)
+            self.width = stop
         self._numbers: dict[bytes, int] = {}
-        self._known: list[Int8[np.ndarray, " slot"]] = []
+        self._known: list[Int32[np.ndarray, " slot"]] = []
 
-    def number(self, choice: Int8[np.ndarray, " slot"]) -> int:
+    def number(self, choice: Int32[np.ndarray, " slot"]) -> int:
         """The number of a choice; a new one is added."""
         key = choice.tobytes()
         if key not in self._numbers:
@@ -62,45 +88,20 @@ class Choices:
 
     def selections(
         self, numbers: Int[np.ndarray, " row"]
-    ) -> dict[Component, Selection | HeadSelection]:
-        """Per component, which source each row uses; components that agree share a selection."""
+    ) -> dict[Component, Selection | UnitSelection]:
+        """Per component, what each row runs; components that agree share a selection."""
         used, of_row = np.unique(numbers, return_inverse=True)
         table = np.stack([self._known[n] for n in used], axis=1)
         real = np.ones(len(numbers), dtype=bool)
-        made: dict[bytes, Selection | HeadSelection] = {}
-        chosen: dict[Component, Selection | HeadSelection] = {}
-        for component, places in self._places.items():
-            here = table[places]
-            key = here.tobytes()
+        made: dict[bytes, Selection | UnitSelection] = {}
+        chosen: dict[Component, Selection | UnitSelection] = {}
+        for component, place in self.places.items():
+            here, atom_of = table[place], self._atom_of[component]
+            key = here.tobytes() + atom_of.tobytes()
             if key not in made:
-                rows = here[:, of_row]
-                made[key] = (
-                    Selection(rows[0], real) if len(rows) == 1 else grouped(rows, real, base=0)
-                )
+                made[key] = grouped(here, atom_of, real, self._mixtures, of_row=of_row)
             chosen[component] = made[key]
         return chosen
-
-    @cached_property
-    def _places(self) -> dict[Component, list[int]]:
-        """Component -> its entries in a choice."""
-        places: dict[Component, list[int]] = {}
-        for place, (component, _) in enumerate(self.slots):
-            places.setdefault(component, []).append(place)
-        return places
-
-
-def slots_of(
-    side: Sequence[Component],
-    present: Sequence[Component],
-    by_head: Mapping[Component, int],
-) -> list[tuple[Component, int | None]]:
-    """The entries of a choice on one side; `by_head` gives the heads of components cut by head."""
-    return [
-        (component, head)
-        for component in side
-        if component in present
-        for head in (range(by_head[component]) if component in by_head else (None,))
-    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,7 +216,7 @@ def pieces(readers: Sequence[Readers]) -> Iterator[list[Readers]]:
 
 
 class TreeGroup:
-    """Readers of one size on the device; stands where `AttentionOrder` does in a plain batch."""
+    """Readers of one size on the device; takes the place of a plain batch's `AttentionOrder`."""
 
     def __init__(self, parts: Sequence[Readers], device: torch.device) -> None:
         width = max(part.keys.shape[1] for part in parts)
@@ -312,17 +313,17 @@ class LayerRows:
         ]
 
     def _as_queries(
-        self, of_keys: dict[Component, Selection | HeadSelection]
-    ) -> dict[Component, Selection | HeadSelection]:
+        self, of_keys: dict[Component, Selection | UnitSelection]
+    ) -> dict[Component, Selection | UnitSelection]:
         """Where both kinds of row are the same, equal selections become one object, so that the
         rows of a source are gathered once.
         """
         known = [s for s in self.chosen.values() if isinstance(s, Selection)]
 
-        def shared(chosen: Selection | HeadSelection) -> Selection | HeadSelection:
+        def shared(chosen: Selection | UnitSelection) -> Selection | UnitSelection:
             if isinstance(chosen, Selection):
                 for other in known:
-                    if np.array_equal(other.choice, chosen.choice):
+                    if other.agrees(chosen):
                         return other
             return chosen
 
@@ -419,7 +420,7 @@ class TreeShape:
         )
         made: dict[tuple[int, ...], LayerRows] = {}
         self.layers: list[LayerRows] = []
-        sites: dict[Site, Selection | HeadSelection] = {}
+        sites: dict[Site, Choice] = {}
         for index in range(len(trees[0][0].layers)):
             parts = [(tree.layers[index], count) for tree, count in trees]
             key = tuple(id(layer) for layer, _ in parts)
@@ -428,7 +429,7 @@ class TreeShape:
             self.layers.append(made[key])
             sites |= {(c, index): chosen for c, chosen in made[key].chosen.items()}
 
-        def of_rows(choices: Choices, rows: str) -> dict[Site, Selection | HeadSelection]:
+        def of_rows(choices: Choices, rows: str) -> dict[Site, Choice]:
             numbers = np.concatenate([np.tile(getattr(tree, rows), n) for tree, n in trees])
             return {(c, None): chosen for c, chosen in choices.selections(numbers).items()}
 

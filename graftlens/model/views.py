@@ -12,7 +12,7 @@ from graftlens.model.active import Active
 from graftlens.model.arch import Architecture
 from graftlens.model.forward import TransformerBlock
 from graftlens.model.linear import Linear, per_head_in, per_head_out, per_row
-from graftlens.model.mask import GraftMask, Selection
+from graftlens.model.mask import GraftMask
 
 C = Component
 
@@ -72,7 +72,7 @@ class WeightViews(HookedRootModule):
 
     @property
     def W_Q(self) -> Float[Tensor, "source layer head d_model d_head"]:
-        """Queries of every source; stacked anew on each access, as in HookedTransformer."""
+        """Queries of every source; stacked again on each access, as in HookedTransformer."""
         return self._view(C.Q)
 
     @property
@@ -195,10 +195,7 @@ class WeightViews(HookedRootModule):
                 if linear.bias is None:
                     continue
                 if isinstance(mask, GraftMask):
-                    chosen = mask[component, l]
-                    rows = per_row(
-                        linear.bias, chosen if isinstance(chosen, Selection) else chosen.whole
-                    )
+                    rows = per_row(linear.bias, mask[component, l].whole).to(total.dtype)
                     total = total + (rows if rows.ndim == 1 else rows.unflatten(0, mask.shape))
                 else:
                     total = total + self.active.of(linear.bias, component, l)

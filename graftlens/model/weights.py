@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from graftlens.components import Component
 from graftlens.model.arch import FAMILIES, Architecture, UnsupportedArchitectureError
+from graftlens.model.mask import Mixture, merged
 
 C = Component
 
@@ -114,6 +115,15 @@ class Sourced(nn.Module):
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[s] for s in range(len(self.slots)))
+
+    def mixed(self, mixture: Mixture) -> Tensor:
+        """One source's tensor, or a mixture's (in no less than float32)."""
+        mixture = merged(mixture, equal_sources(self))
+        if len(mixture) == 1:
+            return self[mixture[0][0]]
+        wide = torch.promote_types(self[0].dtype, torch.float32)
+        first, *others = (float(share) * self[source].to(wide) for source, share in mixture)
+        return sum(others, start=first)
 
     def stacked(self) -> Float[Tensor, "source ..."]:
         """[source, …]: one tensor per source, repeated where sources share it."""

@@ -15,23 +15,6 @@ Davison & Hinkley, *Bootstrap Methods and their Application*, 1997, section 3.8;
 & Miller 2008, *Review of Economics and Statistics* 90, 414-427).
 """
 
-from graftlens.stats.comparisons import Comparison, compare, compare_all
-from graftlens.stats.intervals import wilson
-from graftlens.stats.levels import stability
-from graftlens.stats.permutation import holm
-from graftlens.stats.resampling import bootstrap_means
-from graftlens.stats.summaries import summarise
-from graftlens.stats.table import GRAFT_COLUMNS, VALUE_METRICS
+import lazy_loader
 
-__all__ = [
-    "GRAFT_COLUMNS",
-    "VALUE_METRICS",
-    "Comparison",
-    "bootstrap_means",
-    "compare",
-    "compare_all",
-    "holm",
-    "stability",
-    "summarise",
-    "wilson",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

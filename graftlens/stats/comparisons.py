@@ -82,7 +82,7 @@ def compare(
     Raises:
         ValueError: as `summarise`.
     """
-    check_metrics((metric,))
+    check_metrics(table, (metric,))
     draw = Draw(unit, level, resamples, seed)
     check_count("permutations", permutations)
     table = checked_table(table, (*draw.columns, column_of(metric)))
@@ -152,7 +152,7 @@ def compare_all(
         base, full = named_in(table, base, full)
     by = (by,) if isinstance(by, str) else tuple(by)
     measured = recovery if metric == "recovery" else metric
-    check_metrics((measured,), also="recovery")
+    check_metrics(table, (measured,), also="recovery")
     draw = Draw(unit, level, resamples, seed)
     check_count("permutations", permutations)
     table = checked_table(table, (*by, *draw.columns, column_of(measured)))

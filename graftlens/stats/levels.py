@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from graftlens.metrics import known
 from graftlens.references import named_in
 from graftlens.stats.intervals import effective_units, few_units, notes_of_flat, score_interval
 from graftlens.stats.recovery import gap_of, ratios_of
@@ -86,7 +87,7 @@ def stability(
     about = graft_facts(table)
     base, full = named_in(table, base, full)
     measured = recovery if metric == "recovery" else metric
-    check_metrics((measured,), also="recovery")
+    check_metrics(table, (measured,), also="recovery")
     draw = Draw("prompt" if unit == by else unit, level, resamples, seed)
     check_by(by)
     table = checked_table(table, (by, *draw.columns, column_of(measured)), within=(by,))
@@ -127,7 +128,8 @@ def stability(
     held = shares[~np.isnan(shares).any(axis=1)]
     units = numbered(np.concatenate(labels)) if labels else np.zeros(0, dtype=np.int64)
     if unit == by:
-        bounded = metric == "prob" or depth_of(metric) is not None
+        about_metric = known(metric)
+        bounded = about_metric is not None and about_metric.share
         low, high, no_interval = _between_levels(held, level, bounded)
     elif parts:
         low, high, no_interval = _within_levels(measured, parts, units, ends, draw)

@@ -72,8 +72,9 @@ def summarise(
     `base` and 1 for `full` by definition; for another graft an interval without width (all
     resamples equal) is given as NaN with a note.
 
-    An optional metric (`answer_logprob`, `logit_diff`) that no prompt of a group has is NaN; one
-    that only some have is an error, because its mean would be over other prompts.
+    A metric that a prompt may lack (`logit_diff` without distractors, `answer_logprob` where only
+    the first token was scored) is NaN if no prompt of a group has it; if only some have it, that is
+    an error, because its mean would be over other prompts.
 
     Args:
         base, full: the grafts between which recovery is measured; left out, those that the table
@@ -89,7 +90,7 @@ def summarise(
     by = (by,) if isinstance(by, str) else tuple(by)
     names = (*(f"top{k}" for k in ks), *metrics)
     wanted = names if recovery is None else (*names, recovery)
-    check_metrics(wanted)
+    check_metrics(table, wanted)
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"metric {name!r} is asked for twice; name each metric once")

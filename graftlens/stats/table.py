@@ -1,16 +1,15 @@
 """The results table, checked, and its numbers in their places: prompts × grafts."""
 
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
+from pandas.api.types import is_float_dtype
 
-VALUE_METRICS = ("rank", "prob", "logprob", "answer_logprob", "logit_diff")
-# These may be missing for a prompt that ran (no distractors given, whole answer not scored).
-OPTIONAL_METRICS = ("answer_logprob", "logit_diff")
+from graftlens.metrics import averaged, known
+
 #: Columns of a sweep's table that say what a graft is; a summary's rows carry them on.
 GRAFT_COLUMNS = ("source", "span", "component", "layer", "head")
 #: Why there is no recovery of a table whose column names no full run.
@@ -61,7 +60,9 @@ class Grid:
         values[self.row, self.column] = cells
         values[~needed] = np.nan
         missing = np.isnan(values) & needed
-        optional = name in OPTIONAL_METRICS
+        # Of a user's own measure nobody here knows; others say whether they may be missing.
+        row = known(metric)
+        optional = row is None or row.optional
         if missing.any() and not (optional and (partial or (missing == needed).all())):
             where = self.prompts[missing.any(axis=1)]
             fix = (
@@ -155,7 +156,7 @@ def choose_grafts(table: pd.DataFrame, grafts: Sequence[str] | None) -> list[str
 
 
 def check_by(name: str) -> None:
-    if name in ("prompt", "graft", "reason", *VALUE_METRICS):
+    if name in ("prompt", "graft", "reason", *averaged()):
         raise ValueError(f"by={name!r} cannot group prompts; use such as 'template', or by=()")
 
 
@@ -178,7 +179,7 @@ def check_groups(table: pd.DataFrame, by: Sequence[str]) -> None:
 def check_units(table: pd.DataFrame, unit: str) -> None:
     if unit == "prompt":
         return
-    if unit in ("graft", "reason", *VALUE_METRICS):
+    if unit in ("graft", "reason", *averaged()):
         raise ValueError(
             f"unit={unit!r} does not say which prompts belong together; "
             "use 'prompt', or a column such as 'fact' or 'answer'"
@@ -218,23 +219,26 @@ def end_places(
     return grafts.index(base), grafts.index(full)
 
 
-def check_metrics(names: Sequence[str], also: str | None = None) -> None:
+def check_metrics(table: pd.DataFrame, names: Sequence[str], also: str | None = None) -> None:
+    """That each is a measure, or the column of a measure of the user's own."""
+    own = [c for c in table if known(str(c)) is None and is_float_dtype(table[c].dtype)]
     for name in names:
-        if name not in VALUE_METRICS and depth_of(name) is None:
+        if name not in (*averaged(), *own) and depth_of(name) is None:
             raise ValueError(
-                f"unknown metric {name!r}; choose 'top1', 'top5' or another top-k (k >= 1), "
-                f"or one of {listed(VALUE_METRICS if also is None else (*VALUE_METRICS, also))}"
+                f"unknown metric {name!r}; choose 'top1', 'top5' or another top-k (k >= 1), or one "
+                f"of {listed((*averaged(), *own, *([] if also is None else [also])))}"
             )
 
 
 def depth_of(metric: str) -> int | None:
     """k of a `top{k}` metric, None of another."""
-    match = re.fullmatch(r"top([1-9]\d*)", metric)
-    return int(match[1]) if match else None
+    row = known(metric)
+    return None if row is None else row.at_most
 
 
 def column_of(metric: str) -> str:
-    return "rank" if depth_of(metric) is not None else metric
+    row = known(metric)
+    return metric if row is None else row.column
 
 
 def listed(names: Sequence[object]) -> str:

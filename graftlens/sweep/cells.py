@@ -8,7 +8,7 @@ import pandas as pd
 
 from graftlens.components import suggest
 from graftlens.graft import Graft
-from graftlens.metrics import METRICS, Measure, always_measured, known, measures
+from graftlens.metrics import METRICS, Measure, always_measured, known, load, measures
 from graftlens.prompts import Prompt
 
 _ABOUT = ("prompt", "graft", "rule", "template", "text", "answer", "target", "target_id")
@@ -77,6 +77,19 @@ def _column(measure: Measure, values: np.ndarray) -> Any:
         return values
     missing = np.isnan(values)
     return pd.arrays.IntegerArray(np.where(missing, 0, values).astype(np.int64), missing)
+
+
+#: Measures of the user's own, or where to import them from (``module:name``).
+Measures = Sequence[Measure | str]
+
+
+def own_measures(given: Measures) -> tuple[Measure, ...]:
+    """The user's own measures; those that are named by where they are get imported.
+
+    Raises:
+        ValueError: what cannot be imported, or is not a measure.
+    """
+    return tuple(load(one) if isinstance(one, str) else one for one in given)
 
 
 def asked_for(given: Sequence[Measure | str], own: Sequence[Measure] = ()) -> tuple[Measure, ...]:

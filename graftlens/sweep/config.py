@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import yaml
 from jaxtyping import Bool
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from graftlens.components import check_name, suggest
-from graftlens.configfile import ConfigError, read_settings
+from graftlens.configfile import ConfigError, noted, read_settings, settings_from
 from graftlens.data import template_names
 from graftlens.data.rewriting import told_on_command_line
 from graftlens.graft import At, Graft, Rule
@@ -24,7 +25,8 @@ from graftlens.model.load import preview
 from graftlens.model.mask import select, sites_of
 from graftlens.model.smollm2 import located
 from graftlens.prompts import Prompt, PromptError, Tokenized, doubled_bos
-from graftlens.sweep.cells import asked_for
+from graftlens.references import References
+from graftlens.sweep.cells import Measures, asked_for, own_measures
 from graftlens.sweep.grid import GraftField, Grid
 from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.prepared import Extent, Prepared, joined_answers
@@ -45,7 +47,9 @@ __all__ = [
     "NamedGraft",
     "SweepConfig",
     "check",
+    "checked_as_given",
     "describe",
+    "describe_sweep",
     "load_config",
 ]
 
@@ -56,7 +60,7 @@ SHOWN = 12
 
 
 class Metrics(Section):
-    """What is measured beside the answer's rank and probabilities."""
+    """What is measured in addition to the answer's rank and probabilities."""
 
     top_k: Annotated[int, Field(ge=1)] = 10
     """Likeliest tokens to keep in each row."""
@@ -125,11 +129,11 @@ class RunSettings(Section):
     that of the first source that has one."""
 
     dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
-    """To run in; left out: float32 on a CPU, the checkpoints' own on a GPU."""
+    """Dtype to run in; left out: float32 on a CPU, the checkpoints' own on a GPU."""
 
     prepend_bos: bool | None = None
-    """Put a BOS token first or not; left out, the tokenizer decides. Conversations get what their
-    chat template writes, unless this is true."""
+    """Whether a BOS token comes first; left out, the tokenizer decides. Conversations have what
+    their chat template writes, unless this is true."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
     """Prompts to take of each template of a set of prompts, from its beginning; left out: all."""
@@ -138,10 +142,10 @@ class RunSettings(Section):
     """What is kept of each cell."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of what is drawn at random: distractors, and the cells of the trust report."""
+    """Seed of what is drawn at random: distractors, and the cells of the trust report."""
 
     shards: Annotated[int, Field(ge=1)] = 4096
-    """Cells (a prompt under a graft) in a shard, about: what a worker takes, what a loss costs."""
+    """Cells (a prompt under a graft) per shard, about: what a worker takes, what a kill costs."""
 
     row_budget: Annotated[int, Field(ge=1)] | None = None
     """Token rows per forward pass, at most; left out: measured against free memory."""
@@ -317,7 +321,7 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     try:
         arch, tokenizer = preview(config.locations(), config.tokenizer, config.chat_template)
         if tokenizer is None:
-            raise ValueError("no source brings a tokenizer. Name one with the key tokenizer.")
+            raise ValueError("no source has a tokenizer. Name one with the key tokenizer.")
     except (ValueError, OSError, RuntimeError) as error:
         raise ConfigError(("sources", str(error)), *_prompts(config)[1]) from None
     if config.metrics.top_k > arch.d_vocab:
@@ -329,23 +333,23 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
 
     named, failed = _named(config, arch)
     problems += failed
-    given = {graft for _, _, graft in named}
     everywhere = Graft.rule(list(config.sources)[1])
-    ends = {"base": ("none", Graft()), "full": (str(everywhere), everywhere)}
-    named = [("", *end) for end in ends.values() if end[1] not in given] + named
+    texts = {str(graft): graft for _, _, graft in named}
+    ends = References.of(texts, tuple(config.sources), everywhere, ("none", str(everywhere)))
+    named = [("", name, graft) for name, graft in ends.grafts.items() if name not in texts] + named
     grafts, duplicates, failed = _collapsed(named)
     problems += failed
     chosen = {}
-    for role, (name, graft) in ends.items():
+    for role, name in (("base", ends.base), ("full", str(ends.full))):
         asked = getattr(config, role)
-        usual = next((n for n, g in grafts.items() if g == graft), name)
+        usual = next((n for n, g in grafts.items() if g == ends.grafts[name]), name)
         known = {name: usual} | {n: n for n in grafts} | duplicates
         if asked is not None and asked not in known:
             what = f"no graft is called {asked!r}. Write the name of one of the sweep's grafts."
             problems.append((role, what + suggest(asked, known)))
         chosen[role] = usual if asked is None else known.get(asked, asked)
     if chosen["base"] == chosen["full"]:
-        what = f"{chosen['full']!r} is the base, too: recovery is measured between two grafts."
+        what = f"{chosen['full']!r} is also the base, and recovery is measured between two grafts."
         problems.append(("full", what))
     places: dict[Graft, str] = {}
     for where, _, graft in named:
@@ -399,13 +403,9 @@ def _prompts(config: SweepConfig) -> tuple[dict[str, tuple[Prompt, ...]], _Probl
     problems: _Problems = []
     for where, title, read in origins:
         if title in sets:
-            problems.append((where, f"two sets of prompts are called {title!r}. Name one anew."))
-        try:
+            problems.append((where, f"two sets of prompts are called {title!r}. Rename one."))
+        with noted(problems, where):
             sets[title] = _first(read(), config.limit)
-        except ConfigError as error:
-            problems.extend(error.under(where).problems)
-        except (ValueError, OSError) as error:
-            problems.append((where, str(error)))
     return sets, problems
 
 
@@ -494,6 +494,52 @@ def _selects(rule: Rule, prompt: Tokenized) -> bool:
         return bool(select(rule, prompt).any())
     except PromptError:
         return False
+
+
+def checked_as_given(
+    config: SweepConfig | str | Path | Mapping[str, Any] | Checked,
+    overrides: Sequence[str],
+    measures: Sequence[Measure],
+) -> tuple[Checked, str]:
+    """The checked config, and its text as given."""
+    if isinstance(config, str | Path):
+        path = Path(config).expanduser()
+        checked = check(with_measures(load_config(path, overrides), measures), measures)
+        typed = [*overrides, *(f"the measure {m.name}" for m in measures)]
+        said = "".join(f"#   {one}\n" for one in typed)
+        note = f"\n# and on the command line:\n{said}" if typed else ""
+        return checked, path.read_text(encoding="utf-8") + note
+    if overrides:
+        raise ValueError(
+            f"overrides={list(overrides)}: these apply to a config file only. Change the config "
+            "itself."
+        )
+    if isinstance(config, Checked):
+        checked = config
+    else:
+        given = with_measures(settings_from(SweepConfig, config), measures)
+        checked = check(given, measures)
+    return checked, as_yaml(checked.config.model_dump(mode="json", exclude_unset=True))
+
+
+def as_yaml(value: Mapping[str, Any]) -> str:
+    return str(yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))
+
+
+def describe_sweep(
+    config: SweepConfig | str | Path | Mapping[str, Any],
+    *,
+    overrides: Sequence[str] = (),
+    measures: Measures = (),
+) -> str:
+    """What a sweep would do, as text: its prompts, its grafts, and how much there is to compute.
+
+    No weights are read, and nothing is written. Arguments are those of `run_sweep`.
+
+    Raises:
+        ValueError: a config that cannot be run.
+    """
+    return describe(checked_as_given(config, overrides, own_measures(measures))[0])
 
 
 def describe(checked: Checked) -> str:

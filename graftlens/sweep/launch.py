@@ -20,7 +20,12 @@ from graftlens.sweep.runner import is_done, is_finished, work
 
 
 def launch_local(
-    out: str | Path, devices: Sequence[str], *, progress: bool = True, say: Say = print
+    out: str | Path,
+    devices: Sequence[str],
+    *,
+    measures: Sequence[str] = (),
+    progress: bool = True,
+    say: Say = print,
 ) -> None:
     """Run a prepared sweep to its end in one process per device.
 
@@ -31,6 +36,7 @@ def launch_local(
         out: folder of the sweep, as `prepare_sweep` left it.
         devices: as torch names them, such as ``cuda:0``; one that is named twice gets two
             processes. CPU processes share the cores, unless OMP_NUM_THREADS says otherwise.
+        measures: where each process imports the user's own measures from (``module:name``).
         progress: whether to show a bar of shards.
         say: called with each message.
 
@@ -48,7 +54,7 @@ def launch_local(
             if devices[0] == "cpu" and "OMP_NUM_THREADS" not in os.environ:
                 environment["OMP_NUM_THREADS"] = str(max(1, _cores() // len(devices)))
             functions = {
-                name: partial(work, out, device=device, progress=False)
+                name: partial(work, out, device=device, measures=[*measures], progress=False)
                 for name, device in zip(names, devices, strict=True)
             }
             tasks = run_processes(functions, environment=environment, say=bar.say, watch=bar.watch)
@@ -61,6 +67,7 @@ def launch_slurm(
     *,
     tasks: int,
     resources: SlurmResources | Mapping[str, Any] | None = None,
+    measures: Sequence[str] = (),
     wait: bool = True,
     progress: bool = True,
     say: Say = print,
@@ -74,6 +81,7 @@ def launch_slurm(
         out: folder of the sweep, as `prepare_sweep` left it, on a file system that the nodes share.
         tasks: number of workers.
         resources: what each gets, as in `SlurmResources`; a worker uses its first GPU.
+        measures: where each worker imports the user's own measures from (``module:name``).
         wait: whether to wait for the end of the sweep; otherwise the job is left running.
         progress: whether to show a bar of shards while waiting.
         say: called with each message.
@@ -89,7 +97,7 @@ def launch_slurm(
         if bar.finished():
             return
         array = submit(
-            partial(work, out, progress=False),
+            partial(work, out, measures=[*measures], progress=False),
             tasks=tasks,
             folder=out / "slurm",
             resources=resources,

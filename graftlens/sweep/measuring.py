@@ -86,7 +86,7 @@ class Measuring:
         kinds = np.array([self._kind(w) for w in wanted])[prompt]
         flat = [w.tokens[node] for w in wanted for node in w.nodes.tolist()]
         width = max(map(len, flat))
-        tokens = np.array([[*t, *t[:1] * (width - len(t))] for t in flat])
+        tokens = np.array([[*t, *[t[0]] * (width - len(t))] for t in flat])
         ids = torch.from_numpy(tokens).to(self.model.cfg.device, non_blocking=True)
         beside = {run: np.arange(bounds[-1]) for run in self.runs}
         for w, (low, high) in zip(wanted, pairwise(bounds), strict=True):

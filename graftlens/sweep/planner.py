@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-from jaxtyping import Bool, Int, Int8
+from jaxtyping import Bool, Int
 
-from graftlens.components import COMPONENTS, HEAD_COMPONENTS, Component, expand_components
+from graftlens.components import COMPONENTS, Component, expand_components
 from graftlens.graft import At, Graft, Rule
 from graftlens.model.arch import Architecture, Site
-from graftlens.model.mask import select, sites_of
+from graftlens.model.mask import Equal, Mixtures, atoms, select, sites_of
 from graftlens.model.tree import (
     GATHERED,
     INPUT_SIDE,
@@ -31,7 +31,6 @@ from graftlens.model.tree import (
     Sides,
     TokenTree,
     TreeLayer,
-    slots_of,
 )
 from graftlens.prompts import PromptError, Tokenized
 
@@ -42,7 +41,20 @@ KEPT_BYTES = 1 << 28
 LOGITS = 1 << 24
 
 #: A site -> for each source, the first source with the same tensors there.
-EqualAt = Callable[[Component, int | None], tuple[int, ...]]
+EqualAt = Callable[[Component, int | None], Equal]
+
+
+#: Entries of a choice, from one up to another, at which the same sources are equal; the flag says
+#: that they are the units of a map whose bias belongs to none of them.
+_EqualEntries = tuple[Equal, bool, int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class _Reach:
+    """Which layers a rule reaches on one side, and which entries of their choices."""
+
+    layers: Bool[np.ndarray, " layer"]
+    entries: Int[np.ndarray, " entry"]
 
 
 @dataclass(frozen=True)
@@ -144,29 +156,28 @@ class Planner:
         for graft in self.grafts:
             rules = []
             for rule in graft.rules:
-                key = (rule.source, rule.components, rule.layers, rule.heads)
+                key = (
+                    *(rule.source, rule.components, rule.layers),
+                    *(rule.heads, rule.units, rule.strength),
+                )
                 if key not in shapes:
                     shapes[key] = len(self._shapes)
                     self._shapes.append(rule)
                 rules.append((number[rule.at], shapes[key]))
             self._rules.append(rules)
-        cut = {
-            component: arch.n_units_of(component)
-            for rule in self._shapes
-            if rule.heads is not None
-            for component in expand_components(rule.components, arch.components, arch.family)
-            if component in HEAD_COMPONENTS
-        }
+        self.mixtures = Mixtures(len(self.sources))
+        self._atom_of = self._atoms()
         self.sides = Sides(
             self.sources,
             *(
-                Choices(slots_of(side, arch.components, cut))
+                Choices([c for c in side if c in arch.components], self.mixtures, self._atom_of)
                 for side in (INPUT_SIDE, KEY_SIDE, QUERY_SIDE, OUTPUT_SIDE)
             ),
         )
         self._sites = [sites_of(rule, arch, self.sources) for rule in self._shapes]
         self._masks = [self._mask_of(i) for i in range(len(self._shapes))]
         self._equals = self._equal_tables()
+        self._made: dict[tuple[int, tuple[_EqualEntries, ...], tuple[int, ...]], int] = {}
         self._numbered: dict[tuple[int, ...], tuple[np.ndarray, ...]] = {}
         self._columns: dict[bytes, tuple[np.ndarray, ...]] = {}
         self._trees: dict[tuple[Structure, int | None], tuple[Part, ...]] = {}
@@ -243,21 +254,40 @@ class Planner:
 
     # -- choices -----------------------------------------------------------------------------
 
-    def _mask_of(self, shape: int) -> tuple[Bool[np.ndarray, "layer slot"], ...]:
-        """Where a rule's shape applies: one array a side, sides outside the layers with one row."""
+    def _atoms(self) -> dict[Component, Int[np.ndarray, " unit"]]:
+        """Of each component that rules cut, the atom of each unit: which ones no rule parts."""
+        cuts: dict[Component, list[tuple[int, ...]]] = {}
+        for rule in self._shapes:
+            if rule.heads is None and rule.units is None:
+                continue
+            for component in expand_components(
+                rule.components, self.arch.components, self.arch.family
+            ):
+                if (units := rule.of(component)) is not None:
+                    cuts.setdefault(component, []).append(units)
+        return {c: atoms(units, self.arch.n_units_of(c)) for c, units in cuts.items()}
+
+    def _mask_of(self, shape: int) -> tuple[_Reach, ...]:
+        """Where a rule's shape applies, per side."""
         rule, sites = self._shapes[shape], self._sites[shape]
+        entries = {component: self._entries(rule, component) for component in {c for c, _ in sites}}
+        reaches = []
+        for choices, layers in self._sides_and_layers:
+            # A rule reaches the same components in each of its layers.
+            here = [place.start + entries[c] for c, place in choices.places.items() if c in entries]
+            there = [any((c, l) in sites for c in choices.places) for l in layers]
+            reaches.append(
+                _Reach(np.array(there), np.concatenate([*here, np.zeros(0, dtype=np.int64)]))
+            )
+        return tuple(reaches)
 
-        def applies(component: Component, head: int | None, layer: int | None) -> bool:
-            heads = rule.heads
-            return (component, layer) in sites and (heads is None or head is None or head in heads)
-
-        return tuple(
-            np.array(
-                [[applies(c, head, layer) for c, head in choices.slots] for layer in layers],
-                dtype=bool,
-            ).reshape(len(layers), len(choices.slots))
-            for choices, layers in self._sides_and_layers
-        )
+    def _entries(self, rule: Rule, component: Component) -> Int[np.ndarray, " atom"]:
+        """The atoms of a component that a rule reaches."""
+        units = rule.of(component)
+        if component not in self._atom_of:
+            return np.zeros(1, dtype=np.int64)
+        atom_of = self._atom_of[component]
+        return np.unique(atom_of if units is None else atom_of[list(units)])
 
     @cached_property
     def _sides_and_layers(self) -> list[tuple[Choices, Sequence[int | None]]]:
@@ -269,42 +299,61 @@ class Planner:
             (sides.output, [None]),
         ]
 
-    def _equal_tables(self) -> list[Int8[np.ndarray, "source layer slot"]]:
-        """Per side: the first source with the same tensors, so that equal choices are one."""
-        known: dict[Site, tuple[int, ...]] = {}
-        cut = {component for component, head in self.sides.query.slots if head is not None}
+    def _equal_tables(self) -> list[tuple[tuple[_EqualEntries, ...], ...]]:
+        """Per side and layer: which sources have the same tensors at the entries of a choice, so
+        that equal choices are one."""
+        known: dict[Site, Equal] = {}
+        tables = []
+        for choices, layers in self._sides_and_layers:
+            of_side = []
+            for layer in layers:
+                pieces: list[_EqualEntries] = []
+                for component, place in choices.places.items():
+                    site = (component, layer)
+                    if site not in known:
+                        known[site] = self._equal(component, layer)
+                    cut = component in self._atom_of and COMPONENTS[component].axis == 1
+                    start = place.start
+                    if pieces and not cut and pieces[-1][:2] == (known[site], cut):
+                        start = pieces.pop()[2]
+                    pieces.append((known[site], cut, start, place.stop))
+                of_side.append(tuple(pieces))
+            tables.append(tuple(of_side))
+        return tables
 
-        def first(component: Component, layer: int | None) -> tuple[int, ...]:
-            if (component, layer) not in known:
-                equal = self._equal(component, layer)
-                if COMPONENTS[component].axis == 1 and component in cut:
-                    # A bias that belongs to no head comes from the source that all heads *name*,
-                    # so only the base's equals may stand for one another.
-                    equal = tuple(0 if e == 0 else source for source, e in enumerate(equal))
-                known[component, layer] = equal
-            return known[component, layer]
-
-        return [
-            np.array(
-                [[first(c, layer) for c, _ in choices.slots] for layer in layers], dtype=np.int8
-            )
-            .reshape(len(layers), len(choices.slots), len(self.sources))
-            .transpose(2, 0, 1)
-            for choices, layers in self._sides_and_layers
-        ]
+    def _number(self, side: int, equal: tuple[_EqualEntries, ...], shapes: tuple[int, ...]) -> int:
+        """The number of the choice that these rules make in a layer that they all reach."""
+        key = (side, equal, shapes)
+        if key not in self._made:
+            choices, _ = self._sides_and_layers[side]
+            choice = np.zeros(choices.width, dtype=np.int32)
+            for shape in shapes:
+                rule, entries = self._shapes[shape], self._masks[shape][side].entries
+                source = self.sources.index(rule.source)
+                choice[entries] = self.mixtures.blend(choice[entries], source, rule.strength)
+            for same, cut, start, stop in equal:
+                named = choice[start:stop]
+                merged = self.mixtures.merge(named, same)
+                # A bias that belongs to no unit comes from the mixture that all units *name*: units
+                # that only come to the same must not seem to agree.
+                seem = cut and (merged == merged[0]).all() and merged[0] != 0
+                if not seem or (named == named[0]).all():
+                    choice[start:stop] = merged
+            self._made[key] = choices.number(choice)
+        return self._made[key]
 
     def _numbers(self, shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
         """Per side and layer, the number of the choice that these rules make, in this order."""
         if shapes not in self._numbered:
             numbers = []
-            for side, (choices, layers) in enumerate(self._sides_and_layers):
-                chosen = np.zeros((len(layers), len(choices.slots)), dtype=np.int8)
-                for shape in shapes:
-                    source = self.sources.index(self._shapes[shape].source)
-                    chosen[self._masks[shape][side]] = source
-                table = self._equals[side]
-                chosen = np.take_along_axis(table, chosen[None].astype(np.int64), axis=0)[0]
-                numbers.append(np.array([choices.number(row) for row in chosen], dtype=np.int32))
+            for side, (_, layers) in enumerate(self._sides_and_layers):
+                reached = [self._masks[shape][side].layers for shape in shapes]
+                of_side = []
+                for layer in range(len(layers)):
+                    pairs = zip(shapes, reached, strict=True)
+                    here = tuple(shape for shape, there in pairs if there[layer])
+                    of_side.append(self._number(side, self._equals[side][layer], here))
+                numbers.append(np.array(of_side, dtype=np.int32))
             self._numbered[shapes] = tuple(numbers)
         return self._numbered[shapes]
 
@@ -630,7 +679,7 @@ def plan(
     Args:
         planner: the grafts.
         prompts: each prompt with what follows it.
-        row_budget: rows that a pass holds at most; larger trees are cut. None is no limit.
+        row_budget: rows that a pass holds at most; larger trees are cut. None sets no limit.
         item: bytes of a number of the model's dtype.
     """
     counts: dict[Structure, int] = {}

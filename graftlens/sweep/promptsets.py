@@ -44,6 +44,39 @@ class Movies(Section):
     """Of the facts."""
 
 
+class ChatFormat(Section):
+    """How a dataset's prompts are asked in a conversation: each is what the user says."""
+
+    system: str | None = None
+    """What the system says before; left out: nothing but what the chat template writes."""
+
+    prefill: str | None = None
+    """How the assistant's answer begins. Without it, answers begin without a space."""
+
+    template_options: Mapping[str, Any] = {}
+    """What else the chat template reads, such as `{enable_thinking: false}`."""
+
+    def asked(self, prompt: Prompt) -> Prompt:
+        """The prompt as a conversation, with the same fields, answer and name."""
+        messages = [{"role": "user", "content": prompt.template}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": doubled(self.system)})
+
+        def follows(text: str) -> str:
+            return text if self.prefill is not None else text.lstrip(" ")
+
+        return Prompt.chat(
+            messages,
+            fields=prompt.fields,
+            answer=None if prompt.answer is None else follows(prompt.answer),
+            prefill=None if self.prefill is None else doubled(self.prefill),
+            template_options=self.template_options,
+            distractors=[follows(text) for text in prompt.distractors],
+            answers=[follows(text) for text in prompt.answers],
+            name=prompt.name,
+        )
+
+
 class Questions(Section):
     """Which prompts to ask about a dataset's facts."""
 
@@ -61,6 +94,9 @@ class Questions(Section):
     distractors: Annotated[int, Field(ge=0)] = 4
     """Wrong answers per prompt: other facts' answers, drawn by the seed."""
 
+    chat: ChatFormat | None = None
+    """Ask in conversations; left out, the prompts are plain texts."""
+
     name: str | None = None
     """What tables call these prompts; left out, what the dataset is called and what is asked."""
 
@@ -74,6 +110,7 @@ class Questions(Section):
         asked = [
             self.direction if self.direction != "ab" else "",
             self.facts if self.facts != "told" else "",
+            "chat" if self.chat is not None else "",
         ]
         return self.name or " ".join(filter(None, [dataset, *asked]))
 
@@ -131,13 +168,14 @@ class DatasetSection(Questions, FactsOf):
     def prompts(self, templates: Sequence[str] | None, seed: int) -> tuple[Prompt, ...]:
         """The prompts, template by template; ValueError or OSError where they could not be
         obtained."""
-        return self.dataset().ask(
+        asked = self.dataset().ask(
             self.templates or templates,
             direction=self.direction,
             distractors=self.distractors,
             seed=seed,
             facts=self.facts,
         )
+        return asked if self.chat is None else tuple(map(self.chat.asked, asked))
 
 
 class PromptSection(Section):

@@ -25,19 +25,16 @@ from typing import Any
 import pandas as pd
 import pyarrow as pa
 import torch
-import yaml
 from tqdm.auto import tqdm
 
-from graftlens.configfile import settings_from
 from graftlens.folder import differences, probe, refusal
 from graftlens.graft import Graft
 from graftlens.locks import holder
-from graftlens.metrics import Measure, load
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.places import folder_of
 from graftlens.prompts import Prompt, PromptError
-from graftlens.sweep.cells import asked_for
-from graftlens.sweep.config import Checked, SweepConfig, check, load_config, with_measures
+from graftlens.sweep.cells import Measures, asked_for, own_measures
+from graftlens.sweep.config import Checked, SweepConfig, as_yaml, checked_as_given
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.disk import (
     FolderError,
@@ -86,9 +83,6 @@ PLANNERS = 4
 POLL = 0.5
 
 Say = Callable[[str], None]
-
-#: Measures of the user's own, or where to import them from (``module:name``).
-Measures = Sequence[Measure | str]
 
 
 @dataclass(frozen=True)
@@ -214,6 +208,21 @@ def is_finished(out: Path) -> bool:
     return bool(there == here or there == _files(locations, digests=False))
 
 
+def _refuse_unfinished_earlier(out: Path) -> None:
+    """That a sweep which version 0.1.0 started is finished: it recorded too little to go on.
+
+    Raises:
+        ValueError: it is not.
+    """
+    manifest = read_manifest(out)
+    recorded = manifest.models is None or "settings" in manifest.models
+    if not (manifest.sealed and recorded) and not is_finished(out):
+        raise ValueError(
+            f"{out} was started by version 0.1.0, whose results can be read but not added to: "
+            "start the sweep in another folder."
+        )
+
+
 # -- claiming the folder -----------------------------------------------------------------------
 
 
@@ -235,19 +244,20 @@ def prepare_sweep(
         FolderError: a folder that cannot be written, or a full disk.
     """
     out = Path(out).expanduser()
-    checked, text = _checked(config, overrides, own_measures(measures))
+    checked, text = checked_as_given(config, overrides, own_measures(measures))
     manifest, blocks = _plan(checked, overrides)
     manifest = replace(manifest, config_sha256=hashlib.sha256(text.encode()).hexdigest())
     table = prompt_table(checked.prompts, checked.dataset, blocks)
     files = {
         "config.yaml": text.encode(),
-        "grafts.yaml": _yaml({str(g["name"]): g["rule"] for g in manifest.grafts}).encode(),
+        "grafts.yaml": as_yaml({str(g["name"]): g["rule"] for g in manifest.grafts}).encode(),
         "prompts.parquet": to_bytes(table),
     }
     new = manifest.to_json().encode()
 
     # A folder that needs nothing may be read-only.
     if (out / "sweep.json").is_file():
+        _refuse_unfinished_earlier(out)
         agreed = _agree(out, manifest, checked.prompts)
         if not to_mend(out, agreed, files, table):
             return agreed
@@ -271,41 +281,6 @@ def _give_up(out: Path, say: Say) -> None:
         if read_manifest(out).models is None:
             for name in ("sweep.json", "config.yaml", "grafts.yaml", "prompts.parquet"):
                 (out / name).unlink(missing_ok=True)
-
-
-def own_measures(given: Measures) -> tuple[Measure, ...]:
-    """The user's own measures; those that are named by where they are get imported.
-
-    Raises:
-        ValueError: what cannot be imported, or is not a measure.
-    """
-    return tuple(load(one) if isinstance(one, str) else one for one in given)
-
-
-def _checked(
-    config: SweepConfig | str | Path | Mapping[str, Any] | Checked,
-    overrides: Sequence[str],
-    measures: Sequence[Measure],
-) -> tuple[Checked, str]:
-    """The checked config, and its text as given."""
-    if isinstance(config, str | Path):
-        path = Path(config).expanduser()
-        checked = check(with_measures(load_config(path, overrides), measures), measures)
-        typed = [*overrides, *(f"the measure {m.name}" for m in measures)]
-        said = "".join(f"#   {one}\n" for one in typed)
-        note = f"\n# and on the command line:\n{said}" if typed else ""
-        return checked, path.read_text(encoding="utf-8") + note
-    if overrides:
-        raise ValueError(
-            f"overrides={list(overrides)}: these apply to a config file only. Change the config "
-            "itself."
-        )
-    if isinstance(config, Checked):
-        checked = config
-    else:
-        given = with_measures(settings_from(SweepConfig, config), measures)
-        checked = check(given, measures)
-    return checked, _yaml(checked.config.model_dump(mode="json", exclude_unset=True))
 
 
 def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[int]]:
@@ -439,6 +414,7 @@ def work(
     if is_finished(out):
         say(f"{out} is finished: nothing to run.")
         return
+    _refuse_unfinished_earlier(out)
     asked = asked_for(config.metrics.measures, own_measures(measures))
     with writing(out):
         probe(out / "sweep.json")
@@ -647,12 +623,6 @@ def _record(
                 model.arch, model.cfg.device, model.cfg.dtype
             )
             found = {"row_budget": budget, "pair_check": pair_check}
-        elif "settings" not in there:
-            raise ValueError(
-                f"{out} was started by an earlier release, which did not record the sources' "
-                "configs and tokenizers, so whether they are still the same is unknown. Its "
-                "results can be read; to compute more, start a sweep in another folder."
-            )
         else:
             known = {name: there[name] for name in given}
             if lines := differences(known, given):
@@ -691,7 +661,3 @@ def _files(
 
 def _digest_of(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _yaml(value: Mapping[str, Any]) -> str:
-    return str(yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))

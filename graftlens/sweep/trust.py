@@ -421,7 +421,7 @@ def _compared(
     first_only = _predictions(theirs[:1], s)
     if any(m.references and not pd.isna(record.get(m.name)) for m in measures()):
         others = {run: _again(sequential, s, graft) for run, graft in references.items()}
-        first_only = _predictions(theirs[:1], s, **others)
+        first_only = _predictions(theirs[:1], s, others)
 
     # measure -> what Hugging Face gives, what is recorded, how many tokens' rounding it may have
     found: dict[str, tuple[float, Any, float]] = {}
@@ -471,7 +471,7 @@ def _compared(
 
 
 def _predictions(
-    logits: Float[Tensor, "1 d_vocab"], s: Scored, **references: Predictions
+    logits: Float[Tensor, "1 d_vocab"], s: Scored, runs: Mapping[str, Predictions] | None = None
 ) -> Predictions:
     """The distribution after a prompt, with the tokens that measures compare."""
 
@@ -483,7 +483,8 @@ def _predictions(
         answer=torch.tensor(s.answer[:1]),
         distractors=ids(s.wrong),
         answers=ids(s.answers),
-        **references,
+        base=(runs or {}).get("base"),
+        full=(runs or {}).get("full"),
     )
 
 

@@ -1,69 +1,8 @@
 """Plots, tables and pages of results; the plots that a notebook wants have their names here.
 
-They are loaded on first use, so that `graftlens.viz.text` can be had without plotly.
+They are loaded on first use, so that `graftlens.viz.text` loads without plotly.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import lazy_loader
 
-if TYPE_CHECKING:
-    from graftlens.viz.attention import attention_view
-    from graftlens.viz.attribution import logit_attribution_bars, logit_attribution_heatmap
-    from graftlens.viz.bars import grouped_bars
-    from graftlens.viz.differences import difference_heatmap, weight_heatmap
-    from graftlens.viz.export import exporter, write_figure
-    from graftlens.viz.heatmaps import heatmap
-    from graftlens.viz.lens import answer_by_layer, kl_divergence_lines, lens_heatmap
-    from graftlens.viz.linecharts import lines
-    from graftlens.viz.patching import patching_scatter
-    from graftlens.viz.sweeps import size_curve, window_triangle
-
-_HOME = {
-    "answer_by_layer": "graftlens.viz.lens",
-    "attention_view": "graftlens.viz.attention",
-    "logit_attribution_bars": "graftlens.viz.attribution",
-    "logit_attribution_heatmap": "graftlens.viz.attribution",
-    "difference_heatmap": "graftlens.viz.differences",
-    "exporter": "graftlens.viz.export",
-    "grouped_bars": "graftlens.viz.bars",
-    "heatmap": "graftlens.viz.heatmaps",
-    "kl_divergence_lines": "graftlens.viz.lens",
-    "lens_heatmap": "graftlens.viz.lens",
-    "lines": "graftlens.viz.linecharts",
-    "patching_scatter": "graftlens.viz.patching",
-    "size_curve": "graftlens.viz.sweeps",
-    "weight_heatmap": "graftlens.viz.differences",
-    "window_triangle": "graftlens.viz.sweeps",
-    "write_figure": "graftlens.viz.export",
-}
-
-__all__ = [
-    "answer_by_layer",
-    "attention_view",
-    "difference_heatmap",
-    "exporter",
-    "grouped_bars",
-    "heatmap",
-    "kl_divergence_lines",
-    "lens_heatmap",
-    "lines",
-    "logit_attribution_bars",
-    "logit_attribution_heatmap",
-    "patching_scatter",
-    "size_curve",
-    "weight_heatmap",
-    "window_triangle",
-    "write_figure",
-]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'graftlens.viz' has no attribute {name!r}")
-    value = getattr(import_module(_HOME[name]), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOME])
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -16,9 +16,12 @@ from graftlens.viz.lenstables import (
     prompts_of,
     tokens_of,
 )
+from graftlens.viz.quantities import Quantity, scale
 from graftlens.viz.spelling import escaped, shortened, visible
 
-_LOGIT = grid.Value("contribution to the answer's logit", "logits")
+CONTRIBUTION = Quantity(
+    "contribution", "contribution to the answer's logit", "logits", bounds=(None, None), signed=True
+)
 
 
 def logit_attribution_heatmap(
@@ -67,9 +70,15 @@ def logit_attribution_heatmap(
     cells: dict[tuple[Any, Any], grid.Cell] = {}
     for (layer, term), z in used.items():
         named = {"head": f"head {term}", "src_pos": f"from {names[term]} at {term}"}
-        said = [f"layer {layer}, {named.get(kind, term)}", f"{_LOGIT.label}: {_LOGIT.written(z)}"]
+        said = [
+            f"layer {layer}, {named.get(kind, term)}",
+            f"{CONTRIBUTION.label}: {CONTRIBUTION.written(z)}",
+        ]
         if minus is not None:
-            ends = (f"{name} {_LOGIT.written(means[name][layer, term])}" for name in (graft, minus))
+            ends = (
+                f"{name} {CONTRIBUTION.written(means[name][layer, term])}"
+                for name in (graft, minus)
+            )
             said.append(", ".join(ends))
         cells[layer, term] = grid.Cell(z, [*said, *_mean_said(count)])
     layers = sorted({layer for layer, _ in cells})
@@ -80,7 +89,7 @@ def logit_attribution_heatmap(
         cells,
         across=(columns, [names[value] for value in columns]),
         down=(layers, list(map(str, layers))),
-        scale=grid.scale(_LOGIT, [], held.tolist(), True),
+        scale=scale(CONTRIBUTION, held.tolist(), signed=True),
         heading=", ".join([about, *_mean_said(count)]),
         titles=({"head": "head", "src_pos": "token attended to"}.get(kind, "term"), "layer"),
         look=look,
@@ -148,7 +157,7 @@ def logit_attribution_bars(
                     "size": 7,
                 },
             },
-            customdata=[_LOGIT.written(value) for value in values],
+            customdata=[CONTRIBUTION.written(value) for value in values],
             hovertemplate=f"{grid.wrapped(name, 70)}<br>%{{y}}: %{{customdata}}<extra></extra>",
         )
     figure.update_layout(

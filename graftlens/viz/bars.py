@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from graftlens.viz import text, theme
+from graftlens.viz.quantities import Quantity, of_summary
 from graftlens.viz.spelling import escaped, shortened
 
 
@@ -32,7 +33,7 @@ def grouped_bars(
     Raises:
         ValueError: an unknown metric, or a group that the summary lacks.
     """
-    facts = text.measure(summary, metric)
+    facts = of_summary(summary, metric)
     parts = _ordered(text.groups(summary), order)
     names = list(dict.fromkeys(str(graft) for part in parts.values() for graft in part["graft"]))
     labels = shortened(names)
@@ -103,7 +104,7 @@ def grouped_bars(
     if facts.share:
         figure.update_yaxes(range=[0, 1], tickformat=".0%")
     if baselines:
-        _add_baselines(figure, facts, summary, baselines)
+        add_baselines(figure, facts, summary, baselines)
     return figure
 
 
@@ -123,12 +124,13 @@ def _legend_rows(names: Sequence[str], title: str) -> int:
     return 1 + sum(len(name) + 7 for name in (title, *names) if name) // 130
 
 
-def _add_baselines(
+def add_baselines(
     figure: go.Figure,
-    facts: text.Measure,
+    facts: Quantity,
     summary: pd.DataFrame,
     baselines: Mapping[str, float | int],
 ) -> None:
+    """Add a dotted line across a chart for each value, with its name beside it."""
     held = {name: value for name, value in baselines.items() if not math.isnan(value)}
     ends = [f"{facts.name}{end}" for end in ("", "_low", "_high")]
     values = [*held.values(), *summary[ends].to_numpy(dtype=float).ravel().tolist()]

@@ -15,6 +15,7 @@ from graftlens.references import are_references
 from graftlens.viz import text
 from graftlens.viz.figures import bar_chart, heat_map
 from graftlens.viz.page import MAX_ROWS, ExperimentPage, Figure, Part, Table, experiment_page
+from graftlens.viz.quantities import Quantity, of_summary
 from graftlens.viz.tables import write_table
 
 #: The file that made the folder of a page's tables ours in version 0.1.0.
@@ -115,7 +116,7 @@ def _sorted_parts(
 def _part(title: str, frames: Mapping[str, pd.DataFrame], metric: str, stem: Path) -> Part:
     for run, frame in frames.items():
         try:
-            text.measure(frame, metric)
+            of_summary(frame, metric)
         except ValueError as error:
             raise ValueError(f"part {title!r} of run {run!r}: {error}") from None
     views, pooled = _views(frames, metric)
@@ -140,7 +141,7 @@ def _part(title: str, frames: Mapping[str, pd.DataFrame], metric: str, stem: Pat
             )
         if drawn is not None:
             figures.append(Figure(f"{where}{drawn.caption}", drawn.alt, drawn.figure))
-        label = text.measure(joined, metric).title
+        label = of_summary(joined, metric).title
         crossed = _crossed(view, metric)
         files = {}
         if len(crossed) > MAX_ROWS:
@@ -152,7 +153,7 @@ def _part(title: str, frames: Mapping[str, pd.DataFrame], metric: str, stem: Pat
             count, tau = agreement(one, other, metric)
             orders.append({"group": name, "run": a, "and run": b, "grafts": count, "τ": tau})
     if orders:
-        what = f"order of the grafts by {text.measure_label(metric)}"
+        what = f"order of the grafts by {Quantity.of(metric).short}"
         findings.append(
             f"Kendall's τ-b says how far two runs agree on the {what}: 1 is the same order, 0 no "
             "relation, –1 the reverse. Grafts that both runs have count, without the ends of "
@@ -233,7 +234,7 @@ def _crossed(view: Mapping[str, pd.DataFrame], metric: str) -> pd.DataFrame:
     columns = {}
     for run, frame in view.items():
         interval = not frame[f"{metric}_low"].isna().all()
-        said = text.written_all(text.measure(frame, metric), frame, interval=interval)
+        said = text.written_all(of_summary(frame, metric), frame, interval=interval)
         columns[run] = pd.Series(said, index=frame["graft"].astype(str))
     grafts = list(dict.fromkeys(graft for column in columns.values() for graft in column.index))
     crossed = pd.DataFrame({run: column.reindex(grafts) for run, column in columns.items()})

@@ -18,6 +18,7 @@ from graftlens.viz.dashboarddata import DashboardData, LensArrays, Run
 from graftlens.viz.lens import answer_by_layer
 from graftlens.viz.lenstables import listed
 from graftlens.viz.page import Figure
+from graftlens.viz.quantities import Quantity
 from graftlens.viz.render import render
 from graftlens.viz.screenshot import screenshot
 from graftlens.viz.spelling import isolated, spanned, visible
@@ -25,12 +26,8 @@ from graftlens.viz.spelling import isolated, spanned, visible
 #: The narrowest that two charts side by side come to, pixels.
 NARROW = 416
 
-#: Columns on the answer: value, how it is written, heading, unit.
-_RANKED = (
-    ("rank", ".0f", "rank", "1 = most likely"),
-    ("prob", ".4f", "probability", ""),
-    ("logprob", ".3f", "log-prob.", "nats"),
-)
+#: Columns on the answer, and how they are written.
+_RANKED = (("rank", ".0f"), ("prob", ".4f"), ("logprob", ".3f"))
 
 
 class Dashboard:
@@ -82,7 +79,7 @@ def dashboard_page(data: DashboardData) -> str:
         text=data.text,
         answer=data.answer,
         target=lens.target,
-        ranked=[] if lens.target is None else [{"heading": h, "unit": u} for *_, h, u in _RANKED],
+        ranked=[] if lens.target is None else [_heading(name) for name, _ in _RANKED],
         outputs=_outputs(data, lens),
         base=data.sources[0],
         others=list(data.sources[1:]),
@@ -114,11 +111,17 @@ def _outputs(data: DashboardData, lens: LensArrays) -> list[dict[str, object]]:
             "hatched": bool(fills[name].pattern),
             "numbers": []
             if lens.target is None
-            else [(what, _written(lens.last(name, what), form)) for what, form, *_ in _RANKED],
+            else [(what, _written(lens.last(name, what), form)) for what, form in _RANKED],
             "guesses": list(zip(lens.top[name][-1], lens.top_probs[name][-1, -1], strict=False)),
         }
         for name, run in data.runs.items()
     ]
+
+
+def _heading(name: str) -> dict[str, str]:
+    quantity = Quantity.of(name)
+    # Shares are written from 0 to 1 here, to four digits, and have no unit.
+    return {"name": quantity.short, "unit": "" if quantity.share else quantity.unit}
 
 
 def _rule(name: str, run: Run) -> str:
@@ -181,10 +184,8 @@ def _rise(data: DashboardData, lens: LensArrays) -> list[Figure]:
             f"Lines of {runs}: the answer's {what} after each layer.",
             answer_by_layer(rows, value).update_layout(fitting),
         )
-        for value, what, how in (
-            ("rank", "rank", " (logarithmic; 1 on top)"),
-            ("logprob", "log-probability", ""),
-        )
+        for value, how in (("rank", " (logarithmic; 1 on top)"), ("logprob", ""))
+        for what in (Quantity.of(value).short,)
     ]
 
 

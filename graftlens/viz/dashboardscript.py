@@ -1,73 +1,90 @@
 """What the script of a dashboard's page is given: numbers, their scales and colours."""
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from graftlens.viz import attention, theme
+from graftlens.viz.attribution import CONTRIBUTION
 from graftlens.viz.dashboarddata import DashboardData, LensArrays
+from graftlens.viz.quantities import Quantity, scale
 from graftlens.viz.spelling import isolated, visible
 
 #: Attention is kept as 16-bit numbers: this stands for 1.
 FULL = 65535
 
-_MEASURES: dict[str, dict[str, object]] = {
-    "logprob": {
-        "title": "log-probability",
-        "unit": "nats",
-        "note": "Log-probability of each token given those before it. No colour: certain. The "
-        "first token has none.",
-    },
-    "kl_base": {
-        "title": "KL to PRE",
-        "unit": "nats",
-        "note": "KL(run ‖ PRE) of the distributions of what comes after each token.",
-    },
-    "kl_full": {
-        "title": "KL to SFT",
-        "unit": "nats",
-        "note": "KL(run ‖ SFT) of the distributions of what comes after each token.",
-    },
-    "attribution": {
-        "title": "attribution",
-        "unit": "logits",
-        "note": "What the attention of all layers moved from each position to the last one, as its "
-        "direct contribution to the answer's logit.",
-    },
+#: What tokens can be coloured by, and what is said of it.
+TOKENS: Mapping[str, tuple[Quantity, str]] = {
+    "logprob": (
+        Quantity.of("logprob"),
+        "Log-probability of each token given those before it. No colour: certain. The first token "
+        "has none.",
+    ),
+    "kl_base": (
+        Quantity.of("kl_base"),
+        "Of the distributions of what comes after each token; the base is PRE.",
+    ),
+    "kl_full": (
+        Quantity.of("kl_full"),
+        "Of the distributions of what comes after each token; the full run is SFT.",
+    ),
+    "attribution": (
+        CONTRIBUTION,
+        "What the attention of all layers moved from each position to the last one, as its direct "
+        "contribution to the answer's logit.",
+    ),
 }
 
-_KINDS = {
-    "logprob": "log-probability of the answer (nats)",
-    "rank": "rank of the answer (logarithmic)",
-    "top_prob": "probability of the most likely token",
-    "kl_base": "KL to PRE at the same layer (nats)",
-    "kl_full": "KL to SFT at the same layer (nats)",
-    "diff_base": "log-probability of the answer, run − PRE (nats)",
-    "diff_full": "log-probability of the answer, run − SFT (nats)",
+
+@dataclass(frozen=True)
+class Shown:
+    """What the logit lens can show: `minus` names the run whose values are taken from it."""
+
+    title: str
+    quantity: Quantity
+    minus: str | None = None
+
+
+_LOGPROB, _RANK = Quantity.of("logprob"), Quantity.of("rank")
+_TOP_PROB = Quantity("top_prob", "probability of the most likely token", "%", bounds=(0.0, 1.0))
+
+LENS: Mapping[str, Shown] = {
+    "logprob": Shown(_LOGPROB.title, _LOGPROB),
+    "rank": Shown(f"{_RANK.label} (logarithmic)", _RANK),
+    "top_prob": Shown(_TOP_PROB.label, _TOP_PROB),
+    **{
+        name: Shown(f"{Quantity.of(name).label} at the same layer (nats)", Quantity.of(name))
+        for name in ("kl_base", "kl_full")
+    },
+    **{
+        name: Shown(f"{_LOGPROB.label}, run − {run} ({_LOGPROB.unit})", _LOGPROB, run)
+        for name, run in (("diff_base", "PRE"), ("diff_full", "SFT"))
+    },
 }
-_OF_ANSWER = ("logprob", "rank", "diff_base", "diff_full")
 
 
 def measures(data: DashboardData) -> list[tuple[str, str, bool]]:
-    """The measures that tokens can be coloured by, as a choice; is one out of the question?"""
+    """What tokens can be coloured by, as a choice; some of it may not have been computed."""
     attributed = any(run.attribution is not None for run in data.runs.values())
     return [
-        (name, str(fact["title"]), name == "attribution" and not attributed)
-        for name, fact in _MEASURES.items()
+        (name, quantity.short or quantity.label, name == "attribution" and not attributed)
+        for name, (quantity, _) in TOKENS.items()
     ]
 
 
 def kinds(lens: LensArrays) -> list[tuple[str, str, bool]]:
-    """The values that the logit lens can show, as a choice; those of the answer need one."""
+    """What the logit lens can show, as a choice; values of the answer need one."""
     return [
-        (name, title, lens.target is None and name in _OF_ANSWER) for name, title in _KINDS.items()
+        (name, shown.title, lens.target is None and shown.quantity.of_answer)
+        for name, shown in LENS.items()
     ]
 
 
 def facts(data: DashboardData, lens: LensArrays) -> dict[str, object]:
     """All that the page's script needs, save the attention patterns."""
-    measures = {name: _measured(data, name) for name in _MEASURES}
+    measures = {name: _measured(data, name) for name in TOKENS}
     words: dict[str, int] = {}
     lenses = []
     for run in data.runs:
@@ -89,8 +106,9 @@ def facts(data: DashboardData, lens: LensArrays) -> dict[str, object]:
         "tokens": [_token(token) for token in data.tokens],
         "runs": list(data.runs),
         "measures": {
-            name: _MEASURES[name] | _scale(values.values(), name == "attribution")
-            for name, values in measures.items()
+            name: {"title": quantity.short or quantity.label, "unit": quantity.unit, "note": note}
+            | _ends(quantity, list(measures[name].values()), quantity.signed)
+            for name, (quantity, note) in TOKENS.items()
         },
         "values": {
             name: [_short(values[run]) if run in values else None for run in data.runs]
@@ -108,7 +126,8 @@ def facts(data: DashboardData, lens: LensArrays) -> dict[str, object]:
             "words": list(words),
             "runs": lenses,
             "kinds": {
-                name: {"title": title} | _lens_scale(lens, name) for name, title in _KINDS.items()
+                name: {"title": shown.title} | _lens_scale(lens, name, shown)
+                for name, shown in LENS.items()
             },
         },
         "heads": heads,
@@ -150,45 +169,38 @@ def _measured(data: DashboardData, name: str) -> dict[str, np.ndarray]:
     return found
 
 
-def _scale(values: Iterable[np.ndarray], symmetric: bool) -> dict[str, float]:
-    """The least and the greatest of all runs, with 0 between them or at an end."""
-    known = [value[np.isfinite(value)] for value in map(np.asarray, values)]
-    all_ = np.concatenate([*known, np.zeros(1)])
-    low, high = float(all_.min()), float(all_.max())
-    if symmetric:
-        high = max(high, -low)
-        low = -high
-    return {"low": low, "high": high}
+def _ends(
+    quantity: Quantity, values: Sequence[np.ndarray], signed: bool = False
+) -> dict[str, object]:
+    """The ends of the scale that all runs share."""
+    held = [quantity.coloured(v) for value in values for v in value[np.isfinite(value)].tolist()]
+    found = scale(quantity, held, signed=signed)
+    return {"low": found.low, "high": found.high}
 
 
-def _after_embeddings(values: Sequence[np.ndarray], symmetric: bool) -> dict[str, object]:
-    """A scale over the layers' rows, and whether the embeddings' own row goes beyond it.
+def _lens_scale(lens: LensArrays, name: str, shown: Shown) -> dict[str, object]:
+    """The scale of a lens, its kind, and whether the embeddings' own row goes beyond it.
 
     Log-probabilities of the bare embeddings are so low that they would take the whole scale.
     """
-    kept = [value[1:] if len(value) > 1 else value for value in values]
-    scale, whole = _scale(kept, symmetric), _scale(values, symmetric)
-    return {**scale, "beyond": whole != scale}
-
-
-def _lens_scale(lens: LensArrays, name: str) -> dict[str, object]:
-    if name == "top_prob":
-        return {"low": 0.0, "high": 1.0, "kind": "sequential"}
-    if name in ("diff_base", "diff_full"):
+    quantity, runs = shown.quantity, lens.numbers
+    if shown.minus is not None:
         # One scale for both differences, so that they can be compared.
-        known = lens.numbers
-        both = [known[a]["logprob"] - known[b]["logprob"] for a in known for b in ("PRE", "SFT")]
-        return _after_embeddings(both, True) | {"kind": "diverging"}
-    values = [numbers[name] for numbers in lens.numbers.values()]
-    if name == "logprob":
-        return _after_embeddings(values, False) | {"kind": "sequential"}
-    if name == "rank":
-        return {"low": 0.0, "high": _scale([np.log10(v) for v in values], False)["high"]} | {
-            "kind": "rank"
-        }
-    if name in ("kl_base", "kl_full"):
-        values = [numbers[kl] for numbers in lens.numbers.values() for kl in ("kl_base", "kl_full")]
-    return _scale(values, False) | {"kind": "sequential"}
+        pairs = [(a, b) for a in runs for b in ("PRE", "SFT")]
+        values = [runs[a][quantity.name] - runs[b][quantity.name] for a, b in pairs]
+        kind = "diverging"
+    elif name == "top_prob":
+        values, kind = [], "sequential"
+    else:
+        columns = ("kl_base", "kl_full") if name in ("kl_base", "kl_full") else (name,)
+        values = [numbers[column] for numbers in runs.values() for column in columns]
+        kind = "rank" if quantity.is_rank else "sequential"
+    signed = shown.minus is not None
+    whole = _ends(quantity, values, signed)
+    if quantity is not _LOGPROB:
+        return whole | {"kind": kind}
+    kept = _ends(quantity, [value[1:] if len(value) > 1 else value for value in values], signed)
+    return kept | {"beyond": kept != whole, "kind": kind}
 
 
 def _short(values: np.ndarray) -> object:

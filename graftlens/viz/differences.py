@@ -1,6 +1,5 @@
 """Plots of how far apart two models are: in their weights, and in what runs compute."""
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 import pandas as pd
@@ -20,30 +19,44 @@ from graftlens.viz.lenstables import (
     refuse_doubled,
     tokens_of,
 )
+from graftlens.viz.quantities import Quantity, known, scale
 from graftlens.viz.spelling import visible
 
-WEIGHT_VALUES: Mapping[str, grid.Value] = {
-    "relative_frobenius": grid.Value("Frobenius norm of the difference", "1 = norm of the base"),
-    "frobenius": grid.Value("Frobenius norm of the difference", "units of the weights"),
-    "relative_spectral": grid.Value("spectral norm of the difference", "1 = norm of the base"),
-    "spectral": grid.Value("spectral norm of the difference", "units of the weights"),
-    "effective_rank": grid.Value("effective rank of the difference", "dimensions"),
-    "stable_rank": grid.Value("stable rank of the difference", "dimensions"),
-    "share_changed": grid.Value("entries that changed", "%", "share"),
-}
-ACTIVATION_VALUES: Mapping[str, grid.Value] = {
-    "relative_base": grid.Value("distance to PRE", "1 = norm under PRE"),
-    "relative_full": grid.Value("distance to SFT", "1 = norm under SFT"),
-    "distance_base": grid.Value("distance to PRE", "units of the activation"),
-    "distance_full": grid.Value("distance to SFT", "units of the activation"),
-    "cosine_base": grid.Value("cosine with PRE", "1 = same direction", "likeness"),
-    "cosine_full": grid.Value("cosine with SFT", "1 = same direction", "likeness"),
-    "norm": grid.Value("norm of the activation", "units of the activation"),
-}
-PATTERN_VALUES: Mapping[str, grid.Value] = {
-    "distance_base": grid.Value("attention moved from PRE's", "%, total variation", "share"),
-    "distance_full": grid.Value("attention moved from SFT's", "%, total variation", "share"),
-}
+_CHANGE = "norm of the difference"
+_NORM, _WEIGHTS, _ACTIVATION = (
+    "1 = norm of the base",
+    "units of the weights",
+    "units of the activation",
+)
+_COSINE, _SHARE = (-1.0, 1.0), (0.0, 1.0)
+
+
+def _named(*quantities: Quantity) -> dict[str, Quantity]:
+    return {quantity.name: quantity for quantity in quantities}
+
+
+WEIGHT_VALUES = _named(
+    Quantity("relative_frobenius", f"Frobenius {_CHANGE}", _NORM),
+    Quantity("frobenius", f"Frobenius {_CHANGE}", _WEIGHTS),
+    Quantity("relative_spectral", f"spectral {_CHANGE}", _NORM),
+    Quantity("spectral", f"spectral {_CHANGE}", _WEIGHTS),
+    Quantity("effective_rank", "effective rank of the difference", "dimensions"),
+    Quantity("stable_rank", "stable rank of the difference", "dimensions"),
+    Quantity("share_changed", "entries that changed", "%", bounds=_SHARE),
+)
+ACTIVATION_VALUES = _named(
+    Quantity("relative_base", "distance to PRE", "1 = norm under PRE"),
+    Quantity("relative_full", "distance to SFT", "1 = norm under SFT"),
+    Quantity("distance_base", "distance to PRE", _ACTIVATION),
+    Quantity("distance_full", "distance to SFT", _ACTIVATION),
+    Quantity("cosine_base", "cosine with PRE", "1 = same direction", bounds=_COSINE),
+    Quantity("cosine_full", "cosine with SFT", "1 = same direction", bounds=_COSINE),
+    Quantity("norm", "norm of the activation", _ACTIVATION),
+)
+PATTERN_VALUES = _named(
+    Quantity("distance_base", "attention moved from PRE's", "%, total variation", bounds=_SHARE),
+    Quantity("distance_full", "attention moved from SFT's", "%, total variation", bounds=_SHARE),
+)
 
 #: The column of what is outside the layers.
 _OUTSIDE = -1
@@ -69,7 +82,7 @@ def weight_heatmap(
     Raises:
         ValueError: an unknown value or parameter, or rows of several pairs of sources.
     """
-    facts = grid.value(WEIGHT_VALUES, value)
+    facts = known(WEIGHT_VALUES, value)
     check_columns(
         table, "weight_difference", "component", "layer", "parameter", "source", "base", value
     )
@@ -105,7 +118,7 @@ def weight_heatmap(
         cells,
         across=(columns, ["–" if c == _OUTSIDE else str(c) for c in columns]),
         down=(components, components),
-        scale=grid.scale(facts, held, held, False),
+        scale=scale(facts, held),
         heading=f"{source} − {base}" + (", biases" if parameter == "bias" else ""),
         titles=(f"layer{outside}", ""),
         look=look,
@@ -143,7 +156,7 @@ def difference_heatmap(
     patterns = "hook" not in table
     values = PATTERN_VALUES if patterns else ACTIVATION_VALUES
     value = next(iter(values)) if value is None else value
-    facts = grid.value(values, value)
+    facts = known(values, value)
     made_by = "pattern_difference" if patterns else "activation_difference"
     needed = ("prompt", "graft", "layer", "head", "position", "token", value)
     check_columns(table, made_by, *needed)
@@ -183,7 +196,7 @@ def difference_heatmap(
         across=(columns, list(map(str, columns)) if heads else list(tokens.values())),
         down=(layers, list(map(str, layers))),
         # Most heads move little attention, so that the scale ends where the data do.
-        scale=grid.scale(facts, held, [], False, whole=False),
+        scale=scale(facts, held, whole=False),
         heading=f"{graft}: {hooks[0]}" + (f", {over}" if heads else ""),
         titles=("head" if heads else "token", "layer"),
         look=look,

@@ -1,5 +1,6 @@
 """Charts for a page: each with a caption and a description made from the same numbers."""
 
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,11 @@ import pandas as pd
 
 from graftlens.viz import text
 from graftlens.viz.bars import grouped_bars
-from graftlens.viz.heatmaps import SIGNED, cells, heatmap
+from graftlens.viz.heatmaps import cells, heatmap
 from graftlens.viz.linecharts import lines
 from graftlens.viz.page import Figure
+from graftlens.viz.quantities import Quantity, of_summary
+from graftlens.viz.sweeps import dose_response
 
 #: A description that lists more values than this tells a listener less, not more.
 LISTED = 60
@@ -24,7 +27,7 @@ def bar_chart(
     **options: Any,
 ) -> Figure:
     """`grouped_bars(summary, metric, **options)` with its caption and description."""
-    facts = text.measure(summary, metric)
+    facts = of_summary(summary, metric)
     caption = f"{_capital(facts.title)}; {text.whiskers(summary, facts)}"
     if text.has_intervals(summary, facts):
         caption += f"s over {text.resampled(summary)}"
@@ -51,12 +54,12 @@ def heat_map(
     files: Mapping[str, Path] | None = None,
 ) -> Figure:
     """`heatmap(summary, metric, x=x, y=y, panel=panel)` with its caption and description."""
-    facts = text.measure(summary, metric)
+    facts = of_summary(summary, metric)
     grid = cells(summary, x=x, y=y, panel=panel)
     rows = summary.reset_index(drop=True)
     each = f", one panel for each {panel}" if panel is not None else ""
     caption = f"{_capital(facts.title)} by {y} and {x}{each}."
-    if metric in SIGNED:
+    if facts.signed:
         caption += (
             f" The scale is symmetric around 0. A dot: the {text.level(summary)} interval over "
             f"{text.resampled(summary)} of this cell alone excludes 0; with many cells some do by "
@@ -83,7 +86,7 @@ def line_chart(
     files: Mapping[str, Path] | None = None,
 ) -> Figure:
     """`lines(frame, x, metric, series=series)` with its caption and description."""
-    facts = text.measure(frame, metric)
+    facts = of_summary(frame, metric)
     figure = lines(frame, x, metric, series=series)
     along = x.replace("_", " ")
     caption = f"{_capital(facts.title)} along {along}"
@@ -100,7 +103,28 @@ def line_chart(
     return Figure(caption, alt, figure, dict(files or {}))
 
 
-def _ends(facts: text.Measure, rows: pd.DataFrame, names: Sequence[str]) -> str:
+def dose_chart(
+    summary: pd.DataFrame,
+    metric: str,
+    *,
+    series: str | None = None,
+    files: Mapping[str, Path] | None = None,
+) -> Figure:
+    """`dose_response(summary, metric, series=series)` with its caption and description."""
+    facts = of_summary(summary, metric)
+    figure = dose_response(summary, metric, series=series)
+    each = "graft" if series is None else series.replace("_", " ")
+    caption = f"{_capital(facts.title)} against the strength of a graft, one line for each {each}."
+    said = []
+    for line in figure.data:
+        first, last = (_value(facts, line.y[at]) for at in (0, -1))
+        name = html.unescape(str(line.name))
+        said.append(f"{name}: from {first} at {line.x[0]:g} to {last} at {line.x[-1]:g}")
+    alt = f"Line chart of {facts.label} against strength. {'. '.join(said)}."
+    return Figure(caption, alt, figure, dict(files or {}))
+
+
+def _ends(facts: Quantity, rows: pd.DataFrame, names: Sequence[str]) -> str:
     """The least and the greatest of many values, in words."""
     values = rows[facts.name].to_numpy(dtype=float).tolist()
     held = [(value, name) for value, name in zip(values, names, strict=True) if value == value]
@@ -113,7 +137,7 @@ def _ends(facts: text.Measure, rows: pd.DataFrame, names: Sequence[str]) -> str:
     )
 
 
-def _value(facts: text.Measure, value: float) -> str:
+def _value(facts: Quantity, value: float) -> str:
     bounds = {f"{facts.name}{end}": [value] for end in ("", "_low", "_high")}
     return text.written_all(facts, pd.DataFrame(bounds), interval=False)[0]
 

@@ -1,4 +1,4 @@
-"""Heat maps of a summary: one cell a graft, in rows and columns that say what was grafted."""
+"""Heat maps of a summary: one cell per graft, in rows and columns that say what was grafted."""
 
 import math
 import re
@@ -12,10 +12,8 @@ from plotly.subplots import make_subplots
 from graftlens.references import are_references
 from graftlens.stats import GRAFT_COLUMNS
 from graftlens.viz import text, theme
+from graftlens.viz.quantities import Quantity, of_summary, scale
 from graftlens.viz.spelling import escaped
-
-#: Metrics whose zero means something, so that signs are told apart by hue.
-SIGNED = ("recovery", "logit_diff")
 
 #: Pixels: a row's height, the room above, the room below, and what a colour bar needs at least.
 _ROW, _HEAD, _FOOT, _BAR = 26, 44, 62, 190
@@ -58,7 +56,7 @@ def heatmap(
     Raises:
         ValueError: an unknown metric or column, no graft to show, or two grafts for one cell.
     """
-    facts = text.measure(summary, metric)
+    facts = of_summary(summary, metric)
     grid = cells(summary, x=x, y=y, panel=panel)
     panels = list(grid.y)
     count = sum(map(len, grid.y.values()))
@@ -101,7 +99,7 @@ def heatmap(
                     z[-1].append(None)
                     hover[-1].append("")
                     continue
-                if metric in SIGNED and (low[at] > 0 or high[at] < 0):
+                if facts.signed and (low[at] > 0 or high[at] < 0):
                     sure.append((across, down))
                 z[-1].append(values[at])
                 hover[-1].append(
@@ -136,7 +134,7 @@ def heatmap(
         for update, order in ((figure.update_xaxes, columns), (figure.update_yaxes, rows)):
             labels = [escaped(label) for label in order]
             update(categoryorder="array", categoryarray=labels, row=number)
-    marks = ["dot: the interval excludes 0"] if metric in SIGNED else []
+    marks = ["dot: the interval excludes 0"] if facts.signed else []
     marks += ["×: no value"] if any(_is_empty(trace) for trace in figure.data) else []
     figure.update_layout(
         **_shared(look),
@@ -221,31 +219,14 @@ def _sorted(values: Sequence[str]) -> list[str]:
     return [*sorted(numbers, key=lambda v: numbers[v]), *(v for v in seen if v not in numbers)]
 
 
-def _coloraxis(facts: text.Measure, values: Sequence[float], room: int) -> dict[str, object]:
-    held = [value for value in values if not math.isnan(value)] or [0.0]
-    signed = facts.name in SIGNED
-    if signed:
-        # As wide as the data: recovery may lie outside [0, 1], and nothing is cut.
-        end = max(map(abs, held)) or 1.0
-        bounds = (-end, end)
-    else:
-        bounds = (0.0, 1.0) if facts.share else (min(held), max(held))
-        if bounds[0] == bounds[1]:
-            bounds = (bounds[0] - 0.5, bounds[1] + 0.5)
-    title = escaped(facts.axis)
-    if 8 * len(title) > room:
-        title = title.replace(" (", "<br>(")
-    bar = {
-        "title": {"text": title, "side": "right", "font": {"size": 12}},
-        "thickness": 14,
-        "outlinewidth": 0,
-        "tickformat": ".0%" if facts.share else "",
-    }
+def _coloraxis(facts: Quantity, values: Sequence[float], room: int) -> dict[str, object]:
+    # As wide as the data where it is signed: recovery may lie outside [0, 1], and nothing is cut.
+    found = scale(facts, values, signed=facts.signed, anchored=False)
     return {
-        "colorscale": theme.colorscale(theme.DIVERGING if signed else theme.SEQUENTIAL),
-        "cmin": bounds[0],
-        "cmax": bounds[1],
-        "colorbar": bar,
+        "colorscale": theme.colorscale(found.colors),
+        "cmin": found.low,
+        "cmax": found.high,
+        "colorbar": found.bar(room),
     }
 
 

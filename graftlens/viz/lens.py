@@ -6,12 +6,14 @@ runs are subtracted it is symmetric around 0.
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from graftlens import metrics
 from graftlens.viz import grid, theme
 from graftlens.viz.lenstables import (
     as_float,
@@ -26,30 +28,21 @@ from graftlens.viz.lenstables import (
     refuse_doubled,
     tokens_of,
 )
+from graftlens.viz.linecharts import add_line
+from graftlens.viz.quantities import Quantity, known, scale
 from graftlens.viz.spelling import escaped, isolated, short, shortened, visible
 
 #: Pixels: about how wide the inside of a figure is, and a character of a cell's label.
 _INSIDE, _CHARACTER = 780, 6.4
 
-LENS_VALUES: Mapping[str, grid.Value] = {
-    "logprob": grid.Value("log-probability of the answer", "nats", "fall", True),
-    "prob": grid.Value("probability of the answer", "%", "share", True),
-    "rank": grid.Value("rank of the answer", "1 = most likely", "rank", True),
-    "entropy": grid.Value("entropy of the next token", "nats"),
-    "kl_base": grid.Value("KL(run ‖ PRE)", "nats"),
-    "kl_full": grid.Value("KL(run ‖ SFT)", "nats"),
+#: What a table of the logit lens has at each layer and position.
+LENS_VALUES: Mapping[str, Quantity] = {
+    name: Quantity.of(name) for name in ("logprob", "prob", "rank", "entropy", "kl_base", "kl_full")
 }
 
-#: A column of `lens.kl_divergence` -> the run that it is measured from (0 PRE, 1 SFT), and how the
-#: number is written.
-_DIVERGENCES = {
-    f"{kind}_{run}": (place, said)
-    for kind, said in (
-        ("kl", "KL({0} ‖ {1})"),
-        ("kl_from", "KL({1} ‖ {0})"),
-        ("js", "JS({0}, {1})"),
-    )
-    for place, run in enumerate(("base", "full"))
+#: What a table of `lens.kl_divergence` has: how far a run is from PRE (base) or SFT (full).
+DIVERGENCES: Mapping[str, Quantity] = {
+    row.name: Quantity.of(row.name) for row in metrics.measures() if row.references
 }
 
 
@@ -78,7 +71,7 @@ def lens_heatmap(
     Raises:
         ValueError: an unknown value, run or prompt, or a value of the answer without an answer.
     """
-    facts = grid.value(LENS_VALUES, value)
+    facts = known(LENS_VALUES, value)
     check_columns(table, "logit_lens", "prompt", "graft", "layer", "position", "token", value)
     rows = of_prompt(table, prompt)
     key = ["layer", "position"]
@@ -122,9 +115,10 @@ def lens_heatmap(
     ends = {float(row["layer"]): str(row["stream"]) for _, row in shown.iterrows()}
     names = [_layer_tick(layer, ends[layer]) for layer in layers]
     # Those of the embeddings themselves are so low that they would take the whole scale.
-    scaled = rows[rows["layer"] > 0] if facts.kind == "fall" and layers[-1] > 0 else rows
+    scaled = rows[rows["layer"] > 0] if facts.is_logprob and layers[-1] > 0 else rows
     held = [facts.coloured(v) for v in as_floats(scaled[value])]
-    how = "/" if facts.kind == "rank" else "−"
+    shifted = [cell.z for cell in cells.values()]
+    how = "/" if facts.is_rank else "−"
     heading = graft if minus is None else f"{graft} {how} {minus}"
     if not pd.isna(shown["target"].iloc[0]):
         heading += f": answer {_token(shown['target'].iloc[0])}"
@@ -132,7 +126,7 @@ def lens_heatmap(
         cells,
         across=(list(positions), list(positions.values())),
         down=(layers, names),
-        scale=grid.scale(facts, held, [cell.z for cell in cells.values()], minus is not None),
+        scale=scale(facts, held if minus is None else shifted, signed=minus is not None),
         heading=heading,
         titles=("token", "layers that have run"),
         look=look,
@@ -163,7 +157,7 @@ def answer_by_layer(
     Raises:
         ValueError: an unknown value, prompt or position, or no prompt with that value.
     """
-    facts = grid.value(LENS_VALUES, value)
+    facts = known(LENS_VALUES, value)
     check_columns(table, "logit_lens", "prompt", "graft", "layer", "position", value)
     have = prompts_of(table)
     for number in prompts or ():
@@ -211,14 +205,14 @@ def answer_by_layer(
             if count > 1:
                 said = f"median {said} [{facts.written(low)}, {facts.written(high)}]"
             hover.append(f"{label}<br>{_layer(float(layer))}<br>{escaped(facts.label)}: {said}")
-        figure.add_scatter(
-            x=[float(layer) for layer in ends.index],
-            y=ends[0.5].tolist(),
+        add_line(
+            figure,
+            [float(layer) for layer in ends.index],
+            ends[0.5].tolist(),
+            line,
+            size=6,
             name=escaped(entries[name]),
             legendgroup=escaped(name),
-            mode="lines+markers",
-            line={"color": line.color, "dash": line.dash, "width": 2},
-            marker={"symbol": line.marker, "size": 6},
             customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
         )
@@ -227,20 +221,19 @@ def answer_by_layer(
     figure.update_xaxes(
         title_text=f"layers that have run (0: embeddings, {last:g}: output)", zeroline=False
     )
-    said = facts.title
+    said = grid.wrapped(facts.title, 32)
     if count > 1:
         said += f"<br>median of {count} prompts, band: quartiles"
     missing = len(chosen) - count
     if missing:
         said += f"<br>{missing} without an answer left out"
     figure.update_yaxes(title_text=said)
-    if facts.kind == "rank":
+    if facts.is_rank:
         # A decade at least, so that the axis has two numbers.
         most = max(math.log10(float(kept[value].max())), 1.0)
         room = 0.05 * most
         figure.update_yaxes(type="log", range=[most + room, -room], dtick=1, tickformat=",d")
-    elif facts.kind == "share":
-        figure.update_yaxes(range=[-0.02, 1.02], tickformat=".0%")
+    figure.update_yaxes(**facts.ticks())
     return figure
 
 
@@ -263,11 +256,9 @@ def kl_divergence_lines(
         ValueError: an unknown value or prompt.
     """
     panels = list(dict.fromkeys(values))
-    for name in panels:
-        if name not in _DIVERGENCES:
-            raise ValueError(f"unknown value {name!r}; choose from {listed(_DIVERGENCES)}")
+    shown = [known(DIVERGENCES, name) for name in panels]
     if not panels:
-        raise ValueError(f"values is empty; name one or more of {listed(_DIVERGENCES)}")
+        raise ValueError(f"values is empty; name one or more of {listed(DIVERGENCES)}")
     check_columns(table, "kl_divergence", "prompt", "graft", "position", "token", *panels)
     rows = of_prompt(table, prompt)
     names = grafts_of(rows)
@@ -282,32 +273,34 @@ def kl_divergence_lines(
     lines, entries = theme.graft_lines(names), shortened(names)
     panel_names = shortened(names, 20)
     labelled: set[str] = set()
-    for number, value in enumerate(panels, start=1):
-        place, said = _DIVERGENCES[value]
-        # The runs that all are held against come first in the table.
+    for number, facts in enumerate(shown, start=1):
+        # The runs that all others are compared with come first in the table.
+        place = 0 if metrics.measure(facts.name).references == ("base",) else 1
         other = names[min(place, len(names) - 1)]
         for name in names:
             found = rows[rows["graft"].astype(str) == name].sort_values("position")
             if name == other:
                 continue
-            line, nats = lines[name], as_floats(found[value])
+            line, nats = lines[name], as_floats(found[facts.name])
+            label = _between(facts.label, other)
             hover = [
-                f"{escaped(_token(token))} at {int(position)}<br>"
-                + grid.wrapped(f"{said.format(name, other)}: {far:.3g} nats", 70)
+                grid.wrapped(f"{name}, {_token(token)} at {int(position)}", 70)
+                + "<br>"
+                + grid.wrapped(f"{label}: {far:.3g} {facts.unit}", 70)
                 for token, position, far in zip(
                     found["token"], found["position"], nats, strict=True
                 )
             ]
-            figure.add_scatter(
-                x=[list(positions).index(int(position)) for position in found["position"]],
-                y=nats,
+            add_line(
+                figure,
+                [list(positions).index(int(position)) for position in found["position"]],
+                nats,
+                line,
+                size=7,
                 name=escaped(entries[name]),
                 legendgroup=name,
                 showlegend=name not in labelled,
                 legendrank=names.index(name) + 1,
-                mode="lines+markers",
-                line={"color": line.color, "dash": line.dash, "width": 2},
-                marker={"symbol": line.marker, "size": 7},
                 customdata=hover,
                 hovertemplate="%{customdata}<extra></extra>",
                 row=number,
@@ -315,7 +308,8 @@ def kl_divergence_lines(
             )
             labelled.add(name)
         figure.update_yaxes(
-            title_text=grid.wrapped(said.format("run", panel_names[other]), 24) + "<br>(nats)",
+            title_text=grid.wrapped(_between(facts.label, panel_names[other]), 24)
+            + f"<br>({facts.unit})",
             rangemode="tozero",
             row=number,
         )
@@ -326,6 +320,11 @@ def kl_divergence_lines(
     figure.update_xaxes(**grid.ticks(list(positions.values())), zeroline=False)
     figure.update_xaxes(title_text="token", row=len(panels))
     return figure
+
+
+def _between(label: str, other: str) -> str:
+    """A divergence's label with the name of the run that it compares with."""
+    return re.sub(r"\b(?:base|full)\b", lambda _: other, label)
 
 
 def _lookup(rows: pd.DataFrame, value: str) -> dict[tuple[float, int], float]:

@@ -1,11 +1,13 @@
 """Line charts: a metric along a number, such as a share of layers."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
 from graftlens.viz import text, theme
+from graftlens.viz.quantities import Quantity, of_summary
 from graftlens.viz.spelling import escaped
 
 
@@ -24,9 +26,9 @@ def lines(
     least to the greatest, and every draw is a faint dot.
 
     Raises:
-        ValueError: an unknown metric or column, or an x that is no number.
+        ValueError: an unknown metric or column, or an x that is not a number.
     """
-    facts = text.measure(frame, metric)
+    facts = of_summary(frame, metric)
     for column in (x, *([series] if series is not None else [])):
         if column not in frame.columns:
             raise ValueError(
@@ -36,7 +38,7 @@ def lines(
     at = pd.to_numeric(frame[x].astype(object), errors="coerce")
     if at.isna().any():
         wrong = frame.loc[at.isna(), x].iloc[0]
-        raise ValueError(f"column {x!r} has {wrong!r}, which is no number; x must be numbers")
+        raise ValueError(f"column {x!r} has {wrong!r}, which is not a number; x must be numbers")
     figure = go.Figure()
     drawn = False
     names: list[object] = [None] if series is None else list(dict.fromkeys(frame[series]))
@@ -67,22 +69,39 @@ def lines(
     draws = "lines: mean of the draws, dots: each draw, band: least to greatest"
     said = draws if drawn else text.whiskers(frame, facts)
     figure.update_xaxes(title_text=escaped(f"{x.replace('_', ' ')} ({said})"), zeroline=False)
-    figure.update_yaxes(title_text=escaped(facts.axis))
+    figure.update_yaxes(title_text=escaped(facts.axis), **facts.ticks())
     if at.between(0, 1).all() and not pd.api.types.is_integer_dtype(frame[x].dtype):
         figure.update_xaxes(range=[-0.03, 1.03], tickformat=".0%")
-    if facts.share:
-        # A little room, so that a marker at 0 or 1 is whole.
-        figure.update_yaxes(range=[-0.02, 1.02], tickformat=".0%")
     return figure
 
 
 _AT = "__x"
 
 
+def add_line(
+    figure: go.Figure,
+    x: Sequence[float | int],
+    y: Sequence[float | int],
+    line: theme.Line,
+    *,
+    size: int = 8,
+    **more: Any,
+) -> None:
+    """Add a line with its markers, `size` pixels wide; `more` is what plotly's scatter takes."""
+    figure.add_scatter(
+        x=x,
+        y=y,
+        mode="lines+markers",
+        line={"color": line.color, "dash": line.dash, "width": 2},
+        marker={"symbol": line.marker, "size": size},
+        **more,
+    )
+
+
 def _add_points(
     figure: go.Figure,
     part: pd.DataFrame,
-    facts: text.Measure,
+    facts: Quantity,
     label: str,
     line: theme.Line,
     x: str,
@@ -90,13 +109,12 @@ def _add_points(
     value, low, high = (
         part[f"{facts.name}{end}"].to_numpy(dtype=float) for end in ("", "_low", "_high")
     )
-    figure.add_scatter(
+    add_line(
+        figure,
+        part[_AT].tolist(),
+        value.tolist(),
+        line,
         name=label,
-        x=part[_AT].tolist(),
-        y=value.tolist(),
-        mode="lines+markers",
-        line={"color": line.color, "dash": line.dash, "width": 2},
-        marker={"symbol": line.marker, "size": 8},
         error_y=theme.whiskers(value, low, high, color=line.color),
         customdata=[[said] for said in text.written_all(facts, part)],
         hovertemplate=f"{label}<br>{escaped(x)} %{{x}}<br>%{{customdata[0]}}<extra></extra>",
@@ -106,7 +124,7 @@ def _add_points(
 def _add_draws(
     figure: go.Figure,
     part: pd.DataFrame,
-    facts: text.Measure,
+    facts: Quantity,
     label: str,
     line: theme.Line,
     x: str,
@@ -144,13 +162,12 @@ def _add_draws(
     for end in ("low", "high"):
         means[f"{facts.name}_{end}"] = float("nan")
     said = text.written_all(facts, means, interval=False)
-    figure.add_scatter(
+    add_line(
+        figure,
+        places,
+        found["mean"].tolist(),
+        line,
         name=label,
-        x=places,
-        y=found["mean"].tolist(),
-        mode="lines+markers",
-        line={"color": line.color, "dash": line.dash, "width": 2},
-        marker={"symbol": line.marker, "size": 8},
         legendgroup=label,
         customdata=[
             [f"mean of {int(n)}: {mean}"] for n, mean in zip(found["count"], said, strict=True)

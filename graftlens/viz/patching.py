@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 
 from graftlens.viz import text, theme
 from graftlens.viz.lenstables import as_floats, listed, refuse_doubled
+from graftlens.viz.quantities import of_summary
 from graftlens.viz.spelling import escaped, shortened
 
 #: What `lens.patching` adds to a graft's name where it is a patch.
@@ -33,7 +34,7 @@ def patching_scatter(
         ValueError: an unknown metric, a summary of several groups of prompts, or one without a
             graft and its patch.
     """
-    facts = text.measure(summary, metric)
+    facts = of_summary(summary, metric)
     refuse_doubled(summary, ["graft"])
     rows = summary.assign(graft=summary["graft"].astype(str)).set_index("graft")
     names = [name for name in rows.index if name + _PATCHED in rows.index]

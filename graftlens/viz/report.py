@@ -9,6 +9,7 @@ import pandas as pd
 from graftlens.folder import at_home, write_whole
 from graftlens.viz import page, text
 from graftlens.viz.figures import bar_chart
+from graftlens.viz.quantities import Quantity, measured, of_summary
 from graftlens.viz.render import render
 from graftlens.viz.spelling import spanned
 
@@ -78,9 +79,9 @@ def write_report(
     path = at_home(path)
     if max_prompts < 0:
         raise ValueError(f"max_prompts={max_prompts} is negative; give 0 to list no prompts")
-    text.measure(summary, metric)
+    of_summary(summary, metric)
     if charts is None:
-        names = dict.fromkeys((metric, *(m for m in text.metrics(summary) if m == "recovery")))
+        names = dict.fromkeys((metric, *(m for m in measured(summary) if m == "recovery")))
         charts = [bar_chart(summary, name) for name in names]
     if lead is None:
         lead = text.headline(summary, metric=metric)
@@ -104,7 +105,7 @@ def write_report(
 
 def _numbers(summary: pd.DataFrame, table: pd.DataFrame) -> dict[str, object]:
     """The tables of numbers, a group each, and the notes below them."""
-    facts = [text.measure(summary, name) for name in text.metrics(summary)]
+    facts = [of_summary(summary, name) for name in measured(summary)]
     first = summary.iloc[0]
     groups = []
     for name, part in text.groups(summary).items():
@@ -127,7 +128,7 @@ def _numbers(summary: pd.DataFrame, table: pd.DataFrame) -> dict[str, object]:
         "A prompt is used only if it ran under every graft; the others are counted as left out.",
     ]
     if "recovery_of" in summary:
-        notes.append(f"Recovery: {text.measure(summary, 'recovery').title}.")
+        notes.append(f"Recovery: {of_summary(summary, 'recovery').title}.")
     notes += [f"{where}: {why}." for where, why in text.recovery_notes(summary)]
     failed = table.loc[table["reason"].notna(), ["graft", "reason"]]
     for (graft, reason), rows_left in failed.groupby(
@@ -138,7 +139,7 @@ def _numbers(summary: pd.DataFrame, table: pd.DataFrame) -> dict[str, object]:
     return {"head": head, "groups": groups, "notes": notes}
 
 
-def _cell(fact: text.Measure, row: "pd.Series[object]") -> dict[str, str]:
+def _cell(fact: Quantity, row: "pd.Series[object]") -> dict[str, str]:
     number, _, interval = text.written(fact, row).partition(" ")
     value, low, high = (repr(float(row[f"{fact.name}{end}"])) for end in ("", "_low", "_high"))
     written = {"number": number, "interval": interval}

@@ -1,4 +1,4 @@
-"""Plots of sweeps over windows and groups of layers: a summary in, a figure out."""
+"""Plots of sweeps over layers and strengths: a summary in, a figure out."""
 
 import re
 from dataclasses import replace
@@ -10,14 +10,14 @@ import plotly.graph_objects as go
 from graftlens.components import layer_group
 from graftlens.graft import parse_layers
 from graftlens.references import are_references
-from graftlens.viz import text, theme
+from graftlens.viz import grid, text, theme
+from graftlens.viz.bars import add_baselines
 from graftlens.viz.heatmaps import heatmap
-from graftlens.viz.spelling import escaped
+from graftlens.viz.linecharts import add_line
+from graftlens.viz.quantities import of_summary
+from graftlens.viz.spelling import escaped, shortened
 
 _WINDOW = re.compile(r"(\d+)(?:-(\d+))?")
-
-#: Metrics of which less is better.
-_FALLING = ("rank",)
 
 
 def window_triangle(
@@ -37,7 +37,7 @@ def window_triangle(
     Raises:
         ValueError: an unknown metric or column, no window, or two grafts for one cell.
     """
-    text.measure(summary, metric)
+    of_summary(summary, metric)
     for column in ("layer", *([panel] if panel is not None else [])):
         _check_column(summary, column)
     ends = [_WINDOW.fullmatch(str(layer)) for layer in summary["layer"]]
@@ -91,7 +91,7 @@ def size_curve(
         ValueError: an unknown metric, size or column, groups without `n_layers`, layers that the
             model lacks, several groups of prompts, or no graft to show.
     """
-    facts = text.measure(summary, metric)
+    facts = of_summary(summary, metric)
     for column in ("layer", *([series] if series is not None else [])):
         _check_column(summary, column)
     if size not in ("layers", "share"):
@@ -117,7 +117,7 @@ def size_curve(
     rows = rows.assign(**{_SIZE: [counts[str(layer)] / over for layer in rows["layer"]]})
     figure = go.Figure()
     names = [None] if series is None else list(dict.fromkeys(rows[series]))
-    extreme = "lowest" if metric in _FALLING else "highest"
+    extreme = "lowest" if facts.lower_is_better else "highest"
     drawn = [
         (name, _line(series, name, index), rows if name is None else rows[rows[series].eq(name)])
         for index, name in enumerate(names)
@@ -142,7 +142,7 @@ def size_curve(
     for name, line, part in drawn:
         label = _label(name)
         groups = part.groupby(_SIZE, sort=True)[metric]
-        chosen = part.loc[groups.idxmin() if metric in _FALLING else groups.idxmax()]
+        chosen = part.loc[groups.idxmin() if facts.lower_is_better else groups.idxmax()]
         values = text.written_all(facts, chosen)
         best = [
             f"{extreme} of {n}: {escaped(graft)}<br>{value}"
@@ -156,12 +156,12 @@ def size_curve(
             (extreme, chosen[metric], "solid", best),
             ("mean", groups.mean(), "dash", mean),
         ):
-            figure.add_scatter(
-                x=[float(at) for at in groups.mean().index],
-                y=heights.tolist(),
-                mode="lines+markers",
-                line={"color": line.color, "dash": dash, "width": 2},
-                marker={"symbol": line.marker + ("-open" if dash == "dash" else ""), "size": 8},
+            marker = line.marker + ("-open" if dash == "dash" else "")
+            add_line(
+                figure,
+                [float(at) for at in groups.mean().index],
+                heights.tolist(),
+                replace(line, dash=dash, marker=marker),
                 name=f"{label}{what}",
                 legendgroup=label,
                 customdata=hover,
@@ -178,7 +178,7 @@ def size_curve(
     )
     title = "layers in the graft" if size == "layers" else "share of the model's layers (%)"
     figure.update_xaxes(title_text=f"{title}; faint points: each graft", zeroline=False)
-    figure.update_yaxes(title_text=escaped(facts.axis))
+    figure.update_yaxes(title_text=escaped(facts.axis), **facts.ticks())
     if size == "share":
         figure.update_xaxes(range=[0, 1.03], tickformat=".0%")
     else:
@@ -186,12 +186,88 @@ def size_curve(
         figure.update_xaxes(
             range=[0, 1.04 * most], tickformat=",d", dtick=1 if most <= 16 else None
         )
-    if facts.share:
-        figure.update_yaxes(range=[-0.02, 1.02], tickformat=".0%")
     return figure
 
 
 _SIZE = "__size"
+
+#: The strength that a rule's text begins with, as in `0.5*sft @ last`.
+_FACTOR = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\*")
+
+
+def dose_response(
+    summary: pd.DataFrame,
+    metric: str = "recovery",
+    *,
+    series: str | None = None,
+    look: theme.Theme = theme.LIGHT,
+) -> go.Figure:
+    """`metric` of each graft against its strength, with intervals: how much of it is needed?
+
+    A strength of 0 changes nothing, 1 takes the source's weights, and what lies beyond amplifies
+    the difference. Dotted lines are at the two runs between which recovery is measured. Grafts
+    without a value in `strength` are left out.
+
+    Args:
+        summary: of one group of prompts.
+        series: a column (`span`, `component`, `layer`, …) each of whose values gets a line; left
+            out, each graft does, whatever its strength.
+
+    Raises:
+        ValueError: an unknown metric or column, several rows for one strength of a line, or no
+            graft to show.
+    """
+    facts = of_summary(summary, metric)
+    for column in ("strength", *([series] if series is not None else [])):
+        _check_column(summary, column)
+    ends = summary["graft"].eq(summary["base_run"]) | summary["graft"].eq(summary["full_run"])
+    kept = summary[~ends & summary["strength"].notna() & summary[metric].notna()]
+    if series is not None:
+        kept = kept[kept[series].notna()]
+    if kept.empty:
+        raise ValueError(f"no graft has a value of {metric!r} and a value in 'strength'")
+    what = kept["graft"].astype(str) if series is None else kept[series].astype(str)
+    at = kept["strength"].astype(float)
+    kept = kept.assign(**{_LINE: [_FACTOR.sub("", name, 1) for name in what], _DOSE: at})
+    for (name, dose), count in kept.value_counts([_LINE, _DOSE], sort=False).items():
+        if count > 1:
+            raise ValueError(
+                f"{count} rows for strength {dose:g} of {name!r}: pass the rows of one group of "
+                "prompts, and give as series a column that tells its grafts apart"
+            )
+    names = list(dict.fromkeys(kept[_LINE]))
+    entries = shortened(names)
+    figure = go.Figure()
+    for index, name in enumerate(names):
+        part = kept[kept[_LINE] == name].sort_values(_DOSE)
+        line = _line(series, name, index)
+        value, low, high = (part[f"{metric}{end}"].to_numpy(float) for end in ("", "_low", "_high"))
+        said = zip(part[_DOSE], text.written_all(facts, part), strict=True)
+        add_line(
+            figure,
+            part[_DOSE].tolist(),
+            value.tolist(),
+            line,
+            name=escaped(entries[name]),
+            error_y=theme.whiskers(value, low, high, color=line.color),
+            customdata=[
+                f"{grid.wrapped(name, 70)}<br>strength {dose:g}<br>{number}"
+                for dose, number in said
+            ],
+            hovertemplate="%{customdata}<extra></extra>",
+        )
+    figure.update_layout(**theme.layout(look), **grid.legend_above(names, 430))
+    figure.update_xaxes(
+        title_text=f"strength (1: the source's weights; {text.whiskers(kept, facts)})",
+        zeroline=False,
+    )
+    figure.update_yaxes(title_text=escaped(facts.axis), **facts.ticks())
+    known = summary[ends].drop_duplicates("graft")
+    add_baselines(figure, facts, kept, dict(zip(known["graft"], known[metric], strict=True)))
+    return figure
+
+
+_LINE, _DOSE = "__line", "__dose"
 
 
 def _line(series: str | None, name: object, index: int) -> theme.Line:

@@ -18,6 +18,7 @@ import pandas as pd
 from graftlens.folder import at_home, read_text, write_whole
 from graftlens.stats import GRAFT_COLUMNS
 from graftlens.viz import text
+from graftlens.viz.quantities import Quantity, measured, of_summary
 
 #: Texts that spreadsheets read as formulas, also behind white space; with apostrophes before them,
 #: so that each that is put before is the one that is taken off.
@@ -55,7 +56,7 @@ def write_table(
     if measured := _measured(frame, columns):
         about = f"[low, high]: {text.level(frame)} intervals over {text.resampled(frame)}."
         if "recovery" in measured:
-            about += f" Recovery: {text.measure(frame, 'recovery').title}."
+            about += f" Recovery: {of_summary(frame, 'recovery').title}."
         lines += ["", _markdown(about)]
     return {
         "csv": write_whole(_with(stem, "csv"), _csv(_inert(frame))),
@@ -143,8 +144,8 @@ def written_columns(
     found: dict[str, list[str]] = {}
     for name in _chosen(frame, columns):
         if name in measured:
-            facts = text.measure(frame, name)
-            found[text.measure_label(name)] = text.written_all(facts, frame)
+            facts = of_summary(frame, name)
+            found[Quantity.of(name).short] = text.written_all(facts, frame)
         else:
             found[name.replace("_", " ")] = [_plain(value) for value in frame[name].tolist()]
     return found
@@ -162,14 +163,14 @@ def _chosen(frame: pd.DataFrame, columns: Sequence[str] | None) -> list[str]:
     if not _is_summary(frame):
         return have
     lead = [name for name in have[: have.index("graft") + 1] if name not in GRAFT_COLUMNS]
-    return [*lead, "n", *text.metrics(frame)]
+    return [*lead, "n", *measured(frame)]
 
 
 def _measured(frame: pd.DataFrame, columns: Sequence[str] | None) -> tuple[str, ...]:
     """The columns that are metrics with an interval."""
     if not _is_summary(frame):
         return ()
-    return tuple(m for m in text.metrics(frame) if columns is None or m in columns)
+    return tuple(m for m in measured(frame) if columns is None or m in columns)
 
 
 def _is_summary(frame: pd.DataFrame) -> bool:

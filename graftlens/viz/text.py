@@ -7,37 +7,10 @@ from typing import Literal
 
 import pandas as pd
 
-from graftlens.references import are_references, named_in
+from graftlens.references import are_references
+from graftlens.viz.quantities import Quantity, measured, of_summary
 
 Outcome = Literal["reproduced", "not reproduced", "untestable", "not checked"]
-
-_LABELS = {
-    "rank": ("rank of the answer's first token", "1 = most likely"),
-    "prob": ("probability of the answer's first token", "%"),
-    "logprob": ("log-probability of the answer's first token", "nats"),
-    "answer_logprob": ("log-probability of the whole answer", "nats"),
-    "logit_diff": ("logit difference to the best distractor", "logits"),
-}
-
-
-@dataclass(frozen=True)
-class Measure:
-    """How a metric is named and written. `share`: lies in [0, 1] and is written in percent."""
-
-    name: str
-    label: str
-    unit: str
-    share: bool
-
-    @property
-    def title(self) -> str:
-        return f"{self.label} ({self.unit})"
-
-    @property
-    def axis(self) -> str:
-        """A title short enough for the side of a chart."""
-        short = "recovery" if self.name == "recovery" else measure_label(self.name)
-        return f"{short} ({self.unit})"
 
 
 @dataclass(frozen=True)
@@ -49,38 +22,6 @@ class Verdict:
     sentence: str
 
 
-def measure(summary: pd.DataFrame, name: str) -> Measure:
-    """The facts of one metric of this summary; an error if the summary does not have it."""
-    have = metrics(summary)
-    if name not in have:
-        raise ValueError(
-            f"the summary has no metric {name!r}; it has {', '.join(map(repr, have))}. "
-            "Ask summarise() for it"
-        )
-    if name.startswith("top"):
-        return Measure(name, f"top-{name[3:]} accuracy", "% of prompts", True)
-    if name == "recovery":
-        first = summary.iloc[0]
-        what = f"recovery of {measure_label(str(first['recovery_of']))}"
-        base, full = named_in(summary.head(1))
-        return Measure(name, what, f"0 = {base}, 1 = {full or 'no run'}", False)
-    label, unit = _LABELS.get(name, (name.replace("_", " "), "mean"))
-    return Measure(name, label, unit, name == "prob")
-
-
-def measure_label(name: str) -> str:
-    """A short name for running text: top5 → top-5 accuracy, logprob → log-probability."""
-    if name.startswith("top"):
-        return f"top-{name[3:]} accuracy"
-    short = {"logprob": "log-probability", "answer_logprob": "the answer's log-probability"}
-    return short.get(name, name.replace("_", " "))
-
-
-def metrics(summary: pd.DataFrame) -> tuple[str, ...]:
-    """The metrics that have an interval in this summary, in its order."""
-    return tuple(name[:-4] for name in summary.columns if name.endswith("_low"))
-
-
 def groups(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """The summary's rows by group (the columns before `graft`), in order, named for a reader."""
     by = list(summary.columns[: summary.columns.get_loc("graft")])
@@ -90,14 +31,14 @@ def groups(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
     return {_joined(key): part for key, part in parts}
 
 
-def written(facts: Measure, row: "pd.Series[object]", *, interval: bool = True) -> str:
+def written(facts: Quantity, row: "pd.Series[object]", *, interval: bool = True) -> str:
     """A value with its interval, as in `92.5% [80.0, 97.5]` or `-1.20 [-1.41, -0.98]`."""
     ends = (facts.name, f"{facts.name}_low", f"{facts.name}_high")
     value, low, high = (float(row[name]) for name in ends)
     return _written(facts, value, low, high, interval)
 
 
-def written_all(facts: Measure, rows: pd.DataFrame, *, interval: bool = True) -> list[str]:
+def written_all(facts: Quantity, rows: pd.DataFrame, *, interval: bool = True) -> list[str]:
     """`written` for every row, fast for thousands of them."""
     ends = (facts.name, f"{facts.name}_low", f"{facts.name}_high")
     columns = (rows[name].to_numpy(dtype=float).tolist() for name in ends)
@@ -107,20 +48,20 @@ def written_all(facts: Measure, rows: pd.DataFrame, *, interval: bool = True) ->
     ]
 
 
-def _written(facts: Measure, value: float, low: float, high: float, interval: bool) -> str:
+def _written(facts: Quantity, value: float, low: float, high: float, interval: bool) -> str:
     if math.isnan(value):
         return "n/a"
-    text = f"{_number(facts, value)}{'%' if facts.share else ''}"
+    text = f"{facts.number(value)}{'%' if facts.share else ''}"
     if not interval:
         return text
     if math.isnan(low):
         return f"{text} [n/a]"
-    return f"{text} [{_number(facts, low)}, {_number(facts, high)}]"
+    return f"{text} [{facts.number(low)}, {facts.number(high)}]"
 
 
 def text_table(summary: pd.DataFrame, *, show: Sequence[str] | None = None) -> str:
     """An aligned plain-text table for a terminal; `show` chooses metrics (default: all)."""
-    facts = [measure(summary, name) for name in (metrics(summary) if show is None else show)]
+    facts = [of_summary(summary, name) for name in (measured(summary) if show is None else show)]
     lines = []
     for name, part in groups(summary).items():
         first = part.iloc[0]
@@ -138,7 +79,7 @@ def text_table(summary: pd.DataFrame, *, show: Sequence[str] | None = None) -> s
         lines.append("")
     lines.append(f"[low, high]: {level(summary)} intervals over {resampled(summary)}.")
     if "recovery" in [fact.name for fact in facts]:
-        lines.append(f"recovery: {measure(summary, 'recovery').title}.")
+        lines.append(f"recovery: {of_summary(summary, 'recovery').title}.")
     notes = recovery_notes(summary)
     return "\n".join([*lines, *(f"{where}: {note}." for where, note in notes)]) + "\n"
 
@@ -148,7 +89,7 @@ def level(summary: pd.DataFrame) -> str:
     return f"{100 * float(summary['level'].iloc[0]):g}%"
 
 
-def has_intervals(summary: pd.DataFrame, facts: Measure) -> bool:
+def has_intervals(summary: pd.DataFrame, facts: Quantity) -> bool:
     """Whether any graft has one, but for the ends of recovery, which are 0 and 1 by definition."""
     low = summary[f"{facts.name}_low"]
     if facts.name == "recovery":
@@ -156,7 +97,7 @@ def has_intervals(summary: pd.DataFrame, facts: Measure) -> bool:
     return bool(low.notna().any())
 
 
-def whiskers(summary: pd.DataFrame, facts: Measure) -> str:
+def whiskers(summary: pd.DataFrame, facts: Quantity) -> str:
     """What an axis says of the intervals: their level, or that there are none."""
     if has_intervals(summary, facts):
         return f"whiskers: {level(summary)} interval"
@@ -199,7 +140,7 @@ def verdicts(
     intervals do not overlap. All else is *not reproduced*. Where one of the four grafts is not in
     the summary, nothing is claimed (*not checked*). For metrics where more is better.
     """
-    facts = measure(summary, metric)
+    facts = of_summary(summary, metric)
     found = []
     for name, part in groups(summary).items():
         rows = {str(row["graft"]): row for _, row in part.iterrows()}
@@ -227,7 +168,7 @@ def headline(
     full: str = "SFT",
 ) -> str:
     """What the summary shows in a sentence or two, also where the finding did not reproduce."""
-    facts = measure(summary, metric)
+    facts = of_summary(summary, metric)
     found = verdicts(
         summary,
         metric=metric,
@@ -275,7 +216,7 @@ def headline(
 
 
 def _judge(
-    facts: Measure,
+    facts: Quantity,
     base: "pd.Series[object]",
     full: "pd.Series[object]",
     sufficient: "pd.Series[object]",
@@ -303,14 +244,14 @@ def _judge(
     return "not reproduced", f"Not reproduced: {numbers}"
 
 
-def _range(facts: Measure, summary: pd.DataFrame, about: Sequence[str], graft: str) -> str:
+def _range(facts: Quantity, summary: pd.DataFrame, about: Sequence[str], graft: str) -> str:
     """The least and the greatest value of one graft over the groups that a sentence is about."""
     parts = [part for name, part in groups(summary).items() if name in about]
     rows = pd.concat(parts)
     values = rows.loc[rows["graft"] == graft, facts.name].dropna()
     if len(values) == 0:
         return "n/a"
-    ends = [_number(facts, float(end)) for end in (values.min(), values.max())]
+    ends = [facts.number(float(end)) for end in (values.min(), values.max())]
     return " to ".join(dict.fromkeys(ends)) + ("%" if facts.share else "")
 
 
@@ -318,11 +259,6 @@ def _out_of(named: Sequence[str], count: int, every: str = "all") -> str:
     if len(named) == count:
         return f"{every} {count} groups of prompts"
     return f"{len(named)} of {count} groups of prompts ({', '.join(named)})"
-
-
-def _number(facts: Measure, value: float) -> str:
-    text = f"{100 * value:.1f}" if facts.share else f"{value:.2f}"
-    return text.removeprefix("-") if float(text) == 0 else text
 
 
 def _joined(key: Hashable) -> str:

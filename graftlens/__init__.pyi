@@ -1,0 +1,34 @@
+from . import data as data
+from . import lens as lens
+from . import stats as stats
+from . import viz as viz
+from .components import COMPONENTS as COMPONENTS
+from .components import Component as Component
+from .configfile import ConfigError as ConfigError
+from .dashboards import dashboard as dashboard
+from .evaluation import evaluate as evaluate
+from .evaluation import position_grafts as position_grafts
+from .experiment.run import run_experiment as run_experiment
+from .finetune import FinetuneRun as FinetuneRun
+from .finetune import finetune_run as finetune_run
+from .graft import At as At
+from .graft import Graft as Graft
+from .graft import Rule as Rule
+from .metrics import METRICS as METRICS
+from .metrics import Measure as Measure
+from .model.grafted import GraftedTransformer as GraftedTransformer
+from .model.mask import GraftMask as GraftMask
+from .model.smollm2 import smollm2 as smollm2
+from .prompts import Prompt as Prompt
+from .prompts import PromptError as PromptError
+from .stats import compare as compare
+from .stats import compare_all as compare_all
+from .stats import stability as stability
+from .stats import summarise as summarise
+from .sweep.config import SweepConfig as SweepConfig
+from .sweep.config import describe_sweep as describe_sweep
+from .sweep.results import read_results as read_results
+from .sweep.runner import run_sweep as run_sweep
+from .sweep.scoring import Scorer as Scorer
+
+__version__: str

@@ -1,0 +1,9 @@
+from .activations import activation_difference as activation_difference
+from .activations import pattern_difference as pattern_difference
+from .attribution import direct_logit_attribution as direct_logit_attribution
+from .logit import emergence as emergence
+from .logit import kl_divergence as kl_divergence
+from .logit import logit_lens as logit_lens
+from .patching import patched as patched
+from .patching import patching as patching
+from .weights import weight_difference as weight_difference

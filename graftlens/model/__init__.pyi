@@ -1,0 +1,12 @@
+from .arch import Architecture as Architecture
+from .arch import ConfigValueError as ConfigValueError
+from .arch import PairError as PairError
+from .arch import UnsupportedArchitectureError as UnsupportedArchitectureError
+from .arch import architecture as architecture
+from .arch import supported as supported
+from .cache import GraftedCache as GraftedCache
+from .grafted import GraftedConfig as GraftedConfig
+from .grafted import GraftedTransformer as GraftedTransformer
+from .inputs import Batch as Batch
+from .mask import GraftMask as GraftMask
+from .smollm2 import SmolLM2UnavailableError as SmolLM2UnavailableError

@@ -1,0 +1,9 @@
+from .comparisons import Comparison as Comparison
+from .comparisons import compare as compare
+from .comparisons import compare_all as compare_all
+from .intervals import wilson as wilson
+from .levels import stability as stability
+from .permutation import holm as holm
+from .resampling import bootstrap_means as bootstrap_means
+from .summaries import summarise as summarise
+from .table import GRAFT_COLUMNS as GRAFT_COLUMNS

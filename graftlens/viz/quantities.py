@@ -1,0 +1,207 @@
+"""Quantities that are drawn: how a column is named, written and coloured.
+
+Measures of a distribution have all of it from their rows in `graftlens.metrics.METRICS`; what lens
+tables have besides (distances, norms, ranks of matrices) is written down where it is drawn.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import pandas as pd
+
+from graftlens import metrics
+from graftlens.viz import theme
+from graftlens.viz.lenstables import listed
+from graftlens.viz.spelling import escaped
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """How one column is named, written and coloured.
+
+    Colours follow from `bounds`: from 0 to 1 is a share, written in percent; up to 0 a
+    log-probability; from 1 a rank, darkest at 1, on a log scale; from -1 to 1 a cosine, darkest
+    where it is least; all else starts at 0.
+    """
+
+    name: str
+    label: str
+    unit: str
+    short: str = ""
+    """For axes and running text; left out, the label."""
+    bounds: tuple[float | None, float | None] = (0.0, None)
+    lower_is_better: bool = False
+    signed: bool = False
+    """Zero means something, so that signs are told apart by hue."""
+    of_answer: bool = False
+
+    @classmethod
+    def of(cls, name: str) -> "Quantity":
+        """A measure's, from its row in `METRICS`; a bare one of a name that has no row."""
+        row = metrics.measure(name)
+        return cls(
+            name=name,
+            label=row.label,
+            unit=row.unit,
+            short=row.short,
+            bounds=row.bounds,
+            lower_is_better=row.better == "lower",
+            signed=row.signed,
+            of_answer=bool({"answer", "standing"} & {*row.needs}),
+        )
+
+    @property
+    def title(self) -> str:
+        return f"{self.label} ({self.unit})"
+
+    @property
+    def axis(self) -> str:
+        """A title short enough for the side of a chart."""
+        return f"{self.short or self.label} ({self.unit})"
+
+    @property
+    def share(self) -> bool:
+        return self.bounds == (0, 1)
+
+    @property
+    def is_rank(self) -> bool:
+        return self.bounds == (1, None)
+
+    @property
+    def is_logprob(self) -> bool:
+        return self.bounds[0] is None and self.bounds[1] == 0
+
+    @property
+    def is_cosine(self) -> bool:
+        return self.bounds == (-1, 1)
+
+    def coloured(self, value: float) -> float:
+        """Where a value is on the scale of its colours."""
+        return math.log10(value) if self.is_rank else value
+
+    def written(self, value: float) -> str:
+        """A value by itself, to three digits."""
+        if math.isnan(value):
+            return "no value"
+        if self.share:
+            return f"{100 * value:.3g}%"
+        if self.is_rank:
+            return f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+        return f"{value:.3g}" if abs(value) < 0.1 else f"{value:.2f}"
+
+    def number(self, value: float) -> str:
+        """A value among others of a column, with as many decimals as they; a share's in percent."""
+        text = f"{100 * value:.1f}" if self.share else f"{value:.2f}"
+        return text.removeprefix("-") if float(text) == 0 else text
+
+    def ticks(self) -> dict[str, object]:
+        """Settings of a plotly axis of it: of a share all of it, and markers at its ends whole."""
+        return {"range": [-0.02, 1.02], "tickformat": ".0%"} if self.share else {}
+
+
+def known(quantities: Mapping[str, Quantity], name: str) -> Quantity:
+    """What is known of the column `name`; an error lists the columns that could be shown."""
+    if name not in quantities:
+        raise ValueError(f"unknown value {name!r}; choose from {listed(quantities)}")
+    return quantities[name]
+
+
+def measured(summary: pd.DataFrame) -> tuple[str, ...]:
+    """The measures that have an interval in this summary, in its order."""
+    return tuple(name[:-4] for name in summary.columns if name.endswith("_low"))
+
+
+def of_summary(summary: pd.DataFrame, name: str) -> Quantity:
+    """A measure of this summary; an error if the summary does not have it."""
+    have = measured(summary)
+    if name not in have:
+        raise ValueError(
+            f"the summary has no metric {name!r}; it has {', '.join(map(repr, have))}. "
+            "Ask summarise() for it"
+        )
+    found = Quantity.of(name)
+    if name != "recovery":
+        return found
+    first = summary.iloc[0]
+    return replace(
+        found,
+        label=f"recovery of {Quantity.of(str(first['recovery_of'])).short}",
+        unit=f"0 = {first['base_run']}, 1 = {first['full_run']}",
+    )
+
+
+@dataclass(frozen=True)
+class Scale:
+    """Colours from `low` to `high`; `ticks` are settings of plotly's colour bar."""
+
+    low: float
+    high: float
+    colors: tuple[str, ...]
+    title: str
+    ticks: Mapping[str, object] = field(default_factory=dict)
+
+    def bar(self, room: int) -> dict[str, object]:
+        """Plotly's colour bar, `room` pixels high."""
+        title = escaped(self.title)
+        if 8 * len(title) > room:
+            title = title.replace(" (", "<br>(")
+        return {
+            "title": {"text": title, "side": "right", "font": {"size": 12}},
+            "thickness": 14,
+            "outlinewidth": 0,
+            **self.ticks,
+        }
+
+
+def scale(
+    quantity: Quantity,
+    values: Sequence[float],
+    *,
+    signed: bool = False,
+    whole: bool = True,
+    anchored: bool = True,
+) -> Scale:
+    """The colours for all values that share a scale, as `Quantity.coloured` gives them.
+
+    Args:
+        quantity: what is coloured.
+        values: all of them; those that are not finite are left out.
+        signed: symmetric around 0, as differences are.
+        whole: a share's scale goes from 0 to 1, whatever the data.
+        anchored: what is not a share begins (or ends) at its bound, and not where the data do.
+    """
+    held = [value for value in values if math.isfinite(value)]
+    low, high = min(held, default=0.0), max(held, default=0.0)
+    ticks: dict[str, object] = {}
+    if quantity.share:
+        coarse = whole or max(abs(low), abs(high)) > 0.05
+        ticks["tickformat"] = ".0%" if coarse else ".1%"
+    if signed:
+        return _symmetric(quantity, max(abs(low), abs(high)) or 1.0, ticks)
+    colors: tuple[str, ...] = theme.SEQUENTIAL
+    if quantity.share:
+        return Scale(0.0, 1.0 if whole else high or 1.0, colors, quantity.axis, ticks)
+    if not anchored:
+        room = 0.5 if low == high else 0.0
+        return Scale(low - room, high + room, colors, quantity.axis)
+    if quantity.is_rank:
+        high = high or 1.0
+        powers = range(math.floor(high) + 1)
+        ticks = {"tickvals": list(powers), "ticktext": [f"{10**p:,}" for p in powers]}
+        return Scale(0.0, high, colors[::-1], quantity.axis, ticks)
+    if quantity.is_logprob:
+        return Scale(low or -1.0, 0.0, colors, quantity.axis)
+    if quantity.is_cosine:
+        return Scale(low if low < 1 else 0.0, 1.0, colors[::-1], quantity.axis)
+    return Scale(min(low, 0.0), high or 1.0, colors, quantity.axis)
+
+
+def _symmetric(quantity: Quantity, end: float, ticks: dict[str, object]) -> Scale:
+    if not quantity.is_rank:
+        return Scale(-end, end, theme.DIVERGING, quantity.axis, ticks)
+    # A lower rank is better, and what is better is red for every value.
+    powers = range(-math.floor(end), math.floor(end) + 1)
+    said = [f"1/{10**-p:,}" if p < 0 else f"{10**p:,}" for p in powers]
+    ticks = {"tickvals": list(powers), "ticktext": said}
+    return Scale(-end, end, theme.DIVERGING[::-1], "ratio of the ranks (1 = equal)", ticks)
