@@ -5,6 +5,7 @@ against the templates written a second time, in Python.
 """
 
 import copy
+import json
 import random
 from collections import Counter
 from itertools import pairwise
@@ -12,11 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from chattemplates import PROMPT, TEMPLATES, WRITERS, tokenizer_of
 from conftest import MakeTiny, Tiny
+from datasets import Dataset, DatasetDict
 from reference import sequential_graft
+from sweeps import checkpoints
 from toytokenizers import TOKENIZERS
 
 from graftlens.chat import RESERVED, ROLES, render
@@ -28,7 +32,10 @@ from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.identity import tokenizer_digest
 from graftlens.model.tokenizers import with_chat_template
 from graftlens.prompts import Prompt, PromptError, Tokenized, tokenize
-from graftlens.sweep.results import as_given, revived
+from graftlens.sweep.config import SweepConfig, check, load_config
+from graftlens.sweep.promptsets import PromptColumn, PromptSection
+from graftlens.sweep.results import as_given, read_results, revived
+from graftlens.sweep.runner import run_sweep
 
 NAMES = sorted(TEMPLATES)
 TRIMS_OFFSETS = {"llama3", "deepseek"}  # their tokenizers leave spaces out of tokens' offsets
@@ -558,3 +565,163 @@ def test_loading_tells_whose_template_it_is(
     )
     assert capsys.readouterr().out.strip().endswith("; chat template as given")
     assert model.tokenizer.chat_template == template
+
+
+# -- sweeps over conversations ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two tiny checkpoints, of which only the second has a chat template."""
+    folder = tmp_path_factory.mktemp("chat")
+    found = checkpoints(folder)
+    tokenizer = TOKENIZERS["llama3"]()
+    tokenizer.chat_template = SHORT
+    tokenizer.save_pretrained(found["sft"])
+    return found
+
+
+def _rows(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Who is {i}{{?"},
+                {"role": "assistant", "content": f" Ann{'e' * i}"},
+            ],
+            "said": f" Bo{i}",
+        }
+        for i in range(count)
+    ]
+
+
+def test_a_sweep_of_conversations_equals_them_one_by_one(
+    places: dict[str, str], tmp_path: Path
+) -> None:
+    """From the config, a file and a dataset's column, read again by a worker of its own."""
+    file = tmp_path / "talks.jsonl"
+    lines = [
+        {"messages": ASKED, "fields": {"first_entity": name}, "answer": " Mara", "name": "talk"}
+        for name in ("Ann", "Siobhán")
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    Dataset.from_list(_rows(5)).save_to_disk(tmp_path / "rows")
+    config = SweepConfig.model_validate(
+        {
+            "sources": places,
+            "prompts": [
+                {
+                    "messages": [USER],
+                    "prefill": "It is {x",
+                    "answer": " Mara",
+                    "distractors": ["!"],
+                },
+                {"file": str(file)},
+                {"dataset": str(tmp_path / "rows"), "limit": 2},
+            ],
+            "grafts": {str(name): graft for name, graft in position_grafts(kind="chat").items()},
+            "metrics": {"top_k": 3},
+        }
+    )
+    run_sweep(config, tmp_path / "out", progress=False, say=lambda line: None)
+    table = read_results(tmp_path / "out")
+    refused = table[table["reason"].notna()]
+    assert {*refused["graft"]} == {"system", "not-system"}
+    assert refused["reason"].str.contains("no span 'system' here. Spans of this prompt: user").all()
+    model = GraftedTransformer.from_pretrained(places, check=False, verbose=False)
+    prompts = [
+        Prompt.chat([USER], prefill="It is {x", answer=" Mara", distractors=["!"]),
+        *(Prompt.chat(ASKED, fields=line["fields"], answer=" Mara", name="talk") for line in lines),
+    ]
+    drawn = [p for p in table["prompt"].unique() if p > 2]
+    assert len(drawn) == 2
+    for number, prompt in enumerate(prompts):
+        for name, graft in position_grafts(kind="chat").items():
+            row = table[(table["prompt"] == number) & (table["graft"] == name)].iloc[0]
+            if row["reason"] is None:
+                alone = evaluate(model, prompt, {name: graft}, progress=False).query(
+                    "graft == @name"
+                )
+                assert row["answer_logprob"] == pytest.approx(
+                    alone["answer_logprob"].iloc[0], abs=1e-5
+                )
+                assert (row["text"], row["rank"]) == (prompt.text, alone["rank"].iloc[0])
+    assert [*table["template"].unique()] == ["chat", "talk", "rows"]
+    # The same command again: nothing is left to run, and nothing is another sweep.
+    run_sweep(config, tmp_path / "out", progress=False, say=lambda line: None)
+    pd.testing.assert_frame_equal(read_results(tmp_path / "out"), table)
+
+
+def test_a_dataset_s_column_is_drawn_by_the_seed(tmp_path: Path) -> None:
+    rows = _rows(8)
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for name in ("rows", "rows.jsonl"):
+        section = PromptColumn(dataset=str(tmp_path / name), limit=3, name="talks")
+        drawn = {seed: section.prompts(seed) for seed in (0, 0, 1)}
+        every = PromptColumn(dataset=str(tmp_path / name), name="talks").prompts(0)
+        assert every == [
+            Prompt.chat(row["messages"][:1], answer=row["messages"][1]["content"], name="talks")
+            for row in rows
+        ]
+        assert len(drawn[0]) == 3
+        assert drawn[0] != drawn[1]
+        assert drawn[0] == [p for p in every if p in drawn[0]]
+    said = PromptColumn(dataset=str(tmp_path / "rows"), answer="said").prompts(0)
+    assert [p.answer for p in said] == [row["said"] for row in rows]
+    assert said[0].conversation is not None
+    assert len(said[0].conversation.messages) == 2
+    texts = PromptColumn(dataset=str(tmp_path / "rows"), column="said", answer="said").prompts(0)
+    assert texts[0] == Prompt(" Bo0", {}, " Bo0", name="rows")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"column": "message"}, "column='message' is not one of the columns of .*: messages, said"),
+        ({"column": "said"}, "row 0: a text without an answer. Name the column of answers"),
+        ({"dataset": "nowhere.jsonl"}, r"dataset='nowhere\.jsonl', split='train' could not be"),
+        ({"split": "test"}, "split='test' could not be read"),
+    ],
+)
+def test_columns_that_are_no_prompts(tmp_path: Path, changes: dict[str, str], said: str) -> None:
+    DatasetDict({"train": Dataset.from_list(_rows(2))}).save_to_disk(tmp_path / "rows")
+    section = PromptColumn(**({"dataset": str(tmp_path / "rows")} | changes))
+    with pytest.raises((ValueError, OSError), match=said):
+        section.prompts(0)
+
+
+def test_a_row_that_ends_with_a_question_has_no_answer(tmp_path: Path) -> None:
+    Dataset.from_list([{"messages": [USER]}]).save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match="row 0: the last message is not an answer of the assist"):
+        PromptColumn(dataset=str(tmp_path / "rows")).prompts(0)
+
+
+def test_prompts_are_a_template_or_messages() -> None:
+    for given, said in [
+        ({"answer": " a"}, "neither is given. Give one: template or messages"),
+        ({"answer": " a", "template": "x", "messages": [USER]}, "both are given"),
+        ({"answer": " a", "template": "x", "prefill": "y"}, "prefill goes with messages"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            PromptSection.model_validate(given)
+
+
+@pytest.mark.filterwarnings("ignore:.*more than the model's context")
+def test_the_shipped_sweep_of_roles_runs(places: dict[str, str], tmp_path: Path) -> None:
+    path = Path(__file__).parent.parent / "experiments" / "sweeps" / "chat_roles.yaml"
+    config = load_config(
+        path,
+        [*(f"sources.{n}={p}" for n, p in places.items()), "limit=1", "dataset.templates=[qa]"],
+    )
+    run_sweep(config, tmp_path / "out", progress=False, say=lambda line: None)
+    table = read_results(tmp_path / "out")
+    assert table["reason"].isna().all()
+    assert table["text"].iloc[0].startswith("system: Answer with a name.\n\nuser: Question: ")
+    assert table["text"].iloc[0].endswith("\n\nassistant: The name is")
+    # What all but a role says is everything less that role: the two together are the full graft.
+    (prompt, *_) = check(config).prompts
+    tokens = tokenize(prompt, check(config).tokenizer)
+    for role in ("system", "user", "assistant", "template"):
+        both = At.parse(f"{role} + ~{role}").select(tokens.runs, len(tokens))
+        assert both.all()
+        assert At.parse(role).select(tokens.runs, len(tokens)).any()

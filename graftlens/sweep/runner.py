@@ -60,6 +60,7 @@ from graftlens.sweep.results import (
     read_prompts,
     read_results,
     read_shard,
+    revived,
     shard_path,
     to_bytes,
     to_mend,
