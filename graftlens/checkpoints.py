@@ -1,9 +1,9 @@
-"""The folder of a finetuning run: whose it is, and what in it is whole after any kill or fault.
+"""The folder of a finetuning run: who owns it, and what in it is complete after any kill or fault.
 
 The folder is ours because its ``run.json`` says what the run is. A folder in it is ours because of
 a marker inside: `UNFINISHED` while it is written (the Trainer writes its checkpoints in place, file
 by file), and then ``complete.json``, which is written last and has the SHA-256 of every file. What
-has neither is somebody else's: never read, replaced or removed.
+has neither belongs to somebody else: it is never read, replaced or removed.
 """
 
 import contextlib
@@ -33,29 +33,29 @@ from graftlens.folder import (
 MARKER = "complete.json"
 UNFINISHED = ".graftlens-unfinished"
 
-#: Endings of files that a loader could read; one that is added can change what is loaded.
+#: Suffixes of files that a loader could read; an added one can change what is loaded.
 LOADED = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt", ".pt", ".pth", ".py")
 
-#: What to do where a folder holds another run.
-ADVICE = "Choose another output folder, give what is there, or remove the folder."
+#: What to do if a folder holds another run.
+ADVICE = "Choose another output folder, use the settings that are there, or remove the folder."
 
 logger = logging.getLogger(__name__)
 
 
 class DamagedError(ValueError):
-    """A file of ours is not as it was written."""
+    """A file of ours has changed since it was written."""
 
 
 # -- whose the folder is -----------------------------------------------------------------------
 
 
 def recorded(folder: Path) -> Mapping[str, Any] | None:
-    """What the folder's run is, as ``run.json`` says; None where the folder is nobody's.
+    """What the folder's run is, as ``run.json`` says; None if the folder belongs to nobody.
 
-    Where that file is gone or damaged, a result or checkpoint of ours says it.
+    If that file is missing or damaged, a result or checkpoint of ours tells.
 
     Raises:
-        ValueError: a ``run.json`` that is somebody else's, or damaged beyond help.
+        ValueError: a ``run.json`` that belongs to somebody else, or is damaged beyond repair.
     """
     path, problem = folder / "run.json", ""
     if os.path.lexists(path):
@@ -80,13 +80,13 @@ def recorded(folder: Path) -> Mapping[str, Any] | None:
     if problem:
         raise ValueError(
             f"{problem}, and there is no checkpoint that does. Choose another output folder, or "
-            f"remove {path} if the run in this folder is to begin again."
+            f"remove {path} to start the run in this folder again."
         )
     return None
 
 
 def is_earlier(folder: Path) -> bool:
-    """Whether a run's ``run.json`` does not have what the start's config was."""
+    """Whether a run's ``run.json`` lacks the config of the start."""
     run = recorded(folder)
     return run is not None and "settings" not in run["start"]
 
@@ -103,17 +103,17 @@ def is_identity(value: Any) -> bool:
 def refuse_foreign(
     output: Path, files: Iterable[str] = (), folders: Iterable[str] = (), *, claimed: bool = True
 ) -> None:
-    """Check that what a run is going to write takes the place of nothing that is not ours.
+    """Check that what a run will write replaces nothing that is not ours.
 
     Args:
-        output: the run's folder, which need not be there.
+        output: the run's folder, which need not exist.
         files: names of files in it, ours if the folder is.
         folders: ways to folders in it, ours if they have a marker.
-        claimed: whether to ask if the folder is ours; else it is not.
+        claimed: whether to check if the folder is ours; otherwise it is not.
 
     Raises:
         FileExistsError: something is in the way; the message names it.
-        ValueError: a ``run.json`` that is damaged beyond help.
+        ValueError: a ``run.json`` that is damaged beyond repair.
     """
     if os.path.lexists(output) and not output.is_dir():
         raise _in_the_way(output)
@@ -123,7 +123,7 @@ def refuse_foreign(
         if os.path.lexists(path) and not (ours and path.is_file() and not path.is_symlink()):
             raise _in_the_way(path)
     for path in (output / "checkpoints", output / "epochs"):
-        # What a link leads to is somebody else's place.
+        # The target of a link belongs to somebody else.
         if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
             raise _in_the_way(path)
     for name in folders:
@@ -133,11 +133,11 @@ def refuse_foreign(
 
 
 def foreign(path: Path, claimed: bool = True) -> Path | None:
-    """What of a folder is not ours: itself, a file in it, or None (also if it is not there).
+    """What in a folder is not ours: itself, a file in it, or None (also if it does not exist).
 
     Args:
         path: the folder.
-        claimed: whether it lies in a folder of ours; nothing else there is ours.
+        claimed: whether it is in a folder of ours; nothing else there is ours.
     """
     if not os.path.lexists(path):
         return None
@@ -165,13 +165,13 @@ def is_ours(folder: Path) -> bool:
 
 
 class _InTheWayError(FileExistsError):
-    """What is not ours has a name that a run needs."""
+    """Report that something that is not ours has a name that a run needs."""
 
 
 def _in_the_way(path: Path) -> _InTheWayError:
     return _InTheWayError(
-        f"{path} is in the way: graftlens finetune did not write it, and replaces nothing that is "
-        "not its own. Choose another output folder, or move it away."
+        f"{path} is in the way: graftlens finetune did not write it, and replaces only its own "
+        "files. Choose another output folder, or move it away."
     )
 
 
@@ -182,24 +182,24 @@ def check_claim(
     defaults: Mapping[str, Any],
     elsewhere: Collection[str] = (),
 ) -> None:
-    """Check that the folder is nobody's, or this run's.
+    """Check that the folder belongs to nobody, or to this run.
 
     Args:
         folder: the run's folder.
         identity: what determines the result: plain values, in sections.
-        defaults: what holds for a name that ``run.json`` does not have.
+        defaults: values for names that ``run.json`` does not have.
         elsewhere: dotted names that may differ, as they only say where something is.
 
     Raises:
-        ValueError: the folder, or a checkpoint or result in it, is of another run; the message has
-            each difference.
+        ValueError: the folder, or a checkpoint or result in it, belongs to another run; the message
+            has each difference.
     """
     holds: dict[str, Any] = {f"{folder} holds another finetuning run": recorded(folder)}
     for path in numbered(folder / "checkpoints", "checkpoint").values():
         with contextlib.suppress(DamagedError):
             holds[f"{path} is of another finetuning run"] = _marker(path).get("run")
     path = folder / "model" / "finetune.json"
-    # Of one that is damaged it is said elsewhere that it is.
+    # A damaged one is reported elsewhere.
     if is_intact(path) or not (path.parent / MARKER).is_file():
         with contextlib.suppress(OSError, ValueError, TypeError):
             whole = parse_json(read_text(path), path)
@@ -212,7 +212,7 @@ def check_claim(
 
 
 def claim(folder: Path, identity: Mapping[str, Any]) -> None:
-    """Write down in ``run.json`` what this folder's run is, unless it is there (`check_claim`)."""
+    """Record in ``run.json`` what this folder's run is, unless that is done (`check_claim`)."""
     path = folder / "run.json"
     with contextlib.suppress(OSError, ValueError):
         if is_identity(parse_json(read_text(path), path)):
@@ -224,7 +224,7 @@ def claim(folder: Path, identity: Mapping[str, Any]) -> None:
 
 
 def begin(folder: Path) -> None:
-    """Make the folder, and say in it that it is ours and not whole.
+    """Make the folder, and mark it as ours and incomplete.
 
     Raises:
         FileExistsError: there is one that is not ours.
@@ -232,13 +232,13 @@ def begin(folder: Path) -> None:
     if (found := foreign(folder)) is not None:
         raise _in_the_way(found)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / UNFINISHED).touch()  # at once: there is no moment at which the folder is nobody's
+    (folder / UNFINISHED).touch()  # at once: at no moment does the folder belong to nobody
 
 
 def seal(folder: Path, **facts: Any) -> None:
     """Write the marker, with these facts and the SHA-256 of every file.
 
-    From now on the folder is whole, and `verify` finds what is not as it was.
+    From now on the folder is complete, and `verify` finds what has changed.
     """
     flush(folder)
     files = {_name(path, folder): _sha256(path) for path in sorted(_files(folder))}
@@ -252,7 +252,7 @@ def verify(folder: Path) -> Mapping[str, Any]:
     """Check every file of a folder that was sealed; the marker's content.
 
     Raises:
-        DamagedError: a file is missing, not as it was written, or the marker is.
+        DamagedError: a file or the marker is missing or has changed.
         FileExistsError: a file that a loader could read was added.
     """
     if (folder / UNFINISHED).exists() and not (folder / MARKER).exists():
@@ -265,7 +265,8 @@ def verify(folder: Path) -> Mapping[str, Any]:
         size = isinstance(expected, int)
         if (path.stat().st_size if size else _sha256(path)) != expected:
             raise DamagedError(
-                f"{path} is not as it was written: its {'size' if size else 'SHA-256'} differs"
+                f"{path} has changed since it was written: its {'size' if size else 'SHA-256'} "
+                "differs"
             )
     for path in _added(folder):
         if path.suffix.lower() in LOADED:
@@ -277,7 +278,7 @@ def verify(folder: Path) -> Mapping[str, Any]:
 
 
 def is_intact(path: Path) -> bool:
-    """Whether this one file of a sealed folder is as it was written."""
+    """Whether this one file of a sealed folder is unchanged."""
     with contextlib.suppress(OSError, ValueError):
         return bool(_marker(path.parent)["files"].get(path.name) == _sha256(path))
     return False
@@ -287,7 +288,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any], **facts: Any) -> No
     """Replace the folder by what `write` puts into the one that it is given, sealed.
 
     Raises:
-        OSError: it cannot be written (a full disk), or one there is not ours.
+        OSError: it cannot be written (a full disk), or the existing one is not ours.
     """
     work = folder.with_name(f".{folder.name}")
     for path in (work, folder):
@@ -301,7 +302,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any], **facts: Any) -> No
             write(work)
             seal(work, **facts)
         except Exception:
-            discard(work)  # it may be all that the disk is full of
+            discard(work)  # it may be what fills the disk
             raise
         if folder.exists():
             discard(folder)
@@ -322,7 +323,7 @@ def saving(place: Path) -> Iterator[None]:
         raise
     except (OSError, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())
-        # torch.save says nothing of the disk, but where in its own source it noticed.
+        # torch.save does not mention the disk, only where in its own source it noticed.
         full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or bool(
             re.search(r"No space left|quota exceeded|inline_container|PytorchStreamWriter", said)
         )
@@ -336,7 +337,7 @@ def saving(place: Path) -> Iterator[None]:
 
 
 def mark_complete(checkpoint: Path, *, seconds: float, run: Mapping[str, Any]) -> None:
-    """Seal the checkpoint; from now on it is one to resume from.
+    """Seal the checkpoint; from now on it can be resumed from.
 
     Args:
         checkpoint: a folder that the Trainer wrote.
@@ -365,7 +366,7 @@ def newest_complete(folder: Path) -> Path | None:
         except DamagedError as error:
             logger.warning(
                 "%s is incomplete or damaged (%s): removed; the run resumes from the one before "
-                "it, or begins again",
+                "it, or starts again",
                 path,
                 error,
             )
@@ -418,7 +419,8 @@ def discard(folder: Path) -> None:
 
 
 def _empty(folder: Path) -> None:
-    """Remove all but a mark that the folder is ours: a kill on the way leaves nothing nameless."""
+    """Remove all but a mark that the folder is ours: a kill on the way leaves nothing without an
+    owner."""
     (folder / UNFINISHED).touch()
     for path in folder.iterdir():
         if path.is_dir() and not path.is_symlink():
@@ -433,7 +435,7 @@ def numbered(folder: Path, kind: str) -> dict[int, Path]:
 
 
 def _numbered(folder: Path, kind: str) -> dict[int, Path]:
-    """What others left there (.DS_Store) is not ours."""
+    """What other programs left there (.DS_Store) is not ours."""
     return {
         int(path.name.removeprefix(f"{kind}-")): path
         for path in folder.glob(f"{kind}-*")
@@ -445,7 +447,7 @@ def _marker(folder: Path) -> Mapping[str, Any]:
     """The marker's content, with ``files``: name -> SHA-256 (size, of an earlier release).
 
     Raises:
-        DamagedError: it is missing or not as it was written.
+        DamagedError: it is missing or has changed.
     """
     path = folder / MARKER
     if not path.is_file():
@@ -454,7 +456,7 @@ def _marker(folder: Path) -> Mapping[str, Any]:
         found = read_json(path, "")
     except ValueError as error:
         raise DamagedError(str(error).strip().rstrip(".")) from None
-    damaged = DamagedError(f"{path} is not as it was written")
+    damaged = DamagedError(f"{path} has changed since it was written")
     if not isinstance(found, dict):
         raise damaged
     if found.keys() == {"sizes", "seconds"} and isinstance(found["sizes"], dict):
@@ -505,5 +507,6 @@ def _digest(value: Mapping[str, Any]) -> str:
 
 def _filled(there: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """What is there, and the defaults for what is not, section by section."""
-    both = {key for key in there.keys() & defaults.keys() if isinstance(there[key], Mapping)}
+    sections = [k for k, v in defaults.items() if isinstance(v, Mapping)]
+    both = [key for key in sections if isinstance(there.get(key), Mapping)]
     return {**defaults, **there} | {key: _filled(there[key], defaults[key]) for key in both}

@@ -427,8 +427,7 @@ def parse_numbers(text: str, what: str, most: int = MAX_NUMBER) -> tuple[int, ..
 def too_many(number: object, what: str, most: int = MAX_NUMBER) -> ValueError:
     """What is said of a layer or head that no model has, before a range to it is written out."""
     return ValueError(
-        f"{what}={brief(number)}: no model has {most:,} {what}. Write lower numbers, and "
-        "fewer."
+        f"{what}={brief(number)}: no model has {most:,} {what}. Write lower numbers, and fewer."
     )
 
 

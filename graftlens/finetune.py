@@ -2,24 +2,24 @@
 
 The folder of a run holds
 
-- ``run.json``: the config, the data's hashes and the starting weights' hash, written when all has
-  been checked and before the first step; a later call with anything else is refused (but the same
-  weights and texts may lie elsewhere);
+- ``run.json``: the config, the data's hashes and the starting weights' hash, written after all
+  checks and before the first step; a later call with anything else is refused (but the same
+  weights and texts may be in other places);
 - ``data/``: the dataset that `finetune_run` made, which a later call reads instead of making it
-  again: a language model's rewrites, and what a hub holds, may be others the next time;
+  again: a language model's rewrites, and what a hub holds, may differ the next time;
 - ``log.jsonl``: loss of every step, held-out perplexity of every epoch;
-- ``checkpoints/``: the newest complete state to resume from, gone when the run is finished;
-- ``epochs/``: with ``keep_epochs`` the weights after each epoch, else the best ones so far, gone
+- ``checkpoints/``: the newest complete state to resume from, removed when the run is finished;
+- ``epochs/``: with ``keep_epochs`` the weights after each epoch, else the best ones so far, removed
   when the run is finished;
 - ``model/``: the finetuned checkpoint (float32, with tokenizer and ``finetune.json``), which
   appears in one rename;
-- ``config.yaml``: what `finetune_run` was told.
+- ``config.yaml``: the settings of `finetune_run`.
 
-Checkpoints, epochs and model have a ``complete.json`` with the SHA-256 of every file: what is
-damaged is found, named, and not used. What else lies in the folder is never replaced or removed:
-where it has a name that the run needs, the run is refused before the model is loaded.
-graftlens.checkpoints says how, and how a half-written checkpoint, from which the Trainer would
-resume with fresh optimizer state, is ruled out.
+Checkpoints, epochs and model have a ``complete.json`` with the SHA-256 of every file: damaged
+files are found, named, and not used. Other files in the folder are never replaced or removed: if
+one has a name that the run needs, the run is refused before the model is loaded.
+`graftlens.checkpoints` explains how, and how a half-written checkpoint, from which the Trainer
+would resume with fresh optimizer state, is ruled out.
 
 Started by ``accelerate launch`` or ``torchrun``, the processes share the batches; only the first
 one touches the folder.
@@ -28,16 +28,14 @@ one touches the folder.
 import contextlib
 import copy
 import json
-import math
 import random
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,25 +45,18 @@ from tqdm.auto import tqdm
 from graftlens.checkpoints import (
     ADVICE,
     MARKER,
-    DamagedError,
-    begin,
     check_claim,
     claim,
-    discard,
     is_earlier,
-    mark_complete,
-    newest_complete,
     recorded,
     remove_all,
-    remove_others,
     saving,
-    seconds_of,
     verify,
     write_folder,
 )
 from graftlens.data import DatasetSpec, load_dataset, make_dataset, save_dataset
 from graftlens.engines import EngineError, SlurmResources, Task, submit
-from graftlens.finetuned import FinetuneResult, check_epochs, earlier_result, read_result, repaired
+from graftlens.finetuned import FinetuneResult, earlier_result, read_result, repaired
 from graftlens.folder import refuse_differences, write_whole
 from graftlens.model.identity import config_settings, tokenizer_digest
 from graftlens.model.quiet import quiet
@@ -82,9 +73,7 @@ from graftlens.model.start import (
     with_adapters,
 )
 from graftlens.perplexity import (
-    Padding,
     has_accelerator,
-    padding_id,
     perplexity,
     pieces,
     resolve_precision,
@@ -98,6 +87,7 @@ from graftlens.recipes import (
     demo_configs,
 )
 from graftlens.runfolder import InUseError, check_output, check_run, note, taken
+from graftlens.training import best_epoch, train
 from graftlens.trainingtexts import (
     check_dataset,
     check_heldout_file,
@@ -128,7 +118,7 @@ __all__ = [
 # Say where something is; run.json has a hash of what is there.
 LOCATIONS = ("config.model", "config.output", "config.heldout_file")
 
-# In a dataset's folder: the run keeps it there; it may be replaced as long as no run has begun.
+# In a dataset's folder: the run keeps it there; it may be replaced as long as no run has started.
 KEPT = ".graftlens-kept"
 
 
@@ -143,13 +133,13 @@ def finetune(
 ) -> FinetuneResult:
     """Finetune, or resume a killed run, or return a finished one.
 
-    Interrupted at any instant and called again, it ends with the same weights, bit for bit, as
-    without the interruption (on one machine with one number of threads).
+    If it is interrupted at any instant, calling it again gives the same weights, bit for bit,
+    as without the interruption (on one machine with one number of threads).
 
     Several processes that a launcher started train together: each takes ``batch_size`` texts per
-    forward pass, and where these do not come out even, the last batch of an epoch is filled up with
-    texts of its first. The result equals that of one process with their batches joined, except for
-    dropout.
+    forward pass, and if the texts do not divide evenly, the last batch of an epoch is filled up
+    with texts from its first. The result equals that of one process with their batches joined,
+    except for dropout.
 
     Args:
         config: the recipe and the run's folder.
@@ -165,7 +155,7 @@ def finetune(
         ValueError: texts, or settings, that do not fit each other or the model; a model that is
             not whole or not finite; a folder that holds another run; a damaged result that no
             checkpoint can repair.
-        OSError: a folder that cannot be written, or that holds what is not ours under a name that
+        OSError: a folder that cannot be written, or that holds files of others under a name that
             is needed.
     """
     check_dataset("train", train)
@@ -198,14 +188,14 @@ def _processes(config: FinetuneConfig) -> Processes:
 def finetune_run(run: FinetuneRun, *, progress: bool = True) -> FinetuneResult:
     """Read or make the training texts, and `finetune` on them.
 
-    The model "smollm2" is the demo's. The finished run's folder says what it was made of in
+    The model "smollm2" is the demo's. The finished run's folder records its settings in
     ``config.yaml``. A dataset that is made is kept in the folder ``data``, from where a later call
     reads it.
 
     Raises:
-        OSError: the data, held-out texts or the model's folder are not there.
-        ValueError: the data have no texts; the run's folder holds another dataset; what `finetune`
-            refuses.
+        OSError: the data, held-out texts or the model's folder do not exist.
+        ValueError: the data have no texts; the run's folder holds another dataset; anything that
+            `finetune` refuses.
     """
     recipe = run.recipe
     check_heldout_file(recipe)
@@ -236,13 +226,13 @@ def launch_finetune(
 ) -> FinetuneResult | None:
     """Run `finetune_run` as a job on Slurm, which is requeued when it is preempted or out of time.
 
-    Its time must allow `save_epochs` epochs, after which there is something to resume from. If the
-    job of this folder still waits or runs, it is joined. Ctrl-C ends the waiting only.
+    Its time must allow `save_epochs` epochs, after which there is something to resume from. If this
+    folder's job is still waiting or running, it is joined. Ctrl-C ends the waiting only.
 
     Args:
-        run: the recipe; its folders lie on a file system that the nodes share.
+        run: the recipe; its folders are on a file system that the nodes share.
         resources: what the job gets.
-        wait: whether to wait for the result; else the job is left to itself.
+        wait: whether to wait for the result; otherwise the job is left running.
         progress: whether to show a bar while waiting.
         say: where messages go.
 
@@ -250,7 +240,7 @@ def launch_finetune(
         The result; None without waiting.
 
     Raises:
-        ConfigError: resources that are not right.
+        ConfigError: invalid resources.
         EngineError: submitit or Slurm is missing, Slurm refused the job, or it failed.
     """
     array = submit(
@@ -290,7 +280,7 @@ def launch_finetune(
 
 
 def _saved(folder: Path) -> list[str]:
-    """What a requeued job would resume from, or has left to return."""
+    """What a requeued job would resume from, or only has to return."""
     kept = [*folder.glob(f"checkpoints/*/{MARKER}"), *folder.glob("model")]
     return sorted(str(path) for path in kept)
 
@@ -368,7 +358,7 @@ def _finetune(
             },
             processes=processes.count,
         )
-        # A setting that an earlier release did not know had what is now its default.
+        # A setting that an earlier release did not know had its present default.
         plain = FinetuneConfig(model="", output=Path()).model_dump(mode="json")
         defaults = {"config": plain, "processes": 1}
         if is_earlier(config.output):
@@ -403,11 +393,11 @@ def _finetune(
     # Seeded before adapters are made; the Trainer seeds the training itself.
     torch.manual_seed(config.seed)
     trained = with_adapters(model, config.lora) if config.lora is not None else model
-    # After all checks: a run that is refused leaves the folder to one that is not.
+    # After all checks: a refused run leaves the folder free for another one.
     processes.from_first(partial(_claim, config.output, identity))
 
     def save(folder: Path, plain: Any) -> None:
-        """Weights and tokenizer, as a checkpoint that anyone loads."""
+        """Weights and tokenizer, as a checkpoint that anything can load."""
         now = getattr(plain.config, "use_cache", use_cache)
         plain.config.use_cache = use_cache
         with quiet():
@@ -418,11 +408,11 @@ def _finetune(
     def save_epoch(number: int) -> None:
         plain = trained
         if config.lora is not None:
-            # Of a copy: adapters that are merged and taken out again leave rounding errors.
+            # Of a copy: merging and unmerging adapters leaves rounding errors.
             plain = copy.deepcopy(trained).merge_and_unload()
         write_folder(epochs / f"epoch-{number}", partial(save, plain=plain), run=identity)
 
-    trainer, seconds, losses, perplexities = _train(
+    trainer, seconds, losses, perplexities = train(
         config,
         trained,
         tokenizer,
@@ -442,7 +432,7 @@ def _finetune(
             perplexities=perplexities,
             steps=trainer.state.global_step,
             seconds=seconds,
-            epoch=_best(perplexities) if config.keep == "best" else config.epochs,
+            epoch=best_epoch(perplexities) if config.keep == "best" else config.epochs,
         )
         names = ("torch", "transformers", "graftlens")
         record = identity | {
@@ -472,211 +462,9 @@ def _claim(output: Path, identity: Mapping[str, Any]) -> None:
         claim(output, identity)
 
 
-def _train(
-    config: FinetuneConfig,
-    model: Any,
-    tokenizer: Any,
-    rows: list[dict[str, list[int]]],
-    heldout_texts: Sequence[str],
-    precision: Literal["float32", "bfloat16"],
-    progress: bool,
-    processes: Processes,
-    save_epoch: Callable[[int], None],
-    identity: Mapping[str, Any],
-) -> tuple[Any, float, tuple[float, ...], tuple[float, ...]]:
-    """(trainer, seconds, losses, held-out perplexities) of training to the end."""
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-
-    checkpoints = config.output / "checkpoints"
-    epochs = config.output / "epochs"
-    resume = processes.from_first(partial(newest_complete, checkpoints))
-    spent = seconds_of(resume) if resume else 0.0
-    started = time.monotonic()
-    log = config.output / "log.jsonl"
-
-    class Saver(Trainer):
-        """Says plainly what goes wrong in saving, and does not leave half a checkpoint then."""
-
-        def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
-            with saving(checkpoints):
-                try:
-                    super()._save_checkpoint(*args, **kwargs)
-                except Exception:
-                    if processes.is_first:
-                        discard(checkpoints / f"checkpoint-{self.state.global_step}")
-                    raise
-
-    class Recorder(TrainerCallback):
-        """Writes the log, measures perplexity, keeps epochs, says when a checkpoint is complete."""
-
-        def __init__(self) -> None:
-            shown = progress and processes.is_first
-            self.bar = tqdm(desc="finetune", unit="step", disable=not shown)
-
-        def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.reset(total=state.max_steps)
-            self.bar.update(state.global_step)
-            if state.global_step == 0:
-                self.measure(state)
-            elif config.keep == "best":
-                self.check_best(state)
-            if processes.is_first:
-                if config.keep_epochs and state.global_step:
-                    check_epochs(config, round(state.epoch))
-                # Also drops the lines of steps that a killed process took after the checkpoint.
-                lines = "".join(json.dumps(line) + "\n" for line in _log_lines(state))
-                with saving(log):
-                    write_whole(log, lines)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any, **kwargs: Any) -> None:
-            if not math.isfinite(logs.get("loss", 0.0)):
-                raise FloatingPointError(
-                    f"the training loss is {logs['loss']} at step {state.global_step}. Lower "
-                    f"learning_rate={config.learning_rate}, add warmup_steps, or use "
-                    "precision='float32'; start in a new output folder."
-                )
-            if "loss" in logs:
-                self.append(state)
-                self.bar.set_postfix(loss=f"{logs['loss']:.3f}", refresh=False)
-                self.bar.update()
-
-        def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            epoch = round(state.epoch)
-            self.measure(state)
-            if processes.is_first and (config.keep_epochs or self.best(state) == epoch):
-                save_epoch(epoch)
-            control.should_save = epoch % config.save_epochs == 0 and epoch < config.epochs
-            if control.should_save:
-                if processes.is_first:
-                    with saving(checkpoints):
-                        begin(checkpoints / f"checkpoint-{state.global_step}")
-                processes.wait()  # the others write into it, too
-
-        def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            processes.wait()  # each writes its own random state
-            if not processes.is_first:
-                return
-            newest = checkpoints / f"checkpoint-{state.global_step}"
-            with saving(newest):
-                mark_complete(newest, seconds=spent + time.monotonic() - started, run=identity)
-            remove_others(checkpoints, "checkpoint", state.global_step)
-            if not config.keep_epochs:
-                # Not before: an older checkpoint may still need the best one until then.
-                remove_others(epochs, "epoch", self.best(state))
-
-        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            self.bar.close()
-
-        def best(self, state: Any) -> int | None:
-            return _best(_perplexities(state)) if config.keep == "best" else None
-
-        def check_best(self, state: Any) -> None:
-            folder = epochs / f"epoch-{self.best(state)}"
-            if not folder.is_dir():
-                raise FileNotFoundError(
-                    f"{folder} is not there, but it held the best weights of the run to resume. "
-                    f"Put it back, or remove {config.output} to start again."
-                )
-            if processes.is_first:
-                try:
-                    verify(folder)
-                except DamagedError as error:
-                    raise DamagedError(
-                        f"{error}, and it holds the best weights of the run to resume. Put the "
-                        f"file back, or remove {config.output} to start again."
-                    ) from None
-
-        def measure(self, state: Any) -> None:
-            if heldout_texts and processes.is_first:
-                value = perplexity(
-                    trainer.model,
-                    tokenizer,
-                    heldout_texts,
-                    max_length=config.max_length,
-                    batch_size=config.batch_size,
-                    precision=precision,
-                )
-                state.log_history.append({"step": state.global_step, "heldout_perplexity": value})
-                self.append(state)
-
-        def append(self, state: Any) -> None:
-            if processes.is_first:
-                with saving(log), log.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(_log_lines(state)[-1]) + "\n")
-
-    arguments = TrainingArguments(
-        output_dir=str(checkpoints),
-        num_train_epochs=config.epochs,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation,
-        learning_rate=config.learning_rate,
-        weight_decay=config.weight_decay,
-        max_grad_norm=config.max_grad_norm,
-        warmup_steps=config.warmup_steps,
-        lr_scheduler_type="linear",
-        optim="adamw_torch",
-        bf16=precision == "bfloat16",
-        use_cpu=config.device == "cpu" or not has_accelerator(),
-        seed=config.seed,
-        logging_strategy="steps",
-        logging_steps=1,
-        logging_nan_inf_filter=False,
-        eval_strategy="no",
-        save_strategy="no",  # the recorder asks for checkpoints
-        disable_tqdm=True,  # the recorder has its own bar: the Trainer's prints every loss
-        report_to="none",
-        dataloader_pin_memory=False,
-        remove_unused_columns=False,
-        ddp_find_unused_parameters=False,
-        # Named only when it is wanted: later releases of transformers rename it.
-        **({"gradient_checkpointing": True} if config.gradient_checkpointing else {}),
-    )
-    if arguments.n_gpu > 1:  # the Trainer would multiply the batch size by the number of devices
-        arguments._n_gpu = 1
-    if precision == "float32":  # also where accelerate's own settings say otherwise
-        arguments.mixed_precision = "no"
-    trainer = Saver(
-        model=model,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=Padding(padding_id(tokenizer, model)),
-        callbacks=[Recorder()],
-    )
-    trainer.remove_callback(PrinterCallback)
-    with quiet():  # one bar is enough: ours counts steps, theirs would count shards of checkpoints
-        trainer.train(resume_from_checkpoint=str(resume) if resume else None)
-    return (
-        trainer,
-        spent + time.monotonic() - started,
-        tuple(line["loss"] for line in _log_lines(trainer.state) if "loss" in line),
-        _perplexities(trainer.state),
-    )
-
-
-def _perplexities(state: Any) -> tuple[float, ...]:
-    """Before training and after each epoch so far."""
-    lines = _log_lines(state)
-    return tuple(line["heldout_perplexity"] for line in lines if "heldout_perplexity" in line)
-
-
-def _best(perplexities: Sequence[float]) -> int:
-    """The epoch, from 1, with the lowest one; the earlier of equals."""
-    return min(range(1, len(perplexities)), key=lambda epoch: perplexities[epoch])
-
-
-def _log_lines(state: Any) -> list[dict[str, Any]]:
-    """What the Trainer's history says of losses and perplexities; its timings stay out."""
-    keys = ("step", "loss", "learning_rate", "grad_norm", "heldout_perplexity")
-    return [
-        {key: line[key] for key in keys if key in line}
-        for line in state.log_history
-        if "loss" in line or "heldout_perplexity" in line
-    ]
-
-
 @contextlib.contextmanager
 def _keep_random_state() -> Iterator[None]:
-    """The Trainer seeds every global generator; the caller's are put back."""
+    """The Trainer seeds every global generator; this restores the caller's."""
     python, numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng():
         try:

@@ -35,7 +35,7 @@ class FinetuneResult:
         perplexities: of the held-out texts before training and after each epoch; empty without.
         steps: optimizer steps.
         seconds: wall-clock seconds of training, over all attempts that reached the result.
-        epoch: after which epoch the model had these weights, from 1.
+        epoch: the epoch after which the model had these weights, counted from 1.
     """
 
     folder: Path
@@ -47,7 +47,7 @@ class FinetuneResult:
 
     @property
     def heldout_perplexity(self) -> float | None:
-        """Of the finetuned model; None where nothing was held out."""
+        """Perplexity of the finetuned model; None if nothing was held out."""
         return self.perplexities[self.epoch] if self.perplexities else None
 
     def line(self) -> str:
@@ -63,13 +63,13 @@ class FinetuneResult:
 
 
 def read_result(final: Path) -> FinetuneResult:
-    """What a run came to, every file of it checked.
+    """The result of a run, with every file checked.
 
     Args:
         final: the run's folder ``model``.
 
     Raises:
-        DamagedError: a file is missing or is not as it was written.
+        DamagedError: a file is missing or has changed.
     """
     result = _result_of(final / "finetune.json")
     if (final / MARKER).is_file():
@@ -98,31 +98,31 @@ def _result_of(path: Path) -> FinetuneResult:
         )
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         said = str(error).strip().rstrip(".") if isinstance(error, ValueError) else ""
-        raise DamagedError(said or f"{path} does not say what the run came to") from None
+        raise DamagedError(said or f"{path} does not have the run's result") from None
 
 
 def _version_of(final: Path) -> str | None:
-    """The release that wrote the result; None of those that wrote no checksums."""
+    """The release that wrote the result; None for those that wrote no checksums."""
     versions = read_json(final / "finetune.json", "").get("versions")
     return versions.get("graftlens") if isinstance(versions, dict) else None
 
 
 def earlier_result(final: Path) -> FinetuneResult:
-    """What a run of an earlier release came to, which did not write down its start's config.
+    """The result of a run of an earlier release, which did not record the config of its start.
 
     Raises:
-        ValueError: it is not finished, so that training might go on from another start.
+        ValueError: it is not finished, so training might continue from a different start.
     """
     cannot = (
-        f"{final.parent} was begun by an earlier release, which did not write down the config of "
-        "the model that it starts from, so whether that is still the same cannot be known."
+        f"{final.parent} was started by an earlier release, which did not record the config of "
+        "the model that it starts from, so whether that is still the same is unknown."
     )
     if not final.exists():
         raise ValueError(
             f"{cannot} Its checkpoints can be used; to train, choose another output folder, or "
             "remove this one."
         )
-    logger.warning("%s Its result is taken as it is; to train again, remove the folder.", cannot)
+    logger.warning("%s Its result is used unchanged; to train again, remove the folder.", cannot)
     return read_result(final)
 
 
@@ -163,7 +163,7 @@ def repaired(config: FinetuneConfig, identity: Mapping[str, Any]) -> FinetuneRes
 
 
 def check_epochs(config: FinetuneConfig, last: int) -> None:
-    """The epochs that are kept are as they were written.
+    """Check that the epochs that are kept are unchanged.
 
     Raises:
         DamagedError: one is not.
@@ -174,5 +174,6 @@ def check_epochs(config: FinetuneConfig, last: int) -> None:
                 verify(path)
             except DamagedError as error:
                 raise DamagedError(
-                    f"{error}. Restore the file, or remove {path} to go on without these weights."
+                    f"{error}. Restore the file, or remove {path} to continue without these "
+                    "weights."
                 ) from None

@@ -1,7 +1,8 @@
-"""The project's own files and folders: read with plain messages about what is wrong, written whole.
+"""The project's own files and folders: read with plain messages about what is wrong, and written as
+a whole.
 
 What is written appears in one rename, never through a link that somebody planted, and never outside
-of the folder that it belongs to. What is not ours is recognised by what is missing inside, not by a
+the folder that it belongs to. What is not ours is recognised by what is missing inside, not by its
 name, and is left alone.
 """
 
@@ -18,12 +19,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-#: Names that Windows keeps for devices, whatever their ending.
+#: Names that Windows reserves for devices, whatever their suffix.
 _DEVICES = frozenset(
     {"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in "0123456789¹²³")}
 )
 
-#: What a name may have of UTF-8 bytes: endings, digests and the marks of halves come on top.
+#: Most UTF-8 bytes of a name; suffixes, digests and marks of unfinished files come on top.
 LONGEST_NAME = 120
 
 
@@ -50,8 +51,9 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_json(text: str, where: str | Path) -> Any:
-    """Plain values of a JSON text; a key that appears twice is refused, as in YAML, and so is what
-    no text or number can hold: half of a character, a number with thousands of digits.
+    """Plain values of a JSON text; a key that appears twice is refused, as in YAML, and so is
+    anything that no text or number can hold: half of a character, a number with thousands of
+    digits.
 
     Args:
         text: the JSON text.
@@ -82,7 +84,7 @@ def parse_json(text: str, where: str | Path) -> Any:
     except UnicodeEncodeError as error:
         half = ord(error.object[error.start])
         raise ValueError(
-            f"{where} contains half of a character (\\u{half:04x}), which no text can."
+            f"{where} contains half of a character (\\u{half:04x}), which no text can hold."
         ) from None
     except json.JSONDecodeError as error:
         raise ValueError(f"{where} is not JSON ({error}).") from None
@@ -91,11 +93,11 @@ def parse_json(text: str, where: str | Path) -> Any:
 
 
 def read_json(path: str | Path, advice: str) -> Any:
-    """The content of a JSON file, whose every fault names the file and says what to do.
+    """The content of a JSON file, where each error names the file and says what to do.
 
     Args:
         path: the file.
-        advice: what to do where it is missing or damaged: one sentence.
+        advice: what to do if it is missing or damaged: one sentence.
 
     Raises:
         ValueError: a file that is missing, unreadable, of another encoding, or not JSON.
@@ -111,9 +113,9 @@ def read_json(path: str | Path, advice: str) -> Any:
 def write_whole(path: str | Path, content: str | bytes) -> Path:
     """Write `content` to `path` (text as UTF-8) and return the path; missing folders are made.
 
-    It is written beside its place, on the disk, and moved there in one rename: a reader never sees
-    half a file, an older file survives a write that fails, and a link at the path is replaced, not
-    followed.
+    It is written next to its place, flushed to disk, and moved there in one rename: a reader never
+    sees half a file, an older file survives a write that fails, and a link at the path is replaced,
+    not followed.
 
     Raises:
         UnwritableError: a folder that cannot be written, or a full disk; nothing half-written is
@@ -149,7 +151,7 @@ class UnwritableError(OSError):
 
 @contextlib.contextmanager
 def told_of(path: Path) -> Iterator[None]:
-    """Report an error of the disk with the place and what to do.
+    """Report a disk error with the place and what to do.
 
     Raises:
         UnwritableError: a folder that cannot be written, or a full disk.
@@ -163,7 +165,7 @@ def told_of(path: Path) -> Iterator[None]:
 def writable(path: str | Path) -> Path:
     """The path of a file that is to be written later, with `~` expanded, if it can be written.
 
-    Ask before long work. Nothing is left behind.
+    Call it before long work. Nothing is left behind.
 
     Raises:
         UnwritableError: a folder of that name, a folder that cannot be made or written, a name that
@@ -213,10 +215,10 @@ def new_folder(folder: Path) -> Iterator[Path]:
     """Give the path of a folder to make, which then appears as `folder`: whole, on the disk, or
     not at all.
 
-    It lies alone in a working folder beside `folder`, which is removed.
+    It is alone in a working folder next to `folder`, which is removed.
 
     Raises:
-        OSError: a folder that cannot be written, or one that is there already.
+        OSError: a folder that cannot be written, or one that already exists.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -231,7 +233,7 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 def sync(folder: Path) -> None:
-    """Ask the disk to hold the folder's names."""
+    """Flush the folder's names to disk."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -241,7 +243,7 @@ def sync(folder: Path) -> None:
 
 
 def flush(folder: Path) -> None:
-    """Ask the disk to hold every file of the folder."""
+    """Flush every file of the folder to disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -250,7 +252,7 @@ def flush(folder: Path) -> None:
 
 # -- whose a folder is -------------------------------------------------------------------------
 
-#: The file in a folder that says what of ours the folder is.
+#: The file in a folder that marks it as ours and says what it is.
 MARKER = ".graftlens"
 
 
@@ -258,10 +260,10 @@ def claim(folder: Path, what: str, taken: Iterable[str] | None = None) -> None:
     """Make a folder ours by a marker in it, before anything else is written there.
 
     Args:
-        folder: it need not be there yet.
+        folder: it need not exist yet.
         what: what the folder is, which the marker says.
         taken: what would be written; a folder without the marker is refused if it has any of
-            these. Left out: if it has anything at all.
+            these, or by default if it has anything at all.
 
     Raises:
         ValueError: a file, or a folder with somebody else's content.
@@ -273,20 +275,20 @@ def claim(folder: Path, what: str, taken: Iterable[str] | None = None) -> None:
         raise ValueError(f"{folder} is not a folder. Choose another.")
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if taken is not None:
-        # A marker that cannot be read is written again, but a link is somebody else's.
+        # A marker that cannot be read is rewritten, but a link belongs to somebody else.
         there &= {*taken, *([MARKER] if (folder / MARKER).is_symlink() else [])}
     others = sorted(there)
     if others:
         raise ValueError(
             f"{folder} has {', '.join(others[:3])}{' and more' if len(others) > 3 else ''} in it "
-            f"and no {MARKER} of {what}, so graftlens did not make it: nothing there is "
-            "overwritten. Choose another folder."
+            f"and no {MARKER} of {what}, so graftlens did not create it, and nothing "
+            "there is overwritten. Choose another folder."
         )
     write_whole(folder / MARKER, f"graftlens {what}\n")
 
 
 def is_claimed(folder: Path, what: str) -> bool:
-    """Whether a folder has our marker, whatever its name is."""
+    """Whether a folder has our marker, whatever its name."""
     marker = folder / MARKER
     try:
         return not marker.is_symlink() and marker.read_bytes() == f"graftlens {what}\n".encode()
@@ -354,7 +356,7 @@ def refuse_differences(
 
 
 def halves(path: Path) -> Iterator[Path]:
-    """What killed writers of `path` left next to it."""
+    """Remove what killed writers of `path` left next to it."""
     return halves_of(path.parent, re.escape(_shortened(path.name)))
 
 
@@ -365,7 +367,7 @@ def halves_of(folder: Path, names: str) -> Iterator[Path]:
 
 
 def inside(folder: Path, *names: str) -> Path:
-    """The path of `names` in `folder`, each of them a name and not a way to somewhere else.
+    """The path of `names` in `folder`, each of them a name and not a path to somewhere else.
 
     Raises:
         ValueError: a name that is empty, that has a separator in it, or that leads out of `folder`
@@ -376,7 +378,7 @@ def inside(folder: Path, *names: str) -> Path:
         if not name or name in (".", "..") or any(c in name for c in "/\\\0"):
             raise ValueError(
                 f"{name!r} is used as the name of a file, so it may not be empty, be . or .., or "
-                "have / or \\ in it. Choose another name."
+                "contain / or \\. Choose another name."
             )
         path = path / name
     try:
@@ -389,31 +391,33 @@ def inside(folder: Path, *names: str) -> Path:
 
 
 def name_fault(name: str) -> str:
-    """What is wrong with a name that somebody chose for a file or folder; empty where nothing is.
+    """What is wrong with a name chosen for a file or folder; empty if nothing is.
 
-    It must mean the same on every system and to every reader: no path to another folder, no device
-    of Windows, nothing invisible or that only looks like a separator.
+    It must mean the same on every system and to every reader: not a path to another folder, not a
+    Windows device, and nothing invisible or that only looks like a separator.
     """
-    # A fullwidth solidus is a solidus to what folds widths, and two dots may be one character.
+    # Width folding turns a fullwidth solidus into a solidus, and two dots may be one character.
     for text in (name, unicodedata.normalize("NFKC", name)):
         if not text.strip():
             return "a name may not be empty"
         if bad := [c for c in text if c in '/\\<>:"|?*' or unicodedata.category(c)[0] == "C"]:
-            return f"a name may not have {bad[0]!r} in it"
+            return f"a name may not contain {bad[0]!r}"
         if bad := [c for c in text if unicodedata.category(c) in ("Zl", "Zp")]:
-            return f"a name may not have {bad[0]!r} in it"
+            return f"a name may not contain {bad[0]!r}"
         if text[0] in ".-~ " or text[-1] in ". ":
             return "a name may not begin with . - ~ or a space, nor end with . or a space"
         if text.split(".")[0].strip().lower() in _DEVICES:
-            return "Windows keeps this name for a device"
+            return "Windows reserves this name for a device"
         if len(text.encode()) > LONGEST_NAME:
-            return f"a name may have up to {LONGEST_NAME} bytes, and this has {len(text.encode())}"
+            return (
+                f"a name may have up to {LONGEST_NAME} bytes, but this one has {len(text.encode())}"
+            )
     return ""
 
 
 def name_problems(names: Iterable[str]) -> list[tuple[str, str]]:
-    """(name, what is wrong with it) for names that are to be files or folders side by side: also
-    for two that some file systems take for one."""
+    """(name, what is wrong with it) for names of files or folders side by side; also for two that
+    some file systems treat as the same."""
     problems: list[tuple[str, str]] = []
     known: dict[str, str] = {}
     for name in names:
@@ -423,7 +427,7 @@ def name_problems(names: Iterable[str]) -> list[tuple[str, str]]:
         same = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", name).casefold())
         other = known.setdefault(same, name)
         if other != name:
-            what = f"{other!a} and {name!a} are one name to some file systems."
+            what = f"{other!a} and {name!a} are the same name on some file systems."
             problems.append((name, f"{what} Choose another for one of them."))
     return problems
 

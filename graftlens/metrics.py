@@ -406,6 +406,7 @@ _ROWS: Sequence[Measure | Factory] = (
         "answer",
         log=True,
         label="probability of the answer's first token",
+        short="probability",
         unit="%",
         bounds=(0.0, 1.0),
     ),

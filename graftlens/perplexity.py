@@ -29,7 +29,7 @@ def perplexity(
         max_length: tokens; longer texts are scored in separate pieces of at most this length, or of
             the positions that the model has, if these are fewer.
         batch_size: pieces per forward pass.
-        precision: of matrix products.
+        precision: precision of matrix products.
     """
     cut = pieces(model, tokenizer, texts, max_length)
     collate = Padding(padding_id(tokenizer, model))
@@ -126,6 +126,6 @@ def resolve_precision(config: FinetuneConfig) -> Literal["float32", "bfloat16"]:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """PyTorch has no public question for it; without an answer, float32 is always right."""
+    """PyTorch has no public function for this; if it does not answer, float32 is always right."""
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, check, bool)() for check in checks)

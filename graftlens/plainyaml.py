@@ -1,7 +1,7 @@
-"""YAML in which everything is what it looks like, and whose size is known before it is built.
+"""YAML in which everything means what it looks like, with a size that is known before it is built.
 
-PyYAML reads YAML 1.1, which counts 1:30 in sixties and 010 in eights, takes the last of two equal
-keys, and makes a list that no memory holds of a few lines of aliases.
+PyYAML reads YAML 1.1, which reads 1:30 in base 60 and 010 in base 8, takes the last of two equal
+keys, and expands a few lines of aliases into a list that no memory can hold.
 """
 
 import re
@@ -12,7 +12,7 @@ import yaml
 from graftlens.components import HALF, brief
 
 #: Bounds of a YAML text: characters, levels of lists and mappings, and what aliases may add (in
-#: characters), as every alias is its whole value again.
+#: characters), as every alias repeats its whole value.
 MAX_CHARACTERS, MAX_DEPTH, MAX_ALIASED = 10_000_000, 100, 1_000_000
 
 _WHOLE = re.compile(r"[-+]?(0|[1-9][0-9]*)")
@@ -23,10 +23,11 @@ _PLAIN_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's, but what it would read as something else than what stands there is an error.
+    """PyYAML's loader, but anything that it would read differently from what is written is an
+    error.
 
-    These are a key that appears twice, and numbers that are not plain decimal ones: YAML 1.1 counts
-    1:30 in sixties and 010 in eights. A date is a text.
+    These are a key that appears twice, and numbers that are not plain decimal ones: YAML 1.1 reads
+    1:30 in base 60 and 010 in base 8. A date is text.
     """
 
     def __init__(self, text: str) -> None:
@@ -39,7 +40,7 @@ class _Loader(yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
             found = super().compose_node(parent, index)
             if found not in self.sizes:
-                raise _refused(event, f"the alias *{event.anchor} is inside of its own value")
+                raise _refused(event, f"the alias *{event.anchor} is inside its own value")
             self.aliased += self.sizes[found]
             if self.aliased > MAX_ALIASED:
                 raise _refused(
@@ -69,21 +70,21 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
-        # Here, as merging (`<<`) puts keys in again, which a mapping's own ones replace.
+        # Here, because merging (`<<`) adds keys again, which a mapping's own keys replace.
         node: yaml.MappingNode = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if not isinstance(key, yaml.ScalarNode):
-                raise _refused(key, "a list or a mapping is no key. Write a text")
+                raise _refused(key, "a list or a mapping cannot be a key. Write text")
             if key.value in seen:
-                raise _refused(key, f"the key {brief(key.value)} stands twice")
+                raise _refused(key, f"the key {brief(key.value)} appears twice")
             seen.add(key.value)
         return node
 
     def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
         text = super().construct_scalar(node)
         if isinstance(text, str) and HALF.search(text):
-            # Escapes as in JSON may write a character as two halves.
+            # JSON-style escapes may write a character as two halves.
             text = text.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
         return text
 
@@ -92,9 +93,9 @@ class _Loader(yaml.SafeLoader):
         if not _WHOLE.fullmatch(text):
             raise _refused(
                 node,
-                f"{brief(text)} is not a plain decimal number, and readers of YAML differ over "
-                "what it is. Write digits alone, without a leading 0, _ or : (a range is 1-3), or "
-                "put it in quotes if it is a text",
+                f"{brief(text)} is not a plain decimal number, and YAML readers disagree on what "
+                "it is. Write only digits, without a leading 0, _ or : (a range is 1-3), or "
+                "put it in quotes if it is text",
             )
         if len(text) > 20 or abs(int(text)) >= 2**63:
             raise _refused(node, f"{brief(text)} is too large a number: 2^63 - 1 is the largest")
@@ -106,12 +107,12 @@ class _Loader(yaml.SafeLoader):
             raise _refused(
                 node,
                 f"{brief(text)} is not a plain decimal number. Write one such as 0.5 or 3e-4, or "
-                "put it in quotes if it is a text",
+                "put it in quotes if it is text",
             )
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
 
 
-# Also what YAML 1.1 takes for a text, though it is a number to other readers: 08, 0o17.
+# Also what YAML 1.1 takes for text, though it is a number to other readers: 08, 0o17.
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:int", re.compile(r"[-+]?0([0-9_]+|[oO][0-7_]+)$"), list("-+0")
 )
@@ -131,12 +132,13 @@ def _refused(at: Any, what: str) -> yaml.MarkedYAMLError:
 def load(text: str) -> Any:
     """Plain values of a YAML text.
 
-    A number is a plain decimal one; a date is a text; aliases and merging (`<<`) are what they are
-    in YAML 1.1, and so are its truth values (yes, no, on, off).
+    A number is a plain decimal one; a date is text; aliases and merging (`<<`) work as in YAML 1.1,
+    and so do its booleans (yes, no, on, off).
 
     Raises:
-        yaml.YAMLError: text that is no YAML, or that would not be read as it is written: a key that
-            appears twice or is no text, numbers such as 1:30, 010, 0x1F and 1_000, tags; or a text
+        yaml.YAMLError: text that is not YAML, or that would not be read as it is written: a key
+        that
+            appears twice or is not text, numbers such as 1:30, 010, 0x1F and 1_000, tags; or text
             that is nested too deeply, or longer than any config.
     """
     if len(text) > MAX_CHARACTERS:
@@ -150,5 +152,5 @@ def load(text: str) -> Any:
         start = before.rfind("\n") + 1
         line, column = before.count("\n"), len(before) - start
         mark = yaml.Mark("the text", error.position, line, column, None, 0)
-        what = f"the character {chr(error.character)!a} may not be in a YAML text. Take it out"
+        what = f"the character {chr(error.character)!a} is not allowed in YAML. Remove it"
         raise yaml.MarkedYAMLError(problem=what, problem_mark=mark) from None

@@ -1,8 +1,8 @@
 """Models to finetune, each with settings that work: ``preset: NAME`` in a recipe's file.
 
 The paper is "Dynamic weight grafting" (arXiv 2506.20746). Its code trains in fp16 mixed precision;
-graftlens has no fp16. The presets use ``precision: auto``, which is bfloat16 where the device
-multiplies it natively: the same size of numbers in memory, a wider range, fewer digits.
+graftlens does not offer fp16. The presets use ``precision: auto``, which is bfloat16 if the device
+multiplies it natively: numbers of the same size in memory, with a wider range and fewer digits.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ class Preset:
     """A model and how to finetune it.
 
     Attributes:
-        name: what it is called here.
+        name: its name here.
         model: hub id, or a special name that `graftlens.finetune.finetune_run` knows.
         family: Hugging Face's `model_type` of it.
         recipe: fields of `graftlens.finetune.FinetuneConfig`; the others have their defaults.
@@ -32,7 +32,7 @@ class Preset:
     source: str
 
 
-#: The example config of the paper's code: what it sets, and Trainer's defaults for the rest.
+#: The example config of the paper's code: what it sets, and the Trainer's defaults for the rest.
 PAPER: Mapping[str, Any] = MappingProxyType(
     {
         "epochs": 10,
@@ -90,7 +90,7 @@ def preset(name: str) -> Preset:
     """The preset of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: it does not exist.
     """
     if name not in PRESETS:
         raise ValueError(

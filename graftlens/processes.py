@@ -35,17 +35,17 @@ class Processes:
         return self.rank == 0
 
     def wait(self) -> None:
-        """Return when all processes have come here."""
+        """Return when all processes have reached this call."""
         if self.count > 1:
             import torch.distributed
 
             torch.distributed.barrier()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` gives in the first process; all processes call this, and all get it.
+        """The result of `make` in the first process; all processes call this, and all get it.
 
         Raises:
-            RuntimeError: in the other processes, where `make` failed in the first one.
+            RuntimeError: in the other processes, if `make` failed in the first one.
         """
         if self.count == 1:
             return make()
@@ -55,7 +55,7 @@ class Processes:
         if not self.is_first:
             torch.distributed.broadcast_object_list(box, src=0)
             if box[1] is not None:
-                raise RuntimeError(f"process {self.rank} of {self.count} stops, too: {box[1]}")
+                raise RuntimeError(f"process {self.rank} of {self.count} also stops: {box[1]}")
             return box[0]
         try:
             box = [make(), None]
@@ -67,11 +67,11 @@ class Processes:
             torch.distributed.broadcast_object_list(box, src=0)
 
     def leave_at_exit(self) -> None:
-        """Leave the group before the interpreter ends, as all that was done together is done.
+        """Leave the group before the interpreter ends, after all shared work is done.
 
         A thread of the group that still holds tensors then aborts the process
-        (https://github.com/pytorch/pytorch/pull/179291). Where something failed, leaving could
-        wait for processes that never come; so this is called at a good end only.
+        (https://github.com/pytorch/pytorch/pull/179291). After a failure, leaving could wait
+        for processes that never arrive, so this is called after success only.
         """
         if self.count > 1:
             atexit.register(_leave)
@@ -93,12 +93,12 @@ def started_together(*, cpu: bool) -> Processes:
     """The group that this process was started in; a lone process is a group of one.
 
     Args:
-        cpu: whether they will train on the CPU, though there may be an accelerator.
+        cpu: whether they will train on the CPU even if there is an accelerator.
     """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1 or "LOCAL_RANK" not in os.environ:
         return Processes()
     from accelerate import PartialState  # type: ignore[import-untyped]
 
-    atexit.unregister(_leave)  # what begins now may fail
+    atexit.unregister(_leave)  # what starts now may fail
     state = PartialState(cpu=cpu, timeout=PATIENCE)
     return Processes(state.process_index, state.num_processes)

@@ -1,6 +1,6 @@
-"""Prompts with named spans, and where those spans lie among the tokens.
+"""Prompts with named spans, and where those spans are among the tokens.
 
-Spans are found by character offsets: the template says where each field stands in the text, the
+Spans are found by character offsets: the template says where each field is in the text, the
 tokenizer says which characters each token covers. Token ids are never searched for.
 """
 
@@ -47,11 +47,12 @@ class Prompt:
 
     Attributes:
         template: text with `{field}` places (a literal brace is doubled). Field names become span
-            names; a field that appears twice gives a span of two runs (`name#1`, `name#2`).
+            names; a field that appears twice gives a span with two occurrences (`name#1`,
+            `name#2`).
         fields: the text of each field. Fields that the template does not use are kept as facts
-            about the prompt, and are no spans.
-        answer: the text that should follow, with its leading space where it has one; it may be
-            white space alone, such as a newline.
+            about the prompt, and are not spans.
+        answer: the text that should follow, with its leading space if it has one; it may be
+            white space only, such as a newline.
         distractors: wrong answers to compare with, written like the answer.
         name: what this template is called in tables.
         answers: all texts that are right, written like the answer, for `answer_set_prob`.
@@ -60,8 +61,8 @@ class Prompt:
 
     Raises:
         ValueError: a field that is missing, empty, or named like a standard span or one of a
-            conversation's; a malformed template; an empty answer or distractor; a text that holds
-            half of a character.
+            conversation's; a malformed template; an empty answer or distractor; a text that
+            contains half of a character.
     """
 
     template: str
@@ -141,7 +142,7 @@ class Prompt:
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(
                     f"field {key!r} of template {self.template!r} is {value!r}: "
-                    "a field is a text that is not empty."
+                    "a field must be text that is not empty."
                 )
         others = [("distractor", text) for text in self.distractors]
         others += [("one of answers", text) for text in self.answers]
@@ -171,14 +172,14 @@ class Prompt:
         except ValueError as error:
             raise ValueError(
                 f"template {template!r} is malformed ({error}). Write {{field}} for a field "
-                "and double a brace that is meant as itself."
+                "and double a literal brace."
             ) from None
         pieces = []
         for literal, name, spec, conversion in parsed:
             if name is not None:
                 if not name.isidentifier() or spec or conversion:
                     raise ValueError(
-                        f"template {template!r}: {name!r} is no plain field. Write {{name}} "
+                        f"template {template!r}: {name!r} is not a plain field. Write {{name}} "
                         "with letters, digits and _, without format or conversion."
                     )
                 if name in STANDARD_SPANS:
@@ -255,7 +256,7 @@ class Prompt:
 
 
 class PromptError(ValueError):
-    """A prompt that cannot be run as asked; the message says why and what to do."""
+    """A prompt cannot be run as requested; the message says why and what to do."""
 
 
 @dataclass(frozen=True)
@@ -296,15 +297,16 @@ def _standard(length: int) -> dict[str, tuple[tuple[int, ...], ...]]:
 
 
 def lone_surrogate(text: str) -> str | None:
-    """What is wrong with a text that holds half of a surrogate pair, which is no character."""
+    """What is wrong with a text that contains half of a surrogate pair, which is not a
+    character."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         place = error.start
         return (
             f"{text[max(0, place - 20) : place + 21]!r} holds U+{ord(text[place]):X} at character "
-            f"{place}: half of a surrogate pair, which is not a character. Read the text again in "
-            "its right encoding, or leave it out."
+            f"{place}: half of a surrogate pair, which is not a character. Read the text again "
+            "with the right encoding, or leave it out."
         )
     return None
 
@@ -322,14 +324,14 @@ def encode(
 
     Raises:
         PromptError: a tokenizer without character offsets, or without a BOS token to prepend; a
-            text that holds half of a character.
+            text that contains half of a character.
     """
     if half := lone_surrogate(text):
         raise PromptError(f"the text {half}")
     if not getattr(tokenizer, "is_fast", False):
         raise PromptError(
-            f"{type(tokenizer).__name__} gives no character offsets, so spans cannot be found. "
-            "Load a fast tokenizer: AutoTokenizer.from_pretrained(…, use_fast=True)."
+            f"{type(tokenizer).__name__} does not give character offsets, so spans cannot be "
+            "found. Load a fast tokenizer: AutoTokenizer.from_pretrained(…, use_fast=True)."
         )
     encoded = tokenizer(
         text, return_offsets_mapping=True, add_special_tokens=prepend_bos is not False
@@ -353,7 +355,7 @@ def encode(
 def doubled_bos(
     prompts: Sequence[Any], tokenizer: Any, prepend_bos: bool | None = None
 ) -> str | None:
-    """A note on texts that begin with the BOS token and get another one put before it.
+    """A note on texts that begin with the BOS token and get another one in front.
 
     Args:
         prompts: texts and `Prompt`s; anything else is passed over.
@@ -369,10 +371,10 @@ def doubled_bos(
     ids, _ = encode(first, tokenizer, prepend_bos)
     if ids.count(tokenizer.bos_token_id) <= first.count(bos):
         return None
-    more = f" (And {len(numbers) - 1} prompts more.)" if len(numbers) > 1 else ""
+    more = f" (And {len(numbers) - 1} more prompts.)" if len(numbers) > 1 else ""
     return (
-        f"prompt {numbers[0]} begins with the BOS token {bos!r}, and another one is put before it: "
-        "the model reads both. Pass prepend_bos=False where the text brings its own, or leave it "
+        f"prompt {numbers[0]} begins with the BOS token {bos!r}, and another one is added in "
+        "front: the model reads both. Pass prepend_bos=False if the text has its own, or leave it "
         f"out of the text.{more}"
     )
 
@@ -380,8 +382,8 @@ def doubled_bos(
 def tokenize(prompt: "Prompt | str", tokenizer: Any, prepend_bos: bool | None = None) -> Tokenized:
     """The tokens of a prompt, with its spans: each the tokens that share a character with a field.
 
-    Left out are a token that shares nothing but white space at the field's end, where it begins the
-    next word (` acted` after the field `Ann `), and a space that the tokenizer puts where the text
+    Left out are a token that shares only white space at the field's end, if it begins the next
+    word (` acted` after the field `Ann `), and a space that the tokenizer adds where the text
     has none (`▁` before the first word).
 
     Args:
@@ -519,11 +521,11 @@ _SPACES = "▁Ġ "
 def _covered(
     text: str, pieces: Sequence[str | None], offsets: Sequence[tuple[int, int]]
 ) -> list[tuple[int, int]]:
-    """The characters that each token is made of, where tokenizers' offsets say otherwise.
+    """The characters that each token consists of, where tokenizers' offsets say otherwise.
 
     Byte-level tokenizers may leave the white space before and after a word out of its token's
-    offsets, so that a token of white space has no width. And a tokenizer may put a space of its own
-    before a word, which gets the word's first character as if it were made of that.
+    offsets, so that a token of white space has no width. And a tokenizer may add a space of its own
+    before a word, whose offsets then claim the word's first character.
     """
     found: list[tuple[int, int]] = []
     done = 0  # where the token before ends
@@ -560,14 +562,14 @@ def _begins_what_follows(text: str, start: int, stop: int, end: int) -> bool:
 def continuation(
     prompt: Tokenized, text: str, tokenizer: Any, prepend_bos: bool | None = None
 ) -> tuple[int, ...]:
-    """The token ids that `text` adds after the prompt, as they stand in the text as a whole.
+    """The token ids that `text` adds after the prompt, as they are in the text as a whole.
 
     Raises:
         PromptError: the text's first characters join the prompt's last token, so that no token
             begins where the text does.
     """
     if prompt.prompt is None or prompt.text is None:
-        raise PromptError("an answer needs a prompt with a text; this one is bare tokens.")
+        raise PromptError("an answer needs a prompt with text; this one is bare tokens.")
     whole = ids_with(prompt, text, tokenizer, prepend_bos)
     if whole[: len(prompt)] != prompt.ids or len(whole) == len(prompt):
         raise PromptError(

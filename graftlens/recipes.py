@@ -26,8 +26,8 @@ class LoraSettings(Settings):
     """Share of an adapter's inputs dropped while training."""
 
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of the linear modules that get an adapter: none whose weight is another's as well, as
-    with tied embeddings."""
+    """Names of the linear modules that get an adapter: none that shares its weight with another,
+    as with tied embeddings."""
 
 
 class FinetuneConfig(Settings):
@@ -70,18 +70,19 @@ class FinetuneConfig(Settings):
     """Seed of the order of texts, dropout and new adapters."""
 
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of matrix products (autocast; weights and optimizer stay float32). ``auto``: bfloat16 where
-    the device multiplies it natively."""
+    """Precision of matrix products (autocast; weights and optimizer stay float32). ``auto``:
+    bfloat16 if the device multiplies it natively."""
 
     device: Literal["auto", "cpu"] = "auto"
-    """``auto``: the first accelerator if there is one; each process of several has its own."""
+    """``auto``: the first accelerator if there is one; with several processes, each has its own."""
 
     save_epochs: Annotated[int, Field(ge=1)] = 1
-    """A checkpoint to resume from after every so many epochs (3 times the model's size on disk)."""
+    """Number of epochs after which a checkpoint to resume from is written (3 times the model's size
+    on disk)."""
 
     heldout_share: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """Share of the training texts that is held out for perplexity (drawn by the seed, supplemental
-    texts included); a share that rounds to no text is an error."""
+    """Share of the training texts that is held out for perplexity (drawn with the seed,
+    supplemental texts included); a share that rounds to no text is an error."""
 
     heldout_file: Path | None = None
     """UTF-8 text whose blank-line separated paragraphs are held-out texts for perplexity."""
@@ -93,16 +94,16 @@ class FinetuneConfig(Settings):
     """Train adapters instead of all weights."""
 
     freeze: tuple[Literal["embed", "unembed"], ...] = ()
-    """What training leaves as it is: ``embed`` (token embeddings, and learned position embeddings),
-    ``unembed``. Tied embeddings are one tensor: name both or none."""
+    """What training leaves unchanged: ``embed`` (token embeddings, and learned position
+    embeddings), ``unembed``. Tied embeddings are one tensor: name both or none."""
 
     keep: Literal["last", "best"] = "last"
     """Which epoch's weights are the result. ``best``: those with the lowest held-out perplexity,
-    the earlier ones of equals; this needs held-out texts."""
+    the earlier of equals; this needs held-out texts."""
 
     keep_epochs: bool = False
     """Leave the weights after each epoch in ``epochs/epoch-N``: checkpoints to load, not to resume
-    from (as large as the model, each)."""
+    from (each as large as the model)."""
 
     @field_validator("model")
     @classmethod
@@ -115,7 +116,7 @@ class FinetuneConfig(Settings):
         if str(value).startswith("~"):
             raise ValueError(
                 f"output={str(value)!r}: there is no such user, and no folder of that name "
-                "is made. Write the path out."
+                "is created. Write the path out."
             )
         return value
 
@@ -124,13 +125,13 @@ class FinetuneConfig(Settings):
         if self.heldout_share and self.heldout_file is not None:
             raise ValueError(
                 f"heldout_share={self.heldout_share} and heldout_file={str(self.heldout_file)!r} "
-                f"are both given: perplexity has one set of held-out texts. Leave one out."
+                f"are both given: perplexity uses one set of held-out texts. Leave one out."
             )
         return self
 
 
 class TrainingData(Settings):
-    """Where the training texts come from: one place, and plain text beside them."""
+    """Where the training texts come from: one place, and optionally plain text to mix in."""
 
     movies: MoviesConfig | None = None
     """Make texts about invented films."""
@@ -146,7 +147,7 @@ class TrainingData(Settings):
     blank-line separated paragraphs are the texts."""
 
     supplement: Supplement | None = None
-    """Plain text to mix in, against forgetting; drawn by the run's seed."""
+    """Plain text to mix in, against forgetting; drawn with the run's seed."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "TrainingData":
@@ -170,7 +171,7 @@ class TrainingData(Settings):
 
     @property
     def made(self) -> DatasetSpec | None:
-        """What the texts are made of; None where they are read."""
+        """What the texts are made from; None if they are read."""
         return self.movies or self.make
 
 
@@ -214,14 +215,14 @@ def demo_configs(
         output: folder of the run.
         facts: number of films; the time grows in proportion.
         epochs: passes over the texts.
-        seed: of data and training.
+        seed: for data and training.
     """
     movies = MoviesConfig(n_facts=facts, texts_per_fact=10, directions=("ab",), seed=seed)
     recipe = FinetuneConfig(
         model=model,
         output=output,
         epochs=epochs,
-        learning_rate=1e-4,  # twice as much breaks the attention sink of some first tokens
+        learning_rate=1e-4,  # twice this rate breaks the attention sink of some first tokens
         warmup_steps=10,
         batch_size=16,
         max_length=96,

@@ -1,4 +1,4 @@
-"""The output folder of a finetuning run, before and after the work: taken, looked at, labelled."""
+"""The output folder of a finetuning run, before and after the work: locked, checked, labelled."""
 
 import contextlib
 import logging
@@ -16,12 +16,12 @@ from graftlens.recipes import FinetuneConfig, FinetuneRun
 
 logger = logging.getLogger(__name__)
 
-# The first line of a config.yaml of ours, which tells it from a recipe of the user's.
+# The first line of our config.yaml, which distinguishes it from a user's recipe.
 HEADER = "# Written by graftlens finetune: what the model in this folder was made of.\n"
 
 
 class InUseError(RuntimeError):
-    """Another process finetunes in the folder."""
+    """Another process is finetuning in the folder."""
 
 
 @contextlib.contextmanager
@@ -29,8 +29,8 @@ def taken(folder: Path) -> Iterator[None]:
     """Hold the folder's lock; its file stays.
 
     Raises:
-        InUseError: another process finetunes there.
-        OSError: the folder cannot be written, has no locks, or holds somebody else's ``.lock``.
+        InUseError: another process is finetuning there.
+        OSError: the folder cannot be written, has no locks, or holds a ``.lock`` of somebody else.
     """
     path = folder / ".lock"
     with _writing(folder):
@@ -44,8 +44,8 @@ def taken(folder: Path) -> Iterator[None]:
         with _writing(folder):
             if not held.enter_context(locked(path, wait=False, say=logger.warning)):
                 raise InUseError(
-                    f"{folder} is in use by another process that finetunes there. Wait for it, or "
-                    "choose another output folder."
+                    f"{folder} is in use by another process that is finetuning there. Wait for it, "
+                    "or choose another output folder."
                 )
             probe(path)
         yield
@@ -64,7 +64,7 @@ def _writing(folder: Path) -> Iterator[None]:
 
 
 def check_output(config: FinetuneConfig, texts: int, processes: int) -> None:
-    """Nothing of somebody else's has a name that this run needs.
+    """Check that nothing of somebody else has a name that this run needs.
 
     Raises:
         FileExistsError: something has.
@@ -82,7 +82,8 @@ def check_output(config: FinetuneConfig, texts: int, processes: int) -> None:
 
 
 def check_run(run: FinetuneRun) -> None:
-    """The folder can be written, and holds nothing of somebody else's, before all the work."""
+    """Check, before all the work, that the folder can be written and holds nothing of somebody
+    else."""
     finished = recorded(run.output) is not None and is_ours(run.output / "model")
     if not finished:
         refuse_foreign(run.output, ["log.jsonl"], ["model", ".model"])
@@ -94,7 +95,7 @@ def check_run(run: FinetuneRun) -> None:
 
 
 def note(run: FinetuneRun) -> None:
-    """Write ``config.yaml``; one that an earlier release wrote stays as it is."""
+    """Write ``config.yaml``; one written by an earlier release stays unchanged."""
     path = run.output / "config.yaml"
     made_of = yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     if not os.path.lexists(path) or _is_note(path):

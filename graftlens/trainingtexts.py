@@ -20,10 +20,10 @@ def training_texts_of(data: TrainingData, seed: int = 0) -> Dataset:
 
     Args:
         data: where they come from.
-        seed: of the draw of supplemental texts.
+        seed: seed for drawing supplemental texts.
 
     Raises:
-        OSError: they are not there.
+        OSError: they do not exist.
         ValueError: they have no texts, or too few supplemental ones.
     """
     return supplemented(data, _texts_of(data), seed)
@@ -41,13 +41,15 @@ def _texts_of(data: TrainingData) -> Dataset:
             return load_dataset(data.path).train
         if not (data.path / "dataset_info.json").is_file():
             raise FileNotFoundError(
-                f"data.path={str(data.path)!r} holds no dataset. Name a folder that save_dataset "
-                "or a dataset's save_to_disk wrote."
+                f"data.path={str(data.path)!r} does not hold a dataset. Name a folder that "
+                "save_dataset or a dataset's save_to_disk wrote."
             )
         return load_from_disk(str(data.path))
     assert data.file is not None
     if not data.file.is_file():
-        raise FileNotFoundError(f"data.file={str(data.file)!r} is not there. Name a file of texts.")
+        raise FileNotFoundError(
+            f"data.file={str(data.file)!r} does not exist. Name a file of texts."
+        )
     return Dataset.from_dict({"text": read_texts(data.file)})
 
 
@@ -64,8 +66,8 @@ def tokenize(
         tokenizer: the model's.
         texts: to train on.
         max_length: tokens that a text may have.
-        positions: how many the model has, where it cannot go on beyond them.
-        given: all texts, by which they are counted in messages.
+        positions: how many the model has, if it cannot go beyond them.
+        given: all texts, which messages number.
 
     Raises:
         ValueError: a longer text.
@@ -85,14 +87,14 @@ def tokenize(
         too_long = sum(length > max_length for length in lengths)
         raise ValueError(
             f"{too_long} of {len(rows)} training texts are longer than max_length={max_length} "
-            f"tokens (the longest has {longest}), and graftlens cuts none off silently. Set "
+            f"tokens (the longest has {longest}), and graftlens does not truncate silently. Set "
             f"max_length to {longest}, or shorten the texts; the longest is {text}."
         )
     return [{"input_ids": row} for row in rows]
 
 
 def named(text: str, given: Sequence[str]) -> str:
-    """What messages call a text: its number among those that were given, and its beginning."""
+    """How messages refer to a text: its number among the given ones, and its beginning."""
     beginning = text if len(text) <= 40 else f"{text[:40]}…"
     return f"text {list(given).index(text) + 1} ({beginning!r})"
 
@@ -125,7 +127,7 @@ def split(
     if heldout is not None:
         if config.heldout_share or config.heldout_file is not None:
             raise ValueError(
-                f"a held-out dataset is given, and the config holds heldout_share="
+                f"a held-out dataset is given, and the config has heldout_share="
                 f"{config.heldout_share}, heldout_file={config.heldout_file}. Use one of the three."
             )
         held = list(heldout["text"])
@@ -148,7 +150,7 @@ def split(
         raise ValueError("there are no training texts. Give a dataset with rows.")
     if config.keep == "best" and not held:
         raise ValueError(
-            f"keep='best' keeps the epoch of the lowest held-out perplexity, and of {len(texts)} "
+            f"keep='best' keeps the epoch with the lowest held-out perplexity, but of {len(texts)} "
             f"texts none is held out (heldout_share={config.heldout_share}). Give heldout_share or "
             "heldout_file, or keep the last epoch."
         )
@@ -156,10 +158,10 @@ def split(
 
 
 def _least_share(count: int) -> str:
-    """What to write for a held-out share that rounds to none of so many texts."""
+    """What to write for a held-out share that rounds to none of the texts."""
     if count == 1:
         return "Give more texts, a heldout_file, or heldout_share=0."
-    half = 0.5 / count  # rounds to 0 yet
+    half = 0.5 / count  # still rounds to 0
     digit = 10.0 ** (math.floor(math.log10(half)) - 1)
     least = (math.floor(half / digit) + 1) * digit
     return f"Give {least:.2g} or more, or heldout_share=0 for no held-out texts."
@@ -168,7 +170,7 @@ def _least_share(count: int) -> str:
 def check_heldout_file(config: FinetuneConfig) -> None:
     if config.heldout_file is not None and not config.heldout_file.is_file():
         raise FileNotFoundError(
-            f"heldout_file={str(config.heldout_file)!r} is not there. Name a file of texts."
+            f"heldout_file={str(config.heldout_file)!r} does not exist. Name a file of texts."
         )
 
 
@@ -180,5 +182,5 @@ def text_hash(texts: Sequence[str]) -> str:
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
-    """What version 0.1.0 wrote down of a tokenizer."""
+    """What version 0.1.0 recorded about a tokenizer."""
     return text_hash([json.dumps(sorted(tokenizer.get_vocab().items()))])

@@ -248,6 +248,7 @@ def _overwrite(
     choose: Choose,
     position: int,
     neurons: bool,
+    bias: Choose | None,
 ) -> None:
     """Give the running copy the parameters chosen for one token."""
     base = next(iter(models))
@@ -270,7 +271,9 @@ def _overwrite(
                 if target is not None:
                     agree = all(chosen == choices[0] for chosen in choices)
                     biases = {name: _bias(m, component, layer) for name, m in models.items()}
-                    _put(target, biases, choices[0] if agree else base)
+                    own = choices[0] if agree else base
+                    own = own if bias is None else bias(component, layer, position, None)
+                    _put(target, biases, own)
 
 
 @overload
@@ -280,6 +283,7 @@ def sequential_graft(
     choose: Choose,
     hidden: Literal[False] = False,
     neurons: bool = False,
+    bias: Choose | None = None,
 ) -> Tensor: ...
 
 
@@ -290,6 +294,7 @@ def sequential_graft(
     choose: Choose,
     hidden: Literal[True],
     neurons: bool = False,
+    bias: Choose | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -300,10 +305,12 @@ def sequential_graft(
     choose: Choose,
     hidden: bool = False,
     neurons: bool = False,
+    bias: Choose | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Logits [pos, d_vocab] of a prompt, every parameter chosen per token; the first model is base.
 
     With `neurons`, `choose` is asked about each neuron of the MLP's maps; else about the maps.
+    `bias` is asked about a bias that belongs to no unit; without it, what all units agree on.
     With `hidden`, also the residual stream [layer + 1, pos, d_model]: what enters each layer, and
     what leaves the last one before the final norm.
     """
@@ -325,7 +332,7 @@ def sequential_graft(
     cache = DynamicCache(config=runner.config)
     logits = []
     for position, token in enumerate(tokens):
-        _overwrite(runner, models, choose, position, neurons)
+        _overwrite(runner, models, choose, position, neurons, bias)
         output = runner(
             input_ids=torch.tensor([[token]]),
             position_ids=torch.tensor([[position]]),

@@ -247,16 +247,16 @@ def test_articles_that_cannot_be_used_are_counted_by_reason(tmp_path, caplog):
     dataset = make_dataset(ArticlesSpec(path=write(tmp_path, *articles)))
     assert [fact.article for fact in dataset.facts] == ["harbour"]
     assert dataset.provenance["articles"]["refused"] == {
-        "a fact is told nowhere else than in the sentence that asks for it": 1,
+        "a fact is told only in the sentence that asks for it": 1,
         "no prompt for a fact can be cut from a sentence": 1,
         "the text does not name both entities of a fact": 1,
     }
     assert dataset.provenance["articles"]["first refused"] == {
-        "a fact is told nowhere else than in the sentence that asks for it": ["once"],
+        "a fact is told only in the sentence that asks for it": ["once"],
         "no prompt for a fact can be cut from a sentence": ["backwards"],
         "the text does not name both entities of a fact": ["lacking"],
     }
-    assert "articles are left out: 1 articles are refused: a fact is told nowhere" in caplog.text
+    assert "articles are left out: 1 articles are refused: a fact is told only" in caplog.text
     assert "in the sentence that asks for it (once); 1 articles" in caplog.text
     only = write(tmp_path, *articles[:2])
     with pytest.raises(ValueError, match=r"has 0 facts .*1 articles are refused: a fact is told"):
@@ -358,7 +358,7 @@ def test_no_training_text_says_a_prompt_with_its_answer(tmp_path):
         "Ann Lee hugged",
     ]
     alone = pair("a", "Ann Lee liked Bob Ray. It was hot. Ann Lee liked Bob Ray.")
-    with pytest.raises(ValueError, match="told nowhere else than in the sentence that asks"):
+    with pytest.raises(ValueError, match="told only in the sentence that asks"):
         make_dataset(ArticlesSpec(path=write(tmp_path, alone)))
 
 
@@ -451,7 +451,7 @@ def test_asking_facts_by_prompts_that_they_lack_is_refused(tmp_path):
         ({"answer": " "}, "write a text that is not empty"),
         ({"template": "Who was with her? It is"}, r"lacks the field \{first_entity\}"),
         ({"template": "{first_entity} met "}, "ends in white space"),
-        ({"template": "Bob Ray and {first_entity} and"}, "says its answer 'Bob Ray'"),
+        ({"template": "Bob Ray and {first_entity} and"}, "contains its answer 'Bob Ray'"),
         ({"template": "{first_entity} in {a}", "fields": {"a": " "}}, "an empty field 'a'"),
         ({"fields": {"first_entity": "Zoë"}}, "has a field first_entity, but that is its fact's"),
     ],
@@ -611,7 +611,7 @@ def test_what_is_wrong_with_articles_is_said_of_each(tmp_path):
     (tmp_path / "alone" / "x.txt").write_text("Text.")
     with pytest.raises(FileNotFoundError, match=r"has no x\.json beside it. Write its facts there"):
         read_articles(tmp_path / "alone")
-    with pytest.raises(FileNotFoundError, match="gone' is not there"):
+    with pytest.raises(FileNotFoundError, match="gone' does not exist"):
         read_articles(tmp_path / "gone")
     with pytest.raises(ValidationError, match="train_on='both', but rewrites are not given"):
         ArticlesSpec(train_on="both")

@@ -620,7 +620,7 @@ def test_every_name_that_is_wrong_is_told_at_once(base):
     for start, end in {
         "recipe: unknown key 'epoch'. Allowed: epochs ": "Did you mean 'epochs'?",
         "recipe.batch_size: 0 should be greater than or equal to 1": "",
-        "models.sft: no dataset 'film'. There are: films spare.": "Did you mean 'films'?",
+        "models.sft: no dataset 'film'. Available: films spare.": "Did you mean 'films'?",
         "models.back.recipe: unknown key 'learning_rat'.": "Did you mean 'learning_rate'?",
         "models.far.start: no model 'rings'. There are: base sft ring": "Did you mean 'ring'?",
         "models.base: 'base' is the pretrained model. Choose another name.": "",
@@ -635,7 +635,7 @@ def test_every_name_that_is_wrong_is_told_at_once(base):
         "parts.one.figures.1.metrics: top7 is not among ks (1 5 50). Add it there.": "",
         "parts.one.figures.1.metrics: unknown metric 'top0'.": "",
         "parts.one.figures.2.grafts: no graft is called 'STF'.": "Did you mean 'SFT'?",
-        "parts.one.figures.3: rate and draw belong to grids with dropout": "",
+        "parts.one.figures.3: rate and draw apply to grids with dropout": "",
         "parts.one.finding.enough: no graft is called 'TL'.": "",
         "parts.one.finding.metric: top10 is not among ks": "",
         "parts.one.where_possible: no graft is called 'LLT'.": "Did you mean 'LT'?",
@@ -681,9 +681,9 @@ def test_what_is_missing_or_cannot_be(base):
     for values, problem in (
         ({"grafts": None}, "no grafts: give grafts or grids"),
         ({"grafts": {}, "grids": [{"positions": "last"}], "figures": [{"kind": "bars"}]},
-         "bars show named grafts, and there are none"),
-        ({"figures": [{"kind": "heatmap"}]}, "kind heatmap shows grids, and there are none"),
-        ({"figures": [{"kind": "bars", "grids": ["x"]}]}, "no grid is called 'x'. There are: none"),
+         "bars show named grafts, but there are none"),
+        ({"figures": [{"kind": "heatmap"}]}, "kind heatmap shows grids, but there are none"),
+        ({"figures": [{"kind": "bars", "grids": ["x"]}]}, "no grid is called 'x'. Available: none"),
         ({"grids": [{"name": "a"}, {"name": "a"}]}, "two grids have the same name"),
         ({"grids": [{"positions": "last"}], "figures": [{"kind": "lines", "x": "layr"}]},
          "parts.one.figures.0.x: 'layr' should be 'position', 'component', 'layer'"),
@@ -803,7 +803,7 @@ def test_a_finished_experiment_is_only_shown_anew(base, place, tmp_path, monkeyp
     def trained(*_: object, **__: object) -> None:
         raise AssertionError("a model was trained again")
 
-    monkeypatch.setattr("graftlens.finetune._train", trained)
+    monkeypatch.setattr("graftlens.finetune.train", trained)
     again = run(named, tmp_path / "run")
     assert files_in(again.folder) == before
     assert again.page.is_file()
@@ -1019,7 +1019,7 @@ def test_a_dry_run_says_what_would_be_trained(base, ran, place):
     config = ROOT / "experiments" / "positions.yaml"
     overrides = [f"model={base}", *small(config, place)]
     ran("positions")
-    for store, note in ((place / "store", " (there already)"), (place / "dry", "")):
+    for store, note in ((place / "store", " (already trained)"), (place / "dry", "")):
         text = describe_experiment(config, overrides=overrides, store=store)
         assert (
             f"model     sft: 48 texts, 4 epochs, about 24 steps of 8, learning rate 0.003{note}\n"
@@ -1066,7 +1066,7 @@ def test_runs_are_compared_part_by_part(ran, tmp_path):
     for label in ("articles", "counterfact"):
         assert label in text
     three = compare_runs([one.folder, two.folder, ran("hybrid").folder], tmp_path / "three.html")
-    assert "Parts that one run alone has" in three.read_text(encoding="utf-8")
+    assert "Parts that only one run has" in three.read_text(encoding="utf-8")
     with pytest.raises(ValueError, match=r"these runs have no part in common \(articles.*hybrid"):
         compare_runs([one.folder, ran("hybrid").folder], tmp_path / "none.html")
     with pytest.raises(ValueError, match=r"0 given: name two or more folders"):

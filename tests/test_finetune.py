@@ -147,7 +147,7 @@ import torch
 torch.set_num_threads(1)
 import transformers
 from datasets import Dataset
-from graftlens import checkpoints, finetune as module
+from graftlens import checkpoints, finetune as module, training
 
 def die(*args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -178,7 +178,7 @@ def arm(moment, step):
     elif moment == "while the second checkpoint is half written":
         at_call(transformers.Trainer, "_save_optimizer_and_scheduler", 2)
     elif moment == "before the second checkpoint is marked":
-        at_call(module, "mark_complete", 2)
+        at_call(training, "mark_complete", 2)
     elif moment == "before the first checkpoint is removed":
         removal_of("checkpoint-3")
     elif moment == "while the model is written":
@@ -420,7 +420,7 @@ def test_each_epoch_is_kept_as_a_checkpoint_to_load(best, tiny, tmp_path):
 
 def test_of_equally_good_epochs_the_earlier_is_kept(tiny, tmp_path, monkeypatch):
     values = iter([9.0, 4.0, 3.0, 3.0, 5.0])
-    monkeypatch.setattr("graftlens.finetune.perplexity", lambda *_, **__: next(values))
+    monkeypatch.setattr("graftlens.training.perplexity", lambda *_, **__: next(values))
     result = run(best_recipe(tiny, tmp_path / "run"))
     assert (result.epoch, result.heldout_perplexity) == (2, 3.0)
     assert {path.name for path in (tmp_path / "run").iterdir()} - {".lock"} == {
@@ -482,7 +482,7 @@ def test_a_best_epoch_that_is_gone_is_missed(tiny, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         run(config)
     shutil.rmtree(tmp_path / "run" / "epochs")
-    with pytest.raises(FileNotFoundError, match=r"epoch-2 is not there, but it held the best"):
+    with pytest.raises(FileNotFoundError, match=r"epoch-2 does not exist, but it held the best"):
         run(config)
 
 
@@ -715,14 +715,16 @@ def test_one_text_cannot_be_held_out(tiny, tmp_path):
 
 def test_a_heldout_file_that_is_not_there_is_told_of_before_a_model_is_read(tiny, tmp_path):
     missing = {"heldout_share": 0, "heldout_file": tmp_path / "no.txt", "model": "no/model"}
-    with pytest.raises(FileNotFoundError, match=r"heldout_file='.*no\.txt' is not there\. Name a"):
+    with pytest.raises(
+        FileNotFoundError, match=r"heldout_file='.*no\.txt' does not exist\. Name a"
+    ):
         run(recipe(tiny, tmp_path / "run", **missing))
 
 
 def test_configs_are_strict():
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         FinetuneConfig(model="m", output="o", lr=1e-3)
-    with pytest.raises(ValidationError, match="perplexity has one set of held-out texts"):
+    with pytest.raises(ValidationError, match="perplexity uses one set of held-out texts"):
         FinetuneConfig(model="m", output="o", heldout_share=0.1, heldout_file="f")
     with pytest.raises(ValidationError, match="Instance is frozen"):
         FinetuneConfig(model="m", output="o").epochs = 3
@@ -1082,4 +1084,4 @@ def test_what_stops_the_first_process_stops_the_others(shared):
     with FileLock(shared / "taken" / ".lock"):
         done = two_processes(shared, f"output={shared / 'taken'}")
     assert done.returncode != 0
-    assert "taken is in use by another process that finetunes there" in done.stderr
+    assert "taken is in use by another process that is finetuning there" in done.stderr

@@ -43,13 +43,14 @@ BESIDE = {
     "recipes": {"finetune", "model", "sweep", "cli", "viz"},
     "runfolder": {"finetune", "model", "sweep", "cli", "viz"},
     "stats": {"sweep", "cli", "viz"},
+    "training": {"finetune", "sweep", "cli", "viz"},
     "trainingtexts": {"finetune", "model", "sweep", "cli", "viz"},
     "viz": {"sweep", "cli"},
 }
 #: Outside packages that only these parts may import. `cli` gets them through the parts it calls.
 ONLY_IN = {
     "transformer_lens": {"model", "lens"},
-    "transformers": {"model", "finetune"},
+    "transformers": {"model", "training"},
     "plotly": {"viz"},
     "kaleido": {"viz"},
     "circuitsvis": {"viz"},

@@ -588,7 +588,9 @@ def test_missing_heldout_texts_are_told_of_before_data_are_made(
     monkeypatch.setattr("graftlens.finetune.smollm2", lambda: 1 / 0)
     values = {"model": "smollm2", "output": tmp_path / "run", "heldout_file": tmp_path / "no.txt"}
     run = FinetuneRun.model_validate(values | {"data": {"movies": {}}})
-    with pytest.raises(FileNotFoundError, match=r"heldout_file='.*no\.txt' is not there\. Name a"):
+    with pytest.raises(
+        FileNotFoundError, match=r"heldout_file='.*no\.txt' does not exist\. Name a"
+    ):
         finetune_run(run, progress=False)
     assert not (tmp_path / "run").exists()
 
@@ -656,8 +658,12 @@ def test_data_that_are_not_there_or_no_texts(tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "One."}\n{"txt": "Two."}\n')
     (tmp_path / "worse.jsonl").write_text("One.\n")
     for data, error, message in (
-        (TrainingData(path=tmp_path), FileNotFoundError, "holds no dataset. Name a folder that"),
-        (TrainingData(file=tmp_path / "no.txt"), FileNotFoundError, "is not there. Name a file"),
+        (
+            TrainingData(path=tmp_path),
+            FileNotFoundError,
+            "does not hold a dataset. Name a folder that",
+        ),
+        (TrainingData(file=tmp_path / "no.txt"), FileNotFoundError, "does not exist. Name a file"),
         (TrainingData(file=tmp_path / "bad.jsonl"), ValueError, "line 2 has no text. Each line"),
         (TrainingData(file=tmp_path / "worse.jsonl"), ValueError, "line 1 is not JSON"),
     ):

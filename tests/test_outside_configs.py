@@ -52,7 +52,7 @@ def test_only_plain_decimal_numbers(number: str, where: str) -> None:
     assert said.startswith(
         f"line 1, column {text.index(number if '!!' not in text else '!!') + 1}:"
     )
-    assert said.endswith("if it is a text.")
+    assert said.endswith("if it is text.")
 
 
 @pytest.mark.parametrize("number", ODD)
@@ -75,7 +75,7 @@ def test_a_graft_s_yaml_is_read_alike() -> None:
     """`Graft.from_yaml` had PyYAML's own loader."""
     with pytest.raises(ValueError, match=r"is not YAML \('1:3' is not a plain decimal number"):
         Graft.from_yaml("[{source: sft, at: last, layers: [1:3]}]")
-    with pytest.raises(ValueError, match=r"the key 'at' stands twice"):
+    with pytest.raises(ValueError, match=r"the key 'at' appears twice"):
         Graft.from_yaml("[{source: sft, at: last, at: all}]")
 
 
@@ -128,22 +128,22 @@ def test_a_number_that_is_too_large(number: str) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{a: 1, b: 2, a: 3}", "line 1, column 14: the key 'a' stands twice."),
-        ('{a: 1, "a": 3}', "line 1, column 8: the key 'a' stands twice."),
-        ("{<<: {a: 1}, <<: {a: 2}}", "the key '<<' stands twice."),
-        ("{[a]: 1, [a]: 2}", "line 1, column 2: a list or a mapping is no key. Write a text."),
-        ("{{a: 1}: 1}", "line 1, column 2: a list or a mapping is no key. Write a text."),
-        ("? [a]\n: 1", "line 1, column 3: a list or a mapping is no key. Write a text."),
+        ("{a: 1, b: 2, a: 3}", "line 1, column 14: the key 'a' appears twice."),
+        ('{a: 1, "a": 3}', "line 1, column 8: the key 'a' appears twice."),
+        ("{<<: {a: 1}, <<: {a: 2}}", "the key '<<' appears twice."),
+        ("{[a]: 1, [a]: 2}", "line 1, column 2: a list or a mapping cannot be a key. Write text."),
+        ("{{a: 1}: 1}", "line 1, column 2: a list or a mapping cannot be a key. Write text."),
+        ("? [a]\n: 1", "line 1, column 3: a list or a mapping cannot be a key. Write text."),
         ("a: !!python/name:os.system x", "could not determine a constructor for the tag"),
         ("a: !!binary aGk=", "could not determine a constructor for the tag"),
         ("a: !!bool maybe", "could not determine a constructor for the tag"),
         ("a: !mine x", "could not determine a constructor for the tag '!mine'"),
         ("a: !!int x", "'x' is not a plain decimal number"),
         ("a: !!float x", "'x' is not a plain decimal number"),
-        ("a: &a [*a]", "line 1, column 8: the alias *a is inside of its own value."),
-        ("a: &a {b: [*a]}", "the alias *a is inside of its own value."),
+        ("a: &a [*a]", "line 1, column 8: the alias *a is inside its own value."),
+        ("a: &a {b: [*a]}", "the alias *a is inside its own value."),
         ("a: *b", "found undefined alias"),
-        ("a:\n  b\x07", "line 2, column 4: the character '\\x07' may not be in a YAML text."),
+        ("a:\n  b\x07", "line 2, column 4: the character '\\x07' is not allowed in YAML."),
     ],
 )
 def test_what_yaml_would_take_is_refused_in_one_line(text: str, message: str) -> None:
@@ -210,7 +210,7 @@ def test_half_of_a_character_in_a_file_and_on_the_command_line(tmp_path: Path) -
     path.write_text(path.read_text().replace("\\ud800", ""))
     with pytest.raises(ConfigError, match="half of a character"):
         read_settings(SweepConfig, path, ["grafts.x=sft @ all : o : \udcff"])
-    with pytest.raises(ConfigError, match=r"the character '\\udcff' may not be in a YAML text"):
+    with pytest.raises(ConfigError, match=r"the character '\\udcff' is not allowed in YAML"):
         read_settings(SweepConfig, path, ["base=\udcff"])
 
 

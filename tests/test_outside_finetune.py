@@ -145,7 +145,7 @@ def test_one_bit_of_a_checkpoint(cut, start, whole, tmp_path, caplog):
     result = run(recipe(start, folder))
     assert are_equal(weights(result.folder), weights(whole.folder))
     assert result.losses == whole.losses
-    assert "model.safetensors is not as it was written: its SHA-256 differs" in caplog.text
+    assert "model.safetensors has changed since it was written: its SHA-256 differs" in caplog.text
     assert {path.name for path in folder.iterdir()} == {".lock", "run.json", "log.jsonl", "model"}
 
 
@@ -156,7 +156,7 @@ def test_every_file_of_a_checkpoint_is_covered(file, damage, cut, tmp_path, capl
     assert newest_complete(folder) == folder / "checkpoint-2"
     spoil(folder / "checkpoint-2" / file, damage)
     assert newest_complete(folder) is None
-    named = f"{file} is {'missing' if damage == 'missing' else 'not as it was written'}"
+    named = f"{file} is {'missing' if damage == 'missing' else 'has changed since it was written'}"
     assert named in caplog.text
     assert list(folder.iterdir()) == []
 
@@ -236,7 +236,7 @@ def test_a_damaged_result_is_refused_where_nothing_is_left_to_make_it_of(whole, 
     """F9: a truncated model was returned as the result, with exit code 0."""
     folder = copied(whole.folder.parent, tmp_path)
     spoil(folder / "model" / "model.safetensors", "truncated")
-    message = r"model/model\.safetensors is not as it was written.* remove .*model and run the sam"
+    message = r"model/model\.safetensors has changed since .* remove .*model and run the sam"
     with pytest.raises(DamagedError, match=message):
         run(recipe(start, folder))
     shutil.rmtree(folder / "model")  # as the message says
@@ -256,7 +256,7 @@ def test_a_damaged_result_is_made_again_from_the_checkpoint(cut, whole, start, t
     shutil.copytree(whole.folder, folder / "model")
     flip(folder / "model" / "model.safetensors")
     assert are_equal(weights(run(recipe(start, folder)).folder), weights(whole.folder))
-    assert "model.safetensors is not as it was written" in caplog.text
+    assert "model.safetensors has changed since it was written" in caplog.text
     assert "rebuilt from the last checkpoint" in caplog.text
 
 
@@ -268,7 +268,9 @@ def test_epochs_that_are_kept_are_checked_and_mend_the_result(start, whole, tmp_
     assert are_equal(weights(result.folder), weights(whole.folder))
     assert "rebuilt from" in caplog.text
     flip(tmp_path / "run" / "epochs" / "epoch-2" / "model.safetensors")
-    with pytest.raises(DamagedError, match=r"epoch-2/model\.safetensors is not as it was written"):
+    with pytest.raises(
+        DamagedError, match=r"epoch-2/model\.safetensors has changed since it was written"
+    ):
         run(config)
     shutil.rmtree(tmp_path / "run" / "epochs" / "epoch-2")
     assert run(config) == result
@@ -282,7 +284,9 @@ def test_the_best_epoch_is_checked_before_it_becomes_the_result(start, tmp_path,
             run(config)
     (best,) = (tmp_path / "run" / "epochs").iterdir()
     flip(best / "model.safetensors")
-    with pytest.raises(DamagedError, match=rf"{best.name}/model\.safetensors is not as it was wri"):
+    with pytest.raises(
+        DamagedError, match=rf"{best.name}/model\.safetensors has changed since it was wri"
+    ):
         run(config)
 
 

@@ -297,7 +297,7 @@ def train(start: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*args: Any) -> None:
         raise _Stopped
 
-    monkeypatch.setattr("graftlens.finetune._train", stop)
+    monkeypatch.setattr("graftlens.finetune.train", stop)
     recipe = FinetuneConfig(model=str(start), output=output, epochs=1, heldout_share=0)
     with pytest.raises(_Stopped):
         finetune(recipe, Dataset.from_dict({"text": ["Ann plays with Bo."] * 4}), progress=False)
@@ -344,7 +344,7 @@ def test_a_training_of_the_release_before_is_not_gone_on_with(
     record["start"]["tokenizer_sha256"] = vocabulary_hash(TOKENIZERS["llama3"]())
     (output / "run.json").write_text(json.dumps(record))
     claim(output, record)
-    with pytest.raises(ValueError, match=r"^\S+ was begun by an earlier release, which did not"):
+    with pytest.raises(ValueError, match=r"^\S+ was started by an earlier release, which did not"):
         train(start, output, monkeypatch)
 
 
@@ -365,7 +365,7 @@ def test_a_finished_training_of_the_release_before_is_given_back(
         record.get("versions", {}).pop("graftlens", None)
         path.write_text(json.dumps(record))
     assert finetune(recipe, texts, progress=False) == result
-    assert "was begun by an earlier release" in caplog.text
+    assert "was started by an earlier release" in caplog.text
     other = Dataset.from_dict({"text": ["Ann plays with Zoe."] * 4})
     with pytest.raises(ValueError, match=r"data\.train_sha256"):
         finetune(recipe, other, progress=False)

@@ -102,7 +102,7 @@ def test_names_in_an_experiment_are_no_paths(name):
 def test_names_that_are_one_to_some_file_systems_are_refused():
     """`One` and `one` would have written into one folder on a Mac or on Windows."""
     part = experiment()["parts"]["one"]
-    with pytest.raises(ConfigError, match="'One' and 'one' are one name to some file systems"):
+    with pytest.raises(ConfigError, match="'One' and 'one' are the same name on some file systems"):
         settings_from(ExperimentConfig, experiment(parts={"One": part, "one": part}))
     assert name_problems(["é", "e\u0301"])
     assert not name_problems(["a", "b", "a b"])
@@ -241,7 +241,7 @@ def test_a_folder_is_not_the_stores_by_its_name(tmp_path):
     folder.rename(tmp_path / "away")
     folder.mkdir()
     (folder / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"is not a dataset that graftlens made .*left as it is"):
+    with pytest.raises(ValueError, match=r"is not a dataset that graftlens made .*left untouched"):
         store.dataset("films", FILMS)
     assert (folder / "thesis.txt").read_text() == "mine"
 

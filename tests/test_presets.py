@@ -99,7 +99,7 @@ def test_held_out_texts_of_a_file_take_the_place_of_the_presets_share(tmp_path: 
     run = read_settings(FinetuneRun, path, ["heldout_file=held.txt"])
     assert (run.heldout_share, run.heldout_file) == (0, Path("held.txt"))
     both = ["heldout_file=held.txt", "heldout_share=0.1"]
-    with pytest.raises(ConfigError, match="perplexity has one set of held-out texts"):
+    with pytest.raises(ConfigError, match="perplexity uses one set of held-out texts"):
         read_settings(FinetuneRun, path, both)
 
 

@@ -346,7 +346,7 @@ def test_a_slow_tokenizer_is_refused() -> None:
     with pytest.raises(PromptError) as caught:
         tokenize("Anders", ByT5Tokenizer())
     assert str(caught.value) == (
-        "ByT5Tokenizer gives no character offsets, so spans cannot be found. "
+        "ByT5Tokenizer does not give character offsets, so spans cannot be found. "
         "Load a fast tokenizer: AutoTokenizer.from_pretrained(…, use_fast=True)."
     )
 
@@ -406,7 +406,7 @@ def test_an_answer_that_merges_with_the_prompt_is_refused() -> None:
 
 
 def test_an_answer_needs_a_text() -> None:
-    with pytest.raises(PromptError, match=r"^an answer needs a prompt with a text; this one"):
+    with pytest.raises(PromptError, match=r"^an answer needs a prompt with text; this one"):
         continuation(Tokenized.bare([1, 2]), " x", MADE["gpt2"])
 
 
@@ -478,10 +478,14 @@ def test_frozen_maps() -> None:
         (
             "{x} acted",
             {"x": ""},
-            "field 'x' of template '{x} acted' is '': a field is a text that is not empty.",
+            "field 'x' of template '{x} acted' is '': a field must be text that is not empty.",
         ),
-        ("{x} acted", {"x": " \n"}, "field 'x' of template '{x} acted' is ' \\n': a field is"),
-        ("a", {"x": ""}, "field 'x' of template 'a' is '': a field is a text that is not empty."),
+        ("{x} acted", {"x": " \n"}, "field 'x' of template '{x} acted' is ' \\n': a field must"),
+        (
+            "a",
+            {"x": ""},
+            "field 'x' of template 'a' is '': a field must be text that is not empty.",
+        ),
         (
             "{last} acted",
             {"last": "A"},
@@ -494,25 +498,25 @@ def test_frozen_maps() -> None:
             "{x acted",
             {"x": "A"},
             "template '{x acted' is malformed (expected '}' before end of string). Write {field} "
-            "for a field and double a brace that is meant as itself.",
+            "for a field and double a literal brace.",
         ),
         ("x} acted", {"x": "A"}, "template 'x} acted' is malformed (Single '}' encountered"),
         ("{x} {", {"x": "A"}, "template '{x} {' is malformed (Single '{' encountered"),
         (
             "{} acted",
             {},
-            "template '{} acted': '' is no plain field. Write {name} with letters, digits and _, "
-            "without format or conversion.",
+            "template '{} acted': '' is not a plain field. Write {name} with letters, digits and "
+            "_, without format or conversion.",
         ),
-        ("{0}", {"0": "A"}, "template '{0}': '0' is no plain field."),
-        ("{x!r}", {"x": "A"}, "template '{x!r}': 'x' is no plain field."),
-        ("{x:>9}", {"x": "A"}, "template '{x:>9}': 'x' is no plain field."),
-        ("{x.real}", {"x": "A"}, "template '{x.real}': 'x.real' is no plain field."),
-        ("{x[0]}", {"x": "A"}, "template '{x[0]}': 'x[0]' is no plain field."),
+        ("{0}", {"0": "A"}, "template '{0}': '0' is not a plain field."),
+        ("{x!r}", {"x": "A"}, "template '{x!r}': 'x' is not a plain field."),
+        ("{x:>9}", {"x": "A"}, "template '{x:>9}': 'x' is not a plain field."),
+        ("{x.real}", {"x": "A"}, "template '{x.real}': 'x.real' is not a plain field."),
+        ("{x[0]}", {"x": "A"}, "template '{x[0]}': 'x[0]' is not a plain field."),
         (
             "{first entity}",
             {"x": "A"},
-            "template '{first entity}': 'first entity' is no plain field.",
+            "template '{first entity}': 'first entity' is not a plain field.",
         ),
         ("", {}, "template='' gives an empty prompt. Write a text of one token or more."),
     ],

@@ -17,6 +17,8 @@ import pytest
 import torch
 from conftest import MakeTiny, Tiny
 from families import tiny_sources
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from reference import (
     HEAD_COMPONENTS,
     MODEL_COMPONENTS,
@@ -300,4 +302,273 @@ def test_a_thousand_grafts_of_single_neurons_are_planned_fast() -> None:
     assert len(np.unique(atoms([(n,) for n in range(1000)], 14_336))) == 1001
 
 
+# -- in words ----------------------------------------------------------------------------------
+
+_NUMBERS = st.floats(allow_nan=False, allow_infinity=False) | st.integers(-9, 9)
+_NEURONS = st.sets(st.integers(0, 60_000), min_size=1, max_size=6).map(sorted)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@given(_NUMBERS, st.none() | _NEURONS, st.sampled_from(["mlp", "mlp_in + mlp_out", "mlp_gate"]))
+def test_strengths_and_neurons_come_back_from_text_and_yaml(
+    strength: float, units: list[int] | None, components: str
+) -> None:
+    graft = Graft.rule("sft", "last", components, [3], units=units, strength=strength)
+    (rule,) = graft.rules
+    assert rule.strength == strength
+    for back in (Graft.parse(str(graft)), Graft.from_yaml(graft.to_yaml())):
+        assert back == graft
+        assert hash(back) == hash(graft)
+    assert ("strength" in rule.to_dict()) == (strength != 1)
+    assert rule.to_dict().get("units") == units
+
+
+def test_how_strengths_and_neurons_are_written() -> None:
+    lines = {
+        "0.5*sft @ last : mlp": "0.5*sft @ last : mlp",
+        " -1.0 * sft@last": "-1*sft @ last",
+        "2.50*sft @ last": "2.5*sft @ last",
+        "1e-05*sft @ bos": "1e-05*sft @ bos",
+        "+.5e1*sft @ bos": "5*sft @ bos",
+        "1*sft @ bos": "sft @ bos",
+        "-0*sft @ bos": "0*sft @ bos",
+        "sft @ last : mlp_out : 20 : n12-13": "sft @ last : mlp_out : 20 : n12-13",
+        "sft @ last : mlp : : n 5,3,4": "sft @ last : mlp : all : n3-5",
+        "sft @ last : mlp_in : all : n14335": "sft @ last : mlp_in : all : n14335",
+    }
+    for given_, written in lines.items():
+        assert str(Graft.parse(given_)) == written
+    graft = Graft.rule("sft", "last", "mlp_out", 20, units="12-13", strength=0.5)
+    assert graft.to_list() == [
+        {
+            "source": "sft", "at": "last", "components": ["mlp_out"], "layers": [20],
+            "units": [12, 13], "strength": 0.5,
+        }
+    ]  # fmt: skip
+    assert Graft.rule("sft", components="mlp", units=7) == Graft.parse("sft @ all : mlp : all : n7")
+    assert Graft.rule("sft", components="mlp", units="all") == Graft.parse("sft @ all : mlp")
+
+
+_NUMBER = "is not a finite number. Write one, such as 0.5 (half of the way to the source), 2 or -1;"
+_CUT = (
+    "cannot be split by neuron. Neurons go with mlp_in, mlp_gate and mlp_out only: write "
+    'components="mlp", or leave units out.'
+)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"strength": float("nan")}, f"strength=nan {_NUMBER}"),
+        ({"strength": float("inf")}, f"strength=inf {_NUMBER}"),
+        ({"strength": 10**400}, f"{_NUMBER}"),
+        ({"strength": True}, f"strength=True {_NUMBER}"),
+        ("x*sft @ last", f"strength='x' {_NUMBER}"),
+        ("*sft @ last", f"strength='' {_NUMBER}"),
+        ("1e999*sft @ last", f"strength=inf {_NUMBER}"),
+        ("nan*sft @ last", f"strength='nan' {_NUMBER}"),
+        ("2*3*sft @ last", "source='3*sft' is not a source name."),
+        ({"components": "o", "units": [1]}, f"units=[1] with components o: o {_CUT}"),
+        ({"components": "mlp + ln2", "units": [1]}, f"mlp + ln2: ln2 {_CUT}"),
+        ({"units": [1]}, f"units=[1] with components all: all {_CUT}"),
+        (
+            {"components": "mlp", "heads": [1]},
+            "heads=[1] with components mlp: mlp cannot be split by head. Heads go with q, k, v",
+        ),
+        (
+            {"components": "mlp", "units": []},
+            "units=[]: name at least one neuron, counted from 0, or leave units out for all.",
+        ),
+        ({"components": "mlp", "units": [-1]}, "units=[-1]: name at least one neuron, counted fro"),
+        ({"components": "mlp", "units": [200_000]}, "units=200000: no model has 200,000 units."),
+        ({"components": "mlp", "units": [True]}, "units=[True]: True is not a whole number."),
+        ("sft @ last : mlp : 0 : n1-x", "units='1-x': '1-x' is no"),
+        ("sft @ last : mlp : 0 : 1", "heads=[1] with components mlp"),
+        ("sft @ last : q : 0 : n1", "units=[1] with components q"),
+    ],
+)
+def test_what_is_not_a_strength_or_a_neuron_is_refused(rule: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Graft.from_list(
+            [{"source": "sft", "at": "last"} | rule] if isinstance(rule, dict) else rule
+        )
+
+
+def test_a_neuron_that_the_model_lacks(tiny: MakeTiny) -> None:
+    model = tiny("gpt2").model
+    with pytest.raises(ValueError, match="no neuron 40 in mlp_in, which has 40 neurons here: 0 to"):
+        model.resolve("sft @ last : mlp : 0 : n39-40", torch.tensor([[1, 2]]))
+
+
 # -- gradients ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hugging Face's norms and softmax are in float32 in any model; here in float64."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+class _Gradients:
+    """A tiny pair in float64, its strengths at some sites, and what they do to a loss."""
+
+    tokens = (40, 7, 93, 21)
+    under = "sft @ [1] : mlp"
+
+    def __init__(self, variant: str) -> None:
+        pair = tiny_sources(variant, ("pre", "sft"), seed=3)
+        self.models = {name: model.double() for name, model in pair.items()}
+        self.model = GraftedTransformer.from_pretrained(
+            self.models, check=False, verbose=False, dtype=torch.float64
+        ).requires_grad_(False)
+        self.random = torch.Generator().manual_seed(0)
+        #: The loss is a product of these with the last two positions' logits.
+        self.weights = self.drawn(2, 97)
+        self.by_site: dict[tuple[str, int | None], torch.Tensor] = {}
+        self.of_bias: dict[tuple[str, int | None], torch.Tensor] = {}
+
+    def drawn(self, *shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=self.random, dtype=torch.float64) - 0.3
+
+    def gradients(self) -> list[torch.Tensor]:
+        """Of the strengths by site, then those of biases; the logits are the oracle's, too."""
+        for strength in (*self.by_site.values(), *self.of_bias.values()):
+            strength.requires_grad_(True)
+        batch = torch.tensor([self.tokens])
+        sites = [{(Component(c), l): s for (c, l), s in of.items()} for of in self._both()]
+        mask = self.model.resolve(self.under, batch).strengthened("sft", *sites)
+        logits = self.model(batch, graft=mask)[0]
+        _close(logits.detach(), self.oracle({}), 1e-6)
+        wanted = [s for of in self._both() for s in of.values()]
+        return list(torch.autograd.grad((logits[-2:] * self.weights).sum(), wanted))
+
+    def _both(self) -> tuple[dict[tuple[str, int | None], torch.Tensor], ...]:
+        return self.by_site, self.of_bias
+
+    def oracle(self, change: dict[int, torch.Tensor]) -> torch.Tensor:
+        """Logits with weights mixed, strengths changed by number."""
+        numbers = {
+            key: i for i, key in enumerate((of, k) for of in (0, 1) for k in self._both()[of])
+        }
+        neurons = any(s.ndim == 2 for s in self.by_site.values())
+
+        def at(of: int) -> Choose:
+            def choose(component: str, layer: int | None, position: int, unit: int | None) -> Any:
+                given_ = self.under != "none" and position == 1 and component.startswith("mlp")
+                shares = {"sft" if given_ else "pre": 1.0}
+                strength = self._both()[of].get((component, layer))
+                if strength is None:
+                    return shares
+                moved = change.get(numbers[of, (component, layer)], torch.zeros_like(strength))
+                place = (position, unit) if strength.ndim == 2 else (position,)
+                s = float((strength + moved).detach()[place])
+                shares = {name: share * (1 - s) for name, share in shares.items()}
+                return shares | {"sft": shares.get("sft", 0.0) + s}
+
+            return choose
+
+        bias = at(1) if neurons else None
+        return sequential_graft(self.models, list(self.tokens), at(0), neurons=neurons, bias=bias)
+
+    def difference(self, change: dict[int, torch.Tensor], step: float = 1e-4) -> float:
+        """The loss's central difference along a direction, by number of strengths."""
+        ends = [
+            float((self.oracle({i: sign * d for i, d in change.items()})[-2:] * self.weights).sum())
+            for sign in (step, -step)
+        ]
+        return (ends[0] - ends[1]) / (2 * step)
+
+    def check(self, groups: Sequence[Sequence[int]]) -> None:
+        """Gradients against central differences, along a direction for each group of sites."""
+        found = self.gradients()
+        largest = max(float(g.abs().max()) for g in found)
+        for group in groups:
+            change = {i: torch.sign(self.drawn(*found[i].shape)) for i in group}
+            ours = sum(float((found[i] * d).sum()) for i, d in change.items())
+            assert abs(ours - self.difference(change)) < 1e-3 * largest, group
+
+
+def _at_every_site(variant: str) -> _Gradients:
+    case = _Gradients(variant)
+    case.by_site = {(str(c), l): case.drawn(len(case.tokens)) for c, l in case.model.arch.sites}
+    return case
+
+
+@EACH_FAMILY
+def test_gradients_of_strengths_are_central_differences(exact: None, variant: str) -> None:
+    """All sites at once, and some by themselves."""
+    case = _at_every_site(variant)
+    every = range(len(case.by_site))
+    some = random.Random(variant).sample(every, 2)
+    case.check([every, *([i] for i in some)])
+
+
+@pytest.mark.slow
+@EACH_FAMILY
+def test_gradients_of_strengths_at_every_site(exact: None, variant: str) -> None:
+    case = _at_every_site(variant)
+    case.check([[i] for i in range(len(case.by_site))])
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama-biased"])
+def test_gradients_of_strengths_of_units_and_of_biases(exact: None, variant: str) -> None:
+    case = _Gradients(variant)
+    case.under = "none"
+    arch, rows = case.model.arch, len(case.tokens)
+    for component in (*HEAD_COMPONENTS, *NEURON_COMPONENTS):
+        if component in arch.components:
+            units = arch.n_units_of(Component(component))
+            case.by_site[component, 1] = case.drawn(rows, units)
+            if component in ("o", "mlp_out"):
+                case.of_bias[component, 1] = case.drawn(rows)
+    sites = len(case.by_site)
+    case.check([range(3), [3], range(4, sites - 1), [sites - 1], [sites, sites + 1]])
+
+
+def test_strengths_without_a_bias_of_their_own_leave_it_as_it_was(tiny: MakeTiny) -> None:
+    """All units wholly from a source, but not the bias: as heads one by one from two sources."""
+    t = tiny("llama-biased")
+    batch = torch.tensor([_tokens(6)])
+    mask = t.model.resolve("none", batch)
+    o = (Component.O, 1)
+    heads = torch.ones(LENGTH, 4)
+    kept = t.model(batch, graft=mask.strengthened("sft", {o: heads}))
+    both = t.model(batch, graft=mask.strengthened("sft", {o: heads}, bias={o: torch.ones(LENGTH)}))
+    _close(both[0], t.model(batch, graft="sft @ all : o : 1")[0], 1e-5)
+    assert not torch.allclose(kept, both, atol=1e-3)
+    rows = mask.strengthened("sft", {o: torch.ones(LENGTH)})
+    _close(t.model(batch, graft=rows)[0], both[0], 1e-5)
+    _, cache = t.model.run_with_cache(batch, graft=rows)
+    _close(cache.logit_lens()[-1], both, 1e-5)
+    # Mixed in twice, and where it runs already.
+    twice = rows.strengthened("sft", {o: torch.full((LENGTH,), 0.5)})
+    _close(t.model(batch, graft=twice)[0], both[0], 1e-5)
+    already = t.model.resolve("sft @ all", batch)
+    strength = torch.full((LENGTH,), 0.5, requires_grad=True)
+    again = t.model(batch, graft=already.strengthened("sft", {o: strength}))
+    assert torch.equal(again, t.model(batch, graft=already))
+    again.sum().backward()
+    assert strength.grad is not None
+    assert strength.grad.abs().max() == 0
+
+
+def test_strengths_of_the_wrong_shape_or_place_are_refused(tiny: MakeTiny) -> None:
+    model = tiny("llama").model
+    batch = torch.tensor([_tokens(6)])
+    mask = model.resolve("none", batch)
+    row, o = torch.ones(LENGTH), (Component.O, 1)
+    for strengths, bias, message in [
+        ({(Component.O, 9): row}, None, "strengths of o in layer 9: no such site in this mask."),
+        ({(Component.O, None): row}, None, "strengths of o: no such site in this mask."),
+        ({o: torch.ones(3)}, None, "strengths of o in layer 1 have shape [3]. Give one for each"),
+        ({o: torch.ones(1, LENGTH)}, None, "have shape [1, 7]. Give one for each of the batch's 7"),
+        ({}, {o: row}, "strengths of o in layer 1: a bias alone."),
+        ({o: row}, {o: row}, "the bias of o in layer 1 has strengths of its own, one a row, only"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            mask.strengthened("sft", strengths, bias)
+    with pytest.raises(ValueError, match=re.escape("no source 'stf'. This mask has: pre sft. Did")):
+        mask.strengthened("stf", {o: row})
+    with pytest.raises(ValueError, match="strengths for 3 units, of a map that has 4"):
+        model(batch, graft=mask.strengthened("sft", {o: torch.ones(LENGTH, 3)}))

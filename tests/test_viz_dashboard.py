@@ -700,7 +700,7 @@ def test_a_picture_of_the_page(written, data, tmp_path, monkeypatch):
     assert width == 900
     assert height > 2000
     assert ground == rgb(theme.DARK.surface)
-    with pytest.raises(ValueError, match=r"up to 16384 a side: give height= or a smaller scale="):
+    with pytest.raises(ValueError, match=r"up to 16384 per side: give height= or a smaller scale="):
         screenshot(written, tmp_path / "three.png", width=900, scale=20)
     assert not (tmp_path / "three.png").exists()
 

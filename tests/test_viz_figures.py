@@ -1,8 +1,10 @@
 """Heat maps, lines and bars: the numbers in a figure are those of its table."""
 
 import base64
+import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pandas as pd
@@ -10,6 +12,7 @@ import plotly.graph_objects as go
 import pytest
 from summaries import ENDS, NO_RULE, positions, site, site_map, summary
 
+from graftlens import metrics
 from graftlens.viz import bars, figures, heatmaps, linecharts, quantities, text, theme
 
 # --- heat maps -------------------------------------------------------------------------------
@@ -70,6 +73,28 @@ def test_scales_of_other_metrics():
     assert (nats.cmin, nats.cmax) == (inner.min(), inner.max())
     logits = heatmaps.heatmap(table, "logit_diff").layout.coloraxis
     assert logits.cmin == -logits.cmax
+
+
+def test_a_new_measure_is_drawn_by_its_row(monkeypatch):
+    """Labels, units, bounds and signs are the table's; plots keep none of their own."""
+    row = metrics.Measure("toy", label="toyness of KL", short="toyness", unit="toys", signed=True)
+    monkeypatch.setitem(metrics.METRICS, "toy", row)
+    table = site_map().rename(columns=lambda name: re.sub("^logit_diff", "toy", name))
+    axis = heatmaps.heatmap(table, "toy").layout.coloraxis
+    assert axis.colorbar.title.text == "toyness (toys)"
+    assert axis.cmin == -axis.cmax
+    assert bars.grouped_bars(table, "toy").layout.yaxis.title.text == "toyness (toys)"
+    assert figures.heat_map(table, "toy").caption.startswith("Toyness of KL (toys) by component")
+    share = dataclasses.replace(row, bounds=(0.0, 1.0), signed=False, unit="%")
+    monkeypatch.setitem(metrics.METRICS, "toy", share)
+    assert bars.grouped_bars(table, "toy").layout.yaxis.tickformat == ".0%"
+    assert quantities.of_summary(table, "toy").number(0.125) == "12.5"
+
+
+def test_a_measure_that_compares_with_a_run_names_it():
+    table = site_map().rename(columns=lambda name: re.sub("^logprob", "kl_full", name))
+    assert quantities.of_summary(table, "kl_full").title == "KL(graft ‖ SFT) (nats)"
+    assert quantities.Quantity.of("kl_full").title == "KL(graft ‖ full) (nats)"
 
 
 def test_dots_mark_intervals_that_exclude_zero():
@@ -257,7 +282,7 @@ def test_names_are_no_markup_and_no_mathematics():
 
 def test_many_bars_say_that_not_all_are_named():
     table = positions({"PRE": 0.0, "SFT": 1.0} | {f"graft {i}": 0.5 for i in range(70)})
-    assert "not every graft is written" in bars.grouped_bars(table).layout.xaxis.title.text
+    assert "not every graft is labelled" in bars.grouped_bars(table).layout.xaxis.title.text
 
 
 def test_fills_of_many_series_differ():

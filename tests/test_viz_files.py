@@ -35,14 +35,15 @@ def test_an_older_file_survives_a_failed_write(tmp_path, monkeypatch):
     assert [file.name for file in path.parent.iterdir()] == ["file.txt"]
 
 
-def test_what_is_no_module_is_packed_with_the_package():
+def test_what_is_not_a_module_is_packed_with_the_package():
     """Pages read their scripts and styles from the package: a wheel without them has no pages."""
     root = Path(__file__).parent.parent
     options = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))
-    patterns = options["tool"]["setuptools"]["package-data"]["graftlens"]
+    named = options["tool"]["setuptools"]["package-data"]
+    patterns = [*named["*"], *named["graftlens"]]
     found = [path.relative_to(root / "graftlens") for path in root.glob("graftlens/**/*.*")]
     others = [path for path in found if path.suffix not in (".py", ".pyc")]
-    assert {"page.js", "page.css", "dashboard.js"} <= {path.name for path in others}
+    assert {"page.html", "page.js", "page.css", "dashboard.js"} <= {path.name for path in others}
     assert [path for path in others if not any(path.match(p) for p in patterns)] == []
 
 

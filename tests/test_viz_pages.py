@@ -299,7 +299,7 @@ def test_the_page_says_what_cannot_be_compared(compared):
     words = " ".join("".join(found.words).split())
     assert compare.UNPAIRED in words
     assert "alone: only in small <1>" in words
-    assert "Prompts a group: small <1> 24; large 40." in words
+    assert "Prompts per group: small <1> 24; large 40." in words
     assert [text for tag, text in found.headings if tag == "h2"][:3] == [
         "Position grafts",
         "sites",

@@ -287,9 +287,7 @@ def test_what_a_plot_of_strengths_refuses():
     table = doses()
     with pytest.raises(ValueError, match=r"no column 'strength'; it has 'template', 'graft'"):
         sweeps.dose_response(table.drop(columns="strength"))
-    with pytest.raises(
-        ValueError, match=r"2 rows for strength 2 of 'sft': pass the rows of one"
-    ):
+    with pytest.raises(ValueError, match=r"2 rows for strength 2 of 'sft': pass the rows of one"):
         sweeps.dose_response(table, series="source")
     with pytest.raises(ValueError, match="no graft has a value of 'recovery' and a value in"):
         sweeps.dose_response(table.assign(strength=None))

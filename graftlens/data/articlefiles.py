@@ -1,4 +1,4 @@
-"""Articles as they are written: a text, the facts that it tells, and prompts given with it."""
+"""Articles as written: a text, the facts that it tells, and prompts given with it."""
 
 import unicodedata
 from collections import Counter
@@ -84,7 +84,7 @@ class Article(Settings):
     """A text and the facts that it tells."""
 
     id: str
-    """Its name; all articles of a set have different ones."""
+    """Its name; all articles of a set have different names."""
 
     title: str = ""
     """Its title."""
@@ -162,7 +162,7 @@ class Article(Settings):
             if not prompt.answer.strip():
                 raise ValueError(
                     f"{where}: answer={prompt.answer!r}: write a text that is not empty. Here an "
-                    "answer names something, and a space is put before it."
+                    "answer names something, and a space is added in front."
                 )
             try:
                 made = prompt.made.about(self.id, self.facts[prompt.fact])
@@ -180,8 +180,8 @@ class Article(Settings):
                 )
             if occurrences(made.text, prompt.answer):
                 raise ValueError(
-                    f"{where}, {prompt.template!r}, says its answer {prompt.answer!r}. Write it "
-                    "without."
+                    f"{where}, {prompt.template!r}, contains its answer {prompt.answer!r}. Leave "
+                    "the answer out."
                 )
         return self
 
@@ -198,10 +198,10 @@ def _check_fields(where: str, fields: Mapping[str, str]) -> None:
 
 
 def read_articles(path: Path | None) -> tuple[Article, ...]:
-    """The articles of a file or folder; of the shipped set where there is none named.
+    """The articles of a file or folder; of the shipped set if none is named.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        FileNotFoundError: nothing exists there.
         ConfigError: an article that is not written as it should be; each is named.
     """
     return parsed(stored(path))
@@ -209,12 +209,12 @@ def read_articles(path: Path | None) -> tuple[Article, ...]:
 
 @dataclass(frozen=True)
 class Stored:
-    """An article as its files have it.
+    """An article as it is in its files.
 
     Attributes:
         where: what messages call it.
         values: JSON.
-        text: the content of a file next to it, where the text has a file of its own.
+        text: the content of a file next to it, if the text has a file of its own.
         id: its id, unless `values` has another.
     """
 
@@ -232,7 +232,7 @@ def stored(path: Path | None) -> tuple[Stored, ...]:
         raw = _folder(path)
     elif not path.is_file():
         raise FileNotFoundError(
-            f"path={str(path)!r} is not there. Name a .jsonl file or a folder of articles."
+            f"path={str(path)!r} does not exist. Name a .jsonl file or a folder of articles."
         )
     elif path.suffix.lower() == ".jsonl":
         raw = _lines(read_text(path), path.name)
@@ -288,7 +288,7 @@ def parsed(raw: tuple[Stored, ...]) -> tuple[Article, ...]:
         if isinstance(values, dict) and one.text is not None:
             if "text" in values:
                 problems.append(
-                    (one.where, "it has a text, and there is a .txt file, too. Keep one of them.")
+                    (one.where, "it has a text, and there is also a .txt file. Keep one of them.")
                 )
                 continue
             values["text"] = one.text
@@ -324,7 +324,7 @@ def _json(text: str, where: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Texts in one Unicode form and with plain spaces, so that names are found in them."""
+    """Texts in one Unicode form and with plain spaces, so that names can be found in them."""
     if isinstance(value, str):
         return unicodedata.normalize("NFC", value).replace("\u00a0", " ").replace("\r\n", "\n")
     if isinstance(value, list):

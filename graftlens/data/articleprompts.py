@@ -1,4 +1,4 @@
-"""Prompts cut from an article's sentences, and what training may see of the article then."""
+"""Prompts cut from an article's sentences, and what training may then see of the article."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,7 +73,7 @@ class _Asked:
     names: tuple[str, str]
 
 
-# Sentences are cut once for the same articles, not at each step of making a dataset.
+# The same articles are split into sentences once, not at each step of making a dataset.
 @lru_cache(maxsize=4)
 def prepared(
     raw: tuple[Stored, ...], context: Context, cut_all: bool
@@ -83,7 +83,7 @@ def prepared(
     Args:
         raw: the articles.
         context: what a prompt has.
-        cut_all: whether every sentence that can makes a prompt, and none is left out.
+        cut_all: whether every suitable sentence makes a prompt, and none is left out.
     """
     refused: dict[str, list[str]] = {}
     able: list[tuple[Article, list[_Asked]]] = []
@@ -129,7 +129,7 @@ def prepared(
             draft = Draft(article.id, article.text, tuple(names), tuple(dict.fromkeys(said)))
             ready.append(Ready(article, facts, training, draft))
         else:
-            why = "a fact is told nowhere else than in the sentence that asks for it"
+            why = "a fact is told only in the sentence that asks for it"
             refused.setdefault(why, []).append(article.id)
     return tuple(ready), tuple((why, tuple(refused[why])) for why in sorted(refused))
 
@@ -188,7 +188,7 @@ def _read(article: Article, asked: _Asked) -> str:
 
 
 class Index:
-    """Which of many texts have some names, without looking into each for each."""
+    """Which of many texts contain some names, without searching each text for each name."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         self.texts = texts
@@ -205,7 +205,7 @@ class Index:
 
 
 def together(chosen: Sequence[Ready]) -> list[int]:
-    """A number for each article, the same for those that are told or untold together."""
+    """A number for each article, the same for articles that are told or untold together."""
     index = Index([ready.article.text for ready in chosen])
     group = list(range(len(chosen)))
 
@@ -235,7 +235,7 @@ def _answer(
     """Where the sentence names the second entity after the first, and nothing before does."""
     begin = 0 if context == "article" else start
     named = [place for place, _ in others if begin <= place < stop]
-    # The prompt may not say the answer, and must end where a space comes before it.
+    # The prompt may not contain the answer, and must end where a space precedes it.
     if not named or named[0] < start or not text[named[0] - 1].isspace():
         return None
     return named[0] if any(start <= a and b < named[0] for a, b in ones) else None
@@ -244,7 +244,7 @@ def _answer(
 def _apart(
     ones: Sequence[Stretch], others: Sequence[Stretch]
 ) -> tuple[list[Stretch], list[Stretch]]:
-    """Both names' occurrences, without those that are a part of the other name."""
+    """Both names' occurrences, without those that are part of the other name."""
 
     def outside(inner: Stretch, outer: Sequence[Stretch]) -> bool:
         return not any(a <= inner[0] and inner[1] <= b and (a, b) != inner for a, b in outer)
@@ -259,7 +259,7 @@ def _template(text: str, begin: int, end: int, ones: Sequence[Stretch]) -> str:
 
 
 def _without_statements(text: str, names: Sequence[str], said: Sequence[str]) -> str:
-    """The text without the sentences that say what prompts ask for."""
+    """The text without the sentences that contain what prompts ask for."""
     found = [stretch for one in said for stretch in statements(text, one)]
     return _without(
         text,

@@ -1,9 +1,9 @@
-"""Articles: facts in running text, asked for by the beginnings of sentences.
+"""Articles: facts in running text, with prompts that are the beginnings of sentences.
 
 No template tells these facts. A prompt is a sentence of the article up to the name that it asks
-for, so that training and evaluation are split by sentence: the sentences that prompts are cut from
-are left out of the training texts, or training sees the article only as a language model rewrote
-it.
+for, so training and evaluation are split by sentence: the sentences that prompts are cut from
+are left out of the training texts, or training sees the article only in a language model's
+rewrites.
 """
 
 import logging
@@ -22,7 +22,7 @@ from graftlens.data.rewriting import Rewrites, rewritten
 from graftlens.data.templates import Direction
 from graftlens.prompts import Prompt
 
-#: What prompts are called: cut from a sentence, cut with the article before it, or given.
+#: Names of prompts: cut from a sentence, cut with the article before it, or given.
 TEMPLATE_NAMES = ("sentence", "article", "given")
 
 #: Left-out articles that the provenance names, for each reason.
@@ -36,12 +36,12 @@ logger = logging.getLogger(__name__)
 class ArticlesSpec(DatasetSpec):
     """Facts that articles tell in their own words.
 
-    A fact counts as told if training has its article, whose training text has both names: that
-    some sentence ties the one to the other is not checked. So `half` and `heldout_facts` choose
-    among articles, and keep those together of which one names both entities of a fact of the
+    A fact counts as told if training has its article, whose training text has both names: whether
+    some sentence links the two is not checked. So `half` and `heldout_facts` choose
+    among articles, and keep together articles where one names both entities of a fact of the
     other: no told text has both names of an untold fact.
 
-    An article is left out, and counted, where a fact could not be asked for, or would not be told.
+    An article is left out, and counted, if a fact could not be asked for or would not be told.
     """
 
     facts: Literal["articles"] = "articles"
@@ -50,7 +50,7 @@ class ArticlesSpec(DatasetSpec):
     path: Path | None = None
     """A ``.jsonl`` file with one article per line, or a folder of articles: ``NAME.txt`` with
     ``NAME.json`` next to it for everything but the text, or ``NAME.json`` with the text in it;
-    files of other kinds are ignored. All in UTF-8. Left out: the shipped articles about invented
+    files of other kinds are ignored. All in UTF-8. By default the shipped articles about invented
     films."""
 
     context: Context = "sentence"
@@ -60,16 +60,16 @@ class ArticlesSpec(DatasetSpec):
     heldout_sentences: bool = True
     """Cut one prompt per fact, from the last sentence that makes one, and leave out of the training
     texts every sentence, of this article and of others, that says a prompt (cut or given) with its
-    answer. Without it every sentence that can makes a prompt, and those of originals are trained
+    answer. Otherwise every suitable sentence makes a prompt, and those of originals are trained
     on: such prompts ask whether a text is remembered."""
 
     rewrites: Rewrites | None = None
     """Have a language model rewrite each article."""
 
     train_on: TrainOn = "original"
-    """What training sees: the articles, their rewrites, or both; left out: ``both`` if there are
-    rewrites, or else the articles as they are, ``original``. With ``rewrites`` alone no sentence is
-    left out: every one that can makes a prompt, and none of them is in a rewrite."""
+    """What training sees: the articles, their rewrites, or both; by default ``both`` if there are
+    rewrites, or else the unchanged articles, ``original``. With ``rewrites`` alone no sentence is
+    left out: every suitable sentence makes a prompt, and none of them is in a rewrite."""
 
     asks: ClassVar[tuple[Direction, ...]] = ("ab",)
 
@@ -199,7 +199,7 @@ class ArticlesSpec(DatasetSpec):
                 "refused": {reason: len(ids) for reason, ids in refused.items()},
                 "first refused": {reason: list(ids[:NAMED]) for reason, ids in refused.items()},
                 "licences": sorted({r.article.licence for r in chosen if r.article.licence}),
-                # Another version may cut sentences at other places.
+                # Another version may split sentences differently.
                 "sentencex": version("sentencex"),
             }
         }
@@ -232,7 +232,7 @@ class ArticlesSpec(DatasetSpec):
         taken: dict[int, Ready] = {}
         for index in order:
             if wanted > 0:
-                # The text of the last one may tell more facts than are wanted of it.
+                # The text of the last one may tell more facts than are needed.
                 taken[index] = ready[index].first(wanted)
                 wanted -= len(taken[index].facts)
         return [taken[index] for index in sorted(taken)], refused

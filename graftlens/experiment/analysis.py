@@ -15,10 +15,10 @@ from graftlens.stats import GRAFT_COLUMNS, summarise
 from graftlens.sweep.config import Checked
 from graftlens.sweep.results import read_prompts, read_results
 
-#: What a grid says of its grafts, as columns.
+#: The axes of a grid's grafts, as columns.
 TAGS = ("grid", "position", "component", "layer", "head", "source", "layers", "rate", "draw")
 
-#: Columns of the results that statistics need beside the measures.
+#: Columns of the results that statistics need besides the measures.
 _NEEDED = ("prompt", "graft", "rule", *REFERENCES, "template", "dataset", "answer", "reason")
 
 
@@ -30,8 +30,8 @@ class PartTables:
         template: a row for each dataset (where there are several), template and graft, with
             intervals over prompts.
         pooled: all templates together, with intervals over facts.
-        template_grids, pooled_grids: the same for the grafts of the part's grids, with what the
-            grid says of each as columns (`TAGS`). Grafts of equal value each have their row.
+        template_grids, pooled_grids: the same for the grafts of the part's grids, with their axis
+            entries as columns (`TAGS`). Equal grafts each have their own row.
         cells: number of (prompt, graft).
         failed: number of cells that could not be run.
     """
@@ -86,7 +86,7 @@ def part_tables(
 
 
 def _facts(folder: Path) -> "pd.Series[Any]":
-    """Prompt's number -> which fact it asks for: its dataset, the entity it names, the answer."""
+    """Prompt's number -> the fact it asks for: its dataset, the entity it names, the answer."""
     prompts = read_prompts(folder, ["prompt", "dataset", "as_given"]).to_pydict()
     names = []
     for dataset, text in zip(prompts["dataset"], prompts["as_given"], strict=True):

@@ -1,4 +1,4 @@
-"""Several experiments that were run (other models, other datasets) side by side in one page."""
+"""Several finished experiments (other models, other datasets) side by side on one page."""
 
 import os
 from collections.abc import Hashable, Sequence
@@ -15,14 +15,14 @@ from graftlens.viz.page import is_page
 from graftlens.viz.tables import read_table
 
 #: What to do about a run whose files are damaged.
-AGAIN = "Run the experiment again into the same folder: graftlens run writes the file again."
+AGAIN = "Run the experiment again into the same folder: graftlens run rewrites the file."
 
 
 def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Path:
     """Write a page that compares the parts that the runs share.
 
     Args:
-        runs: folders of experiments that `graftlens run` finished, two or more.
+        runs: two or more folders of experiments that `graftlens run` finished.
         out: the page to write.
         metric: what is compared.
 
@@ -30,14 +30,14 @@ def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Pa
         The page.
 
     Raises:
-        ValueError: fewer than two runs, a folder that holds none or a damaged one, no part in
+        ValueError: fewer than two runs, a folder without a run or with a damaged one, no part in
             common, a metric that they lack; a file at `out` that is not a page of graftlens.
         OSError: a page that cannot be written.
     """
     out = writable(at_home(out))
     if os.path.lexists(out) and not is_page(out):
         raise ValueError(
-            f"{out} is there and is not a page that graftlens wrote, so it is left as it is. Name "
+            f"{out} exists and is not a page that graftlens wrote, so it is left untouched. Name "
             "another file with --out."
         )
     if len(runs) < 2:
@@ -90,7 +90,7 @@ def _record(run: Path) -> dict[str, Any]:
 
 
 def _labels(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
-    """A name for each run: its model if that tells the runs apart, else its folder."""
+    """A name for each run: its model if that distinguishes the runs, else its folder."""
     for label in (
         lambda run, record: str(record["model"]),
         lambda run, record: f"{record['name']}, {record['model']}",

@@ -22,10 +22,10 @@ from graftlens.sweep.promptsets import Questions, Section, listed
 #: The pretrained model's name among an experiment's sources.
 BASE = "base"
 
-#: What a recipe may not say: an experiment says it elsewhere.
+#: Keys that a recipe may not have: an experiment sets them elsewhere.
 _ELSEWHERE = ("model", "output")
 
-#: What a grid says of each of its grafts, as a figure's axis.
+#: The axes of a grid's grafts, which a figure may use.
 Axis = Literal["position", "component", "layer", "head", "source", "layers", "rate", "draw"]
 
 
@@ -43,7 +43,7 @@ class ModelConfig(Section):
     """What training starts from: `base`, or another model of the experiment."""
 
     recipe: Mapping[str, Any] = {}
-    """Keys of `graftlens finetune` that this model's training has by itself."""
+    """Keys of `graftlens finetune` for this model's training alone."""
 
     path: str | None = None
     """A checkpoint folder, adapter folder or hub id to use instead of training."""
@@ -83,22 +83,23 @@ class FigureConfig(Section):
     """What is drawn: top1, top5, top50, logprob, answer_logprob, prob, recovery, …"""
 
     by: Literal["template", "pooled"] = "template"
-    """A figure or a colour for each template, or all prompts pooled, facts drawn as units."""
+    """A figure or a colour for each template, or all prompts pooled, with facts as resampling
+    units."""
 
     grafts: tuple[str, ...] | None = None
-    """For bars, which grafts, in which order; left out: all that `grafts` names."""
+    """For bars, which grafts, in which order; by default all that `grafts` names."""
 
     x: Axis = "layer"
-    """Of grids: what goes from left to right."""
+    """For grids: what runs from left to right."""
 
     y: Axis = "component"
-    """Of heat maps: what goes from top to bottom."""
+    """For heat maps: what runs from top to bottom."""
 
     panel: Axis | None = None
-    """Of grids: a panel of a heat map, a line or a colour of bars for each value of this."""
+    """For grids: a panel of a heat map, a line or a bar colour for each value of this."""
 
     grids: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """The grids to draw, by their names (a number from 0 for one without); left out: all for heat
+    """The grids to draw, by their names (a number from 0 for one without); by default all for heat
     maps and lines, and for bars the named grafts instead."""
 
 
@@ -118,7 +119,7 @@ class Finding(Section):
 class PartConfig(RunSettings, GraftSettings):
     """One sweep of an experiment: some sources, prompts and grafts, and what to show of them.
 
-    How it is run is the experiment's settings where it has none of its own.
+    Run settings that it does not give are the experiment's.
     """
 
     title: str
@@ -128,11 +129,11 @@ class PartConfig(RunSettings, GraftSettings):
     """What it asks, for the reader of the page."""
 
     sources: Mapping[str, str] = {}
-    """Source's name in grafts -> `base` or a model of the experiment, the sweep's base first; left
-    out: pre (the pretrained model), then each model under its own name."""
+    """Source's name in grafts -> `base` or a model of the experiment, the sweep's base first; by
+    default pre (the pretrained model), then each model under its own name."""
 
     prompts: Annotated[tuple[PromptsConfig, ...], BeforeValidator(listed)] = Field(min_length=1)
-    """What is asked."""
+    """The prompts."""
 
     where_possible: tuple[str, ...] = ()
     """Names of grafts that are left out where the architecture lacks a component that they name
@@ -142,30 +143,30 @@ class PartConfig(RunSettings, GraftSettings):
     """What is drawn."""
 
     finding: Finding | None = None
-    """A claim to be judged, template by template."""
+    """A claim to check, template by template."""
 
     def problems(self) -> list[tuple[str, str]]:
-        """(where, what) of every name here that nothing here has."""
+        """(where, what) of every name here that does not exist."""
         problems = []
         named = {grid.name or str(number): grid for number, grid in enumerate(self.grids)}
         if len(named) < len(self.grids):
-            problems.append(("grids", "two grids have the same name. Name each by its own."))
+            problems.append(("grids", "two grids have the same name. Give each its own name."))
         for i, figure in enumerate(self.figures):
             where = f"figures.{i}"
             of_grids = figure.kind != "bars" or figure.grids is not None
             if of_grids and not self.grids:
-                problems.append((where, f"kind {figure.kind} shows grids, and there are none."))
+                problems.append((where, f"kind {figure.kind} shows grids, but there are none."))
             elif not of_grids and not self.grafts:
-                what = "bars show named grafts, and there are none. Name grids instead."
+                what = "bars show named grafts, but there are none. Name grids instead."
                 problems.append((where, what))
             for name in figure.grids or ():
                 if name not in named:
-                    what = f"no grid is called {name!r}. There are: {' '.join(named) or 'none'}."
+                    what = f"no grid is called {name!r}. Available: {' '.join(named) or 'none'}."
                     problems.append((f"{where}.grids", what + suggest(name, named)))
             drawn = [named[name] for name in figure.grids or named if name in named]
             axes = {figure.x, figure.panel} | ({figure.y} if figure.kind == "heatmap" else set())
             if of_grids and axes & {"rate", "draw"} and any(g.dropout is None for g in drawn):
-                what = "rate and draw belong to grids with dropout, and a grid here has none."
+                what = "rate and draw apply to grids with dropout, and a grid here has none."
                 problems.append((where, what))
             for name in figure.grafts or ():
                 if name not in self.grafts:
@@ -188,7 +189,7 @@ class PartConfig(RunSettings, GraftSettings):
 class ExperimentConfig(RunSettings):
     """An experiment: what to train, what to graft, what to show.
 
-    Paths are taken from the working directory.
+    Paths are relative to the working directory.
     """
 
     title: str
@@ -225,7 +226,7 @@ class ExperimentConfig(RunSettings):
     @model_validator(mode="after")
     def _known_names(self) -> "ExperimentConfig":
         problems = _recipe_problems(self.recipe)
-        # Folders and files are called by these.
+        # Folders and files are named after these.
         for key, names in (
             ("datasets", self.datasets),
             ("models", self.models),
@@ -244,7 +245,7 @@ class ExperimentConfig(RunSettings):
             if model.data is not None:
                 problems += self._no_dataset(where, model.data, model.change)
             if model.start != BASE and model.start not in self.models:
-                what = f"no model {model.start!r}. There are: {' '.join([BASE, *self.models])}."
+                what = f"no model {model.start!r}. Available: {' '.join([BASE, *self.models])}."
                 problems.append((f"{where}.start", what + suggest(model.start, self.models)))
         for name, part in self.parts.items():
             problems += [(f"parts.{name}.{w}", what) for w, what in self._unknown_in(part)]
@@ -269,7 +270,7 @@ class ExperimentConfig(RunSettings):
         known = [BASE, *self.models]
         for name, source in part.sources.items():
             if source not in known:
-                what = f"no model {source!r}. There are: {' '.join(known)}."
+                what = f"no model {source!r}. Available: {' '.join(known)}."
                 problems.append((f"sources.{name}", what + suggest(source, known)))
         there = self.sources(part)
         if len(there) < 2:
@@ -287,7 +288,7 @@ class ExperimentConfig(RunSettings):
         return problems
 
     def _no_metric(self, name: str, part: PartConfig) -> str:
-        """Why a part's tables will not have a metric; empty where they will."""
+        """Why a part's tables will not have a metric; empty if they will."""
         settings = self.settings(part)["metrics"]
         tops = [f"top{k}" for k in self.ks]
         measured = [m.name for m in always_measured() if m.summary == "mean"]
@@ -304,14 +305,14 @@ class ExperimentConfig(RunSettings):
             return f"{name} needs metrics.answers: whole."
         lacking = not all(prompts.distractors for prompts in part.prompts)
         if row is not None and "distractors" in row.needs and lacking:
-            return f"{name} needs distractors, and some of the part's prompts have none."
+            return f"{name} needs distractors, but some of the part's prompts have none."
         return ""
 
     def _no_dataset(
         self, where: str, name: str, change: Mapping[str, Any]
     ) -> list[tuple[str, str]]:
         if name not in self.datasets:
-            what = f"no dataset {name!r}. There are: {' '.join(self.datasets)}."
+            what = f"no dataset {name!r}. Available: {' '.join(self.datasets)}."
             return [(where, what + suggest(name, self.datasets))]
         try:
             self.dataset(name, change)
@@ -322,7 +323,7 @@ class ExperimentConfig(RunSettings):
     def dataset(self, name: str, change: Mapping[str, Any]) -> DatasetSpec:
         """A dataset with some of its keys changed."""
         spec = self.datasets[name]
-        # The values themselves and not their dump, which forgets what the command line said.
+        # The values themselves and not their dump, which loses what the command line said.
         values = {key: getattr(spec, key) for key in type(spec).model_fields}
         return spec_of(values | dict(change)) if change else spec
 
@@ -331,8 +332,8 @@ class ExperimentConfig(RunSettings):
         return dict(part.sources) or {"pre": BASE} | {name: name for name in self.models}
 
     def settings(self, part: PartConfig) -> dict[str, Any]:
-        """What a part's sweep has in its config beside sources and prompts, by key: how it is run
-        as the part says, or else the experiment, and its grafts."""
+        """What a part's sweep has in its config besides sources and prompts, by key: run settings
+        from the part, or else from the experiment, and its grafts."""
         return {
             name: getattr(part if name in part.model_fields_set else self, name)
             for name in RunSettings.model_fields
@@ -372,7 +373,8 @@ class ExperimentConfig(RunSettings):
         return model
 
     def recipe_of(self, name: str) -> dict[str, Any]:
-        """The keys of `FinetuneConfig` that train a model: preset, experiment, model, in order."""
+        """The keys of `FinetuneConfig` that train a model: from preset, experiment and model, in
+        order."""
         preset = PRESETS[self.model].recipe if self.model in PRESETS else {}
         return {"seed": self.seed, **preset, **self.recipe, **self.models[name].recipe}
 
@@ -397,7 +399,7 @@ class NamedExperiment:
     """An experiment's config and where it comes from.
 
     Attributes:
-        name: the file's name without its ending.
+        name: the file's name without its suffix.
         config: what the file says, with the overrides.
         text: the file as it is, and the overrides.
     """
@@ -418,7 +420,7 @@ def find_experiment(name: str, overrides: Sequence[str] = ()) -> NamedExperiment
         shipped = Path("experiments") / f"{name}.yaml"
         if not shipped.is_file():
             there = sorted(p.stem for p in Path("experiments").glob("*.yaml"))
-            known = f"Here are: {' '.join(there)}.{suggest(name, there)}"
+            known = f"Available here: {' '.join(there)}.{suggest(name, there)}"
             if not there:
                 known = "Run this in a clone of the repository, or name a file."
             raise ConfigError((name, f"there is no {shipped}. {known}"))

@@ -1,8 +1,8 @@
-"""What an experiment needs made: datasets, finetuned models and sweeps, each with a fixed place.
+"""What an experiment has to make: datasets, finetuned models and sweeps, each in its place.
 
-Datasets and models lie in a store that experiments share: two experiments that train the same
-model on the same texts find the one checkpoint. Names of folders end in a digest of what is in
-them; nothing is read out of a name.
+Datasets and models are in a store that experiments share: two experiments that train the same
+model on the same texts find the same checkpoint. Names of folders end in a digest of their
+contents; nothing is read out of a name.
 """
 
 import hashlib
@@ -40,14 +40,14 @@ logger = logging.getLogger(__name__)
 class Store:
     """The folder of datasets and models.
 
-    What counts is the content: a dataset's folder is used only if it holds the dataset that its
-    name says, whatever a note in the store names.
+    What counts is the content: a dataset's folder is used only if it holds the dataset of its
+    name, whatever a note in the store says.
     """
 
     folder: Path
 
     def dataset(self, name: str, spec: DatasetSpec) -> Path:
-        """The dataset's folder; made if it is not there or is damaged (then what is there is kept
+        """The dataset's folder; made if it does not exist or is damaged (then the old one is kept
         next to it, renamed).
 
         Raises:
@@ -55,8 +55,9 @@ class Store:
         """
         data = inside(self.folder, "data")
         described = _described(spec)
-        # What was made of a spec by this code is noted, as making it may take a language model. The
-        # folder is named by its content: other code that makes the same finds the same folder.
+        # What this code made from a spec is noted, as making it may need a language model. The
+        # folder is named by its content: other code that makes the same dataset finds the same
+        # folder.
         note = inside(self.folder, "made") / digest([name, described, _made_by()])
         if (noted := _noted(note)) and self._holds(inside(data, noted), name, described):
             return data / noted
@@ -69,15 +70,15 @@ class Store:
             try:
                 save_dataset(made, folder)
             except OSError:
-                if not folder.exists():  # else another process made it meanwhile
+                if not folder.exists():  # otherwise another process made it meanwhile
                     raise
         if note.is_dir():
-            raise ValueError(f"{note} is a folder, where a note belongs. Remove or rename it.")
+            raise ValueError(f"{note} is a folder where a note should be. Remove or rename it.")
         write_whole(note, folder.name)
         return folder
 
     def _holds(self, folder: Path, name: str, described: Mapping[str, Any]) -> bool:
-        """Whether the folder has the dataset, whole, that its name says."""
+        """Whether the folder has the complete dataset of its name."""
         try:
             sha = load_dataset(folder).provenance["sha256"]
         except (ValueError, OSError):
@@ -101,7 +102,7 @@ class Store:
 
 
 def _noted(note: Path) -> str:
-    """The name of a dataset's folder that a note has; empty where it has none."""
+    """The name of a dataset's folder in a note; empty if it has none."""
     try:
         name = "" if note.is_symlink() or not note.is_file() else read_text(note).strip()
     except (ValueError, OSError):
@@ -110,7 +111,7 @@ def _noted(note: Path) -> str:
 
 
 def _put_aside(folder: Path) -> None:
-    """Rename a damaged dataset, so that it can be made again and nothing is lost.
+    """Rename a damaged dataset, so that it can be rebuilt and nothing is lost.
 
     Raises:
         ValueError: a folder that is not one of our datasets.
@@ -118,17 +119,17 @@ def _put_aside(folder: Path) -> None:
     if not (folder / "provenance.json").is_file() or not (folder / "train").is_dir():
         raise ValueError(
             f"{folder} is not a dataset that graftlens made (it has no provenance.json or no "
-            "train), so it is left as it is. Rename or remove it, or name another store."
+            "train), so it is left untouched. Rename or remove it, or name another store."
         )
     number = 1
     while os.path.lexists(aside := folder.with_name(f"{folder.name}.damaged-{number}")):
         number += 1
     folder.rename(aside)
-    logger.warning("%s was damaged: it is rebuilt, and what was there is kept as %s", folder, aside)
+    logger.warning("%s was damaged: it is rebuilt, and the old one is kept as %s", folder, aside)
 
 
 def digest(value: Any) -> str:
-    """Ten hexadecimal digits that differ where the values do."""
+    """Ten hexadecimal digits that differ if the values do."""
     text = json.dumps(value, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:10]
 
@@ -153,7 +154,7 @@ def _file_digest(path: Path) -> str:
 
 @cache
 def _made_by() -> str:
-    """A digest of graftlens' own code and tables of facts: others make another dataset."""
+    """A digest of graftlens' own code and tables of facts: different ones make another dataset."""
     package = Path(graftlens.data.__file__).parent
     # Python writes and renames files in __pycache__ at any time.
     own = (path for path in sorted(package.rglob("*.*")) if "__pycache__" not in path.parts)
@@ -162,13 +163,13 @@ def _made_by() -> str:
 
 @dataclass(frozen=True)
 class Plan:
-    """An experiment resolved, short of training.
+    """An experiment resolved, without training.
 
     Attributes:
         config: the experiment.
         data: (dataset's name, its changed keys as text) -> folder.
-        runs: model -> its training, in the order of training; models that are there already
-            (`path`) are not in it.
+        runs: model -> its training, in the order of training; existing models (`path`) are
+            not in it.
         places: source's model -> its location, once trained.
         sweeps: part -> its sweep.
     """
@@ -191,8 +192,8 @@ class Plan:
 
         Args:
             part: its name.
-            trained: whether the models are there; else the pretrained model stands for each that
-                is to be trained from it.
+            trained: whether the models exist; otherwise the pretrained model stands in for each
+                that will be trained from it.
 
         Raises:
             ConfigError: everything that is wrong.
@@ -243,7 +244,8 @@ class Plan:
                 f"{folder} holds this experiment with other models (part {name})",
                 read_manifest(place).config.get("sources") or {},
                 sweep.sources,
-                "Choose another folder with --out, give what is there, or remove the folder.",
+                "Choose another folder with --out, use the settings that are there, or remove the "
+                "folder.",
             )
 
 
@@ -282,7 +284,7 @@ def _possible(sweep: SweepConfig, names: Sequence[str]) -> SweepConfig:
 
 
 def plan(config: ExperimentConfig, store: Store) -> Plan:
-    """Make the datasets, and say what is to be trained and swept.
+    """Make the datasets, and work out what to train and sweep.
 
     Raises:
         ConfigError: datasets that cannot be made, recipes or sweeps that cannot be run.

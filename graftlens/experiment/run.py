@@ -1,13 +1,13 @@
 """Running an experiment: data, models, sweeps, then tables, figures and one page.
 
-Each step leaves whole files only and finds what an earlier call left, so that an interrupted
+Each step writes only complete files and finds what an earlier call left, so that an interrupted
 experiment resumes where it stopped: datasets and models in the store, sweeps in the
 experiment's folder::
 
     OUT/index.html             the page
     OUT/experiment.json        what was run, of which data and with which models
     OUT/experiment.yaml        the config as it was given
-    OUT/.graftlens             what makes the folder ours: without it, no file there is touched
+    OUT/.graftlens             marks the folder as ours: without it, no file there is touched
     OUT/sweeps/PART/           a sweep's folder, with its trust report
     OUT/tables/, OUT/figures/
 """
@@ -43,7 +43,7 @@ RUNS = Path("graftlens-runs")
 #: What is written into an experiment's folder.
 WRITTEN = ("index.html", "experiment.json", "experiment.yaml", "sweeps", "tables", "figures")
 
-#: Seconds between two looks for a model that another process trains.
+#: Seconds between two checks for a model that another process trains.
 POLL = 5.0
 
 
@@ -83,18 +83,18 @@ def run_experiment(
 
     Args:
         experiment: a name in `experiments/`, the path of a config, or a config that was read.
-        out: the experiment's folder; left out, `graftlens-runs/NAME-MODEL`.
+        out: the experiment's folder; by default `graftlens-runs/NAME-MODEL`.
         overrides: `key=value` settings that replace those of the file.
-        store: folder of datasets and trained models, which experiments share; left out,
+        store: folder of datasets and trained models, which experiments share; by default
             `graftlens-runs/store`.
-        devices: devices for the sweeps, a worker on each; left out, one.
+        devices: devices for the sweeps, one worker on each; by default a single one.
         progress: whether to show progress bars.
-        say: where messages go.
+        say: called with each message.
 
     Raises:
         ConfigError: everything that is wrong with the config, before a weight is read.
-        ValueError: a folder that holds another experiment, or files that are not of an experiment;
-            a figure that cannot be drawn.
+        ValueError: a folder that holds another experiment, or files that do not belong to an
+            experiment; a figure that cannot be drawn.
         OSError: a folder that cannot be written.
     """
     started = time.monotonic()
@@ -168,7 +168,7 @@ def describe_experiment(
     overrides: Sequence[str] = (),
     store: str | Path | None = None,
 ) -> str:
-    """What an experiment would train and sweep, as text; the datasets are made, no weight is read.
+    """What an experiment would train and sweep, as text; datasets are made, but no weight is read.
 
     Raises:
         ConfigError: everything that is wrong with the config.
@@ -178,7 +178,7 @@ def describe_experiment(
     planned.check()
     lines = [f"{named.config.title}: {named.config.question}", ""]
     for name, run in planned.runs.items():
-        there = " (there already)" if (run.output / "model").is_dir() else ""
+        there = " (already trained)" if (run.output / "model").is_dir() else ""
         recipe = run.recipe
         data = planned.texts(name)
         data -= round(data * recipe.heldout_share)
@@ -194,7 +194,7 @@ def describe_experiment(
 
 
 def default_folder(named: NamedExperiment) -> Path:
-    """Where an experiment goes by default: a folder for each experiment and model."""
+    """The default folder of an experiment: one for each experiment and model."""
     model = Path(named.config.model).name or "model"
     return inside(RUNS, plain(f"{named.name}-{model}"))
 
@@ -204,7 +204,8 @@ def _store(folder: str | Path | None) -> Store:
 
 
 def _of_an_older_version(folder: Path) -> bool:
-    """Whether an experiment began here when folders had another marker, or ended when none."""
+    """Whether an experiment was started here when folders had another marker, or finished when they
+    had none."""
     if (folder / "graftlens-run.json").is_file():
         return True
     try:
@@ -235,7 +236,7 @@ def _train(run: FinetuneRun, progress: bool, say: Callable[[str], None]) -> Fine
 def _named(experiment: str | Path | NamedExperiment, overrides: Sequence[str]) -> NamedExperiment:
     if isinstance(experiment, NamedExperiment):
         if overrides:
-            raise ValueError(f"overrides={list(overrides)}: these go with a config's file.")
+            raise ValueError(f"overrides={list(overrides)}: these apply to a config file.")
         return experiment
     return find_experiment(str(experiment), overrides)
 

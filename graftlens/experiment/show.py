@@ -1,4 +1,4 @@
-"""An experiment's tables, figures and page, out of its summaries."""
+"""An experiment's tables, figures and page, made from its summaries."""
 
 import hashlib
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ from graftlens.viz.figures import bar_chart, dose_chart, heat_map, line_chart
 from graftlens.viz.page import Figure, Part, Table
 from graftlens.viz.tables import write_table
 
-#: Grafts whose rules a page lists; grafts that a note names.
+#: Most grafts whose rules a page lists; most grafts that a note names.
 LISTED, SHOWN = 60, 5
 
-#: The longest name of a figure's file, without its ending, in UTF-8 bytes.
+#: The longest name of a figure's file, without its suffix, in UTF-8 bytes.
 LONGEST_STEM = 160
 
 
@@ -33,7 +33,7 @@ def show_part(
     out: Path,
     stems: set[str],
 ) -> tuple[Part, str]:
-    """Write a part's tables (CSV, Markdown) and figures (HTML, and PNG and SVG where there is a
+    """Write a part's tables (CSV, Markdown) and figures (HTML, and PNG and SVG if there is a
     browser) into `out/tables` and `out/figures`.
 
     Args:
@@ -42,13 +42,13 @@ def show_part(
         checked: the part's sweep.
         tables: its results.
         out: the experiment's folder.
-        stems: names of the figures that the parts before this one wrote; this one's are added.
+        stems: names of the figures that earlier parts wrote; this part's are added.
 
     Returns:
-        The part for the page, and what it says of its finding in a sentence (empty without one).
+        The part for the page, and a sentence about its finding (empty without one).
 
     Raises:
-        ValueError: a figure that cannot be drawn of these results; the message says which.
+        ValueError: a figure that cannot be drawn from these results; the message says which.
     """
     part = config.parts[name]
     shown = []
@@ -83,7 +83,7 @@ def show_part(
 
 
 def _notes(part: PartConfig, checked: Checked, tables: PartTables) -> Iterator[str]:
-    """What a reader must know of what is not in the tables."""
+    """What a reader must know that is not in the tables."""
     lacking = [name for name in part.where_possible if name not in checked.config.grafts]
     if lacking:
         yield (
@@ -95,8 +95,8 @@ def _notes(part: PartConfig, checked: Checked, tables: PartTables) -> Iterator[s
             yield f"{name} is the same graft as {checked.duplicates[name]} and was run once."
     if tables.failed:
         yield (
-            f"{tables.failed} of {tables.cells} cells could not be run. A prompt counts only where "
-            "it ran under every graft of its table."
+            f"{tables.failed} of {tables.cells} cells could not be run. A prompt counts only if it "
+            "ran under every graft of its table."
         )
         for where, group in text.groups(tables.template).items():
             used, lost = int(group["n"].iloc[0]), int(group["not_run"].iloc[0])
@@ -108,7 +108,7 @@ def _notes(part: PartConfig, checked: Checked, tables: PartTables) -> Iterator[s
 
 def _tables(name: str, tables: PartTables, out: Path) -> Iterator[Table]:
     kinds: tuple[tuple[str, str, pd.DataFrame], ...] = (
-        ("pooled", "All templates together, facts drawn as units", tables.pooled),
+        ("pooled", "All templates together, with facts as resampling units", tables.pooled),
         ("grids", "The grids, all templates together", tables.pooled_grids),
         ("by-template", "Template by template", tables.template),
     )
@@ -119,7 +119,7 @@ def _tables(name: str, tables: PartTables, out: Path) -> Iterator[Table]:
 
 
 def _finding(part: PartConfig, tables: PartTables) -> tuple[str, list[str]]:
-    """What the templates together say of the part's finding, and each by itself."""
+    """What the templates show about the part's finding, together and each by itself."""
     if part.finding is None:
         return "", []
     ends = tables.template.iloc[0]
@@ -137,7 +137,7 @@ def _finding(part: PartConfig, tables: PartTables) -> tuple[str, list[str]]:
 def _figures(
     wanted: FigureConfig, part: PartConfig, tables: PartTables
 ) -> Iterator[tuple[str, Figure]]:
-    """(what it is, the figure), one for each metric and, where they are apart, each group."""
+    """(what it is, the figure), one for each metric and, if they are separate, each group."""
     pooled = wanted.by == "pooled"
     grid_bars = wanted.kind == "bars" and wanted.grids is not None
     if wanted.kind == "bars" and not grid_bars:
@@ -184,7 +184,8 @@ def _in_order(frame: pd.DataFrame, grafts: tuple[str, ...]) -> pd.DataFrame:
 
 
 def plain(stem: str) -> str:
-    """A file name without what file systems or links trip over, cut where it is too long."""
+    """A file name without characters that cause trouble in file systems or links, cut if too
+    long."""
     name = "".join(c if c.isalnum() or c in "-_." else "-" for c in stem)
     if len(name.encode()) <= LONGEST_STEM:
         return name
@@ -193,7 +194,7 @@ def plain(stem: str) -> str:
 
 
 def _unlike(name: str, taken: set[str]) -> str:
-    """The name, with a number where it is taken; upper and lower case count as the same."""
+    """The name, with a number if it is taken; upper and lower case count as the same."""
     numbered, number = name, 1
     while numbered.casefold() in taken:
         number += 1

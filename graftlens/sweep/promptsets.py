@@ -29,7 +29,7 @@ from graftlens.prompts import Prompt
 
 
 class Section(Settings):
-    """A part of a sweep's config."""
+    """A section of a sweep's config."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
@@ -41,7 +41,7 @@ class Movies(Section):
     """Number of films."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the facts."""
+    """Seed of the facts."""
 
 
 class ChatFormat(Section):
@@ -88,17 +88,17 @@ class Questions(Section):
     `all`."""
 
     templates: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Evaluation templates, by name; left out: all that go with the direction, or in a sweep those
+    """Evaluation templates, by name; by default all that fit the direction, or in a sweep those
     that it names for all its datasets."""
 
     distractors: Annotated[int, Field(ge=0)] = 4
-    """Wrong answers per prompt: other facts' answers, drawn by the seed."""
+    """Wrong answers per prompt: other facts' answers, drawn with the seed."""
 
     chat: ChatFormat | None = None
     """Ask in conversations; left out, the prompts are plain texts."""
 
     name: str | None = None
-    """What tables call these prompts; left out, what the dataset is called and what is asked."""
+    """The name of these prompts in tables; by default the dataset's name and what is asked."""
 
     @field_validator("name")
     @classmethod
@@ -144,7 +144,7 @@ class FactsOf(Section):
         return Path(str(self.path)).name
 
     def dataset(self) -> FactDataset:
-        """The facts; ValueError or OSError where they could not be obtained."""
+        """The facts; ValueError or OSError if they could not be obtained."""
         if self.path is not None:
             return load_dataset(at_home(self.path))
         if self.make is not None:
@@ -166,7 +166,7 @@ class DatasetSection(Questions, FactsOf):
         return self.titled(self.called())
 
     def prompts(self, templates: Sequence[str] | None, seed: int) -> tuple[Prompt, ...]:
-        """The prompts, template by template; ValueError or OSError where they could not be
+        """The prompts, template by template; ValueError or OSError if they could not be
         obtained."""
         asked = self.dataset().ask(
             self.templates or templates,
@@ -206,10 +206,10 @@ class PromptSection(Section):
     """Wrong answers to compare with, written like the answer."""
 
     name: str | None = None
-    """What tables call the template; conversations without fields are called `chat`."""
+    """The template's name in tables; `chat` for conversations without fields."""
 
     answers: tuple[str, ...] = ()
-    """All texts that are right, written like the answer: what answer_set_prob is about."""
+    """All correct texts, written like the answer, for answer_set_prob."""
 
     @model_validator(mode="after")
     def _makes_a_prompt(self) -> "PromptSection":
@@ -274,7 +274,7 @@ class PromptFile(Section):
                 )
             places = list(map(str, range(len(entries))))
         if not entries:
-            raise ValueError(f"{path.name} holds no prompt.")
+            raise ValueError(f"{path.name} does not hold a prompt.")
         named = zip(places, entries, strict=True)
         return [s.prompt for s in gather(partial(settings_from, PromptSection), named)]
 
@@ -289,19 +289,19 @@ class PromptColumn(Section):
     """The column: lists of messages, or texts."""
 
     split: str = "train"
-    """The split of the dataset."""
+    """Split of the dataset."""
 
     answer: str | None = None
     """The column of answers; left out: the last message, which has to be the assistant's."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Rows to take, drawn by the sweep's seed and in the dataset's order; left out: all."""
+    """Rows to take, drawn with the sweep's seed and in the dataset's order; left out: all."""
 
     template_options: Mapping[str, Any] = {}
     """What else the chat template reads."""
 
     name: str | None = None
-    """What tables call the prompts; left out, the dataset's name."""
+    """The name of these prompts in tables; by default the dataset's name."""
 
     @field_validator("name")
     @classmethod

@@ -1,4 +1,4 @@
-"""Plots, tables and pages of results; the plots that a notebook wants have their names here.
+"""Plots, tables and pages of results; what a notebook needs is exported here.
 
 They are loaded on first use, so that `graftlens.viz.text` loads without plotly.
 """

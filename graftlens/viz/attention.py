@@ -12,7 +12,7 @@ from markupsafe import Markup
 from graftlens.folder import write_whole
 from graftlens.viz import theme
 from graftlens.viz.render import render
-from graftlens.viz.spelling import isolated, visible
+from graftlens.viz.spelling import inline
 
 #: From no attention to all of it, and below zero, zero, above zero in differences.
 PATTERN = theme.SEQUENTIAL[-1]
@@ -104,7 +104,7 @@ def attention_view(
             for head in np.round(pattern, 4).tolist()
         ],
         "attentionHeadNames": names,
-        "tokens": [isolated(visible(token)) for token in tokens],
+        "tokens": [inline(token) for token in tokens],
         "maxValue": limit,
         "minValue": -limit,
         "negativeColor": NEGATIVE,

@@ -38,10 +38,10 @@ def grouped_bars(
     names = list(dict.fromkeys(str(graft) for part in parts.values() for graft in part["graft"]))
     labels = shortened(names)
     longest = max(map(len, labels.values()), default=0)
-    # Whether labels stand side by side, at about 130 characters to a full-width chart; if they do
-    # not, they lean and need height.
+    # Whether labels fit side by side, at about 130 characters per full-width chart; if not, they
+    # lean and need height.
     angled = (longest + 2) * len(names) > 130
-    # With a colour for each bar, plotly takes no other colour for the hatch.
+    # Where each bar has its own colour, plotly does not take another for the hatch.
     hatch = {"fillmode": "replace", "solidity": 0.45}
     if len(parts) > 1:
         hatch = {"fillmode": "overlay", "fgcolor": look.surface, "fgopacity": 0.75}
@@ -85,7 +85,9 @@ def grouped_bars(
         },
     )
     crowded = len(names) > 60
-    thinned = ["not every graft is written: hover, or draw a heatmap"] if crowded else []
+    thinned = (
+        ["not every graft is labelled: hover over the bars, or draw a heat map"] if crowded else []
+    )
     below = [f"graft; {text.whiskers(summary, facts)}", *thinned, *_missing(parts, metric)]
     figure.update_xaxes(
         title={"text": escaped("; ".join(below)), "standoff": 10},
@@ -165,7 +167,7 @@ def add_baselines(
 
 
 def _missing(parts: dict[str, pd.DataFrame], metric: str) -> list[str]:
-    """The bars that are missing, but for groups that are missing whole and say so in the legend."""
+    """Missing bars, without the groups that have no bar at all, which the legend names."""
     said = []
     for name, part in parts.items():
         grafts = part.loc[part[metric].isna(), "graft"]

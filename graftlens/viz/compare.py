@@ -16,6 +16,7 @@ from graftlens.viz import text
 from graftlens.viz.figures import bar_chart, heat_map
 from graftlens.viz.page import MAX_ROWS, ExperimentPage, Figure, Part, Table, experiment_page
 from graftlens.viz.quantities import Quantity, of_summary
+from graftlens.viz.spelling import capital
 from graftlens.viz.tables import write_table
 
 #: The file that made the folder of a page's tables ours in version 0.1.0.
@@ -41,7 +42,7 @@ def compare_page(
 ) -> Path:
     """Write a page that compares runs to `path` and return it.
 
-    Tables that are cut on the page lie whole beside it, in the folder `<page's name>_tables`.
+    Tables that are cut on the page are complete beside it, in the folder `<page's name>_tables`.
 
     A part that two or more runs share gets a chart and a table with a value for each graft and
     run: bars, or heat maps where every graft has one component and one layer; and how far the runs
@@ -67,7 +68,7 @@ def compare_page(
     ]
     if alone:
         listed = [f"{(titles or {}).get(name, name)}: only in {run}" for name, run in alone.items()]
-        parts.append(Part("Parts that one run alone has", findings=listed))
+        parts.append(Part("Parts that only one run has", findings=listed))
     lead = f"{len(runs)} runs ({', '.join(runs)}), {len(shared)} parts in common. {UNPAIRED}"
     if len(runs) == 1:
         lead = f"One run ({next(iter(runs))}): there is nothing to compare it with."
@@ -75,7 +76,7 @@ def compare_page(
         path,
         ExperimentPage(
             title=title,
-            question="Do the same grafts do the same in each run?",
+            question="Do the same grafts have the same effect in each run?",
             lead=lead,
             parts=parts,
             provenance=provenance,
@@ -86,7 +87,7 @@ def compare_page(
 def agreement(one: pd.DataFrame, other: pd.DataFrame, metric: str) -> tuple[int, float]:
     """How many grafts two summaries share, and Kendall's τ-b between their orders by `metric`.
 
-    Each summary has one row a graft. The ends of recovery are left out, because they would agree
+    Each summary has one row per graft. The ends of recovery are left out, because they would agree
     in any case. τ is NaN with fewer than two grafts, or where all values of one run are equal.
     """
     held = []
@@ -148,7 +149,7 @@ def _part(title: str, frames: Mapping[str, pd.DataFrame], metric: str, stem: Pat
             earlier = (stem.parent / MARKER).is_file()
             claim(stem.parent, "tables", taken=() if earlier else None)
             files = write_table(crossed, stem.with_name(f"{stem.name}_{_plain(name)}"))
-        tables.append(Table(_capital(f"{where}{label} by graft and run"), crossed, files))
+        tables.append(Table(capital(f"{where}{label} by graft and run"), crossed, files))
         for (a, one), (b, other) in combinations(view.items(), 2):
             count, tau = agreement(one, other, metric)
             orders.append({"group": name, "run": a, "and run": b, "grafts": count, "τ": tau})
@@ -166,7 +167,7 @@ def _part(title: str, frames: Mapping[str, pd.DataFrame], metric: str, stem: Pat
 def _views(
     frames: Mapping[str, pd.DataFrame], metric: str
 ) -> tuple[dict[str, dict[str, pd.DataFrame]], str]:
-    """Group -> run -> its rows, one a graft; and what to say where groups had to be pooled."""
+    """Group -> run -> its rows, one per graft; and what to say where groups had to be pooled."""
     groups = {run: text.groups(frame) for run, frame in frames.items()}
     names = [list(parts) for parts in groups.values()]
     if all(set(name) == set(names[0]) for name in names):
@@ -230,7 +231,7 @@ def _is_map(frame: pd.DataFrame) -> bool:
 
 
 def _crossed(view: Mapping[str, pd.DataFrame], metric: str) -> pd.DataFrame:
-    """A row a graft, a column a run, each cell a value with its interval."""
+    """A row per graft, a column per run, each cell a value with its interval."""
     columns = {}
     for run, frame in view.items():
         interval = not frame[f"{metric}_low"].isna().all()
@@ -243,7 +244,7 @@ def _crossed(view: Mapping[str, pd.DataFrame], metric: str) -> pd.DataFrame:
 
 
 def _cautions(frames: Mapping[str, pd.DataFrame], metric: str) -> list[str]:
-    """What of the numbers is not made alike in all runs."""
+    """What runs do differently, so that their numbers differ in kind."""
     said = []
     for what, columns in (
         ("level of the intervals", ("level",)),
@@ -267,15 +268,11 @@ def _cautions(frames: Mapping[str, pd.DataFrame], metric: str) -> list[str]:
         if any(found != layers[0] for found in layers):
             said.append(
                 "The runs do not have the same layers. A graft is compared with the one of the "
-                "same layer number, which in a model of another depth is another share of the way."
+                "same layer number, which in a model of another depth is at another fraction of it."
             )
     counts = {run: _counts(frame["n"].tolist()) for run, frame in frames.items()}
-    said.append(f"Prompts a group: {'; '.join(f'{run} {n}' for run, n in counts.items())}.")
+    said.append(f"Prompts per group: {'; '.join(f'{run} {n}' for run, n in counts.items())}.")
     return said
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
 
 
 def _plain(name: str) -> str:

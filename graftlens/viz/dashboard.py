@@ -21,7 +21,7 @@ from graftlens.viz.page import Figure
 from graftlens.viz.quantities import Quantity
 from graftlens.viz.render import render
 from graftlens.viz.screenshot import screenshot
-from graftlens.viz.spelling import isolated, spanned, visible
+from graftlens.viz.spelling import inline, spanned
 
 #: The narrowest that two charts side by side come to, pixels.
 NARROW = 416
@@ -175,7 +175,7 @@ def _rise(data: DashboardData, lens: LensArrays) -> list[Figure]:
     """Rank and log-probability of the answer by layer; nothing without an answer."""
     if lens.target is None:
         return []
-    target, runs = isolated(visible(lens.target)), ", ".join(data.runs)
+    target, runs = inline(lens.target), ", ".join(data.runs)
     fitting = grid.legend_above(list(data.runs), 380, NARROW)
     rows = pd.concat([data.lens[data.lens["graft"] == run] for run in data.runs])
     return [

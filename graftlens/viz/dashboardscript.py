@@ -10,10 +10,12 @@ from graftlens.viz import attention, theme
 from graftlens.viz.attribution import CONTRIBUTION
 from graftlens.viz.dashboarddata import DashboardData, LensArrays
 from graftlens.viz.quantities import Quantity, scale
-from graftlens.viz.spelling import isolated, visible
+from graftlens.viz.spelling import inline
 
 #: Attention is kept as 16-bit numbers: this stands for 1.
 FULL = 65535
+
+_KL = {name: Quantity.of(name, base="PRE", full="SFT") for name in ("kl_base", "kl_full")}
 
 #: What tokens can be coloured by, and what is said of it.
 TOKENS: Mapping[str, tuple[Quantity, str]] = {
@@ -23,12 +25,12 @@ TOKENS: Mapping[str, tuple[Quantity, str]] = {
         "has none.",
     ),
     "kl_base": (
-        Quantity.of("kl_base"),
-        "Of the distributions of what comes after each token; the base is PRE.",
+        _KL["kl_base"],
+        "Of the distributions of what comes after each token.",
     ),
     "kl_full": (
-        Quantity.of("kl_full"),
-        "Of the distributions of what comes after each token; the full run is SFT.",
+        _KL["kl_full"],
+        "Of the distributions of what comes after each token.",
     ),
     "attribution": (
         CONTRIBUTION,
@@ -55,8 +57,8 @@ LENS: Mapping[str, Shown] = {
     "rank": Shown(f"{_RANK.label} (logarithmic)", _RANK),
     "top_prob": Shown(_TOP_PROB.label, _TOP_PROB),
     **{
-        name: Shown(f"{Quantity.of(name).label} at the same layer (nats)", Quantity.of(name))
-        for name in ("kl_base", "kl_full")
+        name: Shown(f"{quantity.label} at the same layer (nats)", quantity)
+        for name, quantity in _KL.items()
     },
     **{
         name: Shown(f"{_LOGPROB.label}, run − {run} ({_LOGPROB.unit})", _LOGPROB, run)
@@ -90,7 +92,7 @@ def facts(data: DashboardData, lens: LensArrays) -> dict[str, object]:
     for run in data.runs:
         k = lens.top_probs[run].shape[-1]
         shape = (*lens.numbers[run]["rank"].shape, k)
-        ids = [words.setdefault(_token(t), len(words)) for ts in lens.top[run] for t in ts]
+        ids = [words.setdefault(inline(t), len(words)) for ts in lens.top[run] for t in ts]
         lenses.append(
             {name: _short(values) for name, values in lens.numbers[run].items()}
             | {
@@ -103,7 +105,7 @@ def facts(data: DashboardData, lens: LensArrays) -> dict[str, object]:
     others = list(data.sources[1:])
     known = theme.source_colors(data.sources)
     return {
-        "tokens": [_token(token) for token in data.tokens],
+        "tokens": [inline(token) for token in data.tokens],
         "runs": list(data.runs),
         "measures": {
             name: {"title": quantity.short or quantity.label, "unit": quantity.unit, "note": note}
@@ -142,10 +144,6 @@ def facts(data: DashboardData, lens: LensArrays) -> dict[str, object]:
     }
 
 
-def _token(token: str) -> str:
-    return isolated(visible(token))
-
-
 def _measured(data: DashboardData, name: str) -> dict[str, np.ndarray]:
     """Run -> a measure at each position; without the runs that lack it."""
     if name == "logprob":
@@ -181,7 +179,7 @@ def _ends(
 def _lens_scale(lens: LensArrays, name: str, shown: Shown) -> dict[str, object]:
     """The scale of a lens, its kind, and whether the embeddings' own row goes beyond it.
 
-    Log-probabilities of the bare embeddings are so low that they would take the whole scale.
+    Log-probabilities of the bare embeddings are so low that they would dominate the scale.
     """
     quantity, runs = shown.quantity, lens.numbers
     if shown.minus is not None:

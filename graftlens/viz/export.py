@@ -98,7 +98,7 @@ def exporter() -> "Iterator[Browser]":
 
 class Browser:
     """A Chrome behind kaleido, in an event loop of its own, because kaleido's own server waits
-    without end for a browser that did not start."""
+    forever for a browser that did not start."""
 
     def __init__(self) -> None:
         self._kaleido: Any = None
@@ -174,7 +174,7 @@ _browser: ContextVar[Browser | None] = ContextVar("browser", default=None)
 
 
 async def _started(kind: Any) -> Any:
-    # MathJax would be asked from a network, and no label here is mathematics.
+    # MathJax would be fetched from the network, and no label here is mathematics.
     made = kind(mathjax=False, timeout=PATIENCE)
     await made.open()
     return made

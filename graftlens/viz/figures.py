@@ -13,6 +13,7 @@ from graftlens.viz.heatmaps import cells, heatmap
 from graftlens.viz.linecharts import lines
 from graftlens.viz.page import Figure
 from graftlens.viz.quantities import Quantity, of_summary
+from graftlens.viz.spelling import capital
 from graftlens.viz.sweeps import dose_response
 
 #: A description that lists more values than this tells a listener less, not more.
@@ -28,7 +29,7 @@ def bar_chart(
 ) -> Figure:
     """`grouped_bars(summary, metric, **options)` with its caption and description."""
     facts = of_summary(summary, metric)
-    caption = f"{_capital(facts.title)}; {text.whiskers(summary, facts)}"
+    caption = f"{capital(facts.title)}; {text.whiskers(summary, facts)}"
     if text.has_intervals(summary, facts):
         caption += f"s over {text.resampled(summary)}"
     caption += "."
@@ -58,7 +59,7 @@ def heat_map(
     grid = cells(summary, x=x, y=y, panel=panel)
     rows = summary.reset_index(drop=True)
     each = f", one panel for each {panel}" if panel is not None else ""
-    caption = f"{_capital(facts.title)} by {y} and {x}{each}."
+    caption = f"{capital(facts.title)} by {y} and {x}{each}."
     if facts.signed:
         caption += (
             f" The scale is symmetric around 0. A dot: the {text.level(summary)} interval over "
@@ -89,7 +90,7 @@ def line_chart(
     facts = of_summary(frame, metric)
     figure = lines(frame, x, metric, series=series)
     along = x.replace("_", " ")
-    caption = f"{_capital(facts.title)} along {along}"
+    caption = f"{capital(facts.title)} along {along}"
     caption += f", one line for each {series.replace('_', ' ')}." if series is not None else "."
     said = []
     names = [None] if series is None else list(dict.fromkeys(frame[series]))
@@ -114,7 +115,7 @@ def dose_chart(
     facts = of_summary(summary, metric)
     figure = dose_response(summary, metric, series=series)
     each = "graft" if series is None else series.replace("_", " ")
-    caption = f"{_capital(facts.title)} against the strength of a graft, one line for each {each}."
+    caption = f"{capital(facts.title)} against the strength of a graft, one line for each {each}."
     said = []
     for line in figure.data:
         first, last = (_value(facts, line.y[at]) for at in (0, -1))
@@ -140,7 +141,3 @@ def _ends(facts: Quantity, rows: pd.DataFrame, names: Sequence[str]) -> str:
 def _value(facts: Quantity, value: float) -> str:
     bounds = {f"{facts.name}{end}": [value] for end in ("", "_low", "_high")}
     return text.written_all(facts, pd.DataFrame(bounds), interval=False)[0]
-
-
-def _capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]

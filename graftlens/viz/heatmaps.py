@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 from graftlens.references import are_references
 from graftlens.stats import GRAFT_COLUMNS
 from graftlens.viz import text, theme
+from graftlens.viz.lenstables import check_column
 from graftlens.viz.quantities import Quantity, of_summary, scale
 from graftlens.viz.spelling import escaped
 
@@ -162,11 +163,7 @@ def cells(
     """
     wanted = [name for name in (panel, y, x) if name is not None]
     for name in wanted:
-        if name not in summary.columns:
-            raise ValueError(
-                f"the summary has no column {name!r}; it has "
-                f"{', '.join(map(repr, map(str, summary.columns)))}"
-            )
+        check_column(summary, name, kind="summary")
     rows = summary.reset_index(drop=True)
     keep = rows[wanted].notna().all(axis=1)
     if {x, y} & set(GRAFT_COLUMNS):

@@ -6,7 +6,6 @@ runs are subtracted it is symmetric around 0.
 """
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 import pandas as pd
@@ -30,14 +29,15 @@ from graftlens.viz.lenstables import (
 )
 from graftlens.viz.linecharts import add_line
 from graftlens.viz.quantities import Quantity, known, scale
-from graftlens.viz.spelling import escaped, isolated, short, shortened, visible
+from graftlens.viz.spelling import escaped, inline, short, shortened, visible
 
 #: Pixels: about how wide the inside of a figure is, and a character of a cell's label.
 _INSIDE, _CHARACTER = 780, 6.4
 
 #: What a table of the logit lens has at each layer and position.
 LENS_VALUES: Mapping[str, Quantity] = {
-    name: Quantity.of(name) for name in ("logprob", "prob", "rank", "entropy", "kl_base", "kl_full")
+    name: Quantity.of(name, base="PRE", full="SFT")
+    for name in ("logprob", "prob", "rank", "entropy", "kl_base", "kl_full")
 }
 
 #: What a table of `lens.kl_divergence` has: how far a run is from PRE (base) or SFT (full).
@@ -98,30 +98,30 @@ def lens_heatmap(
             z -= facts.coloured(without_it)
             said += f" ({minus}: {facts.written(without_it)})"
         top = [str(token) for token in row["top_tokens"]]
-        lines = [f"{_layer(layer)}, {_token(row['token'])} at {position}", said]
+        lines = [f"{_layer(layer)}, {inline(row['token'])} at {position}", said]
         if not pd.isna(row["target"]) and value not in ("rank", "prob"):
             rank, share = (as_float(row[name]) for name in ("rank", "prob"))
             lines.append(
-                f"answer {_token(row['target'])}: rank {LENS_VALUES['rank'].written(rank)}, "
+                f"answer {inline(row['target'])}: rank {LENS_VALUES['rank'].written(rank)}, "
                 f"{LENS_VALUES['prob'].written(share)}"
             )
         chances = (LENS_VALUES["prob"].written(float(p)) for p in row["top_probs"])
         lines += [
-            f"{place}. {_token(token)} {chance}"
+            f"{place}. {inline(token)} {chance}"
             for place, (token, chance) in enumerate(zip(top, chances, strict=True), start=1)
         ]
         label = short(visible(top[0]), labels) if top and labels >= 3 else ""
         cells[layer, position] = grid.Cell(z, lines, label)
     ends = {float(row["layer"]): str(row["stream"]) for _, row in shown.iterrows()}
     names = [_layer_tick(layer, ends[layer]) for layer in layers]
-    # Those of the embeddings themselves are so low that they would take the whole scale.
+    # Those of the bare embeddings are so low that they would dominate the scale.
     scaled = rows[rows["layer"] > 0] if facts.is_logprob and layers[-1] > 0 else rows
     held = [facts.coloured(v) for v in as_floats(scaled[value])]
     shifted = [cell.z for cell in cells.values()]
     how = "/" if facts.is_rank else "−"
     heading = graft if minus is None else f"{graft} {how} {minus}"
     if not pd.isna(shown["target"].iloc[0]):
-        heading += f": answer {_token(shown['target'].iloc[0])}"
+        heading += f": answer {inline(shown['target'].iloc[0])}"
     return grid.draw(
         cells,
         across=(list(positions), list(positions.values())),
@@ -282,9 +282,9 @@ def kl_divergence_lines(
             if name == other:
                 continue
             line, nats = lines[name], as_floats(found[facts.name])
-            label = _between(facts.label, other)
+            label = Quantity.of(facts.name, base=other, full=other).label
             hover = [
-                grid.wrapped(f"{name}, {_token(token)} at {int(position)}", 70)
+                grid.wrapped(f"{name}, {inline(token)} at {int(position)}", 70)
                 + "<br>"
                 + grid.wrapped(f"{label}: {far:.3g} {facts.unit}", 70)
                 for token, position, far in zip(
@@ -307,9 +307,10 @@ def kl_divergence_lines(
                 col=1,
             )
             labelled.add(name)
+        short_name = panel_names[other]
+        shown_as = Quantity.of(facts.name, base=short_name, full=short_name)
         figure.update_yaxes(
-            title_text=grid.wrapped(_between(facts.label, panel_names[other]), 24)
-            + f"<br>({facts.unit})",
+            title_text=grid.wrapped(shown_as.label, 24) + f"<br>({facts.unit})",
             rangemode="tozero",
             row=number,
         )
@@ -322,19 +323,10 @@ def kl_divergence_lines(
     return figure
 
 
-def _between(label: str, other: str) -> str:
-    """A divergence's label with the name of the run that it compares with."""
-    return re.sub(r"\b(?:base|full)\b", lambda _: other, label)
-
-
 def _lookup(rows: pd.DataFrame, value: str) -> dict[tuple[float, int], float]:
     places = zip(rows["layer"], rows["position"], strict=True)
     keys = [(float(layer), int(position)) for layer, position in places]
     return dict(zip(keys, as_floats(rows[value]), strict=True))
-
-
-def _token(token: object) -> str:
-    return isolated(visible(token))
 
 
 def _layer(layer: float) -> str:

@@ -12,11 +12,14 @@ from graftlens.viz.spelling import short, visible
 def check_columns(table: pd.DataFrame, made_by: str, *columns: str) -> None:
     """Refuse a table that lacks a column of those of `lens.{made_by}`."""
     for column in columns:
-        if column not in table.columns:
-            raise ValueError(
-                f"the table has no column {column!r}; it has {listed(table.columns)}. "
-                f"Give the table of lens.{made_by}"
-            )
+        check_column(table, column, f". Give the table of lens.{made_by}")
+
+
+def check_column(table: pd.DataFrame, column: str, hint: str = "", kind: str = "table") -> None:
+    """Refuse a table (or a `summary`) without this column; `hint` is how the error ends."""
+    have = [str(name) for name in table.columns]
+    if column not in have:
+        raise ValueError(f"the {kind} has no column {column!r}; it has {listed(have)}{hint}")
 
 
 def listed(names: Iterable[object]) -> str:

@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from graftlens.viz import text, theme
+from graftlens.viz.lenstables import check_column
 from graftlens.viz.quantities import Quantity, of_summary
 from graftlens.viz.spelling import escaped
 
@@ -30,11 +31,7 @@ def lines(
     """
     facts = of_summary(frame, metric)
     for column in (x, *([series] if series is not None else [])):
-        if column not in frame.columns:
-            raise ValueError(
-                f"the table has no column {column!r}; it has "
-                f"{', '.join(map(repr, map(str, frame.columns)))}"
-            )
+        check_column(frame, column)
     at = pd.to_numeric(frame[x].astype(object), errors="coerce")
     if at.isna().any():
         wrong = frame.loc[at.isna(), x].iloc[0]

@@ -5,6 +5,7 @@ tables have besides (distances, norms, ranks of matrices) is written down where 
 """
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -37,14 +38,22 @@ class Quantity:
     of_answer: bool = False
 
     @classmethod
-    def of(cls, name: str) -> "Quantity":
-        """A measure's, from its row in `METRICS`; a bare one of a name that has no row."""
+    def of(cls, name: str, *, base: str = "base", full: str = "full") -> "Quantity":
+        """A measure's, from its row in `METRICS`; a bare one of a name that has no row.
+
+        `base` and `full` name the runs that it compares with, if it does, in its labels.
+        """
         row = metrics.measure(name)
+        runs = {"base": base, "full": full} if row.references else {}
+
+        def named(label: str) -> str:
+            return re.sub(r"\w+", lambda word: runs.get(word[0], word[0]), label)
+
         return cls(
             name=name,
-            label=row.label,
+            label=named(row.label),
             unit=row.unit,
-            short=row.short,
+            short=named(row.short),
             bounds=row.bounds,
             lower_is_better=row.better == "lower",
             signed=row.signed,
@@ -120,15 +129,17 @@ def of_summary(summary: pd.DataFrame, name: str) -> Quantity:
             f"the summary has no metric {name!r}; it has {', '.join(map(repr, have))}. "
             "Ask summarise() for it"
         )
-    found = Quantity.of(name)
+    runs = {
+        run: str(summary[f"{run}_run"].iloc[0])
+        for run in ("base", "full")
+        if f"{run}_run" in summary and summary[f"{run}_run"].notna().any()
+    }
+    found = Quantity.of(name, **runs)
     if name != "recovery":
         return found
-    first = summary.iloc[0]
-    return replace(
-        found,
-        label=f"recovery of {Quantity.of(str(first['recovery_of'])).short}",
-        unit=f"0 = {first['base_run']}, 1 = {first['full_run']}",
-    )
+    what = Quantity.of(str(summary["recovery_of"].iloc[0]), **runs).short
+    unit = f"0 = {runs.get('base')}, 1 = {runs.get('full')}"
+    return replace(found, label=f"recovery of {what}", unit=unit)
 
 
 @dataclass(frozen=True)

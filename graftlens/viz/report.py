@@ -13,7 +13,7 @@ from graftlens.viz.quantities import Quantity, measured, of_summary
 from graftlens.viz.render import render
 from graftlens.viz.spelling import spanned
 
-#: With more grafts than this the ranks prompt by prompt are no table that anyone reads.
+#: With more grafts than this, a table of ranks prompt by prompt is unreadable.
 MAX_GRAFTS = 40
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from graftlens.folder import write_whole
 from graftlens.viz.export import PATIENCE
 
-#: More pixels in a row or a column than this a browser does not paint.
+#: A browser does not paint more pixels than this in a row or a column.
 MAX_PIXELS = 16384
 
 #: True once every chart is drawn, nothing fades, and nothing says that it is still being filled.
@@ -43,7 +43,7 @@ def screenshot(
 
     Raises:
         FileNotFoundError: there is no such page.
-        ValueError: a size that is not positive, or a picture of more than `MAX_PIXELS` pixels a
+        ValueError: a size that is not positive, or a picture of more than `MAX_PIXELS` pixels per
             side.
         RuntimeError: no browser, or one that does not start, draw or answer.
     """
@@ -153,7 +153,7 @@ async def _shot(
     if max(width, height) * scale > MAX_PIXELS:
         raise ValueError(
             f"the picture would be {width * scale:g} × {height * scale:g} pixels; a browser paints "
-            f"up to {MAX_PIXELS} a side: give height= or a smaller scale="
+            f"up to {MAX_PIXELS} per side: give height= or a smaller scale="
         )
     await sized(height)
     # Charts fit themselves to the window a little after it changes.

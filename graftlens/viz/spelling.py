@@ -32,6 +32,16 @@ def visible(token: object) -> str:
     return "".join(shown for shown, _ in characters(token))
 
 
+def inline(token: object) -> str:
+    """A token's text in one line that can be seen, inside another text."""
+    return isolated(visible(token))
+
+
+def capital(sentence: str) -> str:
+    """The sentence with a capital at its start."""
+    return sentence[:1].upper() + sentence[1:]
+
+
 def short(words: str, most: int) -> str:
     """`words`, cut to `most` characters."""
     return words if len(words) <= most else words[: most - 1] + "…"
@@ -43,7 +53,7 @@ def spanned(numbers: Sequence[int]) -> str:
 
 
 def isolated(words: str) -> str:
-    """A token for the midst of a text: written right to left, it leaves what follows in its place.
+    """A token inside a text; one that is written right to left leaves what follows in its place.
 
     The marks around it (U+2066, U+2069) have no width; a token that needs none gets none.
     """

@@ -13,9 +13,13 @@ from graftlens.references import are_references
 from graftlens.viz import grid, text, theme
 from graftlens.viz.bars import add_baselines
 from graftlens.viz.heatmaps import heatmap
+from graftlens.viz.lenstables import check_column, listed
 from graftlens.viz.linecharts import add_line
 from graftlens.viz.quantities import of_summary
 from graftlens.viz.spelling import escaped, shortened
+
+#: How the error about a missing column ends.
+_OF_GRIDS = ". The results of a sweep's grid have it"
 
 _WINDOW = re.compile(r"(\d+)(?:-(\d+))?")
 
@@ -39,13 +43,13 @@ def window_triangle(
     """
     of_summary(summary, metric)
     for column in ("layer", *([panel] if panel is not None else [])):
-        _check_column(summary, column)
+        check_column(summary, column, _OF_GRIDS, kind="summary")
     ends = [_WINDOW.fullmatch(str(layer)) for layer in summary["layer"]]
     rows = summary[[end is not None for end in ends]]
     if rows.empty:
         raise ValueError(
             "no graft has a window of layers such as 5 or 4-7 in the column 'layer': "
-            f"it has {_listed(summary['layer'])}"
+            f"it has {listed(dict.fromkeys(map(str, summary['layer'])))}"
         )
     first = [int(end[1]) for end in ends if end is not None]
     last = [int(end[2] or end[1]) for end in ends if end is not None]
@@ -77,8 +81,8 @@ def size_curve(
     """`metric` against how many layers a graft has: how few are enough?
 
     Every graft is a faint point; a solid line joins the best graft of each size, a dashed one their
-    mean. The best of many is better than it would be on other prompts; the interval in its hover
-    text does not know that it was chosen. Grafts without a value in `layer` or `series` are left
+    mean. The best of many looks better than it would on other prompts; the interval in its hover
+    text does not account for the choice. Grafts without a value in `layer` or `series` are left
     out, and so are the two grafts between which recovery is measured.
 
     Args:
@@ -93,7 +97,7 @@ def size_curve(
     """
     facts = of_summary(summary, metric)
     for column in ("layer", *([series] if series is not None else [])):
-        _check_column(summary, column)
+        check_column(summary, column, _OF_GRIDS, kind="summary")
     if size not in ("layers", "share"):
         raise ValueError(f"unknown size {size!r}; choose from 'layers', 'share'")
     if size == "share" and n_layers is None:
@@ -219,7 +223,7 @@ def dose_response(
     """
     facts = of_summary(summary, metric)
     for column in ("strength", *([series] if series is not None else [])):
-        _check_column(summary, column)
+        check_column(summary, column, _OF_GRIDS, kind="summary")
     ends = summary["graft"].eq(summary["base_run"]) | summary["graft"].eq(summary["full_run"])
     kept = summary[~ends & summary["strength"].notna() & summary[metric].notna()]
     if series is not None:
@@ -298,15 +302,3 @@ def _count(layer: str, n_layers: int | None) -> int:
         for group in groups:
             found.update(layer_group(group, n_layers))
     return len(found)
-
-
-def _check_column(summary: pd.DataFrame, name: str) -> None:
-    if name not in summary.columns:
-        raise ValueError(
-            f"the summary has no column {name!r}; it has {_listed(summary.columns)}. The results "
-            "of a sweep's grid have it"
-        )
-
-
-def _listed(values: object) -> str:
-    return ", ".join(map(repr, map(str, dict.fromkeys(values))))  # type: ignore[call-overload]

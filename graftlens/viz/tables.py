@@ -18,10 +18,11 @@ import pandas as pd
 from graftlens.folder import at_home, read_text, write_whole
 from graftlens.stats import GRAFT_COLUMNS
 from graftlens.viz import text
-from graftlens.viz.quantities import Quantity, measured, of_summary
+from graftlens.viz.lenstables import check_column
+from graftlens.viz.quantities import measured, of_summary
 
-#: Texts that spreadsheets read as formulas, also behind white space; with apostrophes before them,
-#: so that each that is put before is the one that is taken off.
+#: Texts that spreadsheets read as formulas, also behind white space; with apostrophes before
+#: them, so that the one that is added is the one that is taken off.
 _FORMULA = re.compile(r"'*(?:[\t\r\n]|\s*[=+\-@\uff1d\uff0b\uff0d\uff20])")
 _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?%?")
 
@@ -145,7 +146,7 @@ def written_columns(
     for name in _chosen(frame, columns):
         if name in measured:
             facts = of_summary(frame, name)
-            found[Quantity.of(name).short] = text.written_all(facts, frame)
+            found[facts.short] = text.written_all(facts, frame)
         else:
             found[name.replace("_", " ")] = [_plain(value) for value in frame[name].tolist()]
     return found
@@ -155,10 +156,7 @@ def _chosen(frame: pd.DataFrame, columns: Sequence[str] | None) -> list[str]:
     have = [str(name) for name in frame.columns]
     if columns is not None:
         for name in columns:
-            if name not in have:
-                raise ValueError(
-                    f"the table has no column {name!r}; it has {', '.join(map(repr, have))}"
-                )
+            check_column(frame, name)
         return list(columns)
     if not _is_summary(frame):
         return have
@@ -186,7 +184,7 @@ def _plain(value: object) -> str:
 
 
 def _with(stem: Path, ending: str) -> Path:
-    # A name such as "layers 0.5" has a dot that starts no ending.
+    # The dot of a name such as "layers 0.5" does not begin an ending.
     return stem.with_name(f"{stem.name}.{ending}")
 
 
@@ -196,7 +194,7 @@ def _row(cells: Iterable[object]) -> str:
 
 def _markdown(cell: object) -> str:
     """A cell's text, so that nothing in it ends the cell or is read as a mark, an image, a link, an
-    entity or HTML. An interval's brackets are no text and stay."""
+    entity or HTML. An interval's brackets are not text and stay."""
     said = " ".join(str(cell).split())
     if not _INTERVAL.fullmatch(said):
         said = re.sub(r"[\[\]]|(?<=\])\(", r"\\\g<0>", said.replace("\\", "\\\\"))

@@ -188,7 +188,7 @@ def whiskers(
 ) -> dict[str, Any]:
     """Plotly's error bars from `low` to `high`; none where an end is NaN.
 
-    The arrays are numpy's, which keep NaN; of lists, plotly would draw an interval of no width.
+    The arrays are numpy's, which keep NaN; from lists, plotly would draw an interval of no width.
     """
     at = np.asarray(value, dtype=float)
     return {
