@@ -146,8 +146,8 @@ BAD_VALUES = {
     # prompts
     "prompts: OUT": r"no prompts: give dataset or prompts",
     "prompts: []": r"no prompts: give dataset or prompts",
-    "prompts: It was": r"prompts: 'It was': write a list of prompts, or file: and the name",
-    "prompts: [It was]": r"prompts.0: 'It was' should be a mapping with keys of: template answer",
+    "prompts: It was": r"prompts: 'It was': write a list of prompts, file: and the name",
+    "prompts: [It was]": r"prompts.0: 'It was' should be a mapping with keys of: template messages prefill",
     "prompts: {template: It was}": r"prompts.0.answer: this key is missing. The text that should",
     "prompts: {template: It was, answer: 1984}": r"prompts.0.answer: 1984 should be text"
     r". Put it in quotes.",
