@@ -1,8 +1,8 @@
 """The closed vocabulary of what can be grafted: components, their groups, and layer groups.
 
-`COMPONENTS` has one row per component with everything that the library asks of it; nothing else
-keeps a list of components. Only the forward, and what reads one component's output by design,
-names them one by one.
+`COMPONENTS` has one row per component with everything that the library needs to know about it;
+nothing else keeps a list of components. Only the forward, and what reads one component's output by
+design, names them one by one.
 """
 
 import difflib
@@ -20,7 +20,7 @@ class Side(StrEnum):
 
     INPUT = "input"  # makes the rows that enter the layers
     KEY = "key"  # rows whose keys and values are read
-    QUERY = "query"  # rows that read, and go on to the next layer
+    QUERY = "query"  # rows that read, and continue to the next layer
     BOTH = "both"  # rows of either kind
     OUTPUT = "output"  # reads logits from the rows that leave the layers
 
@@ -39,7 +39,7 @@ Group = Literal["attn", "mlp", "ln"]
 
 @runtime_checkable
 class Facts(Protocol):
-    """What a component's row asks of an architecture (`graftlens.model.arch.Architecture`)."""
+    """What a component's row needs of an architecture (`graftlens.model.arch.Architecture`)."""
 
     @property
     def family(self) -> str: ...
@@ -77,7 +77,7 @@ def _always(arch: Facts) -> bool:
 
 @dataclass(frozen=True)
 class ComponentRow:
-    """Everything that the library knows of one component.
+    """Everything that the library knows about one component.
 
     Attributes:
         side: on which rows it works; says also whether it is in the layers or outside.
@@ -143,7 +143,7 @@ def _qk_norm(side: Side, heads: Callable[[Facts], int]) -> ComponentRow:
 class Component(StrEnum):
     """One weight-bearing part of a layer or of the model. A bias travels with its weight.
 
-    A member is the word and its row, so that none can be without; `COMPONENTS` has the rows.
+    A member is the word with its row, so no member can lack one; `COMPONENTS` has the rows.
     """
 
     _row: ComponentRow
@@ -209,7 +209,7 @@ COMPONENTS: Mapping[Component, ComponentRow] = MappingProxyType({c: c._row for c
 
 
 def components_where(holds: Callable[[ComponentRow], bool]) -> tuple[Component, ...]:
-    """The components whose row says so, in the vocabulary's order."""
+    """The components whose row satisfies `where`, in the vocabulary's order."""
     return tuple(component for component, row in COMPONENTS.items() if holds(row))
 
 
@@ -242,25 +242,25 @@ LAYER_GROUPS: dict[str, tuple[int, int]] = {"all": (0, 1)} | {
 }
 
 
-#: Half of a character: no text that can be written to a file has one.
+#: Half of a character: text that can be written to a file never contains one.
 HALF = re.compile(r"[\ud800-\udfff]")
 
 
 def cut(text: str, most: int) -> str:
-    """A text for a message: its middle is left out where it is longer than `most`."""
+    """A text for a message: its middle is left out if it is longer than `most`."""
     if len(text) <= most:
         return text
     return f"{text[: most * 2 // 3]} … {text[-(most // 3) :]}"
 
 
 def brief(value: object) -> str:
-    """A value as a message shows it: as in Python, and never long."""
-    if isinstance(value, str) and len(value) > 1000:  # so that no copy of all of it is made
+    """A value as a message shows it: as in Python, but never long."""
+    if isinstance(value, str) and len(value) > 1000:  # so that the whole is never copied
         value = cut(value, 900)
     return cut(repr(value), 300)
 
 
-#: Of a graft as text, or of its name, which may be that text.
+#: Longest graft as text, or name of a graft, which may be that text.
 MAX_CHARACTERS = 1_000_000
 
 #: Unicode's categories of control characters, halves of characters, line and paragraph separators.
@@ -268,11 +268,11 @@ _UNWRITABLE = ("Cc", "Cs", "Zl", "Zp")
 
 
 def check_name(name: str, what: str = "a graft's name") -> str:
-    """A name that can stand in a table's cell, a plot's legend and a line of a log.
+    """A name that fits into a table cell, a plot's legend and a line of a log.
 
     Raises:
-        ValueError: a name that is empty or very long, or that has a newline, a control character or
-            half of a character in it.
+        ValueError: a name that is empty or very long, or that contains a newline, a control
+            character or half of a character.
     """
     if not name.strip():
         raise ValueError(f"{name!r} is {what} and empty. Write a name.")
@@ -291,7 +291,7 @@ def check_name(name: str, what: str = "a graft's name") -> str:
 
 def suggest(value: str, allowed: Iterable[str]) -> str:
     """` Did you mean 'x'?` for a near miss, else an empty string."""
-    if len(value) > 200:  # the comparison takes the square of the length
+    if len(value) > 200:  # the comparison takes time quadratic in the length
         return ""
     close = difflib.get_close_matches(value, [str(a) for a in allowed], n=1)
     return f" Did you mean {close[0]!r}?" if close else ""
@@ -317,7 +317,8 @@ def parse_components(words: str | Sequence[str]) -> tuple[str, ...]:
         names = [str(word).strip() for word in words]
     if not names or not all(names):
         raise ValueError(
-            f"components={brief(words)} names no component. Write one or more of {_vocabulary()}, "
+            f"components={brief(words)} does not name a component. Write one or more of "
+            f"{_vocabulary()}, "
             'as "o + mlp" or ["o", "mlp"].'
         )
     known = [*Component, *GROUPS]
@@ -368,7 +369,7 @@ def layer_group(name: str, n_layers: int) -> tuple[int, ...]:
     """The layers of a named group, for a model of `n_layers` layers.
 
     Each family (halves, quarters, eighths) cuts `range(n_layers)` at `round-down(i * n / parts)`,
-    so it partitions the layers exactly at any depth; where there are fewer layers than parts, some
+    so it partitions the layers exactly at any depth; if there are fewer layers than parts, some
     groups are empty.
 
     Raises:
@@ -383,7 +384,7 @@ def layer_group(name: str, n_layers: int) -> tuple[int, ...]:
     return tuple(range(part * n_layers // parts, (part + 1) * n_layers // parts))
 
 
-#: Layers and heads are numbered below this: far beyond every model, but a range is written out.
+#: Layers and heads are numbered below this: far beyond any model, because a range is expanded.
 MAX_NUMBER = 10_000
 #: And neurons below this.
 MAX_NEURON = 200_000
@@ -409,7 +410,7 @@ def parse_numbers(text: str, what: str, most: int = MAX_NUMBER) -> tuple[int, ..
             )
         ends = [end for end in match.groups() if end]
         for end in ends:
-            # A very long text is not read: that would take the square of its length.
+            # A very long text is not parsed: that would take time quadratic in its length.
             if len(end) > 9 or int(end) >= most:
                 raise too_many(piece, what, most)
         low, high = int(ends[0]), int(ends[-1])
@@ -425,7 +426,7 @@ def parse_numbers(text: str, what: str, most: int = MAX_NUMBER) -> tuple[int, ..
 
 
 def too_many(number: object, what: str, most: int = MAX_NUMBER) -> ValueError:
-    """What is said of a layer or head that no model has, before a range to it is written out."""
+    """The message about a layer or head that no model has, before a range to it is expanded."""
     return ValueError(
         f"{what}={brief(number)}: no model has {most:,} {what}. Write lower numbers, and fewer."
     )

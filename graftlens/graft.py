@@ -1,7 +1,7 @@
 """Grafts: which weights come from which source, where. Frozen values without tensors.
 
 A graft is an ordered list of rules; where two rules meet, the later one wins; where no rule
-reaches, the base runs. In text, one rule a piece::
+reaches, the base runs. In text, a rule reads:
 
     sft @ first_entity + last : o + q   : upper_half : 2
     0.5*sft @ last            : mlp_out : 20         : n12-13
@@ -157,7 +157,7 @@ class Positions(At):
 
     def __post_init__(self) -> None:
         if not self.positions:
-            raise ValueError("at=[] names no position. Write at least one, such as [0, -1].")
+            raise ValueError("at=[] does not name a position. Write at least one, such as [0, -1].")
 
     def __str__(self) -> str:
         return "[" + ", ".join(map(str, self.positions)) + "]"
@@ -299,7 +299,7 @@ def _parse_expression(text: str) -> At:
             if depth > MAX_DEPTH:
                 raise ValueError(
                     f"at={brief(text)}: ~ and parentheses are nested more than {MAX_DEPTH} deep. "
-                    "Write the positions in a simpler way."
+                    "Write the positions more simply."
                 )
             take()
             inner = Complement(atom()) if kind == "~" else union()
@@ -333,7 +333,7 @@ def _syntax(text: str, place: int, wanted: str) -> ValueError:
 
 
 #: Layers as written: group names and numbers. `("all",)` sets no limit, so that components outside
-#: the layers (embed, unembed, …) are meant too; any other value keeps to the layers.
+#: the layers (embed, unembed, …) are meant too; any other value stays inside the layers.
 Layers = tuple[str | int, ...]
 
 
@@ -375,7 +375,8 @@ def parse_layers(layers: str | int | Sequence[int | str]) -> Layers:
             raise too_many(layers, "layers")
     if not items:
         raise ValueError(
-            f"layers={brief(layers)} names no layer. Write a group ({' '.join(LAYER_GROUPS)}), "
+            f"layers={brief(layers)} does not name a layer. Write a group "
+            f"({' '.join(LAYER_GROUPS)}), "
             'numbers ([3, 4]) or a range ("8-15"), or leave layers out for all.'
         )
     if "all" in items:
@@ -414,7 +415,7 @@ class Rule:
         if not isinstance(self.source, str) or not _SOURCE.fullmatch(self.source):
             raise ValueError(
                 f"source={brief(self.source)} is not a source name. Names begin with a letter or "
-                "_, and go on with letters, digits, _ . -"
+                "_, followed by letters, digits, _ . -"
             )
 
     def _numbers(self, kind: "_Cut") -> tuple[int, ...]:
@@ -453,7 +454,7 @@ class Rule:
         return " : ".join([f"{strength}{self.source} @ {self.at}", *parts])
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for YAML; what is left at its default is left out."""
+        """Plain values for YAML, without what is at its default."""
         record: dict[str, Any] = {"source": self.source, "at": str(self.at)}
         if self.components != ("all",):
             record["components"] = list(self.components)
@@ -489,7 +490,7 @@ _CUTS = (
         "head",
         HEAD_COMPONENTS,
         MAX_NUMBER,
-        'Heads go with q, k, v and o only: write components="q + k + v + o", or leave heads out.',
+        'Heads apply to q, k, v and o only: write components="q + k + v + o", or leave heads out.',
     ),
     _Cut(
         "units",
@@ -582,17 +583,17 @@ class Graft:
             at: spans (`"first_entity + last"`, `"~last"`) or token positions (`[0, -1]`).
             components: components and groups (`"o + mlp"`, `["o", "mlp"]`).
             layers: a layer group, numbers or a range (`"upper_half"`, `[3]`, `"8-15"`). With
-                anything but `"all"` the rule keeps to the layers, so `embed`, `pos_embed`,
+                anything but `"all"` the rule stays inside the layers, so `embed`, `pos_embed`,
                 `ln_final` and `unembed` are left out of `components="all"`.
             heads: query heads for q and o, key-value heads for k and v; None is all. o's bias
-                belongs to no head: a row takes it from a source only where all its heads do.
+                belongs to no head: a row takes it from a source only if all its heads do.
             units: neurons of mlp_in, mlp_gate and mlp_out (`[12, 13]`, `"12-13"`); None is all.
                 mlp_out's bias belongs to no neuron, as o's to no head.
             strength: the s of y = (1 - s) * (what ran there without the rule) + s * (what the
                 source gives): any finite number.
 
         Raises:
-            ValueError: anything that is not in the vocabulary, with what is.
+            ValueError: anything that is not in the vocabulary; the message lists what is.
         """
         return cls(
             (
@@ -728,7 +729,7 @@ class Graft:
                     )
             if rule.get("source") is None or rule.get("at") is None:
                 raise ValueError(f"rule {brief(dict(rule))} needs the keys source and at.")
-            # A key left empty in YAML is null, which must not quietly mean all (heads: null does).
+            # A key left empty in YAML is null, which must not silently mean all (heads: null does).
             empty = [k for k, v in rule.items() if v is None and k not in ("heads", "units")]
             if empty:
                 raise ValueError(
@@ -804,7 +805,7 @@ def named_grafts(grafts: Grafts) -> dict[str, Graft]:
 
 
 def as_graft(given: Any, what: str) -> Graft:
-    """A graft, or its text, as a graft; `what` is what a message calls it.
+    """A graft, or its text, as a graft; `what` is its name in messages.
 
     Raises:
         ValueError: text that is not a graft, or what is neither a graft nor its text.

@@ -212,7 +212,9 @@ def test_no_component_is_an_error(words: str | list[str]) -> None:
     with pytest.raises(ValueError) as caught:
         parse_components(words)
     text = str(caught.value)
-    assert text.startswith(f"components={words!r} names no component. Write one or more of embed ")
+    assert text.startswith(
+        f"components={words!r} does not name a component. Write one or more of embed "
+    )
     assert '"o + mlp" or ["o", "mlp"]' in text
 
 

@@ -403,9 +403,9 @@ _RULE_FORM = (
     "rules."
 )
 _WANTED = "expected a span, [positions], +, &, ~ or parentheses at"
-_NAMES = "Names begin with a letter or _, and go on with letters, digits, _ . -"
+_NAMES = "Names begin with a letter or _, followed by letters, digits, _ . -"
 _FORMS = 'Write numbers and inclusive ranges, such as "3", "8-15" or "0,2-4".'
-_HEADS = 'Heads go with q, k, v and o only: write components="q + k + v + o", or leave heads out.'
+_HEADS = 'Heads apply to q, k, v and o only: write components="q + k + v + o", or leave heads out.'
 
 _IN_LISTS = "is not a whole number. A list holds whole numbers; names and ranges go in one text."
 
@@ -434,10 +434,10 @@ MALFORMED = {
     "sft @ ()": "at='()': a span or [positions] is missing before ')'.",
     "sft @ (last": "at='(last': a parenthesis is not closed.",
     "sft @ ~(a + (b & c)": "at='~(a + (b & c)': a parenthesis is not closed.",
-    "sft @ last)": "at='last)': nothing joins ) to what stands before it. Join with + or &.",
-    "sft @ first last": "at='first last': nothing joins last to what stands before it.",
-    "sft @ a ~b": "at='a ~b': nothing joins ~ to what stands before it. Join with + or &.",
-    "sft @ a [0]": "at='a [0]': nothing joins [0] to what stands before it.",
+    "sft @ last)": "at='last)': nothing joins ) to what comes before it. Join with + or &.",
+    "sft @ first last": "at='first last': nothing joins last to what comes before it.",
+    "sft @ a ~b": "at='a ~b': nothing joins ~ to what comes before it. Join with + or &.",
+    "sft @ a [0]": "at='a [0]': nothing joins [0] to what comes before it.",
     "sft @ last @ x": f"at='last @ x': {_WANTED} '@ x'.",
     "sft @ a - b": f"at='a - b': {_WANTED} '- b'.",
     "sft @ 0": f"at='0': {_WANTED} '0'.",
@@ -450,7 +450,7 @@ MALFORMED = {
     "sft @ [0, ]": "at='[0, ]': expected whole numbers, such as [0, -1] at '[0, ]'.",
     "sft @ [1.5]": "at='[1.5]': expected whole numbers, such as [0, -1] at '[1.5]'.",
     "sft @ [a]": "at='[a]': expected whole numbers, such as [0, -1] at '[a]'.",
-    "sft @ last : o +": "components='o +' names no component. Write one or more of embed",
+    "sft @ last : o +": "components='o +' does not name a component. Write one or more of embed",
     "sft @ last : attention": "unknown component 'attention'. Allowed: embed pos_embed ln1 q k v",
     "sft @ last : qq": "unknown component 'qq'.",
     "sft @ last : o : top_half": "unknown layer group 'top_half'. Allowed: all lower_half",
@@ -484,14 +484,14 @@ def test_an_error_in_a_later_rule_is_found() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"at": []}, "at=[] names no position. Write at least one, such as [0, -1]."),
+        ({"at": []}, "at=[] does not name a position. Write at least one, such as [0, -1]."),
         ({"at": True}, "at=True is not a position. Write spans"),
         ({"at": [0, True]}, "at=[0, True]: True is not a whole number."),
         ({"layers": -1}, "layers=-1: layers are counted from 0; -1 is not a layer."),
         ({"layers": [0, -3]}, "layers=[0, -3]: layers are counted from 0; -3 is not a layer."),
-        ({"layers": []}, "layers=[] names no layer. Write a group (all lower_half"),
+        ({"layers": []}, "layers=[] does not name a layer. Write a group (all lower_half"),
         ({"layers": [True]}, "layers=[True]: True is not a whole number."),
-        ({"components": []}, "components=[] names no component."),
+        ({"components": []}, "components=[] does not name a component."),
         (
             {"components": "q", "heads": []},
             "heads=[]: name at least one head, counted from 0, or leave heads out for all.",

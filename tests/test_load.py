@@ -338,8 +338,8 @@ def _other_eos(tokenizer: Any) -> None:
     ("change", "message"),
     [
         (_add_token, "1 vocabulary entries, such as '<new>'"),
-        (_lower, "the same text gives other tokens"),
-        (_other_words, "the same text gives other tokens"),
+        (_lower, "the same text gives different tokens"),
+        (_other_words, "the same text gives different tokens"),
         (_other_eos, "eos_token_id is 0 and"),
         (lambda _: TOKENIZERS["llama3"](), "vocabulary entries, such as "),
     ],

@@ -383,13 +383,13 @@ REFUSED = [
     (
         "llama",
         "sft @ last : embed + o : 1",
-        "rule 'sft @ last : embed + o : 1': embed stands outside the layers, so layers cannot "
+        "rule 'sft @ last : embed + o : 1': embed is outside the layers, so layers cannot "
         "restrict it. Give it a rule of its own, without layers.",
     ),
     (
         "gpt2",
         "sft @ last : unembed + pos_embed + ln_final : upper_half",
-        "pos_embed ln_final unembed stands outside the layers",
+        "pos_embed ln_final unembed is outside the layers",
     ),
 ]
 

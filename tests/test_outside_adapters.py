@@ -399,13 +399,13 @@ def test_adapters_whose_merge_is_not_their_forward() -> None:
     model = adapted(lora())
     model.base_model.disable_adapter_layers()
     message = refusal(model, kind=UnsupportedArchitectureError)
-    assert "gives other logits than as an adapter" in message
+    assert "gives different logits than as an adapter" in message
     invoked = lora(target_modules=["q_proj"], alora_invocation_tokens=[1, 2])
     assert "PEFT could not merge" in refusal(adapted(invoked))
 
 
 def test_an_adapter_on_an_adapter(plain: Path) -> None:
-    with pytest.raises(PairError, match=r"the base is one, too\. .*merge_and_unload"):
+    with pytest.raises(PairError, match=r"and so is the base\. .*merge_and_unload"):
         load({"pre": adapted(lora()), "sft": plain})
 
 
@@ -517,5 +517,5 @@ def test_the_adapter_s_tokenizer_serves_where_the_base_has_none(texts: dict[str,
     assert load(texts, verbose=False).tokenizer is not None
     assert preview(texts)[1] is not None
     (texts["sft"] / "tokenizer.json").write_text("{}")
-    with pytest.raises(PairError, match=r"tokenizer\.json does not hold what a tokenizer is made"):
+    with pytest.raises(PairError, match=r"tokenizer\.json does not hold the parts of a tokenizer"):
         load(texts)

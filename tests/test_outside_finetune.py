@@ -247,7 +247,9 @@ def test_a_damaged_result_is_refused_where_nothing_is_left_to_make_it_of(whole, 
 def test_a_damaged_record_of_the_result_is_named(file, whole, start, tmp_path):
     folder = copied(whole.folder.parent, tmp_path)
     flip(folder / "model" / file)
-    with pytest.raises(DamagedError, match=rf"model/{file} is not .* remove .*model and run the"):
+    with pytest.raises(
+        DamagedError, match=rf"model/{file} has changed .* remove .*model and run the"
+    ):
         run(recipe(start, folder))
 
 
@@ -581,10 +583,10 @@ FOLDERS = {
     "no tokenizer": (no_tokenizer, r"has no tokenizer \(no tokenizer\.json\)"),
     "empty tokenizer": (
         edit("tokenizer.json", "{}"),
-        r"tokenizer\.json does not hold what a tokenizer",
+        r"tokenizer\.json does not hold the parts of a tokenizer",
     ),
     "half a tokenizer": (edit("tokenizer.json", '{"ver'), r"tokenizer\.json is not JSON"),
-    "no weights": (edit("model.safetensors", None), r"model has a config and no weights"),
+    "no weights": (edit("model.safetensors", None), r"model has a config but no weights"),
     "half of the weights": (
         lambda folder: os.truncate(folder / "model.safetensors", 5000),
         r"model\.safetensors could not be read",
@@ -603,7 +605,7 @@ FOLDERS = {
     ),
     "code of its own": (
         config_with(model_type="mine", auto_map={"AutoConfig": "code.Config"}),
-        r"config\.json asks for code that comes with the checkpoint",
+        r"config\.json needs code that comes with the checkpoint",
     ),
 }
 

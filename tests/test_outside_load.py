@@ -225,7 +225,8 @@ def test_the_check_reads_the_file(copied: dict[str, Path], monkeypatch: pytest.M
         if name == "pickled":
             pickle(copied["sft"])
         with pytest.raises(
-            PairError, match=r"^source 'pre': \S+ was loaded as other numbers than \S+ holds"
+            PairError,
+            match=r"^source 'pre': \S+ was loaded with different numbers from those that \S+ holds",
         ):
             load(copied)
     load(copied, check=False, verbose=False)
@@ -641,7 +642,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an index without tensors": (
         _index(b'{"metadata": {}, "weight_map": {}}'),
-        r"index\.json names no tensor",
+        r"index\.json does not name any tensor",
     ),
     "another shape": (
         lambda f: rewrite(f, lambda s: s.update({ODD: torch.zeros(41, 24)})),
@@ -689,7 +690,7 @@ def test_weights_that_are_damaged(
 def test_a_folder_without_weights(copied: dict[str, Path]) -> None:
     """A dry run needs none: sweeps are planned where the weights are not."""
     (copied["sft"] / WEIGHTS).unlink()
-    assert "has a config and no weights (model.safetensors or" in refused_alike(copied, both=False)
+    assert "has a config but no weights (model.safetensors or" in refused_alike(copied, both=False)
     assert preview(copied)[0].n_layers == 3
 
 
@@ -701,7 +702,7 @@ def test_a_tokenizer_that_is_damaged(content: bytes, tmp_path: Path) -> None:
     (folders["sft"] / "tokenizer.json").write_bytes(content)
     told = refused_alike(folders)
     assert told.startswith(f"{folders['sft'] / 'tokenizer.json'} ")
-    assert told.endswith(" Save the tokenizer again, or fetch the file again.")
+    assert told.endswith(" Save the tokenizer again, or download the file again.")
 
 
 @pytest.mark.parametrize("length", ["512", [512]])
@@ -736,7 +737,7 @@ def test_code_that_comes_with_a_checkpoint_never_runs(
             model = load(copied, verbose=False)
         assert off(model, "sft", tiny_pair("llama", 1)["sft"]) < 1e-5
     else:
-        assert "asks for code that comes with the checkpoint (auto_map)" in refused_alike(copied)
+        assert "needs code that comes with the checkpoint (auto_map)" in refused_alike(copied)
     assert not Path("ran").exists()
 
 
@@ -750,7 +751,7 @@ def test_a_tokenizer_s_own_code_never_runs(tmp_path: Path, monkeypatch: pytest.M
     own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     file.write_text(json.dumps(json.loads(file.read_text()) | own))
     (folders["sft"] / "own.py").write_text(OWN_CODE)
-    assert "tokenizer_config.json asks for code that comes" in refused_alike(folders)
+    assert "tokenizer_config.json needs code that comes" in refused_alike(folders)
     assert not Path("ran").exists()
 
 
@@ -818,7 +819,9 @@ def test_weights_that_are_computed_are_named() -> None:
         pair = tiny_pair("llama", 1)
         pair["sft"].requires_grad_(True)
         change(pair["sft"].model.layers[0].mlp.up_proj)
-        with pytest.raises(PairError, match=r"up_proj\.\S+ is a part that a weight is computed"):
+        with pytest.raises(
+            PairError, match=r"up_proj\.\S+ is a tensor from which a weight is computed"
+        ):
             load(pair)
 
 

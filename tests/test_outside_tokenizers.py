@@ -66,7 +66,7 @@ def test_an_appended_token_that_is_not_the_end_is_a_difference() -> None:
     first, second = llama3(), llama3()
     for tokenizer in (first, second):
         tokenizer.add_tokens(["<sep>"], special_tokens=True)
-    with pytest.raises(PairError, match="the same text gives other tokens"):
+    with pytest.raises(PairError, match="the same text gives different tokens"):
         shared(first, appending(second, "<sep>"))
 
 
@@ -123,7 +123,7 @@ def test_differences_that_one_text_does_not_show(change: Callable[[Any], None]) 
     first, second = llama3(), llama3()
     change(second)
     assert first.get_vocab() == second.get_vocab()
-    with pytest.raises(PairError, match="the same text gives other tokens"):
+    with pytest.raises(PairError, match="the same text gives different tokens"):
         shared(first, second)
 
 
@@ -149,9 +149,9 @@ def test_a_pair_whose_finetune_appends_an_end_loads(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"null", " does not hold what a tokenizer is made from. "),
-        (b"[]", " does not hold what a tokenizer is made from. "),
-        (b'"text"', " does not hold what a tokenizer is made from. "),
+        (b"null", " does not hold the parts of a tokenizer. "),
+        (b"[]", " does not hold the parts of a tokenizer. "),
+        (b'"text"', " does not hold the parts of a tokenizer. "),
         (b"", " is not JSON ("),
         (b'{"version": "1.0", "trunc', " is not JSON ("),
         (b'{"a": "\xe9"}', " is not UTF-8 text (byte 7 is 0xe9). "),
@@ -173,7 +173,7 @@ def test_damaged_files_are_named(name: str, content: bytes, said: str, tmp_path:
 def test_an_empty_tokenizer_is_named(tmp_path: Path) -> None:
     llama3().save_pretrained(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(PairError, match=r"tokenizer\.json does not hold what a tokenizer is made"):
+    with pytest.raises(PairError, match=r"tokenizer\.json does not hold the parts of a tokenizer"):
         read_tokenizer(str(tmp_path))
 
 
@@ -192,7 +192,7 @@ def test_a_tokenizer_s_own_code_is_never_run(
     settings |= {"tokenizer_class": "Mine", "auto_map": {"AutoTokenizer": ["mine.Mine", None]}}
     path.write_text(json.dumps(settings))
     (tmp_path / "mine.py").write_text("raise SystemExit('run')")
-    with pytest.raises(PairError, match=r"tokenizer_config\.json asks for code that comes"):
+    with pytest.raises(PairError, match=r"tokenizer_config\.json needs code that comes"):
         read_tokenizer(str(tmp_path))
 
 

@@ -54,7 +54,9 @@ def test_an_adapter_of_another_base_is_spoken_of(tmp_path: Path) -> None:
     bases = {n: save_checkpoint(m, tmp_path / n) for n, m in pair.items()}
     folder = _adapter(bases["pre"], tmp_path / "adapter")
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    with pytest.warns(UserWarning, match=r"says that it was trained on .*pre; here it is put on"):
+    with pytest.warns(
+        UserWarning, match=r"says that it was trained on .*pre; here it is applied to"
+    ):
         load({"pre": bases["sft"], "sft": folder}, verbose=False)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
@@ -68,7 +70,7 @@ def test_padding_that_no_mask_accounts_for_is_refused(tiny: MakeTiny) -> None:
     texts = ["Ann", "Ann plays with Tom in"]
     for side in ("left", "right"):
         tokens = model.to_tokens(texts, padding_side=side)
-        with pytest.raises(PromptError, match=r"its prompt lies is unknown\. Pass attention"):
+        with pytest.raises(PromptError, match=r"of its prompt is unknown\. Pass attention"):
             model(tokens, graft="sft @ bos")
 
 
@@ -87,8 +89,8 @@ def test_a_mask_belongs_to_its_batch(tiny: MakeTiny) -> None:
     ("change", "message"),
     [
         ({"layers": (-1,)}, "layers are counted from 0; -1 is not a layer"),
-        ({"layers": ()}, "names no layer"),
-        ({"components": ()}, "names no component"),
+        ({"layers": ()}, "does not name a layer"),
+        ({"components": ()}, "does not name a component"),
         ({"components": ("mpl",)}, "unknown component 'mpl'"),
     ],
 )

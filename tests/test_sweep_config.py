@@ -142,12 +142,12 @@ BAD_VALUES = {
     "sources: {pre: ./pre, sft: ./falcon}": r"model_type 'falcon' is not supported. Supported: gpt",
     "sources: {pre: ./adapter, sft: ./sft}": r"source 'pre', the base, is a PEFT adapter. Put the",
     "sources: {pre: ./mute_a, sft: ./mute_b}": r"no source has a tokenizer. Name one with the",
-    "tokenizer: ./mute_a": r"tokenizer='./mute_a': this folder holds no tokenizer",
+    "tokenizer: ./mute_a": r"tokenizer='./mute_a': this folder does not hold a tokenizer",
     # prompts
     "prompts: OUT": r"no prompts: give dataset or prompts",
     "prompts: []": r"no prompts: give dataset or prompts",
     "prompts: It was": r"prompts: 'It was': write a list of prompts, file: and the name",
-    "prompts: [It was]": r"prompts.0: 'It was' should be a mapping with keys of: template messages prefill",
+    "prompts: [It was]": r"prompts.0: 'It was' should be a mapping with keys of: template mess",
     "prompts: {template: It was}": r"prompts.0.answer: this key is missing. The text that should",
     "prompts: {template: It was, answer: 1984}": r"prompts.0.answer: 1984 should be text"
     r". Put it in quotes.",
@@ -164,7 +164,7 @@ BAD_VALUES = {
     "prompts: {file: bad.jsonl}": r"prompts.0.line 2: Expecting property name",
     "prompts: {file: lacking.jsonl}": r"(?s)prompts.0.line 1.answer: this key is missing.*"
     r"prompts.0.line 2.answer: 3 should be text",
-    "prompts: {file: none.jsonl}": r"prompts.0: none.jsonl holds no prompt",
+    "prompts: {file: none.jsonl}": r"prompts.0: none.jsonl does not hold a prompt",
     "prompts: {file: mapping.yaml}": r"prompts.0: mapping.yaml holds a dict, not a list of prompts",
     "prompts: [{file: some.yaml}, {file: some.yaml}]": r"prompts.1: two sets of prompts are called "
     r"'some.yaml'",
@@ -200,7 +200,7 @@ BAD_VALUES = {
     "grafts: {a: 'sft @ last : o : uper_half'}": r"grafts.a: unknown layer group 'uper_half'.*Did",
     "grafts: {a: 'sft @ last : o : first_eighth'}": r"layer group 'first_eighth' is empty in a mod",
     "grafts: {a: 'sft @ last : o : 2-1'}": r"grafts.a: .*the range '2-1' runs backwards. Write it",
-    "grafts: {a: 'sft @ last : embed : 1'}": r"grafts.a: .*embed stands outside the layers",
+    "grafts: {a: 'sft @ last : embed : 1'}": r"grafts.a: .*embed is outside the layers",
     "grafts: {a: 'sft @ last : o : all : 4'}": r"grafts.a: .*no head 4 in o, which has 4 heads",
     "grafts: {a: 'sft @ last : k : all : 2'}": r"no head 2 in k, which has 2 key-value heads here",
     "grafts: {a: 'sft @ frist_entity'}": r"grafts.a: none of 1 prompts can run it. .*no span "
@@ -231,7 +231,7 @@ BAD_VALUES = {
     "grids: {layers: [8, 9], components: [q, k]}": r"no layer 8.* \(And 3 more grafts like it.\)",
     "grids: {heads: each}": r"grids.0: heads=\[0\] with components all: all cannot be split by",
     "grids: {heads: each, components: q + k}": r"grids.0: heads of 'q \+ k': q and o have 4 heads",
-    "grids: {heads: first, components: q}": r"grids.0.heads: heads='first': 'first' is no number",
+    "grids: {heads: first, components: q}": r"grids.0.heads: heads='first': 'first' is not a num",
     "grids: {heads: , components: q}": r"grids.0.heads: heads is empty. Name heads, or leave",
     "grids: {heads: [[0, 4]], components: o}": r"grids.0: .*no head 4 in o, which has 4 heads",
     "grids: {source: task}": r"grids.0.source: no source 'task'. There are: pre sft",

@@ -259,7 +259,7 @@ def test_models_that_hugging_face_cannot_run(tiny: MakeTiny) -> None:
     with pytest.raises(SequentialError, match="cannot build a model from this llama config"):
         Sequential(model)
     model.hf_config = VARIANTS["gpt2"]()
-    with pytest.raises(SequentialError, match="GPT2LMHeadModel has not the modules that llama"):
+    with pytest.raises(SequentialError, match="GPT2LMHeadModel lacks modules that llama"):
         Sequential(model)
     model.hf_config = VARIANTS["qwen3"]()
     with pytest.raises(SequentialError, match="has parameters that the grafted model lacks: "):

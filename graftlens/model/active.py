@@ -1,7 +1,8 @@
-"""Which graft a model is under here, and which of several threads or tasks may use its hooks.
+"""The graft that is in force for a model here, and which of several threads or tasks may use its
+hooks.
 
-A graft in force belongs to the thread or task that put it there (a context variable); hooks are
-on the model itself, so they would act in the runs of all. What would mix is refused at once.
+A graft in force belongs to the thread or task that set it (a context variable); hooks are on the
+model itself, so they would act in every run. Anything that would mix the two is refused at once.
 """
 
 from collections.abc import Iterator
@@ -32,13 +33,13 @@ from graftlens.model.weights import Sourced, equal_sources
 
 C = Component
 
-#: A graft in force, a forward pass under its mask, or hooks that are on the model for a while.
+#: A graft in force, a forward pass under its mask, or hooks that are temporarily on the model.
 Kind = Literal["graft", "pass", "hooks"]
 
 
 @dataclass(eq=False)
 class _Held:
-    """One `with` that is under way; `level` numbers nested hooks from 1."""
+    """One `with` that is active; `level` numbers nested hooks from 1."""
 
     active: "Active"
     kind: Kind
@@ -47,16 +48,16 @@ class _Held:
     over: bool = False
 
 
-#: What this thread or task is inside of, of all models, innermost last.
+#: What this thread or task is inside, for all models, innermost last.
 _HERE: ContextVar[tuple[_Held, ...]] = ContextVar("here", default=())
 
-#: Held for the moment in which a model's `with`s are looked through; a collected generator may end
-#: one within that moment.
+#: Held while a model's `with`s are examined; a collected generator may end one during that
+#: time.
 _LOCK = RLock()
 
 
 class Active:
-    """Which graft the model is under now: asked by whoever reads a weight without a position."""
+    """Which graft the model is under now: for whoever reads a weight without a position."""
 
     def __init__(self, arch: Architecture, sources: tuple[str, ...]) -> None:
         self.arch, self.sources = arch, sources
@@ -75,7 +76,7 @@ class Active:
 
     @property
     def running(self) -> list[GraftMask]:
-        """The masks of forward passes under way here, so that hooks see what runs."""
+        """The masks of forward passes that are running here, so that hooks see what runs."""
         return [
             held.graft
             for held in self._here()
@@ -93,7 +94,7 @@ class Active:
 
     @property
     def current(self) -> Graft | GraftMask | None:
-        """The mask of the pass under way or the graft in force, whichever is the innermost.
+        """The mask of the running pass or the graft in force, whichever is the innermost.
 
         Raises:
             RuntimeError: there is none here, but a graft in force in another thread or task.
@@ -102,7 +103,7 @@ class Active:
 
     @property
     def here(self) -> Graft | GraftMask | None:
-        """As `current`, but None where only another thread or task has a graft in force."""
+        """As `current`, but None if only another thread or task has a graft in force."""
         mine = self._of_kinds("graft", "pass")
         return mine[-1] if mine else None
 
@@ -122,7 +123,7 @@ class Active:
             if others:
                 raise RuntimeError(
                     f"`with model.grafted({said(others[0])!r})` is in force in another thread or "
-                    "task, and none in this one, so it is not clear which graft is meant here. "
+                    "task, but none in this one, so it is unclear which graft is meant here. "
                     'Name it (graft=…; "none" is the base), or take the weight of one source '
                     "(model.W_O[source, layer])."
                 )
@@ -138,8 +139,8 @@ class Active:
 
     @contextmanager
     def under(self, graft: Graft | GraftMask | None) -> Iterator[None]:
-        """As `grafted`, for a moment in which nothing of the user's runs: other threads do not see
-        it."""
+        """As `grafted`, for a moment in which none of the user's code runs: other threads do not
+        see it."""
         with _entered(_Held(self, "graft", graft)):
             yield
 
@@ -155,11 +156,11 @@ class Active:
 
     @contextmanager
     def hooking(self) -> Iterator[int]:
-        """Hooks that are on the model for a while, and their level (nested ones have different
+        """Hooks that are temporarily on the model, and their level (nested ones have different
         levels).
 
         Raises:
-            RuntimeError: another thread or task has hooks there, or a run under way.
+            RuntimeError: another thread or task has hooks there, or a running pass.
         """
         with self._held(_Held(self, "hooks")) as level:
             yield level
@@ -183,13 +184,13 @@ class Active:
         if "hooks" in others and kind != "graft":
             raise RuntimeError(
                 "another thread or task has hooks on this model for a run of its own (as "
-                "run_with_cache and `with model.hooks(…)` put there), and they would act here, "
-                f"too. {alone}"
+                "run_with_cache and `with model.hooks(…)` put there), and they would act here "
+                f"as well. {alone}"
             )
         if "pass" in others and kind == "hooks":
             raise RuntimeError(
                 "another thread or task is running this model, and hooks that change now would "
-                f"change its run, too. {alone}"
+                f"change its run as well. {alone}"
             )
 
     @contextmanager
@@ -218,10 +219,10 @@ class Active:
     # -- weights without a position --------------------------------------------------------------
 
     def of(self, weight: Sourced, component: Component, layer: int | None) -> Tensor:
-        """The one tensor that a site uses now; the base's where no graft is in force.
+        """The one tensor that a site uses now; the base's if no graft is in force.
 
         Raises:
-            ValueError: under a graft by which positions or heads differ there.
+            ValueError: under a graft for which positions or heads differ there.
             RuntimeError: as for `current`.
         """
         if len(weight.variants) == 1:
@@ -244,7 +245,7 @@ class Active:
         )
 
     def rows(self, component: Component, shape: torch.Size, equal: Equal) -> WholeChoice:
-        """What a module outside the layers uses that is called by itself.
+        """What a module outside the layers uses when it is called directly.
 
         Args:
             component: what is called.
@@ -261,17 +262,17 @@ class Active:
             return Selection.uniform(used.pop(), int(np.prod(shape)))
         if not isinstance(graft, GraftMask):
             raise ValueError(
-                f"{component} was called by itself under graft {str(graft)!r}, which needs a "
+                f"{component} was called directly under graft {str(graft)!r}, which needs a "
                 "prompt to be resolved. "
                 "Use `with model.grafted(model.resolve(graft, prompts))`."
             )
         if tuple(shape) != graft.shape:
             raise ValueError(
-                f"{component} was called by itself on {list(shape)} vectors under graft "
-                f"{said(graft)!r}, by which the places of its batch of {list(graft.shape)} use "
-                "different weights. Give it [batch, pos, d_model] of that batch, a stack entry by "
-                "entry; or use the cache's own methods (cache.logit_lens, cache.accumulated_resid("
-                "apply_ln=True), cache.logit_attrs)."
+                f"{component} was called directly on {list(shape)} vectors under graft "
+                f"{said(graft)!r}, for which the positions of its batch of {list(graft.shape)} "
+                "use different weights. Give it [batch, pos, d_model] of that batch, a stack entry "
+                "by entry; or use the cache's own methods (cache.logit_lens, "
+                "cache.accumulated_resid(apply_ln=True), cache.logit_attrs)."
             )
         return plain(graft[component, None])
 
@@ -291,7 +292,7 @@ def _entered(mine: _Held) -> Iterator[None]:
     try:
         yield
     finally:
-        # Generators may end in any order, and in another context than they began in.
+        # Generators may end in any order, and in a different context from the one they started in.
         left = tuple(held for held in _HERE.get() if held is not mine)
         try:
             _HERE.reset(token)

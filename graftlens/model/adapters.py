@@ -1,8 +1,8 @@
-"""PEFT adapters as sources: put on the base, merged, and proved against PEFT's own forward.
+"""PEFT adapters as sources: put on the base, merged, and checked against PEFT's own forward.
 
-PEFT only warns of tensors that a folder lacks and drops those that it does not know, merges an
-adapter of one of two tied embeddings into both, and matches a folder's patterns without a bound.
-Here the first is refused, the second untied, the third matched within a bound.
+PEFT only warns about tensors that a folder lacks and drops those that it does not know, merges
+an adapter of one of two tied embeddings into both, and matches a folder's patterns without a time
+limit. Here the first is refused, the second is untied, and the third has a time limit.
 """
 
 import copy
@@ -30,14 +30,14 @@ from graftlens.model.source import (
 )
 from graftlens.model.tokenizers import read_tokenizer
 
-#: `init_lora_weights` under which the base stays as it is, or (the last two) changes in a way that
-#: PEFT can repeat. The other ones change it by data or at random, and the folder does not say how.
+#: `init_lora_weights` under which the base stays unchanged, or (the last two) changes in a way that
+#: PEFT can repeat. The others change it by data or at random, and the folder does not record how.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora")
 
-#: What PEFT puts into a pattern as it is: a name, or a name's end, without anything to repeat.
+#: What PEFT puts into a pattern literally: a name, or the end of a name, without repetition.
 _PLAIN = re.compile(r"[\w.^$\\-]+")
 
-#: Seconds of the processor that all patterns of one adapter may take; honest ones take far less.
+#: CPU seconds that all patterns of one adapter may take; honest ones take far less.
 _PATTERN_SECONDS = 0.4
 
 
@@ -47,7 +47,7 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
     Args:
         name: the source's name.
         folder: where `save_pretrained` wrote the adapter.
-        base: what it goes on: a hub id, a checkpoint's folder, or a transformers model.
+        base: the model to apply it to: a hub id, a checkpoint's folder, or a transformers model.
 
     Raises:
         PairError: an adapter that is damaged or that does not fit the base.
@@ -68,7 +68,7 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
         model, _ = open_model(f"the base of source {name!r}", base)
     elif "PeftModel" in {cls.__name__ for cls in type(base).__mro__}:
         raise PairError(
-            f"source {name!r} is a PEFT adapter, and the base is one, too. Give as the base a "
+            f"source {name!r} is a PEFT adapter, and so is the base. Give as the base a "
             "model that has its adapter merged: base.merge_and_unload()."
         )
     elif hasattr(base, "config") and hasattr(base, "save_pretrained"):
@@ -76,7 +76,7 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
     else:
         raise PairError(
             f"source {name!r} is a PEFT adapter, and the base is a {type(base).__name__}. "
-            "Adapters go on a checkpoint or a transformers model."
+            "Adapters are applied to a checkpoint or a transformers model."
         )
     stated = config.base_model_name_or_path
     if (
@@ -87,7 +87,7 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
     ):
         warnings.warn(
             f"source {name!r}: the adapter {folder} says that it was trained on {stated}; here it "
-            f"is put on {base}. Its numbers mean something only if these are the same weights.",
+            f"is applied to {base}. Its numbers are meaningful only if these are the same weights.",
             stacklevel=2,
         )
     tokenizer = read_tokenizer(str(folder))
@@ -99,11 +99,11 @@ def read_adapter(name: str, folder: Path, base: Any) -> Source:
 
 
 def preview_adapter(name: str, folder: Path) -> Any:
-    """An adapter's tokenizer, or None; its settings and, where there are some, the head of its
+    """An adapter's tokenizer, or None; its settings and, if there are any, the headers of its
     weights are checked.
 
     Raises:
-        PairError: as `read_adapter`, as far as that shows without the base and the weights.
+        PairError: as `read_adapter`, as far as that is possible without the base and the weights.
         UnsupportedArchitectureError: likewise.
     """
     read_settings(name, folder)
@@ -112,10 +112,10 @@ def preview_adapter(name: str, folder: Path) -> Any:
 
 
 def read_settings(name: str, folder: Path) -> Any:
-    """An adapter's PEFT config, checked as far as that goes without the base and its weights.
+    """An adapter's PEFT config, checked as far as possible without the base and its weights.
 
     Raises:
-        PairError: settings that are missing or damaged, or no package peft.
+        PairError: missing or damaged settings, or the package peft is missing.
         UnsupportedArchitectureError: a kind or option of adapter whose merge is not exact.
     """
     try:
@@ -127,13 +127,13 @@ def read_settings(name: str, folder: Path) -> Any:
         ) from None
     place = folder / "adapter_config.json"
     try:
-        given = read_json(place, "Save the adapter again, or fetch the file again.")
+        given = read_json(place, "Save the adapter again, or download the file again.")
     except ValueError as error:
         raise PairError(f"source {name!r}: {error}") from None
     if not isinstance(given, dict) or not isinstance(given.get("peft_type"), str):
         raise PairError(
             f"source {name!r}: {place} does not say which kind of adapter it is (peft_type), as "
-            "PEFT's save_pretrained writes it. Save the adapter again, or fetch the file again."
+            "PEFT's save_pretrained writes it. Save the adapter again, or download the file again."
         )
     kind = given["peft_type"]
     if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
@@ -156,22 +156,23 @@ def read_settings(name: str, folder: Path) -> Any:
     task = given.get("task_type")
     if task not in (None, "CAUSAL_LM"):
         raise UnsupportedArchitectureError(
-            f"source {name!r}: the adapter {folder} was trained for the task {task}, and a source "
-            "is a causal language model (CAUSAL_LM)."
+            f"source {name!r}: the adapter {folder} was trained for the task {task}, but a source "
+            "must be a causal language model (CAUSAL_LM)."
         )
     start = given.get("init_lora_weights", True)
     start = start.lower() if isinstance(start, str) else start
     if kind == "LORA" and not (start is None or start in _STARTS):
         raise UnsupportedArchitectureError(
             f"source {name!r}: the adapter {folder} began with init_lora_weights={start!r}, which "
-            "changes the base's weights in a way that the folder does not hold. Save it as a plain "
-            "adapter of the original base (PEFT's path_initial_model_for_weight_conversion), or "
-            "give the merged model."
+            "changes the base's weights in a way that the folder does not record. Save it as a "
+            "plain adapter of the original base (PEFT's path_initial_model_for_weight_conversion), "
+            "or give the merged model."
         )
     if given.get("layer_replication"):
         raise UnsupportedArchitectureError(
             f"source {name!r}: the adapter {folder} repeats layers of the base "
-            f"(layer_replication={given['layer_replication']!r}), which makes another architecture."
+            f"(layer_replication={given['layer_replication']!r}), which makes a different "
+            "architecture."
         )
     with _told(name, f"PEFT could not read {place}"):
         given = {key: value for key, value in given.items() if key in names}
@@ -226,8 +227,8 @@ def read_peft(name: str, adapter: Any, origin: str) -> Source:
     # Values that are not finite are reported by name when the pair is checked.
     if off > 1e-4:
         raise UnsupportedArchitectureError(
-            f"source {name!r}: merged into the weights, {origin} gives other logits than as an "
-            f"adapter (off by {off:.1e}, relative). Adapters that are switched off, that repeat "
+            f"source {name!r}: merged into the weights, {origin} gives different logits than as "
+            f"an adapter (off by {off:.1e}, relative). Adapters that are switched off, that repeat "
             "layers or that depend on the prompt cannot be merged exactly."
         )
     return replace(source, logits=unmerged)
@@ -249,16 +250,17 @@ def _check_kind(name: str, kind: str, origin: str) -> None:
 
 
 def _check_weights(name: str, folder: Path, *, needed: bool) -> None:
-    """That the folder holds weights, where they are `needed`, whole as far as a head tells."""
+    """Check that the folder holds weights, if they are `needed`, complete as far as the headers
+    tell."""
     safe, pickled = folder / "adapter_model.safetensors", folder / "adapter_model.bin"
     if safe.is_file():
-        damaged = f"the weights {safe} are damaged; save or fetch them again"
+        damaged = f"the weights {safe} are damaged; save or download them again"
         with _told(name, damaged), safe_open(safe, framework="pt"):
             pass
     elif needed and not pickled.is_file():
         raise PairError(
             f"source {name!r}: the adapter's folder {folder} has no weights "
-            f"({safe.name} or {pickled.name}). Save the adapter again, or fetch the file."
+            f"({safe.name} or {pickled.name}). Save the adapter again, or download the file."
         )
 
 
@@ -268,13 +270,13 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
     from peft.utils import load_peft_weights
 
     renamed = getattr(model, "_checkpoint_conversion_mapping", None)
-    with _told(name, f"the weights in {folder} are damaged; save or fetch them again"):
+    with _told(name, f"the weights in {folder} are damaged; save or download them again"):
         tensors = load_peft_weights(str(folder), device="cpu", key_mapping=renamed)
     with _told(name, f"the adapter {folder} does not fit the base"):
         _bound_patterns(name, folder, config, [key for key, _ in model.named_modules() if key])
         config.inference_mode = True
         with warnings.catch_warnings():
-            # Tied embeddings, which PEFT warns of, are untied before the merge.
+            # Tied embeddings, which PEFT warns about, are untied before the merge.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             adapter = PeftModel(model, config)
         state = adapter.state_dict()
@@ -286,14 +288,16 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
         try:
             found = set_peft_model_state_dict(adapter, tensors)
             missing, unknown = found.missing_keys, found.unexpected_keys
-        except KeyError as error:  # a whole module that is saved beside the adapter's own tensors
+        except (
+            KeyError
+        ) as error:  # a whole module that is saved along with the adapter's own tensors
             missing, unknown = [error.args[0]], []
         except RuntimeError as error:
             raise PairError(_misfit(name, folder, tensors, {**state, **wanted})) from error
     spelled = {id(tensor): key for key, tensor in wanted.items()}
     lacking = {spelled.get(id(state.get(key)), "" if key in state else key) for key in missing}
     held = set(map(id, state.values()))
-    # Some kinds save what they derive, such as a mask's indices.
+    # Some kinds save derived values, such as a mask's indices.
     lacking |= {key for key, tensor in wanted.items() if id(tensor) not in held} - tensors.keys()
     for problem, keys in (("lacks", lacking - {""}), ("holds unused", set(unknown))):
         if keys:
@@ -326,7 +330,8 @@ def _check_tensors(name: str, folder: Path, tensors: Any, wanted: Mapping[str, T
 def _misfit(
     name: str, folder: Path, tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor]
 ) -> str:
-    """What to say of tensors with another shape than the base and the adapter's config imply."""
+    """The message about tensors with a different shape from what the base and the adapter's config
+    imply."""
     here = f"source {name!r}: the adapter {folder} does not fit the base"
     for key, tensor in tensors.items():
         if key in wanted and tensor.shape != wanted[key].shape:
@@ -340,11 +345,11 @@ def _misfit(
                     f"base.resize_token_embeddings({len(tensor)})."
                 )
             return f"{told}Give the model that it was trained on as the base."
-    return f"{here}: its tensors have other shapes. Give the model that it was trained on."
+    return f"{here}: its tensors have different shapes. Give the model that it was trained on."
 
 
 def _untie(adapter: Any) -> None:
-    """Let an adapter of one of two tied embeddings be merged into that one alone."""
+    """Make sure that an adapter of one of two tied embeddings is merged into that one alone."""
     wrapped = adapter.get_base_model().get_input_embeddings().modules()
     weight = next(module for module in wrapped if isinstance(module, nn.Embedding)).weight
     tied = [(k, m) for k, m in adapter.named_modules() if m._parameters.get("weight") is weight]
@@ -355,7 +360,7 @@ def _untie(adapter: Any) -> None:
 
 @contextmanager
 def _told(name: str, what: str) -> Iterator[None]:
-    """Another library's exception as one sentence of ours that says what it was about."""
+    """Another library's exception as one sentence that says what it was about."""
     try:
         yield
     except (PairError, UnsupportedArchitectureError):
@@ -371,14 +376,15 @@ def _told(name: str, what: str) -> Iterator[None]:
 def _bound_patterns(name: str, folder: Path, config: Any, modules: list[str]) -> None:
     """Put the names of the base's modules in the place of every pattern that PEFT would match.
 
-    A pattern comes with the adapter, and Python's own matcher can take longer than the universe
-    lives; PEFT is given the names that it matches.
+    A pattern comes with the adapter, and Python's own matcher can take longer than the age of
+    the universe; PEFT is given the names that it matches.
     """
     matcher = _Matcher(name, folder)
     for option in ("target_modules", "exclude_modules", "feedforward_modules"):
         value = getattr(config, option, None)
         if isinstance(value, str) and value.lower() != "all-linear":
-            # PEFT also asks whether a pattern matches these two alone, to tie what is put on them.
+            # PEFT also checks whether a pattern matches these two alone, to tie what is put on
+            # them.
             found = matcher.names(option, value, [*modules, "embed_tokens", "lm_head"])
             setattr(config, option, "|".join(map(re.escape, found)))
             if option == "target_modules" and not set(found) & set(modules):
@@ -387,7 +393,7 @@ def _bound_patterns(name: str, folder: Path, config: Any, modules: list[str]) ->
                     "module of the base. Give the model that it was trained on as the base."
                 )
         elif value:
-            # In a list PEFT compares names; what cannot be one matches nothing.
+            # In a list PEFT compares names; anything that cannot be a name matches nothing.
             setattr(config, option, [each for each in value if _PLAIN.fullmatch(str(each))])
     for option in ("modules_to_save", "layers_pattern", "target_parameters"):
         value = getattr(config, option, None) or []

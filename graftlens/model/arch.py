@@ -1,7 +1,7 @@
-"""What graftlens knows of each architecture: facts, and where a checkpoint keeps its weights.
+"""What graftlens knows about each architecture: facts, and where a checkpoint keeps its weights.
 
-This table is the only place that knows one family from another. The forward reads `Architecture`;
-`weights.py` reads `Layout`. To add a family, add an entry to `FAMILIES`; loading proves it against
+This table is the only place that distinguishes families. The forward reads `Architecture`;
+`weights.py` reads `Layout`. To add a family, add an entry to `FAMILIES`; loading checks it against
 Hugging Face's logits.
 """
 
@@ -152,7 +152,7 @@ class Family:
 
 
 class PairError(ValueError):
-    """The sources do not make a set that can be grafted; the message says which differ and how."""
+    """The sources cannot be grafted together; the message says which differ and how."""
 
 
 class UnsupportedArchitectureError(ValueError):
@@ -185,7 +185,7 @@ def _llama_modules(**changes: str) -> dict[Component, str]:
 
 
 def _windows(config: Any, n_layers: int) -> tuple[int | None, ...]:
-    """Per layer, the sliding window in positions; layer types decide where a config has them."""
+    """Per layer, the sliding window in positions; layer types decide if a config has them."""
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None)
     if not getattr(config, "use_sliding_window", True):
@@ -208,7 +208,7 @@ def _rope_settings(config: Any) -> list[Mapping[str, Any]]:
 
 
 def _rope_limit(config: Any, settings: Sequence[Mapping[str, Any]]) -> int | None:
-    """The length past which the tables change with the prompt's length, if they ever do."""
+    """The length beyond which the tables change with the prompt's length, if they ever do."""
     kinds = {s.get("rope_type", "default") for s in settings}
     if "longrope" in kinds:
         named = [s.get("original_max_position_embeddings") for s in settings]
@@ -228,7 +228,7 @@ def _rotary_facts(config: Any, d_head: int, n_layers: int, per_type: bool) -> di
 
 
 def _decoder(config: Any, **facts: Any) -> Architecture:
-    """Llama and its relatives; `facts` says where one differs."""
+    """Llama and its relatives; `facts` says how one differs."""
     n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
     d_head = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     return Architecture(
@@ -443,7 +443,7 @@ def architecture(config: Any) -> Architecture:
         arch = family.read(config)
     except UnsupportedArchitectureError:
         raise
-    except Exception as error:  # each kind of wrong value sets off another
+    except Exception as error:  # each kind of wrong value raises a different exception
         why = " ".join(f"{type(error).__name__}: {error}".split())
         raise ConfigValueError(f"{kind}: its values do not make a model ({why[:300]})") from error
     if wrong := [name for name in vars(arch) if not _possible(arch, name)]:
@@ -460,7 +460,7 @@ def _setting(settings: Any, key: str) -> Any:
 
 
 def refuse_quantised(config: Any) -> None:
-    """Refuse a config, or the content of its file, that says that its weights are quantised.
+    """Refuse a config, or the content of its file, if it says that its weights are quantised.
 
     Raises:
         UnsupportedArchitectureError: it does.
@@ -483,7 +483,7 @@ def _is_number(given: Any, least: float = -math.inf) -> bool:
 
 
 def _possible(arch: Architecture, name: str) -> bool:
-    """Whether a fact is one that a model can have."""
+    """Whether a model can have this fact."""
     value = getattr(arch, name)
     match name:
         case "n_layers" | "d_model" | "n_heads" | "d_head" | "d_mlp" | "d_vocab" | "n_ctx":
@@ -513,7 +513,7 @@ def _possible(arch: Architecture, name: str) -> bool:
 
 
 def brief(value: object) -> str:
-    """A fact for a message; of a tuple over layers only as much as shows what it is."""
+    """A fact for a message; of a tuple over layers, only enough to show what it is."""
     if isinstance(value, tuple) and len(value) > 2:
         return f"{value[0]!r}, … over {len(value)} layers"
     return repr(value)

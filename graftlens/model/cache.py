@@ -28,8 +28,8 @@ class Activations(dict[str, Tensor]):
     _run: GraftMask | None = None
 
     def filled(self, hook: str, mask: GraftMask, kept: Slice | None) -> None:
-        """Remember what a run that fills this in is under, cut to the positions that are kept."""
-        # A run may read the last rows alone as logits; the stream has all of them.
+        """Remember the mask of the run that fills this in, cut to the positions that are kept."""
+        # A run may read only the last rows as logits; the stream has all of them.
         if mask is self._run or (self.mask and hook.startswith(("ln_final.", "unembed."))):
             return
         self._run = self.mask = mask
@@ -135,11 +135,11 @@ class GraftedCache(ActivationCache):
         batch_slice: Any = None,
         has_batch_dim: bool = True,
     ) -> Tensor:
-        """As `ActivationCache.logit_attrs`, with the unembedding that each position really used.
+        """As `ActivationCache.logit_attrs`, with the unembedding that each position actually used.
 
         As there, `ln_final`'s weight and bias are left out: TransformerLens takes them to be folded
         into the unembedding, and here they are not. So the contributions do not add up to the
-        logit, which each cache says once, as a warning; those of
+        logit, about which each cache warns once; those of
         `graftlens.lens.direct_logit_attribution` do.
         """
         _tell_of_norm(self)
@@ -167,7 +167,7 @@ class GraftedCache(ActivationCache):
 
 
 def sliced(x: Tensor, given: Any, dim: int) -> Tensor:
-    """`x` cut along one axis by whatever TransformerLens takes as a slice."""
+    """`x` cut along one axis by anything that TransformerLens accepts as a slice."""
     return (given if isinstance(given, Slice) else Slice(given)).apply(x, dim=dim)
 
 
@@ -178,7 +178,7 @@ def _uniform(mask: GraftMask, source: int) -> GraftMask:
 
 
 def _tell_of_norm(cache: ActivationCache) -> None:
-    """Warn, once a cache, of what its logit attributions leave out."""
+    """Warn, once per cache, about what its logit attributions leave out."""
     if "_told_of_norm" not in vars(cache) and _changes(cache.model.ln_final):
         vars(cache)["_told_of_norm"] = True
         tell(
@@ -217,7 +217,7 @@ def _under_mask(name: str) -> Any:
     return method
 
 
-# These ask the model for weights: they must see the graft that filled the cache.
+# These read the model's weights: they must see the graft that filled the cache.
 _WEIGHTS = [
     name
     for name in (
@@ -238,7 +238,7 @@ for _name in _WEIGHTS:
 
 
 class UnresolvedCache(ActivationCache):
-    """An `ActivationCache` made inside `with model.grafted(graft)`: it goes on with that graft.
+    """An `ActivationCache` made inside `with model.grafted(graft)`: it keeps using that graft.
 
     Where it needs a weight in which positions or heads differ, it raises a ValueError.
     """
@@ -271,8 +271,8 @@ for _name in (
 def _knowing(original: Callable[..., None]) -> Callable[..., None]:
     """`ActivationCache.__init__`, after which a plain cache of a grafted model knows its graft.
 
-    It cannot know it of a dictionary that somebody else's hooks filled and that is wrapped outside
-    of every `with model.grafted(…)`: such a cache computes with the weights that are in force.
+    It cannot know it for a dictionary that other hooks filled and that is wrapped outside every
+    `with model.grafted(…)`: such a cache computes with the weights that are in force.
     """
 
     @wraps(original)
@@ -290,6 +290,6 @@ def _knowing(original: Callable[..., None]) -> Callable[..., None]:
     return init
 
 
-# TransformerLens's own code and users make plain caches, which ask the model for weights long after
-# the graft is out of force: nothing but their making tells them which it was.
+# TransformerLens's own code and users make plain caches, which read the model's weights long after
+# the graft is out of force: only when they are made can they learn which it was.
 ActivationCache.__init__ = _knowing(ActivationCache.__init__)

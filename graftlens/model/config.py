@@ -1,4 +1,4 @@
-"""A model's settings in HookedTransformer's words, for code that asks a model for its `cfg`."""
+"""A model's settings under HookedTransformer's names, for code that reads a model's `cfg`."""
 
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from graftlens.model.arch import Architecture
 
 @dataclass
 class GraftedConfig:
-    """The architecture in HookedTransformer's words, and the flags that turn costly hooks on."""
+    """The architecture under HookedTransformer's names, and the flags that turn costly hooks on."""
 
     model_name: str
     n_layers: int

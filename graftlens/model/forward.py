@@ -480,7 +480,7 @@ class TransformerBlock(nn.Module):
             if read is resid:
                 return x, x, x
             if self.arch.pre_norms:
-                read = self.ln1(read, run.tree[self.layer].key_norm)
+                read = self.ln1(read, run.tree[self.layer].on_keys.get(C.LN1))
             return x, read, read
 
         def per_head(n_heads: int) -> Tensor:

@@ -42,11 +42,11 @@ class Generation:
 
         At every step `last` is the position generated from, as in the paper's token-by-token
         algorithm: keys and values of earlier positions stay as they were computed. Numbers such as
-        [-1] and fields keep to the prompt.
+        [-1] and fields always refer to the prompt.
 
         Args:
             input: anything that `forward` runs.
-            max_new_tokens: how many tokens to add at most.
+            max_new_tokens: most tokens to add.
             graft: as in `forward`; not a mask, since positions are added.
             attention_mask: 1 for tokens, 0 for padding; only with token ids.
             do_sample: draw from the distribution instead of taking its mode.
@@ -56,11 +56,11 @@ class Generation:
             stop_at_eos: a prompt that gave an end token is finished; it is filled up with padding.
             eos_token_id: the tokens that end every prompt. Unless given, a prompt that runs one
                 source alone, as under `sft @ all`, ends where that source's generation settings
-                say, and any other at the end tokens of all sources that it runs; a source whose
-                settings name none has its config's, else the tokenizer's EOS.
+                say, and any other at the end tokens of all sources that it runs; for a source
+                whose settings name none, its config's, else the tokenizer's EOS.
             prepend_bos: as in `forward`.
             return_type: `input` gives texts for texts, tokens for tokens.
-            new_only: leave the prompt out, and give what was added alone.
+            new_only: leave out the prompt and return only what was added.
             use_past_kv_cache: False recomputes every step from the start (slow; the same result).
 
         Returns:
@@ -71,7 +71,7 @@ class Generation:
             sources' settings, else with an end token.
 
         Raises:
-            PromptError, ValueError: as `forward`, or an option outside of what it may be.
+            PromptError, ValueError: as `forward`, or an option outside its range.
         """
         if max_new_tokens < 0:
             raise ValueError(f"max_new_tokens={max_new_tokens}: write a number from 0.")
@@ -89,7 +89,7 @@ class Generation:
         longest = max(batch.totals)
         self.warn_beyond_context(longest)
 
-        # Where rotary tables change with the length, keys that are kept would be out of date.
+        # If rotary tables change with the length, cached keys would be out of date.
         limit = self.arch.rope_limit
         kept = use_past_kv_cache and (limit is None or longest + max_new_tokens <= limit)
         cache = KeyValueCache() if kept else None

@@ -126,17 +126,17 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         check: bool = True,
         verbose: bool = True,
     ) -> "GraftedTransformer":
-        """Load two or more sources of one architecture, and hold each against its own model.
+        """Load two or more sources of one architecture, and check each against its own model.
 
         Args:
             sources: name -> hub id, checkpoint folder, PEFT adapter folder, transformers model,
                 `TransformerBridge` or (TransformerLens 3.9) `HookedTransformer`, the base first.
             tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own. The
-                model's pads on the right whatever it was saved with; set
+                model's pads on the right, however it was saved; set
                 `model.tokenizer.padding_side` to pad elsewhere.
             chat_template: what writes conversations, as Jinja's text or a file that holds it, for
                 all sources alike; otherwise the base's, else that of the first source that has one.
-            device: the GPU where there is one, else the CPU, unless given.
+            device: by default the GPU if there is one, else the CPU.
             dtype: float32 on the CPU and the checkpoints' own dtype on a GPU, unless given.
             check: compare each source's tensors with its files, and its logits with its own
                 model's on a probe.
@@ -146,7 +146,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
             PairError: sources that cannot be grafted together (the message says what differs), or
                 whose logits are not reproduced.
             ValueError: a source's name that the text form of grafts could not hold, or a GPU that
-                is not there.
+                does not exist.
             UnsupportedArchitectureError: a family or option that is not exactly supported.
         """
         loaded = load(
@@ -196,7 +196,8 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         )
 
     def __repr__(self) -> str:
-        """A screen: what the model is and which graft is in force here, without its modules."""
+        """A short summary: what the model is and which graft is in force here, without its
+        modules."""
         arch = self.arch
         heads = f"{arch.n_heads} heads of {arch.d_head}"
         if arch.n_kv_heads != arch.n_heads:
@@ -285,7 +286,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         cache: KeyValueCache | None = None,
         past: Bool[np.ndarray, "batch past"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after the last layer; `past` says which cached places are real."""
+        """The residual stream after the last layer; `past` says which cached positions are real."""
         with self.active.run(mask):
             self._refuse_silent_hooks("run")
             return self._run_layers(batch, mask, stop_at_layer, cache, past)
@@ -315,11 +316,11 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         return resid
 
     def warn_beyond_context(self, longest: int) -> None:
-        """Rotary positions go on without end, but no source was made for them."""
+        """Rotary positions never run out, but no source was trained on such long ones."""
         if longest > self.arch.n_ctx and self.arch.rotary_dim:
             tell(
                 f"{longest} tokens are more than the model's context of {self.arch.n_ctx}: what it "
-                "computes beyond may mean little. Shorten the prompt or what is generated."
+                "computes beyond that may mean little. Shorten the prompt or what is generated."
             )
 
     def _embedded(
@@ -339,7 +340,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         rows: int = 256,
         beside: Sequence[Int[np.ndarray, " final"]] = (),
     ) -> list[T]:
-        """What `keep` makes of a token tree's logits, which are never all there at once.
+        """What `keep` makes of a token tree's logits, which never exist all at once.
 
         Args:
             tree: the trees to run.
@@ -349,8 +350,8 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
             beside: final rows to read with each final row, such as those of a reference run.
 
         Raises:
-            ValueError: hooks are attached, which a tree's rows do not fit.
-            RuntimeError: they are those of a run of another thread or task.
+            ValueError: hooks are attached, which do not fit a tree's rows.
+            RuntimeError: they belong to a run of another thread or task.
         """
         self.active.check("pass")
         hooked = [name for name, hook in self.hook_dict.items() if hook.has_hooks()]
@@ -412,7 +413,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
             return {}
         found: dict[str | None, list[tuple[Tensor, Tensor]]] = {}
         for total in shape.tables:
-            # 0 is what all texts share, where tables depend on the length those within its limit.
+            # 0 is shared by all texts, or by those within the limit if tables depend on the length.
             length = total or min(shape.longest, self.arch.rope_limit or shape.longest)
             counts = np.arange(length)[None]
             positions = torch.from_numpy(counts).to(like.device, non_blocking=True)
@@ -472,12 +473,13 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
             return {}
         rows = [positions]
         if self.arch.rope_limit is not None and len(set(counts.max(1).tolist())) > 1:
-            # These tables change with the longest position: each prompt gets those it has alone.
+            # These tables change with the longest position: each prompt gets those it would have
+            # alone.
             rows = list(positions.split(1))
         tables = {}
         for kind in dict.fromkeys(self.arch.rope_kinds):
             given = () if kind is None else (kind,)
-            # Dynamic tables remember the longest prompt so far: each piece asks a fresh module.
+            # Dynamic tables remember the longest prompt so far: each piece uses a fresh module.
             fresh = (lambda rotary: rotary) if self.arch.rope_limit is None else copy.deepcopy
             pieces = [fresh(self.rotary)(like, r, *given) for r in rows]
             tables[kind] = (torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces]))
@@ -502,8 +504,8 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
     ) -> tuple[Any, Any]:
         """As HookedTransformer's; the `ActivationCache` knows under which graft it was filled.
 
-        Its head results, biases and final projections use the weights that the graft chose. The
-        dictionary of `return_cache_object=False` knows it, too, and an `ActivationCache` of it.
+        Its head results, biases and final projections use the weights that the graft chose. So
+        do the dictionary of `return_cache_object=False` and an `ActivationCache` made of it.
 
         Raises:
             RuntimeError: another thread or task runs the model, or has hooks on it.
@@ -529,9 +531,9 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
     def grafted(self, graft: GraftLike) -> Iterator["GraftedTransformer"]:
         """Every run inside uses `graft`, unless it is given another one.
 
-        For code that calls the model itself, such as `transformer_lens.patching`. It holds in this
-        thread or task (and in tasks that are made inside); another one that names no graft while
-        this one is in force is refused with a RuntimeError.
+        For code that calls the model itself, such as `transformer_lens.patching`. It applies in
+        this thread or task (and in tasks created inside); another one that does not name a graft
+        meanwhile is refused with a RuntimeError.
 
         Weights without a source axis (`blocks[l].attn.W_O`, `blocks[l].ln1.w`, `ln_final.w`, …) are
         the graft's inside, and a ValueError where its positions or heads differ.
@@ -548,7 +550,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         Raises:
             PromptError: prompts that the graft cannot be applied to.
             ValueError: a source, component, layer or head that the model lacks, or a mask that was
-                resolved for a batch of another shape or with prompts at other places.
+                resolved for a batch of another shape or with prompts at other positions.
         """
         if graft is None:
             graft = self.active.innermost or Graft()
@@ -621,18 +623,18 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         return prints
 
     def settings(self) -> dict[str, Any]:
-        """What fingerprints cover beside tensors, in the config's own words: for messages."""
+        """What fingerprints cover besides tensors, in the config's own words, for messages."""
         config = {} if self.hf_config is None else config_settings(self.hf_config)
         return {"config": config, "tokenizer": tokenizer_digest(self.tokenizer)}
 
     def to(self, *args: Any, **kwargs: Any) -> "GraftedTransformer":
-        """Move to a device or dtype, as any module; `cfg` follows."""
+        """Move to a device or dtype, like any module; `cfg` follows."""
         kwargs.pop("print_details", None)
         moved: GraftedTransformer = nn.Module.to(self, *args, **kwargs)
         return moved
 
     def _apply(self, fn: Any, recurse: bool = True) -> "GraftedTransformer":
-        """What `.to`, `.half`, `.cuda` and the like all go through."""
+        """What `.to`, `.half`, `.cuda` and the like all call."""
         super()._apply(fn, recurse)
         sample = self.embed.weight[0]
         self.cfg.device, self.cfg.dtype = sample.device, sample.dtype

@@ -31,7 +31,7 @@ _FAMILIES = {
     "Phi3ForCausalLM": "phi3",
 }
 
-#: Config options that the forward does not cover, with the value that leaves them off.
+#: Config options that the forward does not cover, with the value that turns them off.
 _OFF: dict[str, Any] = {
     "attn_only": False,
     "attention_dir": "causal",
@@ -63,8 +63,8 @@ class RotaryTables(nn.Module):
 def read_hooked(name: str, model: Any) -> Source:
     """Read a `HookedTransformer` whose weights were loaded without processing.
 
-    Gemma's norms come as HookedTransformer keeps them (1 added, embeddings scaled), so a Gemma read
-    here pairs with another HookedTransformer, not with a Hugging Face checkpoint.
+    Gemma's norms are read as HookedTransformer stores them (1 added, embeddings scaled), so a Gemma
+    read here pairs with another HookedTransformer, not with a Hugging Face checkpoint.
 
     Raises:
         PairError: weights that were folded or centred.
@@ -212,7 +212,7 @@ def _architecture(
 
 
 def _weights(model: Any) -> Weights:
-    """HookedTransformer's tensors as [d_out, d_in]; biases that are all zero stand for none."""
+    """HookedTransformer's tensors as [d_out, d_in]; biases that are all zero count as absent."""
     cfg = model.cfg
     after = cfg.original_architecture == "Olmo2ForCausalLM"
     found: Weights = {}

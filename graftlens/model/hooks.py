@@ -41,7 +41,7 @@ class Hooking(HookedRootModule):
     def set_use_attn_in(self, use_attn_in: bool) -> None:
         """Whether `hook_attn_in` fires, one input per head for q, k and v together.
 
-        It does not while `use_split_qkv_input` is on, which gives q, k and v their own.
+        It does not fire while `use_split_qkv_input` is on, which gives q, k and v their own.
 
         Raises:
             ValueError: with grouped-query heads, where q and k have different numbers of heads.
@@ -68,7 +68,7 @@ class Hooking(HookedRootModule):
             raise
 
     def _refuse_silent_hooks(self, what: str) -> None:
-        """That every hook that is attached fires: a flag may have been turned off since."""
+        """Check that every attached hook fires: a flag may have been turned off since."""
         silent = [point for point in self._flagged if point.hooked and not point.fires]
         if silent:
             raise ValueError(
@@ -85,7 +85,7 @@ class Hooking(HookedRootModule):
         reset_hooks_end: bool = True,
         clear_contexts: bool = False,
     ) -> Iterator[Self]:
-        """TransformerLens's context of temporary hooks; a name that no hook has is an error.
+        """TransformerLens's context of temporary hooks; an unknown hook name is an error.
 
         A filter chooses among the hooks whose flag is on.
 
@@ -105,7 +105,7 @@ class Hooking(HookedRootModule):
                 yield self
             finally:
                 if reset_hooks_end:
-                    # Not this class's own, which would refuse where another context ends this.
+                    # Not this class's own, which would refuse if another context ends this one.
                     super().reset_hooks(clear_contexts, including_permanent=False, level=level)
 
     @property
@@ -115,7 +115,7 @@ class Hooking(HookedRootModule):
 
     @context_level.setter
     def context_level(self, level: int) -> None:
-        """HookedRootModule begins by setting it to 0, which it is."""
+        """HookedRootModule's initialiser sets it to 0, which it is."""
 
     def add_hook(self, name: Any, hook: Any, *args: Any, **kwargs: Any) -> None:
         """As in TransformerLens: on the model until it is removed, in the runs of every thread.
@@ -140,7 +140,7 @@ class Hooking(HookedRootModule):
         super().reset_hooks(*args, **kwargs)
 
     def add_caching_hooks(self, *args: Any, **kwargs: Any) -> Any:
-        """As in TransformerLens; what is given is that of `get_caching_hooks`."""
+        """As in TransformerLens; the arguments are those of `get_caching_hooks`."""
         cached, fwd, bwd = self.get_caching_hooks(*args, **kwargs)
         for direction, hooks in (("fwd", fwd), ("bwd", bwd)):
             for name, hook in hooks:
@@ -159,7 +159,7 @@ class Hooking(HookedRootModule):
         """As in TransformerLens; a filter that matches no hook is an error.
 
         Unless `cache` is given, the dictionary remembers the graft of the run that filled it, so
-        that an `ActivationCache` made of it knows which weights to compute with.
+        that an `ActivationCache` made from it knows which weights to compute with.
         """
         names = self._names(names_filter, "names_filter")
         cache = Activations() if cache is None else cache

@@ -17,7 +17,8 @@ from graftlens.model.arch import (
     architecture,
 )
 
-#: What transformers keeps in a config and no number depends on, or what has its own place.
+#: What transformers keeps in a config although no number depends on it, or what is covered
+#: elsewhere.
 _IDLE = (
     *("_name_or_path", "architectures", "auto_map", "transformers_version"),
     *("dtype", "torch_dtype", "max_position_embeddings", "rope_scaling"),
@@ -47,7 +48,7 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
 
 
 class _Asked:
-    """A config that remembers what it was asked for."""
+    """A config that remembers which settings were read."""
 
     def __init__(self, config: Any) -> None:
         self.config, self.names = config, set[str]()
@@ -60,8 +61,8 @@ class _Asked:
 def config_settings(config: Any) -> dict[str, Any]:
     """A Hugging Face config's settings that decide numbers, as plain values.
 
-    Of a supported family, those that its architecture is read from, and the dropouts of training;
-    of another, all that transformers knows.
+    For a supported family, those that its architecture is read from, and the dropouts of training;
+    for any other, all that transformers knows.
     """
     asked = _Asked(config)
     with contextlib.suppress(UnsupportedArchitectureError):
@@ -81,18 +82,19 @@ def facts_digest(arch: Architecture, config: Any, rotary: nn.Module | None) -> s
     """SHA-256 of what the forward pass takes from a config, however the config spells it."""
     facts: dict[str, Any] = {name: _plain(value) for name, value in vars(arch).items()}
     if arch.rotary_dim:
-        del facts["n_ctx"]  # how long a text is decides its tables, not what the config allows
+        del facts["n_ctx"]  # the length of a text decides its tables, not what the config allows
         facts["rotary"] = _rotary_facts(arch, config, rotary)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def rotary_tables(arch: Architecture, rotary: nn.Module, longest: int = 1 << 17) -> list[Tensor]:
-    """cos and sin of every kind of table, at positions and in texts long enough to tell them apart.
+    """cos and sin of every kind of table, at positions and in texts long enough to distinguish
+    them.
 
     Args:
         arch: the architecture.
-        rotary: its rotary module, which is left as it is.
-        longest: positions from this one on are left out where tables do not depend on the length.
+        rotary: its rotary module, which is left unchanged.
+        longest: positions from this one on are left out if tables do not depend on the length.
     """
     powers = [1 << i for i in range(18)]
     totals = [longest]
@@ -139,7 +141,7 @@ def _values(value: Any) -> list[Any]:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON has it; the last digits of a root may differ between machines."""
+    """A value in JSON form; the last digits of a root may differ between machines."""
     if isinstance(value, Mapping):
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):

@@ -23,7 +23,7 @@ class Batch:
         real: which places hold a token of the prompt (or of what follows it).
         prompts: the tokenized prompts, one per row.
         starts: per row, the column of its first token.
-        totals: per row, the number of real tokens; more than `len(prompt)` where an answer or
+        totals: per row, the number of real tokens; more than `len(prompt)` if an answer or
             generated tokens follow, whose positions all count as `last`.
     """
 
@@ -157,7 +157,7 @@ def _real_places(attention_mask: Any, shape: tuple[int, ...]) -> Bool[np.ndarray
         )
     host = attention_mask.detach().cpu()
     real = host == 1
-    # A mask to be added to scores has 0 for tokens: its meaning would be turned around.
+    # An additive mask has 0 for tokens: its meaning would be inverted.
     if not bool((real | (host == 0)).all()):
         raise PromptError(
             f"attention_mask holds {host[~(real | (host == 0))][0].item()}. "
@@ -177,7 +177,7 @@ def _real_places(attention_mask: Any, shape: tuple[int, ...]) -> Bool[np.ndarray
 def _refuse_hidden_padding(
     tokens: Int[Tensor, "batch pos"], pad_id: int, bos_id: int | None, eos_ids: Collection[int]
 ) -> None:
-    """Rows that begin or end in padding: where their prompts lie is not to be guessed."""
+    """Refuse rows that begin or end in padding: where their prompts are must not be guessed."""
     width = tokens.shape[1]
     if width == 1:
         return  # a prompt has a token, so there is no room for padding
@@ -193,7 +193,7 @@ def _refuse_hidden_padding(
             continue
         row = int(np.argmax(twice if twice.any() else once))
         raise PromptError(
-            f"row {row} {what} in the pad token {pad_id}, so where its prompt lies is unknown. "
-            "Pass attention_mask (1 for tokens, 0 for padding; torch.ones_like(tokens) where all "
-            "are tokens), or prompts as text."
+            f"row {row} {what} in the pad token {pad_id}, so the position of its prompt is "
+            "unknown. Pass attention_mask (1 for tokens, 0 for padding; torch.ones_like(tokens) "
+            "where all are tokens), or prompts as text."
         )

@@ -134,7 +134,7 @@ class Linear(nn.Module):
         return F.linear(x, self.weight[source], bias)
 
     def bias_or_zeros(self, source: int) -> Float[Tensor, " d_out"]:
-        """A source's bias, zeros where the map has none."""
+        """A source's bias, zeros if the map has none."""
         weight = self.weight[source]
         return weight.new_zeros(weight.shape[0]) if self.bias is None else self.bias[source]
 

@@ -39,7 +39,7 @@ WIDER = 'float16 overflows: load with dtype="bfloat16" or dtype="float32".'
 
 @dataclass(frozen=True)
 class Loaded:
-    """Sources that make a pair, checked: what a `GraftedTransformer` is put together from.
+    """Sources that make a pair, checked: what a `GraftedTransformer` is assembled from.
 
     Attributes:
         arch: the architecture that they share.
@@ -47,7 +47,7 @@ class Loaded:
         weights: source name -> its tensors, on the device and in the dtype to run in.
         rotary: the rotary module, None with learned positions.
         activation: the MLP's non-linearity.
-        tokenizer: the tokenizer that they share, None where no source brings one.
+        tokenizer: the tokenizer that they share, None if no source has one.
         device, dtype: where and in what to run.
         chat_template: whose chat template the tokenizer has, in words; empty where it has none.
     """
@@ -81,20 +81,20 @@ def load(
         tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own.
         chat_template: what writes conversations, as Jinja's text or a file that holds it; otherwise
             the base's, else that of the first source that has one.
-        device: where to put the weights; the GPU where there is one, else the CPU.
+        device: where to put the weights; the GPU if there is one, else the CPU.
         dtype: the dtype to run in. Left out, it is float32 on the CPU (float64 for checkpoints in
             float64) and the checkpoints' own on a GPU, and checkpoints of different dtypes are
-            refused. A checkpoint's own dtype is that of its files, whatever its config says.
+            refused. A checkpoint's own dtype is that of its files, regardless of its config.
 
     Raises:
         PairError: sources that differ in architecture, shapes, dtype or tokenizer, that are not
             finite, or that were processed (folded); files that are missing, damaged or quantised;
-            float16 where a number overflows in it. A bias that only some sources have is no
-            difference: it is zero in the others. Nor are contexts of different lengths with rotary
-            positions: the pair's is the longest. Rotary settings are compared by the tables that
-            they come to.
-        ValueError: a source's name that the text form of grafts could not hold, or a GPU that is
-            not there.
+            float16 where a number overflows in it. A bias that only some sources have is not
+            a difference: it is zero in the others. Neither are contexts of different lengths with
+            rotary positions: the pair's is the longest. Rotary settings are compared by the tables
+                that they come to.
+        ValueError: a source's name that the text form of grafts could not hold, or a GPU that does
+            not exist.
         UnsupportedArchitectureError: a family or option that is not exactly supported.
     """
     _check_names(sources)
@@ -174,10 +174,10 @@ def preview(
         chat_template: as in `load`.
 
     Returns:
-        The architecture, and the tokenizer or None where no source brings one.
+        The architecture, and the tokenizer or None if no source has one.
 
     Raises:
-        PairError: a source that is not there or whose files are missing or damaged (of a folder
+        PairError: a source that does not exist or whose files are missing or damaged (of a folder
             their headers are read), or sources whose architecture or tokenizers differ.
         ValueError: a source's name that the text form of grafts could not hold.
         UnsupportedArchitectureError: a family or option that is not exactly supported.
@@ -189,7 +189,7 @@ def preview(
         if is_adapter(given):
             folder = Path(given).expanduser()
             if not read:
-                read_adapter(name, folder, folder)  # says that the base cannot be one
+                read_adapter(name, folder, folder)  # reports that the base cannot be one
             adapters.append((name, preview_adapter(name, folder)))
             continue
         read.append(preview_checkpoint(name, str(given)))
@@ -294,7 +294,7 @@ def _check_pair(base: Source, other: Source) -> None:
 
 
 def _comparable(arch: Architecture, base: Architecture) -> Architecture:
-    """An architecture with what changes no number spelled as in the base's."""
+    """An architecture in which everything that changes no number is spelled as in the base's."""
     if arch.rotary_dim and base.rotary_dim:
         arch = replace(arch, n_ctx=base.n_ctx)
     if arch.act_fn != base.act_fn:
@@ -319,7 +319,7 @@ def _same_tables(base: Source, other: Source) -> bool:
     theirs = rotary_tables(other.arch, other.rotary, longest)
     if type(base.rotary) is type(other.rotary):
         return all(map(torch.equal, ours, theirs))
-    # It also computes them in another way, with other last digits.
+    # It also computes them in another way, with different last digits.
     return all(torch.allclose(a, b, atol=1e-2) for a, b in zip(ours, theirs, strict=True))
 
 
@@ -353,7 +353,7 @@ def _dtypes(source: Source) -> list[torch.dtype]:
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
-    """A part of a fused projection as a tensor of its own: it must not keep the others alive."""
+    """A part of a fused projection as a separate tensor: it must not keep the others alive."""
     alone = tensor.untyped_storage().nbytes() <= tensor.numel() * tensor.element_size()
     return tensor if alone else tensor.clone()
 

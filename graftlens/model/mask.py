@@ -673,8 +673,8 @@ def sites_of(rule: Rule, arch: Architecture, sources: Sequence[str]) -> frozense
         named = [c for c in outside if c in rule.components]
         if named:
             raise ValueError(
-                f"rule {str(rule)!r}: {' '.join(named)} stands outside the layers, so layers "
-                "cannot restrict it. Give it a rule of its own, without layers."
+                f"rule {str(rule)!r}: {' '.join(named)} is outside the layers, so layers cannot "
+                "restrict it. Give it a rule of its own, without layers."
             )
         outside = []
     inside = [c for c in components if COMPONENTS[c].in_layers]
@@ -704,7 +704,7 @@ def _rows_of(rule: Rule, batch: Batch) -> Bool[np.ndarray, " rows"]:
 def select(rule: Rule, prompt: Tokenized, total: int | None = None) -> Bool[np.ndarray, " pos"]:
     """The positions of a prompt (and of what follows it, up to `total`) that a rule selects.
 
-    What follows a prompt is generated from, one position after another: it counts as `last`.
+    Tokens after the prompt are generated one position after another: each counts as `last`.
 
     Raises:
         PromptError: a span, run or position that the prompt lacks, or nothing selected.

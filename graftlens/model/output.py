@@ -1,4 +1,4 @@
-"""`ln_final` and `unembed`, which readers of the residual stream also call by themselves."""
+"""`ln_final` and `unembed`, which readers of the residual stream also call directly."""
 
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ C = Component
 
 
 class FinalNorm(Norm):
-    """`ln_final`: called by itself, the graft in force decides, else the base."""
+    """`ln_final`: called directly, it uses the graft in force, else the base."""
 
     def __init__(self, norm: Norm) -> None:
         super().__init__(norm.arch, norm.weight, norm.bias, norm.active, norm.component, norm.layer)
@@ -29,7 +29,7 @@ class FinalNorm(Norm):
 
 
 class Unembed(nn.Module):
-    """`unembed`: called by itself, the graft in force decides, else the base."""
+    """`unembed`: called directly, it uses the graft in force, else the base."""
 
     def __init__(self, linear: Linear, active: Active) -> None:
         super().__init__()

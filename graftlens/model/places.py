@@ -1,4 +1,4 @@
-"""Where a checkpoint is: a folder here, or a model of the hub that has a chance to be there."""
+"""Where a checkpoint is: a folder here, or a hub model that may exist."""
 
 import json
 import math
@@ -15,13 +15,14 @@ PROBE_SECONDS = 10.0
 
 
 def place_of(what: str, given: str | Path, files: Sequence[str] = ("config.json",)) -> str:
-    """The folder, or the id of a hub model that is there, that `given` names.
+    """The folder, or the id of an existing hub model, that `given` names.
 
-    The hub is asked once, without its client's retries, so a mistyped folder is told of at once.
-    Where the hub does not answer, a model that was fetched before is its folder in the local cache.
+    The hub is asked once, without its client's retries, so a mistyped folder is reported at once.
+    If the hub does not answer, a model that was downloaded before resolves to its folder in the
+    local cache.
 
     Args:
-        what: what is looked for, for messages: ``source 'sft'``.
+        what: what is being looked for, for messages: ``source 'sft'``.
         given: a folder or a hub id.
         files: names of files of which a hub model has one or more.
 
@@ -59,7 +60,7 @@ def place_of(what: str, given: str | Path, files: Sequence[str] = ("config.json"
     if constants.HF_HUB_OFFLINE:
         why = (
             f"{neither} a model in the local cache, and HF_HUB_OFFLINE is set, so the hub is not "
-            "asked. Check the folder's path, or fetch the model first."
+            "asked. Check the folder's path, or download the model first."
         )
     else:
         try:
@@ -70,7 +71,7 @@ def place_of(what: str, given: str | Path, files: Sequence[str] = ("config.json"
                 "private or gated, log in with `hf auth login`."
             )
         except EntryNotFoundError:
-            pass  # the model is there; whoever reads it says what it lacks
+            pass  # the model exists; the code that reads it reports what is missing
         except HfHubHTTPError as error:
             # A hub that is busy may still answer the loading code, which asks again.
             if error.response is None or error.response.status_code in (401, 403):
@@ -78,7 +79,7 @@ def place_of(what: str, given: str | Path, files: Sequence[str] = ("config.json"
                     f"{what}: the hub does not give out {name!r} ({_line(error)}). If the model is "
                     "gated, ask for access on its page and log in with `hf auth login`."
                 )
-        except Exception as error:  # every kind of network failure has its own class
+        except Exception as error:  # each kind of network failure has its own class
             why = (
                 f"{neither} a model in the local cache, and the hub could not be reached "
                 f"({said(error)}). Check the folder's path or the connection."
@@ -87,7 +88,7 @@ def place_of(what: str, given: str | Path, files: Sequence[str] = ("config.json"
         return name
     if cached is None:
         raise PairError(why)
-    return str(cached)  # what was fetched before; asking for each of its files would take minutes
+    return str(cached)  # downloaded before; asking for each of its files would take minutes
 
 
 def is_adapter(given: str | Path) -> bool:
@@ -96,13 +97,14 @@ def is_adapter(given: str | Path) -> bool:
 
 
 def folder_of(place: str | Path) -> Path | None:
-    """The folder whose files a place has: itself, or a hub model's snapshot in the local cache."""
+    """The folder with the checkpoint's files: itself, or a hub model's snapshot in the local
+    cache."""
     path = os.path.expanduser(place)  # noqa: PTH111
     if os.path.isdir(path):  # noqa: PTH112
         return Path(path)
     try:
         cached = _cached(str(place), "config.json")
-    except ValueError:  # a name that no model of the hub has
+    except ValueError:  # a name that no hub model can have
         return None
     return None if cached is None else cached.parent
 
@@ -114,7 +116,7 @@ def read_object(what: str, path: Path) -> dict[str, Any]:
         PairError: a file that is missing, of another encoding, not JSON, or with something else in
             it; the message names the file.
     """
-    advice = "Save or fetch the checkpoint again."
+    advice = "Save or download the checkpoint again."
     try:
         content = read_json(path, advice)
     except ValueError as error:
@@ -133,7 +135,7 @@ def read_object(what: str, path: Path) -> dict[str, Any]:
 
 
 def said(error: BaseException) -> str:
-    """Another library's exception in one line, for a sentence of ours."""
+    """Another library's exception in one line, to be part of a message."""
     return f"{type(error).__name__}: {_line(error)}"
 
 

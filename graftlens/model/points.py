@@ -1,4 +1,4 @@
-"""Hook points that a flag turns on, because what goes through them costs memory."""
+"""Hook points that a flag turns on, because their activations cost memory."""
 
 from typing import Any
 
@@ -10,13 +10,13 @@ class FlaggedPoint(HookPoint):
     """A hook point that fires while a flag of the config is on; otherwise hooks are refused."""
 
     def __init__(self, flags: Any, flag: str, unless: str | None = None) -> None:
-        """`flags` has the flag, and the one that takes its place where both are on."""
+        """`flags` has the flag, and the one that replaces it if both are on."""
         super().__init__()
         self.flags, self.flag, self.unless = flags, flag, unless
 
     @property
     def fires(self) -> bool:
-        """Whether a run goes through here now."""
+        """Whether a run passes through here now."""
         return self._on(self.flag) and not self._on(self.unless)
 
     @property

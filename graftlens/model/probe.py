@@ -30,14 +30,15 @@ def probe(
         dtype: what it runs in.
 
     Raises:
-        PairError: a difference beyond rounding, or tensors that are not what a source's files hold.
+        PairError: a difference beyond rounding, or tensors that differ from a source's files.
     """
     windows = [w for w in arch.windows if w is not None]
     exact = torch.finfo(dtype).bits >= 32
-    # Half precision rounds at every step, so there the mean is compared, and more is allowed: twice
-    # what Hugging Face's own half precision differs from its float32 on the families tested.
+    # Half precision rounds at every step, so there the mean is compared, and the bound is wider:
+    # twice the difference between Hugging Face's own half precision and its float32 on the families
+    # tested.
     allowed = 1e-4 if exact else 3 * torch.finfo(dtype).eps * (1 + arch.n_layers) ** 0.5
-    # Long enough to pass a sliding window, where that is affordable.
+    # Long enough to exceed a sliding window, if that is affordable.
     length = min(
         [*(s.arch.n_ctx for s in sources), max([24, *(w + 8 for w in windows if w <= 120)])]
     )
@@ -60,7 +61,7 @@ def probe(
         if not bool(torch.isfinite(theirs).all()):
             raise PairError(
                 f"{who}: its own model's logits are not finite in {short(dtype)}. "
-                + (WIDER if dtype is torch.float16 else "Its weights are not those of a model.")
+                + (WIDER if dtype is torch.float16 else "Its weights do not make a working model.")
             )
         if not bool(torch.isfinite(ours).all()) and dtype is torch.float16:
             raise PairError(f"{who}: its logits overflow in float16. {WIDER}")

@@ -6,7 +6,8 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars and warnings of transformers for work on local files; then as before."""
+    """Turn off transformers' progress bars and warnings for work on local files; restored
+    afterwards."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -15,12 +15,12 @@ from graftlens.model.arch import Architecture
 from graftlens.model.inputs import Batch, Input, Padding, collate, from_tokens
 from graftlens.prompts import Prompt, Tokenized, doubled_bos, encode, tokenize
 
-#: Whose lines a warning does not point at.
+#: Modules that a warning does not point at.
 _PASSED_ON = ("graftlens", "torch", "transformer_lens", "contextlib", "jaxtyping")
 
 
 def tell(note: str) -> None:
-    """Warn, pointing at the line that called this library, through whatever module."""
+    """Warn, pointing at the line that called this library, through any module."""
     level, frame = 1, sys._getframe()
     while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in _PASSED_ON:
         level, frame = level + 1, frame.f_back
@@ -55,18 +55,18 @@ class Reading:
         prepend_bos: bool | None = None,
         padding_side: Padding | None = None,
     ) -> Batch:
-        """Whatever can be run, as a batch.
+        """Anything that can be run, as a batch.
 
         Args:
             input: as in `forward`.
             attention_mask: a tensor of the tokens' shape, 1 for tokens, 0 for padding. Token ids
                 without one are all tokens of the prompts, so those that look padded are refused:
-                rows that begin or end in the pad token. Where it is the BOS token, too, it may
-                begin every row once; where it is an EOS token, it may end every row once.
+                rows that begin or end in the pad token. If it is also the BOS token, it may begin
+                every row once; if it is an EOS token, it may end every row once.
             prepend_bos: for texts; None is `model.cfg.default_prepend_bos`, which leaves it to the
                 tokenizer unless it is set.
             padding_side: for texts; None is `model.tokenizer.padding_side`. A prompt's own numbers
-                do not depend on it, only the columns that they stand in.
+                do not depend on it, only the columns in which they are.
 
         Raises:
             PromptError: an empty input, a malformed attention mask, or padding without one.
@@ -74,7 +74,7 @@ class Reading:
         """
         if isinstance(input, Batch):
             if attention_mask is not None:
-                raise ValueError("attention_mask goes with token ids; a Batch knows its padding.")
+                raise ValueError("attention_mask applies to token ids; a Batch knows its padding.")
             return input
         if isinstance(input, Tensor):
             if input.is_floating_point() or input.ndim not in (1, 2):
@@ -89,7 +89,7 @@ class Reading:
                         f"token id {low if low < 0 else high} is outside the vocabulary "
                         f"(0 to {self.arch.d_vocab - 1})."
                     )
-            # Qwen's tokenizers have no BOS token, and its configs do.
+            # Qwen's tokenizers have no BOS token, but its configs do.
             known = (getattr(x, "bos_token_id", None) for x in (self.tokenizer, self.hf_config))
             ends = {end for ends in self.end_tokens.values() for end in ends}
             if (eos := getattr(self.tokenizer, "eos_token_id", None)) is not None:
@@ -102,7 +102,7 @@ class Reading:
                 eos_ids=ends,
             )
         if attention_mask is not None:
-            raise ValueError("attention_mask goes with token ids; texts bring their own padding.")
+            raise ValueError("attention_mask applies to token ids; texts have their own padding.")
         side = padding_side or getattr(self.tokenizer, "padding_side", "right")
         if side not in ("left", "right"):
             raise ValueError(f'padding_side={side!r}. Allowed: "left" or "right".')
@@ -153,7 +153,7 @@ class Reading:
         return self.tokenizer
 
     def _padding(self) -> int | None:
-        """The token that prompts are padded with: the tokenizer's, else the settings' own."""
+        """The token that prompts are padded with: the tokenizer's, else that of the settings."""
         if self.tokenizer is None:
             return next((pad for pad in self.pad_token.values() if pad is not None), None)
         for name in ("pad_token_id", "eos_token_id", "bos_token_id"):
@@ -166,7 +166,7 @@ class Reading:
         return self._padding() or 0
 
     def prepends_bos(self, asked: bool | None = None) -> bool | None:
-        """Whether texts get a BOS token: what is asked for, else `cfg.default_prepend_bos`.
+        """Whether texts get a BOS token: the argument, else `cfg.default_prepend_bos`.
 
         Returns:
             None where it is left to the tokenizer.
@@ -178,7 +178,7 @@ class Reading:
         if chosen is not None and not isinstance(chosen, bool):
             raise ValueError(
                 f"prepend_bos is {chosen!r}. Write True or False, or None to leave it to the "
-                "tokenizer (so, too, in model.cfg.default_prepend_bos)."
+                "tokenizer (also in model.cfg.default_prepend_bos)."
             )
         return chosen
 

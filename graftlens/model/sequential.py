@@ -1,8 +1,8 @@
-"""The paper's own algorithm, as fast as it goes: token by token through Hugging Face's model.
+"""The paper's own algorithm, as fast as possible: token by token through Hugging Face's model.
 
 Before each token the parameters of a Hugging Face model are swapped by pointer, and its own
 key-value cache carries on (arXiv 2506.20746 copies them). Nothing of graftlens' forward or masks is
-used, so that sweeps can be held against it; benchmarks compare with it.
+used, so that sweeps can be checked against it; benchmarks also compare with it.
 """
 
 import copy
@@ -86,7 +86,7 @@ class Sequential:
             self._places = tuple(_places(model, self._hf))
         except AttributeError as error:
             raise SequentialError(
-                f"Hugging Face's {type(self._hf).__name__} has not the modules that "
+                f"Hugging Face's {type(self._hf).__name__} lacks modules that "
                 f"{self.arch.family} is known to have ({error}). Please report its config."
             ) from error
         self._now: tuple[nn.Parameter | None, ...] = (None,) * len(self._places)
@@ -119,8 +119,8 @@ class Sequential:
             tokens: the prompt.
             graft: which weights each position uses.
             continuation: token ids that follow; their positions count as `last`.
-            at: positions whose logits are wanted, in rising order; the others are not unembedded.
-                None is all.
+            at: positions whose logits are needed, in ascending order; the others are not
+                unembedded. None is all.
             by_run: neighbouring positions with the same weights go through in one pass, which is
                 faster than the paper's loop and equal to it.
 
@@ -189,7 +189,7 @@ class Sequential:
     # -- which parameter goes where --------------------------------------------------------------
 
     def _put(self, rules: InForce) -> None:
-        """Swap in the parameters of a position; those that stay are not touched."""
+        """Swap in the parameters of a position; those that stay the same are not touched."""
         parameters = self._chosen.get(rules)
         if parameters is None:
             chosen = self._shares_under(rules)
@@ -208,7 +208,7 @@ class Sequential:
         chosen: dict[Site, Shares] = dict.fromkeys(arch.sites, base)
         for rule in rules:
             source = _index(rule.source, self.sources, rule, "source")
-            # A rule with layers keeps to them; without, it also reaches what is outside.
+            # A rule with layers stays inside them; without, it also reaches what is outside.
             layers: set[int | None] = {None} if rule.layers == ("all",) else set()
             for item in rule.layers:
                 if isinstance(item, str):
@@ -230,7 +230,7 @@ class Sequential:
         return chosen
 
     def _parameter(self, number: int, chosen: dict[Site, Shares]) -> nn.Parameter:
-        """The parameter for one place, assembled where no stored tensor is what is wanted."""
+        """The parameter for one place, assembled if no stored tensor is the right one."""
         place = self._places[number]
         shares = []
         for component, weight in place.parts:
@@ -288,8 +288,8 @@ class Sequential:
 class _WholePromptTables(nn.Module):
     """Rotary tables of a whole prompt, handed out by position.
 
-    Dynamic and longrope scaling choose their frequencies by the length that they have seen; read
-    token by token they would change on the way, where one forward pass has one choice throughout.
+    Dynamic and longrope scaling choose their frequencies by the length that they have seen; token
+    by token they would change on the way, whereas one forward pass uses one choice throughout.
     """
 
     def __init__(self, rotary: nn.Module) -> None:
@@ -332,7 +332,7 @@ def _skeleton(model: GraftedTransformer) -> Any:
             skeleton = AutoModelForCausalLM.from_config(
                 copy.deepcopy(model.hf_config), attn_implementation=attention, dtype=torch.float32
             )
-    except Exception as error:  # whatever a config can set off in transformers
+    except Exception as error:  # whatever a config can make transformers raise
         raise SequentialError(
             f"Hugging Face cannot build a model from this {model.arch.family} config "
             f"({type(error).__name__}: {error})."
@@ -341,7 +341,7 @@ def _skeleton(model: GraftedTransformer) -> Any:
 
 
 def _places(model: GraftedTransformer, skeleton: Any) -> Iterable[_Place]:
-    """Every parameter of the Hugging Face model that the grafted model has weights for."""
+    """Every parameter of the Hugging Face model for which the grafted model has weights."""
     layout = FAMILIES[model.arch.family].layout
     fused: dict[tuple[str, int | None], list[Component]] = {}
     for component, layer in model.arch.sites:

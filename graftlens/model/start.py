@@ -27,7 +27,7 @@ _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions?|pos(ition)?_emb\w*)(\.|$)"
 def load_start(place: str) -> Any:
     """The causal language model of a folder or a hub id, in float32.
 
-    What the files hold in float32 arrives as it is, whatever dtype ``config.json`` names.
+    What the files hold in float32 arrives unchanged, whatever dtype ``config.json`` names.
 
     Raises:
         ValueError: a model that cannot be loaded whole: files missing or damaged, tensors missing,
@@ -57,7 +57,7 @@ def load_tokenizer(place: str) -> Any:
 
 @contextlib.contextmanager
 def _named(place: str) -> Iterator[str]:
-    """What the setting is called, which a refusal begins with."""
+    """The name of the setting, with which a refusal begins."""
     what = f"model={place!r}"
     try:
         yield what
@@ -68,7 +68,7 @@ def _named(place: str) -> Iterator[str]:
 
 
 def check_weights(model: Any) -> None:
-    """Bring the model to float32, and check that its numbers are numbers.
+    """Bring the model to float32, and check that its numbers are finite.
 
     Raises:
         ValueError: a tensor that is not finite.
@@ -81,12 +81,13 @@ def check_weights(model: Any) -> None:
             count = int((~torch.isfinite(tensor)).sum())
             raise ValueError(
                 f"the start model's weights are not finite: {name} has {count} of "
-                f"{tensor.numel()} numbers that are NaN or infinite. Save or fetch the model again."
+                f"{tensor.numel()} numbers that are NaN or infinite. Save or download the model "
+                "again."
             )
 
 
 def fixed_positions(model: Any) -> int | None:
-    """How many positions the model has weights or tables for; None where it computes any."""
+    """How many positions the model has weights or tables for; None if it computes any position."""
     config = model.config.get_text_config()
     family = FAMILIES.get(config.model_type)
     if family is not None:
@@ -119,7 +120,7 @@ def check_tokens(model: Any, rows: Sequence[Sequence[int]], named: Callable[[int
 
 
 def frozen_modules(model: Any, freeze: Sequence[str], targets: str | Sequence[str]) -> list[str]:
-    """Names of the modules that `freeze` asks for.
+    """Names of the modules that `freeze` selects.
 
     Args:
         model: a Hugging Face causal language model.
@@ -127,7 +128,7 @@ def frozen_modules(model: Any, freeze: Sequence[str], targets: str | Sequence[st
         targets: modules that get an adapter.
 
     Raises:
-        ValueError: an unknown family; half of a tied pair; an adapter on one of them.
+        ValueError: an unknown family; half of a tied pair; an adapter on a frozen module.
     """
     if not freeze:
         return []
@@ -149,14 +150,15 @@ def frozen_modules(model: Any, freeze: Sequence[str], targets: str | Sequence[st
     modules = [family.layout.modules[c] for c in wanted if c in family.layout.modules]
     for target, _ in _targeted(targets, modules):
         raise ValueError(
-            f"lora.target_modules names {target!r}, which freeze={list(freeze)} keeps as it "
-            "is. Leave it out of one of them."
+            f"lora.target_modules names {target!r}, which freeze={list(freeze)} keeps unchanged. "
+            "Leave it out of one of them."
         )
     return modules
 
 
 def check_targets(model: Any, targets: str | Sequence[str]) -> None:
-    """No adapter on a weight that two modules share: merged, it would change the other one, too.
+    """Refuse an adapter on a weight that two modules share: merged, it would also change the other
+    one.
 
     Raises:
         ValueError: there is one; a target that names no module.

@@ -1,6 +1,6 @@
 """What a checkpoint's files hold: each tensor's name, dtype and shape, and its values on demand.
 
-Config files say a dtype, too, and are often wrong; the files decide.
+Config files also name a dtype, and are often wrong; the weight files decide.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,9 +16,9 @@ from graftlens.model.arch import PairError
 from graftlens.model.places import read_object, said
 from graftlens.model.weights import OLD_BUFFERS
 
-_ADVICE = "The files may be incomplete: save or fetch them again."
+_ADVICE = "The files may be incomplete: save or download them again."
 
-#: safetensors' names of the dtypes that weights can have here.
+#: safetensors' names for the dtypes that weights can have here.
 _FLOATS = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -59,7 +59,7 @@ def has_weights(folder: Path, config: Any) -> bool:
 
 
 def weight_files(what: str, place: str, folder: Path | None, config: Any) -> list[Path]:
-    """The files that transformers reads a checkpoint's weights from; the hub's are fetched.
+    """The files that transformers reads a checkpoint's weights from; the hub's are downloaded.
 
     Args:
         what: whose weights, for messages.
@@ -72,7 +72,7 @@ def weight_files(what: str, place: str, folder: Path | None, config: Any) -> lis
     """
     from transformers.utils import cached_file
 
-    # A hub model's files are all of the commit that its config is of.
+    # A hub model's files are all from the same commit as its config.
     commit = {} if folder is None or str(folder) == place else {"revision": folder.name}
 
     def get(name: str) -> Path | None:
@@ -82,7 +82,7 @@ def weight_files(what: str, place: str, folder: Path | None, config: Any) -> lis
             found = cached_file(place, name, **commit)
         except OSError as error:
             if "connect" in str(error):
-                raise PairError(f"{what}: {name} of {place} was not fetched. {error}") from None
+                raise PairError(f"{what}: {name} of {place} was not downloaded. {error}") from None
             return None
         return Path(found) if found else None
 
@@ -91,7 +91,7 @@ def weight_files(what: str, place: str, folder: Path | None, config: Any) -> lis
     found = here[0] if here else next((path for n in names if (path := get(n)) is not None), None)
     if found is None:
         raise PairError(
-            f"{what}: {place} has a config and no weights ({' or '.join(names)}). {_ADVICE}"
+            f"{what}: {place} has a config but no weights ({' or '.join(names)}). {_ADVICE}"
         )
     if not found.name.endswith(".index.json"):
         return [found]
@@ -103,11 +103,11 @@ def weight_files(what: str, place: str, folder: Path | None, config: Any) -> lis
         and isinstance(index.get("metadata"), dict)
     ):
         raise PairError(
-            f"{what}: {found} does not say which file has which tensor (weight_map, and metadata "
-            f"beside it). {_ADVICE}"
+            f"{what}: {found} does not say which file has which tensor (weight_map, along with "
+            f"metadata). {_ADVICE}"
         )
     if not shards:
-        raise PairError(f"{what}: {found} names no tensor. {_ADVICE}")
+        raise PairError(f"{what}: {found} does not name any tensor. {_ADVICE}")
     files = []
     for shard in sorted(set(shards.values())):
         file = get(shard)
@@ -136,8 +136,8 @@ def stored_tensors(what: str, files: list[Path]) -> dict[str, Stored]:
             else:
                 for name, tensor in _pickled(file, "meta").items():
                     found[name] = Stored(file, _short(tensor.dtype), tuple(tensor.shape))
-        except Exception as error:  # both formats' readers raise many kinds
-            # torch's own words about pickles advise to run what is in them.
+        except Exception as error:  # both formats' readers raise many kinds of errors
+            # torch's own message about pickles advises running what is in them.
             why = said(error) if file.suffix == ".safetensors" else type(error).__name__
             wrong = f"{what}: {file} could not be read ({why})"
             raise PairError(f"{wrong}. {_ADVICE}") from None
@@ -148,7 +148,7 @@ def stored_dtypes(what: str, stored: Mapping[str, Stored]) -> tuple[torch.dtype,
     """The dtypes of the weights in the files.
 
     Raises:
-        PairError: quantised weights: their numbers mean something only with the scales that the
+        PairError: quantised weights: their numbers are meaningful only with the scales that the
             missing `quantization_config` would name.
     """
     dtypes: set[torch.dtype] = set()
@@ -174,7 +174,7 @@ def widest(dtypes: tuple[torch.dtype, ...]) -> torch.dtype:
 def check_loaded(
     what: str, stored: Mapping[str, Stored], state: Mapping[str, Tensor], prefix: str
 ) -> None:
-    """Hold the tensors that transformers loaded against those in the files.
+    """Compare the tensors that transformers loaded with those in the files.
 
     Args:
         what: whose weights, for messages.
@@ -189,13 +189,13 @@ def check_loaded(
         known = [name, f"{prefix}.{name}", f"model.{name}", name.removeprefix(f"{prefix}.")]
         loaded = next((state[n] for n in known if n in state), None)
         if loaded is None or loaded.shape != tensor.shape or name.endswith(OLD_BUFFERS):
-            continue  # renamed or dropped: whoever reads the weights says what it lacks
+            continue  # renamed or dropped: the code that reads the weights reports what is missing
         wide = torch.promote_types(tensor.dtype, loaded.dtype)
         if not torch.equal(tensor.to(loaded.device, wide), loaded.to(wide)):
             raise PairError(
-                f"{what}: {name} was loaded as other numbers than {stored[name].file} holds "
-                f"({stored[name].dtype} there, {_short(loaded.dtype)} loaded). This checkpoint is "
-                "not supported exactly. Please report its config."
+                f"{what}: {name} was loaded with different numbers from those that "
+                f"{stored[name].file} holds ({stored[name].dtype} there, {_short(loaded.dtype)} "
+                "loaded). This checkpoint is not supported exactly. Please report its config."
             )
 
 

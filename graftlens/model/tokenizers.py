@@ -15,18 +15,18 @@ from graftlens.prompts import encode
 
 _PROBE_TEXT = " The first of 1,234 cafés opened in São Tomé — didn't it?\n\tYes: 東京 \U0001f642"
 
-#: Of the parts of a fast tokenizer, those that no prompt's tokens come from: how it decodes, and
-#: how it fills up and cuts batches, which is the caller's choice.
+#: The parts of a fast tokenizer that no prompt's tokens come from: how it decodes, and
+#: how it pads and truncates batches, which is the caller's choice.
 _IDLE = ("version", "truncation", "padding", "decoder")
 
 
 def read_tokenizer(path: str) -> Any:
-    """The tokenizer beside a checkpoint or an adapter, or None where a local folder has none.
+    """The tokenizer of a checkpoint or an adapter, or None if a local folder has none.
 
-    Code that a tokenizer brings along is never run.
+    Code that comes with a tokenizer is never run.
 
     Raises:
-        PairError: a tokenizer that is damaged or that cannot be fetched; the message names the
+        PairError: a tokenizer that is damaged or that cannot be downloaded; the message names the
             file.
     """
     from transformers import AutoTokenizer
@@ -38,7 +38,7 @@ def read_tokenizer(path: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if not isinstance(tokenizer.model_max_length, int | float):
-            # It would be compared with a number at the first text only.
+            # It would be compared with a number only at the first text.
             raise TypeError(f"model_max_length={tokenizer.model_max_length!r} is not a number")
         return tokenizer
     except Exception as error:  # the library raises whatever the damage leads to
@@ -47,7 +47,7 @@ def read_tokenizer(path: str) -> Any:
 
 def _damage(folder: Path, error: Exception) -> str:
     """What is wrong with a tokenizer that transformers could not read."""
-    advice = "Save the tokenizer again, or fetch the file again."
+    advice = "Save the tokenizer again, or download the file again."
     names = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
     for name in (*names, "added_tokens.json", "vocab.json"):
         if (folder / name).is_file():
@@ -59,19 +59,19 @@ def _damage(folder: Path, error: Exception) -> str:
                 return str(fault)
             if isinstance(content, dict) and content.get("auto_map"):
                 return (
-                    f"{folder / name} asks for code that comes with the tokenizer (auto_map), "
+                    f"{folder / name} needs code that comes with the tokenizer (auto_map), "
                     "which graftlens never runs. Give a tokenizer that transformers has."
                 )
             part = "model" if name == "tokenizer.json" else None
             if not isinstance(content, dict) or (part and part not in content):
-                return f"{folder / name} does not hold what a tokenizer is made from. {advice}"
+                return f"{folder / name} does not hold the parts of a tokenizer. {advice}"
     return f"the tokenizer of {folder} could not be loaded ({said(error)}). {advice}"
 
 
 def unaltered(tokenizer: Any) -> Any:
-    """A TransformerLens model's tokenizer as its checkpoint has it, where that can be loaded.
+    """A TransformerLens model's tokenizer as in its checkpoint, if that can be loaded.
 
-    TransformerLens reloads tokenizers so that they always put a BOS first, and takes it off again
+    TransformerLens reloads tokenizers so that they always add a BOS, and removes it again
     in its own `to_tokens`. Here BOS is the tokenizer's own choice.
     """
     path = getattr(tokenizer, "name_or_path", "")
@@ -86,11 +86,11 @@ def shared_tokenizer(found: Sequence[tuple[str, Any]], given: Any) -> Any:
 
     They agree where every prompt has the same tokens. The token that ends a text is not a prompt's:
     an appended one is left out (`graftlens.prompts.encode`), and a generation ends as the
-    checkpoint's generation settings say. A difference in it is warned of and no more; fill-up
+    checkpoint's generation settings say. A difference in it only causes a warning; padding
     tokens and sides, chat templates and classes are not compared.
 
     Args:
-        found: each source's name and its tokenizer, None where it brought none.
+        found: each source's name and its tokenizer, None if it has none.
         given: a tokenizer, or where to load one from; None to take the sources' own.
 
     Raises:
@@ -101,7 +101,7 @@ def shared_tokenizer(found: Sequence[tuple[str, Any]], given: Any) -> Any:
             files = ("tokenizer_config.json", "tokenizer.json", "config.json")
             loaded = read_tokenizer(place_of(f"tokenizer={str(given)!r}", given, files))
             if loaded is None:
-                raise PairError(f"tokenizer={str(given)!r}: this folder holds no tokenizer.")
+                raise PairError(f"tokenizer={str(given)!r}: this folder does not hold a tokenizer.")
             return loaded
         return given
     named = [(name, tokenizer) for name, tokenizer in found if tokenizer is not None]
@@ -191,12 +191,12 @@ def _tokenizers_differ(a: Any, b: Any) -> str:
         if _prompt(text, a) != _prompt(text, b):
             if a.eos_token_id != b.eos_token_id:
                 return f"eos_token_id is {a.eos_token_id} and {b.eos_token_id}"
-            return "the same text gives other tokens"
+            return "the same text gives different tokens"
     return ""
 
 
 def _probes(a: Any, b: Any) -> Iterator[str]:
-    """Texts that show a difference; where a fast tokenizer's parts differ, all of its words."""
+    """Texts that show a difference; if a fast tokenizer's parts differ, all of its words."""
     yield _PROBE_TEXT
     parts = [_parts(tokenizer) for tokenizer in (a, b)]
     if parts[0] and parts[0] == parts[1]:
@@ -213,14 +213,14 @@ def _probes(a: Any, b: Any) -> Iterator[str]:
 
 
 def _parts(tokenizer: Any) -> dict[str, Any]:
-    """What a fast tokenizer makes a text's tokens with; empty for a slow one."""
+    """The parts of a fast tokenizer that make a text's tokens; empty for a slow one."""
     backend: Any = getattr(tokenizer, "backend_tokenizer", None)
     parts = json.loads(backend.to_str()) if hasattr(backend, "to_str") else {}
     return {key: value for key, value in parts.items() if key not in _IDLE}
 
 
 def _prompt(text: str, tokenizer: Any) -> list[int]:
-    """A text's tokens as a prompt's."""
+    """A text's tokens, as in a prompt."""
     if getattr(tokenizer, "is_fast", False):
         return encode(text, tokenizer)[0]
     return list(tokenizer(text)["input_ids"])

@@ -1,13 +1,13 @@
 """Token trees: many grafts of one prompt in one forward pass, each distinct row computed once.
 
 A `TokenTree` says, for prompts of one structure, which rows each layer computes. It is made by the
-sweep's planner and holds no tensors and no tokens. `TreeBatch` lays trees of several prompts out
+sweep's planner and holds neither tensors nor tokens. `TreeBatch` places trees of several prompts
 one after another, [1, rows], as index tensors for the forward.
 
-A layer reads the residual rows that entered it in two ways. A *query row* is a row that goes on to
-the next layer; one residual row may go on as several, where grafts begin to differ. A *key row* is
-a row whose keys and values are read. Rows that nothing reads are not there: in the last layer only
-scored positions have query rows.
+A layer reads the residual rows that entered it in two ways. A *query row* is a row that continues
+to the next layer; one residual row may continue as several, where grafts begin to differ. A *key
+row* is a row whose keys and values are read. Rows that nothing reads do not exist: in the last
+layer only scored positions have query rows.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,8 +32,6 @@ from graftlens.model.mask import (
     grouped,
 )
 
-C = Component
-
 #: Components whose source is chosen per key row; some are chosen for both kinds of row.
 KEY_SIDE = components_where(lambda row: row.side in (Side.KEY, Side.BOTH))
 #: Components whose source is chosen per query row.
@@ -42,7 +40,7 @@ INPUT_SIDE = components_where(lambda row: row.side is Side.INPUT)
 OUTPUT_SIDE = components_where(lambda row: row.side is Side.OUTPUT)
 
 
-#: Key rows that queries' lists may hold at a time; longer attention goes in several pieces.
+#: Key rows that queries' lists may hold at a time; longer attention is computed in several pieces.
 GATHERED = 1 << 16
 
 
@@ -106,10 +104,11 @@ class Choices:
 
 @dataclass(frozen=True, eq=False)
 class Readers:
-    """Query rows that read the same list of key rows, each those that come before it.
+    """Query rows that read the same list of key rows, each reading those before it.
 
     Attributes:
-        keys: key rows of each group, one column a node of the tree; any row where `seen` is False.
+        keys: key rows of each group, one column per node of the tree; any row where `seen` is
+            False.
         queries: query rows of each group, -1 where a group has fewer.
         seen: which of its group's keys each query row reads.
     """
@@ -140,11 +139,12 @@ class TokenTree:
     Attributes:
         parents: per node, the node before it, -1 at the first; a node is one token in one place.
         depths: per node, its position in the text.
-        totals: per node, the length of the text whose rotary tables it uses; 0 where all are one.
+        totals: per node, the length of the text whose rotary tables it uses; 0 if there is only one
+            table.
         embed_nodes, embed_choices: per residual row that enters layer 0.
         layers: the rows of each layer; equal neighbours are one object.
         final_rows, final_choices, final_nodes: per row of logits, the residual row it is read from.
-        scored: the nodes that logits are wanted at.
+        scored: the nodes at which logits are needed.
         outputs: [scored node, graft] -> row of logits.
     """
 
@@ -234,7 +234,7 @@ class TreeGroup:
         def there(x: np.ndarray) -> Tensor:
             return torch.from_numpy(np.ascontiguousarray(x)).to(device, non_blocking=True)
 
-        # A slot that no query fills reads any key, so that no row of the softmax is empty.
+        # An unused slot reads any key, so that no row of the softmax is empty.
         seen[:, :, 0] |= ~filled.reshape(queries.shape)
         self.keys = there(np.concatenate([wide(part.keys, 0) for part in parts]))
         self.queries = there(np.maximum(queries, 0))
@@ -243,7 +243,7 @@ class TreeGroup:
         self.seen = there(seen[:, None])
 
     def __getitem__(self, window: int | None) -> Bool[Tensor, "group 1 slot node"]:
-        """True where a query reads a key; the planner has counted the window in."""
+        """True where a query reads a key; the planner has taken the window into account."""
         return self.seen
 
     def kernel(self, window: int | None) -> tuple[Tensor, bool]:
@@ -296,7 +296,7 @@ class LayerRows:
             return None if np.array_equal(rows, np.arange(entering)) else there(rows)
 
         self.n_queries, self.n_keys = len(queries), len(keys)
-        # A residual row that goes on in two ways may be read in two ways that stand in other order.
+        # A residual row that continues in two ways may be read in two ways in a different order.
         self.same = np.array_equal(queries, keys) and len(np.unique(queries)) == len(queries)
         self.queries = unless_all(queries)
         self.keys = self.queries if self.same else unless_all(keys)
@@ -304,7 +304,8 @@ class LayerRows:
         self.key_places = self.query_places if self.same else positions("key_nodes")
         self.chosen = sides.query.selections(repeated("query_choices"))
         of_keys = sides.key.selections(repeated("key_choices"))
-        self.key_norm = of_keys.pop(C.LN1, None)
+        # What works on rows of both kinds has a choice for each.
+        self.on_keys = {c: of_keys.pop(c) for c in tuple(of_keys) if c in self.chosen}
         self.chosen |= self._as_queries(of_keys) if self.same else of_keys
         self.groups = [
             TreeGroup(piece, device)
@@ -315,7 +316,7 @@ class LayerRows:
     def _as_queries(
         self, of_keys: dict[Component, Selection | UnitSelection]
     ) -> dict[Component, Selection | UnitSelection]:
-        """Where both kinds of row are the same, equal selections become one object, so that the
+        """If both kinds of row are the same, equal selections become one object, so that the
         rows of a source are gathered once.
         """
         known = [s for s in self.chosen.values() if isinstance(s, Selection)]
@@ -355,7 +356,7 @@ class LayerRows:
         yield from sizes.values()
 
     def split(self, resid: Float[Tensor, "1 row d_model"]) -> tuple[Tensor, Tensor]:
-        """The query rows and the key rows; one tensor where they are the same."""
+        """The query rows and the key rows; one tensor if they are the same."""
 
         def taken(rows: Tensor | None) -> Tensor:
             return resid if rows is None else resid.index_select(1, rows)
@@ -392,7 +393,7 @@ class TreeShape:
 
     Attributes:
         positions: [1, row] positions of the rows that enter layer 0.
-        tables: the rotary tables that are needed: lengths of texts, 0 where all are one.
+        tables: the rotary tables that are needed: lengths of texts, 0 if there is only one table.
         longest: the number of positions that each table has.
         layers: the rows of each layer.
         mask: which source each row of each site uses.

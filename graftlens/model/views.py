@@ -18,7 +18,7 @@ C = Component
 
 
 class WeightViews(HookedRootModule):
-    """The part of `GraftedTransformer` that gives its weights, each with the sources first."""
+    """The part of `GraftedTransformer` that gives its weights, with the source axis first."""
 
     arch: Architecture
     active: Active
@@ -29,7 +29,7 @@ class WeightViews(HookedRootModule):
     blocks: Any
 
     def __getattr__(self, name: str) -> Any:
-        # An AttributeError inside a property comes here too, and would lose its reason.
+        # An AttributeError inside a property arrives here too, and would lose its message.
         component = next((c for c, row in COMPONENTS.items() if row.view == name), None)
         if component is None:
             return super().__getattr__(name)
@@ -65,7 +65,7 @@ class WeightViews(HookedRootModule):
         return per_head(weight, self.arch.n_units_of(component))
 
     def _bias(self, component: Component) -> Tensor:
-        """Its bias, by head where heads are on its rows."""
+        """Its bias, by head if heads are on its rows."""
         bias, row = self._layers(component, "bias"), COMPONENTS[component]
         by_head = row.cut in (Cut.HEAD, Cut.KV_HEAD) and row.axis == 0
         return bias.unflatten(-1, (self.arch.n_units_of(component), -1)) if by_head else bias
@@ -171,7 +171,7 @@ class WeightViews(HookedRootModule):
         """The unembedding vectors of tokens: the base's, or those of a uniform graft in force.
 
         As in TransformerLens, `ln_final`'s weight is not folded in: multiply by `ln_final.w` for
-        the direction that the logit really is.
+        the true direction of the logit.
         """
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
         index = torch.as_tensor(ids, device=self.cfg.device)

@@ -28,7 +28,7 @@ OLD_BUFFERS = (
 
 @dataclass(frozen=True)
 class StateReader:
-    """Hands out the tensors of one state dict and remembers which were never asked for."""
+    """Hands out the tensors of one state dict and remembers which were never used."""
 
     state: Mapping[str, Tensor]
     taken: set[str]
@@ -44,8 +44,8 @@ def read_weights(state: Mapping[str, Tensor], arch: Architecture) -> Weights:
     """Every component's tensors from a Hugging Face state dict, fused projections cut apart.
 
     Raises:
-        UnsupportedArchitectureError: a tensor is missing, has another shape than the config says,
-            or is there without the forward knowing what it does.
+        UnsupportedArchitectureError: a tensor is missing, has a different shape from what the
+            config says, or is not used by the forward.
     """
     reader = StateReader(state, set())
     layout = FAMILIES[arch.family].layout

@@ -18,19 +18,19 @@ def writer(
     max_tokens: int = 1024,
     device: str | torch.device | None = None,
 ) -> Callable[[str, int], str]:
-    """Load a Hugging Face causal language model and its tokenizer, to write with.
+    """Load a Hugging Face causal language model and its tokenizer, to generate text.
 
     Args:
         model: hub id or checkpoint folder.
-        temperature: of the sampling; 0 takes the likeliest token.
-        max_tokens: the most tokens of an answer. One that is not finished by then is given back
+        temperature: sampling temperature; 0 takes the likeliest token.
+        max_tokens: the most tokens of an answer. An answer that is not finished by then is returned
             as an empty text.
-        device: where to run; the GPU where there is one, else the CPU.
+        device: where to run; by default the GPU if there is one, else the CPU.
 
     Returns:
-        (prompt, seed) -> answer. The prompt goes through the tokenizer's chat template where it
-        has one. The same seed gives the same answer on one machine; PyTorch's own random state is
-        as before.
+        (prompt, seed) -> answer. The prompt goes through the tokenizer's chat template if it has
+        one. The same seed gives the same answer on one machine; PyTorch's own random state is
+        unchanged.
 
     Raises:
         PairError: no model of that name, or one whose files are damaged.
@@ -50,7 +50,7 @@ def writer(
                 dtype=torch.float32 if target.type == "cpu" else "auto",
                 trust_remote_code=False,
             )
-    except Exception as error:  # of the hub, the network, or whatever damaged files set off
+    except Exception as error:  # from the hub, the network, or whatever damaged files lead to
         raise PairError(f"{what} could not be loaded ({said(error)}).") from error
     if tokenizer is None:
         raise PairError(f"{what}: the folder {model} has no tokenizer.")
