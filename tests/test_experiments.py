@@ -610,6 +610,24 @@ def refused(base: Path, **change: Any) -> list[str]:
     return str(caught.value).splitlines()
 
 
+@pytest.mark.parametrize(
+    ("figure", "said"),
+    [
+        ({"kind": "lines", "x": "strength", "panel": "source"}, "one point (strength, source are"),
+        ({"kind": "heatmap", "x": "strength", "y": "source"}, "one cell (strength, source are"),
+        ({"kind": "lines", "x": "strength", "panel": "position"}, None),
+    ],
+)
+def test_grafts_that_would_be_drawn_as_one_are_told_before_training(base, tmp_path, figure, said):
+    grids = [{"positions": ["last", "bos"], "strengths": [0.5, 2]}]
+    planned = plan(own(base, grids=grids, figures=[figure]).config, Store(tmp_path))
+    if said is None:
+        planned.check()
+        return
+    with pytest.raises(ConfigError, match=re.escape(f"figures.0: several grafts would be {said}")):
+        planned.check()
+
+
 def test_every_name_that_is_wrong_is_told_at_once(base):
     found = refused(
         base,
