@@ -24,7 +24,7 @@ class References:
     Attributes:
         grafts: name -> graft; references that were not given come first.
         base: the name of the run without a graft.
-        full: the name of the run that counts as SFT; None where nobody says which one that is.
+        full: the name of the run that counts as SFT; None if nothing says which one that is.
     """
 
     grafts: Mapping[str, Graft]
@@ -51,11 +51,12 @@ class References:
             grafts: name -> graft; a reference among them keeps its name.
             sources: the names of the sources, the base first.
             full: the full run: a graft, its text, or the name of a graft or a source. None is the
-                only finetuned source everywhere; of several, the one that `grafts` has everywhere.
-            names: what references that are added are called, unless other grafts have these names.
+                only finetuned source everywhere; if there are several, the one that a graft of
+                `grafts` uses everywhere.
+            names: what added references are called, unless other grafts have these names.
 
         Raises:
-            ValueError: a `full` that is not a graft, or is one of nothing but the base.
+            ValueError: a `full` that is not a graft, or that uses nothing but the base.
         """
         whole = _full(grafts, sources, full)
         added: dict[str, Graft] = {}
@@ -140,7 +141,7 @@ def named_in(
         if len(names) > 1:
             raise ValueError(
                 f"column {column!r} names several runs ({', '.join(map(repr, names))}): give "
-                f"{column.removesuffix('_run')}= the name of one, or take their rows apart"
+                f"{column.removesuffix('_run')}= the name of one, or split the table by it"
             )
         found.append(names[0] if names else None)
     return found[0] or "PRE", found[1]

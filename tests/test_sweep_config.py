@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from chattemplates import TEMPLATES
 from families import save_checkpoint, tiny_model, tiny_sources
 from toytokenizers import gpt2_style, llama3_style
 
@@ -145,8 +146,8 @@ BAD_VALUES = {
     # prompts
     "prompts: OUT": r"no prompts: give dataset or prompts",
     "prompts: []": r"no prompts: give dataset or prompts",
-    "prompts: It was": r"prompts: 'It was': write a list of prompts, or file: and the name",
-    "prompts: [It was]": r"prompts.0: 'It was' should be a mapping with keys of: template answer",
+    "prompts: It was": r"prompts: 'It was': write a list of prompts, file: and the name",
+    "prompts: [It was]": r"prompts.0: 'It was' should be a mapping with keys of: template mess",
     "prompts: {template: It was}": r"prompts.0.answer: this key is missing. The text that should",
     "prompts: {template: It was, answer: 1984}": r"prompts.0.answer: 1984 should be text"
     r". Put it in quotes.",
@@ -163,7 +164,7 @@ BAD_VALUES = {
     "prompts: {file: bad.jsonl}": r"prompts.0.line 2: Expecting property name",
     "prompts: {file: lacking.jsonl}": r"(?s)prompts.0.line 1.answer: this key is missing.*"
     r"prompts.0.line 2.answer: 3 should be text",
-    "prompts: {file: none.jsonl}": r"prompts.0: none.jsonl holds no prompt",
+    "prompts: {file: none.jsonl}": r"prompts.0: none.jsonl does not hold a prompt",
     "prompts: {file: mapping.yaml}": r"prompts.0: mapping.yaml holds a dict, not a list of prompts",
     "prompts: [{file: some.yaml}, {file: some.yaml}]": r"prompts.1: two sets of prompts are called "
     r"'some.yaml'",
@@ -612,7 +613,12 @@ def test_smollm2_stands_for_the_cached_checkpoint(
         made("sources: {pre: smollm2, sft: ./sft}", tmp_path / "s.yaml")
 
 
-EXPECTED = {"last_token": 2 + 1 + 7 * N_LAYERS, "position_grid": 8, "windows": 2 + 3 * 6}
+EXPECTED = {
+    "chat_roles": 17,
+    "last_token": 2 + 1 + 7 * N_LAYERS,
+    "position_grid": 8,
+    "windows": 2 + 3 * 6,
+}
 
 
 def test_every_example_is_expected() -> None:
@@ -620,10 +626,14 @@ def test_every_example_is_expected() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_the_examples_are_right(path: Path) -> None:
-    checked = check(load_config(path, ["sources.pre=./pre", "sources.sft=./sft"]))
+def test_the_examples_are_right(path: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(TEMPLATES["chatml"][0])
+    sources = ["sources.pre=./pre", "sources.sft=./sft", f"chat_template={template}"]
+    checked = check(load_config(path, sources))
     assert len(checked.grafts) == EXPECTED[path.stem]
-    assert set(checked.dataset) == {"movies seed 0"}
+    asked = " chat" if path.stem.startswith("chat") else ""
+    assert set(checked.dataset) == {f"movies seed 0{asked}"}
     assert len(checked.prompts) % 40 == 0
 
 

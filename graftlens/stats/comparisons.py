@@ -121,7 +121,7 @@ def compare_all(
     """Many comparisons, each as by `compare`, with p-values corrected for how many they are.
 
     Give the `pairs` (a, b), or `against` to compare every other graft of the table with one. Each
-    pair is compared on the prompts that ran under both; in each group of `by` apart.
+    pair is compared on the prompts that ran under both, separately in each group of `by`.
 
     With `metric="recovery"`, the difference is that of two recoveries of the metric that `recovery`
     names: (mean(a) − mean(b)) / (mean(full) − mean(base)), over prompts that ran under all four and

@@ -146,7 +146,7 @@ def notes_of_flat(
     middle: Float[np.ndarray, " graft"],
     why: str = "all resamples agree: the prompts vary too little for an interval",
 ) -> list[str | None]:
-    """Take away, in place, intervals without width, and say so."""
+    """Replace, in place, intervals without width by NaN, and say why."""
     flat = high - low <= 1e-12 * np.maximum(1.0, np.abs(middle))
     low[flat] = high[flat] = np.nan
     return [why if none else None for none in flat]

@@ -81,8 +81,8 @@ def summarise(
             names (`evaluate` and `read_results` do), else PRE and SFT.
 
     Raises:
-        ValueError: unknown metrics, grafts or columns, a table with missing, doubled or infinite
-            values, or prompts that belong to several groups or units.
+        ValueError: unknown metrics, grafts or columns, a table with missing, duplicated or
+            infinite values, or prompts that belong to several groups or units.
     """
     about = graft_facts(table)
     if recovery is not None:

@@ -12,7 +12,7 @@ from graftlens.metrics import averaged, known
 
 #: Columns of a sweep's table that say what a graft is; a summary's rows carry them on.
 GRAFT_COLUMNS = ("source", "span", "component", "layer", "head", "unit", "strength")
-#: Why there is no recovery of a table whose column names no full run.
+#: Why a table without a full run has no recovery.
 NO_FULL_RUN = "the table names no full run (column 'full_run'): give full= the name of a graft"
 
 
@@ -60,13 +60,13 @@ class Grid:
         values[self.row, self.column] = cells
         values[~needed] = np.nan
         missing = np.isnan(values) & needed
-        # Of a user's own measure nobody here knows; others say whether they may be missing.
+        # Nothing is known of a user's own measure; others say whether they may be missing.
         row = known(metric)
         optional = row is None or row.optional
         if missing.any() and not (optional and (partial or (missing == needed).all())):
             where = self.prompts[missing.any(axis=1)]
             fix = (
-                "leave the metric out, or summarise the prompts that have it apart"
+                "leave the metric out, or summarise the prompts that have it separately"
                 if optional
                 else "a row without numbers must give its reason in column 'reason'"
             )
@@ -78,7 +78,7 @@ class Grid:
             where = self.prompts[np.isinf(values).any(axis=1)]
             raise ValueError(
                 f"column {name!r} is infinite for prompt {listed(where[:5].tolist())}; "
-                "its mean would be too: leave the metric out, or mend the run"
+                "its mean would be too: leave the metric out, or fix the run"
             )
         depth = depth_of(metric)
         if depth is None:
@@ -137,7 +137,7 @@ def with_notes(result: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def graft_facts(table: pd.DataFrame) -> dict[str, dict[str, object]]:
-    """Graft -> what the table says of it besides the results."""
+    """Graft -> what the table says about it, apart from its results."""
     columns = [c for c in GRAFT_COLUMNS if c in table]
     first = table.drop_duplicates("graft").set_index("graft")[columns]
     return {str(graft): dict(row) for graft, row in first.astype(object).iterrows()}
@@ -207,7 +207,7 @@ def _with_several(table: pd.DataFrame, name: str) -> object | None:
 def end_places(
     grafts: Sequence[str], base: str, full: str | None, otherwise: str
 ) -> tuple[int, int]:
-    """Where the two runs that recovery is measured between stand among the grafts."""
+    """The positions, among the grafts, of the two runs that recovery is measured between."""
     if full is None:
         raise ValueError(f"{NO_FULL_RUN}, or {otherwise}")
     for role, name in (("base", base), ("full", full)):

@@ -28,6 +28,7 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from graftlens.chat import Conversation
 from graftlens.folder import parse_json, read_text
 from graftlens.metrics import always_measured, measure
 from graftlens.prompts import Prompt
@@ -252,7 +253,7 @@ def prompt_table(
 
 
 def as_given(prompt: Prompt) -> str:
-    """A prompt as one text, from which `read_prompts` makes it again."""
+    """A prompt as one text, from which `revived` makes it again."""
     given: dict[str, Any] = {
         "template": prompt.template,
         "fields": dict(prompt.fields),
@@ -262,7 +263,17 @@ def as_given(prompt: Prompt) -> str:
     }
     if prompt.answers:
         given["answers"] = list(prompt.answers)
+    if prompt.conversation is not None:
+        given["conversation"] = prompt.conversation.as_given()
     return json.dumps(given, ensure_ascii=False)
+
+
+def revived(text: str) -> Prompt:
+    """The prompt that `as_given` made a text of."""
+    given = json.loads(text)
+    if conversation := given.pop("conversation", None):
+        given["conversation"] = Conversation.of(**conversation)
+    return Prompt(**given)
 
 
 def read_prompts(out: Path, columns: Sequence[str] | None = None) -> pa.Table:

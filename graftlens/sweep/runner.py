@@ -61,6 +61,7 @@ from graftlens.sweep.results import (
     read_prompts,
     read_results,
     read_shard,
+    revived,
     shard_path,
     to_bytes,
     to_mend,
@@ -426,7 +427,7 @@ def work(
     loaded = io.StringIO()
     with contextlib.redirect_stdout(loaded):
         model = GraftedTransformer.from_pretrained(
-            config.locations(), tokenizer=config.tokenizer, device=device, dtype=config.dtype
+            config.locations(), device=device, **config.loading()
         )
     say(loaded.getvalue().strip())
     manifest = _record(out, model, config, loaded.getvalue().strip(), files, say)
@@ -589,7 +590,7 @@ def _config(out: Path, manifest: Manifest) -> SweepConfig:
 def _given(out: Path, manifest: Manifest) -> tuple[dict[int, Prompt], dict[str, Graft], list[Any]]:
     """The prompts and grafts of a prepared sweep, and each block's prompts."""
     table = read_prompts(out)
-    prompts = dict(enumerate(Prompt(**json.loads(t)) for t in table["as_given"].to_pylist()))
+    prompts = dict(enumerate(revived(t) for t in table["as_given"].to_pylist()))
     blocks: list[dict[int, Prompt]] = [{} for _ in manifest.prompt_blocks]
     for number, block in enumerate(table["block"].to_pylist()):
         blocks[block][number] = prompts[number]

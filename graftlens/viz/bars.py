@@ -76,13 +76,7 @@ def grouped_bars(
         height=430 + 22 * max(0, rows - 1) + (min(5 * longest, 220) if angled else 0),
         margin={"l": 60, "r": 16, "t": 48 + 22 * max(0, rows - 1), "b": 60},
         showlegend=len(parts) > 1,
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "y": 1.02,
-            "yanchor": "bottom",
-            "title_text": escaped(legend_title),
-        },
+        legend=theme.ABOVE | {"title_text": escaped(legend_title)},
     )
     crowded = len(names) > 60
     thinned = (

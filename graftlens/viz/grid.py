@@ -121,11 +121,10 @@ def legend_above(names: Sequence[str], height: int, width: int = 700) -> dict[st
     inside = width - 86
     columns = len(entries) if sum(entries) <= inside else max(1, int(inside / max(entries)))
     rows = math.ceil(len(entries) / max(1, columns))
-    above = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "traceorder": "normal"}
     return {
         "height": height + 20 * (rows - 1),
         "margin": {"l": 70, "r": 16, "t": 48, "b": 60},
-        "legend": above,
+        "legend": theme.ABOVE | {"traceorder": "normal"},
         "hovermode": "closest",
         "showlegend": True,
     }

@@ -27,7 +27,7 @@ from graftlens.viz.lenstables import (
     refuse_doubled,
     tokens_of,
 )
-from graftlens.viz.linecharts import add_line
+from graftlens.viz.linecharts import add_band, add_line
 from graftlens.viz.quantities import Quantity, known, scale
 from graftlens.viz.spelling import escaped, inline, short, shortened, visible
 
@@ -184,16 +184,13 @@ def answer_by_layer(
     if count > 1:
         # All bands lie below all lines, the fainter the more there are.
         for name, ends in found.items():
-            figure.add_scatter(
-                x=[*map(float, ends.index), *map(float, ends.index[::-1])],
-                y=[*ends[0.75], *ends[0.25][::-1]],
-                fill="toself",
-                fillcolor=lines[name].color,
+            add_band(
+                figure,
+                ends.index.astype(float).tolist(),
+                ends[0.25].tolist(),
+                ends[0.75].tolist(),
+                lines[name].color,
                 opacity=min(0.16, 0.45 / len(names)),
-                mode="lines",
-                line={"width": 0},
-                hoverinfo="skip",
-                showlegend=False,
                 legendgroup=escaped(name),
                 name=f"{escaped(name)}: quartiles",
             )

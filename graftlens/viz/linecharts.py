@@ -54,13 +54,7 @@ def lines(
         height=430,
         margin={"l": 60, "r": 16, "t": 48, "b": 60},
         showlegend=series is not None,
-        legend={
-            "orientation": "h",
-            "x": 0,
-            "y": 1.02,
-            "yanchor": "bottom",
-            "title_text": escaped((series or "").replace("_", " ")),
-        },
+        legend=theme.ABOVE | {"title_text": escaped((series or "").replace("_", " "))},
         hovermode="closest",
     )
     draws = "lines: mean of the draws, dots: each draw, band: least to greatest"
@@ -91,6 +85,28 @@ def add_line(
         mode="lines+markers",
         line={"color": line.color, "dash": line.dash, "width": 2},
         marker={"symbol": line.marker, "size": size},
+        **more,
+    )
+
+
+def add_band(
+    figure: go.Figure,
+    x: Sequence[float],
+    low: Sequence[float],
+    high: Sequence[float],
+    color: str,
+    **more: Any,
+) -> None:
+    """Add what lies between two curves; `more` is what plotly's scatter takes."""
+    figure.add_scatter(
+        x=[*x, *x[::-1]],
+        y=[*high, *low[::-1]],
+        fill="toself",
+        fillcolor=color,
+        mode="lines",
+        line={"width": 0},
+        hoverinfo="skip",
+        showlegend=False,
         **more,
     )
 
@@ -131,15 +147,12 @@ def _add_draws(
     places: Sequence[float] = found.index.tolist()
     # Draws without a value have no place in the band.
     held = found.dropna()
-    figure.add_scatter(
-        x=[*held.index, *held.index[::-1]],
-        y=[*held["max"], *held["min"][::-1]],
-        fill="toself",
-        fillcolor=_faint(line.color, 0.18),
-        mode="lines",
-        line={"width": 0},
-        hoverinfo="skip",
-        showlegend=False,
+    add_band(
+        figure,
+        held.index.tolist(),
+        held["min"].tolist(),
+        held["max"].tolist(),
+        _faint(line.color, 0.18),
         legendgroup=label,
         name=f"{label}: band",
     )

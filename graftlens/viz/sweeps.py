@@ -177,7 +177,7 @@ def size_curve(
         **theme.layout(look),
         height=430,
         margin={"l": 60, "r": 16, "t": 26 + 22 * legend_rows, "b": 60},
-        legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
+        legend=theme.ABOVE,
         hovermode="closest",
     )
     title = "layers in the graft" if size == "layers" else "share of the model's layers (%)"

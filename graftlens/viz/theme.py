@@ -202,6 +202,10 @@ def whiskers(
     }
 
 
+#: A legend in rows above the plot.
+ABOVE = {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"}
+
+
 def layout(theme: Theme) -> dict[str, Any]:
     """Plotly layout settings that every figure shares: transparent, so that it fits any page."""
     axis = {
