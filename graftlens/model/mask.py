@@ -484,13 +484,14 @@ class GraftMask:
                 f"no source {source!r}. This mask has: {' '.join(self.sources)}."
                 f"{suggest(source, self.sources)}"
             )
-        bias = bias or {}
+        strengths = {(str(component), layer): s for (component, layer), s in strengths.items()}
+        bias = {(str(component), layer): s for (component, layer), s in (bias or {}).items()}
         sites: dict[Site, Choice] = dict(self.sites)
         named = {(str(component), layer): (component, layer) for component, layer in sites}
         rows = self.shape[0] * self.shape[1]
         for key in {**strengths, **bias}:
             known = f"{key[0]}{'' if key[1] is None else f' in layer {key[1]}'}"
-            site = named.get((str(key[0]), key[1]))
+            site = named.get(key)
             if site is None or key not in strengths:
                 what = "no such site in this mask" if site is None else "a bias alone"
                 raise ValueError(
