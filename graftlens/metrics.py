@@ -67,7 +67,7 @@ class Measure:
     """
 
     name: str
-    needs: tuple[str, ...] = ()
+    needs: Sequence[str] = ()
     function: Callable[..., Any] | None = None
     holds: Literal["number", "count", "numbers", "tokens"] = "number"
     over: Literal["next", "answer", "distractors"] = "next"

@@ -31,10 +31,12 @@ from graftlens.data import save_dataset
 from graftlens.data.dataset import Asking
 from graftlens.data.movies import MoviesConfig
 from graftlens.experiment import plan as plan_module
+from graftlens.experiment.compare import _read as read_part
 from graftlens.experiment.compare import compare_runs
 from graftlens.experiment.config import ExperimentConfig, NamedExperiment, find_experiment
 from graftlens.experiment.plan import Store, plan
 from graftlens.experiment.run import ExperimentResult, describe_experiment, run_experiment
+from graftlens.references import are_references
 from graftlens.sweep.results import read_manifest, read_results
 from graftlens.viz.export import write_figure
 
@@ -1056,6 +1058,15 @@ def test_a_report_of_runs(ran, tmp_path):
         assert len(said.stderr.splitlines()) == 1
     assert graftlens("report", cwd=tmp_path).returncode == 2
     assert not (tmp_path / "none.html").exists()
+
+
+def test_tables_of_version_0_1_0_name_their_references_too(tmp_path):
+    """Their columns were called base and full."""
+    rows = {"graft": ["PRE", "SFT", "FE"], "top5": [0.1, 0.9, 0.5], "base": "PRE", "full": "SFT"}
+    pd.DataFrame(rows).to_csv(tmp_path / "p-by-template.csv", index=False)
+    read = read_part(tmp_path / "p-by-template.csv")
+    assert are_references(read).tolist() == [True, True, False]
+    assert not {"base", "full"} & set(read)
 
 
 def test_runs_are_compared_part_by_part(ran, tmp_path):

@@ -1,17 +1,30 @@
 """Measures: every row of `METRICS` against plain formulas over one run's logits, and adding one."""
 
+import json
+import re
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
 import torch
+import yaml
 from conftest import MakeTiny, Tiny
+from sweeps import assert_equal_tables, checkpoints, config, read_whole
+from typer.testing import CliRunner
 
-from graftlens import Graft, Prompt
+from graftlens import Graft, GraftedTransformer, Prompt, read_results, run_sweep, summarise, viz
+from graftlens.cli import app
 from graftlens.evaluation import evaluate
+from graftlens.metrics import METRICS, Measure, Predictions, known, load, measures
 from graftlens.prompts import continuation, tokenize
+from graftlens.sweep.cells import asked_for
+from graftlens.sweep.results import read_manifest, read_prompts, shard_path
+from graftlens.sweep.scoring import score
 
 ASKED = (
     *("kl_base", "kl_full", "kl_from_base", "kl_from_full", "js_base", "js_full"),
@@ -84,3 +97,248 @@ def test_measures_are_those_of_plain_formulas(llama: Tiny, budget: int | None) -
             for measure, value in values.items():
                 assert rows.loc[name, measure] == pytest.approx(value, abs=2e-5, nan_ok=True)
         assert rows.loc["PRE", "kl_base"] == rows.loc["SFT", "kl_full"] == 0
+
+
+def test_recovery_of_every_measure_or_why_there_is_none(llama: Tiny) -> None:
+    texts = [prompt for prompt in prompts() if prompt.answers]
+    table = evaluate(llama.model, texts, GRAFTS, measures=ASKED, progress=False)
+    nobody = table.assign(margin=1.0)
+    for name in ASKED:
+        summary = summarise(table, by=(), metrics=ASKED, recovery=name, resamples=50).set_index(
+            "graft"
+        )
+        means = table.groupby("graft")[name].mean()
+        share = (means - means["PRE"]) / (means["SFT"] - means["PRE"])
+        for graft in GRAFTS:
+            row = summary.loc[graft]
+            assert row[name] == pytest.approx(means[graft])
+            if row["recovery_note"] is None:
+                assert row["recovery"] == pytest.approx(share[graft])
+            else:
+                assert np.isnan(row["recovery"]) or graft not in ("PRE", "SFT")
+    same = summarise(nobody, by=(), recovery="margin", resamples=50)
+    assert same["recovery"].isna().all()
+    assert set(same["recovery_note"]) == {"full and base are equal: there is nothing to recover"}
+
+
+def test_a_reference_that_is_not_in_the_table_has_its_own_rows(llama: Tiny) -> None:
+    """Also in several trees; one that a prompt cannot run leaves a measure empty there."""
+    some = {name: GRAFTS[name] for name in ("LT", "mlp")}
+    named = dict(enumerate(prompts()))
+    ends = {"base": Graft(), "full": GRAFTS["SFT"]}
+    whole = score(llama.model, named, GRAFTS, measures=ASKED, references=ends)
+    for budget in (None, 9):
+        found = score(llama.model, named, some, measures=ASKED, references=ends, row_budget=budget)
+        rows = whole[whole["graft"].isin(some)].reset_index(drop=True)
+        pd.testing.assert_frame_equal(found, rows, rtol=1e-4, atol=2e-5)
+    absent = ends | {"full": Graft.parse("sft @ title")}
+    found = score(llama.model, named, some, measures=("kl_base", "kl_full"), references=absent)
+    assert found["kl_full"].isna().all()
+    assert found[["kl_base", "logprob"]].notna().all().all()
+    with pytest.raises(ValueError, match="measure 'js_full' compares with the full run"):
+        score(llama.model, named, some, measures=["js_full"], references={"base": Graft()})
+
+
+def shown() -> str:
+    """The README's measure of a user's own."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"<!-- measure -->\n```python\n(.*?)```\n<!-- /measure -->", text, re.S)
+    return str(block)
+
+
+def third_by_hand(t: Tiny, prompt: Prompt, graft: Graft) -> float:
+    with torch.no_grad():
+        logits = t.model(prompt, graft=graft)[0, -1]
+    tokens = tokenize(prompt, t.tokenizer)
+    answer = continuation(tokens, prompt.answer or "", t.tokenizer)[0]
+    return float(logits[answer] - logits.sort(descending=True).values[2])
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return checkpoints(tmp_path_factory.mktemp("pair"))
+
+
+def small(sources: dict[str, str], **changes: Any) -> dict[str, Any]:
+    """Three prompts, one of which cannot run a graft, under four grafts."""
+    given = config(sources, **changes)
+    names = ("PRE", "SFT", "LT", "T")
+    grafts = {name: graft for name, graft in given["grafts"].items() if name in names}
+    prompts = [given["prompts"][i] | {"answers": [" Mara", "!"]} for i in (0, 2, 5)]
+    return given | {"prompts": prompts, "grafts": grafts}
+
+
+def sweep(given: Mapping[str, Any], out: Path, **options: Any) -> pd.DataFrame:
+    result = run_sweep(given, out, progress=False, say=lambda line: None, **options)
+    assert result.ok, (out / "trust.txt").read_text()
+    return read_whole(out)
+
+
+def test_a_measure_is_one_row(
+    llama: Tiny, sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the README says: the row goes through evaluate, a sweep, statistics and plots."""
+    names: dict[str, Any] = {"model": llama.model, "prompts": prompts(), "grafts": GRAFTS}
+    exec(shown(), names)
+    table, toy = names["table"], names["third"]
+    monkeypatch.setitem(METRICS, "third", toy)
+    for row in table.to_dict("records"):
+        wanted = third_by_hand(llama, prompts()[row["prompt"]], GRAFTS[row["graft"]])
+        assert row["third"] == pytest.approx(wanted, abs=1e-4)
+    summary = summarise(table, by=(), metrics=["third"], recovery="third", resamples=50)
+    assert summary["third"].tolist() == pytest.approx(
+        table.groupby("graft", sort=False)["third"].mean().tolist()
+    )
+    assert viz.grouped_bars(summary, "third").layout.yaxis.title.text == "third (logits)"
+    swept = sweep(small(sources, metrics={"measures": ["third", "kl_full"]}), tmp_path / "out")
+    assert swept["third"].notna().tolist() == swept["reason"].isna().tolist()
+    assert (swept.loc[swept["graft"] == "SFT", "kl_full"].dropna() == 0).all()
+
+
+def test_a_sweep_with_measures_is_one_by_one_and_resumes(
+    sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """References lie in every shard: grafts are cut into blocks, and a lost shard comes back."""
+    given = small(sources, shards=2, metrics={"top_k": 3, "measures": [*ASKED, "own"]})
+    own = Measure("own", ["base_logprobs", "logprobs"], lambda _, q, p: (p - q).abs().amax(-1))
+    out = tmp_path / "out"
+    whole = sweep(given, out, measures=[own])
+    manifest = read_manifest(out)
+    assert len(manifest.graft_blocks) > 1
+    assert manifest.columns[-len(ASKED) - 2 :] == (*ASKED, "own", "reason")
+    some = read_results(out, columns=["own", "graft"])
+    assert isinstance(some, pd.DataFrame)
+    assert (some.loc[some["graft"] == "PRE", "own"].dropna() == 0).all()
+
+    model = GraftedTransformer.from_pretrained(sources, check=False, verbose=False)
+    ran = whole[whole["reason"].isna()]
+    grafts = {str(g["name"]): Graft.parse(str(g["rule"])) for g in manifest.grafts}
+    stored = read_prompts(out)["as_given"].to_pylist()
+    texts = [Prompt(**json.loads(text)) for text in stored]
+    t = Tiny("llama", {}, model, model.tokenizer)
+    for number in (0, 2):
+        rows = ran[ran["prompt"] == number].set_index("graft")
+        able = {name: grafts[name] for name in rows.index}
+        ends = manifest.recovery["base"], manifest.recovery["full"]
+        for name, values in by_hand(t, texts[number], able, *ends).items():
+            for measure, value in values.items():
+                found = rows.loc[name, measure]
+                assert found == pytest.approx(value, abs=2e-5, nan_ok=True)
+
+    for shard in (0, 2):
+        shard_path(out, shard).unlink()
+    (out / "done.json").unlink()
+    with pytest.raises(ValueError, match=r"unknown measure 'own'.*--measure MODULE:NAME"):
+        run_sweep(given, out, progress=False, say=lambda line: None)
+    assert_equal_tables(sweep(given, out, measures=[own]), whole)
+    monkeypatch.setattr("graftlens.sweep.runner.GraftedTransformer", None)  # nothing to run
+    other = small(sources, shards=2, metrics={"top_k": 3})
+    with pytest.raises(
+        ValueError, match=r"metrics\.measures: \['kl_base', .* there, nothing given"
+    ):
+        run_sweep(other, out, progress=False)
+
+
+def test_a_measure_of_the_command_line_is_imported_by_each_worker(
+    sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A config names it and never imports it."""
+    (tmp_path / "mine.py").write_text(
+        "from graftlens.metrics import Measure\n"
+        "best = Measure('best', (), lambda logits: logits.amax(-1))\n"
+        "other = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    given = small(sources)
+    Path("s.yaml").write_text(yaml.safe_dump(given))
+    code = ["--measure", "mine:best", "--out", "out", "--devices", "cpu,cpu"]
+    with monkeypatch.context() as unchecked:
+        unchecked.setattr(
+            jaxtyping.config, "jaxtyping_disable", True
+        )  # of what typer itself passes
+        found = CliRunner().invoke(app, ["sweep", "s.yaml", *code])
+    assert found.exit_code == 0, found.output
+    table = read_results("out")
+    assert isinstance(table, pd.DataFrame)
+    assert table["best"].notna().tolist() == table["reason"].isna().tolist()
+    assert read_manifest(Path("out")).asked == ("best",)
+    summary = summarise(table, by=(), metrics=["best"], ks=(), recovery="best", resamples=50)
+    assert summary["best"].notna().all()
+    for wrong, said in (
+        ("mine:other", "is a int, not a measure"),
+        ("mine:nothing", r"cannot be imported \("),
+        ("mine", "write MODULE:NAME"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            load(wrong)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["kl_ful"], r"unknown measure 'kl_ful'. Allowed: kl_base .*Did you mean 'kl_full'\?"),
+        (["margin", "margin"], "measure 'margin' is given twice"),
+        (["top5"], "'top5' is not measured in a run: graftlens.summarise gives it"),
+        (["recovery"], "'recovery' is not measured in a run"),
+        ([Measure("margin", (), lambda x: x)], "tables have another column of this name"),
+        ([Measure("layer", (), lambda x: x)], "tables have another column of this name"),
+        ([Measure("many", (), lambda x: x, holds="numbers")], "gives a number per row"),
+    ],
+)
+def test_measures_that_cannot_be_asked_for(given: list[Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        asked_for(given)
+
+
+def test_measures_that_cannot_be_made(llama: Tiny) -> None:
+    with pytest.raises(ValueError, match="a measure's name is a column"):
+        Measure("my measure")
+    with pytest.raises(ValueError, match=r"measure 'm' needs 'answr'. Allowed: answer distractors"):
+        Measure("m", ("answr",))
+    for function, said in (
+        (lambda logits: logits, r"gave values of shape \(\d+, \d+\) for logits of \d+ rows"),
+        (lambda logits: 3.0, "gave a float. Its function must give a tensor"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            score(llama.model, {0: prompts()[0]}, GRAFTS, measures=[Measure("m", (), function)])
+
+
+def test_measures_that_are_always_there_are_not_asked_for() -> None:
+    assert asked_for(["logprob", "rank", "margin"]) == (METRICS["margin"],)
+
+
+def test_rows_say_what_they_are() -> None:
+    for m in measures():
+        low, high = m.bounds
+        assert low is None or high is None or low < high
+        assert m.label
+        assert m.function is not None or m.summary == "recovery"
+        assert (m.holds in ("numbers", "tokens")) <= (m.summary is None)
+    five = known("top5")
+    assert five is not None
+    assert (five.column, five.at_most, five.share) == ("rank", 5, True)
+    assert known("top0") is None
+    assert known("accuracy") is None
+
+
+def test_gradients_reach_the_logits_of_measures_that_say_so() -> None:
+    """At random logits: by central differences."""
+    rng = torch.Generator().manual_seed(0)
+    base, full, logits = torch.randn(3, 4, 9, generator=rng, dtype=torch.float64)
+    answer, lists = torch.tensor([0, 3, 5, 8]), torch.tensor([[1, 2], [4, 5], [0, 7], [2, 6]])
+    for m in measures():
+        if m.function is None or not m.differentiable or m.holds != "number":
+            continue
+
+        def value(x: torch.Tensor, m: Measure = m) -> torch.Tensor:
+            runs = {"base": Predictions(base), "full": Predictions(full)}
+            given = {"answer": answer, "distractors": lists, "answers": lists}
+            return Predictions(x, **given, **runs).of(m).sum()
+
+        x = logits.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(value(x), x)
+        step = torch.zeros_like(logits)
+        step[1, 3] = 1e-3
+        slope = (value(logits + step) - value(logits - step)) / 2e-3
+        assert float(gradient[1, 3]) == pytest.approx(float(slope), abs=2e-3), m.name

@@ -16,7 +16,10 @@ from graftlens.sweep.config import Checked
 from graftlens.sweep.results import read_prompts, read_results
 
 #: The axes of a grid's grafts, as columns.
-TAGS = ("grid", "position", "component", "layer", "head", "source", "layers", "rate", "draw")
+TAGS = (
+    *("grid", "position", "component", "layer", "head", "unit", "strength"),
+    *("source", "layers", "rate", "draw"),
+)
 
 #: Columns of the results that statistics need besides the measures.
 _NEEDED = ("prompt", "graft", "rule", *REFERENCES, "template", "dataset", "answer", "reason")

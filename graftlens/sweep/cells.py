@@ -16,7 +16,7 @@ _ABOUT = ("prompt", "graft", "rule", "template", "text", "answer", "target", "ta
 #: Columns that tables of results may have besides; no measure can be called so.
 _TAKEN = {
     *(*_ABOUT, "reason", "dataset", "model", "source", "span", "component", "layer", "head"),
-    *("base_run", "full_run", "fact", "how"),
+    *("unit", "strength", "base_run", "full_run", "fact", "how"),
 }
 
 

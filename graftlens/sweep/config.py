@@ -14,7 +14,7 @@ import yaml
 from jaxtyping import Bool
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from graftlens.components import check_name, suggest
+from graftlens.components import check_name, format_numbers, suggest
 from graftlens.configfile import ConfigError, noted, read_settings, settings_from
 from graftlens.data import template_names
 from graftlens.data.rewriting import told_on_command_line
@@ -251,8 +251,9 @@ class NamedGraft:
     Attributes:
         name: what tables call it.
         graft: what is run.
-        source, span, component, layer, head: the parts of its only rule as text; None where the
-            graft has no rule or several.
+        source, span, component, layer, head, unit: the parts of its only rule as text; None where
+            the graft has no rule or several.
+        strength: that of its only rule.
     """
 
     name: str
@@ -262,6 +263,8 @@ class NamedGraft:
     component: str | None = None
     layer: str | None = None
     head: str | None = None
+    unit: str | None = None
+    strength: float | None = None
 
     @classmethod
     def of(cls, name: str, graft: Graft) -> "NamedGraft":
@@ -270,8 +273,10 @@ class NamedGraft:
             return cls(name, graft)
         (rule,) = graft.rules
         # The text leaves out what means all.
-        component, layer, head = [*str(rule).split(" : ")[1:], "all", "all", "all"][:3]
-        return cls(name, graft, rule.source, str(rule.at), component, layer, head)
+        component, layer = [*str(rule).split(" : ")[1:], "all", "all"][:2]
+        head, unit = ("all" if n is None else format_numbers(n) for n in (rule.heads, rule.units))
+        about = (rule.source, str(rule.at), component, layer, head, unit, rule.strength)
+        return cls(name, graft, *about)
 
 
 @dataclass(frozen=True)

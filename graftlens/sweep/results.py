@@ -62,7 +62,10 @@ def shard_schema(asked: Iterable[str] = ()) -> pa.Schema:
 SHARD = shard_schema()
 
 #: Columns that say what a graft is; empty where it has several rules.
-GRAFT_COLUMNS = ("rule", "source", "span", "component", "layer", "head")
+GRAFT_COLUMNS = ("rule", "source", "span", "component", "layer", "head", "unit", "strength")
+
+#: What the grafts of older folders are in columns that these lack.
+_BEFORE: Mapping[str, Any] = {"unit": "all", "strength": 1.0}
 PROMPT_COLUMNS = ("template", "dataset", "text", "answer")
 
 #: The columns of the results, in their order.
@@ -109,7 +112,7 @@ class Manifest:
     identity: Mapping[str, Any]
     config: Mapping[str, Any]
     overrides: Sequence[str]
-    grafts: Sequence[Mapping[str, str | None]]
+    grafts: Sequence[Mapping[str, str | float | None]]
     duplicates: Mapping[str, str]
     recovery: Mapping[str, str]
     prompt_blocks: Sequence[int]
@@ -493,7 +496,7 @@ class _Joined:
         prompts = read_prompts(out, texts).to_pydict() if texts else {}
         self.of_prompt = {column: _codes(prompts[column]) for column in texts}
         self.of_graft = {
-            column: _codes([graft[column] for graft in manifest.grafts])
+            column: _codes([_about(graft, column) for graft in manifest.grafts])
             for column in GRAFT_COLUMNS
             if column in wanted
         }
@@ -529,6 +532,13 @@ class _Joined:
         return pd.DataFrame({name: column(name) for name in self.wanted})
 
 
-def _codes(values: Sequence[str | None]) -> tuple[Any, Any]:
+def _about(graft: Mapping[str, Any], column: str) -> Any:
+    """What a manifest says of a graft; where it is older than the column, what it was."""
+    if column in _BEFORE and column not in graft:
+        return None if graft["source"] is None else _BEFORE[column]
+    return graft[column]
+
+
+def _codes(values: Sequence[Any]) -> tuple[Any, Any]:
     """(code of each value, the distinct values); nothing has the code -1."""
     return tuple(pd.factorize(pd.Series(values, dtype=object)))

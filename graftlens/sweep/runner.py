@@ -51,6 +51,7 @@ from graftlens.sweep.disk import (
 from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.prepared import Prepared
 from graftlens.sweep.results import (
+    GRAFT_COLUMNS,
     Manifest,
     as_given,
     damaged,
@@ -311,7 +312,7 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
             blocks[number] = block
     dumped = config.model_dump(mode="json")
     rules = {named.name: str(named.graft) for named in checked.grafts}
-    tidy = ("source", "span", "component", "layer", "head")
+    tidy = [column for column in GRAFT_COLUMNS if column != "rule"]
     # What counts is what grafts and prompts resolve to, however they are written.
     resolved = ("grafts", "grids", "prompts")
     identity = {name: value for name, value in dumped.items() if name not in resolved} | {
