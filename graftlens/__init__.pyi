@@ -9,7 +9,6 @@ from .dashboards import dashboard as dashboard
 from .evaluation import evaluate as evaluate
 from .evaluation import position_grafts as position_grafts
 from .experiment.run import run_experiment as run_experiment
-from .finetune import FinetuneRun as FinetuneRun
 from .finetune import finetune_run as finetune_run
 from .graft import At as At
 from .graft import Graft as Graft
@@ -21,12 +20,15 @@ from .model.mask import GraftMask as GraftMask
 from .model.smollm2 import smollm2 as smollm2
 from .prompts import Prompt as Prompt
 from .prompts import PromptError as PromptError
+from .recipes import FinetuneRun as FinetuneRun
+from .runfolder import InUseError as InUseError
 from .stats import compare as compare
 from .stats import compare_all as compare_all
 from .stats import stability as stability
 from .stats import summarise as summarise
 from .sweep.config import SweepConfig as SweepConfig
 from .sweep.config import describe_sweep as describe_sweep
+from .sweep.disk import FolderError as FolderError
 from .sweep.results import read_results as read_results
 from .sweep.runner import run_sweep as run_sweep
 from .sweep.scoring import Scorer as Scorer

@@ -156,7 +156,7 @@ class Conversation:
             said = [self._escaped(text) for text in contents(message)]
             calls = message.get("tool_calls")
             if calls:
-                said.append(_doubled(json.dumps(calls, ensure_ascii=False)))
+                said.append(doubled(json.dumps(calls, ensure_ascii=False)))
             lines.append(f"{message['role']}: {' '.join(said)}")
         if self.prefill is not None:
             lines.append(f"assistant: {self._escaped(self.prefill)}")
@@ -165,7 +165,7 @@ class Conversation:
         return "\n\n".join(lines)
 
     def _escaped(self, text: str) -> str:
-        return _doubled(text) if self.literal else text
+        return doubled(text) if self.literal else text
 
     @property
     def generation_prompt(self) -> bool:
@@ -181,7 +181,8 @@ def contents(message: Mapping[str, Any]) -> list[str]:
     return [content] if isinstance(content, str) else [part["text"] for part in content]
 
 
-def _doubled(text: str) -> str:
+def doubled(text: str) -> str:
+    """A text as a template that means its braces as themselves."""
     return text.replace("{", "{{").replace("}", "}}")
 
 
@@ -472,13 +473,21 @@ class _Rendering:
         Raises:
             ValueError: it names the message.
         """
+        template = self.tokenizer.get_chat_template(None, self.given["tools"])
         for leaf, found in places.items():
             number, text = leaf[0], self.text_of(leaf)
             role = self.messages[number]["role"]
+            # Gone without a mark that shows it: only what the template looks for and takes out.
+            lost = "".join(
+                character
+                if place is None and not {(leaf, i), (leaf, i + 1)} <= self.known.keys()
+                else " "
+                for i, (character, place) in enumerate(zip(text, found, strict=True))
+            )
+            if any(word not in template for word in lost.split()):
+                raise ValueError(_unfollowed(number, role))
             if not text.strip() or any(found):
                 continue
-            if not any((leaf, j) in self.known for j in range(len(text) + 1)):
-                raise ValueError(_unfollowed(number, role))
             if leaf[1] == "content" and role != "assistant":  # whose thinking may be left out
                 raise ValueError(
                     f"the chat template leaves out messages[{number}] ({role}): {brief(text)}. "

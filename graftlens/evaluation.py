@@ -19,7 +19,11 @@ __all__ = ["evaluate", "position_grafts"]
 
 
 def position_grafts(
-    source: str = "sft", entity: str = "first_entity", base: str | None = None
+    source: str = "sft",
+    entity: str = "first_entity",
+    base: str | None = None,
+    *,
+    kind: Literal["fact", "chat"] = "fact",
 ) -> dict[str, Graft]:
     """The paper's position grafts (arXiv 2506.20746): where is the fact retrieved?
 
@@ -30,17 +34,29 @@ def position_grafts(
         source: the finetuned source.
         entity: the span of the entity that the prompt names.
         base: the source that runs elsewhere, if that is not the model's base.
+        kind: `fact`, or `chat` for prompts that are conversations (`Prompt.chat`): what the system
+            and the user say, what the chat template writes, the last token, and the complements.
+            `entity` plays no part there.
+
+    Raises:
+        ValueError: an unknown kind.
     """
-    places = {
-        "PRE": None,
-        "SFT": "all",
-        "FE": entity,
-        "LT": "last",
-        "FE+LT": f"{entity} + last",
-        "(FE+LT)^C": f"~({entity} + last)",
-        "not-FE": f"~{entity}",
-        "not-LT": "~last",
-    }
+    places: dict[str, str | None] = {"PRE": None, "SFT": "all"}
+    if kind == "chat":
+        roles = ("system", "user", "template")
+        places |= {role: role for role in roles} | {"LT": "last"}
+        places |= {f"not-{role}": f"~{role}" for role in roles} | {"not-LT": "~last"}
+    elif kind == "fact":
+        places |= {
+            "FE": entity,
+            "LT": "last",
+            "FE+LT": f"{entity} + last",
+            "(FE+LT)^C": f"~({entity} + last)",
+            "not-FE": f"~{entity}",
+            "not-LT": "~last",
+        }
+    else:
+        raise ValueError(f'kind={kind!r} is unknown. Allowed: "fact" or "chat".')
     below = Graft() if base is None else Graft.rule(base)
     return {
         name: below if at is None else below | Graft.rule(source, at=at)

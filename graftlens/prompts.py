@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from graftlens.chat import RESERVED, Conversation, Rendered, contents, render
+from graftlens.chat import RESERVED, ROLES, Conversation, Rendered, contents, render
 from graftlens.graft import Runs
 
 #: Spans that every prompt has: its first position (the BOS token where the tokenizer puts one),
@@ -96,14 +96,15 @@ class Prompt:
             messages: `{"role": …, "content": …}` and what else the template reads. Roles: system,
                 user, assistant, tool. What an assistant says is also its reasoning, and of its tool
                 calls the names and the texts of the arguments.
-            fields: the text of each `{field}` of the contents; left out, braces are literal.
+            fields: the text of each `{field}` of the contents; without any, braces are literal.
             answer: the text that should follow. The generation prompt ends with a newline or a
                 marker in most templates: the answer then begins without a space.
             prefill: how the assistant's answer begins; without it the template is asked for the
                 generation prompt, unless the last message is the assistant's.
             tools: JSON schemas of functions, for templates that write them.
             template_options: what else the template reads, such as `{"enable_thinking": False}`.
-            more: the other attributes of a `Prompt`.
+            more: the other attributes of a `Prompt`. Conversations without fields are called `chat`
+                in tables unless they are given a name.
 
         Raises:
             ValueError: a role or content that is unknown; as `Prompt`.
@@ -113,14 +114,13 @@ class Prompt:
             prefill=prefill,
             tools=tools,
             template_options=template_options,
-            literal=fields is None,
+            literal=not fields,
         )
+        if not fields and more.get("name") is None:
+            more["name"] = "chat"  # else tables would take each of them for a template
         return cls(conversation.transcript, fields or {}, answer, conversation=conversation, **more)
 
     def __post_init__(self) -> None:
-        given: Any = self.conversation
-        if isinstance(given, Mapping):  # as it is written down
-            object.__setattr__(self, "conversation", Conversation.of(**given))
         if self.conversation is not None and self.template != self.conversation.transcript:
             raise ValueError(
                 f"template={self.template!r} is not the transcript of the conversation. Make a "
@@ -279,6 +279,14 @@ class Tokenized:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def roles(self) -> tuple[str, ...] | None:
+        """Of a conversation, the one of `system`, `user`, … and `template` that each token is."""
+        if self.prompt is None or self.prompt.conversation is None:
+            return None
+        named = [(role, self.runs.get(role, ())) for role in (*ROLES, "template")]
+        found = {i: role for role, runs in named for run in runs for i in run}
+        return tuple(found[i] for i in range(len(self)))
 
     @classmethod
     def bare(cls, ids: Sequence[int]) -> "Tokenized":

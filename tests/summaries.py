@@ -8,12 +8,15 @@ import pandas as pd
 from graftlens import stats
 
 NO_RULE = dict.fromkeys(stats.GRAFT_COLUMNS)
-ENDS = {"PRE": NO_RULE, "SFT": dict.fromkeys(stats.GRAFT_COLUMNS, "all") | {"source": "sft"}}
+ENDS = {
+    "PRE": NO_RULE,
+    "SFT": dict.fromkeys(stats.GRAFT_COLUMNS, "all") | {"source": "sft", "strength": 1.0},
+}
 
 
 def site(component="o", layer="0", span="last", source="sft", head="all"):
     """Name and tidy columns of a graft with one rule."""
-    values = (source, span, component, layer, head)
+    values = (source, span, component, layer, head, "all", 1.0)
     name = f"{source} @ {span} : {component} : {layer}"
     return {name: dict(zip(stats.GRAFT_COLUMNS, values, strict=True))}
 

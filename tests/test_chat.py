@@ -4,16 +4,39 @@ Token ids are held against transformers' own `apply_chat_template`, and whose ea
 against the templates written a second time, in Python.
 """
 
+import copy
+import itertools
+import json
 import random
+import re
 from collections import Counter
-from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
+import torch
 from chattemplates import PROMPT, TEMPLATES, WRITERS, tokenizer_of
+from conftest import MakeTiny, Tiny
+from datasets import Dataset, DatasetDict
+from reference import sequential_graft
+from sweeps import checkpoints
+from toytokenizers import TOKENIZERS
 
-from graftlens.chat import ROLES, render
+from graftlens.chat import RESERVED, ROLES, render
+from graftlens.dashboards import dashboard
+from graftlens.evaluation import evaluate, position_grafts
+from graftlens.graft import At, Graft
+from graftlens.model.arch import PairError
+from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.identity import tokenizer_digest
+from graftlens.model.tokenizers import with_chat_template
 from graftlens.prompts import Prompt, PromptError, Tokenized, tokenize
+from graftlens.sweep.config import SweepConfig, check, load_config
+from graftlens.sweep.promptsets import PromptColumn, PromptSection
+from graftlens.sweep.results import as_given, read_results, revived
+from graftlens.sweep.runner import run_sweep
 
 NAMES = sorted(TEMPLATES)
 TRIMS_OFFSETS = {"llama3", "deepseek"}  # their tokenizers leave spaces out of tokens' offsets
@@ -143,7 +166,7 @@ def _check(name: str, messages: list[dict[str, Any]], tools: Any) -> Tokenized:
     expected_turns = [(max(bos, min(p)), max(p) + 1) for p in written.values()]
     assert [(max(bos, a), b) for a, b in rendered.turns] == expected_turns
     assert (PROMPT in written) == (prompted and name not in ("llama2", "mistral"))
-    for (_, end), (start, _) in pairwise(rendered.turns):
+    for (_, end), (start, _) in itertools.pairwise(rendered.turns):
         assert end == start
     return tokens
 
@@ -176,3 +199,538 @@ def test_random_conversations(name: str) -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_two_hundred_random_conversations(name: str) -> None:
     _many(name, 200)
+
+
+# -- what a conversation is ------------------------------------------------------------------------
+
+ASKED = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "Who starred with {first_entity}? Name {first_entity}'s partner."},
+]
+
+
+def _texts(tokens: Tokenized, span: str, name: str = "chatml") -> list[str]:
+    decode = tokenizer_of(name).decode
+    return [decode([tokens.ids[i] for i in run]) for run in tokens.runs[span]]
+
+
+def test_fields_of_contents_are_spans() -> None:
+    prompt = Prompt.chat(ASKED, fields={"first_entity": "Renée Zellner"}, answer="Anders")
+    tokens = tokenize(prompt, tokenizer_of("chatml"))
+    assert _texts(tokens, "first_entity") == [" Renée Zellner", " Renée Zellner"]
+    assert _texts(tokens, "user") == [prompt.text.split("user: ")[1].split("\n\n")[0]]
+    assert _texts(tokens, "turn") == [
+        "<|im_start|>system\nBe brief.<|im_end|>\n",
+        f"<|im_start|>user\n{_texts(tokens, 'user')[0]}<|im_end|>\n",
+        "<|im_start|>assistant\n",
+    ]
+    assert prompt.text == (
+        "system: Be brief.\n\nuser: Who starred with Renée Zellner? Name Renée Zellner's partner."
+        "\n\nassistant:"
+    )
+    assert prompt.template == prompt.text.replace("Renée Zellner", "{first_entity}")
+    # Without fields, braces are literal.
+    literal = Prompt.chat(ASKED)
+    assert "{first_entity}" in str(tokenize(literal, tokenizer_of("chatml")).text)
+    assert literal.text.count("{first_entity}") == 2
+
+
+def test_conversations_are_values() -> None:
+    made = [
+        Prompt.chat(ASKED, fields={"first_entity": n}, prefill="{first_entity} and") for n in "ab"
+    ]
+    assert len({*made, Prompt.chat(ASKED, fields={"first_entity": "a"}, prefill=" it")}) == 3
+    assert made[0] == Prompt.chat(ASKED, fields={"first_entity": "a"}, prefill="{first_entity} and")
+    assert revived(as_given(made[0])) == made[0]
+    messages = [dict(m) for m in ASKED]
+    prompt = Prompt.chat(messages)
+    messages[0]["content"] = "changed"
+    assert prompt == Prompt.chat(ASKED)
+    assert prompt.conversation is not None
+    prompt.conversation.messages[0]["content"] = "changed"
+    assert prompt == Prompt.chat(ASKED)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("prefill", ["The lead is", "<think>\nHm"])
+def test_a_prefill_is_the_begun_message_of_the_assistant(name: str, prefill: str) -> None:
+    messages = [{"role": "user", "content": "Who?"}]
+    tokenizer = tokenizer_of(name)
+    tokens = tokenize(Prompt.chat(messages, prefill=prefill), tokenizer)
+    whole = [*messages, {"role": "assistant", "content": prefill}]
+    theirs = tokenizer.apply_chat_template(whole, continue_final_message=True)["input_ids"]
+    assert list(tokens.ids) == theirs
+    assert tokens.text is not None
+    assert tokens.text.endswith(prefill)
+    assert max(tokens.runs["assistant"][0]) == len(tokens) - 1
+    assert set(tokens.runs["assistant"][-1]) <= set(tokens.runs["turn"][-1])
+
+
+def test_assistant_tokens_are_those_of_the_templates_own_mask() -> None:
+    """A template may say itself what is generated: the message, and the marker that ends it."""
+    for name in ("chatml", "phi3"):
+        tokenizer = tokenizer_of(name)
+        for number in range(5):
+            messages, _ = _conversation(name, random.Random(number))
+            if messages[-1]["role"] != "assistant":
+                messages.append({"role": "assistant", "content": "So it is."})
+            theirs = tokenizer.apply_chat_template(
+                messages, return_assistant_tokens_mask=True, return_dict=True
+            )
+            tokens = tokenize(Prompt.chat(messages), tokenizer)
+            generated = {i for i, said in enumerate(theirs["assistant_masks"]) if said}
+            ours = {i for run in tokens.runs["assistant"] for i in run}
+            template = {i for run in tokens.runs["template"] for i in run}
+            if name == "chatml":  # the other's markers take in a message's first white space
+                assert ours <= generated
+            assert generated - ours <= template
+
+
+def test_template_options_and_the_generation_prompt() -> None:
+    question = [{"role": "user", "content": "Who?"}]
+    tokenizer = tokenizer_of("qwen3")
+    tokens = tokenize(Prompt.chat(question, template_options={"enable_thinking": False}), tokenizer)
+    assert _texts(tokens, "turn", "qwen3")[-1] == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    chosen = At.parse("template & turn#-1").select(tokens.runs, len(tokens))
+    assert list(np.flatnonzero(chosen)) == list(tokens.runs["turn"][-1])
+    closed = Prompt.chat(question, template_options={"add_generation_prompt": False})
+    assert (
+        list(tokenize(closed, tokenizer).ids)
+        == tokenizer.apply_chat_template(question)["input_ids"]
+    )
+    dated = Prompt.chat(question, template_options={"date_string": "1 May 2025"})
+    assert "1 May 2025" in str(tokenize(dated, tokenizer_of("llama3")).text)
+
+
+def test_runs_are_counted_from_both_ends() -> None:
+    messages = [
+        {"role": role, "content": text}
+        for role, text in [("user", "one"), ("assistant", "two"), ("user", "three")]
+    ]
+    tokens = tokenize(Prompt.chat(messages), tokenizer_of("chatml"))
+
+    def text(at: str) -> str:
+        chosen = np.flatnonzero(At.parse(at).select(tokens.runs, len(tokens)))
+        return tokenizer_of("chatml").decode([tokens.ids[i] for i in chosen])
+
+    assert text("user#1") == text("user#-2") == "one"
+    assert text("user#2") == text("user#-1") == "three"
+    assert text("turn#-2 & ~user") == "<|im_start|>user\n<|im_end|>\n"
+    assert text("user + assistant + template") == tokens.text
+    with pytest.raises(ValueError, match="no run user#-3: span 'user' occurs 2 time"):
+        text("user#-3")
+
+
+@pytest.mark.parametrize("name", ["chatml", "llama3", "gemma", "mistral"])
+def test_white_space_that_is_a_token_belongs_to_its_field(name: str) -> None:
+    """A newline at a field's end was no token of the field's where offsets leave it out."""
+    tokenizer = tokenizer_of(name)
+    for space in ("\n", " ", "\n\n", "\t"):
+        content = "Say {x}: now {x}"
+        fields = {"x": f"Anders{space}"}
+        prompts = [
+            Prompt(content, fields),
+            Prompt.chat([{"role": "user", "content": content}], fields=fields),
+        ]
+        for prompt in prompts:
+            tokens = tokenize(prompt, tokenizer, prepend_bos=False)
+            first = tokens.runs["x"][0]
+            pieces = tokenizer.convert_ids_to_tokens([tokens.ids[i] for i in first])
+            assert pieces[-1] in ("Ċ", "Ġ", "▁", "<0x0A>", "ĊĊ", "ĉ", "<0x09>"), (space, pieces)
+            following = tokenizer.decode([tokens.ids[first[-1] + 1]])
+            assert following.startswith(":")
+
+
+# -- what is refused, and how ----------------------------------------------------------------------
+
+USER = {"role": "user", "content": "Who?"}
+
+
+BEGUN = {"role": "assistant", "content": "I"}
+BAD = [
+    ([], {}, r"messages=\[\]: a conversation has one message or more"),
+    ([{"content": "a"}], {}, r"messages\[0\] is .*Write \{\"role\": \"user\""),
+    ([{"role": "usr", "content": ""}], {}, r"role='usr' is unknown\. .*Did you mean 'user'\?"),
+    ([USER, {"role": "user"}], {}, r"messages\[1\]: no content"),
+    ([{"role": "user", "content": 3}], {}, r"messages\[0\]: content=3\. Write a text, or a list"),
+    ([{"role": "user", "content": [{"type": "image"}]}], {}, "other kinds of content are not"),
+    ([USER], {"prefill": ""}, "prefill='': write how the assistant's answer begins"),
+    ([USER, BEGUN], {"prefill": "am"}, "the last message is the assistant's already"),
+    ([USER], {"template_options": {"tokenize": False}}, "'tokenize' is not an option of a"),
+    ([USER], {"template_options": {"when": {1, 2}}}, "hold JSON values only"),
+    ([{"role": "user", "content": "{x"}], {"fields": {"x": "a"}}, "is malformed"),
+    ([{"role": "user", "content": "{y}"}], {"fields": {"x": "a"}}, "needs the field 'y'"),
+    ([{"role": "user", "content": "a \ud800"}], {}, "half of a surrogate pair"),
+]
+
+
+@pytest.mark.parametrize(("messages", "more", "said"), BAD)
+def test_conversations_that_are_none(messages: Any, more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Prompt.chat(messages, **more)
+
+
+@pytest.mark.parametrize("name", RESERVED)
+def test_no_field_has_the_name_of_a_conversations_span(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"'{name}' is a span of conversations"):
+        Prompt(f"Ask {{{name}}}.", {name: "a"})
+
+
+_FIRST, _SECOND = "messages[0].content", "messages[1].content"
+UNFOLLOWED = [
+    (None, "has no chat template, so it cannot write a conversation"),
+    ("{{ raise_exception('one only') }}", "refuses this conversation: one only"),
+    (f"{{{{ {_FIRST} + {_FIRST} }}}}", r"a text of messages\[0\] \(user\) more than once"),
+    (f"{{{{ {_FIRST} }}}}", r"leaves out messages\[1\] \(system\): 'Be brief\.'"),
+    (
+        f"{{% if {_FIRST} == 'Who are you?' %}}Who am I?{{% endif %}}",
+        r"leaves out messages\[0\] \(user\): 'Who are you\?'",
+    ),
+    (
+        f"{{{{ {_SECOND}[:3] + {_FIRST} + {_SECOND}[3:] }}}}",
+        r"decides by the text of messages\[1\] \(system\) what to write",
+    ),
+    (
+        f"{{{{ {_SECOND}.split(' ')[0] + '; ' + {_FIRST} + '; ' + {_SECOND}.split(' ')[1] }}}}",
+        r"mixes the texts of messages\[0\] and messages\[1\]",
+    ),
+    (f"{{{{ {_FIRST} + {_SECOND} }}}}", "holds characters of messages 0 and 1"),
+]
+
+
+@pytest.mark.parametrize(("template", "said"), UNFOLLOWED)
+def test_templates_that_cannot_be_followed(template: str | None, said: str) -> None:
+    tokenizer = TOKENIZERS["gpt2"]()
+    tokenizer.chat_template = template
+    tokenizer.add_tokens(["you?Be"])
+    prompt = Prompt.chat(
+        [
+            {"role": "user", "content": "Who are you?"},
+            {"role": "system", "content": "Be brief."},
+        ]
+    )
+    with pytest.raises(PromptError, match=said):
+        tokenize(prompt, tokenizer)
+
+
+def test_a_field_that_the_template_drops_is_refused() -> None:
+    messages = [
+        USER,
+        {"role": "assistant", "content": "<think>\n{thought}</think>\n\nWell."},
+        USER,
+    ]
+    prompt = Prompt.chat(messages, fields={"thought": "Hm"})
+    with pytest.raises(PromptError, match="the chat template leaves out the field 'thought'"):
+        tokenize(prompt, tokenizer_of("qwen3"))
+    assert _texts(tokenize(prompt, tokenizer_of("chatml")), "thought") == ["Hm"]
+
+
+# -- a grafted conversation ------------------------------------------------------------------------
+
+
+SHORT = (
+    "{% for m in messages %}{{ m.role[0] }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def chatty(tiny: MakeTiny) -> Tiny:
+    """A tiny pair whose tokenizer has a chat template without tokens of its own."""
+    pair = tiny("llama", tokenizer="gpt2")
+    pair.model.tokenizer = copy.copy(pair.model.tokenizer)
+    pair.model.tokenizer.chat_template = SHORT
+    return pair
+
+
+TALK = Prompt.chat(
+    [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Who saw {first_entity}?"},
+        {"role": "assistant", "content": "José"},
+        {"role": "user", "content": "Who else?"},
+    ],
+    fields={"first_entity": "Anders"},
+    answer=" Robert",
+    distractors=[" Mary"],
+)
+
+
+_GROUPS = {"attn": {"q", "k", "v", "o"}, "mlp": {"mlp_in", "mlp_gate", "mlp_out"}}
+
+
+@pytest.mark.parametrize(
+    "graft",
+    [
+        "sft @ system",
+        "sft @ ~system : attn",
+        "sft @ user#-1 : v + o | sft @ template : mlp",
+        "sft @ template & turn#-1",
+        "sft @ assistant + first_entity : q + mlp_in : 1",
+    ],
+)
+def test_a_grafted_conversation_is_the_sequential_algorithm(chatty: Tiny, graft: str) -> None:
+    model = chatty.model
+    (tokens,) = model.tokenized(TALK)
+    rules = Graft.parse(graft).rules
+    chosen = [set(np.flatnonzero(r.at.select(tokens.runs, len(tokens)))) for r in rules]
+
+    def choose(component: str, layer: int | None, position: int, head: int | None) -> str:
+        source = "pre"
+        for rule, positions in zip(rules, chosen, strict=True):
+            here = position in positions
+            named = {part for word in rule.components for part in _GROUPS.get(word, {word})}
+            here &= component in named or "all" in named
+            if here and (rule.layers == ("all",) or layer in rule.layers):
+                source = "sft"
+        return source
+
+    expected = sequential_graft(chatty.sources, list(tokens.ids), choose)
+    found = model(TALK, graft=graft)[0]
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+    assert not torch.equal(found, model(TALK)[0])
+
+
+def test_position_grafts_of_a_chat(chatty: Tiny) -> None:
+    grafts = position_grafts("sft", kind="chat")
+    assert {name: str(graft) for name, graft in grafts.items()} == {
+        "PRE": "none",
+        "SFT": "sft @ all",
+        "system": "sft @ system",
+        "user": "sft @ user",
+        "template": "sft @ template",
+        "LT": "sft @ last",
+        "not-system": "sft @ ~system",
+        "not-user": "sft @ ~user",
+        "not-template": "sft @ ~template",
+        "not-LT": "sft @ ~last",
+    }
+    table = evaluate(chatty.model, TALK, grafts, progress=False)
+    assert table["reason"].isna().all()
+    ids = chatty.model.tokenized(TALK)[0].ids
+    for name in ("PRE", "SFT"):
+        row = table[table["graft"] == name].iloc[0]
+        logits = chatty.logits(name.lower(), list(ids))[-1].log_softmax(-1)
+        assert row["logprob"] == pytest.approx(float(logits[row["target_id"]]), abs=1e-4)
+
+
+def test_generation_goes_on_from_the_conversation(chatty: Tiny) -> None:
+    text = chatty.model.generate(TALK, max_new_tokens=3)
+    (tokens,) = chatty.model.tokenized(TALK)
+    assert text.startswith(tokens.text)
+
+
+def test_a_dashboard_shows_the_roles(chatty: Tiny, tmp_path: Path) -> None:
+    view = dashboard(chatty.model, TALK, {"user": "sft @ user"})
+    page = view.save(tmp_path / "chat.html").read_text(encoding="utf-8")
+    assert "system: Be brief.\n\nuser: Who saw Anders?" in page
+    shown = re.findall(r"</span><small>(\w+)</small></span>", page)
+    turns = ["system", "template", "user", "template", "assistant", "template", "user", "template"]
+    assert shown == ["template", *turns] * 3  # PRE, SFT and the graft
+    (tokens,) = chatty.model.tokenized(TALK)
+    assert tokens.roles() is not None
+    assert [role for role, _ in itertools.groupby(tokens.roles())] == ["template", *turns]
+    assert chatty.model.tokenized("Anders")[0].roles() is None
+
+
+# -- one template per model ------------------------------------------------------------------------
+
+
+def test_all_sources_share_one_chat_template(tmp_path: Path) -> None:
+    def tokenizer(template: str | None) -> Any:
+        made = TOKENIZERS["gpt2"]()
+        made.chat_template = template
+        return made
+
+    plain, a, b = tokenizer(None), tokenizer("{{ 'a' }}"), tokenizer("{{ 'b' }}")
+    kept, told = with_chat_template(a, [("pre", a), ("sft", b)], None)
+    assert kept is a
+    assert told == "chat template of 'pre' ('sft' has another)"
+    taken, told = with_chat_template(plain, [("pre", plain), ("sft", b), ("other", b)], None)
+    assert (taken.chat_template, plain.chat_template) == ("{{ 'b' }}", None)
+    assert told == "chat template of 'sft'"
+    assert with_chat_template(plain, [("pre", plain)], None) == (plain, "")
+    file = tmp_path / "own.jinja"
+    file.write_text("{{ 'é' }}", encoding="utf-8")
+    for given in ("{{ 'é' }}", file, str(file)):
+        found, told = with_chat_template(a, [("pre", a)], given)
+        assert (found.chat_template, a.chat_template, told) == (
+            "{{ 'é' }}",
+            "{{ 'a' }}",
+            "chat template as given",
+        )
+    with pytest.raises(PairError, match=r"chat_template='lost\.jinja' is neither a template"):
+        with_chat_template(a, [("pre", a)], "lost.jinja")
+    assert tokenizer_digest(a) != tokenizer_digest(b) != tokenizer_digest(plain)
+
+
+def test_loading_tells_whose_template_it_is(
+    tiny: MakeTiny, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sources = tiny("llama", tokenizer="gpt2").sources
+    template = TEMPLATES["olmo"][0]
+    model = GraftedTransformer.from_pretrained(
+        sources, tokenizer=TOKENIZERS["gpt2"](), chat_template=template, check=False
+    )
+    assert capsys.readouterr().out.strip().endswith("; chat template as given")
+    assert model.tokenizer.chat_template == template
+
+
+# -- sweeps over conversations ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Two tiny checkpoints, of which only the second has a chat template."""
+    folder = tmp_path_factory.mktemp("chat")
+    found = checkpoints(folder)
+    tokenizer = TOKENIZERS["llama3"]()
+    tokenizer.chat_template = SHORT
+    tokenizer.save_pretrained(found["sft"])
+    return found
+
+
+def _rows(count: int) -> list[dict[str, Any]]:
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": f"Who is {i}{{?"},
+                {"role": "assistant", "content": f" Ann{'e' * i}"},
+            ],
+            "said": f" Bo{i}",
+        }
+        for i in range(count)
+    ]
+
+
+def test_a_sweep_of_conversations_equals_them_one_by_one(
+    places: dict[str, str], tmp_path: Path
+) -> None:
+    """From the config, a file and a dataset's column, read again by a worker of its own."""
+    file = tmp_path / "talks.jsonl"
+    lines = [
+        {"messages": ASKED, "fields": {"first_entity": name}, "answer": " Mara", "name": "talk"}
+        for name in ("Ann", "Siobhán")
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    Dataset.from_list(_rows(5)).save_to_disk(tmp_path / "rows")
+    config = SweepConfig.model_validate(
+        {
+            "sources": places,
+            "prompts": [
+                {
+                    "messages": [USER],
+                    "prefill": "It is {x",
+                    "answer": " Mara",
+                    "distractors": ["!"],
+                },
+                {"file": str(file)},
+                {"dataset": str(tmp_path / "rows"), "limit": 2},
+            ],
+            "grafts": {str(name): graft for name, graft in position_grafts(kind="chat").items()},
+            "metrics": {"top_k": 3},
+        }
+    )
+    run_sweep(config, tmp_path / "out", progress=False, say=lambda line: None)
+    table = read_results(tmp_path / "out")
+    refused = table[table["reason"].notna()]
+    assert {*refused["graft"]} == {"system", "not-system"}
+    assert refused["reason"].str.contains("no span 'system' here. Spans of this prompt: user").all()
+    model = GraftedTransformer.from_pretrained(places, check=False, verbose=False)
+    prompts = [
+        Prompt.chat([USER], prefill="It is {x", answer=" Mara", distractors=["!"]),
+        *(Prompt.chat(ASKED, fields=line["fields"], answer=" Mara", name="talk") for line in lines),
+    ]
+    drawn = [p for p in table["prompt"].unique() if p > 2]
+    assert len(drawn) == 2
+    for number, prompt in enumerate(prompts):
+        for name, graft in position_grafts(kind="chat").items():
+            row = table[(table["prompt"] == number) & (table["graft"] == name)].iloc[0]
+            if row["reason"] is None:
+                alone = evaluate(model, prompt, {name: graft}, progress=False).query(
+                    "graft == @name"
+                )
+                assert row["answer_logprob"] == pytest.approx(
+                    alone["answer_logprob"].iloc[0], abs=1e-5
+                )
+                assert (row["text"], row["rank"]) == (prompt.text, alone["rank"].iloc[0])
+    assert [*table["template"].unique()] == ["chat", "talk", "rows"]
+    # The same command again: nothing is left to run, and nothing is another sweep.
+    run_sweep(config, tmp_path / "out", progress=False, say=lambda line: None)
+    pd.testing.assert_frame_equal(read_results(tmp_path / "out"), table)
+
+
+def test_a_dataset_s_column_is_drawn_by_the_seed(tmp_path: Path) -> None:
+    rows = _rows(8)
+    Dataset.from_list(rows).save_to_disk(tmp_path / "rows")
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    for name in ("rows", "rows.jsonl"):
+        section = PromptColumn(dataset=str(tmp_path / name), limit=3, name="talks")
+        drawn = {seed: section.prompts(seed) for seed in (0, 0, 1)}
+        every = PromptColumn(dataset=str(tmp_path / name), name="talks").prompts(0)
+        assert every == [
+            Prompt.chat(row["messages"][:1], answer=row["messages"][1]["content"], name="talks")
+            for row in rows
+        ]
+        assert len(drawn[0]) == 3
+        assert drawn[0] != drawn[1]
+        assert drawn[0] == [p for p in every if p in drawn[0]]
+    said = PromptColumn(dataset=str(tmp_path / "rows"), answer="said").prompts(0)
+    assert [p.answer for p in said] == [row["said"] for row in rows]
+    assert said[0].conversation is not None
+    assert len(said[0].conversation.messages) == 2
+    texts = PromptColumn(dataset=str(tmp_path / "rows"), column="said", answer="said").prompts(0)
+    assert texts[0] == Prompt(" Bo0", {}, " Bo0", name="rows")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"column": "message"}, "column='message' is not one of the columns of .*: messages, said"),
+        ({"column": "said"}, "row 0: a text without an answer. Name the column of answers"),
+        ({"dataset": "nowhere.jsonl"}, r"dataset='nowhere\.jsonl', split='train' could not be"),
+        ({"split": "test"}, "split='test' could not be read"),
+    ],
+)
+def test_columns_that_are_no_prompts(tmp_path: Path, changes: dict[str, str], said: str) -> None:
+    DatasetDict({"train": Dataset.from_list(_rows(2))}).save_to_disk(tmp_path / "rows")
+    section = PromptColumn(**({"dataset": str(tmp_path / "rows")} | changes))
+    with pytest.raises((ValueError, OSError), match=said):
+        section.prompts(0)
+
+
+def test_a_row_that_ends_with_a_question_has_no_answer(tmp_path: Path) -> None:
+    Dataset.from_list([{"messages": [USER]}]).save_to_disk(tmp_path / "rows")
+    with pytest.raises(ValueError, match="row 0: the last message is not an answer of the assist"):
+        PromptColumn(dataset=str(tmp_path / "rows")).prompts(0)
+
+
+def test_prompts_are_a_template_or_messages() -> None:
+    for given, said in [
+        ({"answer": " a"}, "neither is given. Give one: template or messages"),
+        ({"answer": " a", "template": "x", "messages": [USER]}, "both are given"),
+        ({"answer": " a", "template": "x", "prefill": "y"}, "prefill goes with messages"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            PromptSection.model_validate(given)
+
+
+@pytest.mark.filterwarnings("ignore:.*more than the model's context")
+def test_the_shipped_sweep_of_roles_runs(places: dict[str, str], tmp_path: Path) -> None:
+    path = Path(__file__).parent.parent / "experiments" / "sweeps" / "chat_roles.yaml"
+    config = load_config(
+        path,
+        [*(f"sources.{n}={p}" for n, p in places.items()), "limit=1", "dataset.templates=[qa]"],
+    )
+    run_sweep(config, tmp_path / "out", progress=False, say=lambda line: None)
+    table = read_results(tmp_path / "out")
+    assert table["reason"].isna().all()
+    assert table["text"].iloc[0].startswith("system: Answer with a name.\n\nuser: Question: ")
+    assert table["text"].iloc[0].endswith("\n\nassistant: The name is")
+    # What all but a role says is everything less that role: the two together are the full graft.
+    (prompt, *_) = check(config).prompts
+    tokens = tokenize(prompt, check(config).tokenizer)
+    for role in ("system", "user", "assistant", "template"):
+        both = At.parse(f"{role} + ~{role}").select(tokens.runs, len(tokens))
+        assert both.all()
+        assert At.parse(role).select(tokens.runs, len(tokens)).any()

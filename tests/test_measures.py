@@ -1,6 +1,7 @@
 """Measures: every row of `METRICS` against plain formulas over one run's logits, and adding one."""
 
 import json
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -138,28 +139,19 @@ def test_a_reference_that_is_not_in_the_table_has_its_own_rows(llama: Tiny) -> N
         score(llama.model, named, some, measures=["js_full"], references={"base": Graft()})
 
 
-def third_likeliest(logits: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    assert answer.shape == logits.shape[:1]
-    return logits.topk(3, dim=-1).values[:, 2] - logits.gather(1, answer[:, None])[:, 0]
+def shown() -> str:
+    """The README's measure of a user's own."""
+    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"<!-- measure -->\n```python\n(.*?)```\n<!-- /measure -->", text, re.S)
+    return str(block)
 
 
-TOY = Measure(
-    "toy",
-    ("answer",),
-    third_likeliest,
-    label="how far the third likeliest token is above the answer",
-    short="third likeliest",
-    unit="logits",
-    better="lower",
-)
-
-
-def toy_by_hand(t: Tiny, prompt: Prompt, graft: Graft) -> float:
+def third_by_hand(t: Tiny, prompt: Prompt, graft: Graft) -> float:
     with torch.no_grad():
         logits = t.model(prompt, graft=graft)[0, -1]
     tokens = tokenize(prompt, t.tokenizer)
     answer = continuation(tokens, prompt.answer or "", t.tokenizer)[0]
-    return float(logits.sort(descending=True).values[2] - logits[answer])
+    return float(logits[answer] - logits.sort(descending=True).values[2])
 
 
 @pytest.fixture(scope="module")
@@ -186,18 +178,20 @@ def test_a_measure_is_one_row(
     llama: Tiny, sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the README says: the row goes through evaluate, a sweep, statistics and plots."""
-    monkeypatch.setitem(METRICS, "toy", TOY)
-    table = evaluate(llama.model, prompts(), GRAFTS, measures=["toy"], progress=False)
+    names: dict[str, Any] = {"model": llama.model, "prompts": prompts(), "grafts": GRAFTS}
+    exec(shown(), names)
+    table, toy = names["table"], names["third"]
+    monkeypatch.setitem(METRICS, "third", toy)
     for row in table.to_dict("records"):
-        wanted = toy_by_hand(llama, prompts()[row["prompt"]], GRAFTS[row["graft"]])
-        assert row["toy"] == pytest.approx(wanted, abs=1e-4)
-    summary = summarise(table, by=(), metrics=["toy"], recovery="toy", resamples=50)
-    assert summary["toy"].tolist() == pytest.approx(
-        table.groupby("graft", sort=False)["toy"].mean().tolist()
+        wanted = third_by_hand(llama, prompts()[row["prompt"]], GRAFTS[row["graft"]])
+        assert row["third"] == pytest.approx(wanted, abs=1e-4)
+    summary = summarise(table, by=(), metrics=["third"], recovery="third", resamples=50)
+    assert summary["third"].tolist() == pytest.approx(
+        table.groupby("graft", sort=False)["third"].mean().tolist()
     )
-    assert viz.grouped_bars(summary, "toy").layout.yaxis.title.text.startswith("third likeliest")
-    swept = sweep(small(sources, metrics={"measures": ["toy", "kl_full"]}), tmp_path / "out")
-    assert swept["toy"].notna().tolist() == swept["reason"].isna().tolist()
+    assert viz.grouped_bars(summary, "third").layout.yaxis.title.text == "third (logits)"
+    swept = sweep(small(sources, metrics={"measures": ["third", "kl_full"]}), tmp_path / "out")
+    assert swept["third"].notna().tolist() == swept["reason"].isna().tolist()
     assert (swept.loc[swept["graft"] == "SFT", "kl_full"].dropna() == 0).all()
 
 

@@ -40,7 +40,7 @@ def test_the_grafts_shown_are_grafts() -> None:
     (block,) = (b for b in _blocks() if b.startswith("from graftlens import Graft\n"))
     shown = [node for node in ast.parse(block).body if isinstance(node, ast.Expr)]
     grafts = [eval(ast.unparse(node), {"Graft": Graft}) for node in shown]
-    assert len(grafts) == 6
+    assert len(grafts) == 10
     for graft in grafts:
         assert Graft.parse(str(graft)) == graft
     assert grafts[1] == grafts[-1], "the text form is the same graft"

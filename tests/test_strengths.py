@@ -37,6 +37,8 @@ from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.mask import Mixtures, UnitSelection, atoms
 from graftlens.model.sequential import Sequential
 from graftlens.prompts import Tokenized
+from graftlens.sweep.config import NamedGraft
+from graftlens.sweep.grid import Grid
 from graftlens.sweep.planner import Branches, Planner
 
 LENGTH = 7
@@ -400,6 +402,55 @@ def test_a_neuron_that_the_model_lacks(tiny: MakeTiny) -> None:
         model.resolve("sft @ last : mlp : 0 : n39-40", torch.tensor([[1, 2]]))
 
 
+# -- grids -------------------------------------------------------------------------------------
+
+
+def test_a_grid_over_strengths_and_neurons(tiny: MakeTiny) -> None:
+    arch = tiny("llama").model.arch
+    grid = Grid.model_validate(
+        {"positions": "last", "components": "mlp_out", "layers": [0, 1], "strengths": [0, 0.25, 2]}
+    )
+    found = list(grid.grafts(arch, ("pre", "sft")))
+    assert [g.name for g in found[:3]] == [
+        "0*sft @ last : mlp_out : 0",
+        "0.25*sft @ last : mlp_out : 0",
+        "2*sft @ last : mlp_out : 0",
+    ]
+    assert [g.tags["strength"] for g in found] == [0.0, 0.25, 2.0] * 2
+    assert [g.tags["unit"] for g in found] == ["all"] * 6
+    one = NamedGraft.of(found[1].name, found[1].graft)
+    about = (one.source, one.span, one.component, one.layer, one.head, one.unit, one.strength)
+    assert about == ("sft", "last", "mlp_out", "0", "all", "all", 0.25)
+
+    units = {"components": "mlp", "units": ["each", {"windows": {"size": 20, "stride": 20}}]}
+    found = list(Grid.model_validate(units).grafts(arch, ("pre", "sft")))
+    assert [g.tags["unit"] for g in found] == [*map(str, range(40)), "0-19", "20-39"]
+    assert str(found[-1].graft) == "sft @ all : mlp : all : n20-39"
+    one = NamedGraft.of("x", found[-1].graft)
+    assert (one.head, one.unit, one.strength) == ("all", "20-39", 1.0)
+
+    dropped = Grid.model_validate(
+        {"components": "mlp", "strengths": 0.5, "units": 3, "dropout": {"rates": [0.5]}}
+    )
+    (draw,) = dropped.grafts(arch, ("pre", "sft"))
+    assert draw.name == "0.5*sft @ all : mlp : all : n3 - 0.5 (0)"
+    assert all((rule.strength, rule.units) == (0.5, (3,)) for rule in draw.graft)
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"strengths": []}, "the list is empty. Name a strength, or leave the axis out for 1."),
+        ({"strengths": [0.5, True]}, "strength=True is not a finite number."),
+        ({"units": None}, "units is empty. Name neurons, or leave the axis out for all."),
+        ({"units": ["first"]}, "units='first': 'first' is no"),
+    ],
+)
+def test_axes_of_a_grid_that_are_refused(grid: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        Grid.model_validate(grid)
+
+
 # -- gradients ---------------------------------------------------------------------------------
 
 
@@ -436,8 +487,7 @@ class _Gradients:
         for strength in (*self.by_site.values(), *self.of_bias.values()):
             strength.requires_grad_(True)
         batch = torch.tensor([self.tokens])
-        sites = [{(Component(c), l): s for (c, l), s in of.items()} for of in self._both()]
-        mask = self.model.resolve(self.under, batch).strengthened("sft", *sites)
+        mask = self.model.resolve(self.under, batch).strengthened("sft", *self._both())
         logits = self.model(batch, graft=mask)[0]
         _close(logits.detach(), self.oracle({}), 1e-6)
         wanted = [s for of in self._both() for s in of.values()]
@@ -560,7 +610,7 @@ def test_strengths_of_the_wrong_shape_or_place_are_refused(tiny: MakeTiny) -> No
     row, o = torch.ones(LENGTH), (Component.O, 1)
     for strengths, bias, message in [
         ({(Component.O, 9): row}, None, "strengths of o in layer 9: no such site in this mask."),
-        ({(Component.O, None): row}, None, "strengths of o: no such site in this mask."),
+        ({("o", None): row}, None, "strengths of o: no such site in this mask."),
         ({o: torch.ones(3)}, None, "strengths of o in layer 1 have shape [3]. Give one for each"),
         ({o: torch.ones(1, LENGTH)}, None, "have shape [1, 7]. Give one for each of the batch's 7"),
         ({}, {o: row}, "strengths of o in layer 1: a bias alone."),

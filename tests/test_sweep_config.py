@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from chattemplates import TEMPLATES
 from families import save_checkpoint, tiny_model, tiny_sources
 from toytokenizers import gpt2_style, llama3_style
 
@@ -145,8 +146,8 @@ BAD_VALUES = {
     # prompts
     "prompts: OUT": r"no prompts: give dataset or prompts",
     "prompts: []": r"no prompts: give dataset or prompts",
-    "prompts: It was": r"prompts: 'It was': write a list of prompts, or file: and the name",
-    "prompts: [It was]": r"prompts.0: 'It was' should be a mapping with keys of: template answer",
+    "prompts: It was": r"prompts: 'It was': write a list of prompts, file: and the name",
+    "prompts: [It was]": r"prompts.0: 'It was' should be a mapping with keys of: template mess",
     "prompts: {template: It was}": r"prompts.0.answer: this key is missing. The text that should",
     "prompts: {template: It was, answer: 1984}": r"prompts.0.answer: 1984 should be text"
     r". Put it in quotes.",
@@ -234,7 +235,7 @@ BAD_VALUES = {
     "grids: {heads: , components: q}": r"grids.0.heads: heads is empty. Name heads, or leave",
     "grids: {heads: [[0, 4]], components: o}": r"grids.0: .*no head 4 in o, which has 4 heads",
     "grids: {source: task}": r"grids.0.source: no source 'task'. There are: pre sft",
-    "grids: {source: [no]}": r"grids.0.source: False is not a source's name. If it is",
+    "grids: {source: [no]}": r"grids.0.source: False is not a source's name. Put it in quotes",
     "grids: {base: task @ last}": r"grids.0.base: no source 'task'",
     "grids: {base: [{last: o}]}": r"grids.0.base: unknown key 'last' in rule",
     "grids: {positions: second_entity}": r"grids.0: none of 1 prompts can run it.*no span 'second",
@@ -243,8 +244,8 @@ BAD_VALUES = {
     "grids: {layers: {windows: {size: 2..4}}}": r"windows of size 2..4: there are 3 layers here, s",
     "grids: {layers: {windows: {size: 4..n}}}": r"windows of size 4..n: there are 3 layers here",
     "grids: {heads: {windows: {size: 3}}, components: k}": r"windows of size 3: there are 2 heads",
-    "grids: {layers: {windows: {size: 0}}}": r"grids.0.layers.windows.size: 0 is not a size:",
-    "grids: {layers: {windows: {size: 0..2}}}": r"windows.size: '0..2' is not a size: sizes",
+    "grids: {layers: {windows: {size: 0}}}": r"grids.0.layers.windows.size: 0 is not a size: s",
+    "grids: {layers: {windows: {size: 0..2}}}": r"windows.size: '0..2' is not a size: sizes coun",
     "grids: {layers: {windows: {size: 00..2}}}": r"windows.size: '00..2' is not a size",
     "grids: {layers: {windows: {size: 3..1}}}": r"'3..1' runs backwards. Write 1..3",
     "grids: {layers: {windows: {size: n..2}}}": r"'n..2' is not a size",
@@ -612,7 +613,12 @@ def test_smollm2_stands_for_the_cached_checkpoint(
         made("sources: {pre: smollm2, sft: ./sft}", tmp_path / "s.yaml")
 
 
-EXPECTED = {"last_token": 2 + 1 + 7 * N_LAYERS, "position_grid": 8, "windows": 2 + 3 * 6}
+EXPECTED = {
+    "chat_roles": 17,
+    "last_token": 2 + 1 + 7 * N_LAYERS,
+    "position_grid": 8,
+    "windows": 2 + 3 * 6,
+}
 
 
 def test_every_example_is_expected() -> None:
@@ -620,10 +626,14 @@ def test_every_example_is_expected() -> None:
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_the_examples_are_right(path: Path) -> None:
-    checked = check(load_config(path, ["sources.pre=./pre", "sources.sft=./sft"]))
+def test_the_examples_are_right(path: Path, tmp_path: Path) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(TEMPLATES["chatml"][0])
+    sources = ["sources.pre=./pre", "sources.sft=./sft", f"chat_template={template}"]
+    checked = check(load_config(path, sources))
     assert len(checked.grafts) == EXPECTED[path.stem]
-    assert set(checked.dataset) == {"movies seed 0"}
+    asked = " chat" if path.stem.startswith("chat") else ""
+    assert set(checked.dataset) == {f"movies seed 0{asked}"}
     assert len(checked.prompts) % 40 == 0
 
 

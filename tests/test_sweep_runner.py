@@ -128,7 +128,7 @@ def test_columns_say_what_prompts_and_grafts_are(finished: Path, sources: dict[s
     table = read_results(finished)
     assert isinstance(table, pd.DataFrame)
     rows = table[table["prompt"] == 4].set_index("graft")
-    tidy = ["rule", "source", "span", "component", "layer", "head"]
+    tidy = ["rule", "source", "span", "component", "layer", "head", "unit", "strength"]
     found = rows[tidy].astype(object).where(rows[tidy].notna(), None)
     assert found.loc["o at LT"].tolist() == [
         "sft @ last : o : 1-2",
@@ -137,9 +137,11 @@ def test_columns_say_what_prompts_and_grafts_are(finished: Path, sources: dict[s
         "o",
         "1-2",
         "all",
+        "all",
+        1.0,
     ]
-    assert found.loc["PRE"].tolist() == ["none", None, None, None, None, None]
-    assert found.loc["two"].tolist()[1:] == [None] * 5
+    assert found.loc["PRE"].tolist() == ["none", *[None] * 7]
+    assert found.loc["two"].tolist()[1:] == [None] * 7
     assert set(table["template"]) == {"plays", "long", "short"}
     assert set(table["dataset"]) == {"prompts"}
     assert set(table["model"]) == {f"pre: {sources['pre']}, sft: {sources['sft']}"}

@@ -26,7 +26,18 @@ BASE = "base"
 _ELSEWHERE = ("model", "output")
 
 #: The axes of a grid's grafts, which a figure may use.
-Axis = Literal["position", "component", "layer", "head", "source", "layers", "rate", "draw"]
+Axis = Literal[
+    "position",
+    "component",
+    "layer",
+    "head",
+    "unit",
+    "strength",
+    "source",
+    "layers",
+    "rate",
+    "draw",
+]
 
 
 class ModelConfig(Section):

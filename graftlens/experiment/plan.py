@@ -268,7 +268,7 @@ def _possible(sweep: SweepConfig, names: Sequence[str]) -> SweepConfig:
     if not names:
         return sweep
     try:
-        arch, _ = preview(sweep.locations(), sweep.tokenizer)
+        arch, _ = preview(sweep.locations(), sweep.tokenizer, sweep.chat_template)
     except (ValueError, OSError, RuntimeError):
         return sweep  # its check says what is wrong
     kept = {}

@@ -5,7 +5,7 @@ from .arch import UnsupportedArchitectureError as UnsupportedArchitectureError
 from .arch import architecture as architecture
 from .arch import supported as supported
 from .cache import GraftedCache as GraftedCache
-from .grafted import GraftedConfig as GraftedConfig
+from .config import GraftedConfig as GraftedConfig
 from .grafted import GraftedTransformer as GraftedTransformer
 from .inputs import Batch as Batch
 from .mask import GraftMask as GraftMask

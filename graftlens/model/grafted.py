@@ -4,6 +4,7 @@ import copy
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
@@ -119,6 +120,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         sources: Mapping[str, Any],
         *,
         tokenizer: Any = None,
+        chat_template: str | Path | None = None,
         device: str | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
         check: bool = True,
@@ -132,6 +134,8 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
             tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own. The
                 model's pads on the right, however it was saved; set
                 `model.tokenizer.padding_side` to pad elsewhere.
+            chat_template: what writes conversations, as Jinja's text or a file that holds it, for
+                all sources alike; otherwise the base's, else that of the first source that has one.
             device: by default the GPU if there is one, else the CPU.
             dtype: float32 on the CPU and the checkpoints' own dtype on a GPU, unless given.
             check: compare each source's tensors with its files, and its logits with its own
@@ -145,7 +149,13 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
                 does not exist.
             UnsupportedArchitectureError: a family or option that is not exactly supported.
         """
-        loaded = load(sources, tokenizer=tokenizer, device=device, dtype=dtype)
+        loaded = load(
+            sources,
+            tokenizer=tokenizer,
+            chat_template=chat_template,
+            device=device,
+            dtype=dtype,
+        )
         read = loaded.sources
         model = cls(
             loaded.arch,
@@ -167,7 +177,8 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
             worst = probe(alone, loaded.arch, read, loaded.device, loaded.dtype)
             checked = f"logits equal the sources' own within {worst:.0e}"
         if verbose:
-            print(f"graftlens: {model.summary()}; {checked}")
+            told = f"; {loaded.chat_template}" if loaded.chat_template else ""
+            print(f"graftlens: {model.summary()}; {checked}{told}")
         return model
 
     def summary(self) -> str:

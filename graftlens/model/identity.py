@@ -41,6 +41,8 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
         content = json.loads(backend.to_str())
         for setting in ("truncation", "padding"):  # those of the last call
             content.pop(setting, None)
+    if template := getattr(tokenizer, "chat_template", None):
+        content["chat template"] = template
     content["special"] = [tokenizer.bos_token_id, tokenizer.eos_token_id]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -31,7 +31,7 @@ from graftlens.model.source import (
     read_checkpoint,
     read_transformers,
 )
-from graftlens.model.tokenizers import shared_tokenizer
+from graftlens.model.tokenizers import shared_tokenizer, with_chat_template
 from graftlens.model.weights import Weights
 
 WIDER = 'float16 overflows: load with dtype="bfloat16" or dtype="float32".'
@@ -49,6 +49,7 @@ class Loaded:
         activation: the MLP's non-linearity.
         tokenizer: the tokenizer that they share, None if no source has one.
         device, dtype: where and in what to run.
+        chat_template: whose chat template the tokenizer has, in words; empty where it has none.
     """
 
     arch: Architecture
@@ -59,12 +60,14 @@ class Loaded:
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
+    chat_template: str = ""
 
 
 def load(
     sources: Mapping[str, Any],
     *,
     tokenizer: Any = None,
+    chat_template: str | Path | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
 ) -> Loaded:
@@ -76,6 +79,8 @@ def load(
             `TransformerBridge` without compatibility mode, or with TransformerLens 3.9 a
             `HookedTransformer` whose weights were not processed.
         tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own.
+        chat_template: what writes conversations, as Jinja's text or a file that holds it; otherwise
+            the base's, else that of the first source that has one.
         device: where to put the weights; the GPU if there is one, else the CPU.
         dtype: the dtype to run in. Left out, it is float32 on the CPU (float64 for checkpoints in
             float64) and the checkpoints' own on a GPU, and checkpoints of different dtypes are
@@ -131,7 +136,8 @@ def load(
         if target.type == "cpu":
             wanted = torch.promote_types(wanted, torch.float32)
 
-    shared = shared_tokenizer([(s.name, s.tokenizer) for s in read], tokenizer)
+    found = [(s.name, s.tokenizer) for s in read]
+    shared, told = with_chat_template(shared_tokenizer(found, tokenizer), found, chat_template)
     prepared = {
         source.name: {
             site: _own_storage(tensor.detach().to(target, wanted).contiguous())
@@ -151,17 +157,21 @@ def load(
         shared,
         target,
         wanted,
+        told,
     )
 
 
 def preview(
-    sources: Mapping[str, str | Path], tokenizer: str | Path | None = None
+    sources: Mapping[str, str | Path],
+    tokenizer: str | Path | None = None,
+    chat_template: str | Path | None = None,
 ) -> tuple[Architecture, Any]:
     """The architecture and tokenizer that `load` would find, without reading any weight.
 
     Args:
         sources: name -> hub id, checkpoint folder or PEFT adapter folder, the base first.
         tokenizer: where to load a tokenizer from; otherwise the sources' own.
+        chat_template: as in `load`.
 
     Returns:
         The architecture, and the tokenizer or None if no source has one.
@@ -186,7 +196,8 @@ def preview(
     for source in read:
         _check_pair(read[0], source)
     found = [(s.name, s.tokenizer) for s in read] + adapters
-    return _pair_arch(read), shared_tokenizer(found, tokenizer)
+    shared = shared_tokenizer(found, tokenizer)
+    return _pair_arch(read), with_chat_template(shared, found, chat_template)[0]
 
 
 def _check_names(sources: Mapping[str, Any]) -> None:

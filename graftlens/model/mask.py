@@ -458,8 +458,8 @@ class GraftMask:
     def strengthened(
         self,
         source: str,
-        strengths: Mapping[Site, Tensor],
-        bias: Mapping[Site, Tensor] | None = None,
+        strengths: Mapping[tuple[str, int | None], Tensor],
+        bias: Mapping[tuple[str, int | None], Tensor] | None = None,
     ) -> "GraftMask":
         """The mask with a source mixed in by tensors of strengths, which gradients reach.
 
@@ -484,18 +484,21 @@ class GraftMask:
                 f"no source {source!r}. This mask has: {' '.join(self.sources)}."
                 f"{suggest(source, self.sources)}"
             )
-        bias = bias or {}
+        strengths = {(str(component), layer): s for (component, layer), s in strengths.items()}
+        bias = {(str(component), layer): s for (component, layer), s in (bias or {}).items()}
         sites: dict[Site, Choice] = dict(self.sites)
+        named = {(str(component), layer): (component, layer) for component, layer in sites}
         rows = self.shape[0] * self.shape[1]
-        for site in {**strengths, **bias}:
-            known = f"{site[0]}{'' if site[1] is None else f' in layer {site[1]}'}"
-            if site not in sites or site not in strengths:
-                what = "no such site in this mask" if site not in sites else "a bias alone"
+        for key in {**strengths, **bias}:
+            known = f"{key[0]}{'' if key[1] is None else f' in layer {key[1]}'}"
+            site = named.get(key)
+            if site is None or key not in strengths:
+                what = "no such site in this mask" if site is None else "a bias alone"
                 raise ValueError(
                     f"strengths of {known}: {what}. Give (component, layer) of a component that "
                     "the architecture has, the layer None outside the layers."
                 )
-            given, own = strengths[site], bias.get(site)
+            given, own = strengths[key], bias.get(key)
             shapes = [tuple(t.shape) for t in (given, own) if t is not None]
             if given.ndim not in (1, 2) or any(shape[:1] != (rows,) for shape in shapes):
                 raise ValueError(

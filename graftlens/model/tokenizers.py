@@ -1,13 +1,14 @@
 """The sources' tokenizers: read, and compared by the tokens that they give."""
 
 import codecs
+import copy
 import json
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from graftlens.folder import read_json
+from graftlens.folder import at_home, read_json, read_text
 from graftlens.model.arch import PairError
 from graftlens.model.places import place_of, said
 from graftlens.prompts import encode
@@ -121,6 +122,62 @@ def shared_tokenizer(found: Sequence[tuple[str, Any]], given: Any) -> Any:
                 stacklevel=3,
             )
     return first
+
+
+def with_chat_template(
+    tokenizer: Any, found: Sequence[tuple[str, Any]], given: str | Path | None
+) -> tuple[Any, str]:
+    """The shared tokenizer with the one chat template that conversations are written by.
+
+    That is the one given; else the tokenizer's own, which is the base's where the base has one;
+    else that of the first source that has one.
+
+    Args:
+        tokenizer: the shared tokenizer, which is left as it is; None where there is none.
+        found: each source's name and its tokenizer, None where it brought none.
+        given: a template, or a file that holds one.
+
+    Returns:
+        The tokenizer, and what to tell of its template; nothing where there is none.
+
+    Raises:
+        PairError: a template without a tokenizer, or one that is neither a template nor a file.
+    """
+    if given is not None:
+        if tokenizer is None:
+            raise PairError("chat_template goes with a tokenizer, and no source has one.")
+        return _with_template(tokenizer, _template(given)), "chat template as given"
+    templates = {name: t.chat_template for name, t in found if getattr(t, "chat_template", None)}
+    own = getattr(tokenizer, "chat_template", None)
+    if tokenizer is None or not (own or templates):
+        return tokenizer, ""
+    if not own:
+        own = next(iter(templates.values()))
+        tokenizer = _with_template(tokenizer, own)
+    whose = next((repr(name) for name, t in templates.items() if t == own), "the tokenizer given")
+    others = [repr(name) for name, template in templates.items() if template != own]
+    note = f"chat template of {whose}"
+    if others:
+        note += f" ({' and '.join(others)} {'have' if len(others) > 1 else 'has'} another)"
+    return tokenizer, note
+
+
+def _with_template(tokenizer: Any, template: Any) -> Any:
+    copied = copy.copy(tokenizer)
+    copied.chat_template = template
+    return copied
+
+
+def _template(given: str | Path) -> str:
+    if isinstance(given, str) and "{" in given:
+        return given
+    path = at_home(given) if isinstance(given, str | Path) and str(given).strip() else None
+    if path is None or not path.is_file():
+        raise PairError(
+            f"chat_template={given!r} is neither a template (a Jinja text) nor a file that holds "
+            "one."
+        )
+    return read_text(path)
 
 
 def _tokenizers_differ(a: Any, b: Any) -> str:

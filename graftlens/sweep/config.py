@@ -14,7 +14,7 @@ import yaml
 from jaxtyping import Bool
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from graftlens.components import check_name, suggest
+from graftlens.components import check_name, format_numbers, suggest
 from graftlens.configfile import ConfigError, noted, read_settings, settings_from
 from graftlens.data import template_names
 from graftlens.data.rewriting import told_on_command_line
@@ -32,6 +32,7 @@ from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.prepared import Extent, Prepared, joined_answers
 from graftlens.sweep.promptsets import (
     DatasetSection,
+    PromptColumn,
     PromptFile,
     PromptSection,
     Section,
@@ -123,11 +124,16 @@ class RunSettings(Section):
     tokenizer: str | None = None
     """Where to load the tokenizer from; by default the sources' own."""
 
+    chat_template: str | None = None
+    """What writes conversations: Jinja's text, or a file that holds it; left out: the base's, else
+    that of the first source that has one."""
+
     dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
     """Dtype to run in; left out: float32 on a CPU, the checkpoints' own on a GPU."""
 
     prepend_bos: bool | None = None
-    """Whether a BOS token comes first; left out, the tokenizer decides."""
+    """Whether a BOS token comes first; left out, the tokenizer decides. Conversations have what
+    their chat template writes, unless this is true."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
     """Prompts to take of each template of a set of prompts, from its beginning; by default all."""
@@ -143,6 +149,14 @@ class RunSettings(Section):
 
     row_budget: Annotated[int, Field(ge=1)] | None = None
     """Most token rows per forward pass; by default chosen by the free memory."""
+
+    def loading(self) -> dict[str, Any]:
+        """What `GraftedTransformer.from_pretrained` is asked for."""
+        return {
+            "tokenizer": self.tokenizer,
+            "chat_template": self.chat_template,
+            "dtype": self.dtype,
+        }
 
 
 class SweepConfig(RunSettings, GraftSettings):
@@ -162,9 +176,10 @@ class SweepConfig(RunSettings, GraftSettings):
     """Evaluation templates of the datasets, by name; by default all."""
 
     prompts: Annotated[
-        tuple[PromptSection | PromptFile, ...], BeforeValidator(prompt_sections)
+        tuple[PromptSection | PromptFile | PromptColumn, ...], BeforeValidator(prompt_sections)
     ] = ()
-    """Prompts of your own: a list of prompts, or `file:` with a file of them."""
+    """Prompts of your own: a list of prompts, `file:` with a file of them, or `dataset:` with the
+    column of a dataset that holds them."""
 
     @field_validator("sources")
     @classmethod
@@ -238,8 +253,9 @@ class NamedGraft:
     Attributes:
         name: its name in tables.
         graft: what is run.
-        source, span, component, layer, head: the parts of its only rule as text; None where the
-            graft has no rule or several.
+        source, span, component, layer, head, unit: the parts of its only rule as text; None where
+            the graft has no rule or several.
+        strength: that of its only rule.
     """
 
     name: str
@@ -249,6 +265,8 @@ class NamedGraft:
     component: str | None = None
     layer: str | None = None
     head: str | None = None
+    unit: str | None = None
+    strength: float | None = None
 
     @classmethod
     def of(cls, name: str, graft: Graft) -> "NamedGraft":
@@ -257,8 +275,10 @@ class NamedGraft:
             return cls(name, graft)
         (rule,) = graft.rules
         # The text leaves out what means all.
-        component, layer, head = [*str(rule).split(" : ")[1:], "all", "all", "all"][:3]
-        return cls(name, graft, rule.source, str(rule.at), component, layer, head)
+        component, layer = [*str(rule).split(" : ")[1:], "all", "all"][:2]
+        head, unit = ("all" if n is None else format_numbers(n) for n in (rule.heads, rule.units))
+        about = (rule.source, str(rule.at), component, layer, head, unit, rule.strength)
+        return cls(name, graft, *about)
 
 
 @dataclass(frozen=True)
@@ -306,7 +326,7 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     except ValueError as error:
         problems.append(("metrics.measures", str(error)))
     try:
-        arch, tokenizer = preview(config.locations(), config.tokenizer)
+        arch, tokenizer = preview(config.locations(), config.tokenizer, config.chat_template)
         if tokenizer is None:
             raise ValueError("no source has a tokenizer. Name one with the key tokenizer.")
     except (ValueError, OSError, RuntimeError) as error:
@@ -384,6 +404,8 @@ def _prompts(config: SweepConfig) -> tuple[dict[str, tuple[Prompt, ...]], _Probl
     for i, section in enumerate(config.prompts):
         if isinstance(section, PromptFile):
             origins.append((f"prompts.{i}", Path(section.file).name, section.prompts))
+        elif isinstance(section, PromptColumn):
+            origins.append((f"prompts.{i}", section.title, partial(section.prompts, config.seed)))
     sets: dict[str, tuple[Prompt, ...]] = {}
     problems: _Problems = []
     for where, title, read in origins:

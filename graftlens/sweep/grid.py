@@ -1,4 +1,5 @@
-"""Grids of grafts: positions × components × layers × heads × source, written compactly."""
+"""Grids of grafts: positions × components × layers × heads × neurons × strengths × source, written
+compactly."""
 
 import random
 import re
@@ -21,7 +22,7 @@ from graftlens.components import (
 )
 from graftlens.configfile import settings_from
 from graftlens.data.settings import Settings
-from graftlens.graft import At, Graft, Rule, parse_layers
+from graftlens.graft import At, Graft, Rule, format_number, parse_layers
 from graftlens.model.arch import Architecture
 from graftlens.model.mask import sites_of
 
@@ -54,7 +55,7 @@ class Windows(Settings):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     size: Annotated[int | str | tuple[int, ...], BeforeValidator(_sizes)]
-    """Layers (or heads) in a window: 3, "1..4", "1..n" or [1, 2, 4]; n is all of the model's."""
+    """Layers (heads, neurons) in a window: 3, "1..4", "1..n" or [1, 2, 4]; n is all there are."""
 
     stride: Annotated[int, Field(ge=1)] = 1
     """Layers (or heads) from the start of one window to the next."""
@@ -177,6 +178,8 @@ class Dropout(Settings):
                             rule.components if components == names else tuple(components),
                             layers,
                             rule.heads,
+                            rule.units,
+                            rule.strength,
                         )
                         for layers, components in kept.items()
                     ),
@@ -190,8 +193,9 @@ class GridGraft:
     Attributes:
         name: its name in tables.
         graft: what is run.
-        tags: `position`, `component`, `layer`, `head`, `source` as text; `layers`, how many of
-            them; with dropout `rate` (the share left out) and `draw` (a number), too.
+        tags: `position`, `component`, `layer`, `head`, `unit`, `source` as text; `strength`, a
+            number; `layers`, how many of them; with dropout `rate` (the share left out) and `draw`
+            (a number), too.
     """
 
     name: str
@@ -252,9 +256,22 @@ def _check_heads(value: Any) -> None:
     Graft.rule("x", components="q", heads=value)
 
 
+def _check_units(value: Any) -> None:
+    if value is None:
+        raise ValueError("units is empty. Name neurons, or leave the axis out for all.")
+    Graft.rule("x", components="mlp", units=value)
+
+
+def _strengths(value: Any) -> tuple[float, ...]:
+    given = value if isinstance(value, list | tuple) else [value]
+    if not given:
+        raise ValueError("the list is empty. Name a strength, or leave the axis out for 1.")
+    return tuple(Graft.rule("x", strength=strength).rules[0].strength for strength in given)
+
+
 def _source(value: Any) -> str:
     if not isinstance(value, str):
-        raise ValueError(f"{brief(value)} is not a source's name. If it is one, put it in quotes.")
+        raise ValueError(f"{brief(value)} is not a source's name. Put it in quotes if it is.")
     return value
 
 
@@ -287,6 +304,13 @@ class Grid(Settings):
     """Heads of q, o (query heads) or k, v (key-value heads): all, 0, [0, 1], "0-3", `each` or
     `windows: …`."""
 
+    units: Annotated[tuple[Entry, ...], _axis(_numbered(_check_units, ","))] = ("all",)
+    """Neurons of mlp_in, mlp_gate and mlp_out: all, 12, [12, 13], "12-15", `each` or
+    `windows: …`."""
+
+    strengths: Annotated[tuple[float, ...], BeforeValidator(_strengths)] = (1.0,)
+    """How much of the source: 1 is its weights, 0 none of it, 2 and -1 extrapolate."""
+
     source: Annotated[tuple[str, ...], _axis(_source)] | None = None
     """Where the weights come from; by default each source but the base."""
 
@@ -307,8 +331,8 @@ class Grid(Settings):
             sources: the names of the sources, the base first.
 
         Raises:
-            ValueError: windows that do not fit, heads of components that have none or differ, more
-                than `MAX_GRAFTS` grafts (which is said before any is made).
+            ValueError: windows that do not fit, heads or neurons of components that have none or
+                differ, more than `MAX_GRAFTS` grafts (which is said before any is made).
         """
         components = list(self._components(arch))
         layers = list(_expanded(self.layers, lambda: arch.n_layers, "layers"))
@@ -316,9 +340,11 @@ class Grid(Settings):
             entry: list(_expanded(self.heads, partial(_n_heads, entry, arch), "heads"))
             for entry in dict.fromkeys(components)
         }
+        units = list(_expanded(self.units, lambda: arch.d_mlp, "neurons"))
         chosen = self.source or sources[1:]
         count = len(self.positions) * sum(len(heads[entry]) for entry in components)
-        count *= len(layers) * len(chosen) * (1 if self.dropout is None else self.dropout.count)
+        count *= len(layers) * len(units) * len(self.strengths) * len(chosen)
+        count *= 1 if self.dropout is None else self.dropout.count
         if count > MAX_GRAFTS:
             raise ValueError(
                 f"this grid makes {count:,} grafts ({len(self.positions)} positions, "
@@ -326,10 +352,11 @@ class Grid(Settings):
                 "most. Leave entries out, or make several sweeps."
             )
         for at, entry in product(self.positions, components):
-            for layer, head, source in product(layers, heads[entry], chosen):
-                rule = Graft.rule(source, at, entry, layer, head)
+            axes = product(layers, heads[entry], units, self.strengths, chosen)
+            for layer, head, unit, strength, source in axes:
+                rule = Graft.rule(source, at, entry, layer, head, unit, strength)
                 tags: dict[str, Any] = {"position": at, "component": entry, "layer": layer}
-                tags |= {"head": head, "source": source}
+                tags |= {"head": head, "unit": unit, "strength": strength, "source": source}
                 tags["layers"] = _n_layers(rule.rules[0], arch, sources)
                 if self.dropout is None:
                     yield self._named(self.base | rule, tags)
@@ -348,11 +375,13 @@ class Grid(Settings):
     def _named(self, graft: Graft, tags: Mapping[str, Any]) -> GridGraft:
         name = str(graft)
         if "rate" in tags:  # the rules of a draw mean nothing to a reader
-            written = [tags["position"], tags["component"], tags["layer"], tags["head"]]
+            units = tags["head"] if tags["unit"] == "all" else f"n{tags['unit']}"
+            written = [tags["position"], tags["component"], tags["layer"], units]
             while len(written) > 1 and written[-1] == "all":
                 written.pop()
             place = " : ".join(written)
-            name = f"{tags['source']} @ {place} - {tags['rate']:g} ({tags['draw']})"
+            factor = "" if tags["strength"] == 1 else f"{format_number(tags['strength'])}*"
+            name = f"{factor}{tags['source']} @ {place} - {tags['rate']:g} ({tags['draw']})"
         return GridGraft(name if self.name is None else f"{self.name}: {name}", graft, tags)
 
 

@@ -1,5 +1,6 @@
 """Where a sweep's prompts come from: datasets of facts, prompts of your own, files."""
 
+import random
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -8,7 +9,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from graftlens.components import check_name
+from graftlens.chat import contents, doubled
+from graftlens.components import check_name, suggest
 from graftlens.configfile import gather, read_yaml, settings_from
 from graftlens.data import (
     MAX_FACTS,
@@ -20,6 +22,7 @@ from graftlens.data import (
     make_dataset,
 )
 from graftlens.data.dataset import Which
+from graftlens.data.rows import read_rows
 from graftlens.data.settings import Settings
 from graftlens.folder import at_home, parse_json, read_text
 from graftlens.prompts import Prompt
@@ -41,6 +44,39 @@ class Movies(Section):
     """Seed of the facts."""
 
 
+class ChatFormat(Section):
+    """How a dataset's prompts are asked in a conversation: each is what the user says."""
+
+    system: str | None = None
+    """What the system says before; left out: nothing but what the chat template writes."""
+
+    prefill: str | None = None
+    """How the assistant's answer begins. Without it, answers begin without a space."""
+
+    template_options: Mapping[str, Any] = {}
+    """What else the chat template reads, such as `{enable_thinking: false}`."""
+
+    def asked(self, prompt: Prompt) -> Prompt:
+        """The prompt as a conversation, with the same fields, answer and name."""
+        messages = [{"role": "user", "content": prompt.template}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": doubled(self.system)})
+
+        def follows(text: str) -> str:
+            return text if self.prefill is not None else text.lstrip(" ")
+
+        return Prompt.chat(
+            messages,
+            fields=prompt.fields,
+            answer=None if prompt.answer is None else follows(prompt.answer),
+            prefill=None if self.prefill is None else doubled(self.prefill),
+            template_options=self.template_options,
+            distractors=[follows(text) for text in prompt.distractors],
+            answers=[follows(text) for text in prompt.answers],
+            name=prompt.name,
+        )
+
+
 class Questions(Section):
     """Which prompts to ask about a dataset's facts."""
 
@@ -58,6 +94,9 @@ class Questions(Section):
     distractors: Annotated[int, Field(ge=0)] = 4
     """Wrong answers per prompt: other facts' answers, drawn with the seed."""
 
+    chat: ChatFormat | None = None
+    """Ask in conversations; left out, the prompts are plain texts."""
+
     name: str | None = None
     """The name of these prompts in tables; by default the dataset's name and what is asked."""
 
@@ -71,6 +110,7 @@ class Questions(Section):
         asked = [
             self.direction if self.direction != "ab" else "",
             self.facts if self.facts != "told" else "",
+            "chat" if self.chat is not None else "",
         ]
         return self.name or " ".join(filter(None, [dataset, *asked]))
 
@@ -128,46 +168,79 @@ class DatasetSection(Questions, FactsOf):
     def prompts(self, templates: Sequence[str] | None, seed: int) -> tuple[Prompt, ...]:
         """The prompts, template by template; ValueError or OSError if they could not be
         obtained."""
-        return self.dataset().ask(
+        asked = self.dataset().ask(
             self.templates or templates,
             direction=self.direction,
             distractors=self.distractors,
             seed=seed,
             facts=self.facts,
         )
+        return asked if self.chat is None else tuple(map(self.chat.asked, asked))
 
 
 class PromptSection(Section):
     """One prompt of your own, as `graftlens.Prompt` takes it."""
 
-    template: str
+    template: str | None = None
     """Text with `{field}` placeholders; the fields' names are spans."""
+
+    messages: tuple[Mapping[str, Any], ...] | None = None
+    """Instead of a template, a conversation, as `graftlens.Prompt.chat` takes it."""
+
+    prefill: str | None = None
+    """How the assistant's answer to the messages begins."""
+
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    """JSON schemas of functions, for chat templates that write them."""
+
+    template_options: Mapping[str, Any] = {}
+    """What else the chat template reads, such as `{enable_thinking: false}`."""
 
     answer: str
     """The text that should follow, with its leading space where it has one."""
 
     fields: Mapping[str, str] = {}
-    """The text of each field."""
+    """The text of each field; where there is one, braces in messages are placeholders."""
 
     distractors: tuple[str, ...] = ()
     """Wrong answers to compare with, written like the answer."""
 
     name: str | None = None
-    """The template's name in tables."""
+    """The template's name in tables; `chat` for conversations without fields."""
 
     answers: tuple[str, ...] = ()
     """All correct texts, written like the answer, for answer_set_prob."""
 
     @model_validator(mode="after")
     def _makes_a_prompt(self) -> "PromptSection":
+        if (self.template is None) == (self.messages is None):
+            given = "neither is" if self.template is None else "both are"
+            raise ValueError(f"{given} given. Give one: template or messages.")
+        if self.messages is None:
+            for key in ("prefill", "tools", "template_options"):
+                if getattr(self, key):
+                    raise ValueError(f"{key} goes with messages. Leave it out, or give messages.")
         self.prompt.text  # noqa: B018
         return self
 
     @property
     def prompt(self) -> Prompt:
         """The prompt as a value."""
-        return Prompt(
-            self.template, self.fields, self.answer, self.distractors, self.name, self.answers
+        if self.messages is None:
+            assert self.template is not None
+            return Prompt(
+                self.template, self.fields, self.answer, self.distractors, self.name, self.answers
+            )
+        return Prompt.chat(
+            self.messages,
+            fields=self.fields,
+            answer=self.answer,
+            prefill=self.prefill,
+            tools=self.tools,
+            template_options=self.template_options,
+            distractors=self.distractors,
+            name=self.name,
+            answers=self.answers,
         )
 
 
@@ -206,6 +279,88 @@ class PromptFile(Section):
         return [s.prompt for s in gather(partial(settings_from, PromptSection), named)]
 
 
+class PromptColumn(Section):
+    """Prompts from a column of a dataset: conversations, or texts."""
+
+    dataset: str
+    """A dataset's folder or file (`.jsonl`, `.json`, `.parquet`, `.csv`), or its hub id."""
+
+    column: str = "messages"
+    """The column: lists of messages, or texts."""
+
+    split: str = "train"
+    """Split of the dataset."""
+
+    answer: str | None = None
+    """The column of answers; left out: the last message, which has to be the assistant's."""
+
+    limit: Annotated[int, Field(ge=1)] | None = None
+    """Rows to take, drawn with the sweep's seed and in the dataset's order; left out: all."""
+
+    template_options: Mapping[str, Any] = {}
+    """What else the chat template reads."""
+
+    name: str | None = None
+    """The name of these prompts in tables; by default the dataset's name."""
+
+    @field_validator("name")
+    @classmethod
+    def _one_line(cls, name: str | None) -> str | None:
+        return check_name(name, "the name of a set of prompts") if name else name
+
+    @property
+    def title(self) -> str:
+        """The prompts' name in tables."""
+        return self.name or Path(self.dataset).name
+
+    def prompts(self, seed: int) -> list[Prompt]:
+        """A prompt for each row that is taken.
+
+        Raises:
+            ValueError: a column that is missing, or a row that is not a prompt with an answer.
+            OSError: a dataset that cannot be read.
+        """
+        rows = read_rows(self.dataset, self.split)
+        for key in ("column", "answer"):
+            name = getattr(self, key)
+            if name is not None and name not in rows.column_names:
+                raise ValueError(
+                    f"{key}={name!r} is not one of the columns of {self.dataset}: "
+                    f"{', '.join(rows.column_names)}.{suggest(name, rows.column_names)}"
+                )
+        numbers: Sequence[int] = range(len(rows))
+        if self.limit is not None and self.limit < len(rows):
+            numbers = sorted(random.Random(f"prompts {seed}").sample(numbers, self.limit))
+        if not len(numbers):
+            raise ValueError(f"{self.dataset} has no row in the split {self.split}.")
+        made = []
+        for number in numbers:
+            try:
+                made.append(self._prompt(rows[number]))
+            except ValueError as error:
+                raise ValueError(f"{self.dataset}, row {number}: {error}") from None
+        return made
+
+    def _prompt(self, row: Mapping[str, Any]) -> Prompt:
+        given, answer = row[self.column], None if self.answer is None else row[self.answer]
+        if isinstance(given, str):
+            if answer is None:
+                raise ValueError("a text without an answer. Name the column of answers: answer.")
+            return Prompt(doubled(given), {}, answer, name=self.title)
+        if answer is None and isinstance(given, list) and given:
+            *given, last = given
+            said = contents(last) if isinstance(last, dict) and last.get("content") else []
+            if not given or not said or last.get("role") != "assistant":
+                raise ValueError(
+                    "the last message is not an answer of the assistant's. Name the column of "
+                    "answers: answer."
+                )
+            answer = " ".join(said)
+        return Prompt.chat(
+            given, answer=answer, template_options=self.template_options, name=self.title
+        )
+
+
 def _entry(file: str, line: str) -> Any:
     """A line of JSON lines; the message begins with the problem, as the caller puts the place
     before it."""
@@ -222,14 +377,20 @@ def listed(value: Any) -> Any:
     return [value] if isinstance(value, dict | Settings) else value
 
 
-def _prompt_section(entry: Any) -> PromptSection | PromptFile:
-    in_file = isinstance(entry, PromptFile) or (isinstance(entry, Mapping) and "file" in entry)
-    return settings_from(PromptFile, entry) if in_file else settings_from(PromptSection, entry)
+def _prompt_section(entry: Any) -> PromptSection | PromptFile | PromptColumn:
+    kind: type[PromptFile | PromptColumn | PromptSection] = PromptSection
+    for key, other in (("file", PromptFile), ("dataset", PromptColumn)):
+        if isinstance(entry, other) or (isinstance(entry, Mapping) and key in entry):
+            kind = other
+    return settings_from(kind, entry)
 
 
 def prompt_sections(value: Any) -> Any:
     """The sections of the key `prompts`; ConfigError names each that is wrong."""
     given = listed(value)
     if not isinstance(given, list | tuple):
-        raise ValueError(f"{value!r}: write a list of prompts, or file: and the name of a file.")
+        raise ValueError(
+            f"{value!r}: write a list of prompts, file: and the name of a file, or "
+            "dataset: and the name of a dataset."
+        )
     return gather(_prompt_section, ((str(i), entry) for i, entry in enumerate(given)))

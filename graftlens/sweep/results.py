@@ -29,6 +29,7 @@ import pyarrow.parquet as pq
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from graftlens.chat import Conversation
 from graftlens.folder import parse_json, read_text
 from graftlens.metrics import always_measured, measure
 from graftlens.prompts import Prompt
@@ -62,7 +63,10 @@ def shard_schema(asked: Iterable[str] = ()) -> pa.Schema:
 SHARD = shard_schema()
 
 #: Columns that describe a graft; empty if it has several rules.
-GRAFT_COLUMNS = ("rule", "source", "span", "component", "layer", "head")
+GRAFT_COLUMNS = ("rule", "source", "span", "component", "layer", "head", "unit", "strength")
+
+#: What the grafts of older folders are in columns that these lack.
+_BEFORE: Mapping[str, Any] = {"unit": "all", "strength": 1.0}
 PROMPT_COLUMNS = ("template", "dataset", "text", "answer")
 
 #: The columns of the results, in their order.
@@ -109,7 +113,7 @@ class Manifest:
     identity: Mapping[str, Any]
     config: Mapping[str, Any]
     overrides: Sequence[str]
-    grafts: Sequence[Mapping[str, str | None]]
+    grafts: Sequence[Mapping[str, str | float | None]]
     duplicates: Mapping[str, str]
     recovery: Mapping[str, str]
     prompt_blocks: Sequence[int]
@@ -250,7 +254,7 @@ def prompt_table(
 
 
 def as_given(prompt: Prompt) -> str:
-    """A prompt as one text, from which `read_prompts` recreates it."""
+    """A prompt as one text, from which `revived` makes it again."""
     given: dict[str, Any] = {
         "template": prompt.template,
         "fields": dict(prompt.fields),
@@ -260,7 +264,17 @@ def as_given(prompt: Prompt) -> str:
     }
     if prompt.answers:
         given["answers"] = list(prompt.answers)
+    if prompt.conversation is not None:
+        given["conversation"] = prompt.conversation.as_given()
     return json.dumps(given, ensure_ascii=False)
+
+
+def revived(text: str) -> Prompt:
+    """The prompt that `as_given` made a text of."""
+    given = json.loads(text)
+    if conversation := given.pop("conversation", None):
+        given["conversation"] = Conversation.of(**conversation)
+    return Prompt(**given)
 
 
 def read_prompts(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -483,7 +497,7 @@ class _Joined:
         prompts = read_prompts(out, texts).to_pydict() if texts else {}
         self.of_prompt = {column: _codes(prompts[column]) for column in texts}
         self.of_graft = {
-            column: _codes([graft[column] for graft in manifest.grafts])
+            column: _codes([_about(graft, column) for graft in manifest.grafts])
             for column in GRAFT_COLUMNS
             if column in wanted
         }
@@ -519,6 +533,13 @@ class _Joined:
         return pd.DataFrame({name: column(name) for name in self.wanted})
 
 
-def _codes(values: Sequence[str | None]) -> tuple[Any, Any]:
+def _about(graft: Mapping[str, Any], column: str) -> Any:
+    """What a manifest says of a graft; where it is older than the column, what it was."""
+    if column in _BEFORE and column not in graft:
+        return None if graft["source"] is None else _BEFORE[column]
+    return graft[column]
+
+
+def _codes(values: Sequence[Any]) -> tuple[Any, Any]:
     """(code of each value, the distinct values); a missing value has the code -1."""
     return tuple(pd.factorize(pd.Series(values, dtype=object)))

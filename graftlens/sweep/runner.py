@@ -51,6 +51,7 @@ from graftlens.sweep.disk import (
 from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.prepared import Prepared
 from graftlens.sweep.results import (
+    GRAFT_COLUMNS,
     Manifest,
     as_given,
     damaged,
@@ -60,6 +61,7 @@ from graftlens.sweep.results import (
     read_prompts,
     read_results,
     read_shard,
+    revived,
     shard_path,
     to_bytes,
     to_mend,
@@ -310,7 +312,7 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
             blocks[number] = block
     dumped = config.model_dump(mode="json")
     rules = {named.name: str(named.graft) for named in checked.grafts}
-    tidy = ("source", "span", "component", "layer", "head")
+    tidy = [column for column in GRAFT_COLUMNS if column != "rule"]
     # What counts is what grafts and prompts resolve to, however they are written.
     resolved = ("grafts", "grids", "prompts")
     identity = {name: value for name, value in dumped.items() if name not in resolved} | {
@@ -425,7 +427,7 @@ def work(
     loaded = io.StringIO()
     with contextlib.redirect_stdout(loaded):
         model = GraftedTransformer.from_pretrained(
-            config.locations(), tokenizer=config.tokenizer, device=device, dtype=config.dtype
+            config.locations(), device=device, **config.loading()
         )
     say(loaded.getvalue().strip())
     manifest = _record(out, model, config, loaded.getvalue().strip(), files, say)
@@ -588,7 +590,7 @@ def _config(out: Path, manifest: Manifest) -> SweepConfig:
 def _given(out: Path, manifest: Manifest) -> tuple[dict[int, Prompt], dict[str, Graft], list[Any]]:
     """The prompts and grafts of a prepared sweep, and each block's prompts."""
     table = read_prompts(out)
-    prompts = dict(enumerate(Prompt(**json.loads(t)) for t in table["as_given"].to_pylist()))
+    prompts = dict(enumerate(revived(t) for t in table["as_given"].to_pylist()))
     blocks: list[dict[int, Prompt]] = [{} for _ in manifest.prompt_blocks]
     for number, block in enumerate(table["block"].to_pylist()):
         blocks[block][number] = prompts[number]
