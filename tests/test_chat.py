@@ -514,6 +514,20 @@ def test_position_grafts_of_a_chat(chatty: Tiny) -> None:
         assert row["logprob"] == pytest.approx(float(logits[row["target_id"]]), abs=1e-4)
 
 
+def test_the_readmes_conversation_is_evaluated(chatty: Tiny) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    block = readme.split("<!-- chat -->\n```python\n")[1].split("```\n<!-- /chat -->")[0]
+    names = {"model": chatty.model}
+    exec(block, names)
+    assert names["table"]["reason"].isna().all()
+    assert len(names["table"]) == 10
+
+
+def test_messages_are_made_a_prompt_first(chatty: Tiny) -> None:
+    with pytest.raises(ValueError, match=r"is not a prompt by itself\. Give Prompt\.chat"):
+        chatty.model.tokenized([USER])
+
+
 def test_generation_goes_on_from_the_conversation(chatty: Tiny) -> None:
     text = chatty.model.generate(TALK, max_new_tokens=3)
     (tokens,) = chatty.model.tokenized(TALK)
