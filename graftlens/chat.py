@@ -383,7 +383,7 @@ class _Rendering:
             self.known[boundary] = place
 
     def ranges(self, leaf: Leaf) -> tuple[tuple[int, int] | None, ...]:
-        """Where each character of a text is; None for one that is not there."""
+        """Where each character of a text is; None for one that does not exist."""
         text = self.text_of(leaf)
         known = [self.known.get((leaf, j)) for j in range(len(text) + 1)]
         found: list[tuple[int, int] | None] = [

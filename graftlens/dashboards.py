@@ -100,6 +100,9 @@ def dashboard(
             prepend_bos=prepend_bos,
         )
     tokens = [token_text(model, token) for token in item.ids]
+    roles = given.prompts[0].roles()
+    if roles is not None:
+        roles += ("",) * (len(ids) - len(roles))  # an answer that was given with the tokens
     text = model.to_string(list(item.ids)) if asked is None and model.tokenizer else None
     return Dashboard(
         DashboardData(
@@ -107,6 +110,7 @@ def dashboard(
             text=asked.text if asked is not None else str(text or f"token ids {' '.join(tokens)}"),
             answer=answer,
             tokens=tokens,
+            roles=roles,
             components=[str(c) for c in model.arch.components],
             runs={name: _run(model, batch, runs, name, moved) for name in runs.grafts},
             lens=lens,

@@ -80,8 +80,8 @@ def evaluate(
 ) -> pd.DataFrame:
     """Run every prompt under every graft and score its answer.
 
-    The base (PRE) and the full run (SFT), which recovery is measured between, run first where they
-    are not among the grafts. What grafts of a prompt have in common is computed once
+    The base (PRE) and the full run (SFT), which recovery is measured between, run first if they are
+    not among the grafts. What grafts of a prompt have in common is computed once
     (`graftlens.sweep`). The whole answer is scored as it would be generated: its positions count as
     `last`.
 
@@ -102,7 +102,7 @@ def evaluate(
             only finetuned source everywhere; where there are several, the one that `grafts` has
             everywhere, or else no run: the column `full_run` is empty then, and recovery is NA.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
-        row_budget: token rows a forward pass at most; None measures free memory.
+        row_budget: most token rows per forward pass; None measures free memory.
         progress: whether to show a progress bar.
 
     Returns:

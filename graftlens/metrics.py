@@ -1,7 +1,8 @@
-"""What is measured of a next-token distribution: one row per measure. Logarithms are natural.
+"""What can be measured about a next-token distribution: one row per measure. Logarithms are
+natural.
 
-Whoever wants to know something of a measure (its column, label, unit, bounds, direction) reads its
-row in `METRICS`. Functions use the tensors' own methods, so that statistics and plots, which read
+Everything about a measure (its column, label, unit, bounds, direction) is in its row of
+`METRICS`. Functions use the tensors' own methods, so that statistics and plots, which read
 the table too, do not wait for torch.
 """
 
@@ -40,7 +41,7 @@ REFERENCES = {
 
 @dataclass(frozen=True)
 class Measure:
-    """One measure: how it is computed, and what tables, statistics and plots say of it.
+    """One measure: how it is computed, and how tables, statistics and plots show it.
 
     Attributes:
         name: its column.
@@ -49,15 +50,15 @@ class Measure:
             what statistics alone compute.
         holds: a `number` or a `count` in each row; `numbers` or `tokens`, a list of them.
         over: which distribution is measured: that of the `next` token after the prompt, or those
-            along the whole `answer` (or each of the `distractors`), whose values are added up.
+            along the whole `answer` (or each of the `distractors`), whose values are summed.
         log: the function gives the measure's logarithm. The exponential is taken in float64.
-        always: measured in every run; others are measured where they are asked for.
-        column: the column that it is read from, where that is another one.
+        always: measured in every run; others are measured on request.
+        column: the column that it is read from, if that is a different one.
         at_most: of a `share`, what the column's values that count do not exceed.
         label, short, unit: what axes say; a short label is for running text.
-        bounds: the least and the largest value; None where there is none.
+        bounds: the least and the largest value; None if there is none.
         better: which direction is better; None if neither is.
-        signed: zero means something, so that signs are told apart by hue.
+        signed: zero is meaningful, so that signs are distinguished by hue.
         differentiable: gradients pass through the function.
         summary: how it is summarised: by its `mean`, as a `share` of prompts, as a `recovery`; None
             if it is not.
@@ -152,7 +153,7 @@ class Predictions:
         """A measure's value in each row, as its function gives it.
 
         Raises:
-            ValueError: something that it needs is not there.
+            ValueError: something that it needs is missing.
         """
         assert measure.function is not None, f"{measure.name} is not computed from logits"
         return measure.function(self.logits, *(self._needed(measure, n) for n in measure.needs))
@@ -271,7 +272,7 @@ def _counts(true: Bool[Any, "row d_vocab"]) -> Int[np.ndarray, " row"]:
 
 
 def kl(p: Float[Any, "row d_vocab"], q: Float[Any, "row d_vocab"]) -> Float[Any, " row"]:
-    """KL(p ‖ q) of log-probabilities, in nats; never below 0, where rounding would put it."""
+    """KL(p ‖ q) of log-probabilities, in nats; clamped at 0, below which rounding could put it."""
     return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
 
 
@@ -320,7 +321,7 @@ def _entropy(
 
 @dataclass(frozen=True)
 class Factory:
-    """A row that makes measures: `top5` is what ``top{k}`` makes of 5.
+    """A row that makes measures: `top5` is what ``top{k}`` makes from 5.
 
     Attributes:
         name: how the names of what it makes are written.
@@ -535,7 +536,7 @@ def averaged() -> tuple[str, ...]:
 
 
 def known(name: str) -> Measure | None:
-    """A measure by its name, those that factories make included; None of an unknown name."""
+    """A measure by its name, including those made by factories; None for an unknown name."""
     row = METRICS.get(name)
     if isinstance(row, Measure):
         return row
@@ -546,15 +547,15 @@ def known(name: str) -> Measure | None:
 
 
 def measure(name: str) -> Measure:
-    """A measure by its name; a bare row for one that is a user's own."""
+    """A measure by its name; a bare row for a user's own measure."""
     return known(name) or Measure(name)
 
 
 def load(where: str) -> Measure:
-    """A measure of the user's own, imported from ``module:name``; modules may lie in the working
+    """A measure of the user's own, imported from ``module:name``; modules may be in the working
     directory.
 
-    Only what a user types is imported: configs and folders of results name measures.
+    Only what a user types is imported: configs and results folders only name measures.
 
     Raises:
         ValueError: what cannot be imported, or is not a measure.

@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from graftlens.chat import RESERVED, Conversation, Rendered, contents, render
+from graftlens.chat import RESERVED, ROLES, Conversation, Rendered, contents, render
 from graftlens.graft import Runs
 
 #: Spans that every prompt has: its first position (the BOS token where the tokenizer puts one),
@@ -279,6 +279,14 @@ class Tokenized:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def roles(self) -> tuple[str, ...] | None:
+        """Of a conversation, the one of `system`, `user`, … and `template` that each token is."""
+        if self.prompt is None or self.prompt.conversation is None:
+            return None
+        named = [(role, self.runs.get(role, ())) for role in (*ROLES, "template")]
+        found = {i: role for role, runs in named for run in runs for i in run}
+        return tuple(found[i] for i in range(len(self)))
 
     @classmethod
     def bare(cls, ids: Sequence[int]) -> "Tokenized":

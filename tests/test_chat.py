@@ -5,10 +5,11 @@ against the templates written a second time, in Python.
 """
 
 import copy
+import itertools
 import json
 import random
+import re
 from collections import Counter
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def _check(name: str, messages: list[dict[str, Any]], tools: Any) -> Tokenized:
     expected_turns = [(max(bos, min(p)), max(p) + 1) for p in written.values()]
     assert [(max(bos, a), b) for a, b in rendered.turns] == expected_turns
     assert (PROMPT in written) == (prompted and name not in ("llama2", "mistral"))
-    for (_, end), (start, _) in pairwise(rendered.turns):
+    for (_, end), (start, _) in itertools.pairwise(rendered.turns):
         assert end == start
     return tokens
 
@@ -520,8 +521,16 @@ def test_generation_goes_on_from_the_conversation(chatty: Tiny) -> None:
 
 
 def test_a_dashboard_shows_the_roles(chatty: Tiny, tmp_path: Path) -> None:
-    page = dashboard(chatty.model, TALK, {"user": "sft @ user"}).save(tmp_path / "chat.html")
-    assert "Who saw Anders?" in page.read_text(encoding="utf-8")
+    view = dashboard(chatty.model, TALK, {"user": "sft @ user"})
+    page = view.save(tmp_path / "chat.html").read_text(encoding="utf-8")
+    assert "system: Be brief.\n\nuser: Who saw Anders?" in page
+    shown = re.findall(r"</span><small>(\w+)</small></span>", page)
+    turns = ["system", "template", "user", "template", "assistant", "template", "user", "template"]
+    assert shown == ["template", *turns] * 3  # PRE, SFT and the graft
+    (tokens,) = chatty.model.tokenized(TALK)
+    assert tokens.roles() is not None
+    assert [role for role, _ in itertools.groupby(tokens.roles())] == ["template", *turns]
+    assert chatty.model.tokenized("Anders")[0].roles() is None
 
 
 # -- one template per model ------------------------------------------------------------------------

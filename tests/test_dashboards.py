@@ -235,7 +235,7 @@ def test_a_near_miss_of_smollm2_is_not_asked_of_the_hub() -> None:
 
 
 def test_an_answer_that_goes_on_with_a_word_is_told_of(model: GraftedTransformer) -> None:
-    with pytest.warns(UserWarning, match=r"the answer 'Bo' goes on with the prompt's last word"):
+    with pytest.warns(UserWarning, match=r"the answer 'Bo' continues the prompt's last word"):
         dashboard(model, Prompt("Ann met", answer="Bo"))
 
 

@@ -209,7 +209,7 @@ def check_numbers(table: pd.DataFrame, ends: dict[str, str], taught: bool) -> No
         assert np.isfinite(value).all(), metric
         assert (np.isfinite(low) & np.isfinite(high)).all(), metric
         assert ((low <= value + 1e-9) & (value <= high + 1e-9)).all(), metric
-    nothing = "the interval of full − base includes 0: nothing sure to recover"
+    nothing = "the interval of full − base includes 0: nothing certain to recover"
     noted = table["recovery_note"].eq(nothing)
     assert (table["recovery"].isna() == noted).all()
     assert not (taught and noted.any())
@@ -496,12 +496,14 @@ def test_equal_grafts_each_have_their_row(base, place):
                 "layers": ["all", {"cumulative": "below", "stride": 4}],
             },
             {"positions": "last", "dropout": {"rates": [0, 0.5, 1], "draws": 2}},
+            {"name": "doses", "positions": ["last", "bos"], "strengths": [2, 0.5]},
         ],
         figures=[
             {"kind": "bars", "metrics": ["prob", "rank"], "grafts": ["recall", "whole", "PRE"]},
             {"kind": "bars", "grids": ["spans"], "x": "position", "by": "pooled"},
             {"kind": "lines", "grids": ["2"], "x": "rate", "by": "pooled"},
             {"kind": "lines", "grids": ["runs"], "x": "layers", "by": "pooled", "panel": "source"},
+            {"kind": "lines", "grids": ["doses"], "x": "strength", "by": "pooled"},
         ],
         finding={"enough": "recall", "rest": "whole"},
     )
@@ -545,6 +547,22 @@ def test_equal_grafts_each_have_their_row(base, place):
         runs = rows[rows["grid"] == "runs"]
         assert list(runs["layers"]) == [LAYERS, 4, LAYERS]
         assert list(runs["layer"]) == ["all", "0-3", "0-7"]
+        doses = rows[rows["grid"] == "doses"].set_index("graft")
+        assert dict(doses["strength"]) == {
+            "doses: 2*sft @ last": 2,
+            "doses: 0.5*sft @ last": 0.5,
+            "doses: 2*sft @ bos": 2,
+            "doses: 0.5*sft @ bos": 0.5,
+        }
+        drawn = result.folder / "figures" / f"one-doses-top5-{dataset}.html".replace(" ", "-")
+        held = re.search(r"id='chart-0-figure'>(.*?)</script>", drawn.read_text("utf-8"))[1]
+        lines = {line["name"]: line for line in json.loads(held)["data"]}
+        assert list(lines) == ["doses: sft @ last", "doses: sft @ bos"]
+        value = doses["top5"]
+        assert lines["doses: sft @ last"]["x"] == [0.5, 2]
+        assert lines["doses: sft @ last"]["y"] == [
+            value[f"doses: {dose}*sft @ last"] for dose in ("0.5", "2")
+        ]
     page = result.page.read_text(encoding="utf-8")
     assert "recall" in page
     names = {path.name for path in (result.folder / "figures").iterdir()}
@@ -590,6 +608,24 @@ def refused(base: Path, **change: Any) -> list[str]:
     with pytest.raises(ConfigError) as caught:
         own(base, **change)
     return str(caught.value).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("figure", "said"),
+    [
+        ({"kind": "lines", "x": "strength", "panel": "source"}, "one point (strength, source are"),
+        ({"kind": "heatmap", "x": "strength", "y": "source"}, "one cell (strength, source are"),
+        ({"kind": "lines", "x": "strength", "panel": "position"}, None),
+    ],
+)
+def test_grafts_that_would_be_drawn_as_one_are_told_before_training(base, tmp_path, figure, said):
+    grids = [{"positions": ["last", "bos"], "strengths": [0.5, 2]}]
+    planned = plan(own(base, grids=grids, figures=[figure]).config, Store(tmp_path))
+    if said is None:
+        planned.check()
+        return
+    with pytest.raises(ConfigError, match=re.escape(f"figures.0: several grafts would be {said}")):
+        planned.check()
 
 
 def test_every_name_that_is_wrong_is_told_at_once(base):

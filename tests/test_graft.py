@@ -554,7 +554,7 @@ def test_defaults_are_left_out_of_yaml() -> None:
         (
             "- {source: sft, at: last, layer: 3}",
             "unknown key 'layer' in rule {'source': 'sft', 'at': 'last', 'layer': 3}. "
-            "Allowed: source at components layers heads. Did you mean 'layers'?",
+            "Allowed: source at components layers heads units strength. Did you mean 'layers'?",
         ),
         ("- {source: sft, at: last, 3: 4}", "unknown key 3 in rule"),
         ("- {source: sft}", "rule {'source': 'sft'} needs the keys source and at."),
@@ -565,7 +565,7 @@ def test_defaults_are_left_out_of_yaml() -> None:
             "rule {'source': 'sft', 'at': None} needs the keys source and at.",
         ),
         ("- source:\n  at: last", "rule {'source': None, 'at': 'last'} needs the keys source and"),
-        ("- 3", "3 is not a rule. A rule has the keys source at components layers heads."),
+        ("- 3", "3 is not a rule. A rule has the keys source at components layers heads"),
         ("- [sft, last]", "['sft', 'last'] is not a rule."),
         ("3", "3 is not a graft. Write one line of text, or a list of rules, each with the keys"),
         ("", "None is not a graft."),
@@ -574,7 +574,7 @@ def test_defaults_are_left_out_of_yaml() -> None:
         (
             "- sft @ last : o",
             "unknown key 'sft @ last' in rule {'sft @ last': 'o'}. Allowed: source at components "
-            "layers heads. Put a one-line rule in quotes.",
+            "layers heads units strength. Put a one-line rule in quotes.",
         ),
         ("- sft @ last : o : 3", "graft '- sft @ last : o : 3' is not YAML (mapping values are"),
         ("[unclosed", "graft '[unclosed' is not YAML (while parsing"),

@@ -223,7 +223,9 @@ def test_a_folder_without_a_sweep_is_refused(tmp_path: Path) -> None:
         partial(launch_local, devices=["cpu"]),
         partial(launch_slurm, tasks=2),
     ):
-        with pytest.raises(ValueError, match=r"holds no sweep \(there is no sweep\.json in it\)"):
+        with pytest.raises(
+            ValueError, match=r"does not hold a sweep \(there is no sweep\.json in it\)"
+        ):
             launch(tmp_path, progress=False)
 
 

@@ -429,7 +429,7 @@ def test_a_warning_is_a_sentence_on_the_command_line(
     """`--answer` without its space showed a path of the source and a line of code."""
 
     def command(**_: Any) -> int:
-        warnings.warn("the answer 'Bo' goes on with the prompt's last word.", stacklevel=1)
+        warnings.warn("the answer 'Bo' continues the prompt's last word.", stacklevel=1)
         return 0
 
     monkeypatch.setattr(cli, "app", command)
@@ -438,7 +438,7 @@ def test_a_warning_is_a_sentence_on_the_command_line(
         cli.main()
     assert caught.value.code == 0
     assert capsys.readouterr().err == (
-        "graftlens: warning: the answer 'Bo' goes on with the prompt's last word.\n"
+        "graftlens: warning: the answer 'Bo' continues the prompt's last word.\n"
     )
     assert warnings.showwarning is shown
 

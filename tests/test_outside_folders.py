@@ -277,7 +277,7 @@ def test_a_manifest_that_was_removed_is_made_again(
     """What the message advises: the folder's mark says that the rest is ours, and whole shards are
     kept."""
     _truncated(copied / "sweep.json")
-    with pytest.raises(ValueError, match=r"Remove that file and give the sweep's own command"):
+    with pytest.raises(ValueError, match=r"Remove that file and run the sweep's own command"):
         quietly(given, copied)
     (copied / "sweep.json").unlink()
     monkeypatch.setattr(runner.Scorer, "table", never)

@@ -269,7 +269,7 @@ def test_a_second_bos_token_is_told_of_once_a_call(tiny: MakeTiny, told: list[An
     told.clear()
     t.model(["The", text, written])
     assert _bos_notes(told)[0].startswith("prompt 1 begins with the BOS token '<|begin_of_text|>'")
-    assert _bos_notes(told)[0].endswith("(And 1 prompts more.)")
+    assert _bos_notes(told)[0].endswith("(And 1 more prompts.)")
     assert told[0].filename == __file__
 
 

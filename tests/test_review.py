@@ -195,7 +195,7 @@ def test_what_is_too_long_or_unknown_is_a_row_with_a_reason(tiny: MakeTiny) -> N
         table = evaluate(model, prompts, "sft @ last", progress=False)
     assert table["reason"].isna().tolist() == [True, True, True, False, False, False]
     assert "more than the model's context of 64" in table["reason"][5]
-    with pytest.warns(UserWarning, match="goes on with the prompt's last word. Did you mean ' Al'"):
+    with pytest.warns(UserWarning, match="continues the prompt's last word. Did you mean ' Al'"):
         evaluate(model, Prompt("Ann with", {}, "Al"), Graft.rule("sft"), progress=False)
 
 

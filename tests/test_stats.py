@@ -430,7 +430,7 @@ def test_holm():
         ({"level": 0.0}, r"level=0.0 is not in \(0, 1\)"),
         ({"resamples": 0}, "resamples=0 is not positive"),
         ({"metrics": ("accuracy",)}, "unknown metric 'accuracy'; choose 'top1', 'top5'"),
-        ({"metrics": ("top5",)}, "metric 'top5' is asked for twice"),
+        ({"metrics": ("top5",)}, "metric 'top5' is requested twice"),
         ({"ks": (0,)}, "unknown metric 'top0'"),
         ({"recovery": "loss"}, "unknown metric 'loss'"),
         ({"by": ("relation",)}, "the table lacks column 'relation'; it has 'prompt', 'graft'"),
@@ -1114,7 +1114,7 @@ def test_a_sweep_is_summarised_without_drawing_every_cell():
         (lambda t: stats.compare_all(t, against="g9"), "no graft named 'g9' in the table"),
         (
             lambda t: stats.compare_all(t[t["graft"] == "PRE"], against="PRE"),
-            "the table has no graft but 'PRE': nothing to compare it with",
+            "the table has no graft but 'PRE': there is nothing to compare it with",
         ),
         (
             lambda t: stats.compare_all(t, [("g1", "g1")]),

@@ -549,7 +549,9 @@ def test_memory_that_runs_out_halves_the_budget(
     said: list[str] = []
     scorer = Scorer(llama.model, grafts, row_budget=1000, say=said.append)
     pd.testing.assert_frame_equal(scorer.table(prompts), expected, rtol=1e-4)
-    lines = [re.fullmatch(r"Memory ran out: going on with at most (\d+) token .*", l) for l in said]
+    lines = [
+        re.fullmatch(r"Memory ran out: continuing with at most (\d+) token .*", l) for l in said
+    ]
     budgets = [int(line[1]) for line in lines if line]
     assert 0 < len(budgets) == len(said) <= 4
     assert budgets == sorted(set(budgets), reverse=True)
@@ -696,7 +698,7 @@ def test_the_plan_in_words(llama: Tiny) -> None:
         f"ratio:                  {found.ratio:.1f}",
     ):
         assert line in text
-    assert "MiB beside the weights" in text
+    assert "MiB besides the weights" in text
     dry = dry_plan(
         llama.model.arch,
         SOURCES,

@@ -133,7 +133,7 @@ BAD_VALUES = {
     "sources: {pre: ./pre, no: ./sft}": r"sources: the key False is not text. Put it in quotes.",
     "sources: {pre: ./pre, my sft: ./sft}": r"sources: source='my sft' is not a source name.",
     "sources: {pre: ./pre, sft: 3}": r"sources.sft: 3 should be text. Put it in quotes.",
-    "sources: {pre: ./pre, sft: ''}": r"sources: sft is an empty text. Write a folder or a hub id",
+    "sources: {pre: ./pre, sft: ''}": r"sources: sft is empty. Write a folder or a hub id",
     "sources: {pre: ./pre, sft: ./nowhere}": r"sources: source 'sft': there is no folder ./nowhere",
     "sources: {pre: ./pre, sft: ./empty}": r"source 'sft': folder .*empty has no config.json",
     "sources: {pre: ./pre, sft: ./gpt2}": r"'pre' .* and 'sft' .* differ in architecture: family",
@@ -177,7 +177,7 @@ BAD_VALUES = {
     "dataset: {movies: {n_facts: 9}, direction: up}": r"dataset.0.direction: 'up' should be 'ab' o",
     "dataset: [{movies: {n_facts: 9}}, {movies: {n_facts: 8}}]": r"dataset.1: two sets of prompts "
     r"are called 'movies seed 0'. Rename one",
-    "templates: [qa]": r"templates: these are templates of a dataset, and none is given",
+    "templates: [qa]": r"templates: these are templates of a dataset, but no dataset is",
     "{dataset: {movies: {n_facts: 9}}, templates: [q]}": r"templates: unknown evaluation template "
     r"'q'. Allowed: headline qa .*Did you mean 'qa'\?",
     "{dataset: {movies: {n_facts: 9}}, templates: [qa, qa]}": r"templates: .*name each template on",
@@ -805,5 +805,5 @@ def test_a_limit_takes_the_first_prompts_of_each_template(tmp_path: Path) -> Non
 
 def test_an_answer_that_joins_the_last_word_is_pointed_at(tmp_path: Path) -> None:
     joined = "{prompts: [{template: Ann acted with, answer: Bo}], grafts: {LT: sft @ last}}"
-    with pytest.warns(UserWarning, match=r"the answer 'Bo' goes on with .* Did you mean ' Bo'\?$"):
+    with pytest.warns(UserWarning, match=r"the answer 'Bo' continues .* Did you mean ' Bo'\?$"):
         made(joined, tmp_path / "s.yaml")

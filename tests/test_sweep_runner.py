@@ -533,9 +533,9 @@ def test_a_checked_config_or_its_value_will_do(given: Config, copied: Path) -> N
 
 
 def test_a_worker_needs_a_prepared_folder(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"holds no sweep \(there is no sweep.json in it\)"):
+    with pytest.raises(ValueError, match=r"does not hold a sweep \(there is no sweep.json in it\)"):
         work(tmp_path)
-    with pytest.raises(ValueError, match="holds no sweep"):
+    with pytest.raises(ValueError, match="does not hold a sweep"):
         read_results(tmp_path / "nowhere")
     (tmp_path / "sweep.json").write_text('{"other": 1}')
     with pytest.raises(ValueError, match="is not what this version of graftlens writes"):
@@ -546,7 +546,7 @@ def test_an_unfinished_sweep_is_read_with_a_warning(given: Config, tmp_path: Pat
     out = tmp_path / "out"
     manifest = prepare_sweep(given, out)
     assert manifest.models is None
-    with pytest.warns(UserWarning, match="is not finished: 0 of 6 shards are there. Give the"):
+    with pytest.warns(UserWarning, match="is not finished: 0 of 6 shards are done. Run the"):
         table = read_results(out)
     assert isinstance(table, pd.DataFrame)
     assert tuple(table.columns) == RESULT_COLUMNS
@@ -562,10 +562,10 @@ def test_reading_some_columns(finished: Path) -> None:
     assert isinstance(whole, pd.DataFrame)
     pd.testing.assert_frame_equal(table, whole[["logprob", "text", "graft"]])
     with pytest.raises(
-        ValueError, match=r"columns: 'logits' is no list of columns .* prompt graft"
+        ValueError, match=r"columns: 'logits' is not a list of columns .* prompt graft"
     ):
         read_results(finished, columns=["logprob", "logits"])
-    with pytest.raises(ValueError, match="columns: 'logprob' is no list of columns"):
+    with pytest.raises(ValueError, match="columns: 'logprob' is not a list of columns"):
         read_results(finished, columns="logprob")
     with pytest.raises(ValueError, match="batch_rows=0: write a number from 1"):
         read_results(finished, batch_rows=0)

@@ -409,8 +409,8 @@ def _prob(shift: float) -> dict[str, Any]:
         ({"top_probs": lambda x: [x[0] * 1.1, *x[1:]]}, "top token 1 is "),
         ({"distractor_logprobs": lambda x: [x[0], x[1] - 1]}, r"distractor_logprobs\[1\] is "),
         ({"prob": 0.5}, "1 row\\(s\\) have a prob that is not exp"),
-        ({"rule": "sft @ bos"}, "1 row\\(s\\) bear another graft's rule"),
-        ({"text": "Another"}, "1 row\\(s\\) bear another prompt's text"),
+        ({"rule": "sft @ bos"}, "1 row\\(s\\) have another graft's rule"),
+        ({"text": "Another"}, "1 row\\(s\\) have another prompt's text"),
     ],
 )
 def test_a_changed_number_is_found(sweep: Sweep, values: dict[str, Any], message: str) -> None:
@@ -451,11 +451,12 @@ def test_rows_that_are_missing_doubled_or_foreign(sweep: Sweep) -> None:
         "1 cell(s) are missing, such as prompt 4 under 'lt'.",
     )
     assert sweep.report(pd.concat([table, table[row]])).problems == (
-        "1 cell(s) are there more than once, such as prompt 4 under 'lt'.",
+        "1 cell(s) are present more than once, such as prompt 4 under 'lt'.",
     )
     foreign = table[row].assign(graft="other")
     assert sweep.report(pd.concat([table, foreign])).problems[0] == (
-        "1 row(s) are of no prompt and graft that were asked for, such as prompt 4 under 'other'."
+        "1 row(s) belong to no prompt and graft that were requested, such as prompt 4 under "
+        "'other'."
     )
     empty = table.iloc[:0]
     report = sweep.report(empty)
@@ -537,7 +538,7 @@ def test_a_failure_while_checking_is_reported(
     monkeypatch.setattr(GraftedTransformer, "logits_at", fails)
     report = sweep.report()
     assert not report.ok
-    assert "could not be computed again: OutOfMemoryError('no memory is left')" in report.text()
+    assert "could not be recomputed: OutOfMemoryError('no memory is left')" in report.text()
 
 
 def test_the_report_as_text_and_as_json(sweep: Sweep) -> None:
@@ -545,7 +546,7 @@ def test_the_report_as_text_and_as_json(sweep: Sweep) -> None:
     lines = report.text().splitlines()
     assert lines[0] == "trust report: ok (18 rows, float32 on cpu)"
     assert lines[1].startswith(
-        "  rounding: up to 1.0e-03 nats a token and 1.0e-04 of the largest logit are allowed; "
+        "  rounding: up to 1.0e-03 nats per token and 1.0e-04 of the largest logit are allowed; "
     )
     assert lines[2] == "  one source throughout = Hugging Face's own forward pass, at worst:"
     assert re.fullmatch(r"    pre: logits \d\.\de-\d\d, logprob .*", lines[3])

@@ -135,7 +135,7 @@ def test_two_grafts_for_one_cell_name_the_column_that_tells_them_apart():
     with pytest.raises(ValueError, match=r"they differ in 'template': give panel='template'"):
         heatmaps.heatmap(site_map(templates=("headline", "award")))
     table = site_map()
-    with pytest.raises(ValueError, match="no column tells them apart"):
+    with pytest.raises(ValueError, match="no column distinguishes them"):
         heatmaps.heatmap(pd.concat([table, table.tail(1)]))
     with pytest.raises(ValueError, match="no column 'spam'; it has 'template', 'graft'"):
         heatmaps.heatmap(table, x="spam")

@@ -462,7 +462,7 @@ def test_what_attribution_plots_refuse():
         viz.logit_attribution_bars(table, grafts=["LT"])
     with pytest.raises(ValueError, match=r"top=0 shows no term"):
         viz.logit_attribution_bars(table, top=0)
-    with pytest.raises(ValueError, match=r"no contribution is known of the prompts 0: give them"):
+    with pytest.raises(ValueError, match=r"no contribution is known for the prompts 0: give them"):
         viz.logit_attribution_heatmap(table.assign(contribution=np.nan), "PRE")
 
 

@@ -238,15 +238,13 @@ DOSES = (2.0, -0.5, 0.0, 0.5, 1.0)
 def doses(components=("o", "mlp"), **options):
     """At strength s a component recovers about s/2 (the first) or s/4."""
     grafts, strength = dict(ENDS), {"PRE": 0.0, "SFT": 1.0}
-    of = {"PRE": None, "SFT": 1.0}
     for number, component in enumerate(components, start=1):
         for dose in DOSES:
             ((name, about),) = site(component, "all").items()
             name = name if dose == 1 else f"{dose:g}*{name}"
-            grafts[name], of[name] = about, dose
+            grafts[name] = about | {"strength": dose}
             strength[name] = dose / (2 * number)
-    table = summary(grafts, strength, **options)
-    return table.assign(strength=table["graft"].map(of))
+    return summary(grafts, strength, **options)
 
 
 def test_a_line_goes_along_the_strengths_of_a_graft():

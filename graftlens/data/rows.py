@@ -13,7 +13,7 @@ def read_rows(place: str, split: str) -> Dataset:
     id.
 
     Raises:
-        OSError: a dataset or split that is not there, or cannot be read.
+        OSError: a dataset or split that does not exist, or cannot be read.
     """
     path = at_home(place)
     local = path.suffix.lower() in _FILES or place.count("/") > 1 or place[:1] in (".", "/", "~")

@@ -10,7 +10,7 @@ TEXT_FILES = (".txt", ".jsonl")
 
 # What ends a line on a screen or a page; what on a line leaves it blank: white space, and what
 # nobody sees though it is not white space to Python (zero-width characters; a byte order mark
-# inside of a file, where files were put together).
+# inside a file, where files were joined).
 _BREAK = r"\n\x0b\x0c\x85\u2028"
 _BLANK = rf"(?:[^\S{_BREAK}\u2029]|[\u200b\u2060\ufeff])*"
 _GAP = re.compile(rf"(?:[{_BREAK}]{_BLANK}){{2,}}|\u2029")

@@ -21,6 +21,9 @@ TAGS = (
     *("source", "layers", "rate", "draw"),
 )
 
+#: What one graft is in a figure.
+_MARKS = {"bars": "bar", "heatmap": "cell", "lines": "point"}
+
 #: Columns of the results that statistics need besides the measures.
 _NEEDED = ("prompt", "graft", "rule", *REFERENCES, "template", "dataset", "answer", "reason")
 
@@ -123,20 +126,22 @@ def check_figures(part: PartConfig, checked: Checked) -> None:
     """Find figures that cannot be drawn, before anything is trained.
 
     Raises:
-        ConfigError: every figure in which several grafts would be one bar or one cell.
+        ConfigError: every figure in which several grafts would be one bar, cell or point.
     """
     tags = _tags(part, checked)
     problems = []
     for number, figure in enumerate(part.figures):
-        # Lines show several draws at one place, and named grafts have names of their own.
-        if figure.kind == "lines" or (figure.kind == "bars" and figure.grids is None):
+        # Lines show several draws at one place (but not of strengths, where without a panel each
+        # graft has its line), and named grafts have names of their own.
+        alone = figure.x != "strength" or figure.panel is None
+        if (figure.kind == "lines" and alone) or (figure.kind == "bars" and figure.grids is None):
             continue
         axes = [figure.x, *([figure.y] if figure.kind == "heatmap" else [])]
         axes += [figure.panel] if figure.panel is not None else []
         rows = tags[tags["grid"].isin(figure.grids)] if figure.grids else tags
         if rows.duplicated(axes).any():
             what = (
-                f"several grafts would be one {'cell' if figure.kind == 'heatmap' else 'bar'} "
+                f"several grafts would be one {_MARKS[figure.kind]} "
                 f"({', '.join(axes)} are equal). Name another axis or a panel, or fewer grids."
             )
             problems.append((f"figures.{number}", what))

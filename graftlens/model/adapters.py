@@ -202,7 +202,7 @@ def read_peft(name: str, adapter: Any, origin: str) -> Source:
     Raises:
         PairError: an adapter that PEFT cannot merge.
         UnsupportedArchitectureError: a kind of adapter that has nothing to merge, or whose merged
-            weights give other logits than the adapter itself.
+            weights give different logits from the adapter itself.
     """
     active = adapter.active_adapters
     for each in [active] if isinstance(active, str) else active:

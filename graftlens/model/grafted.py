@@ -389,7 +389,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
     ) -> Float[Tensor, "row d_vocab"]:
         """Logits of final rows by number, each unembedded once.
 
-        `known` are logits that are there already, and the number of the first of them.
+        `known` are logits that already exist, and the number of the first of them.
         """
         logits, first = known
         wanted, place = np.unique(numbers, return_inverse=True)

@@ -622,7 +622,7 @@ def grouped(
     Args:
         codes: for each row, or for each of the cases that `of_row` names by number.
         atom_of: the atom of each unit.
-        real: rows that are no padding.
+        real: rows that are not padding.
         mixtures: what the codes stand for.
         base: the code of what belongs to no unit where a row's units differ.
         of_row: the case of each row.

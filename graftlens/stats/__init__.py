@@ -1,9 +1,9 @@
-"""How sure the numbers are: intervals, differences and p-values over prompts.
+"""How certain the numbers are: intervals, differences and p-values over prompts.
 
 Every function takes the results table (one row per prompt and graft) and compares grafts *on the
 same prompts*: a prompt counts only if it ran under every graft that is compared, and the prompts
-left out are counted, not hidden. One set of resamples serves all grafts, so that what makes a
-prompt easy or hard cancels in differences and ratios (Efron & Tibshirani, *An Introduction to the
+left out are counted, not hidden. One set of resamples serves all grafts, so that the difficulty
+of a prompt cancels out in differences and ratios (Efron & Tibshirani, *An Introduction to the
 Bootstrap*, 1993, chapters 8 and 13).
 
 What is resampled is the `unit`. By default that is the prompt, and prompts are taken as

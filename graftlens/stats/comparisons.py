@@ -118,7 +118,7 @@ def compare_all(
     permutations: int = 100_000,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Many comparisons, each as by `compare`, with p-values corrected for how many they are.
+    """Many comparisons, each as by `compare`, with p-values corrected for their number.
 
     Give the `pairs` (a, b), or `against` to compare every other graft of the table with one. Each
     pair is compared on the prompts that ran under both, separately in each group of `by`.
@@ -140,8 +140,8 @@ def compare_all(
     They share one set of random signs, so an estimated p-value may differ from that of `compare` by
     chance.
 
-    The intervals hold each for its own comparison, not all at once. Intervals that hold all at once
-    with a chance of 95% or more are those of `level = 1 - 0.05 / number of comparisons`
+    Each interval holds for its own comparison, not all of them at once. Intervals that hold all at
+    once with a chance of 95% or more are those of `level = 1 - 0.05 / number of comparisons`
     (Bonferroni); give `resamples` well above 2 / (1 - level).
 
     Raises:
@@ -198,7 +198,9 @@ def _choose_pairs(
     if pairs is None:
         pairs = [(name, str(against)) for name in known if name != against]
         if not pairs and against in known:
-            raise ValueError(f"the table has no graft but {against!r}: nothing to compare it with")
+            raise ValueError(
+                f"the table has no graft but {against!r}: there is nothing to compare it with"
+            )
         names = {str(against)}
     else:
         names = {name for pair in pairs for name in pair}
@@ -227,7 +229,7 @@ def _compare_pairs(
     draw: Draw,
     permutations: int,
 ) -> list[dict[str, Any]]:
-    """One row for each pair of columns; of recoveries where `ends` = (base, full) is given."""
+    """One row for each pair of columns; for recoveries if `ends` = (base, full) is given."""
     first, second = np.array(pairs).T
     ran = grid.ran
     used = ran[:, first] & ran[:, second]

@@ -59,12 +59,12 @@ def stability(
 
     - `{by}={level}` for each level: the mean of `metric` there, or its recovery, over the prompts
       that ran under every graft in that level;
-    - `mean`, `low`, `high`: the mean over levels, each counting the same, and its interval; `sd`
+    - `mean`, `low`, `high`: the mean over levels, with equal weight, and its interval; `sd`
       (with divisor levels − 1), `min`, `max`: the spread between levels, which includes the chance
       error of each level's own value; `levels`: how many levels have a value;
     - `tau`, `tau_min`: the mean and the least Kendall's τ-b (Kendall 1945) between the orders of
       the grafts in two levels, over the `tau_pairs` pairs of levels in which it is defined. 1: the
-      same order everywhere. `base` and `full` are left out, because they would agree in any case.
+      same order everywhere. `base` and `full` are left out, because they would always agree.
       The same in all rows; NaN with fewer than two grafts or levels;
     - `n`, `not_run`, `units`: prompts used, prompts left out, units; `note`: None, or what is
       missing and why; then how the row was computed.
@@ -178,7 +178,7 @@ def _within_levels(
     sums, sizes = np.empty((len(parts), count, columns)), np.empty((len(parts), count))
     for i, part in enumerate(parts):
         sums[i], sizes[i] = per_unit(part, units[starts[i] : starts[i + 1]], count)
-    # Units of one level each are drawn within their level, so that no level ever comes out empty.
+    # Units of one level each are drawn within their level, so that no level is ever empty.
     nested = bool(((sizes > 0).sum(axis=0) == 1).all())
     strata = (sizes > 0).argmax(axis=0) if nested else np.zeros(count, dtype=np.int64)
     few = np.zeros(columns, dtype=bool)

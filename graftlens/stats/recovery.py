@@ -12,7 +12,7 @@ from graftlens.stats.resampling import Draw, cautious, mean_of, means_of, percen
 
 @dataclass(frozen=True)
 class _Gap:
-    """full − base, against which recovery is measured, and why it cannot be where it cannot."""
+    """full − base, against which recovery is measured, and why it cannot be if it cannot."""
 
     mean: float
     draws: Float[np.ndarray, " resample"]
@@ -36,7 +36,7 @@ def gap_of(
         return _Gap(gap, draws, "full and base are equal: there is nothing to recover")
     low, high = percentiles(draws[:, None], draw.level)
     if low[0] <= 0 <= high[0]:
-        why = "the interval of full − base includes 0: nothing sure to recover"
+        why = "the interval of full − base includes 0: nothing certain to recover"
         return _Gap(gap, draws, why)
     return _Gap(gap, draws, None)
 
@@ -44,7 +44,7 @@ def gap_of(
 def ratios_of(
     values: Float[np.ndarray, "prompt graft"], ends: tuple[int, int], gap: _Gap
 ) -> Float[np.ndarray, " graft"]:
-    """The recovery of every column, NaN where there is no sure gap; `ends` = (base, full)."""
+    """The recovery of every column, NaN if there is no certain gap; `ends` = (base, full)."""
     base, full = ends
     if gap.note is not None:
         return np.full(values.shape[1], np.nan)

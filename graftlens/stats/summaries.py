@@ -56,7 +56,7 @@ def summarise(
       computed; `units`: how many units the prompts used belong to.
 
     Intervals are percentile intervals of a paired bootstrap over units (Efron & Tibshirani 1993,
-    chapter 13). Two cases where that would claim more than the data hold:
+    chapter 13). Two cases in which that would claim more than the data support:
 
     - An accuracy with fewer than 5 successes or fewer than 5 failures gets a Wilson score interval
       (Wilson 1927; Brown, Cai & DasGupta 2001). The bootstrap of 0 of 40 is [0, 0], as if more
@@ -77,7 +77,7 @@ def summarise(
     an error, because its mean would be over other prompts.
 
     Args:
-        base, full: the grafts between which recovery is measured; left out, those that the table
+        base, full: the grafts between which recovery is measured; by default those that the table
             names (`evaluate` and `read_results` do), else PRE and SFT.
 
     Raises:
@@ -93,7 +93,7 @@ def summarise(
     check_metrics(table, wanted)
     for name in names:
         if names.count(name) > 1:
-            raise ValueError(f"metric {name!r} is asked for twice; name each metric once")
+            raise ValueError(f"metric {name!r} is requested twice; name each metric once")
     draw = Draw(unit, level, resamples, seed)
     table = checked_table(table, (*by, *draw.columns, *map(column_of, wanted)))
     check_groups(table, by)

@@ -1,4 +1,4 @@
-"""The results table, checked, and its numbers in their places: prompts × grafts."""
+"""The results table, checked, and its numbers as an array: prompts × grafts."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pandas.api.types import is_float_dtype
 
 from graftlens.metrics import averaged, known
 
-#: Columns of a sweep's table that say what a graft is; a summary's rows carry them on.
+#: Columns of a sweep's table that describe a graft; a summary's rows keep them.
 GRAFT_COLUMNS = ("source", "span", "component", "layer", "head", "unit", "strength")
 #: Why a table without a full run has no recovery.
 NO_FULL_RUN = "the table names no full run (column 'full_run'): give full= the name of a graft"
@@ -18,7 +18,7 @@ NO_FULL_RUN = "the table names no full run (column 'full_run'): give full= the n
 
 @dataclass(frozen=True)
 class Grid:
-    """A table's rows in their places: prompts in ascending order × grafts as asked for."""
+    """A table's rows as an array: prompts in ascending order × grafts as requested."""
 
     table: pd.DataFrame
     prompts: Int[np.ndarray, " prompt"]
@@ -30,7 +30,7 @@ class Grid:
     def of(cls, table: pd.DataFrame, grafts: Sequence[str]) -> "Grid":
         prompts, row = np.unique(table["prompt"].to_numpy(dtype=np.int64), return_inverse=True)
         column = pd.Index(grafts).get_indexer(table["graft"]).astype(np.int64)
-        # A row that is not there at all did not run either.
+        # A missing row did not run either.
         ran = np.zeros((len(prompts), len(grafts)), dtype=bool)
         ran[row, column] = table["reason"].isna()
         return cls(table, prompts, row, column, ran)
@@ -129,7 +129,7 @@ def groups_of(
 
 
 def with_notes(result: pd.DataFrame, name: str) -> pd.DataFrame:
-    """Leave None, not NaN, where there is no note."""
+    """Leave None, not NaN, if there is no note."""
     if name in result:
         notes = result[name].astype(object)
         result[name] = notes.where(notes.notna(), None)
@@ -231,7 +231,7 @@ def check_metrics(table: pd.DataFrame, names: Sequence[str], also: str | None = 
 
 
 def depth_of(metric: str) -> int | None:
-    """k of a `top{k}` metric, None of another."""
+    """k of a `top{k}` metric, None for another."""
     row = known(metric)
     return None if row is None else row.at_most
 

@@ -13,7 +13,7 @@ from graftlens.prompts import Prompt
 
 _ABOUT = ("prompt", "graft", "rule", "template", "text", "answer", "target", "target_id")
 
-#: Columns that tables of results may have besides; no measure can be called so.
+#: Other columns that results tables may have; no measure can have these names.
 _TAKEN = {
     *(*_ABOUT, "reason", "dataset", "model", "source", "span", "component", "layer", "head"),
     *("unit", "strength", "base_run", "full_run", "fact", "how"),
@@ -21,12 +21,12 @@ _TAKEN = {
 
 
 def columns(asked: Iterable[Measure] = ()) -> tuple[str, ...]:
-    """The columns of a table of results, with those of the measures that are asked for."""
+    """The columns of a table of results, with those of the requested measures."""
     return (*_ABOUT, *(m.name for m in (*always_measured(), *asked)), "reason")
 
 
 class Cells:
-    """The numbers of all cells, NaN or None until they are there."""
+    """The numbers of all cells, NaN or None until they are known."""
 
     def __init__(self, numbers: Sequence[int], n_grafts: int, measured: Sequence[Measure]) -> None:
         shape = (len(numbers), n_grafts)
@@ -93,11 +93,11 @@ def own_measures(given: Measures) -> tuple[Measure, ...]:
 
 
 def asked_for(given: Sequence[Measure | str], own: Sequence[Measure] = ()) -> tuple[Measure, ...]:
-    """The measures beside those of every table, in the order given.
+    """The measures besides those of every table, in the order given.
 
     Args:
         given: names, and measures of the user's own.
-        own: the user's own that names may mean, too.
+        own: the user's own measures, which names may also refer to.
 
     Raises:
         ValueError: an unknown name, one that is given twice or is another column's, or a measure
@@ -113,7 +113,7 @@ def asked_for(given: Sequence[Measure | str], own: Sequence[Measure] = ()) -> tu
             rows = [row.name for row in measures() if row.function is not None and not row.always]
             raise ValueError(
                 f"unknown measure {one!r}. Allowed: {' '.join([*rows, *mine])}."
-                f"{suggest(str(one), [*rows, *mine])} One of your own is given as a Measure, or on "
+                f"{suggest(str(one), [*rows, *mine])} Give one of your own as a Measure, or on "
                 "the command line with --measure MODULE:NAME."
             )
         if m.name in found:
@@ -124,7 +124,9 @@ def asked_for(given: Sequence[Measure | str], own: Sequence[Measure] = ()) -> tu
                 f"measure {m.name!r}: tables have another column of this name. Rename the measure."
             )
         if m.function is None:
-            raise ValueError(f"{m.name!r} is not measured in a run: graftlens.summarise gives it.")
+            raise ValueError(
+                f"{m.name!r} is not measured in a run: graftlens.summarise computes it."
+            )
         if not m.always:
             if m.holds not in ("number", "count") or m.over != "next":
                 raise ValueError(

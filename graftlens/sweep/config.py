@@ -1,4 +1,4 @@
-"""The config of a sweep, and all that can be known of it before any weight is read."""
+"""The config of a sweep, and everything that can be known about it before any weight is read."""
 
 import warnings
 from collections import Counter
@@ -66,7 +66,7 @@ class Metrics(Section):
     """Likeliest tokens to keep in each row."""
 
     answers: Extent = "whole"
-    """Log-probability of the whole answer, or (cheaper) nothing beyond its first token."""
+    """Log-probability of the whole answer, or (cheaper) only that of its first token."""
 
     distractors: Extent = "first"
     """Likewise; `whole` fills the column distractor_logprobs."""
@@ -77,10 +77,10 @@ class Metrics(Section):
 
 
 class GraftSettings(Section):
-    """What is grafted: of a sweep, or of an experiment's part, which is one."""
+    """What is grafted, in a sweep or in a part of an experiment, which is a sweep."""
 
     sources: Mapping[str, str] = {}
-    """Name -> where the weights are."""
+    """Name -> location of the weights."""
 
     grafts: Mapping[str, GraftField] = {}
     """Name -> graft, as one line of text in quotes or a list of rules."""
@@ -89,10 +89,10 @@ class GraftSettings(Section):
     """Families of grafts."""
 
     base: str | None = None
-    """The graft that recovery is measured from, by name; left out: the one without rules."""
+    """The graft that recovery is measured from, by name; by default the one without rules."""
 
     full: str | None = None
-    """The graft that recovery is measured to; left out: the second source everywhere."""
+    """The graft that recovery is measured to; by default the second source everywhere."""
 
     @field_validator("grafts")
     @classmethod
@@ -102,7 +102,7 @@ class GraftSettings(Section):
         return grafts
 
     def graft_problems(self, sources: Collection[str]) -> list[tuple[str, str]]:
-        """(where, what): no grafts, and every source that grafts name and that is not there."""
+        """(where, what): no grafts, and every source that grafts name but that does not exist."""
         problems = []
         if not self.grafts and not self.grids:
             problems.append(("", "no grafts: give grafts or grids."))
@@ -119,10 +119,10 @@ class GraftSettings(Section):
 
 
 class RunSettings(Section):
-    """How a sweep is run: its own, or those of all sweeps of an experiment."""
+    """How a sweep is run: its own settings, or those of all sweeps of an experiment."""
 
     tokenizer: str | None = None
-    """Where to load the tokenizer from; left out: the sources' own."""
+    """Where to load the tokenizer from; by default the sources' own."""
 
     chat_template: str | None = None
     """What writes conversations: Jinja's text, or a file that holds it; left out: the base's, else
@@ -136,7 +136,7 @@ class RunSettings(Section):
     their chat template writes, unless this is true."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
-    """Prompts to take of each template of a set of prompts, from its beginning; left out: all."""
+    """Prompts to take of each template of a set of prompts, from its beginning; by default all."""
 
     metrics: Metrics = Metrics()
     """What is kept of each cell."""
@@ -148,7 +148,7 @@ class RunSettings(Section):
     """Cells (a prompt under a graft) per shard, about: what a worker takes, what a kill costs."""
 
     row_budget: Annotated[int, Field(ge=1)] | None = None
-    """Token rows per forward pass, at most; left out: measured against free memory."""
+    """Most token rows per forward pass; by default chosen by the free memory."""
 
     def loading(self) -> dict[str, Any]:
         """What `GraftedTransformer.from_pretrained` is asked for."""
@@ -162,7 +162,7 @@ class RunSettings(Section):
 class SweepConfig(RunSettings, GraftSettings):
     """Which grafts of which sources to run over which prompts. One YAML file holds it all.
 
-    Paths are taken from the working directory.
+    Paths are relative to the working directory.
     """
 
     sources: Mapping[str, str]
@@ -173,7 +173,7 @@ class SweepConfig(RunSettings, GraftSettings):
     """One or more sets of prompts about the facts of a dataset."""
 
     templates: tuple[str, ...] | None = Field(default=None, min_length=1)
-    """Evaluation templates of the datasets, by name; left out: all."""
+    """Evaluation templates of the datasets, by name; by default all."""
 
     prompts: Annotated[
         tuple[PromptSection | PromptFile | PromptColumn, ...], BeforeValidator(prompt_sections)
@@ -192,7 +192,7 @@ class SweepConfig(RunSettings, GraftSettings):
         for name, place in sources.items():
             Rule(name, At.parse("all"))
             if not place.strip():
-                raise ValueError(f"{name} is an empty text. Write a folder or a hub id.")
+                raise ValueError(f"{name} is empty. Write a folder or a hub id.")
         return sources
 
     @field_validator("templates")
@@ -214,14 +214,16 @@ class SweepConfig(RunSettings, GraftSettings):
         if not self.dataset and not self.prompts:
             problems.append(("", "no prompts: give dataset or prompts."))
         if self.templates and not self.dataset:
-            problems.append(("templates", "these are templates of a dataset, and none is given."))
+            problems.append(
+                ("templates", "these are templates of a dataset, but no dataset is given.")
+            )
         problems += self.graft_problems(self.sources)
         if problems:
             raise ConfigError(*problems)
         return self
 
     def locations(self) -> dict[str, str]:
-        """Name -> what `GraftedTransformer.from_pretrained` takes; fetches SmolLM2 if need be."""
+        """Name -> what `GraftedTransformer.from_pretrained` takes; downloads SmolLM2 if needed."""
         return {name: located(place) for name, place in self.sources.items()}
 
 
@@ -229,7 +231,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
     """Read a sweep's YAML file, with `key=value` overrides (`grids.0.layers=each`).
 
     Raises:
-        ConfigError: everything that is wrong with the file by itself, at once.
+        ConfigError: everything that is wrong with the file itself, at once.
     """
     return told_on_command_line(read_settings(SweepConfig, path, overrides), overrides)
 
@@ -249,7 +251,7 @@ class NamedGraft:
     """One column of a sweep.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
         graft: what is run.
         source, span, component, layer, head, unit: the parts of its only rule as text; None where
             the graft has no rule or several.
@@ -281,7 +283,7 @@ class NamedGraft:
 
 @dataclass(frozen=True)
 class Checked:
-    """What can be known of a sweep before any weight is read.
+    """What can be known about a sweep before any weight is read.
 
     Attributes:
         config: the sweep's config.
@@ -465,7 +467,7 @@ def _unfit(
     arch: Architecture,
     prompts: Sequence[Tokenized],
 ) -> _Problems:
-    """Grafts that this architecture cannot run, or that no prompt can; of each place the first."""
+    """Grafts that this architecture cannot run, or that no prompt can; the first of each place."""
     able: dict[At, Bool[np.ndarray, " prompts"]] = {}
     fit: set[Rule] = set()
     found: dict[str, list[str]] = {}

@@ -33,7 +33,7 @@ MAX_GRAFTS = 100_000
 
 
 def _sizes(value: Any) -> int | str | tuple[int, ...]:
-    """A window's sizes as they are written, once they are known to make sense."""
+    """A window's sizes as written, after they were checked."""
     given = value if isinstance(value, list | tuple) else [value]
     if given and all(type(size) is int and size >= 1 for size in given):
         return tuple(given) if isinstance(value, list | tuple) else int(value)
@@ -74,7 +74,7 @@ class Windows(Settings):
             sizes = range(int(ends[1] or high), high + 1)
         else:
             sizes = self.size if isinstance(self.size, tuple) else (self.size,)
-        # Of a range the last is the largest: a mistyped one may be too long to walk through.
+        # The last of a range is the largest: a mistyped range may be too long to iterate over.
         if not sizes or (sizes[-1] if isinstance(sizes, range) else max(sizes)) > n:
             raise ValueError(
                 f"windows of size {self.size}: there are {n} {what} here, so sizes 1 to {n} fit."
@@ -97,7 +97,7 @@ class CumulativeEntry(Settings):
     model_config = ConfigDict(use_attribute_docstrings=True)
 
     cumulative: Literal["below", "above"]
-    """From which end the runs grow."""
+    """From which end they grow."""
 
     stride: Annotated[int, Field(ge=1)] = 1
     """Layers (or heads) by which a run is longer than the one before."""
@@ -119,7 +119,7 @@ class Dropout(Settings):
     """Shares that are left out, 0 to 1."""
 
     draws: Annotated[int, Field(ge=1, le=MAX_GRAFTS)] = 1
-    """Random choices for each rate (one where the rate is 0 or 1: all choices are the same)."""
+    """Random choices for each rate (one if the rate is 0 or 1, where all choices are the same)."""
 
     by: Literal["count", "chance"] = "count"
     """`count` leaves out just that share, rounded; `chance` each with that probability."""
@@ -128,11 +128,11 @@ class Dropout(Settings):
     """Leave out whole layers, or components of single layers."""
 
     seed: Annotated[int, Field(ge=0)] = 0
-    """Of the choices; draw i of a rate is the same whatever the other rates and draws are."""
+    """Seed of the choices; draw i of a rate does not depend on the other rates and draws."""
 
     @property
     def count(self) -> int:
-        """How many grafts it makes of one rule."""
+        """How many grafts it makes from one rule."""
         return sum(self.draws if 0 < rate < 1 else 1 for rate in self.rates)
 
     def variants(
@@ -191,7 +191,7 @@ class GridGraft:
     """One graft of a grid, and which entry of each axis it is.
 
     Attributes:
-        name: what tables call it.
+        name: its name in tables.
         graft: what is run.
         tags: `position`, `component`, `layer`, `head`, `unit`, `source` as text; `strength`, a
             number; `layers`, how many of them; with dropout `rate` (the share left out) and `draw`
@@ -312,16 +312,16 @@ class Grid(Settings):
     """How much of the source: 1 is its weights, 0 none of it, 2 and -1 extrapolate."""
 
     source: Annotated[tuple[str, ...], _axis(_source)] | None = None
-    """Where the weights come from; left out: each source but the base."""
+    """Where the weights come from; by default each source but the base."""
 
     base: GraftField = Graft()
-    """A graft that lies under every graft of the grid."""
+    """A graft that is applied below every graft of the grid."""
 
     dropout: Dropout | None = None
     """Leave out a share of the grafted layers at random; `rates` and `draws` make the grafts."""
 
     name: Annotated[str, AfterValidator(check_name)] | None = None
-    """A prefix of the grafts' names, which are "name: text"; left out, their text is the name."""
+    """A prefix of the grafts' names, which are "name: text"; by default their text is the name."""
 
     def grafts(self, arch: Architecture, sources: Sequence[str]) -> Iterator[GridGraft]:
         """A graft for every combination, the source changing fastest.
@@ -374,7 +374,7 @@ class Grid(Settings):
 
     def _named(self, graft: Graft, tags: Mapping[str, Any]) -> GridGraft:
         name = str(graft)
-        if "rate" in tags:  # the rules of a draw say nothing to a reader
+        if "rate" in tags:  # the rules of a draw mean nothing to a reader
             units = tags["head"] if tags["unit"] == "all" else f"n{tags['unit']}"
             written = [tags["position"], tags["component"], tags["layer"], units]
             while len(written) > 1 and written[-1] == "all":

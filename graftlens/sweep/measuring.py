@@ -1,4 +1,4 @@
-"""What is measured in the final rows of token trees, a piece of the logits at a time."""
+"""What is measured in the final rows of token trees, one piece of the logits at a time."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Wanted:
 
 @dataclass(frozen=True, eq=False)
 class Found:
-    """What was measured in some final rows, NaN (-1 of tokens) where there is nothing.
+    """What was measured in some final rows, NaN (-1 for tokens) where there is nothing.
 
     Attributes:
         next: measures of the next token: [final], lists [final, k].
@@ -171,7 +171,7 @@ def needed_references(
             if graft is None:
                 raise ValueError(
                     f"measure {m.name!r} compares with the {run} run, and this model has several "
-                    f"that could be it. Name the graft that is: {run}=…"
+                    f"candidates. Name the graft: {run}=…"
                 )
             found[run] = graft
     return found

@@ -1,6 +1,6 @@
 """Which rows a sweep needs: every distinct (layer, position, everything upstream) once.
 
-All grafts of a prompt are laid over one another. Going up the layers, each (node, graft) gets the
+All grafts of a prompt are merged. Going up the layers, each (node, graft) gets the
 number of its residual row; two have the same number exactly if nothing that feeds the row differs:
 the sources of every component at this position and below, and the keys and values that it attends
 to. Numbers are made by sorting pairs of numbers, so they are exact, and vectorised over grafts.
@@ -37,7 +37,7 @@ from graftlens.prompts import PromptError, Tokenized
 #: Bytes of the trees that a planner keeps for prompts to come.
 KEPT_BYTES = 1 << 28
 
-#: Logits that are there at a time, as numbers.
+#: Most logits that exist at a time, as numbers.
 LOGITS = 1 << 24
 
 #: A site -> for each source, the first source with the same tensors there.
@@ -83,7 +83,8 @@ class Branches:
         continuations: Sequence[Sequence[int]],
         rope_limit: int | None = None,
     ) -> "Branches":
-        """Texts that begin alike share nodes, unless their length changes their rotary tables."""
+        """Texts that begin in the same way share nodes, unless their length changes their rotary
+        tables."""
         nodes: dict[tuple[int, int, int], int] = {}
         columns: list[int] = []
         paths = []
@@ -124,7 +125,7 @@ class Structure:
 
 
 class Planner:
-    """Plans the trees of one set of grafts; what prompts share is worked out once."""
+    """Plans the trees of one set of grafts; what prompts share is computed once."""
 
     def __init__(
         self,
@@ -185,7 +186,7 @@ class Planner:
     # -- structures --------------------------------------------------------------------------
 
     def structure(self, prompt: Tokenized, branches: Branches) -> tuple[Structure, dict[int, str]]:
-        """A prompt's structure, and why it cannot run the grafts that it cannot run."""
+        """A prompt's structure, and for the grafts that it cannot run, why."""
         places = np.zeros((len(self._first_at), len(prompt) + 1), dtype=bool)
         failed: dict[Rule, str] = {}
         for number, rule in enumerate(self._first_at):
@@ -212,7 +213,7 @@ class Planner:
         return structure, {i: reason for i, reason in reasons.items() if i < self._asked}
 
     def parts(self, structure: Structure, peak: int | None = None) -> tuple["Part", ...]:
-        """The trees of a structure: one, or several of at most `peak` rows where it is too large.
+        """The trees of a structure: one, or several of at most `peak` rows if it is too large.
 
         Grafts that share most stay together. A single graft is never cut.
         """
@@ -633,7 +634,7 @@ class SweepPlan:
         rows_cut: rows that are computed again because a tree is larger than the budget.
         logits: rows that are unembedded.
         peak: the most rows that a forward pass holds at a time.
-        memory: bytes that such a pass takes beside the weights, estimated.
+        memory: bytes that such a pass takes besides the weights, estimated.
     """
 
     prompts: int
@@ -652,7 +653,7 @@ class SweepPlan:
         return self.rows_alone / self.rows if self.rows else 1.0
 
     def summary(self) -> str:
-        """The plan in a few lines, for people."""
+        """The plan in a few lines of text."""
         again = (
             f" ({self.rows_cut:,.0f} of them again, where trees are cut)" if self.rows_cut else ""
         )
@@ -663,8 +664,8 @@ class SweepPlan:
             f"rows if run one by one: {self.rows_alone:,.0f}\n"
             f"ratio:                  {self.ratio:.1f}\n"
             f"rows unembedded:        {self.logits:,}\n"
-            f"expected memory:        {self.memory / 2**20:,.0f} MiB beside the weights "
-            f"({self.peak:,} rows a pass at most)"
+            f"expected memory:        {self.memory / 2**20:,.0f} MiB besides the weights "
+            f"(at most {self.peak:,} rows per pass)"
         )
 
 
@@ -717,7 +718,8 @@ def plan(
 
 
 def row_bytes(arch: Architecture, item: int) -> int:
-    """Bytes of activations that a row takes in a layer, about; `item` is the bytes of a number.
+    """Approximate bytes of activations that a row takes in a layer; `item` is the bytes of a
+    number.
 
     Counted: the residual stream with its norms and gathered copies, queries, keys, values with
     their rotations, and the inside of the MLP. The lists that attention gathers, and logits, come

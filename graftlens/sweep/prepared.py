@@ -83,7 +83,7 @@ class Prepared:
         return found
 
     def all(self, prompts: Mapping[int, Prompt]) -> tuple[list[Scored], dict[int, str]]:
-        """The prompts that can be run, and of the others why not."""
+        """The prompts that can be run, and for the others, why not."""
         ready, unready = list[Scored](), dict[int, str]()
         for number, prompt in prompts.items():
             try:
@@ -122,21 +122,21 @@ class Prepared:
         highest = max(i for ids in (tokens.ids, answer, *others, right) for i in ids)
         if highest >= self.arch.d_vocab:
             raise PromptError(
-                f"the tokenizer gives token id {highest}, the model's vocabulary ends at "
+                f"the tokenizer gives token id {highest}, but the model's vocabulary ends at "
                 f"{self.arch.d_vocab - 1}."
             )
         return scored
 
 
 def joined_answers(prompts: Sequence[Prompt]) -> str | None:
-    """A note on answers that go on with the prompt's last word, which is seldom meant."""
+    """A note on answers that continue the prompt's last word, which is rarely intended."""
     edges = [prompt.text[-1] + (prompt.answer or " ")[0] for prompt in prompts]
     numbers = [i for i, edge in enumerate(edges) if edge.isascii() and edge.isalnum()]
     if not numbers:
         return None
     answer = prompts[numbers[0]].answer
-    more = f" (And {len(numbers) - 1} prompts more.)" if len(numbers) > 1 else ""
+    more = f" (And {len(numbers) - 1} more prompts.)" if len(numbers) > 1 else ""
     return (
-        f"prompt {numbers[0]}: the answer {answer!r} goes on with the prompt's last word. Did you "
+        f"prompt {numbers[0]}: the answer {answer!r} continues the prompt's last word. Did you "
         f"mean {' ' + str(answer)!r}?{more}"
     )

@@ -1,14 +1,15 @@
-"""The folder of a sweep, and what is in it as one table.
+"""The folder of a sweep, and its contents as one table.
 
-- ``config.yaml``: the config as it was given; ``grafts.yaml``: the grafts that it came to;
+- ``config.yaml``: the config as it was given; ``grafts.yaml``: the grafts that it resolves to;
 - ``sweep.json``: the manifest: what was asked, with which versions and models, cut into which
   shards;
 - ``prompts.parquet``: the prompts, a row each;
 - ``shards/00000.parquet``, …: the results, numbers and ids only. A shard is a block of prompts
-  under a block of grafts; it counts if it can be read, has all its rows and bears the sweep's key;
-- ``trust.json``, ``done.json``: the trust report, and that everything is there.
+  under a block of grafts; it counts if it can be read, has all its rows and carries the sweep's
+  key;
+- ``trust.json``, ``done.json``: the trust report, and the marker that everything is done.
 
-Every file appears whole, in one rename, and bears a checksum (see `disk.py`).
+Every file appears whole, in one rename, and carries a checksum (see `disk.py`).
 """
 
 import contextlib
@@ -58,10 +59,10 @@ def shard_schema(asked: Iterable[str] = ()) -> pa.Schema:
     )
 
 
-#: A shard of a sweep that asks for no further measure.
+#: A shard of a sweep without further measures.
 SHARD = shard_schema()
 
-#: Columns that say what a graft is; empty where it has several rules.
+#: Columns that describe a graft; empty if it has several rules.
 GRAFT_COLUMNS = ("rule", "source", "span", "component", "layer", "head", "unit", "strength")
 
 #: What the grafts of older folders are in columns that these lack.
@@ -90,7 +91,7 @@ _PROMPTS = pa.schema(
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a folder's sweep is; the content of ``sweep.json``.
+    """The description of a folder's sweep; the content of ``sweep.json``.
 
     Attributes:
         identity: what another call must agree with: the config without what cannot change
@@ -106,7 +107,7 @@ class Manifest:
         models: the sources' fingerprints, dtype, row budget, pair check and what their configs and
             tokenizer come to, as the first worker found them; None before.
         config_sha256: of ``config.yaml``; None in a folder that version 0.1.0 began, whose files
-            need not bear checksums.
+            need not have checksums.
     """
 
     identity: Mapping[str, Any]
@@ -127,7 +128,7 @@ class Manifest:
 
     @property
     def sealed(self) -> bool:
-        """Whether every file must bear its checksum."""
+        """Whether every file must have its checksum."""
         return self.config_sha256 is not None
 
     @property
@@ -152,7 +153,7 @@ class Manifest:
 
     @property
     def row_budget(self) -> int | None:
-        """Token rows a forward pass at most; None until a worker has loaded the models."""
+        """Most token rows per forward pass; None until a worker has loaded the models."""
         return None if self.models is None else int(self.models["row_budget"])
 
     @property
@@ -172,7 +173,7 @@ class Manifest:
 
     @cached_property
     def key(self) -> str:
-        """What shards of this sweep bear: a hash of what was asked and of the models."""
+        """The key in this sweep's shards: a hash of the request and of the models."""
         ran = {name: (self.models or {}).get(name) for name in ("dtype", "fingerprints")}
         return digest([self.identity, ran])
 
@@ -206,7 +207,7 @@ def read_manifest(out: Path) -> Manifest:
         return manifest
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
-            f"{out} holds no sweep (there is no sweep.json in it). Give the folder that "
+            f"{out} does not hold a sweep (there is no sweep.json in it). Give the folder that "
             "`graftlens sweep` wrote."
         ) from None
     except OSError as error:
@@ -222,11 +223,11 @@ def read_manifest(out: Path) -> Manifest:
 
 
 def damaged(path: Path, why: object) -> ValueError:
-    """What to say of a manifest that is not one."""
+    """The message about an invalid manifest."""
     what = str(why).removeprefix(f"{path} ").rstrip(".")
     return ValueError(
         f"{path} is damaged, or is not what this version of graftlens writes ({what}). Remove that "
-        "file and give the sweep's own command again: shards that are whole are kept. Or start the "
+        "file and run the sweep's own command again: complete shards are kept. Or start the "
         "sweep in a new folder."
     )
 
@@ -291,8 +292,8 @@ def read_prompts(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
             return file.read(columns=columns)
     except (OSError, pa.ArrowException, DamagedError) as error:
         raise ValueError(
-            f"{path} cannot be read ({error}). Give the sweep's own command again: it writes the "
-            "file anew."
+            f"{path} cannot be read ({error}). Run the sweep's own command again: it rewrites the "
+            "file."
         ) from None
 
 
@@ -304,7 +305,7 @@ def to_bytes(table: pa.Table) -> bytes:
 
 
 def _parquet(path: Path, *, required: bool) -> pq.ParquetFile:
-    """A Parquet file whose every byte was checked, where it bears a checksum."""
+    """A Parquet file, of which every byte was checked if it has a checksum."""
     content = unsealed(path.read_bytes(), required=required)
     return pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
 
@@ -327,7 +328,7 @@ def read_end(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         ):
             raise DamagedError(f"{out / name} lacks {' or '.join(wanted)}")
         try:
-            # No few bits make true of false, so that `ok` is outside of the checksum.
+            # Few bit flips do not turn false into true, so `ok` may be outside the checksum.
             rest = {key: value for key, value in content.items() if key != "ok"}
             check_json(rest, required=required)
         except DamagedError as error:
@@ -342,7 +343,7 @@ def read_end(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 def to_mend(
     out: Path, there: Manifest, files: Mapping[str, bytes], table: pa.Table
 ) -> dict[str, bytes]:
-    """The files of a claimed sweep that are to be written again, and their content.
+    """The files of a claimed sweep that must be rewritten, and their content.
 
     Args:
         there: the sweep's manifest.
@@ -392,7 +393,7 @@ def _is_mapping(content: bytes) -> bool:
 def read_shard(
     out: Path, manifest: Manifest, shard: int, columns: Sequence[str] | None = None
 ) -> pa.Table | None:
-    """A shard's rows; None where it is missing, damaged, or another sweep's.
+    """A shard's rows; None if it is missing, damaged, or from another sweep.
 
     Shards of version 0.1.0 have no `ties`: there the column is NA, and the `rank` of a target that
     is tied is the best of all that have its logit.
@@ -416,12 +417,12 @@ def read_results(
     """The results of a sweep, one row per (prompt, graft).
 
     Args:
-        out: the sweep's folder. Of one that is not finished, what is there is read, and a warning
+        out: the sweep's folder. If it is not finished, the existing rows are read, and a warning
             says what is missing.
         columns: which of its columns to read (`RESULT_COLUMNS` and the measures that the sweep asks
             for); all by default.
-        batch_rows: give tables of at most so many rows one after the other instead of one table:
-            memory then holds a batch and a shard, however many rows there are.
+        batch_rows: give tables of at most this many rows one after the other instead of one table:
+            memory then holds a batch and a shard, regardless of the number of rows.
 
     Returns:
         Columns `prompt` (number), `graft` (name), `rule`, `source`, `span`, `component`, `layer`,
@@ -429,11 +430,11 @@ def read_results(
         recovery is measured between), `template`, `dataset`, `model` (the sources), `text`,
         `answer`, then the measures of `graftlens.evaluate` (`ties` is NA in folders of version
         0.1.0, which did not count them), those that the sweep asks for, and `reason`: why a cell
-        could not be run, where all numbers are NA. Texts that repeat are categoricals. One table is
-        sorted by prompt, then by graft as in the config; batches come shard by shard.
+        could not be run, in which case all numbers are NA. Repeated texts are categoricals. One
+        table is sorted by prompt, then by graft as in the config; batches come shard by shard.
 
     Raises:
-        ValueError: a folder that holds no sweep, an unknown column, no row a batch.
+        ValueError: a folder without a sweep, an unknown column, batches without rows.
     """
     out = Path(out).expanduser()
     manifest = read_manifest(out)
@@ -441,7 +442,7 @@ def read_results(
     if isinstance(columns, str) or (unknown := [c for c in wanted if c not in manifest.columns]):
         shown = repr(columns) if isinstance(columns, str) else " ".join(map(repr, unknown))
         raise ValueError(
-            f"columns: {shown} is no list of columns of a sweep's results. There are: "
+            f"columns: {shown} is not a list of columns of a sweep's results. There are: "
             f"{' '.join(manifest.columns)}."
         )
     if batch_rows is not None and batch_rows < 1:
@@ -466,7 +467,7 @@ def _tables(out: Path, manifest: Manifest, stored: Sequence[str]) -> Iterator[pa
             yield table.replace_schema_metadata(None)
     if there < manifest.shards:
         warnings.warn(
-            f"{out} is not finished: {there} of {manifest.shards} shards are there. Give the "
+            f"{out} is not finished: {there} of {manifest.shards} shards are done. Run the "
             "sweep's command again to compute the others.",
             stacklevel=3,
         )
@@ -487,7 +488,7 @@ def _batches(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
 
 
 class _Joined:
-    """Puts to shards' rows what the manifest and the prompts' table say of them."""
+    """Adds to shards' rows what the manifest and the prompts' table say about them."""
 
     def __init__(self, out: Path, manifest: Manifest, wanted: Sequence[str]) -> None:
         self.wanted = wanted
@@ -540,5 +541,5 @@ def _about(graft: Mapping[str, Any], column: str) -> Any:
 
 
 def _codes(values: Sequence[Any]) -> tuple[Any, Any]:
-    """(code of each value, the distinct values); nothing has the code -1."""
+    """(code of each value, the distinct values); a missing value has the code -1."""
     return tuple(pd.factorize(pd.Series(values, dtype=object)))

@@ -47,7 +47,7 @@ class Scorer:
         prepared: Prepared | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
-        """As `score`; `say` gets the line that tells of memory running out.
+        """As `score`; `say` gets the message about memory running out.
 
         `prepared` knows prompts that other scorers have seen, with the same settings.
 
@@ -164,9 +164,9 @@ class Scorer:
         advance: Callable[[int], object],
         rest: bool,
     ) -> "list[_Work]":
-        """Run full batches of what waits, and with `rest` a last one; hand back what still waits.
+        """Run full batches of what waits, and with `rest` a last one; return what still waits.
 
-        Where memory runs out, the budget is halved and the batch cut anew.
+        If memory runs out, the budget is halved and the batch is divided again.
         """
         while waiting:
             batch, left = _filled(waiting, self.rows)
@@ -190,9 +190,9 @@ class Scorer:
                 advance(sum(len(work.members) * len(work.part.grafts) for work in batch))
                 waiting = left
                 continue
-            # Out of the handler, so that the error's frames no longer hold the tensors.
+            # Outside the handler, so that the error's frames no longer hold the tensors.
             free_memory(self.model.cfg.device)
-            self.say(f"Memory ran out: going on with at most {self.rows} token rows a pass.")
+            self.say(f"Memory ran out: continuing with at most {self.rows} token rows per pass.")
         return []
 
     # -- running -----------------------------------------------------------------------------
@@ -326,7 +326,7 @@ def score(
             (`"first"`); `distractors`, likewise, where `"whole"` fills `distractor_logprobs`;
             `measures`, further measures; `references`, the grafts that are the `base` and the
             `full` run, where measures compare with these; `prepend_bos`, None leaves BOS to the
-            tokenizer; `row_budget`, token rows a forward pass at most, None measures free memory.
+            tokenizer; `row_budget`, most token rows per forward pass, None measures free memory.
     """
     return Scorer(model, grafts, **settings).table(prompts, advance)
 

@@ -1,7 +1,7 @@
-"""The trust report of a sweep: is its table whole, and do its numbers hold against Hugging Face's?
+"""The trust report of a sweep: is its table complete, and do its numbers agree with Hugging Face's?
 
-Compared with what was recorded are the sources by themselves in Hugging Face's own forward pass,
-and random cells by the sequential algorithm. The same cells in other batches give the noise floor:
+The records are compared with Hugging Face's own forward pass for each source by itself, and with
+the sequential algorithm for random cells. The same cells in other batches give the noise floor:
 no difference below it means anything.
 """
 
@@ -28,7 +28,8 @@ from graftlens.sweep.scoring import score
 
 @dataclass(frozen=True)
 class Rounding:
-    """What the same numbers differ by in another shape of the computation, and what is allowed.
+    """How much the same numbers differ in another shape of the computation, and how much is
+    allowed.
 
     Attributes:
         cells: how many were scored again: alone, in reverse order, in small batches.
@@ -48,14 +49,14 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Check:
-    """One cell computed again by Hugging Face's model.
+    """One cell recomputed with Hugging Face's model.
 
     Attributes:
         prompt, graft: the cell.
         recorded: whether the table has it; else it was scored for the check.
         differences: measure -> absolute difference in nats; `logits` is that of the model's plain
             forward, relative to the largest logit.
-        ranks: the target's rank as recorded and as computed again; None where none is recorded.
+        ranks: the target's rank as recorded and as recomputed; None where none is recorded.
         problems: what is beyond the bound.
     """
 
@@ -79,7 +80,7 @@ class Refused:
 
 @dataclass(frozen=True)
 class TrustReport:
-    """What was checked of a sweep and what came out.
+    """What was checked in a sweep, and the outcome.
 
     Attributes:
         dtype, device: what the model ran in and on.
@@ -87,9 +88,9 @@ class TrustReport:
         rounding: the noise floor and the bounds; None where nothing could be run.
         sources: prompts under one source throughout, against its own forward pass.
         cells: random cells, against the sequential algorithm.
-        refused: reasons for cells without numbers, the commonest first.
+        refused: reasons for cells without numbers, the most common first.
         problems: everything that is wrong, each with a cell.
-        unchecked: why no cell was computed again; empty where they were.
+        unchecked: why no cell was recomputed; empty if they were.
     """
 
     dtype: str
@@ -105,7 +106,7 @@ class TrustReport:
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong; of what was not checked (`unchecked`) it says nothing."""
+        """Whether nothing is wrong; this does not cover what was not checked (`unchecked`)."""
         return not self.problems
 
     def to_dict(self) -> dict[str, Any]:
@@ -113,7 +114,7 @@ class TrustReport:
         return asdict(self) | {"ok": self.ok}
 
     def text(self) -> str:
-        """The report for people, what is wrong first."""
+        """The report as text, with problems first."""
         verdict = "ok" if self.ok else f"NOT OK, {len(self.problems)} problem(s)"
         lines = [f"trust report: {verdict} ({self.rows} rows, {self.dtype} on {self.device})"]
         lines += [f"  !! {problem}" for problem in self.problems]
@@ -121,7 +122,7 @@ class TrustReport:
             lines.append(f"  NOT CHECKED against Hugging Face: {self.unchecked}")
         if (r := self.rounding) is not None:
             lines.append(
-                f"  rounding: up to {r.bound_nats:.1e} nats a token and {r.bound_logits:.1e} of "
+                f"  rounding: up to {r.bound_nats:.1e} nats per token and {r.bound_logits:.1e} of "
                 f"the largest logit are allowed; {r.cells} cells in other batches differ by "
                 f"{r.nats:.1e} nats, Hugging Face with and without its cache by {r.hf_nats:.1e} "
                 f"nats and {r.hf_logits:.1e} of the largest logit"
@@ -222,8 +223,10 @@ def trust_report(
             found = _compared(
                 model, sequential, s, graft, record, rounding, source, references or {}
             )
-        except Exception as error:  # a report tells, and a sweep's end does not fail on it
-            found = {}, None, (f"could not be computed again: {error!r}.",)
+        except (
+            Exception
+        ) as error:  # the report shows it, and a sweep's end does not fail because of it
+            found = {}, None, (f"could not be recomputed: {error!r}.",)
         return Check(s.number, name, recorded, *found)
 
     alone: list[Check] = []
@@ -269,14 +272,14 @@ def _places(
     rows = np.full(counts.size, -1)
     rows[cell] = np.flatnonzero(known)
     problems = []
-    for what, odd in (("missing", counts == 0), ("there more than once", counts > 1)):
+    for what, odd in (("missing", counts == 0), ("present more than once", counts > 1)):
         if odd.any():
             i, j = divmod(int(np.argmax(odd)), len(grafts))
             problems.append(
                 f"{odd.sum()} cell(s) are {what}, such as prompt {prompts[i]} under {grafts[j]!r}."
             )
     if not known.all():
-        problems.append(_such(results, "are of no prompt and graft that were asked for", ~known))
+        problems.append(_such(results, "belong to no prompt and graft that were requested", ~known))
     return rows.reshape(len(prompts), len(grafts)), problems
 
 
@@ -287,10 +290,10 @@ def _contradictions(
     wrong: dict[str, pd.Series] = {}
     if "rule" in results:
         rules = results["graft"].astype(object).map({n: str(g) for n, g in grafts.items()})
-        wrong["bear another graft's rule"] = results["rule"].astype(object) != rules
+        wrong["have another graft's rule"] = results["rule"].astype(object) != rules
     if "text" in results:
         texts = results["prompt"].map({n: prompt.text for n, prompt in prompts.items()})
-        wrong["bear another prompt's text"] = results["text"].astype(object) != texts
+        wrong["have another prompt's text"] = results["text"].astype(object) != texts
     if {"logprob", "prob", "reason"} <= {*results.columns}:
         logprob, prob = (results[c].astype(float) for c in ("logprob", "prob"))
         wrong["have neither numbers nor a reason"] = logprob.isna() & results["reason"].isna()
@@ -447,7 +450,7 @@ def _compared(
     logprobs = first_only.logprobs[0]
     if not pd.isna(record.get("rank")):
         others = torch.cat([logprobs[:target], logprobs[target + 1 :]]) - logprobs[target]
-        # Tokens nearer to the target than rounding may stand on either side of it, or be tied.
+        # Tokens closer to the target than rounding may be on either side of it, or be tied.
         best, worst = 1 + int((others > near).sum()), 1 + int((others >= -near).sum())
         ranks = (int(record["rank"]), int(first_only.standing[0][0]))
         ties = 0 if pd.isna(record.get("ties")) else int(record["ties"])

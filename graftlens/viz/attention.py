@@ -20,7 +20,7 @@ NEGATIVE, POSITIVE = theme.DIVERGING[1], theme.DIVERGING[-2]
 
 
 def circuitsvis_script() -> Markup:
-    """CircuitsVis's own script (a global `CircuitsVis`), fit to be inside a script element.
+    """CircuitsVis's own script (a global `CircuitsVis`), escaped for use inside a script element.
 
     Raises:
         ModuleNotFoundError: CircuitsVis is not installed.
@@ -33,7 +33,7 @@ def circuitsvis_script() -> Markup:
     path = Path(next(iter(found.submodule_search_locations))) / "dist" / "cdn" / "iife.js"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{path} is not there: this circuitsvis was installed without its script; "
+            f"{path} does not exist: this circuitsvis was installed without its script; "
             "pip install --force-reinstall circuitsvis"
         )
     script = re.sub(r"\n//# sourceMappingURL=\S*\s*$", "\n", path.read_text(encoding="utf-8"))

@@ -35,8 +35,8 @@ def logit_attribution_heatmap(
 
     Of `lens.direct_logit_attribution(by="head")` it shows layer (up) × head (across), of
     `by="component"` layer × (attn, mlp), of `by="src_pos"` layer × the token that attention moved
-    it from; the other terms are in `logit_attribution_bars`. With several prompts a cell is their
-    mean. `minus` names another run whose contributions are taken from the first one's.
+    it from; the other terms are in `logit_attribution_bars`. With several prompts each cell is
+    their mean. `minus` names another run whose contributions are taken from the first one's.
 
     Raises:
         ValueError: an unknown run, a table of whole layers, one with several positions of a prompt
@@ -212,7 +212,8 @@ def _mean_contribution(rows: pd.DataFrame, key: Sequence[str]) -> "tuple[pd.Seri
     held = held[held["contribution"].notna()]
     if held.empty:
         raise ValueError(
-            f"no contribution is known of the prompts {listed(prompts_of(rows))}: give them answers"
+            f"no contribution is known for the prompts {listed(prompts_of(rows))}: give them "
+            "answers"
         )
     count = int(held["prompt"].nunique())
     # A term that a shorter prompt lacks contributes nothing to it.

@@ -261,7 +261,7 @@ def _cautions(frames: Mapping[str, pd.DataFrame], metric: str) -> list[str]:
             said.append(
                 f"The {what} is not the same: "
                 f"{'; '.join(f'{run}: {value}' for run, value in held.items())}. Read each run's "
-                "numbers with its own."
+                "numbers with its own setting."
             )
     if all(map(_is_map, frames.values())):
         layers = [set(frame["layer"].dropna().astype(str)) for frame in frames.values()]

@@ -6,7 +6,8 @@ attention head by head. It takes arrays and tables; `graftlens.lens` makes them.
 
 import tempfile
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import groupby, pairwise
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,8 @@ def _strip(data: DashboardData, name: str, run: Run) -> dict[str, object]:
         tokens.append(
             {
                 "text": token,
+                "at": at,
+                "role": data.roles[at] if data.roles else "",
                 "where": run.where[at],
                 "sources": list(here),
                 # A share is a sum of many small ones.
@@ -154,7 +157,7 @@ def _strip(data: DashboardData, name: str, run: Run) -> dict[str, object]:
     return {
         "name": name,
         "rule": _rule(name, run),
-        "tokens": tokens,
+        "said": [(role, list(group)) for role, group in groupby(tokens, itemgetter("role"))],
         "places": [
             f"{'position' if len(at) == 1 else 'positions'} {spanned(at)}: {said}"
             for said, at in places.items()

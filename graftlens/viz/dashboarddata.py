@@ -45,6 +45,8 @@ class DashboardData:
     sources: Sequence[str]
     """The base first."""
     provenance: Mapping[str, object]
+    roles: Sequence[str] | None = None
+    """[pos]: of a conversation, who says the token, or "template"."""
 
     def __post_init__(self) -> None:
         names = list(self.runs)
@@ -53,6 +55,8 @@ class DashboardData:
         n = len(self.tokens)
         if not n:
             raise ValueError("tokens are empty; a dashboard needs a prompt of at least one token")
+        if self.roles is not None and len(self.roles) != n:
+            raise ValueError(f"{len(self.roles)} roles; with {n} tokens there must be {n}")
         first = np.shape(self.runs["PRE"].pattern)
         if len(first) != 4 or first[2:] != (n, n):
             raise ValueError(

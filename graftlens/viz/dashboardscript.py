@@ -1,4 +1,4 @@
-"""What the script of a dashboard's page is given: numbers, their scales and colours."""
+"""The data for the script of a dashboard's page: numbers, their scales and colours."""
 
 import base64
 from collections.abc import Mapping, Sequence

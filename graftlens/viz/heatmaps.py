@@ -24,7 +24,7 @@ _ROW, _HEAD, _FOOT, _BAR = 26, 44, 62, 190
 class Cells:
     """The cells of a heat map: columns `x`, rows `y`, panels, and a summary's row for each.
 
-    `row` has a summary's row number for (panel, y, x); a cell that is not there was not run.
+    `row` has a summary's row number for (panel, y, x); a missing cell was not run.
     """
 
     x: dict[str, tuple[str, ...]]
@@ -172,7 +172,7 @@ def cells(
     if rows.empty:
         raise ValueError(
             f"no graft has a value in every one of the columns {', '.join(map(repr, wanted))}: "
-            "they are those of grafts with one rule. Name columns that the grafts have."
+            "only grafts with one rule have these. Name columns that the grafts have."
         )
     names = rows[wanted].astype(str)
     if panel is None:
@@ -202,7 +202,7 @@ def _refuse(rows: pd.DataFrame, wanted: Sequence[str]) -> None:
             "rows of one value"
         )
     else:
-        fix = "no column tells them apart: pass each cell's row once"
+        fix = "no column distinguishes them: pass each cell's row once"
     raise ValueError(f"{len(same)} rows for one cell ({where}), of {grafts}; {fix}")
 
 

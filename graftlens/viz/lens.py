@@ -142,7 +142,7 @@ def answer_by_layer(
     prompts: Sequence[int] | None = None,
     look: theme.Theme = theme.LIGHT,
 ) -> go.Figure:
-    """`value` after each layer at one position, a line for each run: where does the answer come up?
+    """`value` after each layer at one position, a line for each run: where does the answer appear?
 
     Over several prompts a line is the median, and its band goes from the lower to the upper
     quartile. Ranks are on a log axis with 1 at the top.
@@ -152,7 +152,7 @@ def answer_by_layer(
         value: as in `lens_heatmap`.
         at: a position of the prompt; below zero it counts back from the last one that the table
             has of each prompt.
-        prompts: their numbers; left out, all that have the value.
+        prompts: their numbers; by default all that have the value.
 
     Raises:
         ValueError: an unknown value, prompt or position, or no prompt with that value.

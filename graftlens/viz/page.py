@@ -4,6 +4,7 @@ A page is one file that opens without a network and loads nothing: styles, scrip
 JavaScript (once) are inside, and its content policy forbids the rest. Its HTML is in `templates`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +21,9 @@ _BEFORE = (
     '<meta name="color-scheme" content="light dark">\n'
     '<meta http-equiv="Content-Security-Policy" content="default-src &#x27;none&#x27;; script-src '
 )
+
+#: A number, a range or a value with its interval; `0.5*sft @ last` is a graft.
+_NUMBER = re.compile(r"-?\d[\d.,%-]*(?= \[|$)")
 
 #: Longer tables are cut on a page; their CSV has all rows.
 MAX_ROWS = 60
@@ -52,7 +56,7 @@ class Table:
             (
                 heading,
                 not pd.api.types.is_numeric_dtype(self.frame.get(heading, pd.Series(dtype=object)))
-                and not any(cell[:1].isdigit() or cell[:1] == "-" for cell in column),
+                and not any(map(_NUMBER.match, column)),
             )
             for heading, column in shown.items()
         ]

@@ -1,4 +1,4 @@
-"""HTML out of the templates beside this module: what a page is given is escaped where it is shown.
+"""HTML from the templates next to this module; values are escaped where they are shown.
 
 What is not escaped is safe inside a script or a style element: JSON, the package's own scripts and
 styles, plotly and CircuitsVis.
@@ -22,7 +22,7 @@ from plotly.offline import get_plotlyjs
 from graftlens.viz import theme
 from graftlens.viz.spelling import characters, visible
 
-#: By this a file is a page that graftlens wrote, and may be written again.
+#: Marks a file as a page that graftlens wrote and may overwrite.
 GENERATOR = '<meta name="generator" content="graftlens">'
 
 

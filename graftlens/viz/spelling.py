@@ -62,7 +62,7 @@ def isolated(words: str) -> str:
 
 
 def shortened(names: Iterable[str], most: int = 40) -> dict[str, str]:
-    """Names as a legend has room for them: long ones without their middle, and still different."""
+    """Names short enough for a legend: long ones without their middle, but still distinct."""
     cut = {
         name: name if len(name) <= most else f"{name[: most // 2]}…{name[most // 2 + 1 - most :]}"
         for name in names

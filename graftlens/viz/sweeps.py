@@ -195,8 +195,8 @@ def size_curve(
 
 _SIZE = "__size"
 
-#: The strength that a rule's text begins with, as in `0.5*sft @ last`.
-_FACTOR = re.compile(r"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\*")
+#: The strength in the text of a rule, as in `doses: 0.5*sft @ last`.
+_FACTOR = re.compile(r"(?<![\w.])[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?\*")
 
 
 def dose_response(
@@ -267,7 +267,10 @@ def dose_response(
     )
     figure.update_yaxes(title_text=escaped(facts.axis), **facts.ticks())
     known = summary[ends].drop_duplicates("graft")
-    add_baselines(figure, facts, kept, dict(zip(known["graft"], known[metric], strict=True)))
+    baselines = dict(zip(known["graft"].astype(str), known[metric].astype(float), strict=True))
+    if metric == "recovery":  # by definition, also where the table has the grafts of a grid only
+        baselines = {str(kept["base_run"].iloc[0]): 0.0, str(kept["full_run"].iloc[0]): 1.0}
+    add_baselines(figure, facts, kept, baselines)
     return figure
 
 

@@ -1,9 +1,9 @@
 """Tables as files: CSV with every number, Markdown for readers.
 
-Texts in them come from models, prompts and configs of anybody, and a program that opens a table
-must not act on them. In CSV, a text that a spreadsheet would read as a formula gets an apostrophe
-before it, which `read_table` takes off again; in Markdown, what would be an image, a link or HTML
-is escaped.
+Texts in them may come from anybody's models, prompts and configs, and a program that opens a
+table must not act on them. In CSV, a text that a spreadsheet would read as a formula gets an
+apostrophe before it, which `read_table` removes again; in Markdown, what would be an image, a link
+or HTML is escaped.
 """
 
 import csv

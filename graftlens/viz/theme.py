@@ -151,7 +151,7 @@ def source_colors(names: Sequence[str]) -> dict[str, str]:
             first = (GREY,) if name == names[0] else ()
             turns = (*first, *PALETTE[start:], *PALETTE[:start])
             free = [c for c in turns if c not in colors.values()]
-            # Grey is the base's as long as there is another.
+            # Grey belongs to the base as long as there is another source.
             free.sort(key=lambda color: color == GREY and name != names[0])
             colors[name] = free[0] if free else source_color(name)
     return {name: colors[name] for name in names}
