@@ -133,7 +133,7 @@ def with_chat_template(
     else that of the first source that has one.
 
     Args:
-        tokenizer: the shared tokenizer, left untouched; None if there is none.
+        tokenizer: the shared tokenizer, which is left untouched; None where there is none.
         found: each source's name and its tokenizer, None where it brought none.
         given: a template, or a file that holds one.
 
