@@ -1,10 +1,9 @@
-"""Conversations as prompts: a model's own chat template writes them, every character has an owner.
+"""Conversations as prompts: what a chat template writes, and which message each character is from.
 
-Whose a character is, is found by construction and never by looking for texts in what was written.
-The template is run again with marks, characters that occur nowhere else, between the characters of
-the messages. Where the same is written but for the marks, they show where each character went. So
-contents may hold role names, markers or the template's own syntax, and templates may trim contents,
-merge messages or leave parts out.
+Characters are traced, never searched for. The template is run again with marks (characters that
+occur nowhere else) between the characters of the messages. Where it writes the same text apart from
+the marks, they show where each character went. So contents may quote role names, markers or the
+template's own syntax, and templates may trim contents, merge messages or leave parts out.
 """
 
 import json
@@ -218,11 +217,11 @@ def _message(number: int, message: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Rendered:
-    """What a chat template wrote, and whose each character is.
+    """What a chat template wrote, and which message each character is from.
 
     Attributes:
         text: what the model reads.
-        owners: per character, the number of the message whose it is; -1 for the template's own.
+        owners: per character, the number of the message that it is from; -1 for the template's.
         places: per message, for each text of its content, where each of that text's characters is;
             None for one that the template left out.
         turns: (start, end) of each message with its markers, in the order of the text; the
@@ -333,7 +332,7 @@ class _Rendering:
             inner[leaf[-1]] = "".join([*pieces, text[done:]])
         return copied
 
-    # -- whose each character is -------------------------------------------------------------------
+    # -- which message each character is from ------------------------------------------------------
 
     def find(self, boundaries: Sequence[tuple[Leaf, int]]) -> None:
         """Learn where marks at these boundaries come out.
@@ -377,7 +376,7 @@ class _Rendering:
                 number = boundary[0][0]
                 raise ValueError(
                     f"the chat template writes a text of messages[{number}] "
-                    f"({self.messages[number]['role']}) more than once, so its tokens would have "
+                    f"({self.messages[number]['role']}) more than once, so its tokens would be in "
                     "several places. Use a template that writes it once."
                 )
             self.known[boundary] = place
@@ -588,12 +587,17 @@ class _Rendering:
         """
         pairs = enumerate(zip(tail, text, strict=False))
         cut = next((i for i, (a, b) in pairs if a != b), min(len(tail), len(text)))
-        for word in {*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()}:
+        for word in self.special:
             for written in (tail, text):
                 start = written.rfind(word, 0, cut + len(word) - 1)
                 if 0 <= start < cut < start + len(word):
                     cut = start
         return cut
+
+    @cached_property
+    def special(self) -> tuple[str, ...]:
+        """The texts that the tokenizer has special or added tokens for."""
+        return (*{*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()},)
 
     def with_mark(self, number: int, *, last: bool) -> dict[str, Any]:
         """A message with a mark at the last or the first of its boundaries that come out."""

@@ -288,7 +288,7 @@ TEMPLATES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "olmo": (OLMO, "gpt2", ()),
 }
 
-# -- the same templates a second time, in Python: an oracle for whose each character is -----------
+# -- the same templates a second time, in Python: an oracle for each character's message ----------
 
 #: (text, the number of the message that says it or None, the turn that it is in or None).
 Piece = tuple[str, int | None, int | str | None]

@@ -95,7 +95,7 @@ def assert_part_of(out: Path, expected: pd.DataFrame) -> int:
     if not (out / "sweep.json").is_file():
         return 0
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=r".*is not finished: \d+ of \d+ shards are there")
+        warnings.filterwarnings("ignore", message=r".*is not finished: \d+ of \d+ shards are done")
         table = read_whole(out)
     assert not table.duplicated(["prompt", "graft"]).any()
     there = expected.set_index(["prompt", "graft"]).index.isin(

@@ -1,7 +1,7 @@
-"""Conversations: whose each token is, under templates in the form of those in use.
+"""Conversations: which message each token is from, under templates in the form of those in use.
 
-Token ids are held against transformers' own `apply_chat_template`, and whose each character is
-against the templates written a second time, in Python.
+Token ids are compared with transformers' own `apply_chat_template`, and the characters' messages
+with the templates written a second time, in Python.
 """
 
 import copy
@@ -131,7 +131,7 @@ def _check(name: str, messages: list[dict[str, Any]], tools: Any) -> Tokenized:
     roles = [r for r in (*ROLES, "template") if r in tokens.runs]
     counts = Counter(i for role in roles for run in tokens.runs[role] for i in run)
     assert counts == dict.fromkeys(range(len(tokens)), 1)
-    # Whose each character is, as the template written in Python has it.
+    # Each character's message, as the template written in Python has it.
     pieces = WRITERS[name](messages, tools, prompted)
     assert tokens.text == "".join(text for text, _, _ in pieces)
     owners = [owner for text, owner, _ in pieces for _ in text]
@@ -365,7 +365,9 @@ BAD = [
 
 
 @pytest.mark.parametrize(("messages", "more", "said"), BAD)
-def test_conversations_that_are_none(messages: Any, more: dict[str, Any], said: str) -> None:
+def test_malformed_conversations_are_refused(
+    messages: Any, more: dict[str, Any], said: str
+) -> None:
     with pytest.raises(ValueError, match=said):
         Prompt.chat(messages, **more)
 
@@ -512,6 +514,20 @@ def test_position_grafts_of_a_chat(chatty: Tiny) -> None:
         row = table[table["graft"] == name].iloc[0]
         logits = chatty.logits(name.lower(), list(ids))[-1].log_softmax(-1)
         assert row["logprob"] == pytest.approx(float(logits[row["target_id"]]), abs=1e-4)
+
+
+def test_the_readmes_conversation_is_evaluated(chatty: Tiny) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    block = readme.split("<!-- chat -->\n```python\n")[1].split("```\n<!-- /chat -->")[0]
+    names = {"model": chatty.model}
+    exec(block, names)
+    assert names["table"]["reason"].isna().all()
+    assert len(names["table"]) == 10
+
+
+def test_messages_are_made_a_prompt_first(chatty: Tiny) -> None:
+    with pytest.raises(ValueError, match=r"is not a prompt by itself\. Give Prompt\.chat"):
+        chatty.model.tokenized([USER])
 
 
 def test_generation_goes_on_from_the_conversation(chatty: Tiny) -> None:
@@ -692,7 +708,9 @@ def test_a_dataset_s_column_is_drawn_by_the_seed(tmp_path: Path) -> None:
         ({"split": "test"}, "split='test' could not be read"),
     ],
 )
-def test_columns_that_are_no_prompts(tmp_path: Path, changes: dict[str, str], said: str) -> None:
+def test_columns_without_prompts_are_refused(
+    tmp_path: Path, changes: dict[str, str], said: str
+) -> None:
     DatasetDict({"train": Dataset.from_list(_rows(2))}).save_to_disk(tmp_path / "rows")
     section = PromptColumn(**({"dataset": str(tmp_path / "rows")} | changes))
     with pytest.raises((ValueError, OSError), match=said):

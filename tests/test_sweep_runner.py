@@ -415,7 +415,7 @@ def test_a_damaged_shard_is_computed_again(
     damage(shard_path(copied, 2))
     (copied / "shards" / ".00002.parquet.12-0123456789abcdef.tmp").write_bytes(b"half")
     (copied / "shards" / "00002.parquet.node-12.tmp").write_bytes(b"half, of version 0.1.0")
-    with pytest.warns(UserWarning, match="is not finished: 5 of 6 shards are there"):
+    with pytest.warns(UserWarning, match="is not finished: 5 of 6 shards are done"):
         assert len(read_whole(copied)) == 84 - read_manifest(copied).rows(2)
     computed = []
     table = runner.Scorer.table

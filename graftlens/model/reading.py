@@ -132,6 +132,10 @@ class Reading:
         single = isinstance(prompts, str | Prompt | Tokenized) or not isinstance(prompts, Iterable)
         items = [prompts] if single else list(prompts)
         for item in items:
+            if isinstance(item, Mapping) and "role" in item:
+                raise ValueError(
+                    "a list of messages is not a prompt by itself. Give Prompt.chat(messages)."
+                )
             if not isinstance(item, str | Prompt | Tokenized):
                 raise ValueError(
                     f"{item!r} is not a prompt. Give texts, Prompts, or a tensor of token ids."

@@ -14,7 +14,7 @@ from graftlens.graft import Graft
 from graftlens.metrics import Measure, Predictions
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.tree import TreeBatch
-from graftlens.sweep.planner import LOGITS
+from graftlens.sweep.counts import LOGITS
 from graftlens.sweep.prepared import Scored
 
 

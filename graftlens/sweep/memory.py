@@ -6,7 +6,7 @@ import psutil
 import torch
 
 from graftlens.model.arch import Architecture
-from graftlens.sweep.planner import row_bytes
+from graftlens.sweep.counts import row_bytes
 
 #: Rows per pass beyond which nothing gets faster; smaller passes lose less when memory runs out.
 ENOUGH_ROWS = {"cpu": 4096, "cuda": 65536}

@@ -17,9 +17,10 @@ from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.tree import TreeBatch, TreeShape
 from graftlens.prompts import Prompt
 from graftlens.sweep.cells import Cells, asked_for
+from graftlens.sweep.counts import SweepPlan, plan
 from graftlens.sweep.measuring import Found, Measuring, Wanted, needed_references
 from graftlens.sweep.memory import affordable_rows, free_memory, out_of_memory
-from graftlens.sweep.planner import Branches, Part, Planner, Structure, SweepPlan, plan
+from graftlens.sweep.planner import Branches, Part, Planner, Structure
 from graftlens.sweep.prepared import Extent, Prepared, Scored
 
 

@@ -428,7 +428,7 @@ def _compared(
 
     # measure -> what Hugging Face gives, what is recorded, how many tokens' rounding it may have
     found: dict[str, tuple[float, Any, float]] = {}
-    for m in measures():
+    for m in sorted(measures(), key=lambda m: m.over == "distractors"):
         recorded: Any = record.get(m.name)
         if m.over == "answer":
             found[m.name] = (_summed(m, theirs, s.answer), recorded, len(s.answer))

@@ -1,0 +1,120 @@
+"""What a sweep computes, counted before it runs: rows, logits, memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from graftlens.model.arch import Architecture
+from graftlens.model.tree import GATHERED
+from graftlens.prompts import Tokenized
+from graftlens.sweep.planner import Branches, Planner, Structure
+
+#: Logits that are there at a time, as numbers.
+LOGITS = 1 << 24
+
+
+@dataclass(frozen=True)
+class SweepPlan:
+    """What a sweep computes. A row is one token position through all layers; in part of the
+    layers it counts as that part.
+
+    Attributes:
+        prompts, cells: how many prompts, and how many (prompt, graft) pairs that can be run.
+        structures: how many different structures the prompts have.
+        rows: token rows that the sweep needs.
+        rows_alone: token rows of the same cells run one by one.
+        rows_cut: rows that are computed again because a tree is larger than the budget.
+        logits: rows that are unembedded.
+        peak: the most rows that a forward pass holds at a time.
+        memory: bytes that such a pass takes besides the weights, estimated.
+    """
+
+    prompts: int
+    cells: int
+    structures: int
+    rows: float
+    rows_alone: float
+    rows_cut: float
+    logits: int
+    peak: int
+    memory: int
+
+    @property
+    def ratio(self) -> float:
+        """How many times fewer rows than one by one."""
+        return self.rows_alone / self.rows if self.rows else 1.0
+
+    def summary(self) -> str:
+        """The plan in a few lines of text."""
+        again = (
+            f" ({self.rows_cut:,.0f} of them again, where trees are cut)" if self.rows_cut else ""
+        )
+        return (
+            f"{self.prompts:,} prompts, {self.cells:,} cells (prompt × graft), "
+            f"{self.structures:,} layouts of tokens\n"
+            f"token rows needed:      {self.rows:,.1f}{again}\n"
+            f"rows if run one by one: {self.rows_alone:,.0f}\n"
+            f"ratio:                  {self.ratio:.1f}\n"
+            f"rows unembedded:        {self.logits:,}\n"
+            f"expected memory:        {self.memory / 2**20:,.0f} MiB besides the weights "
+            f"(at most {self.peak:,} rows per pass)"
+        )
+
+
+def plan(
+    planner: Planner,
+    prompts: Sequence[tuple[Tokenized, Branches]],
+    row_budget: int | None = None,
+    item: int = 4,
+) -> SweepPlan:
+    """Count what a sweep of tokenized prompts needs.
+
+    Args:
+        planner: the grafts.
+        prompts: each prompt with what follows it.
+        row_budget: rows that a pass holds at most; larger trees are cut. None sets no limit.
+        item: bytes of a number of the model's dtype.
+    """
+    counts: dict[Structure, int] = {}
+    for prompt, branches in prompts:
+        structure, _ = planner.structure(prompt, branches)
+        counts[structure] = counts.get(structure, 0) + 1
+    n_layers = planner.arch.n_layers
+    needed = again = alone = cells = logits = largest = together = gathered = 0
+    for structure, count in counts.items():
+        parts = planner.parts(structure, row_budget)
+        here = sum(part.tree.layer_rows for part in parts)
+        needed += count * here
+        if len(parts) > 1:
+            again += count * (here - sum(p.tree.layer_rows for p in planner.parts(structure)))
+        alone += count * len(structure.runnable) * len(structure.parents)
+        cells += count * len(structure.runnable)
+        logits += count * sum(len(part.tree.final_rows) for part in parts)
+        largest = max([largest, *(part.tree.peak for part in parts)])
+        together += count * sum(part.tree.peak for part in parts)
+        gathered += count * max((part.tree.gathered for part in parts), default=0)
+    peak = max(largest, together if row_budget is None else min(row_budget, together))
+    return SweepPlan(
+        prompts=len(prompts),
+        cells=cells,
+        structures=len(counts),
+        rows=needed / n_layers,
+        rows_alone=float(alone),
+        rows_cut=again / n_layers,
+        logits=logits,
+        peak=peak,
+        memory=peak * row_bytes(planner.arch, item)
+        + min(gathered, GATHERED) * 2 * planner.arch.n_kv_heads * planner.arch.d_head * item
+        + min(logits * planner.arch.d_vocab, LOGITS) * (2 * max(item, 4) + 1),
+    )
+
+
+def row_bytes(arch: Architecture, item: int) -> int:
+    """Approximate bytes of activations that a row takes in a layer; `item` is the bytes of a
+    number.
+
+    Counted: the residual stream with its norms and gathered copies, queries, keys, values with
+    their rotations, and the inside of the MLP. The lists that attention gathers, and logits, come
+    to that: they go in pieces of a fixed size.
+    """
+    heads = (arch.n_heads + 2 * arch.n_kv_heads) * arch.d_head
+    return item * (8 * arch.d_model + 4 * heads + (4 if arch.mlp == "gated" else 3) * arch.d_mlp)
