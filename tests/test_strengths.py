@@ -30,16 +30,19 @@ from reference import (
     sequential_graft,
 )
 from test_laws import EACH_FAMILY, _close, _run_watched
+from test_sweep import tree_logits
 
 from graftlens.components import Component
 from graftlens.graft import Graft
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.mask import Mixtures, UnitSelection, atoms
 from graftlens.model.sequential import Sequential
-from graftlens.prompts import Tokenized
+from graftlens.prompts import Prompt, Tokenized
 from graftlens.sweep.config import NamedGraft
 from graftlens.sweep.grid import Grid
 from graftlens.sweep.planner import Branches, Planner
+from graftlens.sweep.scoring import score
+from graftlens.sweep.trust import trust_report
 
 LENGTH = 7
 NAMES = ("pre", "task", "relation")
@@ -400,6 +403,42 @@ def test_a_neuron_that_the_model_lacks(tiny: MakeTiny) -> None:
     model = tiny("gpt2").model
     with pytest.raises(ValueError, match="no neuron 40 in mlp_in, which has 40 neurons here: 0 to"):
         model.resolve("sft @ last : mlp : 0 : n39-40", torch.tensor([[1, 2]]))
+
+
+# -- sweeps ------------------------------------------------------------------------------------
+
+
+def test_a_sweep_of_strengths_and_neurons_is_trusted(tiny: MakeTiny) -> None:
+    """Against Hugging Face's own classes: in trees, in the report, and generated from."""
+    model = tiny("llama-biased", tokenizer="llama3").model
+    grafts = {
+        "PRE": Graft(),
+        "SFT": Graft.rule("sft"),
+        **{f"{s:g}": Graft.rule("sft", "last", "mlp", strength=s) for s in (0.5, 2.0, -1.0)},
+        "neurons": Graft.parse("sft @ last : mlp : 1 : n3-9 | 0.5*sft @ bos : o : all : 0"),
+        "scaled": Graft.rule("sft").scaled(0.3),
+    }
+    prompts = [Tokenized.bare(_tokens(seed)) for seed in (1, 2)]
+    batch = torch.tensor([prompt.ids for prompt in prompts])
+    planner = Planner(model.arch, model.sources, list(grafts.values()), model.equal_sources)
+    peer = Sequential(model)
+    for prompt in prompts:
+        branches = Branches.of(prompt.ids, [(5, 6)], model.arch.rope_limit)
+        (found,) = tree_logits(model, planner, [(prompt, branches)])
+        for number, graft in enumerate(grafts.values()):
+            ours = torch.stack([found[number, node] for node in branches.paths[0]])
+            _close(ours, peer.logits(prompt, graft, [5])[-2:], 1e-4)
+    for graft in (grafts["0.5"], grafts["neurons"]):
+        out = model.generate(batch, 1, graft=graft, do_sample=False, new_only=True)
+        for prompt, token in zip(prompts, out[:, 0].tolist(), strict=True):
+            assert token == int(peer.logits(prompt, graft)[-1].argmax())
+    asked = {0: Prompt("Ann plays", answer=" Mara Finn")}
+    table = score(model, asked, grafts)
+    assert trust_report(model, asked, grafts, table, seed=0).ok
+    row = table.index[table["graft"] == "0.5"][0]
+    wrong = table.copy()
+    wrong.loc[row, "logprob"] = table.loc[table["graft"] == "2", "logprob"].iloc[0]
+    assert not trust_report(model, asked, grafts, wrong, seed=0).ok
 
 
 # -- grids -------------------------------------------------------------------------------------

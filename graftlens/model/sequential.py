@@ -219,7 +219,8 @@ class Sequential:
             for site in [s for s in chosen if s[0] in components and s[1] in layers]:
                 units, shares = rule.of(site[0]), chosen[site].copy()
                 if units is not None:
-                    n_units, word = arch.n_units_of(site[0]), COMPONENTS[site[0]].cut
+                    n_units = arch.n_units_of(site[0])
+                    word = COMPONENTS[site[0]].cut.split()[-1]
                     _index(units[-1], range(n_units), rule, f"{site[0]} {word}")
                     if len(shares) < n_units:
                         shares = shares.repeat(n_units, axis=0)
@@ -361,6 +362,6 @@ def _places(model: GraftedTransformer, skeleton: Any) -> Iterable[_Place]:
 
 def _index(value: Any, known: Sequence[Any], rule: Rule, what: str) -> int:
     if value not in known:
-        listed = " ".join(map(str, known))
+        listed = " ".join(map(str, known)) if len(known) <= 64 else f"{known[0]} to {known[-1]}"
         raise ValueError(f"rule {str(rule)!r}: no {what} {value}. This model has: {listed}.")
     return known.index(value)

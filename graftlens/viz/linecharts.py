@@ -91,7 +91,7 @@ def add_line(
 
 def add_band(
     figure: go.Figure,
-    x: Sequence[float],
+    x: Sequence[float | int],
     low: Sequence[float],
     high: Sequence[float],
     color: str,
