@@ -518,10 +518,12 @@ class _Rendering:
             if extents[a][1] > extents[b][0]:
                 raise ValueError(_mixed(a, b))
         first, given = order[0], -1
-        own = self.own_marker(first, extents[first][0])
         bos = getattr(self.tokenizer, "bos_token", None) or ""
-        start = len(bos) if self.plain.startswith(bos) else 0
-        if own:
+        asked = next((n for n in order if self.messages[n]["role"] == "user"), first)
+        own = self.own_marker(asked)
+        # Some templates begin every turn with the BOS token, most only the text.
+        start = len(bos) if self.plain.startswith(bos) and bos not in own else 0
+        if own and asked == first and self.plain[: extents[first][0]].endswith(own):
             start = extents[first][0] - len(own)
         for place, number in enumerate(order):
             given = max(given, number)
@@ -534,10 +536,10 @@ class _Rendering:
             else:
                 following = extents[order[place + 1]][0]
                 tail = self.tail(given, number)
-                marker = self.own_marker(order[place + 1], following) if tail is None else ""
+                marker = self.own_marker(order[place + 1]) if tail is None else ""
                 if tail is not None:
                     end += self.shared(tail, self.plain[end:following])
-                elif marker:
+                elif marker and self.plain[:following].endswith(marker):
                     end = max(end, following - len(marker))
                 else:
                     continue  # merged: the next message shares this turn
@@ -560,11 +562,10 @@ class _Rendering:
             return None
         return after if mark else None
 
-    def own_marker(self, number: int, start: int) -> str:
+    def own_marker(self, number: int) -> str:
         """What begins a message of the user's, learnt from a second one like it.
 
-        Only where it stands before `start`; of other messages nothing is known, as templates may
-        refuse a second one.
+        Of other messages nothing is known, as templates may refuse a second one.
         """
         message = self.messages[number]
         if message["role"] != "user":
@@ -577,8 +578,7 @@ class _Rendering:
         except ValueError:
             return ""
         between, found, _ = text.partition(mark)
-        own = between[self.shared(between, tail) :] if found else ""
-        return own if self.plain[:start].endswith(own) else ""
+        return between[self.shared(between, tail) :] if found else ""
 
     def shared(self, tail: str, text: str) -> int:
         """How many characters two texts begin with in common, cutting no special token.

@@ -472,8 +472,8 @@ def _tokenize_chat(prompt: Prompt, tokenizer: Any, prepend_bos: bool | None) -> 
                     )
                 run = _run(text, covered, name, there[0][0], there[-1][1])
                 runs.setdefault(name, []).append(run)
-    bos = bool(ids) and ids[0] == tokenizer.bos_token_id
-    named = {**runs, **_roles(rendered, covered), "turn": _turns(rendered, offsets, int(bos))}
+    added = offsets[0] == (0, 0)  # a BOS token that the template did not write
+    named = {**runs, **_roles(rendered, covered), "turn": _turns(rendered, offsets, int(added))}
     return Tokenized(
         tuple(ids), {**{n: tuple(r) for n, r in named.items()}, **standard}, prompt, text
     )

@@ -32,7 +32,7 @@ from graftlens.model.arch import PairError
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.identity import tokenizer_digest
 from graftlens.model.tokenizers import with_chat_template
-from graftlens.prompts import Prompt, PromptError, Tokenized, tokenize
+from graftlens.prompts import Prompt, PromptError, Tokenized, _covered, tokenize
 from graftlens.sweep.config import SweepConfig, check, load_config
 from graftlens.sweep.promptsets import PromptColumn, PromptSection
 from graftlens.sweep.results import as_given, read_results, revived
@@ -162,9 +162,7 @@ def _check(name: str, messages: list[dict[str, Any]], tools: Any) -> Tokenized:
     for place, turn in enumerate(turn for text, _, turn in pieces for _ in text):
         if turn is not None:
             written.setdefault(turn, []).append(place)
-    bos = len(tokenizer.bos_token) if tokens.text.startswith(tokenizer.bos_token or "\0") else 0
-    expected_turns = [(max(bos, min(p)), max(p) + 1) for p in written.values()]
-    assert [(max(bos, a), b) for a, b in rendered.turns] == expected_turns
+    assert [*rendered.turns] == [(min(p), max(p) + 1) for p in written.values()]
     assert (PROMPT in written) == (prompted and name not in ("llama2", "mistral"))
     for (_, end), (start, _) in itertools.pairwise(rendered.turns):
         assert end == start
@@ -339,6 +337,56 @@ def test_white_space_that_is_a_token_belongs_to_its_field(name: str) -> None:
             assert pieces[-1] in ("Ċ", "Ġ", "▁", "<0x0A>", "ĊĊ", "ĉ", "<0x09>"), (space, pieces)
             following = tokenizer.decode([tokens.ids[first[-1] + 1]])
             assert following.startswith(":")
+
+
+def test_a_bos_token_that_begins_every_turn_is_in_the_turn() -> None:
+    """SmolLM2's `<|im_start|>` is its BOS token, too; that of most templates stands alone."""
+    tokenizer = copy.deepcopy(tokenizer_of("chatml"))
+    tokenizer.bos_token = "<|im_start|>"
+    tokens = tokenize(Prompt.chat(ASKED), tokenizer)
+    assert _texts(tokens, "turn")[0] == "<|im_start|>system\nBe brief.<|im_end|>\n"
+    assert tokens.runs["bos"] == ((0,),)
+    tokens = tokenize(Prompt.chat(ASKED), tokenizer_of("gemma"))
+    assert tokens.runs["turn"][0][0] == 1
+    forced = tokenize(Prompt.chat(ASKED), tokenizer_of("chatml"), prepend_bos=True)
+    assert forced.runs["turn"][0][0] == 1
+    assert forced.runs["template"][0][:2] == (0, 1)
+
+
+def test_contents_in_parts_and_tool_calls_as_text() -> None:
+    template = (
+        "{% for m in messages %}{% if m.content is string %}<{{ m.role }}>{{ m.content }}"
+        "{% else %}<{{ m.role }}>{% for p in m.content %}{{ p.text }}|{% endfor %}{% endif %}"
+        "{% for c in m.tool_calls or [] %}[{{ c.function.name }}{{ c.function.arguments }}]"
+        "{% endfor %};{% endfor %}"
+    )
+    tokenizer = TOKENIZERS["gpt2"]()
+    tokenizer.chat_template = template
+    call = {"type": "function", "function": {"name": "ask", "arguments": '{"who": "Anders"}'}}
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": t} for t in ("Who is", "{x}?")]},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "Anders"},
+    ]
+    prompt = Prompt.chat(messages, fields={"x": "Anders"})
+    tokens = tokenize(prompt, tokenizer)
+    assert tokens.text == '<user>Who is|Anders?|;<assistant>[ask{"who": "Anders"}];<tool>Anders;'
+
+    def said(span: str) -> list[str]:
+        return ["".join(tokenizer.decode([tokens.ids[i] for i in r])) for r in tokens.runs[span]]
+
+    assert said("user") == ["Who isAnders?"]
+    assert said("assistant") == ['ask{"who": "Anders"}']
+    assert said("tool") == said("x") == ["Anders"]
+    assert prompt.template.startswith("user: Who is {x}?\n\nassistant:  [{{")
+
+
+def test_white_space_after_a_word_is_the_tokens_where_offsets_leave_it_out() -> None:
+    """Llama 3 has tokens such as `.\\n\\n`; offsets may be those of the full stop alone."""
+    text, pieces = "Hm.\n\nSo ,\n b", ["H", "m", ".ĊĊ", "So", "Ġ,Ċ", "Ġb"]
+    trimmed = [(0, 1), (1, 2), (2, 3), (5, 7), (8, 9), (11, 12)]
+    whole = [(0, 1), (1, 2), (2, 5), (5, 7), (7, 10), (10, 12)]
+    assert _covered(text, pieces, trimmed) == _covered(text, pieces, whole) == whole
 
 
 # -- what is refused, and how ----------------------------------------------------------------------
