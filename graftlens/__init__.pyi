@@ -10,7 +10,6 @@ from .evaluation import evaluate as evaluate
 from .evaluation import position_grafts as position_grafts
 from .experiment.run import run_experiment as run_experiment
 from .finetune import finetune_run as finetune_run
-from .graft import At as At
 from .graft import Graft as Graft
 from .graft import Rule as Rule
 from .metrics import METRICS as METRICS
@@ -18,6 +17,7 @@ from .metrics import Measure as Measure
 from .model.grafted import GraftedTransformer as GraftedTransformer
 from .model.mask import GraftMask as GraftMask
 from .model.smollm2 import smollm2 as smollm2
+from .positions import At as At
 from .prompts import Prompt as Prompt
 from .prompts import PromptError as PromptError
 from .recipes import FinetuneRun as FinetuneRun

@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 from graftlens.chat import RESERVED, ROLES, Conversation, Rendered, contents, render
-from graftlens.graft import Runs
+from graftlens.positions import Runs
 
 #: Spans that every prompt has: its first position (the BOS token where the tokenizer puts one),
 #: the position that the next token is predicted from, and all positions.

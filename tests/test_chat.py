@@ -27,11 +27,12 @@ from toytokenizers import TOKENIZERS
 from graftlens.chat import RESERVED, ROLES, render
 from graftlens.dashboards import dashboard
 from graftlens.evaluation import evaluate, position_grafts
-from graftlens.graft import At, Graft
+from graftlens.graft import Graft
 from graftlens.model.arch import PairError
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.identity import tokenizer_digest
 from graftlens.model.tokenizers import with_chat_template
+from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, Tokenized, _covered, tokenize
 from graftlens.sweep.config import SweepConfig, check, load_config
 from graftlens.sweep.promptsets import PromptColumn, PromptSection

@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from positions import evaluate
 
 from graftlens.components import HEAD_COMPONENTS, LAYER_GROUPS, Component
-from graftlens.graft import At, Complement, Graft, Positions, Rule, Span
+from graftlens.graft import Graft, Rule
 from graftlens.model.arch import architecture
 from graftlens.model.inputs import Batch, collate
 from graftlens.model.mask import GraftMask, resolve
+from graftlens.positions import At, Complement, Positions, Span
 from graftlens.prompts import Tokenized
 
 SPANS = ("first_entity", "second_entity", "last", "bos", "all")

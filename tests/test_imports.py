@@ -12,6 +12,7 @@ PACKAGE = Path(__file__).parent.parent / "graftlens"
 #: Lowest first: a module imports from its own layer and from those before it.
 LAYERS = (
     "components",
+    "positions",
     "graft",
     "references",
     "prompts",

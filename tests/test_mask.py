@@ -21,8 +21,9 @@ from graftlens.components import (
 )
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture, architecture
+from graftlens.model.choice import Selection, UnitSelection
 from graftlens.model.inputs import Batch, Padding, collate, from_tokens
-from graftlens.model.mask import GraftMask, Selection, UnitSelection, resolve
+from graftlens.model.mask import GraftMask, resolve
 from graftlens.prompts import PromptError, Tokenized
 
 ARCHS = {name: architecture(make()) for name, make in VARIANTS.items()}

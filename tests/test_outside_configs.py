@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from graftlens import cli, plainyaml
 from graftlens.configfile import ConfigError, overridden, read_settings, read_yaml, settings_from
 from graftlens.finetune import FinetuneConfig
-from graftlens.graft import Complement, Graft, named_grafts
+from graftlens.graft import Graft, named_grafts
+from graftlens.positions import Complement
 from graftlens.sweep.config import SweepConfig
 from graftlens.sweep.grid import MAX_GRAFTS, Dropout, Grid
 

@@ -14,8 +14,9 @@ from reference import sequential_graft
 from transformers import AutoModelForCausalLM
 
 from graftlens.evaluation import evaluate
-from graftlens.graft import At, Graft, Rule
+from graftlens.graft import Graft, Rule
 from graftlens.model.grafted import GraftedTransformer
+from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError
 
 load = GraftedTransformer.from_pretrained
@@ -102,7 +103,7 @@ def test_rules_made_by_hand_hold_the_vocabulary(change: dict[str, object], messa
 
 def test_expressions_made_by_hand_are_those_that_are_read() -> None:
     nested = (At.parse("a + b"), At.parse("c"))
-    from graftlens.graft import Several
+    from graftlens.positions import Several
 
     assert Several("+", nested) == At.parse("a + b + c") == At.parse(str(Several("+", nested)))
 

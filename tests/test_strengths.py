@@ -35,8 +35,8 @@ from test_sweep import tree_logits
 from graftlens.components import Component
 from graftlens.graft import Graft
 from graftlens.lens import direct_logit_attribution, patched
+from graftlens.model.choice import Mixtures, UnitSelection, atoms
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.model.mask import Mixtures, UnitSelection, atoms
 from graftlens.model.sequential import Sequential
 from graftlens.prompts import Prompt, Tokenized
 from graftlens.sweep.config import NamedGraft
@@ -357,7 +357,7 @@ def test_how_strengths_and_neurons_are_written() -> None:
 
 _NUMBER = "is not a finite number. Write one, such as 0.5 (half of the way to the source), 2 or -1;"
 _CUT = (
-    "cannot be split by neuron. Neurons go with mlp_in, mlp_gate and mlp_out only: write "
+    "cannot be split by neuron. Neurons apply to mlp_in, mlp_gate and mlp_out only: write "
     'components="mlp", or leave units out.'
 )
 
@@ -379,7 +379,7 @@ _CUT = (
         ({"units": [1]}, f"units=[1] with components all: all {_CUT}"),
         (
             {"components": "mlp", "heads": [1]},
-            "heads=[1] with components mlp: mlp cannot be split by head. Heads go with q, k, v",
+            "heads=[1] with components mlp: mlp cannot be split by head. Heads apply to q, k, v",
         ),
         (
             {"components": "mlp", "units": []},

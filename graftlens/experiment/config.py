@@ -13,8 +13,9 @@ from graftlens.data import AnyDataset, DatasetSpec, spec_of
 from graftlens.data.rewriting import told_on_command_line
 from graftlens.finetune import FinetuneConfig
 from graftlens.folder import at_home, name_problems, read_text
-from graftlens.graft import At, Rule
+from graftlens.graft import Rule
 from graftlens.metrics import always_measured, averaged, known
+from graftlens.positions import At
 from graftlens.presets import PRESETS
 from graftlens.sweep.config import GraftSettings, RunSettings
 from graftlens.sweep.promptsets import Questions, Section, listed

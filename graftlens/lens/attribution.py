@@ -31,10 +31,11 @@ from graftlens.lens.runs import (
     token_text,
 )
 from graftlens.model.cache import GraftedCache
+from graftlens.model.choice import Choice, Selection, UnitSelection, WholeChoice, plain
 from graftlens.model.forward import TransformerBlock
 from graftlens.model.grafted import GraftedTransformer, Input
 from graftlens.model.linear import Gathered, Norm, UnitsIn, by_source, per_row
-from graftlens.model.mask import Choice, GraftMask, Selection, UnitSelection, WholeChoice, plain
+from graftlens.model.mask import GraftMask
 from graftlens.prompts import PromptError, Tokenized
 
 C = Component

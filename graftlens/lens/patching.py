@@ -36,10 +36,11 @@ from graftlens.lens.runs import (
 )
 from graftlens.metrics import Predictions
 from graftlens.model.arch import Site
+from graftlens.model.choice import Choice, Selection
 from graftlens.model.grafted import GraftedTransformer, GraftLike, Input
 from graftlens.model.inputs import Batch
 from graftlens.model.linear import Gathered, UnitsIn, UnitsOut
-from graftlens.model.mask import Choice, GraftMask, Selection
+from graftlens.model.mask import GraftMask
 from graftlens.references import marked
 
 C = Component

@@ -23,12 +23,13 @@ from graftlens.components import (
     format_numbers,
     suggest,
 )
-from graftlens.graft import At, Graft, Grafts, Where, named_grafts
+from graftlens.graft import Graft, Grafts, Where, named_grafts
 from graftlens.metrics import Measure, Predictions, always_measured
 from graftlens.model.arch import Site
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import Batch
+from graftlens.positions import At
 from graftlens.prompts import PromptError, Tokenized, continuation, ids_with
 from graftlens.references import References
 

@@ -19,16 +19,8 @@ from torch import Tensor
 from graftlens.components import COMPONENTS, Component
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture
-from graftlens.model.mask import (
-    Equal,
-    GraftMask,
-    Mixture,
-    Selection,
-    WholeChoice,
-    merged,
-    plain,
-    uniform_mixture,
-)
+from graftlens.model.choice import Equal, Mixture, Selection, WholeChoice, merged, plain
+from graftlens.model.mask import GraftMask, uniform_mixture
 from graftlens.model.weights import Sourced, equal_sources
 
 C = Component

@@ -15,7 +15,8 @@ from transformer_lens.utilities import Slice
 from graftlens.components import Component
 from graftlens.graft import Graft
 from graftlens.model.active import Active
-from graftlens.model.mask import GraftMask, Selection, Strengthened, plain
+from graftlens.model.choice import Selection, Strengthened, plain
+from graftlens.model.mask import GraftMask
 from graftlens.model.reading import tell
 
 C = Component

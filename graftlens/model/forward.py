@@ -18,6 +18,7 @@ from transformer_lens.hook_points import HookPoint
 from graftlens.components import Component
 from graftlens.model.active import Active
 from graftlens.model.arch import Architecture, MlpKind
+from graftlens.model.choice import Choice, Selection, plain
 from graftlens.model.linear import (
     Gathered,
     Linear,
@@ -28,7 +29,7 @@ from graftlens.model.linear import (
     per_head_in,
     per_head_out,
 )
-from graftlens.model.mask import Choice, GraftMask, Selection, plain
+from graftlens.model.mask import GraftMask
 from graftlens.model.points import FlaggedPoint
 from graftlens.model.tree import TreeBatch, TreeGroup
 from graftlens.model.weights import Sourced, Weights, equal_sources

@@ -20,6 +20,7 @@ from graftlens.graft import Graft
 from graftlens.model.active import Active, said
 from graftlens.model.arch import Architecture
 from graftlens.model.cache import GraftedCache, sliced
+from graftlens.model.choice import plain
 from graftlens.model.config import GraftedConfig, config_of
 from graftlens.model.forward import AttentionOrder, KeyValueCache, Parts, Pass, TransformerBlock
 from graftlens.model.generation import Generation
@@ -28,7 +29,7 @@ from graftlens.model.identity import config_settings, facts_digest, tokenizer_di
 from graftlens.model.inputs import Batch, Input, Padding
 from graftlens.model.linear import Linear, PosEmbed, TokenEmbed
 from graftlens.model.load import load, short
-from graftlens.model.mask import GraftLike, GraftMask, plain, resolve
+from graftlens.model.mask import GraftLike, GraftMask, resolve
 from graftlens.model.output import FinalNorm, Unembed
 from graftlens.model.points import FlaggedPoint
 from graftlens.model.probe import probe

@@ -17,7 +17,7 @@ from transformer_lens.hook_points import HookPoint
 from graftlens.components import Component
 from graftlens.model.active import Active
 from graftlens.model.arch import Architecture
-from graftlens.model.mask import (
+from graftlens.model.choice import (
     Block,
     Choice,
     Selection,

@@ -6,8 +6,8 @@ from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
 from graftlens.model.active import Active
+from graftlens.model.choice import WholeChoice
 from graftlens.model.linear import Gathered, Linear, Norm
-from graftlens.model.mask import WholeChoice
 from graftlens.model.weights import equal_sources
 
 C = Component

@@ -23,14 +23,8 @@ from torch import Tensor
 from graftlens.components import Component, Side, components_where
 from graftlens.graft import Graft
 from graftlens.model.arch import Site
-from graftlens.model.mask import (
-    Choice,
-    GraftMask,
-    Mixtures,
-    Selection,
-    UnitSelection,
-    grouped,
-)
+from graftlens.model.choice import Choice, Mixtures, Selection, UnitSelection, grouped
+from graftlens.model.mask import GraftMask
 
 #: Components whose source is chosen per key row; some are chosen for both kinds of row.
 KEY_SIDE = components_where(lambda row: row.side in (Side.KEY, Side.BOTH))

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from graftlens.components import Component
 from graftlens.model.arch import FAMILIES, Architecture, UnsupportedArchitectureError
-from graftlens.model.mask import Mixture, merged
+from graftlens.model.choice import Mixture, merged
 
 C = Component
 

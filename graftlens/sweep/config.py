@@ -18,12 +18,13 @@ from graftlens.components import check_name, format_numbers, suggest
 from graftlens.configfile import ConfigError, noted, read_settings, settings_from
 from graftlens.data import template_names
 from graftlens.data.rewriting import told_on_command_line
-from graftlens.graft import At, Graft, Rule
+from graftlens.graft import Graft, Rule
 from graftlens.metrics import Measure
 from graftlens.model.arch import Architecture
 from graftlens.model.load import preview
 from graftlens.model.mask import select, sites_of
 from graftlens.model.smollm2 import located
+from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, Tokenized, doubled_bos
 from graftlens.references import References
 from graftlens.sweep.cells import Measures, asked_for, own_measures

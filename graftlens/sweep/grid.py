@@ -22,9 +22,10 @@ from graftlens.components import (
 )
 from graftlens.configfile import settings_from
 from graftlens.data.settings import Settings
-from graftlens.graft import At, Graft, Rule, format_number, parse_layers
+from graftlens.graft import Graft, Rule, format_number, parse_layers
 from graftlens.model.arch import Architecture
 from graftlens.model.mask import sites_of
+from graftlens.positions import At
 
 _SIZES = re.compile(r"(?:([0-9]{1,9})\s*\.\.\s*)?([0-9]{1,9}|n)")
 

@@ -17,9 +17,10 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from graftlens.components import COMPONENTS, Component, expand_components
-from graftlens.graft import At, Graft, Rule
+from graftlens.graft import Graft, Rule
 from graftlens.model.arch import Architecture, Site
-from graftlens.model.mask import Equal, Mixtures, atoms, select, sites_of
+from graftlens.model.choice import Equal, Mixtures, atoms
+from graftlens.model.mask import select, sites_of
 from graftlens.model.tree import (
     INPUT_SIDE,
     KEY_SIDE,
@@ -31,6 +32,7 @@ from graftlens.model.tree import (
     TokenTree,
     TreeLayer,
 )
+from graftlens.positions import At
 from graftlens.prompts import PromptError, Tokenized
 
 #: Bytes of the trees that a planner keeps for prompts to come.

@@ -1,0 +1,430 @@
+"""What the rows of a site run: sources, mixtures of them, and units that differ.
+
+What a row runs is a *code*, which names a mixture of sources (`Mixtures`); codes of single sources
+come first. Who needs rows asks a choice for them, by source.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from decimal import Context, Decimal
+from functools import cached_property
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int32
+from torch import Tensor
+
+#: Source -> the first source with the same tensors. Rows of equal sources are computed together.
+Equal = tuple[int, ...]
+
+#: Sources with their shares, in the order of the sources; no share is 0, and they add up to 1.
+Mixture = tuple[tuple[int, Decimal], ...]
+
+#: Strengths are multiplied out as they are written (1 - 0.7 is 0.3), to so many digits.
+_EXACT = Context(prec=60)
+_ONE = Decimal(1)
+
+
+def _mixture(shares: Iterable[tuple[int, Decimal]]) -> Mixture:
+    """The canonical form: shares of one source added up, none that is 0, one alone is 1."""
+    total: dict[int, Decimal] = {}
+    for source, share in shares:
+        total[source] = _EXACT.add(total.get(source, Decimal(0)), share)
+    kept = tuple(sorted((source, share) for source, share in total.items() if share))
+    return ((kept[0][0], _ONE),) if len(kept) == 1 else kept
+
+
+def merged(mixture: Mixture, equal: Equal) -> Mixture:
+    """A mixture in which equal sources are one."""
+    if len(mixture) == 1:
+        return ((equal[mixture[0][0]], _ONE),)
+    return _mixture((equal[source], share) for source, share in mixture)
+
+
+class Mixtures:
+    """The mixtures that codes stand for: first each source alone, then others as they come up."""
+
+    def __init__(self, n_sources: int) -> None:
+        self.n_sources = n_sources
+        self._known: list[Mixture] = []
+        self._codes: dict[Mixture, int] = {}
+        self._blended: dict[tuple[int, int, float], int] = {}
+        self._merged: dict[tuple[int, Equal], int] = {}
+        for source in range(n_sources):
+            self.code(((source, _ONE),))
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def __getitem__(self, code: int) -> Mixture:
+        return self._known[code]
+
+    def code(self, mixture: Mixture) -> int:
+        """The code of a mixture in canonical form; a new one is added."""
+        if mixture not in self._codes:
+            self._codes[mixture] = len(self._known)
+            self._known.append(mixture)
+        return self._codes[mixture]
+
+    def blend(
+        self, codes: Int32[np.ndarray, "*places"], source: int, strength: float | int
+    ) -> Int32[np.ndarray, "*places"]:
+        """(1 - strength) of what codes stand for and `strength` of a source.
+
+        Raises:
+            ValueError: strengths that multiply to more than a float holds.
+        """
+        if strength == 1:
+            return np.full_like(codes, source)
+        return self._each(codes, lambda code: self._blend(code, source, strength))
+
+    def merge(
+        self, codes: Int32[np.ndarray, "*places"], equal: Equal
+    ) -> Int32[np.ndarray, "*places"]:
+        """The codes of the same mixtures in which equal sources are one."""
+        if len(self) == self.n_sources or codes.size == 0 or codes.max() < self.n_sources:
+            return np.asarray(equal, dtype=np.int32)[codes]
+        return self._each(codes, lambda code: self.merge_one(code, equal))
+
+    def merge_one(self, code: int, equal: Equal) -> int:
+        """`merge` of a single code."""
+        key = code, equal
+        if key not in self._merged:
+            self._merged[key] = self.code(merged(self[code], equal))
+        return self._merged[key]
+
+    def shares(self, source: int) -> Float[np.ndarray, " code"]:
+        """What share of a source each code has."""
+        return np.array([float(dict(mixture).get(source, 0)) for mixture in self._known])
+
+    def _blend(self, code: int, source: int, strength: float | int) -> int:
+        key = code, source, strength
+        if key not in self._blended:
+            share = Decimal(repr(float(strength)))
+            rest = _EXACT.subtract(_ONE, share)
+            kept = [(s, _EXACT.multiply(rest, old)) for s, old in self[code]]
+            made = _mixture([*kept, (source, share)])
+            if not all(math.isfinite(float(share)) for _, share in made):
+                raise ValueError(
+                    f"the strengths of the rules that meet here multiply to {made[0][1]:.3g}, "
+                    "which is more than a number of the model can be. Lower them."
+                )
+            self._blended[key] = self.code(made)
+        return self._blended[key]
+
+    @staticmethod
+    def _each(
+        codes: Int32[np.ndarray, "*places"], change: Callable[[int], int]
+    ) -> Int32[np.ndarray, "*places"]:
+        used, where = np.unique(codes, return_inverse=True)
+        changed = np.array([change(int(code)) for code in used], dtype=np.int32)
+        return changed[where].reshape(codes.shape)
+
+
+@dataclass(frozen=True)
+class Block:
+    """The rows that one source computes, and its share of each; None where it is all of them."""
+
+    source: int
+    rows: Int[Tensor, " rows"]
+    share: Float[np.ndarray, " rows"] | None = None
+    _scales: dict[torch.dtype, Float[Tensor, " rows"]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+
+    def scale(self, dtype: torch.dtype, ndim: int) -> Tensor:
+        """The shares [row, 1, …], to be multiplied with `ndim` axes of results."""
+        assert self.share is not None
+        if dtype not in self._scales:
+            made = torch.from_numpy(self.share).to(dtype)
+            self._scales[dtype] = made.to(self.rows.device, non_blocking=True)
+        return self._scales[dtype].reshape(-1, *(1,) * (ndim - 1))
+
+
+class Selection:
+    """What each row runs at one site; shared by all sites that agree. Ask it, by source."""
+
+    def __init__(
+        self,
+        codes: Int32[np.ndarray, " rows"],
+        real: Bool[np.ndarray, " rows"],
+        mixtures: Mixtures,
+    ) -> None:
+        """`codes` of the mixtures; rows that are not `real` may run any."""
+        used = np.unique(codes[real]) if real.any() else np.zeros(1, dtype=np.int32)
+        # Padding runs what some prompt does, so that a uniform mask stays uniform.
+        known = real.all() or np.isin(codes, used)
+        self._codes = codes if np.all(known) else np.where(known, codes, used[0])
+        self._used = tuple(int(code) for code in used)
+        self._mixtures = mixtures
+        self.n_rows = len(codes)
+        self._blocks: dict[tuple[Equal, torch.device], tuple[Block, ...]] = {}
+        self._rows: dict[torch.device, Int[Tensor, " rows"]] = {}
+
+    @classmethod
+    def uniform(cls, mixture: int | Mixture, rows: int) -> "Selection":
+        """Every row runs one source (by its number), or one mixture."""
+        mixture = ((mixture, _ONE),) if isinstance(mixture, int) else mixture
+        mixtures = Mixtures(1 + max(source for source, _ in mixture))
+        codes = np.full(rows, mixtures.code(mixture), dtype=np.int32)
+        return cls(codes, np.ones(rows, dtype=bool), mixtures)
+
+    @property
+    def whole(self) -> "Selection":
+        """What a part runs that belongs to no unit; here nothing is cut into units."""
+        return self
+
+    def parts(self) -> Iterator[tuple[tuple[int, ...] | None, "Selection"]]:
+        """Each group of units with its selection; here all are one (None)."""
+        yield None, self
+
+    @cached_property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """What the rows run, each once."""
+        return tuple(self._mixtures[code] for code in self._used)
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """The sources that have a share in any row."""
+        return tuple(sorted({source for mixture in self.mixtures for source, _ in mixture}))
+
+    def share(self, source: int, equal: Equal | None = None) -> Float[np.ndarray, " rows"]:
+        """A source's share of each row; with `equal`, its equals' shares are the first one's."""
+        codes = self._codes if equal is None else self._mixtures.merge(self._codes, equal)
+        return self._mixtures.shares(source)[codes]
+
+    def rows_of(self, source: int, equal: Equal | None = None) -> Int[np.ndarray, " some_rows"]:
+        """The rows in which a source has a share."""
+        return np.flatnonzero(self.share(source, equal))
+
+    def only(self, equal: Equal | None = None) -> int | None:
+        """The source that is all of every row, or None where several are, or a mixture."""
+        used = {code if equal is None else self._merge(code, equal) for code in self._used}
+        code = used.pop()
+        return code if not used and code < self._mixtures.n_sources else None
+
+    def mixed(self, equal: Equal) -> bool:
+        """Whether some row runs a mixture of sources whose tensors differ."""
+        return any(self._merge(code, equal) >= self._mixtures.n_sources for code in self._used)
+
+    def _merge(self, code: int, equal: Equal) -> int:
+        pure = code < self._mixtures.n_sources
+        return equal[code] if pure else self._mixtures.merge_one(code, equal)
+
+    def blocks(self, equal: Equal, device: torch.device) -> tuple[Block, ...]:
+        """The rows of each source, sources with equal tensors taken together."""
+        key = (equal, device)
+        if key not in self._blocks:
+            codes = self._mixtures.merge(self._codes, equal)
+            used = np.unique(codes)
+            made = []
+            for source in sorted({s for code in used for s, _ in self._mixtures[int(code)]}):
+                share = self._mixtures.shares(source)[codes]
+                rows = np.flatnonzero(share)
+                there = torch.from_numpy(rows).to(device, non_blocking=True)
+                part = share[rows]
+                made.append(Block(source, there, None if (part == 1).all() else part))
+            self._blocks[key] = tuple(made)
+        return self._blocks[key]
+
+    def per_row(self, device: torch.device) -> Int[Tensor, " rows"]:
+        """Which of `mixtures` each row runs."""
+        if device not in self._rows:
+            index = np.searchsorted(np.array(self._used), self._codes).astype(np.int64)
+            self._rows[device] = torch.from_numpy(index).to(device, non_blocking=True)
+        return self._rows[device]
+
+    def agrees(self, other: "Selection") -> bool:
+        """Whether every row runs the same."""
+        mine = self._mixtures is other._mixtures
+        return mine and np.array_equal(self._codes, other._codes)
+
+    def pick(self, rows: Int[np.ndarray, " kept"]) -> "Selection":
+        """The selection of some rows."""
+        return Selection(self._codes[rows], np.ones(len(rows), dtype=bool), self._mixtures)
+
+
+@dataclass(frozen=True)
+class UnitSelection:
+    """A site whose units (heads, neurons) differ: groups of them, each with its own selection.
+
+    `whole` says where a part that belongs to no unit (the bias of o and of mlp_out) comes from:
+    what all units of a row run, else the base.
+    """
+
+    groups: tuple[tuple[tuple[int, ...], Selection], ...]
+    whole: Selection
+    _indices: dict[torch.device, tuple[Int[Tensor, " units"], ...]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
+    _shares: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def parts(self) -> Iterator[tuple[tuple[int, ...] | None, Selection]]:
+        """Each group of units with its selection."""
+        yield from self.groups
+
+    @cached_property
+    def sources(self) -> tuple[int, ...]:
+        """The sources that have a share in any unit of any row."""
+        return tuple(sorted({source for _, s in self.groups for source in s.sources}))
+
+    @cached_property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """What the units of all rows run, each once."""
+        return tuple(dict.fromkeys(m for _, s in self.groups for m in s.mixtures))
+
+    def on(self, device: torch.device) -> Iterator[tuple[Int[Tensor, " units"], Selection]]:
+        """Each group's units as an index on `device`, with the group's selection."""
+        if device not in self._indices:
+            self._indices[device] = tuple(
+                torch.tensor(units).to(device, non_blocking=True) for units, _ in self.groups
+            )
+        return zip(self._indices[device], (s for _, s in self.groups), strict=True)
+
+    def mixed(self, equal: Equal) -> bool:
+        """Whether some unit of some row runs a mixture of sources whose tensors differ."""
+        return any(selection.mixed(equal) for _, selection in self.groups)
+
+    def rows_of(self, source: int, equal: Equal | None = None) -> Int[np.ndarray, " some_rows"]:
+        """The rows in which a source has a share of some unit."""
+        found = np.zeros(self.whole.n_rows, dtype=bool)
+        for _, selection in self.groups:
+            found[selection.rows_of(source, equal)] = True
+        return np.flatnonzero(found)
+
+    def unit_shares(
+        self, source: int, equal: Equal, like: Tensor
+    ) -> tuple[Int[Tensor, " some_rows"], Float[Tensor, "some_rows unit"]]:
+        """The rows in which a source has a share, and its share of each of their units."""
+        key = (source, equal, like.device, like.dtype)
+        if key not in self._shares:
+            rows = self.rows_of(source, equal)
+            shares = np.stack([s.share(source, equal)[rows] for _, s in self.groups], axis=1)
+            group_of = np.empty(sum(len(units) for units, _ in self.groups), dtype=np.int64)
+            for number, (units, _) in enumerate(self.groups):
+                group_of[list(units)] = number
+            self._shares[key, "rows"] = torch.from_numpy(rows).to(like.device, non_blocking=True)
+            self._shares[key, "unit"] = torch.from_numpy(group_of).to(like.device)
+            self._shares[key] = torch.from_numpy(shares).to(like.dtype).to(like.device)
+        return self._shares[key, "rows"], self._shares[key][:, self._shares[key, "unit"]]
+
+    def pick(self, rows: Int[np.ndarray, " kept"]) -> "UnitSelection":
+        """The selection of some rows."""
+        groups = tuple((units, s.pick(rows)) for units, s in self.groups)
+        return UnitSelection(groups, self.whole.pick(rows))
+
+
+@dataclass(frozen=True, eq=False)
+class Strengthened:
+    """What a site runs, mixed with a source by strengths that gradients reach.
+
+    Attributes:
+        inner: what runs without it.
+        source: the source that is mixed in.
+        strength: y = (1 - strength) * (what runs without it) + strength * (the source's), for
+            each row, or for each unit of each row.
+        bias: the same for a bias that belongs to no unit, where `strength` is by unit.
+    """
+
+    inner: "Choice"
+    source: int
+    strength: Float[Tensor, " rows"] | Float[Tensor, "rows unit"]
+    bias: Float[Tensor, " rows"] | None = None
+
+    @property
+    def by_unit(self) -> bool:
+        """Whether each unit has a strength of its own."""
+        return self.strength.ndim == 2
+
+    @property
+    def whole(self) -> "Selection | Strengthened":
+        """What a part runs that belongs to no unit."""
+        strength = self.bias if self.by_unit else self.strength
+        if strength is None:
+            return self.inner.whole
+        return Strengthened(self.inner.whole, self.source, strength)
+
+    def parts(self) -> Iterator[tuple[tuple[int, ...] | None, Selection]]:
+        """What the rows may run: what they run without it, and the source."""
+        yield from self.inner.parts()
+        yield None, Selection.uniform(self.source, len(self.strength))
+
+    @property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """As `parts`."""
+        return tuple(dict.fromkeys(m for _, s in self.parts() for m in s.mixtures))
+
+    @property
+    def sources(self) -> tuple[int, ...]:
+        """As `parts`."""
+        return tuple(sorted({source for _, s in self.parts() for source in s.sources}))
+
+    def pick(self, rows: Int[np.ndarray, " kept"]) -> "Strengthened":
+        """The choice of some rows."""
+        index = torch.from_numpy(rows).to(self.strength.device)
+        bias = None if self.bias is None else self.bias[index]
+        return Strengthened(self.inner.pick(rows), self.source, self.strength[index], bias)
+
+
+#: What a site runs; of a site that has no units, or all of whose units agree.
+Choice = Selection | UnitSelection | Strengthened
+WholeChoice = Selection | Strengthened
+
+
+def plain(chosen: Choice) -> WholeChoice:
+    """The choice of a site that has no units."""
+    assert not isinstance(chosen, UnitSelection), "only attention and the MLP have units"
+    return chosen
+
+
+def atoms(cuts: Iterable[Sequence[int]], n_units: int) -> Int[np.ndarray, " unit"]:
+    """The coarsest partition of units that every one of `cuts` respects: the atom of each unit."""
+    atom_of = np.zeros(n_units, dtype=np.int64)
+    sizes = [n_units]
+    for cut in dict.fromkeys(map(tuple, cuts)):
+        inside = np.array(cut)
+        found, where, counts = np.unique(atom_of[inside], return_inverse=True, return_counts=True)
+        for number, (atom, count) in enumerate(zip(found, counts, strict=True)):
+            if count < sizes[atom]:
+                atom_of[inside[where.reshape(-1) == number]] = len(sizes)
+                sizes[atom] -= count
+                sizes.append(count)
+    return atom_of
+
+
+def grouped(
+    codes: Int32[np.ndarray, "atom case"],
+    atom_of: Int[np.ndarray, " unit"],
+    real: Bool[np.ndarray, " rows"],
+    mixtures: Mixtures,
+    base: int = 0,
+    of_row: Int[np.ndarray, " rows"] | None = None,
+) -> Selection | UnitSelection:
+    """The choice of a site whose units' codes are given by atom.
+
+    Args:
+        codes: for each row, or for each of the cases that `of_row` names by number.
+        atom_of: the atom of each unit.
+        real: rows that are not padding.
+        mixtures: what the codes stand for.
+        base: the code of what belongs to no unit where a row's units differ.
+        of_row: the case of each row.
+    """
+
+    def rows(of_cases: np.ndarray) -> Selection:
+        return Selection(of_cases if of_row is None else of_cases[of_row], real, mixtures)
+
+    distinct, group_of = np.unique(codes, axis=0, return_inverse=True)
+    if len(distinct) == 1:
+        return rows(distinct[0])
+    unit_group = group_of.reshape(-1)[atom_of]
+    order = np.argsort(unit_group, kind="stable")
+    members = np.split(order, np.cumsum(np.bincount(unit_group))[:-1])
+    groups = tuple(
+        (tuple(units.tolist()), rows(of_cases))
+        for units, of_cases in zip(members, distinct, strict=True)
+    )
+    agree = (codes == codes[0]).all(axis=0)
+    whole = np.where(agree, codes[0], np.int32(base)).astype(np.int32)
+    return UnitSelection(groups, rows(whole))
