@@ -34,6 +34,7 @@ from test_sweep import tree_logits
 
 from graftlens.components import Component
 from graftlens.graft import Graft
+from graftlens.lens import direct_logit_attribution, patched
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.mask import Mixtures, UnitSelection, atoms
 from graftlens.model.sequential import Sequential
@@ -439,6 +440,41 @@ def test_a_sweep_of_strengths_and_neurons_is_trusted(tiny: MakeTiny) -> None:
     wrong = table.copy()
     wrong.loc[row, "logprob"] = table.loc[table["graft"] == "2", "logprob"].iloc[0]
     assert not trust_report(model, asked, grafts, wrong, seed=0).ok
+
+
+# -- the lens ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["gpt2", "llama-biased"])
+def test_patches_and_attributions_under_strengths_and_neurons(tiny: MakeTiny, variant: str) -> None:
+    t = tiny(variant, tokenizer="llama3")
+    tokens, site = _tokens(8), "blocks.1.hook_mlp_out"
+    batch = torch.tensor([tokens])
+
+    def written(graft: str) -> torch.Tensor:
+        kept: list[torch.Tensor] = []
+        with patched(t.model, batch, graft):
+            t.model.run_with_hooks(batch, fwd_hooks=[(site, lambda x, hook: kept.append(x[0, -1]))])
+        return kept[0].detach()
+
+    with torch.no_grad():
+        base = t.model.run_with_cache(batch)[1][site][0, -1]
+    whole = written("sft @ last : mlp_out : 1")
+    assert (whole - base).abs().max() > 0.1
+    _close(written("0.5*sft @ last : mlp_out : 1"), (base + whole) / 2)
+    _close(written("sft @ last : mlp_out : 1 : n0-20 | sft @ last : mlp_out : 1 : n21-39"), whole)
+    parts = [written(f"sft @ last : mlp_out : 1 : {units}") for units in ("n0-20", "n21-39")]
+    pre, sft = (b.detach() for b in t.model.blocks[1].mlp.mlp_out.bias)
+    _close(sum(parts) - base, whole - (sft - pre))  # which belongs to none of them
+
+    graft = "0.3*sft @ last | 2*sft @ [1] : o : 1 : 0 | sft @ last : mlp : 0 : n3-9"
+    prompt = Prompt("Ann plays", answer=" Mara Finn")
+    table = direct_logit_attribution(t.model, prompt, graft, by="head")
+    table = table[table["graft"] == graft]
+    assert table["contribution"].sum() == pytest.approx(table["logit"].iloc[0], abs=1e-3)
+    logits, cache = t.model.run_with_cache(prompt, graft=graft)
+    assert (logits[0, -1] - table["logit"].iloc[0]).abs().min() < 1e-3
+    _close(cache.logit_lens()[-1].detach(), logits.detach(), 1e-4)
 
 
 # -- grids -------------------------------------------------------------------------------------

@@ -272,7 +272,7 @@ class _Kept:
     rows: Int[Tensor, " rows"]
     units: tuple[int, ...] | None
     values: Float[Tensor, "rows width"]
-    share: Float[Tensor, " rows"] | None
+    share: Float[Tensor, "rows 1"] | None
 
 
 class _Site:
