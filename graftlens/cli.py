@@ -285,6 +285,10 @@ def dashboard(
     answer: Annotated[
         str | None, typer.Option(help="The expected continuation, with its leading space.")
     ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Ask in the model's chat format: the user says the text.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="What the system says (with --chat).")] = None,
     source: Annotated[
         list[str] | None,
         typer.Option(metavar="NAME=MODEL", help="A further source that grafts can name."),
@@ -317,6 +321,8 @@ def dashboard(
         if f"{{{name}}}" not in prompt:
             near = suggest(name, re.findall(r"{(\w+)}", prompt))
             raise typer.BadParameter(f"--field {name}: the prompt has no {{{name}}}.{near}")
+    if system is not None and not chat:
+        raise typer.BadParameter("--system goes with --chat. Add --chat, or leave it out.")
     for name in ("pre", "sft"):
         if name in more:
             raise typer.BadParameter(f"--source {name} is one of the pair. Choose another name.")
@@ -330,8 +336,11 @@ def dashboard(
     sources = dict(zip(("pre", "sft"), pair, strict=True)) | more
     from graftlens.dashboards import write_dashboard
     from graftlens.prompts import Prompt
+    from graftlens.sweep.promptsets import ChatFormat
 
     asked = Prompt(prompt, fields, answer=answer)
+    if chat:
+        asked = ChatFormat(system=system).asked(asked)
     page = write_dashboard(
         sources,
         asked,

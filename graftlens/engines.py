@@ -174,6 +174,9 @@ def _start(
 
 def _child() -> None:
     """What a process runs: the function, until it returns or the parent is gone."""
+    # A command that a script starts with `&` ignores Ctrl-C, and so would its processes: but this
+    # is how they are told to end.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         function = pickle.load(sys.stdin.buffer)
         threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -10,7 +10,7 @@ from tqdm.auto import tqdm
 from graftlens.graft import Graft, Grafts, named_grafts
 from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.prompts import Prompt, doubled_bos
+from graftlens.prompts import Prompt, dated, doubled_bos
 from graftlens.references import References, marked
 from graftlens.sweep.prepared import joined_answers
 from graftlens.sweep.scoring import Scorer
@@ -141,7 +141,7 @@ def evaluate(
     if model.tokenizer is None:
         raise ValueError("this model has no tokenizer, so prompts cannot be run. Load one with it.")
     bos = doubled_bos(prompts, model.tokenizer, model.prepends_bos(prepend_bos))
-    for note in filter(None, (joined_answers(prompts), bos)):
+    for note in filter(None, (joined_answers(prompts), bos, dated(prompts, model.tokenizer))):
         warnings.warn(note, stacklevel=2)
     scorer = Scorer(
         model,

@@ -387,6 +387,21 @@ def doubled_bos(
     )
 
 
+def dated(prompts: Sequence[Prompt], tokenizer: Any) -> str | None:
+    """A note on conversations whose chat template writes the day's date among their tokens."""
+    talks = [prompt.conversation for prompt in prompts if prompt.conversation is not None]
+    template = getattr(tokenizer, "chat_template", None)
+    if not talks or "strftime_now" not in str(template):
+        return None
+    if all(any("date" in name for name in talk.as_given()["template_options"]) for talk in talks):
+        return None
+    return (
+        "the chat template writes today's date where none is given, so tomorrow's tokens would be "
+        "others. Fix it by the option that the template reads, such as "
+        'template_options={"date_string": "26 Jul 2024"}.'
+    )
+
+
 def tokenize(prompt: "Prompt | str", tokenizer: Any, prepend_bos: bool | None = None) -> Tokenized:
     """The tokens of a prompt, with its spans: each the tokens that share a character with a field.
 

@@ -1,6 +1,7 @@
 """Fixtures that several test files share: quiet libraries, and sources built once a session."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -36,7 +37,13 @@ MakeTiny = Callable[..., Tiny]
 
 
 def pytest_configure() -> None:
-    """Workers of pytest-xdist share the cores: with threads for all cores each, they starve."""
+    """Make the tests' processes alike, wherever they were started.
+
+    Started by a script with `&`, all would ignore SIGINT, and tests that send it would hang.
+    Workers of pytest-xdist share the cores: with threads for all cores each, they starve.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     if workers > 1:
         share = max(1, (os.cpu_count() or 1) // workers)

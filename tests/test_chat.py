@@ -9,6 +9,7 @@ import itertools
 import json
 import random
 import re
+import warnings
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,9 @@ from datasets import Dataset, DatasetDict
 from reference import sequential_graft
 from sweeps import checkpoints
 from toytokenizers import TOKENIZERS
+from typer import BadParameter
 
+from graftlens import cli
 from graftlens.chat import RESERVED, ROLES, render
 from graftlens.dashboards import dashboard
 from graftlens.evaluation import evaluate, position_grafts
@@ -35,7 +38,7 @@ from graftlens.model.tokenizers import with_chat_template
 from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, Tokenized, _covered, tokenize
 from graftlens.sweep.config import SweepConfig, check, load_config
-from graftlens.sweep.promptsets import PromptColumn, PromptSection
+from graftlens.sweep.promptsets import ChatFormat, PromptColumn, PromptSection
 from graftlens.sweep.results import as_given, read_results, revived
 from graftlens.sweep.runner import run_sweep
 
@@ -801,3 +804,41 @@ def test_the_shipped_sweep_of_roles_runs(places: dict[str, str], tmp_path: Path)
         both = At.parse(f"{role} + ~{role}").select(tokens.runs, len(tokens))
         assert both.all()
         assert At.parse(role).select(tokens.runs, len(tokens)).any()
+
+
+def test_a_prompt_is_asked_in_a_chat() -> None:
+    plain = Prompt("{x} met {{y", {"x": "Ann"}, " Bo", [" Cy"], "met", [" Bo", " Di"])
+    asked = ChatFormat(system="No {braces}.").asked(plain)
+    assert asked.text == "system: No {braces}.\n\nuser: Ann met {y\n\nassistant:"
+    assert (asked.answer, asked.distractors, asked.answers) == ("Bo", ("Cy",), ("Bo", "Di"))
+    assert (asked.name, asked.fields) == ("met", plain.fields)
+    begun = ChatFormat(prefill="{ It is").asked(Prompt("Who {{x}}?", {}, " Bo"))
+    assert begun.text == "user: Who {x}?\n\nassistant: { It is"
+    assert begun.answer == " Bo"
+
+
+def test_a_template_that_writes_the_date_is_told(chatty: Tiny) -> None:
+    model = copy.copy(chatty.model)
+    model.tokenizer = copy.copy(model.tokenizer)
+    model.tokenizer.chat_template = "{{ date_string or strftime_now('%d %b %Y') }}" + SHORT
+    with pytest.warns(UserWarning, match="the chat template writes today's date where none is giv"):
+        evaluate(model, TALK, {"PRE": "none"}, progress=False)
+    fixed = Prompt.chat([USER], answer=" Bo", template_options={"date_string": "1 May 2025"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        evaluate(model, [fixed, Prompt("Ann met", {}, " Bo")], {"PRE": "none"}, progress=False)
+
+
+def test_the_dashboard_command_asks_in_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Prompt] = []
+    monkeypatch.setattr(
+        "graftlens.dashboards.write_dashboard",
+        lambda sources, prompt, *_, **__: asked.append(prompt) or Path("page.html"),
+    )
+    given: Any = {"pair": ("a", "b"), "prompt": "Who met {x}?", "field": ["x=Ann"]}
+    cli.dashboard(**given, answer=" Bo", chat=True, system="Be brief.")
+    assert [prompt.text for prompt in asked] == [
+        "system: Be brief.\n\nuser: Who met Ann?\n\nassistant:"
+    ]
+    with pytest.raises(BadParameter, match="--system goes with --chat"):
+        cli.dashboard(**given, system="Be brief.")

@@ -91,7 +91,8 @@ def test_a_process_that_dies_or_fails_is_told_of_and_the_others_go_on(tmp_path: 
 
 
 PROGRAM = """
-import sys; sys.path[:] = {path!r}
+import signal, sys; sys.path[:] = {path!r}
+if {background}: signal.signal(signal.SIGINT, signal.SIG_IGN)
 from functools import partial; from pathlib import Path
 import toytasks; from graftlens import engines; from graftlens.engines import run_processes
 engines.GRACE = {patience}
@@ -99,9 +100,16 @@ run_processes({{name: partial(toytasks.wait_long, Path({folder!r}) / name) for n
 """
 
 
-@pytest.mark.parametrize("how", ["SIGINT", "SIGTERM", "SIGKILL"])
-def test_processes_end_with_the_one_that_started_them(how: str, tmp_path: Path) -> None:
-    program = PROGRAM.format(path=sys.path, folder=str(tmp_path), patience=HANG)
+@pytest.mark.parametrize(
+    ("how", "background"),
+    [("SIGINT", False), ("SIGTERM", False), ("SIGKILL", False), ("SIGTERM", True)],
+)
+def test_processes_end_with_the_one_that_started_them(
+    how: str, background: bool, tmp_path: Path
+) -> None:
+    """In the background, as a script starts a command with `&`, SIGINT is ignored."""
+    settings = {"patience": HANG, "background": background}
+    program = PROGRAM.format(path=sys.path, folder=str(tmp_path), **settings)
     parent = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
     marks = [tmp_path / name for name in "ab"]
     until(

@@ -25,7 +25,7 @@ from graftlens.model.load import preview
 from graftlens.model.mask import select, sites_of
 from graftlens.model.smollm2 import located
 from graftlens.positions import At
-from graftlens.prompts import Prompt, PromptError, Tokenized, doubled_bos
+from graftlens.prompts import Prompt, PromptError, Tokenized, dated, doubled_bos
 from graftlens.references import References
 from graftlens.sweep.cells import Measures, asked_for, own_measures
 from graftlens.sweep.grid import GraftField, Grid
@@ -363,7 +363,7 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     for where, _, graft in named:
         places.setdefault(graft, where)
     bos = doubled_bos(prompts, tokenizer, config.prepend_bos)
-    for note in filter(None, (joined_answers(prompts), bos)):
+    for note in filter(None, (joined_answers(prompts), bos, dated(prompts, tokenizer))):
         warnings.warn(note, stacklevel=2)
     prepared = Prepared(
         tokenizer, arch, config.prepend_bos, config.metrics.answers, config.metrics.distractors

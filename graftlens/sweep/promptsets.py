@@ -58,18 +58,22 @@ class ChatFormat(Section):
 
     def asked(self, prompt: Prompt) -> Prompt:
         """The prompt as a conversation, with the same fields, answer and name."""
-        messages = [{"role": "user", "content": prompt.template}]
-        if self.system is not None:
-            messages.insert(0, {"role": "system", "content": doubled(self.system)})
+
+        def written(text: str) -> str:
+            return doubled(text) if prompt.fields else text
 
         def follows(text: str) -> str:
             return text if self.prefill is not None else text.lstrip(" ")
+
+        messages = [{"role": "user", "content": prompt.template if prompt.fields else prompt.text}]
+        if self.system is not None:
+            messages.insert(0, {"role": "system", "content": written(self.system)})
 
         return Prompt.chat(
             messages,
             fields=prompt.fields,
             answer=None if prompt.answer is None else follows(prompt.answer),
-            prefill=None if self.prefill is None else doubled(self.prefill),
+            prefill=None if self.prefill is None else written(self.prefill),
             template_options=self.template_options,
             distractors=[follows(text) for text in prompt.distractors],
             answers=[follows(text) for text in prompt.answers],
