@@ -183,9 +183,9 @@ def write_dashboard(
             )
     if device is not None:
         check_devices([device])
-    places = {name: located(place) for name, place in sources.items()}
-    _check(places, prompt, _runs(list(places), grafts, full))
-    model = GraftedTransformer.from_pretrained(places, device=device)
+    locations = {name: located(location) for name, location in sources.items()}
+    _check(locations, prompt, _runs(list(locations), grafts, full))
+    model = GraftedTransformer.from_pretrained(locations, device=device)
     view = dashboard(model, prompt, grafts, full=full, title=title, top_k=top_k)
     page = view.save(path)
     if image is not None:
@@ -193,15 +193,15 @@ def write_dashboard(
     return page
 
 
-def _check(places: Mapping[str, str], prompt: Prompt, runs: Runs) -> None:
+def _check(locations: Mapping[str, str], prompt: Prompt, runs: Runs) -> None:
     """Refuse what cannot run before any weight is read."""
-    arch, tokenizer = preview(places)
+    arch, tokenizer = preview(locations)
     if tokenizer is None:
         raise ValueError("no source has a tokenizer. Save one in the folder of the base's weights.")
     item = tokenize(prompt, tokenizer)
     for graft in runs.grafts.values():
         for rule in graft.rules:
-            sites_of(rule, arch, list(places))
+            sites_of(rule, arch, list(locations))
             select(rule, item)
 
 

@@ -105,6 +105,12 @@ def test_imports_point_one_way(path: Path) -> None:
         )
 
 
+def test_no_module_is_longer_than_one_sitting() -> None:
+    lines = {name: len(path.read_text().splitlines()) for path, name in FILES.items()}
+    assert len(lines) > 50
+    assert not {name: count for name, count in lines.items() if count > 700}
+
+
 def test_no_modules_import_each_other_in_a_circle() -> None:
     """Not in functions or under TYPE_CHECKING either, which only hide one.
 

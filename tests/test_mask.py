@@ -188,10 +188,10 @@ def selection_sources(
 
 @settings(deadline=None, max_examples=40)
 @given(cases(), st.sampled_from([(0, 1, 2), (0, 1, 1), (0, 0, 2), (0, 0, 0), (0, 1, 0)]))
-def test_blocks_cover_every_row_once(
+def test_every_row_is_computed_once(
     case: tuple[Architecture, Graft, Batch], equal: tuple[int, ...]
 ) -> None:
-    """Rows of sources with equal tensors are one block; together the blocks are all rows."""
+    """Rows of sources with equal tensors are computed together; all of these are all rows."""
     arch, graft, batch = case
     mask = resolve(graft, batch, arch, SOURCES)
     for chosen in mask.sites.values():
@@ -199,11 +199,11 @@ def test_blocks_cover_every_row_once(
             [s for _, s in chosen.groups] if isinstance(chosen, UnitSelection) else [chosen]
         ):
             merged = selection_sources(selection, equal)
-            blocks = selection.blocks(equal, CPU)
-            rows = torch.cat([block.rows for block in blocks]).tolist()
+            pieces = selection.source_rows(equal, CPU)
+            rows = torch.cat([piece.rows for piece in pieces]).tolist()
             assert sorted(rows) == list(range(batch.real.size))
-            for block in blocks:
-                assert set(merged[block.rows.numpy()].tolist()) == {block.source}
+            for piece in pieces:
+                assert set(merged[piece.rows.numpy()].tolist()) == {piece.source}
             only = selection.only(equal)
             real = set(merged[batch.real.reshape(-1)].tolist())
             assert only == (real.pop() if len(real) == 1 else None)
@@ -241,7 +241,7 @@ def test_a_uniform_mask_stays_uniform_despite_padding(side: Padding, line: str) 
         assert isinstance(chosen, Selection)
         assert chosen.sources == (source,)
         assert chosen.only((0, 1, 2)) == source
-        assert len(chosen.blocks((0, 1, 2), CPU)) == 1
+        assert len(chosen.source_rows((0, 1, 2), CPU)) == 1
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

@@ -51,6 +51,20 @@ def test_the_map_names_what_exists(path: str) -> None:
     assert (ROOT / path).exists()
 
 
+@pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
+def test_every_module_named_is_there(document: str) -> None:
+    """Also those named without their folder, as the map's rows do after the first."""
+    there = [
+        f"/{path.relative_to(ROOT).as_posix()}"
+        for folder in ("graftlens", "tests", "experiments", "notebooks")
+        for path in (ROOT / folder).glob("**/*.py*")
+    ]
+    named = re.findall(r"`([\w/.]+\.pyi?)`", (ROOT / document).read_text())
+    assert len(named) > 5
+    lost = [name for name in named if not any(path.endswith(f"/{name}") for path in there)]
+    assert not lost, f"{document} names {lost}"
+
+
 def test_the_sweep_shown_is_a_config(tmp_path: Path) -> None:
     whole, own = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
     (tmp_path / "sweep.yaml").write_text(whole + own)

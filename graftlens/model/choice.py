@@ -123,7 +123,7 @@ class Mixtures:
 
 
 @dataclass(frozen=True)
-class Block:
+class SourceRows:
     """The rows that one source computes, and its share of each; None where it is all of them."""
 
     source: int
@@ -159,7 +159,7 @@ class Selection:
         self._used = tuple(int(code) for code in used)
         self._mixtures = mixtures
         self.n_rows = len(codes)
-        self._blocks: dict[tuple[Equal, torch.device], tuple[Block, ...]] = {}
+        self._source_rows: dict[tuple[Equal, torch.device], tuple[SourceRows, ...]] = {}
         self._rows: dict[torch.device, Int[Tensor, " rows"]] = {}
 
     @classmethod
@@ -212,10 +212,10 @@ class Selection:
         pure = code < self._mixtures.n_sources
         return equal[code] if pure else self._mixtures.merge_one(code, equal)
 
-    def blocks(self, equal: Equal, device: torch.device) -> tuple[Block, ...]:
+    def source_rows(self, equal: Equal, device: torch.device) -> tuple[SourceRows, ...]:
         """The rows of each source, sources with equal tensors taken together."""
         key = (equal, device)
-        if key not in self._blocks:
+        if key not in self._source_rows:
             codes = self._mixtures.merge(self._codes, equal)
             used = np.unique(codes)
             made = []
@@ -224,9 +224,9 @@ class Selection:
                 rows = np.flatnonzero(share)
                 there = torch.from_numpy(rows).to(device, non_blocking=True)
                 part = share[rows]
-                made.append(Block(source, there, None if (part == 1).all() else part))
-            self._blocks[key] = tuple(made)
-        return self._blocks[key]
+                made.append(SourceRows(source, there, None if (part == 1).all() else part))
+            self._source_rows[key] = tuple(made)
+        return self._source_rows[key]
 
     def per_row(self, device: torch.device) -> Int[Tensor, " rows"]:
         """Which of `mixtures` each row runs."""

@@ -18,9 +18,9 @@ from graftlens.components import Component
 from graftlens.model.active import Active
 from graftlens.model.arch import Architecture
 from graftlens.model.choice import (
-    Block,
     Choice,
     Selection,
+    SourceRows,
     Strengthened,
     UnitSelection,
     WholeChoice,
@@ -37,10 +37,10 @@ class Gathered:
         self.x = x
         self._taken: dict[int, Tensor] = {}
 
-    def __getitem__(self, block: Block) -> Tensor:
-        key = id(block.rows)
+    def __getitem__(self, piece: SourceRows) -> Tensor:
+        key = id(piece.rows)
         if key not in self._taken:
-            self._taken[key] = self.x.index_select(0, block.rows)
+            self._taken[key] = self.x.index_select(0, piece.rows)
         return self._taken[key]
 
 
@@ -59,40 +59,40 @@ def by_source(
     only = chosen.only(equal)
     if only is not None:
         return apply(x.x, only)
-    blocks = chosen.blocks(equal, x.x.device)
-    if any(block.share is not None for block in blocks):
-        return _added_up(x, blocks, apply)
-    most = max(blocks, key=lambda block: len(block.rows))
+    pieces = chosen.source_rows(equal, x.x.device)
+    if any(piece.share is not None for piece in pieces):
+        return _added_up(x, pieces, apply)
+    most = max(pieces, key=lambda piece: len(piece.rows))
     out: Tensor | None = None
     if len(x.x) - len(most.rows) <= FEW * len(x.x):
         # Gathering and putting back nearly all rows costs more than computing a few for nothing.
-        out, blocks = apply(x.x, most.source), tuple(b for b in blocks if b is not most)
-    for block in blocks:
-        result = apply(x[block], block.source)
+        out, pieces = apply(x.x, most.source), tuple(b for b in pieces if b is not most)
+    for piece in pieces:
+        result = apply(x[piece], piece.source)
         if out is None:
             out = result.new_empty(x.x.shape[0], *result.shape[1:])
-        out.index_copy_(0, block.rows, result)
+        out.index_copy_(0, piece.rows, result)
     assert out is not None
     return out
 
 
 def _added_up(
-    x: Gathered, blocks: tuple[Block, ...], apply: Callable[[Tensor, int], Tensor]
+    x: Gathered, pieces: tuple[SourceRows, ...], apply: Callable[[Tensor, int], Tensor]
 ) -> Float[Tensor, "rows *out"]:
     """One product for each source, however many strengths there are; added up in no less than
     float32."""
     total: Tensor | None = None
-    for block in blocks:
+    for piece in pieces:
         # Rows of one source alone are its own numbers: times 1, added to 0.
-        every = len(block.rows) == len(x.x)
-        result = apply(x.x if every else x[block], block.source)
+        every = len(piece.rows) == len(x.x)
+        result = apply(x.x if every else x[piece], piece.source)
         dtype, wide = result.dtype, torch.promote_types(result.dtype, torch.float32)
         result = result.to(wide)
-        if block.share is not None:
-            result = result * block.scale(wide, result.ndim)
+        if piece.share is not None:
+            result = result * piece.scale(wide, result.ndim)
         if total is None:
             total = result.new_zeros(len(x.x), *result.shape[1:])
-        total = total + result if every else total.index_add(0, block.rows, result)
+        total = total + result if every else total.index_add(0, piece.rows, result)
     assert total is not None
     return total.to(dtype)
 

@@ -23,7 +23,7 @@ from graftlens.model.arch import (
 )
 from graftlens.model.hooked import read_hooked
 from graftlens.model.identity import rotary_tables
-from graftlens.model.places import is_adapter
+from graftlens.model.locations import is_adapter
 from graftlens.model.source import (
     Source,
     preview_checkpoint,

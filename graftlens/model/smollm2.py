@@ -239,15 +239,17 @@ def _is_true(value: str | None) -> bool:
     return (value or "").upper() in {"1", "ON", "YES", "TRUE"}
 
 
-def located(place: str) -> str:
+def located(location: str) -> str:
     """Where a source is: `smollm2` stands for SmolLM2-135M-Instruct from graftlens' own cache.
 
     Raises:
         ValueError: a near miss of `smollm2`, for which asking the hub would be useless.
     """
-    if place == "smollm2":
+    if location == "smollm2":
         return str(smollm2())
-    hint = suggest(place, ["smollm2"])
-    if hint and "/" not in place and not Path(place).exists():
-        raise ValueError(f"{place!r} is not a folder, and a model of the hub is OWNER/NAME.{hint}")
-    return place
+    hint = suggest(location, ["smollm2"])
+    if hint and "/" not in location and not Path(location).exists():
+        raise ValueError(
+            f"{location!r} is not a folder, and a model of the hub is OWNER/NAME.{hint}"
+        )
+    return location

@@ -29,7 +29,7 @@ from graftlens.model.arch import (
     refuse_quantised,
 )
 from graftlens.model.identity import rotary_tables
-from graftlens.model.places import folder_of, place_of, read_object, said
+from graftlens.model.locations import folder_of, location_of, read_object, said
 from graftlens.model.quiet import quiet
 from graftlens.model.stored import (
     Stored,
@@ -89,13 +89,13 @@ class Source:
 
 
 def read_checkpoint(name: str, path: str) -> Source:
-    place = place_of(f"source {name!r}", path)
-    model, stored = open_model(f"source {name!r}", place)
-    source = read_transformers(name, model, _origin(path, place), copied=False)
+    location = location_of(f"source {name!r}", path)
+    model, stored = open_model(f"source {name!r}", location)
+    source = read_transformers(name, model, _origin(path, location), copied=False)
     state = dict(model.state_dict())
     return replace(
         source,
-        tokenizer=read_tokenizer(place),
+        tokenizer=read_tokenizer(location),
         dtypes=stored_dtypes(f"source {name!r}", stored),
         prove=partial(
             check_loaded, f"source {name!r}", stored, state, getattr(model, "base_model_prefix", "")
@@ -106,7 +106,7 @@ def read_checkpoint(name: str, path: str) -> Source:
 def preview_checkpoint(name: str, path: str) -> Source:
     """A checkpoint without its weights; if a folder has them, their headers are checked."""
     what = f"source {name!r}"
-    given, path = path, place_of(what, path)
+    given, path = path, location_of(what, path)
     config = open_config(what, path)
     text = text_config(config)
     empty = _blueprint(what, path, text)
@@ -203,9 +203,9 @@ def _unread(
     raise AssertionError("a preview has no weights to run")
 
 
-def _origin(given: str, place: str) -> str:
+def _origin(given: str, location: str) -> str:
     """A hub model by its id, wherever its files are; a folder unchanged."""
-    return place if Path(given).expanduser().exists() else given
+    return location if Path(given).expanduser().exists() else given
 
 
 def open_model(
@@ -230,7 +230,7 @@ def open_model(
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
-    path = place_of(what, path)
+    path = location_of(what, path)
     config = open_config(what, path, any_family)
     folder = folder_of(path)
     local = folder is not None and str(folder) == path

@@ -10,7 +10,7 @@ import torch
 
 from graftlens.components import Component
 from graftlens.model.arch import FAMILIES, supported
-from graftlens.model.places import place_of
+from graftlens.model.locations import location_of
 from graftlens.model.source import open_config, open_model, renew_rotary
 from graftlens.model.tokenizers import read_tokenizer
 
@@ -24,7 +24,7 @@ FROZEN = {
 _POSITIONS = re.compile(r"(^|\.)(wpe|embed_positions?|pos(ition)?_emb\w*)(\.|$)")
 
 
-def load_start(place: str) -> Any:
+def load_start(location: str) -> Any:
     """The causal language model of a folder or a hub id, in float32.
 
     What the files hold in float32 arrives unchanged, whatever dtype ``config.json`` names.
@@ -33,32 +33,32 @@ def load_start(place: str) -> Any:
         ValueError: a model that cannot be loaded whole: files missing or damaged, tensors missing,
             unknown or quantised, code of its own. The message says which.
     """
-    with _named(place) as what:
-        return open_model(what, place, torch.float32, any_family=True)[0]
+    with _named(location) as what:
+        return open_model(what, location, torch.float32, any_family=True)[0]
 
 
-def load_tokenizer(place: str) -> Any:
+def load_tokenizer(location: str) -> Any:
     """The tokenizer beside a model.
 
     Raises:
         ValueError: there is none, or it cannot be read.
     """
-    with _named(place) as what:
-        path = place_of(what, place)
+    with _named(location) as what:
+        path = location_of(what, location)
         open_config(what, path, any_family=True)  # which decides what kind of tokenizer it is
         found = read_tokenizer(path)
     if found is None:
         raise ValueError(
-            f"model={place!r} has no tokenizer (no tokenizer.json). Save the model's own there: "
+            f"model={location!r} has no tokenizer (no tokenizer.json). Save the model's own there: "
             "tokenizer.save_pretrained(folder)."
         )
     return found
 
 
 @contextlib.contextmanager
-def _named(place: str) -> Iterator[str]:
+def _named(location: str) -> Iterator[str]:
     """The name of the setting, with which a refusal begins."""
-    what = f"model={place!r}"
+    what = f"model={location!r}"
     try:
         yield what
     except ValueError as error:

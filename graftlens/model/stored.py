@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graftlens.model.arch import PairError
-from graftlens.model.places import read_object, said
+from graftlens.model.locations import read_object, said
 from graftlens.model.weights import OLD_BUFFERS
 
 _ADVICE = "The files may be incomplete: save or download them again."
@@ -58,12 +58,12 @@ def has_weights(folder: Path, config: Any) -> bool:
     return any((folder / name).exists() for name in _names(config))
 
 
-def weight_files(what: str, place: str, folder: Path | None, config: Any) -> list[Path]:
+def weight_files(what: str, location: str, folder: Path | None, config: Any) -> list[Path]:
     """The files that transformers reads a checkpoint's weights from; the hub's are downloaded.
 
     Args:
         what: whose weights, for messages.
-        place: a folder or a hub id.
+        location: a folder or a hub id.
         folder: the folder, or the hub model's snapshot in the local cache.
         config: the Hugging Face config.
 
@@ -73,16 +73,18 @@ def weight_files(what: str, place: str, folder: Path | None, config: Any) -> lis
     from transformers.utils import cached_file
 
     # A hub model's files are all from the same commit as its config.
-    commit = {} if folder is None or str(folder) == place else {"revision": folder.name}
+    commit = {} if folder is None or str(folder) == location else {"revision": folder.name}
 
     def get(name: str) -> Path | None:
         if not commit and folder is not None:
             return folder / name if (folder / name).is_file() else None
         try:
-            found = cached_file(place, name, **commit)
+            found = cached_file(location, name, **commit)
         except OSError as error:
             if "connect" in str(error):
-                raise PairError(f"{what}: {name} of {place} was not downloaded. {error}") from None
+                raise PairError(
+                    f"{what}: {name} of {location} was not downloaded. {error}"
+                ) from None
             return None
         return Path(found) if found else None
 
@@ -91,7 +93,7 @@ def weight_files(what: str, place: str, folder: Path | None, config: Any) -> lis
     found = here[0] if here else next((path for n in names if (path := get(n)) is not None), None)
     if found is None:
         raise PairError(
-            f"{what}: {place} has a config but no weights ({' or '.join(names)}). {_ADVICE}"
+            f"{what}: {location} has a config but no weights ({' or '.join(names)}). {_ADVICE}"
         )
     if not found.name.endswith(".index.json"):
         return [found]

@@ -10,7 +10,7 @@ from typing import Any
 
 from graftlens.folder import at_home, read_json, read_text
 from graftlens.model.arch import PairError
-from graftlens.model.places import place_of, said
+from graftlens.model.locations import location_of, said
 from graftlens.prompts import encode
 
 _PROBE_TEXT = " The first of 1,234 cafés opened in São Tomé — didn't it?\n\tYes: 東京 \U0001f642"
@@ -99,7 +99,7 @@ def shared_tokenizer(found: Sequence[tuple[str, Any]], given: Any) -> Any:
     if given is not None:
         if isinstance(given, str | Path):
             files = ("tokenizer_config.json", "tokenizer.json", "config.json")
-            loaded = read_tokenizer(place_of(f"tokenizer={str(given)!r}", given, files))
+            loaded = read_tokenizer(location_of(f"tokenizer={str(given)!r}", given, files))
             if loaded is None:
                 raise PairError(f"tokenizer={str(given)!r}: this folder does not hold a tokenizer.")
             return loaded

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from graftlens.model.arch import PairError
-from graftlens.model.places import place_of, said
+from graftlens.model.locations import location_of, said
 from graftlens.model.quiet import quiet
 from graftlens.model.tokenizers import read_tokenizer
 
@@ -40,7 +40,7 @@ def writer(
 
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     what = f"model={model!r}"
-    model = place_of(what, model)
+    model = location_of(what, model)
     tokenizer: Any = read_tokenizer(model)
     try:
         with quiet():

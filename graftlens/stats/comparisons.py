@@ -14,7 +14,7 @@ from graftlens.stats.permutation import holm, sign_flips
 from graftlens.stats.recovery import gap_of, ratio_intervals
 from graftlens.stats.resampling import Draw, check_count, means_of, numbered, per_unit, unit_count
 from graftlens.stats.table import (
-    Grid,
+    Pivot,
     check_groups,
     check_metrics,
     check_units,
@@ -88,8 +88,8 @@ def compare(
     table = checked_table(table, (*draw.columns, column_of(metric)))
     check_units(table, unit)
     pair = choose_grafts(table, (a, b))
-    grid = Grid.of(table[table["graft"].isin(pair)], pair)
-    (row,) = _compare_pairs(grid, [(0, 1)], metric, None, draw, permutations)
+    pivot = Pivot.of(table[table["graft"].isin(pair)], pair)
+    (row,) = _compare_pairs(pivot, [(0, 1)], metric, None, draw, permutations)
     kept = ("n", "not_run", "mean_a", "mean_b", "difference", "low", "high", "interval")
     return Comparison(
         a=a,
@@ -174,8 +174,8 @@ def compare_all(
     settings |= {"level": level, "resamples": resamples, "permutations": permutations, "seed": seed}
     rows = []
     for key, group in groups_of(table[table["graft"].isin(chosen)], by):
-        grid = Grid.of(group, chosen)
-        compared = _compare_pairs(grid, columns, measured, ends, draw, permutations)
+        pivot = Pivot.of(group, chosen)
+        compared = _compare_pairs(pivot, columns, measured, ends, draw, permutations)
         for (a, b), row in zip(named, compared, strict=True):
             group_of = dict(zip(by, key, strict=True))
             rows.append(group_of | {"a": a, "b": b, "metric": metric} | row | settings)
@@ -222,7 +222,7 @@ def _choose_pairs(
 
 
 def _compare_pairs(
-    grid: "Grid",
+    pivot: "Pivot",
     pairs: Sequence[tuple[int, int]],
     metric: str,
     ends: tuple[int, int] | None,
@@ -231,7 +231,7 @@ def _compare_pairs(
 ) -> list[dict[str, Any]]:
     """One row for each pair of columns; for recoveries if `ends` = (base, full) is given."""
     first, second = np.array(pairs).T
-    ran = grid.ran
+    ran = pivot.ran
     used = ran[:, first] & ran[:, second]
     if ends is not None:
         used &= ran[:, ends].all(axis=1, keepdims=True)
@@ -240,12 +240,12 @@ def _compare_pairs(
         np.logical_or.at(needed.T, columns, used.T)
     if ends is not None:
         needed[:, ends] |= used.any(axis=1, keepdims=True)
-    values = grid.values(metric, needed, partial=True)
+    values = pivot.values(metric, needed, partial=True)
     present = ~np.isnan(values)
     used &= present[:, first] & present[:, second]
     if ends is not None:
         used &= present[:, ends].all(axis=1, keepdims=True)
-    labels = grid.units(draw.unit)
+    labels = pivot.units(draw.unit)
     rows: list[dict[str, Any]] = [{} for _ in pairs]
     everywhere = numbered(labels)
     apart = np.where(used, values[:, first] - values[:, second], 0.0)

@@ -52,9 +52,9 @@ def mean_intervals(
             )
     if unit_count(units) > 1:
         rest = np.flatnonzero(~few)
-        for block in draw.blocks(len(rest)):
-            draws = draw.means(values[:, rest[block]], units)
-            low[rest[block]], high[rest[block]] = percentiles(draws, draw.level)
+        for batch in draw.batches(len(rest)):
+            draws = draw.means(values[:, rest[batch]], units)
+            low[rest[batch]], high[rest[batch]] = percentiles(draws, draw.level)
     return low, high
 
 
@@ -90,9 +90,9 @@ def difference_intervals(
             kinds[column] = "newcombe"
     if count > 1:
         rest = np.flatnonzero(~few)
-        for block in draw.blocks(len(rest)):
-            draws = draw.means((a - b)[:, rest[block]], units)
-            low[rest[block]], high[rest[block]] = percentiles(draws, draw.level)
+        for batch in draw.batches(len(rest)):
+            draws = draw.means((a - b)[:, rest[batch]], units)
+            low[rest[batch]], high[rest[batch]] = percentiles(draws, draw.level)
         for column in rest:
             kinds[column] = "bootstrap"
     return low, high, kinds

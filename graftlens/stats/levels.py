@@ -23,7 +23,7 @@ from graftlens.stats.resampling import (
     unit_count,
 )
 from graftlens.stats.table import (
-    Grid,
+    Pivot,
     check_by,
     check_metrics,
     check_units,
@@ -106,11 +106,11 @@ def stability(
     parts, labels, notes, not_run = [], [], [], 0
     for name, share, (_, group) in zip(names, shares, groups_of(table, (by,)), strict=True):
         check_units(group, draw.unit)
-        grid = Grid.of(group, chosen)
-        used = grid.ran_everywhere
+        pivot = Pivot.of(group, chosen)
+        used = pivot.ran_everywhere
         not_run += int((~used).sum())
-        values = grid.values(measured, np.broadcast_to(used[:, None], grid.ran.shape))[used]
-        label = grid.units(draw.unit)[used]
+        values = pivot.values(measured, np.broadcast_to(used[:, None], pivot.ran.shape))[used]
+        label = pivot.units(draw.unit)[used]
         if ends is not None:
             gap = gap_of(values[:, ends], numbered(label), draw)
             why = gap.note
@@ -202,8 +202,8 @@ def _within_levels(
         gaps = full - base
         signs = np.sign([part[:, ends[1]].mean() - part[:, ends[0]].mean() for part in parts])
         usable = (gaps * signs[:, None] > 0).all(axis=0)
-    for block in draw.blocks(len(rest), sheets=len(parts)):
-        draws = redraw(rest[block])
+    for batch in draw.batches(len(rest), sheets=len(parts)):
+        draws = redraw(rest[batch])
         if ends is not None:
             draws -= base[:, :, None]
             draws /= np.where(usable, gaps, 1.0)[:, :, None]
@@ -211,7 +211,7 @@ def _within_levels(
         else:
             pooled = draws.mean(axis=0)
             usable = ~np.isnan(pooled[:, 0])
-        low[rest[block]], high[rest[block]] = cautious(pooled, usable, draw.level)
+        low[rest[batch]], high[rest[batch]] = cautious(pooled, usable, draw.level)
     if ends is None:
         return low, high, [None] * columns
     return low, high, notes_of_flat(low, high, np.zeros(columns))

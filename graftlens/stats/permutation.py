@@ -49,9 +49,9 @@ def sign_flips(
             signs = 1.0 - 2.0 * rng.integers(0, 2, size=(rows, len(pending)), dtype=np.int8)
             width = max(1, CHUNK // rows)
             for left in range(0, len(open_), width):
-                block = slice(left, left + width)
-                sums = np.abs(signs @ pending[:, block])
-                hits[block] += (sums >= observed[block]).sum(axis=0)
+                batch = slice(left, left + width)
+                sums = np.abs(signs @ pending[:, batch])
+                hits[batch] += (sums >= observed[batch]).sum(axis=0)
         sampled = dict(zip(open_, ((hits + 1) / (permutations + 1)).tolist(), strict=True))
     return [
         (sampled[column], "monte carlo") if p is None else (p, "exact")

@@ -90,7 +90,7 @@ def ratio_intervals(
         return low, high, [why] * len(ratios)
     usable = gap.draws * np.sign(gap.mean) > 0
     below = np.where(usable, gap.draws, 1.0)[:, None]
-    for block in draw.blocks(len(ratios)):
-        draws = draw.means(parts[:, block], units) / below
-        low[block], high[block] = cautious(draws, usable, draw.level)
+    for batch in draw.batches(len(ratios)):
+        draws = draw.means(parts[:, batch], units) / below
+        low[batch], high[batch] = cautious(draws, usable, draw.level)
     return low, high, notes_of_flat(low, high, ratios)

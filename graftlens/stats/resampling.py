@@ -35,8 +35,8 @@ class Draw:
     ) -> Float[np.ndarray, "resample graft"]:
         return bootstrap_means(values, resamples=self.resamples, seed=self.seed, units=units)
 
-    def blocks(self, columns: int, sheets: int = 1) -> Iterator[slice]:
-        """Runs of columns whose draws fit into memory; one seed gives each run the same draws."""
+    def batches(self, columns: int, sheets: int = 1) -> Iterator[slice]:
+        """Columns whose draws fit in memory together; one seed gives each batch the same draws."""
         size = max(1, 2 * CHUNK // (self.resamples * sheets))
         for start in range(0, columns, size):
             yield slice(start, min(start + size, columns))

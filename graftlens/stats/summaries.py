@@ -11,7 +11,7 @@ from graftlens.stats.recovery import recoveries
 from graftlens.stats.resampling import Draw, means_of, numbered, unit_count
 from graftlens.stats.table import (
     NO_FULL_RUN,
-    Grid,
+    Pivot,
     check_groups,
     check_metrics,
     check_units,
@@ -104,11 +104,11 @@ def summarise(
         ends = end_places(chosen, base, full, "recovery=None")
     rows: list[dict[str, object]] = []
     for key, group in groups_of(table[table["graft"].isin(chosen)], by):
-        grid = Grid.of(group, chosen)
-        used = grid.ran_everywhere
-        needed = np.broadcast_to(used[:, None], grid.ran.shape)
-        values = {name: grid.values(name, needed)[used] for name in dict.fromkeys(wanted)}
-        units = numbered(grid.units(unit)[used])
+        pivot = Pivot.of(group, chosen)
+        used = pivot.ran_everywhere
+        needed = np.broadcast_to(used[:, None], pivot.ran.shape)
+        values = {name: pivot.values(name, needed)[used] for name in dict.fromkeys(wanted)}
+        units = numbered(pivot.units(unit)[used])
         n = int(used.sum())
         found: dict[str, tuple[Sequence[object] | np.ndarray, ...]] = {}
         for name in names:
@@ -121,7 +121,7 @@ def summarise(
         for column, graft in enumerate(chosen):
             row = dict(zip(by, key, strict=True))
             row |= {"graft": graft} | about.get(graft, {}) | {"n": n, "not_run": len(used) - n}
-            row["failed"] = int((~grid.ran[:, column]).sum())
+            row["failed"] = int((~pivot.ran[:, column]).sum())
             for name, parts in found.items():
                 kinds = zip(("", "_low", "_high", "_note"), parts, strict=False)
                 row |= {f"{name}{kind}": part[column] for kind, part in kinds}

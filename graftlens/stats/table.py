@@ -17,7 +17,7 @@ NO_FULL_RUN = "the table names no full run (column 'full_run'): give full= the n
 
 
 @dataclass(frozen=True)
-class Grid:
+class Pivot:
     """A table's rows as an array: prompts in ascending order × grafts as requested."""
 
     table: pd.DataFrame
@@ -27,7 +27,7 @@ class Grid:
     ran: Bool[np.ndarray, "prompt graft"]
 
     @classmethod
-    def of(cls, table: pd.DataFrame, grafts: Sequence[str]) -> "Grid":
+    def of(cls, table: pd.DataFrame, grafts: Sequence[str]) -> "Pivot":
         prompts, row = np.unique(table["prompt"].to_numpy(dtype=np.int64), return_inverse=True)
         column = pd.Index(grafts).get_indexer(table["graft"]).astype(np.int64)
         # A missing row did not run either.

@@ -31,7 +31,7 @@ from graftlens.folder import differences, probe, refusal
 from graftlens.graft import Graft
 from graftlens.locks import holder
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.model.places import folder_of
+from graftlens.model.locations import folder_of
 from graftlens.prompts import Prompt, PromptError
 from graftlens.sweep.cells import Measures, asked_for, own_measures
 from graftlens.sweep.config import Checked, SweepConfig, as_yaml, checked_as_given

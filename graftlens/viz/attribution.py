@@ -6,7 +6,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from graftlens.viz import grid, theme
+from graftlens.viz import drawing, theme
 from graftlens.viz.lenstables import (
     as_floats,
     check_columns,
@@ -67,7 +67,7 @@ def logit_attribution_heatmap(
     if kind == "src_pos":
         names = tokens_of(chosen.assign(position=chosen[column], token=chosen["src_token"]))
     columns = list(names) if kind == "attn" else sorted(names)
-    cells: dict[tuple[Any, Any], grid.Cell] = {}
+    cells: dict[tuple[Any, Any], drawing.Cell] = {}
     for (layer, term), z in used.items():
         named = {"head": f"head {term}", "src_pos": f"from {names[term]} at {term}"}
         said = [
@@ -80,12 +80,12 @@ def logit_attribution_heatmap(
                 for name in (graft, minus)
             )
             said.append(", ".join(ends))
-        cells[layer, term] = grid.Cell(z, [*said, *_mean_said(count)])
+        cells[layer, term] = drawing.Cell(z, [*said, *_mean_said(count)])
     layers = sorted({layer for layer, _ in cells})
     held = used if minus is not None else pd.concat(means.values())
     name = graft if minus is None else f"{graft} − {minus}"
     about = f"{name}: direct contribution to the logit of {_answer(table)}"
-    return grid.draw(
+    return drawing.heatmap(
         cells,
         across=(columns, [names[value] for value in columns]),
         down=(layers, list(map(str, layers))),
@@ -158,11 +158,11 @@ def logit_attribution_bars(
                 },
             },
             customdata=[CONTRIBUTION.written(value) for value in values],
-            hovertemplate=f"{grid.wrapped(name, 70)}<br>%{{y}}: %{{customdata}}<extra></extra>",
+            hovertemplate=f"{drawing.wrapped(name, 70)}<br>%{{y}}: %{{customdata}}<extra></extra>",
         )
     figure.update_layout(
         **theme.layout(look),
-        **grid.legend_above(names, 130 + len(bars) * max(22, 11 * len(names) + 6)),
+        **drawing.legend_above(names, 130 + len(bars) * max(22, 11 * len(names) + 6)),
         barmode="group",
         bargap=0.3,
         bargroupgap=0.05,

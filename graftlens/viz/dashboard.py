@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from graftlens.folder import write_whole
-from graftlens.viz import attention, dashboardscript, grid, theme
+from graftlens.viz import attention, dashboardscript, drawing, theme
 from graftlens.viz.dashboarddata import DashboardData, LensArrays, Run
 from graftlens.viz.lens import answer_by_layer
 from graftlens.viz.lenstables import listed
@@ -179,7 +179,7 @@ def _rise(data: DashboardData, lens: LensArrays) -> list[Figure]:
     if lens.target is None:
         return []
     target, runs = inline(lens.target), ", ".join(data.runs)
-    fitting = grid.legend_above(list(data.runs), 380, NARROW)
+    fitting = drawing.legend_above(list(data.runs), 380, NARROW)
     rows = pd.concat([data.lens[data.lens["graft"] == run] for run in data.runs])
     return [
         Figure(

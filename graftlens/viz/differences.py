@@ -5,7 +5,7 @@ from typing import Any, Literal
 import pandas as pd
 import plotly.graph_objects as go
 
-from graftlens.viz import grid, theme
+from graftlens.viz import drawing, theme
 from graftlens.viz.lenstables import (
     as_float,
     as_floats,
@@ -97,7 +97,7 @@ def weight_heatmap(
         named = ", ".join(f"{source} against {base}" for source, base in pairs)
         raise ValueError(f"the table has several pairs of sources ({named}); pass the rows of one")
     refuse_doubled(rows, ["component", "layer"])
-    cells: dict[tuple[Any, Any], grid.Cell] = {}
+    cells: dict[tuple[Any, Any], drawing.Cell] = {}
     others = [name for name in WEIGHT_VALUES if name in rows and name != value]
     for _, row in rows.iterrows():
         layer = _OUTSIDE if pd.isna(row["layer"]) else int(row["layer"])
@@ -108,13 +108,13 @@ def weight_heatmap(
             f"{name.replace('_', ' ')}: {WEIGHT_VALUES[name].written(as_float(row[name]))}"
             for name in (value, *others)
         ]
-        cells[str(row["component"]), layer] = grid.Cell(number, said)
+        cells[str(row["component"]), layer] = drawing.Cell(number, said)
     columns = sorted({layer for _, layer in cells}, key=lambda layer: (layer == _OUTSIDE, layer))
     components = list(dict.fromkeys(component for component, _ in cells))[::-1]
     held = [cell.z for cell in cells.values()]
     (source, base) = pairs[0]
     outside = " (–: outside the layers)" if _OUTSIDE in columns else ""
-    return grid.draw(
+    return drawing.heatmap(
         cells,
         across=(columns, ["–" if c == _OUTSIDE else str(c) for c in columns]),
         down=(components, components),
@@ -184,14 +184,14 @@ def difference_heatmap(
     if len(places) == 1:
         over = f"{visible(rows['token'].iloc[0])} at {int(rows['position'].iloc[0])}"
     tokens = {} if heads else tokens_of(rows)
-    cells: dict[tuple[Any, Any], grid.Cell] = {}
+    cells: dict[tuple[Any, Any], drawing.Cell] = {}
     for (layer, column), number in means[graft].items():
         where = f"head {int(column)}" if heads else f"{tokens[int(column)]} at {int(column)}"
         said = [f"layer {int(layer)}, {where}", f"{facts.label}: {facts.written(number)}"]
-        cells[int(layer), int(column)] = grid.Cell(number, [*said, over] if heads else said)
+        cells[int(layer), int(column)] = drawing.Cell(number, [*said, over] if heads else said)
     layers, columns = (sorted({place[i] for place in cells}) for i in (0, 1))
     held = [number for found in means.values() for number in found]
-    return grid.draw(
+    return drawing.heatmap(
         cells,
         across=(columns, list(map(str, columns)) if heads else list(tokens.values())),
         down=(layers, list(map(str, layers))),

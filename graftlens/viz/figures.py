@@ -56,7 +56,7 @@ def heat_map(
 ) -> Figure:
     """`heatmap(summary, metric, x=x, y=y, panel=panel)` with its caption and description."""
     facts = of_summary(summary, metric)
-    grid = cells(summary, x=x, y=y, panel=panel)
+    found = cells(summary, x=x, y=y, panel=panel)
     rows = summary.reset_index(drop=True)
     each = f", one panel for each {panel}" if panel is not None else ""
     caption = f"{capital(facts.title)} by {y} and {x}{each}."
@@ -67,10 +67,10 @@ def heat_map(
             "chance."
         )
     said = []
-    for name in grid.y:
-        keys = [key for key in grid.row if key[0] == name]
-        part = rows.loc[[grid.row[key] for key in keys]]
-        missing = len(grid.x[name]) * len(grid.y[name]) - int(part[metric].notna().sum())
+    for name in found.y:
+        keys = [key for key in found.row if key[0] == name]
+        part = rows.loc[[found.row[key] for key in keys]]
+        missing = len(found.x[name]) * len(found.y[name]) - int(part[metric].notna().sum())
         ends = _ends(facts, part, [f"{down} at {x} {across}" for _, down, across in keys])
         gaps = f"; {missing} cells have no value" if missing else ""
         said.append((f"{name}: " if name else "") + ends + gaps)

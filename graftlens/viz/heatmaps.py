@@ -58,11 +58,11 @@ def heatmap(
         ValueError: an unknown metric or column, no graft to show, or two grafts for one cell.
     """
     facts = of_summary(summary, metric)
-    grid = cells(summary, x=x, y=y, panel=panel)
-    panels = list(grid.y)
-    count = sum(map(len, grid.y.values()))
+    found = cells(summary, x=x, y=y, panel=panel)
+    panels = list(found.y)
+    count = sum(map(len, found.y.values()))
     row_height = max(_ROW, min(90, _BAR // count))
-    heights = [row_height * len(grid.y[name]) for name in panels]
+    heights = [row_height * len(found.y[name]) for name in panels]
     # A panel's own column names and the next panel's title lie between two panels.
     between = 62
     inner = sum(heights) + between * (len(panels) - 1)
@@ -82,7 +82,7 @@ def heatmap(
         kept[f"{metric}{end}"].to_numpy(dtype=float).tolist() for end in ("", "_low", "_high")
     )
     for number, name in enumerate(panels, start=1):
-        columns, rows = grid.x[name], grid.y[name]
+        columns, rows = found.x[name], found.y[name]
         z: list[list[float | None]] = []
         hover: list[list[str]] = []
         sure: list[tuple[str, str]] = []
@@ -91,7 +91,7 @@ def heatmap(
             z.append([])
             hover.append([])
             for across in columns:
-                at = grid.row.get((name, down, across))
+                at = found.row.get((name, down, across))
                 where = f"{x} {escaped(across)}, {y} {escaped(down)}"
                 if at is None or math.isnan(values[at]):
                     why = "not run" if at is None else _no_value(notes[at] if notes else None)
@@ -142,7 +142,7 @@ def heatmap(
         height=_HEAD + inner + _FOOT + 14,
         margin={"l": 70, "r": 16, "t": _HEAD, "b": _FOOT},
         showlegend=False,
-        coloraxis=_coloraxis(facts, [values[at] for at in grid.row.values()], inner),
+        coloraxis=_coloraxis(facts, [values[at] for at in found.row.values()], inner),
     )
     axis = {"linecolor": look.muted, "showgrid": False, "zeroline": False, "automargin": True}
     figure.update_xaxes(**axis, type="category", tickfont_size=11)

@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from graftlens import metrics
-from graftlens.viz import grid, theme
+from graftlens.viz import drawing, theme
 from graftlens.viz.lenstables import (
     as_float,
     as_floats,
@@ -88,7 +88,7 @@ def lens_heatmap(
     labels = int(_INSIDE / len(positions) / _CHARACTER) - 1
     found = {(float(row["layer"]), int(row["position"])): row for _, row in shown.iterrows()}
     below = {} if other is None else _lookup(other, value)
-    cells: dict[tuple[float, int], grid.Cell] = {}
+    cells: dict[tuple[float, int], drawing.Cell] = {}
     for (layer, position), row in found.items():
         number = as_float(row[value])
         z = facts.coloured(number)
@@ -111,7 +111,7 @@ def lens_heatmap(
             for place, (token, chance) in enumerate(zip(top, chances, strict=True), start=1)
         ]
         label = short(visible(top[0]), labels) if top and labels >= 3 else ""
-        cells[layer, position] = grid.Cell(z, lines, label)
+        cells[layer, position] = drawing.Cell(z, lines, label)
     ends = {float(row["layer"]): str(row["stream"]) for _, row in shown.iterrows()}
     names = [_layer_tick(layer, ends[layer]) for layer in layers]
     # Those of the bare embeddings are so low that they would dominate the scale.
@@ -122,7 +122,7 @@ def lens_heatmap(
     heading = graft if minus is None else f"{graft} {how} {minus}"
     if not pd.isna(shown["target"].iloc[0]):
         heading += f": answer {inline(shown['target'].iloc[0])}"
-    return grid.draw(
+    return drawing.heatmap(
         cells,
         across=(list(positions), list(positions.values())),
         down=(layers, names),
@@ -195,7 +195,7 @@ def answer_by_layer(
                 name=f"{escaped(name)}: quartiles",
             )
     for name, ends in found.items():
-        line, label = lines[name], grid.wrapped(name, 48)
+        line, label = lines[name], drawing.wrapped(name, 48)
         hover = []
         for layer, low, middle, high in ends.itertuples():
             said = facts.written(middle)
@@ -213,12 +213,12 @@ def answer_by_layer(
             customdata=hover,
             hovertemplate="%{customdata}<extra></extra>",
         )
-    figure.update_layout(**theme.layout(look), **grid.legend_above(names, 430))
+    figure.update_layout(**theme.layout(look), **drawing.legend_above(names, 430))
     last = float(kept["layer"].max())
     figure.update_xaxes(
         title_text=f"layers that have run (0: embeddings, {last:g}: output)", zeroline=False
     )
-    said = grid.wrapped(facts.title, 32)
+    said = drawing.wrapped(facts.title, 32)
     if count > 1:
         said += f"<br>median of {count} prompts, band: quartiles"
     missing = len(chosen) - count
@@ -281,9 +281,9 @@ def kl_divergence_lines(
             line, nats = lines[name], as_floats(found[facts.name])
             label = Quantity.of(facts.name, base=other, full=other).label
             hover = [
-                grid.wrapped(f"{name}, {inline(token)} at {int(position)}", 70)
+                drawing.wrapped(f"{name}, {inline(token)} at {int(position)}", 70)
                 + "<br>"
-                + grid.wrapped(f"{label}: {far:.3g} {facts.unit}", 70)
+                + drawing.wrapped(f"{label}: {far:.3g} {facts.unit}", 70)
                 for token, position, far in zip(
                     found["token"], found["position"], nats, strict=True
                 )
@@ -307,15 +307,15 @@ def kl_divergence_lines(
         short_name = panel_names[other]
         shown_as = Quantity.of(facts.name, base=short_name, full=short_name)
         figure.update_yaxes(
-            title_text=grid.wrapped(shown_as.label, 24) + f"<br>({facts.unit})",
+            title_text=drawing.wrapped(shown_as.label, 24) + f"<br>({facts.unit})",
             rangemode="tozero",
             row=number,
         )
     layout = theme.layout(look)
-    figure.update_layout(**layout, **grid.legend_above(names, 110 + 250 * len(panels)))
+    figure.update_layout(**layout, **drawing.legend_above(names, 110 + 250 * len(panels)))
     figure.update_yaxes(layout["yaxis"])
     figure.update_xaxes(layout["xaxis"])
-    figure.update_xaxes(**grid.ticks(list(positions.values())), zeroline=False)
+    figure.update_xaxes(**drawing.ticks(list(positions.values())), zeroline=False)
     figure.update_xaxes(title_text="token", row=len(panels))
     return figure
 

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from graftlens.components import layer_group
 from graftlens.graft import parse_layers
 from graftlens.references import are_references
-from graftlens.viz import grid, text, theme
+from graftlens.viz import drawing, text, theme
 from graftlens.viz.bars import add_baselines
 from graftlens.viz.heatmaps import heatmap
 from graftlens.viz.lenstables import check_column, listed
@@ -255,12 +255,12 @@ def dose_response(
             name=escaped(entries[name]),
             error_y=theme.whiskers(value, low, high, color=line.color),
             customdata=[
-                f"{grid.wrapped(name, 70)}<br>strength {dose:g}<br>{number}"
+                f"{drawing.wrapped(name, 70)}<br>strength {dose:g}<br>{number}"
                 for dose, number in said
             ],
             hovertemplate="%{customdata}<extra></extra>",
         )
-    figure.update_layout(**theme.layout(look), **grid.legend_above(names, 430))
+    figure.update_layout(**theme.layout(look), **drawing.legend_above(names, 430))
     figure.update_xaxes(
         title_text=f"strength (1: the source's weights; {text.whiskers(kept, facts)})",
         zeroline=False,

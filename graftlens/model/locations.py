@@ -14,7 +14,7 @@ from graftlens.model.arch import PairError
 PROBE_SECONDS = 10.0
 
 
-def place_of(what: str, given: str | Path, files: Sequence[str] = ("config.json",)) -> str:
+def location_of(what: str, given: str | Path, files: Sequence[str] = ("config.json",)) -> str:
     """The folder, or the id of an existing hub model, that `given` names.
 
     The hub is asked once, without its client's retries, so a mistyped folder is reported at once.
@@ -96,14 +96,14 @@ def is_adapter(given: str | Path) -> bool:
     return os.path.isfile(os.path.join(os.path.expanduser(given), "adapter_config.json"))  # noqa: PTH111, PTH113, PTH118
 
 
-def folder_of(place: str | Path) -> Path | None:
+def folder_of(location: str | Path) -> Path | None:
     """The folder with the checkpoint's files: itself, or a hub model's snapshot in the local
     cache."""
-    path = os.path.expanduser(place)  # noqa: PTH111
+    path = os.path.expanduser(location)  # noqa: PTH111
     if os.path.isdir(path):  # noqa: PTH112
         return Path(path)
     try:
-        cached = _cached(str(place), "config.json")
+        cached = _cached(str(location), "config.json")
     except ValueError:  # a name that no hub model can have
         return None
     return None if cached is None else cached.parent

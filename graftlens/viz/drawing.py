@@ -1,4 +1,4 @@
-"""What plots of lens tables share: a heat map of labelled cells, and room for long names."""
+"""What plots of tables share: a heat map of labelled cells, and room for long names."""
 
 import math
 import textwrap
@@ -22,7 +22,7 @@ class Cell:
     label: str = ""
 
 
-def draw(
+def heatmap(
     cells: Mapping[tuple[Any, Any], Cell],
     *,
     across: tuple[Sequence[Any], Sequence[str]],
