@@ -1049,13 +1049,13 @@ def test_the_order_of_rows_and_the_kind_of_columns_change_nothing(call):
 
 
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-def test_a_table_of_many_blocks_is_as_one(call, monkeypatch):
+def test_a_table_of_many_batches_is_as_one(call, monkeypatch):
     table = two_templates()
     before = call(table)
-    # Blocks of one graft or pair; the resamples, which CHUNK also cuts, must stay in one piece.
+    # Batches of one graft or pair; the resamples, which CHUNK also cuts, must stay in one piece.
     monkeypatch.setattr(
         resampling.Draw,
-        "blocks",
+        "batches",
         lambda self, columns, sheets=1: (slice(i, i + 1) for i in range(columns)),
     )
     pd.testing.assert_frame_equal(before, call(table), rtol=1e-9)
