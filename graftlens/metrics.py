@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -36,6 +36,20 @@ NEEDS = (
 #: Which runs a measure compares with.
 REFERENCES = {
     name: name.removesuffix("_logprobs") for name in NEEDS if name[:4] in ("base", "full")
+}
+
+
+_Holds = Literal["number", "count", "numbers", "tokens"]
+_Over = Literal["next", "answer", "distractors"]
+_Better = Literal["higher", "lower"]
+_Summary = Literal["mean", "share", "recovery"]
+
+#: Attribute of a measure -> its values.
+_ALLOWED = {
+    "holds": get_args(_Holds),
+    "over": get_args(_Over),
+    "better": (*get_args(_Better), None),
+    "summary": (*get_args(_Summary), None),
 }
 
 
@@ -64,14 +78,15 @@ class Measure:
             if it is not.
 
     Raises:
-        ValueError: a name that cannot be a column, or an unknown need.
+        ValueError: a name that cannot be a column, an unknown need, or another value that is not
+            among the allowed ones.
     """
 
     name: str
     needs: Sequence[str] = ()
     function: Callable[..., Any] | None = None
-    holds: Literal["number", "count", "numbers", "tokens"] = "number"
-    over: Literal["next", "answer", "distractors"] = "next"
+    holds: _Holds = "number"
+    over: _Over = "next"
     log: bool = False
     always: bool = False
     column: str = ""
@@ -80,10 +95,10 @@ class Measure:
     short: str = ""
     unit: str = "mean"
     bounds: tuple[float | None, float | None] = (None, None)
-    better: Literal["higher", "lower"] | None = "higher"
+    better: _Better | None = "higher"
     signed: bool = False
     differentiable: bool = True
-    summary: Literal["mean", "share", "recovery"] | None = "mean"
+    summary: _Summary | None = "mean"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name.isidentifier():
@@ -92,6 +107,10 @@ class Measure:
                 "such as 'my_measure'."
             )
         given: Any = self.needs
+        if not isinstance(given, Sequence):
+            raise ValueError(
+                f"measure {self.name!r}: needs={given!r}. Write a list of {' '.join(NEEDS)}."
+            )
         needs = (given,) if isinstance(given, str) else tuple(given)
         object.__setattr__(self, "needs", needs)
         for need in needs:
@@ -99,6 +118,24 @@ class Measure:
                 raise ValueError(
                     f"measure {self.name!r} needs {need!r}. Allowed: {' '.join(NEEDS)}."
                 )
+        function: Any = self.function
+        if function is not None and not callable(function):
+            raise ValueError(
+                f"measure {self.name!r}: function={function!r} cannot be called. Give a function of "
+                "the logits and of what it needs."
+            )
+        for attribute, allowed in _ALLOWED.items():
+            value = getattr(self, attribute)
+            if value not in allowed:
+                raise ValueError(
+                    f"measure {self.name!r}: {attribute}={value!r}. Allowed: "
+                    f"{' '.join(map(repr, allowed))}."
+                )
+        if not _are_bounds(self.bounds):
+            raise ValueError(
+                f"measure {self.name!r}: bounds={self.bounds!r}. Write (least, largest), None where "
+                "there is no bound."
+            )
         plain = self.name.replace("_", " ")
         object.__setattr__(self, "column", self.column or self.name)
         object.__setattr__(self, "label", self.label or plain)
@@ -119,6 +156,14 @@ class Measure:
     def share(self) -> bool:
         """Whether it lies in [0, 1] and is written in percent."""
         return self.bounds == (0.0, 1.0)
+
+
+def _are_bounds(given: Any) -> bool:
+    if not isinstance(given, tuple) or len(given) != 2:
+        return False
+    ends = [end for end in given if end is not None]
+    numbers = all(isinstance(end, int | float) and not isinstance(end, bool) for end in ends)
+    return numbers and (len(ends) < 2 or ends[0] < ends[1])
 
 
 class Predictions:
@@ -152,11 +197,14 @@ class Predictions:
     def of(self, measure: Measure) -> Any:
         """A measure's value in each row, as its function gives it.
 
+        A user's own function gets copies, so that it may change them in place.
+
         Raises:
             ValueError: something that it needs is missing.
         """
         assert measure.function is not None, f"{measure.name} is not computed from logits"
-        return measure.function(self.logits, *(self._needed(measure, n) for n in measure.needs))
+        given = [self.logits, *(self._needed(measure, need) for need in measure.needs)]
+        return measure.function(*(map(_copied, given) if is_own(measure) else given))
 
     def column(self, measure: Measure, dtype: type[np.number] | None = None) -> np.ndarray:
         """The same on the host, with logarithms undone; in `dtype`, if it is given."""
@@ -166,7 +214,15 @@ class Predictions:
                 f"measure {measure.name!r} gave a {type(values).__name__}. Its function must give "
                 "a tensor of one number per row."
             )
-        values = values if isinstance(values, np.ndarray) else values.detach().cpu().numpy()
+        if not isinstance(values, np.ndarray):
+            values = values.detach().cpu()
+            # numpy has no bfloat16
+            short = values.is_floating_point() and values.element_size() < 4
+            values = (values.float() if short else values).numpy()
+        if np.iscomplexobj(values):
+            raise ValueError(
+                f"measure {measure.name!r} gave complex numbers. Its function must give real ones."
+            )
         values = values if dtype is None else values.astype(dtype)
         return np.exp(values) if measure.log else values
 
@@ -217,6 +273,12 @@ class Predictions:
     def top(self) -> Int[Any, "row k"]:
         """The likeliest tokens."""
         return likeliest(self.logits, self.top_k)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_copied, value))
+    return value.copy() if isinstance(value, np.ndarray) else value.clone()
 
 
 def likeliest(logits: Float[Any, "row d_vocab"], k: int) -> Int[Any, "row k"]:
@@ -272,13 +334,20 @@ def _counts(true: Bool[Any, "row d_vocab"]) -> Int[np.ndarray, " row"]:
 
 
 def kl(p: Float[Any, "row d_vocab"], q: Float[Any, "row d_vocab"]) -> Float[Any, " row"]:
-    """KL(p ‖ q) of log-probabilities, in nats; clamped at 0, below which rounding could put it."""
-    return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
+    """KL(p ‖ q) of log-probabilities, in nats; clamped at 0, below which rounding could put it.
+
+    In float32 it is exact to about 1e-6: of less, nothing can be said.
+    """
+    return (p.exp() * (p - q).masked_fill(p.isneginf(), 0.0)).sum(-1).clamp_min(0.0)
 
 
 def js(p: Float[Any, "row d_vocab"], q: Float[Any, "row d_vocab"]) -> Float[Any, " row"]:
-    """The Jensen-Shannon divergence of log-probabilities, in nats: from 0 to log 2 (Lin 1991)."""
-    middle = p.logaddexp(q) - np.log(2.0)
+    """The Jensen-Shannon divergence of log-probabilities, in nats: from 0 to log 2 (Lin 1991).
+
+    As exact as `kl`, and 0 between equal ones.
+    """
+    apart = (p - q).abs().masked_fill(p == q, 0.0)  # also where both are -inf
+    middle = p.maximum(q) + ((-apart).expm1() / 2).log1p()
     return (kl(p, middle) + kl(q, middle)) / 2
 
 
@@ -316,7 +385,7 @@ def _answer_set_prob(
 def _entropy(
     logits: Float[Any, "row d_vocab"], logprobs: Float[Any, "row d_vocab"]
 ) -> Float[Any, " row"]:
-    return -(logprobs.exp() * logprobs).sum(-1)
+    return -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0.0)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -546,6 +615,11 @@ def known(name: str) -> Measure | None:
     return None
 
 
+def is_own(measure: Measure) -> bool:
+    """Whether it is a user's own measure: not a row of the table."""
+    return METRICS.get(measure.name) is not measure
+
+
 def measure(name: str) -> Measure:
     """A measure by its name; a bare row for a user's own measure."""
     return known(name) or Measure(name)
@@ -567,11 +641,11 @@ def load(where: str) -> Measure:
         sys.path.insert(0, here)
     try:
         found = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the module's own code raises
         raise ValueError(
-            f"{where!r} cannot be imported ({error}). Write MODULE:NAME of a module in this folder "
-            "or an installed one."
-        ) from None
+            f"{where!r} cannot be imported ({type(error).__name__}: {error}). Write MODULE:NAME of "
+            "a module in this folder or an installed one that imports without an error."
+        ) from error
     if not isinstance(found, Measure):
         raise ValueError(
             f"{where!r} is a {type(found).__name__}, not a measure. Make it one: "

@@ -5,7 +5,7 @@ tokenizer says which characters each token covers. Token ids are never searched 
 """
 
 import string
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import takewhile
@@ -137,6 +137,9 @@ class Prompt:
             texts = getattr(self, what)
             if isinstance(texts, str):
                 raise ValueError(f"{what}={texts!r} is one text. Write a list: [{texts!r}].")
+            if not isinstance(texts, Iterable) or isinstance(texts, Set | Mapping):
+                # A set has no order.
+                raise ValueError(f"{what}={texts!r}: write a list of texts.")
             object.__setattr__(self, what, tuple(texts))
         for key, value in self.fields.items():
             if not isinstance(value, str) or not value.strip():

@@ -187,7 +187,7 @@ class Plan:
         known = read_provenance(folder)["counts"]
         return int(known["texts"]) + int(known.get("supplemental texts", 0))
 
-    def checked(self, part: str, *, trained: bool) -> Checked:
+    def checked(self, part: str, *, trained: bool, measures: Sequence[Measure] = ()) -> Checked:
         """A part's sweep checked against its prompts and the models' architecture.
 
         Args:

@@ -1,5 +1,8 @@
 """The numbers of (prompt, graft) cells, by measure, and the table that they become."""
 
+import functools
+import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -8,16 +11,37 @@ import pandas as pd
 
 from graftlens.components import suggest
 from graftlens.graft import Graft
-from graftlens.metrics import METRICS, Measure, always_measured, known, load, measures
+from graftlens.metrics import METRICS, Measure, always_measured, is_own, known, load, measures
 from graftlens.prompts import Prompt
+from graftlens.sweep.disk import digest
 
 _ABOUT = ("prompt", "graft", "rule", "template", "text", "answer", "target", "target_id")
 
-#: Other columns that results tables may have; no measure can have these names.
-_TAKEN = {
-    *(*_ABOUT, "reason", "dataset", "model", "source", "span", "component", "layer", "head"),
-    *("unit", "strength", "base_run", "full_run", "fact", "how"),
-}
+#: Other columns that tables of results or statistics may have; no measure can have these names.
+_TAKEN = re.compile(
+    "|".join(
+        [
+            *(*_ABOUT, "reason", "dataset", "model", "source", "span", "component", "layer"),
+            *(
+                "head",
+                "neuron",
+                "unit",
+                "strength",
+                "base_run",
+                "full_run",
+                "fact",
+                "how",
+                "part",
+                "name",
+            ),
+            *("n", "not_run", "failed", "units", "level", "levels", "resamples", "permutations"),
+            *("seed", "graft_a", "graft_b", "mean", "mean_a", "mean_b", "difference", "sd", "min"),
+            *("max", "tau", "tau_min", "tau_pairs", "low", "high", "interval", "note", "p_value"),
+            *("p_adjusted", "p_method", "compared", "metric", "recovery_of", "a", "b"),
+            *(r"\w+_(low|high|note|interval)", r"top\d+"),
+        ]
+    )
+)
 
 
 def columns(asked: Iterable[Measure] = ()) -> tuple[str, ...]:
@@ -89,7 +113,7 @@ def own_measures(given: Measures) -> tuple[Measure, ...]:
     Raises:
         ValueError: what cannot be imported, or is not a measure.
     """
-    return tuple(load(one) if isinstance(one, str) else one for one in given)
+    return tuple(load(one) if isinstance(one, str) else one for one in _listed(given))
 
 
 def asked_for(given: Sequence[Measure | str], own: Sequence[Measure] = ()) -> tuple[Measure, ...]:
@@ -103,11 +127,13 @@ def asked_for(given: Sequence[Measure | str], own: Sequence[Measure] = ()) -> tu
         ValueError: an unknown name, one that is given twice or is another column's, or a measure
             that no function computes from a distribution.
     """
-    if isinstance(given, str | Measure):
-        given = [given]
-    mine = {m.name: m for m in own}
+    mine: dict[str, Measure] = {}
+    for m in own:
+        _check_own(m)
+        if mine.setdefault(m.name, m) != m:
+            raise ValueError(f"two measures are called {m.name!r}. Rename one.")
     found: dict[str, Measure] = {}
-    for one in given:
+    for one in _listed(given):
         m = one if isinstance(one, Measure) else known(one) or mine.get(one)
         if m is None:
             rows = [row.name for row in measures() if row.function is not None and not row.always]
@@ -118,19 +144,73 @@ def asked_for(given: Sequence[Measure | str], own: Sequence[Measure] = ()) -> tu
             )
         if m.name in found:
             raise ValueError(f"measure {m.name!r} is given twice. Give each measure once.")
-        row = METRICS.get(m.name)
-        if m.name in _TAKEN or (row is not None and row != m):
-            raise ValueError(
-                f"measure {m.name!r}: tables have another column of this name. Rename the measure."
-            )
+        _check_own(m)
         if m.function is None:
             raise ValueError(
                 f"{m.name!r} is not measured in a run: graftlens.summarise computes it."
             )
         if not m.always:
-            if m.holds not in ("number", "count") or m.over != "next":
-                raise ValueError(
-                    f"measure {m.name!r}: one that is asked for gives a number per row."
-                )
             found[m.name] = m
     return tuple(found.values())
+
+
+def fingerprints(asked: Iterable[Measure]) -> dict[str, str]:
+    """The user's own measures among these -> what tells their functions apart."""
+    return {m.name: _fingerprint(m) for m in asked if is_own(m)}
+
+
+def _fingerprint(measure: Measure) -> str:
+    """SHA-256 of a measure's function and of what decides its column's numbers.
+
+    The function's source text counts, with the plain values that it closes over or has as defaults;
+    its bytecode where there is no source; its name where there is neither.
+    """
+    function: Any = measure.function
+    plain: list[Any] = []
+    while isinstance(function, functools.partial):
+        plain += [*function.args, *sorted(function.keywords.items())]
+        function = function.func
+    code = getattr(function, "__code__", None)
+    try:
+        text = inspect.getsource(function if code else type(function))
+    except (OSError, TypeError):
+        text = _bytecode(code) if code else f"{type(function).__module__}:{type(function)}"
+    cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    plain += [*cells, *(getattr(function, "__defaults__", None) or ())]
+    kept = [repr(value) for value in plain if isinstance(value, bool | int | float | str | tuple)]
+    return digest([text, kept, list(measure.needs), measure.holds, measure.log])
+
+
+def _bytecode(code: Any) -> str:
+    inner = [_bytecode(c) if hasattr(c, "co_code") else repr(c) for c in code.co_consts]
+    return f"{code.co_code.hex()} {' '.join(code.co_names)} {' '.join(inner)}"
+
+
+def _listed(given: Any) -> Sequence[Any]:
+    given = [given] if isinstance(given, str | Measure) else given
+    if not isinstance(given, Sequence) or not all(isinstance(m, str | Measure) for m in given):
+        raise ValueError(
+            f"measures={given!r}: give a list of measures' names or of Measures, such as "
+            '["kl_full"].'
+        )
+    return given
+
+
+def _check_own(m: Measure) -> None:
+    """Refuse what only rows of the table may be, and names of other columns."""
+    row = METRICS.get(m.name)
+    if row == m:
+        return
+    if row is not None or _TAKEN.fullmatch(m.name):
+        raise ValueError(
+            f"measure {m.name!r}: tables have another column of this name. Rename the measure."
+        )
+    what = ""
+    if m.function is None:
+        what = "give it a function."
+    elif m.always:
+        what = "always=True is for what every table has. Leave it out, and ask for the measure."
+    elif m.holds not in ("number", "count") or m.over != "next" or m.column != m.name:
+        what = "one of your own gives a number per row, in a column of its name."
+    if what:
+        raise ValueError(f"measure {m.name!r}: {what}")

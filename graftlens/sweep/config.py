@@ -240,10 +240,13 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 def with_measures(config: SweepConfig, measures: Sequence[Measure]) -> SweepConfig:
     """The config with the names of all these measures among those that it asks for."""
     named = config.metrics.measures
-    new = tuple(m.name for m in measures if m.name not in named)
-    if not new:
+    return _asking_for(config, [*named, *(m.name for m in measures if m.name not in named)])
+
+
+def _asking_for(config: SweepConfig, names: Sequence[str]) -> SweepConfig:
+    if tuple(names) == config.metrics.measures:
         return config
-    metrics = config.metrics.model_copy(update={"measures": (*named, *new)})
+    metrics = config.metrics.model_copy(update={"measures": tuple(names)})
     return config.model_copy(update={"metrics": metrics})
 
 
@@ -296,6 +299,7 @@ class Checked:
         duplicates: dropped name -> the name that was kept for the same graft.
         base, full: names of the grafts that recovery is measured between.
         prepared: the prompts' tokens.
+        asked: the measures besides those of every table, which the config names.
     """
 
     config: SweepConfig
@@ -308,6 +312,7 @@ class Checked:
     base: str
     full: str
     prepared: Prepared
+    asked: tuple[Measure, ...] = ()
 
 
 def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
@@ -322,10 +327,13 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
         ConfigError: everything that is wrong, at once.
     """
     problems: _Problems = []
+    asked: tuple[Measure, ...] = ()
     try:
-        asked_for(config.metrics.measures, measures)
+        asked = asked_for(config.metrics.measures, measures)
     except ValueError as error:
         problems.append(("metrics.measures", str(error)))
+    else:
+        config = _asking_for(config, [m.name for m in asked])  # the others are there anyway
     try:
         arch, tokenizer = preview(config.locations(), config.tokenizer, config.chat_template)
         if tokenizer is None:
@@ -386,6 +394,7 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
         duplicates,
         **chosen,
         prepared=prepared,
+        asked=asked,
     )
 
 

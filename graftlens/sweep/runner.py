@@ -30,10 +30,11 @@ from tqdm.auto import tqdm
 from graftlens.folder import differences, probe, refusal
 from graftlens.graft import Graft
 from graftlens.locks import holder
+from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.locations import folder_of
 from graftlens.prompts import Prompt, PromptError
-from graftlens.sweep.cells import Measures, asked_for, own_measures
+from graftlens.sweep.cells import Measures, asked_for, fingerprints, own_measures
 from graftlens.sweep.config import Checked, SweepConfig, as_yaml, checked_as_given
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.disk import (
@@ -80,6 +81,12 @@ BAR = (
 
 #: Number of graft blocks whose plans a worker keeps.
 PLANNERS = 4
+
+#: How models' fingerprints are made; the number changes with what they cover.
+FINGERPRINTS = 2
+
+#: The identity's key for the functions of the user's own measures.
+OWN = "own measures"
 
 #: Seconds between two checks for shards that another process holds.
 POLL = 0.5
@@ -211,14 +218,16 @@ def is_finished(out: Path) -> bool:
 
 
 def _refuse_unfinished_earlier(out: Path) -> None:
-    """That a sweep which version 0.1.0 started is finished: it recorded too little to go on.
+    """That a sweep which an earlier version started is finished: it recorded too little, or its
+    models by other fingerprints, to go on.
 
     Raises:
         ValueError: it is not.
     """
     manifest = read_manifest(out)
-    recorded = manifest.models is None or "settings" in manifest.models
-    if not (manifest.sealed and recorded) and not is_finished(out):
+    models = manifest.models
+    known = manifest.sealed and (models is None or models.get("scheme") == FINGERPRINTS)
+    if not known and not is_finished(out):
         raise ValueError(
             f"{out} was started by version 0.1.0, whose results can be read but not added to: "
             "start the sweep in another folder."
@@ -329,6 +338,8 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
             "sha256 of tokens": digest(shapes),
         },
     }
+    if own := fingerprints(checked.asked):
+        identity[OWN] = own
     manifest = Manifest(
         identity=json.loads(json.dumps(identity)),
         config=dumped,
@@ -373,9 +384,11 @@ def _cut(
 def _agree(out: Path, given: Manifest, prompts: Sequence[Prompt]) -> Manifest:
     """The folder's manifest, if it belongs to the given sweep."""
     there = read_manifest(out)
-    if there.identity == given.identity:
+    _refuse_other_functions(out, there, given.identity.get(OWN, {}))
+    # A setting that the folder's version did not know has no value there.
+    lines = differences(there.identity, given.identity, besides=(OWN,))
+    if not lines:
         return there
-    lines = differences(there.identity, given.identity)
     with contextlib.suppress(ValueError):
         known = read_prompts(out, ["as_given"])["as_given"].to_pylist()
         for number, (old, new) in enumerate(zip(known, map(as_given, prompts), strict=False)):
@@ -387,6 +400,16 @@ def _agree(out: Path, given: Manifest, prompts: Sequence[Prompt]) -> Manifest:
         f"Choose another folder, use the config that is there ({config}), or remove the folder."
     )
     raise ValueError(refusal(f"{out} holds another sweep", lines, advice))
+
+
+def _refuse_other_functions(out: Path, there: Manifest, given: Mapping[str, str]) -> None:
+    known = there.identity.get(OWN, {})
+    for name, function in given.items():
+        if known.get(name, function) != function:
+            raise ValueError(
+                f"{out} has numbers of another function of measure {name!r}: restore that "
+                "function, or choose another folder."
+            )
 
 
 # -- the work ----------------------------------------------------------------------------------
@@ -418,6 +441,7 @@ def work(
         return
     _refuse_unfinished_earlier(out)
     asked = asked_for(config.metrics.measures, own_measures(measures))
+    _refuse_other_functions(out, manifest, fingerprints(asked))
     with writing(out):
         probe(out / "sweep.json")
     if (lines := differences(manifest.versions, _versions())) and (manifest.models is not None):
@@ -497,10 +521,16 @@ def work(
                     )
                 waiting = True
                 time.sleep(POLL)
-    finish(out, model, prepared, say)
+    finish(out, model, prepared, say, asked)
 
 
-def finish(out: Path, model: GraftedTransformer, prepared: Prepared, say: Say = print) -> None:
+def finish(
+    out: Path,
+    model: GraftedTransformer,
+    prepared: Prepared,
+    say: Say = print,
+    asked: Sequence[Measure] = (),
+) -> None:
     """Write the trust report and the marker of a sweep whose shards all exist, once.
 
     Raises:
@@ -536,6 +566,7 @@ def finish(out: Path, model: GraftedTransformer, prepared: Prepared, say: Say = 
             answers=config.metrics.answers,
             prepared=prepared,
             references={run: grafts[name] for run, name in manifest.recovery.items()},
+            asked=asked,
         )
         found = {name: value for name, value in report.to_dict().items() if name != "ok"}
         trust = {"ok": report.ok} | sealed_json(found | {"text": report.text()})
@@ -633,7 +664,8 @@ def _record(
                 advice = "Restore the weights that it was started with, or choose another folder."
                 raise ValueError(refusal(f"{out} holds results of other weights", lines, advice))
             found = {name: there[name] for name in ("row_budget", "pair_check")}
-        ours = replace(manifest, models=given | found | {"settings": settings, "files": files})
+        recorded = {"scheme": FINGERPRINTS, "settings": settings, "files": files}
+        ours = replace(manifest, models=given | found | recorded)
         if ours != manifest:
             write(out, out / "sweep.json", ours.to_json().encode())
         return ours

@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from graftlens.graft import Graft
-from graftlens.metrics import Measure, Predictions, measures
+from graftlens.metrics import Measure, Predictions, is_own, measures
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import collate
 from graftlens.model.sequential import Sequential, SequentialError
@@ -159,6 +159,7 @@ def trust_report(
     answers: Extent = "whole",
     prepared: Prepared | None = None,
     references: Mapping[str, Graft] | None = None,
+    asked: Sequence[Measure] = (),
 ) -> TrustReport:
     """Check a finished sweep. A difference is reported, never raised.
 
@@ -172,7 +173,9 @@ def trust_report(
         row_budget, prepend_bos, answers: as the sweep was run.
         prepared: the prompts' tokens, if they are there.
         references: the `base` and the `full` run, if measures compare with these.
+        asked: the measures besides those of every table, of which the user's own are checked too.
     """
+    own = [m for m in asked if is_own(m)]
     prepend_bos = model.prepends_bos(prepend_bos)
     options: dict[str, Any] = {"prepend_bos": prepend_bos, "answers": answers}
     results = results.reset_index(drop=True)
@@ -221,7 +224,7 @@ def trust_report(
             record = table.iloc[0].to_dict()
         try:
             found = _compared(
-                model, sequential, s, graft, record, rounding, source, references or {}
+                model, sequential, s, graft, record, rounding, source, references or {}, own
             )
         except (
             Exception
@@ -399,6 +402,7 @@ def _compared(
     rounding: Rounding,
     source: str | None,
     references: Mapping[str, Graft],
+    own: Sequence[Measure],
 ) -> tuple[dict[str, float], tuple[int, int] | None, tuple[str, ...]]:
     """A record's differences from Hugging Face's numbers, the ranks, and what is beyond rounding.
 
@@ -422,7 +426,8 @@ def _compared(
         problems.append(f"the plain forward differs by {relative:.1e} of the largest logit.")
 
     first_only = _predictions(theirs[:1], s)
-    if any(m.references and not pd.isna(record.get(m.name)) for m in measures()):
+    others: dict[str, Predictions] = {}
+    if any(m.references and not pd.isna(record.get(m.name)) for m in (*measures(), *own)):
         others = {run: _again(sequential, s, graft) for run, graft in references.items()}
         first_only = _predictions(theirs[:1], s, others)
 
@@ -439,6 +444,15 @@ def _compared(
         elif m.holds == "number" and m.function and not m.log and first_only.has(m):
             value = float(first_only.column(m)[0])
             found[m.name] = (value, recorded, _roundings(m, value))
+    moved = [_rounded(first_only.logits, s, others, rounding.bound_nats, i) for i in range(4)]
+    for m in own:
+        if first_only.has(m):
+            value, again = (float(first_only.column(m, np.float64)[0]) for _ in range(2))
+            if value != again and not math.isnan(value):
+                problems.append(f"{m.name} has several values for the same logits.")
+            spread = _largest(abs(float(p.column(m, np.float64)[0]) - value) for p in moved)
+            tokens = _roundings(m, value) + 2 * spread / rounding.bound_nats
+            found[m.name] = (value, record.get(m.name), tokens)
     for name, (value, recorded, tokens) in found.items():
         if recorded is None or pd.isna(recorded):
             continue
@@ -496,6 +510,24 @@ def _again(sequential: Sequential, s: Scored, graft: Graft) -> Predictions:
     first = len(s.tokens) - 1
     logits = sequential.logits(s.tokens, graft, s.answer[:-1], at=[first])
     return Predictions(logits.float().cpu())
+
+
+def _rounded(
+    logits: Float[Tensor, "1 d_vocab"],
+    s: Scored,
+    runs: Mapping[str, Predictions],
+    bound: float,
+    seed: int,
+) -> Predictions:
+    """The same distribution with logits that differ by no more than rounding: how far does this
+    move a user's own measure?"""
+    rng = torch.Generator().manual_seed(seed)
+
+    def moved(x: Float[Tensor, "1 d_vocab"]) -> Float[Tensor, "1 d_vocab"]:
+        return x + bound * (2 * torch.rand(x.shape, generator=rng, dtype=x.dtype) - 1)
+
+    others = {run: Predictions(moved(p.logits)) for run, p in runs.items()}
+    return _predictions(moved(logits), s, others)
 
 
 def _summed(m: Measure, logits: Float[Tensor, "token d_vocab"], ids: Sequence[int]) -> float:
