@@ -21,6 +21,16 @@ INTERRUPTED = 130
 UNTRUSTED = 3
 
 
+#: The user's own measures of a sweep or an experiment.
+OwnMeasures = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="MODULE:NAME",
+        help="A measure of your own (a graftlens.Measure), imported from there; again for more.",
+    ),
+]
+
+
 class Launcher(StrEnum):
     """What runs a command's work."""
 
@@ -148,14 +158,7 @@ def sweep(
         ),
     ] = None,
     wait: Annotated[bool, typer.Option(help="Wait for the job, or leave it running.")] = True,
-    measure: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="MODULE:NAME",
-            help="A measure of your own (a graftlens.Measure), imported from there; again "
-            "for more.",
-        ),
-    ] = None,
+    measure: OwnMeasures = None,
 ) -> None:
     """Run many grafts over many prompts, as described in a YAML file.
 
@@ -242,6 +245,7 @@ def run(
         str | None,
         typer.Option(help="Devices for the sweeps, one worker on each, such as cuda:0,cuda:1."),
     ] = None,
+    measure: OwnMeasures = None,
 ) -> None:
     """Run an experiment: make its data, train its models, graft, and write tables and figures.
 
@@ -251,10 +255,15 @@ def run(
     names = _devices(devices)
     from graftlens.experiment.run import describe_experiment, run_experiment
 
+    given: dict[str, Any] = {
+        "overrides": overrides or (),
+        "store": store,
+        "measures": measure or (),
+    }
     if dry_run:
-        typer.echo(describe_experiment(experiment, overrides=overrides or (), store=store))
+        typer.echo(describe_experiment(experiment, **given))
         return
-    result = run_experiment(experiment, out, overrides=overrides or (), store=store, devices=names)
+    result = run_experiment(experiment, out, devices=names, **given)
     if not result.ok:
         raise typer.Exit(UNTRUSTED)
 

@@ -121,8 +121,8 @@ class Measure:
         function: Any = self.function
         if function is not None and not callable(function):
             raise ValueError(
-                f"measure {self.name!r}: function={function!r} cannot be called. Give a function of "
-                "the logits and of what it needs."
+                f"measure {self.name!r}: function={function!r} cannot be called. Give a function "
+                "of the logits and of what it needs."
             )
         for attribute, allowed in _ALLOWED.items():
             value = getattr(self, attribute)
@@ -133,8 +133,8 @@ class Measure:
                 )
         if not _are_bounds(self.bounds):
             raise ValueError(
-                f"measure {self.name!r}: bounds={self.bounds!r}. Write (least, largest), None where "
-                "there is no bound."
+                f"measure {self.name!r}: bounds={self.bounds!r}. Write (least, largest), None "
+                "where there is no bound."
             )
         plain = self.name.replace("_", " ")
         object.__setattr__(self, "column", self.column or self.name)

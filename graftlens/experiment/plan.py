@@ -26,8 +26,9 @@ from graftlens.experiment.analysis import check_figures
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig
 from graftlens.finetune import FinetuneRun, TrainingData
 from graftlens.folder import inside, read_text, refuse_differences, writable, write_whole
+from graftlens.metrics import Measure
 from graftlens.model.load import preview
-from graftlens.sweep.config import Checked, SweepConfig, check
+from graftlens.sweep.config import Checked, SweepConfig, check, with_measures
 from graftlens.sweep.promptsets import DatasetSection, Questions
 from graftlens.sweep.results import read_manifest
 
@@ -194,6 +195,7 @@ class Plan:
             part: its name.
             trained: whether the models exist; otherwise the pretrained model stands in for each
                 that will be trained from it.
+            measures: of the user's own; those that the part does not name are added.
 
         Raises:
             ConfigError: everything that is wrong.
@@ -205,21 +207,22 @@ class Plan:
             sources = {n: stand_in if p in made else p for n, p in sweep.sources.items()}
             sweep = sweep.model_copy(update={"sources": sources})
         try:
-            return check(_possible(sweep, self.config.parts[part].where_possible))
+            possible = _possible(sweep, self.config.parts[part].where_possible)
+            return check(with_measures(possible, measures), measures)
         except ConfigError as error:
             # What a sweep calls dataset, an experiment calls prompts.
             named = [(re.sub(r"^dataset\b", "prompts", w), what) for w, what in error.problems]
             raise ConfigError(*named).under(f"parts.{part}") from None
 
-    def check(self) -> None:
-        """Check all parts before anything is trained.
+    def check(self, measures: Sequence[Measure] = ()) -> None:
+        """Check all parts before anything is trained; `measures` as in `checked`.
 
         Raises:
             ConfigError: everything that is wrong with any of them.
         """
 
         def look(name: str) -> None:
-            checked = self.checked(name, trained=False)
+            checked = self.checked(name, trained=False, measures=measures)
             try:
                 check_figures(self.config.parts[name], checked)
             except ConfigError as error:

@@ -30,6 +30,7 @@ from graftlens.experiment.plan import Plan, Store, plan
 from graftlens.experiment.show import plain, show_part
 from graftlens.finetune import FinetuneResult, FinetuneRun, InUseError, finetune_run
 from graftlens.folder import at_home, claim, inside, read_json, writable, write_whole
+from graftlens.sweep.cells import Measures, own_measures
 from graftlens.sweep.config import describe
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.launch import launch_local
@@ -75,6 +76,7 @@ def run_experiment(
     *,
     overrides: Sequence[str] = (),
     store: str | Path | None = None,
+    measures: Measures = (),
     devices: Sequence[str] = (),
     progress: bool = True,
     say: Callable[[str], None] = print,
@@ -87,6 +89,8 @@ def run_experiment(
         overrides: `key=value` settings that replace those of the file.
         store: folder of datasets and trained models, which experiments share; by default
             `graftlens-runs/store`.
+        measures: of your own, or where to import them from (``module:name``; with several devices
+            only this), for all parts, also those whose `metrics.measures` do not name them.
         devices: devices for the sweeps, one worker on each; by default a single one.
         progress: whether to show progress bars.
         say: called with each message.
@@ -102,10 +106,16 @@ def run_experiment(
     config = named.config
     if devices:
         check_devices(devices)
+    own = own_measures(measures)
+    places = [one for one in measures if isinstance(one, str)]
+    if len(devices) > 1 and len(places) < len(own):
+        raise ValueError(
+            "measures: each device's process imports them. Say where from, as 'module:name'."
+        )
     folder = at_home(out) if out is not None else default_folder(named)
     writable(folder / "index.html")
     planned = plan(config, _store(store))
-    planned.check()
+    planned.check(own)
     planned.refuse_others(folder)
     for name in ("sweeps", "tables", "figures"):
         inside(folder, name)  # before anything is trained
@@ -123,17 +133,22 @@ def run_experiment(
     with exporter():
         for number, (name, part) in enumerate(config.parts.items(), 1):
             say(f"part {number}/{len(config.parts)}: {name}, {part.title}")
-            checked = planned.checked(name, trained=True)
+            checked = planned.checked(name, trained=True, measures=own)
             place = inside(folder, "sweeps", name)
             if len(devices) > 1:
                 prepare_sweep(checked, place)
-                launch_local(place, list(devices))
+                launch_local(place, list(devices), measures=places)
                 sweeps[name] = sweep_result(place)
                 say(f"  {sweeps[name].line()}")
             else:
                 device = devices[0] if devices else None
                 sweeps[name] = run_sweep(
-                    checked, place, device=device, progress=progress, say=lambda s: say(f"  {s}")
+                    checked,
+                    place,
+                    measures=own,
+                    device=device,
+                    progress=progress,
+                    say=lambda s: say(f"  {s}"),
                 )
             tables = part_tables(config, part, checked, place)
             shown, headline = show_part(name, config, checked, tables, folder, stems)
@@ -167,15 +182,19 @@ def describe_experiment(
     *,
     overrides: Sequence[str] = (),
     store: str | Path | None = None,
+    measures: Measures = (),
 ) -> str:
     """What an experiment would train and sweep, as text; datasets are made, but no weight is read.
+
+    Arguments are those of `run_experiment`.
 
     Raises:
         ConfigError: everything that is wrong with the config.
     """
     named = _named(experiment, overrides)
     planned = plan(named.config, _store(store))
-    planned.check()
+    own = own_measures(measures)
+    planned.check(own)
     lines = [f"{named.config.title}: {named.config.question}", ""]
     for name, run in planned.runs.items():
         there = " (already trained)" if (run.output / "model").is_dir() else ""
@@ -189,7 +208,11 @@ def describe_experiment(
             f"{recipe.learning_rate:g}{there}"
         )
     for name in named.config.parts:
-        lines += ["", f"part      {name}", describe(planned.checked(name, trained=False))]
+        lines += [
+            "",
+            f"part      {name}",
+            describe(planned.checked(name, trained=False, measures=own)),
+        ]
     return "\n".join(lines)
 
 

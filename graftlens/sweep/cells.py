@@ -22,18 +22,7 @@ _TAKEN = re.compile(
     "|".join(
         [
             *(*_ABOUT, "reason", "dataset", "model", "source", "span", "component", "layer"),
-            *(
-                "head",
-                "neuron",
-                "unit",
-                "strength",
-                "base_run",
-                "full_run",
-                "fact",
-                "how",
-                "part",
-                "name",
-            ),
+            *("head", "neuron", "unit", "strength", "base_run", "full_run", "fact", "how"),
             *("n", "not_run", "failed", "units", "level", "levels", "resamples", "permutations"),
             *("seed", "graft_a", "graft_b", "mean", "mean_a", "mean_b", "difference", "sd", "min"),
             *("max", "tau", "tau_min", "tau_pairs", "low", "high", "interval", "note", "p_value"),
@@ -128,10 +117,10 @@ def asked_for(given: Sequence[Measure | str], own: Sequence[Measure] = ()) -> tu
             that no function computes from a distribution.
     """
     mine: dict[str, Measure] = {}
-    for m in own:
-        _check_own(m)
-        if mine.setdefault(m.name, m) != m:
-            raise ValueError(f"two measures are called {m.name!r}. Rename one.")
+    for given_one in own:
+        _check_own(given_one)
+        if mine.setdefault(given_one.name, given_one) != given_one:
+            raise ValueError(f"two measures are called {given_one.name!r}. Rename one.")
     found: dict[str, Measure] = {}
     for one in _listed(given):
         m = one if isinstance(one, Measure) else known(one) or mine.get(one)

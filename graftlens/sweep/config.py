@@ -327,13 +327,13 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
         ConfigError: everything that is wrong, at once.
     """
     problems: _Problems = []
-    asked: tuple[Measure, ...] = ()
+    measured: tuple[Measure, ...] = ()
     try:
-        asked = asked_for(config.metrics.measures, measures)
+        measured = asked_for(config.metrics.measures, measures)
     except ValueError as error:
         problems.append(("metrics.measures", str(error)))
     else:
-        config = _asking_for(config, [m.name for m in asked])  # the others are there anyway
+        config = _asking_for(config, [m.name for m in measured])  # the others are there anyway
     try:
         arch, tokenizer = preview(config.locations(), config.tokenizer, config.chat_template)
         if tokenizer is None:
@@ -394,7 +394,7 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
         duplicates,
         **chosen,
         prepared=prepared,
-        asked=asked,
+        asked=measured,
     )
 
 

@@ -426,10 +426,10 @@ def _compared(
         problems.append(f"the plain forward differs by {relative:.1e} of the largest logit.")
 
     first_only = _predictions(theirs[:1], s)
-    others: dict[str, Predictions] = {}
+    runs: dict[str, Predictions] = {}
     if any(m.references and not pd.isna(record.get(m.name)) for m in (*measures(), *own)):
-        others = {run: _again(sequential, s, graft) for run, graft in references.items()}
-        first_only = _predictions(theirs[:1], s, others)
+        runs = {run: _again(sequential, s, graft) for run, graft in references.items()}
+        first_only = _predictions(theirs[:1], s, runs)
 
     # measure -> what Hugging Face gives, what is recorded, how many tokens' rounding it may have
     found: dict[str, tuple[float, Any, float]] = {}
@@ -444,7 +444,7 @@ def _compared(
         elif m.holds == "number" and m.function and not m.log and first_only.has(m):
             value = float(first_only.column(m)[0])
             found[m.name] = (value, recorded, _roundings(m, value))
-    moved = [_rounded(first_only.logits, s, others, rounding.bound_nats, i) for i in range(4)]
+    moved = [_rounded(first_only.logits, s, runs, rounding.bound_nats, i) for i in range(4)]
     for m in own:
         if first_only.has(m):
             value, again = (float(first_only.column(m, np.float64)[0]) for _ in range(2))
