@@ -1,9 +1,12 @@
 """Measures: every row of `METRICS` against plain formulas over one run's logits, and adding one."""
 
 import json
+import pickle
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +17,20 @@ import pytest
 import torch
 import yaml
 from conftest import MakeTiny, Tiny
-from sweeps import assert_equal_tables, checkpoints, config, read_whole
+from sweeps import NoReport, assert_equal_tables, checkpoints, config, read_whole
 from typer.testing import CliRunner
 
 from graftlens import Graft, GraftedTransformer, Prompt, read_results, run_sweep, summarise, viz
 from graftlens.cli import app
 from graftlens.evaluation import evaluate
-from graftlens.metrics import METRICS, Measure, Predictions, known, load, measures
+from graftlens.metrics import METRICS, Measure, Predictions, js, kl, known, load, measures
 from graftlens.prompts import continuation, tokenize
+from graftlens.stats import compare_all, stability
 from graftlens.sweep.cells import asked_for
 from graftlens.sweep.results import read_manifest, read_prompts, shard_path
+from graftlens.sweep.runner import prepare_sweep, work
 from graftlens.sweep.scoring import score
+from graftlens.sweep.trust import trust_report
 
 ASKED = (
     *("kl_base", "kl_full", "kl_from_base", "kl_from_full", "js_base", "js_full"),
@@ -230,6 +236,7 @@ def test_a_sweep_with_measures_is_one_by_one_and_resumes(
     (out / "done.json").unlink()
     with pytest.raises(ValueError, match=r"unknown measure 'own'.*--measure MODULE:NAME"):
         run_sweep(given, out, progress=False, say=lambda line: None)
+    monkeypatch.setattr("graftlens.sweep.runner.trust_report", lambda *given, **more: NoReport())
     assert_equal_tables(sweep(given, out, measures=[own]), whole)
     monkeypatch.setattr("graftlens.sweep.runner.GraftedTransformer", None)  # nothing to run
     other = small(sources, shards=2, metrics={"top_k": 3})
@@ -243,11 +250,23 @@ def test_a_measure_of_the_command_line_is_imported_by_each_worker(
     sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A config names it and never imports it."""
+
+    def here(functions: Mapping[str, Any], **options: Any) -> list[Any]:
+        sys.modules.pop("mine")
+        for function in functions.values():
+            pickle.loads(pickle.dumps(function))()
+        assert "mine" in sys.modules
+        return []
+
+    monkeypatch.setattr("graftlens.sweep.launch.run_processes", here)
+    monkeypatch.setattr("graftlens.sweep.runner.trust_report", lambda *given, **more: NoReport())
     (tmp_path / "mine.py").write_text(
         "from graftlens.metrics import Measure\n"
         "best = Measure('best', (), lambda logits: logits.amax(-1))\n"
         "other = 3\n"
     )
+    (tmp_path / "raises.py").write_text("raise KeyError('a file')")
+    (tmp_path / "syntax.py").write_text("best = (")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     given = small(sources)
@@ -267,11 +286,19 @@ def test_a_measure_of_the_command_line_is_imported_by_each_worker(
     assert summary["best"].notna().all()
     for wrong, said in (
         ("mine:other", "is a int, not a measure"),
-        ("mine:nothing", r"cannot be imported \("),
+        ("mine:nothing", r"cannot be imported \(AttributeError: "),
+        ("raises:best", r"cannot be imported \(KeyError: 'a file'\)"),
+        ("syntax:best", r"cannot be imported \(SyntaxError: "),
         ("mine", "write MODULE:NAME"),
     ):
         with pytest.raises(ValueError, match=said):
             load(wrong)
+
+
+@pytest.fixture
+def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Types are checked in tests only; what a user gives reaches the library."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
 
 
 @pytest.mark.parametrize(
@@ -279,29 +306,157 @@ def test_a_measure_of_the_command_line_is_imported_by_each_worker(
     [
         (["kl_ful"], r"unknown measure 'kl_ful'. Allowed: kl_base .*Did you mean 'kl_full'\?"),
         (["margin", "margin"], "measure 'margin' is given twice"),
-        (["top5"], "'top5' is not measured in a run: graftlens.summarise gives it"),
+        (["top5"], "'top5' is not measured in a run: graftlens.summarise computes it"),
         (["recovery"], "'recovery' is not measured in a run"),
         ([Measure("margin", (), lambda x: x)], "tables have another column of this name"),
         ([Measure("layer", (), lambda x: x)], "tables have another column of this name"),
         ([Measure("many", (), lambda x: x, holds="numbers")], "gives a number per row"),
+        ([Measure("own", (), lambda x: x, always=True)], "'own': always=True is for what every"),
+        ([Measure("own")], "measure 'own': give it a function"),
+        *(
+            ([Measure(name, (), lambda x: x)], f"{name!r}: tables have another column")
+            for name in ("n", "failed", "recovery_low", "recovery_note", "top5", "neuron")
+        ),
+        ([3], r"measures=\[3\]: give a list of measures' names or of Measures"),
+        (None, "measures=None: give a list"),
     ],
 )
-def test_measures_that_cannot_be_asked_for(given: list[Any], said: str) -> None:
+def test_measures_that_cannot_be_asked_for(given: Any, said: str, unchecked: None) -> None:
+    """Also where a config names what is given beside it."""
     with pytest.raises(ValueError, match=said):
         asked_for(given)
+    own = [m for m in given or () if isinstance(m, Measure)]
+    if own:
+        with pytest.raises(ValueError, match=said):
+            asked_for([m.name for m in own], own)
 
 
-def test_measures_that_cannot_be_made(llama: Tiny) -> None:
+def test_names_of_columns_of_statistics_are_taken(llama: Tiny) -> None:
+    table = evaluate(llama.model, prompts()[:1], GRAFTS, progress=False)
+    table["level_of"] = 1
+    free = {m.name for m in measures()}
+    for made in (
+        summarise(table, by=(), resamples=50),
+        compare_all(table, [("LT", "mlp")], resamples=50, permutations=50),
+        stability(table, by="level_of", metric="logprob", resamples=50),
+    ):
+        for name in {*made.columns} - free - {"level_of=1"}:
+            with pytest.raises(ValueError, match="another column of this name"):
+                asked_for([Measure(str(name), (), lambda x: x)])
+
+
+def test_measures_that_cannot_be_made(llama: Tiny, unchecked: None) -> None:
     with pytest.raises(ValueError, match="a measure's name is a column"):
         Measure("my measure")
     with pytest.raises(ValueError, match=r"measure 'm' needs 'answr'. Allowed: answer distractors"):
         Measure("m", ("answr",))
+    facts: dict[str, Any]
+    for facts, said in (
+        ({"needs": None}, "'m': needs=None. Write a list of answer"),
+        ({"function": 3}, "'m': function=3 cannot be called"),
+        ({"summary": "xyz"}, "'m': summary='xyz'. Allowed: 'mean' 'share' 'recovery' None"),
+        ({"better": "up"}, "'m': better='up'. Allowed: 'higher' 'lower' None"),
+        ({"holds": "text"}, "'m': holds='text'. Allowed: 'number' 'count'"),
+        ({"over": "all"}, "'m': over='all'. Allowed: 'next' 'answer'"),
+        ({"bounds": 3}, r"'m': bounds=3. Write \(least, largest\)"),
+        ({"bounds": (1.0, 0.0)}, r"'m': bounds=\(1.0, 0.0\)"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            Measure("m", **facts)
     for function, said in (
+        (lambda logits: logits[:, 0] * 1j, "gave complex numbers. Its function must give real"),
         (lambda logits: logits, r"gave values of shape \(\d+, \d+\) for logits of \d+ rows"),
         (lambda logits: 3.0, "gave a float. Its function must give a tensor"),
     ):
         with pytest.raises(ValueError, match=said):
             score(llama.model, {0: prompts()[0]}, GRAFTS, measures=[Measure("m", (), function)])
+
+
+def test_functions_get_copies_and_may_give_short_floats(llama: Tiny) -> None:
+    """Regression: an own function's in-place operation changed the measures after it."""
+
+    def spoil(logits: torch.Tensor, *more: Any) -> torch.Tensor:
+        more[-1][0][:] = 7
+        return sum(x.mul_(0).sum(-1) for x in (logits, *more[:-1])).bfloat16() + 1.5
+
+    bad = Measure("bad", ("logprobs", "base_logprobs", "standing"), spoil)
+    asked = [bad, "entropy", "kl_base", "margin"]
+    table = evaluate(llama.model, prompts(), GRAFTS, measures=asked, progress=False)
+    plain = evaluate(llama.model, prompts(), GRAFTS, measures=asked[1:], progress=False)
+    assert (table["bad"] == 1.5).all()
+    pd.testing.assert_frame_equal(table.drop(columns="bad"), plain)
+
+
+def test_a_sweep_refuses_another_function_of_the_same_name(
+    sources: dict[str, str], tmp_path: Path
+) -> None:
+    """Regression: the columns of two functions were mixed. No weights are read here."""
+
+    def scaled(by: float) -> Measure:
+        return Measure("own", (), lambda logits: by * logits.amax(-1))
+
+    given = small(sources)
+    manifest = prepare_sweep(given, tmp_path / "out", measures=[scaled(2)])
+    assert prepare_sweep(given, tmp_path / "out", measures=[scaled(2)]) == manifest
+    least = Measure("own", (), lambda logits: logits.amin(-1))
+    for other in (scaled(3), least, replace(scaled(2), log=True)):
+        for start in (partial(prepare_sweep, given), work):
+            with pytest.raises(ValueError, match="numbers of another function of measure 'own'"):
+                start(out=tmp_path / "out", measures=[other])
+    with pytest.raises(ValueError, match="two measures are called 'own'"):
+        prepare_sweep(given, tmp_path / "out", measures=[least, scaled(2)])
+
+
+def test_measures_of_every_table_are_there_once(sources: dict[str, str], tmp_path: Path) -> None:
+    """Regression: "Duplicate column names found", after the models were loaded."""
+    given = small(sources, metrics={"measures": ["rank", "logprob", "margin", "top_probs"]})
+    manifest = prepare_sweep(given, tmp_path / "out")
+    assert manifest.asked == ("margin",)
+    assert len({*manifest.columns}) == len(manifest.columns)
+
+
+def test_trust_covers_measures_of_ones_own(llama: Tiny) -> None:
+    """Regression: a random measure passed."""
+    rng = torch.Generator().manual_seed(0)
+    asked = [
+        Measure("apart", ("logprobs", "full_logprobs"), lambda _, p, q: (p - q).abs().amax(-1)),
+        Measure("steep", (), lambda x: (20 * (x - x.mean(-1, keepdim=True))).sin().sum(-1)),
+        Measure("noise", (), lambda x: torch.rand(len(x), generator=rng)),
+        Measure("wrong", (), lambda x: x.amax(-1)),
+    ]
+    named, ends = dict(enumerate(prompts()[:1])), {"base": GRAFTS["PRE"], "full": GRAFTS["SFT"]}
+    some = {"mlp": GRAFTS["mlp"]}
+    table = score(llama.model, named, some, measures=asked, references=ends)
+    table["wrong"] += 0.1
+    report = trust_report(
+        llama.model, named, some, table, seed=0, cells=1, references=ends, asked=asked
+    )
+    (cell,) = report.cells
+    assert {"apart", "steep"} <= {*cell.differences}
+    assert cell.differences["wrong"] == pytest.approx(0.1, abs=1e-3)
+    noise, wrong = sorted(cell.problems)
+    assert noise == "noise has several values for the same logits."
+    assert wrong.startswith("wrong is ")
+
+
+def test_a_token_without_probability_counts_nothing() -> None:
+    """Regression: NaN, as 0 · log 0 is; and the divergence from oneself was not 0."""
+    p, q = torch.tensor([[0.5, 0.5, 0.0], [0.2, 0.3, 0.5]]), torch.tensor([[0.25, 0.5, 0.25]] * 2)
+    p, q = p.log(), q.log()
+    half = np.log(2) / 2
+    assert kl(p, q).tolist()[0] == pytest.approx(half)
+    assert kl(q, p).tolist()[0] == np.inf
+    middle = (p.exp() + q.exp()).log() - np.log(2)
+    expected = (kl(p, middle) + kl(q, middle))[0] / 2
+    assert js(p, q).tolist()[0] == pytest.approx(float(expected)) == float(js(q, p)[0])
+    entropy = Predictions(p).of(METRICS["entropy"])
+    assert entropy.tolist()[0] == pytest.approx(np.log(2))
+    assert js(p, p).tolist() == kl(p, p).tolist() == [0, 0]
+    p.requires_grad_()
+    entropy = Predictions(p).of(METRICS["entropy"])
+    for value in (kl(p, q), js(p, q), js(p, p), entropy):
+        (gradient,) = torch.autograd.grad(value.sum(), p, retain_graph=True)
+        assert gradient.isfinite().all()
 
 
 def test_measures_that_are_always_there_are_not_asked_for() -> None:

@@ -271,6 +271,36 @@ def test_folders_of_the_release_before(root: Path) -> None:
     )
 
 
+def before_chats(root: Path) -> None:
+    """The folder as a version wrote it that knew fewer settings and made other fingerprints."""
+    out = root / "out"
+    there = read_manifest(out)
+    assert there.models is not None
+    models = {k: v for k, v in there.models.items() if k != "scheme"}
+    older = replace(
+        there,
+        identity={k: v for k, v in there.identity.items() if k != "chat_template"},
+        models=models | {"fingerprints": dict.fromkeys(("pre", "sft"), 64 * "0")},
+    )
+    for shard in range(there.shards):
+        rows = read_shard(out, there, shard)
+        assert rows is not None
+        keyed = rows.replace_schema_metadata({"graftlens.key": older.key})
+        shard_path(out, shard).write_bytes(to_bytes(keyed))
+    (out / "sweep.json").write_text(older.to_json())
+
+
+def test_settings_that_a_folder_s_version_did_not_know(root: Path) -> None:
+    """Regression: a finished folder "holds another sweep", with an empty list of differences."""
+    table = read_results(root / "out")
+    before_chats(root)
+    assert go(root).ok
+    assert_frame_equal(read_results(root / "out"), table)
+    unfinish(root)
+    with pytest.raises(ValueError, match=r"out was started by version 0\.1\.0, whose results can"):
+        go(root)
+
+
 def test_preparing_reads_no_weights_and_so_compares_none(root: Path) -> None:
     edit(root, lambda settings: settings.update(rms_norm_eps=0.05))
     given = config({"pre": str(root / "pre"), "sft": str(root / "sft")})

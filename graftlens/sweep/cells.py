@@ -11,7 +11,7 @@ import pandas as pd
 
 from graftlens.components import suggest
 from graftlens.graft import Graft
-from graftlens.metrics import METRICS, Measure, always_measured, is_own, known, load, measures
+from graftlens.metrics import Measure, always_measured, is_own, known, load, measures
 from graftlens.prompts import Prompt
 from graftlens.sweep.disk import digest
 
@@ -187,7 +187,7 @@ def _listed(given: Any) -> Sequence[Any]:
 
 def _check_own(m: Measure) -> None:
     """Refuse what only rows of the table may be, and names of other columns."""
-    row = METRICS.get(m.name)
+    row = known(m.name)
     if row == m:
         return
     if row is not None or _TAKEN.fullmatch(m.name):
