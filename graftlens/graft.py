@@ -16,9 +16,10 @@ number: 1, which may be left out, is the source's weights alone, 0 changes nothi
 extrapolate. Later rules act on what earlier ones made.
 
 Positions are an expression over spans: ``+`` is union, ``&`` intersection, ``~`` complement,
-``(…)`` groups, ``[0, -1]`` names token positions of the prompt. ``name#2`` is the second run of a
-span that occurs more than once, ``name#-1`` the last. q and o act at the destination position, k
-and v at the source position: a k or v graft at position i changes what later positions read there.
+``(…)`` groups, ``[0, -1]`` names token positions of the prompt. ``name#2`` is the second
+occurrence of a span that occurs more than once, ``name#-1`` the last. q and o act at the
+destination position, k and v at the source position: a k or v graft at position i changes what
+later positions read there.
 """
 
 import math

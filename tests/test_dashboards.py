@@ -78,7 +78,7 @@ def test_shares_count_layers_and_heads(model: GraftedTransformer) -> None:
 
 def test_where_says_it_in_words(model: GraftedTransformer) -> None:
     runs = dashboard(model, PROMPT, GRAFTS).data.runs
-    spans = model.tokenized(PROMPT)[0].runs
+    spans = model.tokenized(PROMPT)[0].spans
     (entity,) = spans["first_entity"]
     fe, mixed = runs["FE"].where, runs["mixed"].where
     assert {fe[i] for i in entity} == {"sft: all weights"}

@@ -50,7 +50,7 @@ def _sizes(value: Any) -> int | str | tuple[int, ...]:
 
 
 class Windows(Settings):
-    """Runs of neighbouring layers (or heads) of each size, at 0, stride, 2 stride, … while they
+    """Consecutive layers (or heads) of each size, at 0, stride, 2 stride, … while they
     fit."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -61,7 +61,7 @@ class Windows(Settings):
     stride: Annotated[int, Field(ge=1)] = 1
     """Layers (or heads) from the start of one window to the next."""
 
-    def runs(self, n: int, what: str) -> Iterator[str]:
+    def ranges(self, n: int, what: str) -> Iterator[str]:
         """Each window among `n` layers or heads (`what`) as a range, sizes in order.
 
         Raises:
@@ -92,7 +92,7 @@ class WindowsEntry(Settings):
 
 
 class CumulativeEntry(Settings):
-    """An entry that stands for growing runs: `cumulative: below` is 0, 0-1, 0-2, … up to all;
+    """An entry that stands for growing ranges: `cumulative: below` is 0, 0-1, 0-2, … up to all;
     `cumulative: above` is the last, the last two, …"""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -101,10 +101,10 @@ class CumulativeEntry(Settings):
     """From which end they grow."""
 
     stride: Annotated[int, Field(ge=1)] = 1
-    """Layers (or heads) by which a run is longer than the one before."""
+    """Layers (or heads) by which a range is longer than the one before."""
 
-    def runs(self, n: int) -> Iterator[str]:
-        """The runs among n layers or heads as ranges, the shortest first; the last one is all."""
+    def ranges(self, n: int) -> Iterator[str]:
+        """The ranges among n layers or heads, the shortest first; the last one is all."""
         sizes = [*range(self.stride, n, self.stride), n]
         for size in sizes:
             low = 0 if self.cumulative == "below" else n - size
@@ -204,7 +204,7 @@ class GridGraft:
     tags: Mapping[str, Any]
 
 
-#: One entry of an axis: text in the graft grammar, `each`, windows or growing runs.
+#: One entry of an axis: text in the graft grammar, `each`, windows or growing ranges.
 Entry = str | WindowsEntry | CumulativeEntry
 
 
@@ -397,9 +397,9 @@ def _n_layers(rule: Rule, arch: Architecture, sources: Sequence[str]) -> int | N
 def _expanded(entries: Sequence[Entry], count: Callable[[], int], what: str) -> Iterator[str]:
     for entry in entries:
         if isinstance(entry, WindowsEntry):
-            yield from entry.windows.runs(count(), what)
+            yield from entry.windows.ranges(count(), what)
         elif isinstance(entry, CumulativeEntry):
-            yield from entry.runs(count())
+            yield from entry.ranges(count())
         elif entry == "each":
             yield from map(str, range(count()))
         else:

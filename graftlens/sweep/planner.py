@@ -533,23 +533,23 @@ class _Lineage:
                 out[node] = np.unique(pairs, return_inverse=True)[1].reshape(-1) + high
                 high = int(out[node].max()) + 1
             return out
-        # Runs of 1, 2, 4, … nodes are numbered from two of half the length; two that overlap make
-        # the window.
-        run, length = own, 1
+        # Stretches of 1, 2, 4, … nodes are numbered from two of half the length; two that overlap
+        # make the window.
+        stretch, length = own, 1
         while 2 * length <= window:
-            run, length = self._joined(run, length), 2 * length
-        return run if length == window else self._joined(run, window - length)
+            stretch, length = self._joined(stretch, length), 2 * length
+        return stretch if length == window else self._joined(stretch, window - length)
 
     def _joined(
-        self, run: Int[np.ndarray, "node graft"], back: int
+        self, stretch: Int[np.ndarray, "node graft"], back: int
     ) -> Int[np.ndarray, "node graft"]:
-        """Number each node's run together with that of the node `back` steps before it."""
+        """Number each node's stretch together with that of the node `back` steps before it."""
         origin = np.arange(len(self.parents))
         parents = np.array(self.parents)
         for _ in range(back):
             origin = np.where(origin < 0, -1, parents[origin])
-        earlier = np.where(origin[:, None] < 0, 0, run[origin] + 1)
-        return _renumbered(run, earlier)
+        earlier = np.where(origin[:, None] < 0, 0, stretch[origin] + 1)
+        return _renumbered(stretch, earlier)
 
 
 def _wanted(
