@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset
 from families import save_checkpoint, tiny_model
+from pandas.testing import assert_frame_equal
 from sweeps import NoReport, checkpoints, config
 from tokenizers import normalizers
 from toytokenizers import TOKENIZERS
@@ -26,7 +28,13 @@ from graftlens.model.arch import PairError
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.identity import config_settings, tokenizer_digest
 from graftlens.sweep import runner
-from graftlens.sweep.results import read_manifest, read_results, shard_path
+from graftlens.sweep.results import (
+    read_manifest,
+    read_results,
+    read_shard,
+    shard_path,
+    to_bytes,
+)
 from graftlens.sweep.runner import prepare_sweep, run_sweep
 from graftlens.trainingtexts import vocabulary_hash
 

@@ -194,7 +194,7 @@ class GridGraft:
     Attributes:
         name: its name in tables.
         graft: what is run.
-        tags: `position`, `component`, `layer`, `head`, `unit`, `source` as text; `strength`, a
+        tags: `position`, `component`, `layer`, `head`, `neuron`, `source` as text; `strength`, a
             number; `layers`, how many of them; with dropout `rate` (the share left out) and `draw`
             (a number), too.
     """
@@ -357,7 +357,7 @@ class Grid(Settings):
             for layer, head, unit, strength, source in axes:
                 rule = Graft.rule(source, at, entry, layer, head, unit, strength)
                 tags: dict[str, Any] = {"position": at, "component": entry, "layer": layer}
-                tags |= {"head": head, "unit": unit, "strength": strength, "source": source}
+                tags |= {"head": head, "neuron": unit, "strength": strength, "source": source}
                 tags["layers"] = _n_layers(rule.rules[0], arch, sources)
                 if self.dropout is None:
                     yield self._named(self.base | rule, tags)
@@ -376,7 +376,7 @@ class Grid(Settings):
     def _named(self, graft: Graft, tags: Mapping[str, Any]) -> GridGraft:
         name = str(graft)
         if "rate" in tags:  # the rules of a draw mean nothing to a reader
-            units = tags["head"] if tags["unit"] == "all" else f"n{tags['unit']}"
+            units = tags["head"] if tags["neuron"] == "all" else f"n{tags['neuron']}"
             written = [tags["position"], tags["component"], tags["layer"], units]
             while len(written) > 1 and written[-1] == "all":
                 written.pop()

@@ -182,7 +182,7 @@ class Planner:
         self._made: dict[tuple[int, tuple[_EqualEntries, ...], tuple[int, ...]], int] = {}
         self._numbered: dict[tuple[int, ...], tuple[np.ndarray, ...]] = {}
         self._columns: dict[bytes, tuple[np.ndarray, ...]] = {}
-        self._trees: dict[tuple[Structure, int | None], tuple[Part, ...]] = {}
+        self._trees: dict[tuple[Structure, int | None], tuple[Piece, ...]] = {}
 
     # -- structures --------------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class Planner:
         )
         return structure, {i: reason for i, reason in reasons.items() if i < self._asked}
 
-    def parts(self, structure: Structure, peak: int | None = None) -> tuple["Part", ...]:
+    def pieces(self, structure: Structure, peak: int | None = None) -> tuple["Piece", ...]:
         """The trees of a structure: one, or several of at most `peak` rows if it is too large.
 
         Grafts that share most stay together. A single graft is never cut.
@@ -222,19 +222,19 @@ class Planner:
         if key not in self._trees:
             whole = self._cut(structure, np.array(structure.runnable, dtype=np.int64), peak)
             self._trees[key] = tuple(whole)
-            kept = [sum(part.tree.nbytes for part in parts) for parts in self._trees.values()]
+            kept = [sum(piece.tree.nbytes for piece in pieces) for pieces in self._trees.values()]
             while len(kept) > 1 and sum(kept) > KEPT_BYTES:
                 kept.pop(0)
                 del self._trees[next(iter(self._trees))]
         return self._trees[key]
 
-    def cut(self, structure: Structure, part: "Part", peak: int) -> list["Part"]:
+    def cut(self, structure: Structure, piece: "Piece", peak: int) -> list["Piece"]:
         """Cut a tree into several of at most `peak` rows."""
-        return self._cut(structure, part.grafts, peak)
+        return self._cut(structure, piece.grafts, peak)
 
     def _cut(
         self, structure: Structure, grafts: Int[np.ndarray, " graft"], peak: int | None
-    ) -> list["Part"]:
+    ) -> list["Piece"]:
         if len(grafts) == 0:
             return []
         references = dict(structure.references)
@@ -243,15 +243,15 @@ class Planner:
         columns = np.searchsorted(whole, grafts)
         if peak is None or tree.peak <= peak or len(grafts) == 1:
             places = {run: int(np.searchsorted(whole, i)) for run, i in references.items()}
-            return [Part(grafts, tree, columns, places)]
+            return [Piece(grafts, tree, columns, places)]
         # Rows are numbered by what they share, so neighbours in this order share most. Each piece
         # has some rows of its own, so there are a few more than would fit exactly.
         order = grafts[np.lexsort(tree.outputs[::-1, columns])]
-        pieces = max(2, -(-10 * tree.peak // (9 * peak)))
+        count = max(2, -(-10 * tree.peak // (9 * peak)))
         return [
-            part
-            for piece in np.array_split(order, min(pieces, len(order)))
-            for part in self._cut(structure, np.sort(piece), peak)
+            piece
+            for some in np.array_split(order, min(count, len(order)))
+            for piece in self._cut(structure, np.sort(some), peak)
         ]
 
     # -- choices -----------------------------------------------------------------------------
@@ -459,7 +459,7 @@ class Planner:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Piece:
     """Some grafts of a structure, by number, and their tree.
 
     Attributes:
