@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
@@ -23,8 +24,10 @@ from reference import sequential_graft
 from test_report import Page
 from tinybase import FACTS, LAYERS, RECIPE, small, tiny_base
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
 from waiting import HANG, until
 
+from graftlens.cli import app
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data import dataset as dataset_module
 from graftlens.data import save_dataset
@@ -36,6 +39,7 @@ from graftlens.experiment.compare import compare_runs
 from graftlens.experiment.config import ExperimentConfig, NamedExperiment, find_experiment
 from graftlens.experiment.plan import Store, plan
 from graftlens.experiment.run import ExperimentResult, describe_experiment, run_experiment
+from graftlens.metrics import Measure
 from graftlens.references import are_references
 from graftlens.sweep.results import read_manifest, read_results
 from graftlens.viz.export import write_figure
@@ -1041,7 +1045,7 @@ def test_the_commands(base, ran, tmp_path):
     (tmp_path / "experiments").symlink_to(ROOT / "experiments")
     said = graftlens("run", "--help", cwd=tmp_path)
     assert said.returncode == 0
-    for word in ("NAME", "KEY=VALUE", "--out", "--store", "--dry-run", "--devices"):
+    for word in ("NAME", "KEY=VALUE", "--out", "--store", "--dry-run", "--devices", "--measure"):
         assert word in said.stdout
     config = ROOT / "experiments" / "hybrid.yaml"
     settings = [f"model={base}", *small(config, tmp_path)]
@@ -1078,6 +1082,59 @@ def test_a_dry_run_says_what_would_be_trained(base, ran, place):
         assert "part      positions" in text
         assert "part      title_and_preposition" in text
     assert not (place / "dry" / "models").exists()
+
+
+OWN = [
+    Measure("best", (), lambda logits: logits.amax(-1)),
+    Measure("rest", ("logprobs",), lambda _, p: p.exp().square().sum(-1)),
+]
+
+
+def measured(base, place) -> tuple[Path, dict[str, Any]]:
+    """A config that names one of these, and what it is run with."""
+    config = ROOT / "experiments" / "unembedding.yaml"
+    overrides = [f"model={base}", *small(config, place), "metrics.measures=[best, entropy]"]
+    return config, {"overrides": overrides, "store": place / "store"}
+
+
+def test_measures_of_ones_own_are_given_to_experiments(base, place):
+    """Regression: an experiment could name none of one's own, though the message said how."""
+    config, given = measured(base, place)
+    with pytest.raises(ConfigError, match="unknown measure 'best'"):
+        describe_experiment(config, **given)
+    assert "cells" in describe_experiment(config, measures=OWN, **given)
+    with pytest.raises(ValueError, match="each device's process imports them"):
+        run_experiment(config, place / "own", devices=["cpu", "cpu"], measures=OWN, **given)
+
+
+@pytest.mark.slow
+def test_measures_of_ones_own_reach_every_part(base, place):
+    config, given = measured(base, place)
+    result = run_experiment(
+        config, place / "own", measures=OWN, progress=False, say=lambda _: None, **given
+    )
+    assert result.ok
+    for name in result.sweeps:
+        table = read_results(result.folder / "sweeps" / name).dropna(subset="logprob")
+        assert (table["best"] > 0).all()
+        assert table["rest"].between(0, 1).all()
+    means = [read_csv(path) for path in (result.folder / "tables").glob("*.csv")]
+    means = [table for table in means if "answer_logprob" in table]
+    assert means
+    assert all({"best", "entropy", "rest"} <= {*table} for table in means)
+
+
+def test_the_command_gives_measures_on(monkeypatch):
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(
+        "graftlens.experiment.run.describe_experiment", lambda name, **given: asked.update(given)
+    )
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # of what typer itself passes
+    said = CliRunner().invoke(
+        app, ["run", "x", "--dry-run", "--measure", "a:b", "--measure", "a:c"]
+    )
+    assert said.exit_code == 0, said.output
+    assert asked["measures"] == ["a:b", "a:c"]
 
 
 @pytest.mark.slow

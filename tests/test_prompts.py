@@ -9,6 +9,7 @@ import pickle
 import re
 from typing import Any
 
+import jaxtyping
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -538,3 +539,17 @@ def test_malformed_prompts_are_refused(template: str, fields: dict[str, str], me
 def test_malformed_answers_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
         Prompt("a", **arguments)
+
+
+@pytest.mark.parametrize("what", ["answers", "distractors"])
+@pytest.mark.parametrize("texts", [None, {" Bo", " Cy"}, {" Bo": 1}, 3])
+def test_lists_of_texts_have_an_order(
+    what: str, texts: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Regression: TypeError for None, and a set was taken in whatever order it had."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    given: dict[str, Any] = {what: texts}
+    with pytest.raises(ValueError, match=rf"{what}=.*: write a list of texts"):
+        Prompt("It was", answer=" a", **given)
+    given[what] = (text for text in [" Bo", " Cy"])
+    assert getattr(Prompt("It was", answer=" a", **given), what) == (" Bo", " Cy")
