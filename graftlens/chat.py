@@ -122,8 +122,7 @@ class Conversation:
 
     @cached_property
     def _given(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.json)
-        return found
+        return self.as_given()
 
     @property
     def messages(self) -> list[dict[str, Any]]:
