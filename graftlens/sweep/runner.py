@@ -110,12 +110,12 @@ class SweepResult:
     def line(self) -> str:
         """The result in one line."""
         verdict = "passed" if self.ok else f"FAILED (see {self.folder / 'trust.txt'})"
-        line = f"{self.folder}: {self.cells} cells; trust report {verdict}"
+        line = f"{self.folder}: {self.cells:,} cells; trust report {verdict}"
         if self.not_run:
             reasons = sorted(self.not_run.items(), key=lambda item: (-item[1], item[0]))
             shown = "; ".join(f"{count} × {reason}" for reason, count in reasons[:3])
             more = f"; and {len(reasons) - 3} reasons more" if len(reasons) > 3 else ""
-            line += f"; {sum(self.not_run.values())} cells could not be run: {shown}{more}"
+            line += f"; {sum(self.not_run.values()):,} cells could not be run: {shown}{more}"
         return line
 
 
