@@ -279,8 +279,8 @@ def dashboard(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]GRAFT",
-            help='Such as "FE+LT=sft @ first_entity + last"; repeat the option for more. PRE and SFT '
-            "are always included.",
+            help='Such as "FE+LT=sft @ first_entity + last"; repeat the option for more. PRE '
+            "and SFT are always included.",
         ),
     ] = None,
     field: Annotated[
