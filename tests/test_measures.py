@@ -310,7 +310,7 @@ def unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
         (["recovery"], "'recovery' is not measured in a run"),
         ([Measure("margin", (), lambda x: x)], "tables have another column of this name"),
         ([Measure("layer", (), lambda x: x)], "tables have another column of this name"),
-        ([Measure("many", (), lambda x: x, holds="numbers")], "gives a number per row"),
+        ([Measure("many", (), lambda x: x, holds="numbers")], "only measures with one number per"),
         ([Measure("own", (), lambda x: x, always=True)], "'own': always=True is for what every"),
         ([Measure("own")], "measure 'own': give it a function"),
         *(

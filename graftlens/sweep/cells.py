@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 
 from graftlens.components import suggest
+from graftlens.folder import json_digest
 from graftlens.graft import Graft
 from graftlens.metrics import Measure, always_measured, is_own, known, load, measures
 from graftlens.prompts import Prompt
-from graftlens.sweep.disk import digest
 
 _ABOUT = ("prompt", "graft", "rule", "template", "text", "answer", "target", "target_id")
 
@@ -167,7 +167,7 @@ def _fingerprint(measure: Measure) -> str:
     cells = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
     plain += [*cells, *(getattr(function, "__defaults__", None) or ())]
     kept = [repr(value) for value in plain if isinstance(value, bool | int | float | str | tuple)]
-    return digest([text, kept, list(measure.needs), measure.holds, measure.log])
+    return json_digest([text, kept, list(measure.needs), measure.holds, measure.log])
 
 
 def _bytecode(code: Any) -> str:
@@ -200,6 +200,6 @@ def _check_own(m: Measure) -> None:
     elif m.always:
         what = "always=True is for what every table has. Leave it out, and ask for the measure."
     elif m.holds not in ("number", "count") or m.over != "next" or m.column != m.name:
-        what = "one of your own gives a number per row, in a column of its name."
+        what = "only measures with one number per row can be requested."
     if what:
         raise ValueError(f"measure {m.name!r}: {what}")
