@@ -740,19 +740,22 @@ main()
 
 COMMANDS = {
     "good.yaml --out o seed=3 shards=2": [
-        "run_sweep good.yaml o overrides=['seed=3', 'shards=2'] device=None"
+        "run_sweep good.yaml o overrides=['seed=3', 'shards=2'] measures=[] device=None"
     ],
-    "good.yaml --devices cpu": ["run_sweep good.yaml graftlens-sweep/good overrides=[] device=cpu"],
+    "good.yaml --devices cpu": [
+        "run_sweep good.yaml graftlens-sweep/good overrides=[] measures=[] device=cpu"
+    ],
     "good.yaml --devices cpu,cpu seed=1": [
-        "prepare_sweep good.yaml graftlens-sweep/good overrides=['seed=1']",
-        "launch_local graftlens-sweep/good ['cpu', 'cpu']",
+        "prepare_sweep good.yaml graftlens-sweep/good overrides=['seed=1'] measures=[]",
+        "launch_local graftlens-sweep/good ['cpu', 'cpu'] measures=[]",
         "sweep_result graftlens-sweep/good",
         "the result",
     ],
     "good.yaml --launcher slurm --tasks 3 --slurm timeout_min=9 --slurm slurm_partition=a "
     "--no-wait --out o": [
-        "prepare_sweep good.yaml o overrides=[]",
-        "launch_slurm o tasks=3 resources={'timeout_min': 9, 'slurm_partition': 'a'} wait=False",
+        "prepare_sweep good.yaml o overrides=[] measures=[]",
+        "launch_slurm o tasks=3 resources={'timeout_min': 9, 'slurm_partition': 'a'} "
+        "measures=[] wait=False",
     ],
 }
 
