@@ -434,10 +434,10 @@ def too_many(number: object, what: str, most: int = MAX_NUMBER) -> ValueError:
 
 def format_numbers(numbers: Sequence[int]) -> str:
     """The shortest text that `parse_numbers` reads back: `(0, 2, 3, 4)` is `"0,2-4"`."""
-    runs: list[list[int]] = []
+    ranges: list[list[int]] = []
     for n in sorted(numbers):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
+        if ranges and n == ranges[-1][1] + 1:
+            ranges[-1][1] = n
         else:
-            runs.append([n, n])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+            ranges.append([n, n])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)

@@ -236,7 +236,7 @@ def _run(
         rule=str(runs.grafts[name]),
         pattern=torch.stack([cache[p][0] for p in patterns]).float().cpu().numpy(),
         token_logprobs=np.array([math.nan, *logprobs.cpu().tolist()]),
-        attribution=found,
+        direct_logit_attribution=found,
         shares=_shares(model, mask),
         where=_where(model, mask),
     )

@@ -20,9 +20,10 @@ the rest; one that names some leaves it what all of the row's units then run, by
 names, or the base's where they differ. A rule of strength 0 does nothing.
 
 Positions are an expression over spans: ``+`` is union, ``&`` intersection, ``~`` complement,
-``(…)`` groups, ``[0, -1]`` names token positions of the prompt. ``name#2`` is the second run of a
-span that occurs more than once, ``name#-1`` the last. q and o act at the destination position, k
-and v at the source position: a k or v graft at position i changes what later positions read there.
+``(…)`` groups, ``[0, -1]`` names token positions of the prompt. ``name#2`` is the second
+occurrence of a span that occurs more than once, ``name#-1`` the last. q and o act at the
+destination position, k and v at the source position: a k or v graft at position i changes what
+later positions read there.
 """
 
 import math

@@ -1,8 +1,8 @@
 """Token positions as expressions over the spans of a prompt: the `at` of a rule.
 
 ``+`` is union, ``&`` intersection, ``~`` complement, ``(…)`` groups, ``[0, -1]`` names token
-positions of the prompt. ``name#2`` is the second run of a span that occurs more than once,
-``name#-1`` the last.
+positions of the prompt. ``name#2`` is the second occurrence of a span that occurs more than
+once, ``name#-1`` the last.
 """
 
 import re
@@ -20,14 +20,14 @@ from graftlens.components import (
     suggest,
 )
 
-#: Span name -> its runs, each a tuple of token positions, in order of occurrence.
-Runs = Mapping[str, Sequence[Sequence[int]]]
+#: Span name -> its occurrences, each a tuple of token positions, in order.
+Spans = Mapping[str, Sequence[Sequence[int]]]
 
 #: How deep ~ and parentheses may be nested, far beyond what anyone writes.
 MAX_DEPTH = 50
 
 _TOKEN = re.compile(
-    r"\s*(?:(?P<span>[^\s+&~()\[\]#]+)(?:#(?P<run>-?[0-9]{1,9}))?|(?P<list>\[[^\]]*\])|(?P<op>[+&~()]))"
+    r"\s*(?:(?P<span>[^\s+&~()\[\]#]+)(?:#(?P<number>-?[0-9]{1,9}))?|(?P<list>\[[^\]]*\])|(?P<op>[+&~()]))"
 )
 
 
@@ -55,14 +55,16 @@ class At(ABC):
         )
 
     @abstractmethod
-    def select(self, runs: Runs, length: int, total: int | None = None) -> Bool[np.ndarray, "pos"]:
+    def select(
+        self, spans: Spans, length: int, total: int | None = None
+    ) -> Bool[np.ndarray, "pos"]:
         """Which of `total` positions this selects in a prompt of `length` tokens.
 
         `total` exceeds `length` where generated or scored tokens follow the prompt; numbers below
         zero count back from the prompt's own end.
 
         Raises:
-            ValueError: a span or run that the prompt lacks, or a position outside it.
+            ValueError: a span or occurrence that the prompt lacks, or a position outside it.
         """
 
     @abstractmethod
@@ -76,29 +78,32 @@ class At(ABC):
 
 @dataclass(frozen=True)
 class Span(At):
-    """All runs of a named span, or one of them (`run`, counted from 1, or from -1, the last)."""
+    """All occurrences of a named span, or one: the `occurrence`-th from 1, or from -1, the last."""
 
     name: str
-    run: int | None = None
+    occurrence: int | None = None
 
     def __str__(self) -> str:
-        return self.name if self.run is None else f"{self.name}#{self.run}"
+        return self.name if self.occurrence is None else f"{self.name}#{self.occurrence}"
 
-    def select(self, runs: Runs, length: int, total: int | None = None) -> Bool[np.ndarray, "pos"]:
-        if self.name not in runs:
+    def select(
+        self, spans: Spans, length: int, total: int | None = None
+    ) -> Bool[np.ndarray, "pos"]:
+        if self.name not in spans:
             raise ValueError(
-                f"no span {brief(self.name)} here. Spans of this prompt: {' '.join(runs)}."
-                f"{suggest(self.name, runs)}"
+                f"no span {brief(self.name)} here. Spans of this prompt: {' '.join(spans)}."
+                f"{suggest(self.name, spans)}"
             )
-        found = runs[self.name]
-        if self.run is not None and not 1 <= abs(self.run) <= len(found):
+        found = spans[self.name]
+        if self.occurrence is not None and not 1 <= abs(self.occurrence) <= len(found):
             raise ValueError(
-                f"no run {self}: span {self.name!r} occurs {len(found)} time(s) in this prompt. "
-                f"Write {self.name}#1{f' to {self.name}#{len(found)}' if len(found) > 1 else ''}, "
+                f"no occurrence {self}: span {self.name!r} occurs {len(found)} time(s) in this "
+                f"prompt. Write {self.name}#1"
+                f"{f' to {self.name}#{len(found)}' if len(found) > 1 else ''}, "
                 f"or {self.name} for all of them."
             )
-        if self.run is not None:
-            found = [found[self.run - (self.run > 0)]]
+        if self.occurrence is not None:
+            found = [found[self.occurrence - (self.occurrence > 0)]]
         chosen = np.zeros(total or length, dtype=bool)
         for positions in found:
             chosen[list(positions)] = True
@@ -127,7 +132,9 @@ class Positions(At):
     def __str__(self) -> str:
         return "[" + ", ".join(map(str, self.positions)) + "]"
 
-    def select(self, runs: Runs, length: int, total: int | None = None) -> Bool[np.ndarray, "pos"]:
+    def select(
+        self, spans: Spans, length: int, total: int | None = None
+    ) -> Bool[np.ndarray, "pos"]:
         chosen = np.zeros(total or length, dtype=bool)
         for position in self.positions:
             if not -length <= position < length:
@@ -167,8 +174,10 @@ class Several(At):
             f"({t})" if isinstance(t, Several) else str(t) for t in self.terms
         )
 
-    def select(self, runs: Runs, length: int, total: int | None = None) -> Bool[np.ndarray, "pos"]:
-        selections = [term.select(runs, length, total) for term in self.terms]
+    def select(
+        self, spans: Spans, length: int, total: int | None = None
+    ) -> Bool[np.ndarray, "pos"]:
+        selections = [term.select(spans, length, total) for term in self.terms]
         combine = np.logical_or if self.operator == "+" else np.logical_and
         return combine.reduce(selections)
 
@@ -188,8 +197,10 @@ class Complement(At):
     def __str__(self) -> str:
         return f"~({self.term})" if isinstance(self.term, Several) else f"~{self.term}"
 
-    def select(self, runs: Runs, length: int, total: int | None = None) -> Bool[np.ndarray, "pos"]:
-        return ~self.term.select(runs, length, total)
+    def select(
+        self, spans: Spans, length: int, total: int | None = None
+    ) -> Bool[np.ndarray, "pos"]:
+        return ~self.term.select(spans, length, total)
 
     def names(self) -> frozenset[str]:
         return self.term.names()
@@ -220,10 +231,12 @@ def _parse_expression(text: str) -> At:
         if match is None or (match["span"] and not match["span"].isidentifier()):
             raise _syntax(text, place, "a span, [positions], +, &, ~ or parentheses")
         if match["span"]:
-            if match["run"] is not None and not int(match["run"]):
-                raise _syntax(text, match.start("run"), "a run number from 1, or from -1,")
+            if match["number"] is not None and not int(match["number"]):
+                raise _syntax(
+                    text, match.start("number"), "the number of an occurrence, from 1 or from -1,"
+                )
             tokens.append(
-                ("term", Span(match["span"], int(match["run"]) if match["run"] else None))
+                ("term", Span(match["span"], int(match["number"]) if match["number"] else None))
             )
         elif match["list"]:
             pieces = [piece.strip() for piece in match["list"][1:-1].split(",")]

@@ -12,7 +12,7 @@ from itertools import takewhile
 from typing import Any
 
 from graftlens.chat import RESERVED, ROLES, Conversation, Rendered, contents, render
-from graftlens.positions import Runs
+from graftlens.positions import Spans
 
 #: Spans that every prompt has: its first position (the BOS token where the tokenizer puts one),
 #: the position that the next token is predicted from, and all positions.
@@ -265,15 +265,15 @@ class Tokenized:
 
     Attributes:
         ids: token ids, without padding.
-        runs: span name -> its runs of token positions; fields, of a conversation its roles,
-            `template` and `turn`, then `bos`, `last`, `all`.
+        spans: span name -> its occurrences, each token positions; fields, of a conversation
+            its roles, `template` and `turn`, then `bos`, `last`, `all`.
         prompt: where the tokens come from, None for bare tokens.
         text: what the tokens were read from: the prompt's text, or what the chat template made of
             its conversation; None for bare tokens.
     """
 
     ids: tuple[int, ...]
-    runs: Runs
+    spans: Spans
     prompt: Prompt | None = None
     text: str | None = None
 
@@ -284,8 +284,8 @@ class Tokenized:
         """Of a conversation, the one of `system`, `user`, … and `template` that each token is."""
         if self.prompt is None or self.prompt.conversation is None:
             return None
-        named = [(role, self.runs.get(role, ())) for role in (*ROLES, "template")]
-        found = {i: role for role, runs in named for run in runs for i in run}
+        named = [(role, self.spans.get(role, ())) for role in (*ROLES, "template")]
+        found = {i: role for role, places in named for tokens in places for i in tokens}
         return tuple(found[i] for i in range(len(self)))
 
     @classmethod
@@ -425,31 +425,31 @@ def tokenize(prompt: "Prompt | str", tokenizer: Any, prepend_bos: bool | None = 
         return _tokenize_chat(prompt, tokenizer, prepend_bos)
     text = prompt.text
     ids, offsets = encode(text, tokenizer, prepend_bos)
-    standard = Tokenized.bare(ids).runs
+    standard = Tokenized.bare(ids).spans
     covered = _covered(text, tokenizer.convert_ids_to_tokens(ids), offsets)
-    runs = {
-        name: tuple(_run(text, covered, name, *place) for place in places)
+    spans = {
+        name: tuple(_occurrence(text, covered, name, *place) for place in places)
         for name, places in prompt.char_spans.items()
     }
-    return Tokenized(tuple(ids), {**runs, **standard}, prompt, text)
+    return Tokenized(tuple(ids), {**spans, **standard}, prompt, text)
 
 
-def _run(
+def _occurrence(
     text: str, covered: Sequence[tuple[int, int]], name: str, start: int, end: int
 ) -> tuple[int, ...]:
     """The tokens of a field that is the text from `start` to `end`."""
-    run = tuple(
+    tokens = tuple(
         i
         for i, (a, b) in enumerate(covered)
         if a < end and b > start and not _begins_what_follows(text, a, b, end)
     )
-    if not run:
+    if not tokens:
         raise PromptError(
             f"no token of {text!r} covers the field {name!r} "
             f"({text[start:end]!r}): the tokenizer drops it. "
             "Change the field's text."
         )
-    return run
+    return tokens
 
 
 def _encode_chat(
@@ -472,11 +472,11 @@ def _tokenize_chat(prompt: Prompt, tokenizer: Any, prepend_bos: bool | None) -> 
         raise PromptError(str(error)) from None
     text = rendered.text
     ids, offsets = _encode_chat(text, tokenizer, prepend_bos)
-    standard = Tokenized.bare(ids).runs
+    standard = Tokenized.bare(ids).spans
     covered = _covered(text, tokenizer.convert_ids_to_tokens(ids), offsets)
-    runs: dict[str, list[tuple[int, ...]]] = {}
-    for spans, places in zip(fields, rendered.places, strict=True):
-        for found, characters in zip(spans, places, strict=True):
+    spans: dict[str, list[tuple[int, ...]]] = {}
+    for message, places in zip(fields, rendered.places, strict=True):
+        for found, characters in zip(message, places, strict=True):
             for name, start, end in found:
                 there = [place for place in characters[start:end] if place is not None]
                 if not there:
@@ -485,10 +485,10 @@ def _tokenize_chat(prompt: Prompt, tokenizer: Any, prepend_bos: bool | None) -> 
                         f"({prompt.fields[name]!r}). Take it out of that message, or use a "
                         "template that writes it."
                     )
-                run = _run(text, covered, name, there[0][0], there[-1][1])
-                runs.setdefault(name, []).append(run)
+                found_at = there[0][0], there[-1][1]
+                spans.setdefault(name, []).append(_occurrence(text, covered, name, *found_at))
     added = offsets[0] == (0, 0)  # a BOS token that the template did not write
-    named = {**runs, **_roles(rendered, covered), "turn": _turns(rendered, offsets, int(added))}
+    named = {**spans, **_roles(rendered, covered), "turn": _turns(rendered, offsets, int(added))}
     return Tokenized(
         tuple(ids), {**{n: tuple(r) for n, r in named.items()}, **standard}, prompt, text
     )
@@ -514,12 +514,12 @@ def _roles(
             template[-1].append(i)
         else:
             template.append([i])
-    runs: dict[str, list[tuple[int, ...]]] = {}
+    spans: dict[str, list[tuple[int, ...]]] = {}
     for role in dict.fromkeys(rendered.roles):
         own = [tuple(tokens) for r, tokens in zip(rendered.roles, said, strict=True) if r == role]
         if any(own):
-            runs[role] = own
-    return {**runs, "template": [tuple(run) for run in template]}
+            spans[role] = own
+    return {**spans, "template": [tuple(tokens) for tokens in template]}
 
 
 def _turns(

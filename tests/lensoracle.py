@@ -25,7 +25,7 @@ from graftlens.prompts import Prompt
 #: What the lens calls the two runs that it always makes -> their grafts as text.
 ENDS = {"PRE": "none", "SFT": "sft @ all"}
 
-#: Three lengths, one with a span of two runs.
+#: Three lengths, one with a span that occurs twice.
 PROMPTS = (
     Prompt("{first_entity} met", {"first_entity": "Ann"}, " Robert", (" the", " with", "!")),
     Prompt("In {title} with {first_entity}!", {"title": "It", "first_entity": "Bo"}, " the"),
@@ -97,7 +97,7 @@ def _numbers(text: str) -> set[int] | None:
     return found
 
 
-def chooser(text: str, runs: positions.Runs, length: int, base: str = "pre") -> Choose:
+def chooser(text: str, spans: positions.Spans, length: int, base: str = "pre") -> Choose:
     """A graft's text as a function of the site; grafts of this file's tests only."""
     rules = []
     for piece in () if text == "none" else text.split("|"):
@@ -106,7 +106,7 @@ def chooser(text: str, runs: positions.Runs, length: int, base: str = "pre") -> 
         named: set[str] = set()
         for name in components.split("+"):
             named |= _GROUPS.get(name.strip(), {name.strip()})
-        where = positions.evaluate(at, runs, length)
+        where = positions.evaluate(at, spans, length)
         rules.append((source.strip(), where, named, _numbers(layers), _numbers(heads)))
 
     def choose(component: str, layer: int | None, position: int, head: int | None) -> str:
@@ -330,7 +330,7 @@ class Asked:
         return [self.tokenizer.decode([i]) for i in self.ids]
 
     @cached_property
-    def runs(self) -> dict[str, list[list[int]]]:
+    def spans(self) -> dict[str, list[list[int]]]:
         """Of these tests' fields, none of whose texts stands elsewhere in its prompt."""
         offsets = self.tokenizer(self.prompt.text, return_offsets_mapping=True)["offset_mapping"]
         # At a text's start the tokenizer's own "▁" claims the first letter, which it does not show.
@@ -379,7 +379,7 @@ class Oracle:
     def choose(self, index: int, text: str) -> Choose:
         """A graft of one prompt as a function of the site."""
         asked = self.asked[index]
-        return chooser(text, asked.runs, len(asked.ids), next(iter(self.tiny.sources)))
+        return chooser(text, asked.spans, len(asked.ids), next(iter(self.tiny.sources)))
 
     def run(self, index: int, text: str) -> Run:
         """A prompt under a graft: a model's own forward, else the sequential algorithm."""

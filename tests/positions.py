@@ -6,10 +6,10 @@ Slow, and written apart from the library's parser and arrays, so that the two ca
 import re
 from collections.abc import Mapping, Sequence
 
-Runs = Mapping[str, Sequence[Sequence[int]]]
+Spans = Mapping[str, Sequence[Sequence[int]]]
 
 
-def evaluate(text: str, runs: Runs, length: int) -> set[int]:
+def evaluate(text: str, spans: Spans, length: int) -> set[int]:
     """The positions an expression means, worked out without the library's parser or arrays."""
     everything = set(range(length))
     rest = text.replace(" ", "")
@@ -47,14 +47,14 @@ def evaluate(text: str, runs: Runs, length: int) -> set[int]:
         match = re.match(r"\w+", rest)
         assert match is not None, rest
         name, rest = match[0], rest[match.end() :]
-        found_runs = runs[name]
+        occurrences = spans[name]
         if rest.startswith("#"):
             digits = re.match(r"#(-?)(\d+)", rest)
             assert digits is not None, rest
             rest = rest[digits.end() :]
-            ordered = found_runs[::-1] if digits[1] else found_runs
-            found_runs = (ordered[int(digits[2]) - 1],)
-        return {position for run in found_runs for position in run}
+            ordered = occurrences[::-1] if digits[1] else occurrences
+            occurrences = (ordered[int(digits[2]) - 1],)
+        return {position for tokens in occurrences for position in tokens}
 
     result = union()
     assert not rest, rest

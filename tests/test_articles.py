@@ -542,7 +542,7 @@ def test_the_first_entitys_tokens_decode_to_its_name(tmp_path, kind, context):
     assert len(prompts) == 5
     for prompt in prompts:
         tokens = tokenize(prompt, tokenizer)
-        runs = tokens.runs["first_entity"]
+        runs = tokens.spans["first_entity"]
         assert len(runs) == (2 if context == "article" else 1)
         for run in runs:
             said = tokenizer.decode([tokens.ids[i] for i in run]).replace(" ", "")

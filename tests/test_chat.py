@@ -132,8 +132,8 @@ def _check(name: str, messages: list[dict[str, Any]], tools: Any) -> Tokenized:
     theirs = tokenizer.apply_chat_template(messages, tools=tools, add_generation_prompt=prompted)
     assert list(tokens.ids) == theirs["input_ids"]
     # Every token has exactly one role.
-    roles = [r for r in (*ROLES, "template") if r in tokens.runs]
-    counts = Counter(i for role in roles for run in tokens.runs[role] for i in run)
+    roles = [r for r in (*ROLES, "template") if r in tokens.spans]
+    counts = Counter(i for role in roles for run in tokens.spans[role] for i in run)
     assert counts == dict.fromkeys(range(len(tokens)), 1)
     # Each character's message, as the template written in Python has it.
     pieces = WRITERS[name](messages, tools, prompted)
@@ -144,7 +144,7 @@ def _check(name: str, messages: list[dict[str, Any]], tools: Any) -> Tokenized:
     assert list(rendered.owners) == [-1 if owner is None else owner for owner in owners]
     # A token with any character of a message's is that message's role's.
     offsets = tokenizer(tokens.text, add_special_tokens=False, return_offsets_mapping=True)
-    role_of = {i: role for role in roles for run in tokens.runs[role] for i in run}
+    role_of = {i: role for role in roles for run in tokens.spans[role] for i in run}
     for i, (a, b) in enumerate(offsets["offset_mapping"]):
         here = {owners[c] for c in range(a, b)} - {None}
         assert len(here) <= 1
@@ -153,7 +153,7 @@ def _check(name: str, messages: list[dict[str, Any]], tools: Any) -> Tokenized:
             assert role_of[i] == expected, (i, tokens.text[a:b])
     # What a message says is contained in the text of its run, and of no other message's.
     for number, m in enumerate(messages):
-        runs = tokens.runs.get(m["role"], ())
+        runs = tokens.spans.get(m["role"], ())
         own = [n for n, other in enumerate(messages) if other["role"] == m["role"]]
         said = [text for text, owner, _ in pieces if owner == number and text.strip()]
         if said:
@@ -213,7 +213,7 @@ ASKED = [
 
 def _texts(tokens: Tokenized, span: str, name: str = "chatml") -> list[str]:
     decode = tokenizer_of(name).decode
-    return [decode([tokens.ids[i] for i in run]) for run in tokens.runs[span]]
+    return [decode([tokens.ids[i] for i in run]) for run in tokens.spans[span]]
 
 
 def test_fields_of_contents_are_spans() -> None:
@@ -264,8 +264,8 @@ def test_a_prefill_is_the_begun_message_of_the_assistant(name: str, prefill: str
     assert list(tokens.ids) == theirs
     assert tokens.text is not None
     assert tokens.text.endswith(prefill)
-    assert max(tokens.runs["assistant"][0]) == len(tokens) - 1
-    assert set(tokens.runs["assistant"][-1]) <= set(tokens.runs["turn"][-1])
+    assert max(tokens.spans["assistant"][0]) == len(tokens) - 1
+    assert set(tokens.spans["assistant"][-1]) <= set(tokens.spans["turn"][-1])
 
 
 def test_assistant_tokens_are_those_of_the_templates_own_mask() -> None:
@@ -281,8 +281,8 @@ def test_assistant_tokens_are_those_of_the_templates_own_mask() -> None:
             )
             tokens = tokenize(Prompt.chat(messages), tokenizer)
             generated = {i for i, said in enumerate(theirs["assistant_masks"]) if said}
-            ours = {i for run in tokens.runs["assistant"] for i in run}
-            template = {i for run in tokens.runs["template"] for i in run}
+            ours = {i for run in tokens.spans["assistant"] for i in run}
+            template = {i for run in tokens.spans["template"] for i in run}
             if name == "chatml":  # the other's markers take in a message's first white space
                 assert ours <= generated
             assert generated - ours <= template
@@ -293,8 +293,8 @@ def test_template_options_and_the_generation_prompt() -> None:
     tokenizer = tokenizer_of("qwen3")
     tokens = tokenize(Prompt.chat(question, template_options={"enable_thinking": False}), tokenizer)
     assert _texts(tokens, "turn", "qwen3")[-1] == "<|im_start|>assistant\n<think>\n\n</think>\n\n"
-    chosen = At.parse("template & turn#-1").select(tokens.runs, len(tokens))
-    assert list(np.flatnonzero(chosen)) == list(tokens.runs["turn"][-1])
+    chosen = At.parse("template & turn#-1").select(tokens.spans, len(tokens))
+    assert list(np.flatnonzero(chosen)) == list(tokens.spans["turn"][-1])
     closed = Prompt.chat(question, template_options={"add_generation_prompt": False})
     assert (
         list(tokenize(closed, tokenizer).ids)
@@ -312,14 +312,14 @@ def test_runs_are_counted_from_both_ends() -> None:
     tokens = tokenize(Prompt.chat(messages), tokenizer_of("chatml"))
 
     def text(at: str) -> str:
-        chosen = np.flatnonzero(At.parse(at).select(tokens.runs, len(tokens)))
+        chosen = np.flatnonzero(At.parse(at).select(tokens.spans, len(tokens)))
         return tokenizer_of("chatml").decode([tokens.ids[i] for i in chosen])
 
     assert text("user#1") == text("user#-2") == "one"
     assert text("user#2") == text("user#-1") == "three"
     assert text("turn#-2 & ~user") == "<|im_start|>user\n<|im_end|>\n"
     assert text("user + assistant + template") == tokens.text
-    with pytest.raises(ValueError, match="no run user#-3: span 'user' occurs 2 time"):
+    with pytest.raises(ValueError, match="no occurrence user#-3: span 'user' occurs 2 time"):
         text("user#-3")
 
 
@@ -336,7 +336,7 @@ def test_white_space_that_is_a_token_belongs_to_its_field(name: str) -> None:
         ]
         for prompt in prompts:
             tokens = tokenize(prompt, tokenizer, prepend_bos=False)
-            first = tokens.runs["x"][0]
+            first = tokens.spans["x"][0]
             pieces = tokenizer.convert_ids_to_tokens([tokens.ids[i] for i in first])
             assert pieces[-1] in ("Ċ", "Ġ", "▁", "<0x0A>", "ĊĊ", "ĉ", "<0x09>"), (space, pieces)
             following = tokenizer.decode([tokens.ids[first[-1] + 1]])
@@ -349,12 +349,12 @@ def test_a_bos_token_that_begins_every_turn_is_in_the_turn() -> None:
     tokenizer.bos_token = "<|im_start|>"
     tokens = tokenize(Prompt.chat(ASKED), tokenizer)
     assert _texts(tokens, "turn")[0] == "<|im_start|>system\nBe brief.<|im_end|>\n"
-    assert tokens.runs["bos"] == ((0,),)
+    assert tokens.spans["bos"] == ((0,),)
     tokens = tokenize(Prompt.chat(ASKED), tokenizer_of("gemma"))
-    assert tokens.runs["turn"][0][0] == 1
+    assert tokens.spans["turn"][0][0] == 1
     forced = tokenize(Prompt.chat(ASKED), tokenizer_of("chatml"), prepend_bos=True)
-    assert forced.runs["turn"][0][0] == 1
-    assert forced.runs["template"][0][:2] == (0, 1)
+    assert forced.spans["turn"][0][0] == 1
+    assert forced.spans["template"][0][:2] == (0, 1)
 
 
 def test_contents_in_parts_and_tool_calls_as_text() -> None:
@@ -377,7 +377,7 @@ def test_contents_in_parts_and_tool_calls_as_text() -> None:
     assert tokens.text == '<user>Who is|Anders?|;<assistant>[ask{"who": "Anders"}];<tool>Anders;'
 
     def said(span: str) -> list[str]:
-        return ["".join(tokenizer.decode([tokens.ids[i] for i in r])) for r in tokens.runs[span]]
+        return ["".join(tokenizer.decode([tokens.ids[i] for i in r])) for r in tokens.spans[span]]
 
     assert said("user") == ["Who isAnders?"]
     assert said("assistant") == ['ask{"who": "Anders"}']
@@ -527,7 +527,7 @@ def test_a_grafted_conversation_is_the_sequential_algorithm(chatty: Tiny, graft:
     model = chatty.model
     (tokens,) = model.tokenized(TALK)
     rules = Graft.parse(graft).rules
-    chosen = [set(np.flatnonzero(r.at.select(tokens.runs, len(tokens)))) for r in rules]
+    chosen = [set(np.flatnonzero(r.at.select(tokens.spans, len(tokens)))) for r in rules]
 
     def choose(component: str, layer: int | None, position: int, head: int | None) -> str:
         source = "pre"
@@ -801,9 +801,9 @@ def test_the_shipped_sweep_of_roles_runs(places: dict[str, str], tmp_path: Path)
     (prompt, *_) = check(config).prompts
     tokens = tokenize(prompt, check(config).tokenizer)
     for role in ("system", "user", "assistant", "template"):
-        both = At.parse(f"{role} + ~{role}").select(tokens.runs, len(tokens))
+        both = At.parse(f"{role} + ~{role}").select(tokens.spans, len(tokens))
         assert both.all()
-        assert At.parse(role).select(tokens.runs, len(tokens)).any()
+        assert At.parse(role).select(tokens.spans, len(tokens)).any()
 
 
 def test_a_prompt_is_asked_in_a_chat() -> None:

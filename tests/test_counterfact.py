@@ -139,7 +139,7 @@ def test_the_four_frames_of_evaluation_read_as_written(tmp_path):
 def test_the_subjects_tokens_decode_to_the_subject(file, kind):
     tokenizer = TOKENIZERS[kind]()
     for prompt in make_dataset(CounterFactSpec(file=file)).ask():
-        (run,) = tokenize(prompt, tokenizer).runs["first_entity"]
+        (run,) = tokenize(prompt, tokenizer).spans["first_entity"]
         ids = tokenize(prompt, tokenizer).ids
         name = prompt.fields["first_entity"]
         assert name.replace(" ", "") in tokenizer.decode([ids[i] for i in run]).replace(" ", "")

@@ -78,7 +78,7 @@ def test_shares_count_layers_and_heads(model: GraftedTransformer) -> None:
 
 def test_where_says_it_in_words(model: GraftedTransformer) -> None:
     runs = dashboard(model, PROMPT, GRAFTS).data.runs
-    spans = model.tokenized(PROMPT)[0].runs
+    spans = model.tokenized(PROMPT)[0].spans
     (entity,) = spans["first_entity"]
     fe, mixed = runs["FE"].where, runs["mixed"].where
     assert {fe[i] for i in entity} == {"sft: all weights"}
@@ -94,9 +94,9 @@ def test_attribution_is_what_the_heads_moved(model: GraftedTransformer) -> None:
     table = lens.direct_logit_attribution(model, PROMPT, GRAFTS, by="head")
     heads = table[table["term"] == "head"].groupby("graft")["contribution"].sum()
     for name, run in data.runs.items():
-        assert run.attribution is not None
-        assert run.attribution.shape == (len(data.tokens),)
-        assert run.attribution.sum() == pytest.approx(heads[name], abs=1e-4)
+        assert run.direct_logit_attribution is not None
+        assert run.direct_logit_attribution.shape == (len(data.tokens),)
+        assert run.direct_logit_attribution.sum() == pytest.approx(heads[name], abs=1e-4)
 
 
 def test_grafts_that_are_pre_or_sft_are_not_shown_twice(model: GraftedTransformer) -> None:
@@ -110,7 +110,7 @@ def test_a_text_without_an_answer(model: GraftedTransformer) -> None:
     data = dashboard(model, "A plain text", Graft.rule("sft", at="last")).data
     assert data.answer is None
     assert list(data.runs) == ["PRE", "SFT", "sft @ last"]
-    assert all(run.attribution is None for run in data.runs.values())
+    assert all(run.direct_logit_attribution is None for run in data.runs.values())
     bare = dashboard(model, Tokenized.bare(model.to_tokens("A plain text")[0].tolist())).data
     assert bare.text == data.text == "A plain text"
 

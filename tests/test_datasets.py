@@ -597,10 +597,10 @@ def _fields(prompt: Prompt) -> Iterator[tuple[str, str]]:
 def _misplaced(prompt: Prompt, tokenizer: Any) -> dict[str, str]:
     """Name of a field -> what its run of tokens decodes to, where that is not the field's text."""
     tokens = tokenize(prompt, tokenizer)
-    assert tokens.runs["last"] == ((len(tokens) - 1,),)
+    assert tokens.spans["last"] == ((len(tokens) - 1,),)
     found = {}
     for name, text in _fields(prompt):
-        (run,) = tokens.runs[name]
+        (run,) = tokens.spans[name]
         assert run == tuple(range(run[0], run[-1] + 1))
         said = tokenizer.decode([tokens.ids[i] for i in run]).removeprefix(" ")
         if said != text:

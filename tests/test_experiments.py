@@ -497,6 +497,7 @@ def test_equal_grafts_each_have_their_row(base, place):
             },
             {"positions": "last", "dropout": {"rates": [0, 0.5, 1], "draws": 2}},
             {"name": "doses", "positions": ["last", "bos"], "strengths": [2, 0.5]},
+            {"name": "cut", "positions": "last", "components": "mlp", "units": ["0-3", "4-7"]},
         ],
         figures=[
             {"kind": "bars", "metrics": ["prob", "rank"], "grafts": ["recall", "whole", "PRE"]},
@@ -504,6 +505,7 @@ def test_equal_grafts_each_have_their_row(base, place):
             {"kind": "lines", "grids": ["2"], "x": "rate", "by": "pooled"},
             {"kind": "lines", "grids": ["runs"], "x": "layers", "by": "pooled", "panel": "source"},
             {"kind": "lines", "grids": ["doses"], "x": "strength", "by": "pooled"},
+            {"kind": "heatmap", "grids": ["cut"], "x": "neuron", "y": "position", "by": "pooled"},
         ],
         finding={"enough": "recall", "rest": "whole"},
     )
@@ -547,6 +549,9 @@ def test_equal_grafts_each_have_their_row(base, place):
         runs = rows[rows["grid"] == "runs"]
         assert list(runs["layers"]) == [LAYERS, 4, LAYERS]
         assert list(runs["layer"]) == ["all", "0-3", "0-7"]
+        cut = rows[rows["grid"] == "cut"]  # neurons are not what is resampled
+        assert list(cut["neuron"]) == ["0-3", "4-7"]
+        assert set(cut["unit"]) == {"fact"}
         doses = rows[rows["grid"] == "doses"].set_index("graft")
         assert dict(doses["strength"]) == {
             "doses: 2*sft @ last": 2,
@@ -565,8 +570,15 @@ def test_equal_grafts_each_have_their_row(base, place):
         ]
     page = result.page.read_text(encoding="utf-8")
     assert "recall" in page
+    assert "95% intervals over prompts grouped by fact" in page
+    assert "grouped by all" not in page
     names = {path.name for path in (result.folder / "figures").iterdir()}
-    assert {"one-0-prob.html", "one-0-rank.html", "one-2-top5-told.html"} <= names
+    assert {
+        "one-0-prob.html",
+        "one-cut-top5-told.html",
+        "one-0-rank.html",
+        "one-2-top5-told.html",
+    } <= names
 
 
 def test_a_cell_that_cannot_be_run_is_no_prompt_without_distractors(base, place):

@@ -26,8 +26,8 @@ LENGTH = 9
 
 quick = settings(deadline=None, max_examples=60)
 
-#: Runs of a prompt of nine tokens, one span with two runs and one that overlaps another.
-RUNS = {
+#: Spans of a prompt of nine tokens, one that occurs twice and one that overlaps another.
+OCCURRENCES = {
     "first_entity": ((2, 3), (6,)),
     "second_entity": ((3, 4, 5),),
     "bos": ((0,),),
@@ -87,7 +87,7 @@ GRAFTS = st.lists(rules(), max_size=4).map(
 
 
 def selected(at: At | str, length: int = LENGTH) -> set[int]:
-    return set(np.flatnonzero(At.parse(at).select(RUNS, length)).tolist())
+    return set(np.flatnonzero(At.parse(at).select(OCCURRENCES, length)).tolist())
 
 
 # -- values ------------------------------------------------------------------------------------
@@ -234,13 +234,13 @@ def test_names_and_dependence_on_the_end() -> None:
 @settings(deadline=None, max_examples=200)
 @given(EXPRESSIONS)
 def test_expressions_mean_python_s_sets(text: str) -> None:
-    assert selected(text) == evaluate(text, RUNS, LENGTH)
+    assert selected(text) == evaluate(text, OCCURRENCES, LENGTH)
 
 
 @quick
 @given(EXPRESSIONS)
 def test_the_normal_form_means_the_same(text: str) -> None:
-    assert selected(str(At.parse(text))) == evaluate(text, RUNS, LENGTH)
+    assert selected(str(At.parse(text))) == evaluate(text, OCCURRENCES, LENGTH)
 
 
 @quick
@@ -266,7 +266,7 @@ def test_intersection_binds_tighter_than_union() -> None:
     assert selected("(bos + first_entity) & second_entity") == {3}
 
 
-def test_runs_are_counted_from_one() -> None:
+def test_occurrences_are_counted_from_one() -> None:
     assert selected("first_entity") == {2, 3, 6}
     assert selected("first_entity#1") == {2, 3}
     assert selected("first_entity#2") == {6}
@@ -275,10 +275,10 @@ def test_runs_are_counted_from_one() -> None:
 
 def test_negative_positions_count_from_the_prompt_s_end_not_from_what_follows() -> None:
     at = At.parse([0, -1, -9])
-    assert np.flatnonzero(at.select(RUNS, LENGTH)).tolist() == [0, 8]
-    assert np.flatnonzero(at.select(RUNS, LENGTH, LENGTH + 4)).tolist() == [0, 8]
-    assert at.select(RUNS, LENGTH, LENGTH + 4).shape == (13,)
-    assert np.flatnonzero(At.parse("~all").select(RUNS, LENGTH, 11)).tolist() == [9, 10]
+    assert np.flatnonzero(at.select(OCCURRENCES, LENGTH)).tolist() == [0, 8]
+    assert np.flatnonzero(at.select(OCCURRENCES, LENGTH, LENGTH + 4)).tolist() == [0, 8]
+    assert at.select(OCCURRENCES, LENGTH, LENGTH + 4).shape == (13,)
+    assert np.flatnonzero(At.parse("~all").select(OCCURRENCES, LENGTH, 11)).tolist() == [9, 10]
 
 
 @pytest.mark.parametrize(
@@ -291,8 +291,8 @@ def test_negative_positions_count_from_the_prompt_s_end_not_from_what_follows() 
         ),
         (
             "first_entity#3",
-            "no run first_entity#3: span 'first_entity' occurs 2 time(s) in this prompt. Write "
-            "first_entity#1 to first_entity#2, or first_entity for all of them.",
+            "no occurrence first_entity#3: span 'first_entity' occurs 2 time(s) in this prompt. "
+            "Write first_entity#1 to first_entity#2, or first_entity for all of them.",
         ),
         (
             [9],
@@ -307,7 +307,7 @@ def test_negative_positions_count_from_the_prompt_s_end_not_from_what_follows() 
 )
 def test_what_a_prompt_lacks_is_named(at: str | list[int], message: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(message)}"):
-        At.parse(at).select(RUNS, LENGTH)
+        At.parse(at).select(OCCURRENCES, LENGTH)
 
 
 # -- in a resolved mask ------------------------------------------------------------------------
@@ -317,7 +317,7 @@ MASK_SOURCES = ("pre", "sft", "task")
 
 
 def batch() -> Batch:
-    return collate([Tokenized(tuple(range(LENGTH)), RUNS)])
+    return collate([Tokenized(tuple(range(LENGTH)), OCCURRENCES)])
 
 
 def places(mask: GraftMask) -> dict[tuple[str, int | None, int], list[int]]:
@@ -340,7 +340,7 @@ def runnable(draw: st.DrawFn, source: st.SearchStrategy[str] | None = None) -> G
     if layers == "all" and not heads:
         words += ["embed", "unembed", "all", "ln_final"]
     components = draw(st.lists(st.sampled_from(words), min_size=1, max_size=2))
-    at = draw(EXPRESSIONS.filter(lambda e: evaluate(e, RUNS, LENGTH)))
+    at = draw(EXPRESSIONS.filter(lambda e: evaluate(e, OCCURRENCES, LENGTH)))
     name = draw(source if source is not None else st.sampled_from(MASK_SOURCES))
     return Graft.rule(name, at, components, layers, heads)
 
@@ -374,7 +374,7 @@ def test_the_later_rule_wins_where_two_meet(a: Graft, b: Graft) -> None:
 def test_disjoint_rules_commute(a: Graft, at: str, components: str) -> None:
     own = str(a.rules[0].at)
     apart = f"({at}) & ~({own})"
-    if not evaluate(apart, RUNS, LENGTH):
+    if not evaluate(apart, OCCURRENCES, LENGTH):
         return
     b = Graft.rule("task", apart, components)
     left = resolve(a | b, batch(), ARCH, MASK_SOURCES)
@@ -444,8 +444,8 @@ MALFORMED = {
     "sft @ 0": f"at='0': {_WANTED} '0'.",
     "sft @ a, b": f"at='a, b': {_WANTED} 'a, b'.",
     "sft @ a#": f"at='a#': {_WANTED} '#'.",
-    "sft @ a#0": "at='a#0': expected a run number from 1, or from -1, at '0'.",
-    "sft @ a#-0": "at='a#-0': expected a run number from 1, or from -1, at '-0'.",
+    "sft @ a#0": "at='a#0': expected the number of an occurrence, from 1 or from -1, at '0'.",
+    "sft @ a#-0": "at='a#-0': expected the number of an occurrence, from 1 or from -1, at '-0'.",
     "sft @ [0": f"at='[0': {_WANTED} '[0'.",
     "sft @ []": "at='[]': expected whole numbers, such as [0, -1] at '[]'.",
     "sft @ [0, ]": "at='[0, ]': expected whole numbers, such as [0, -1] at '[0, ]'.",

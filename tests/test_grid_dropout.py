@@ -244,7 +244,7 @@ def test_a_grid_with_dropout_is_written_and_read_back():
     assert made(LLAMA, **one.model_dump(mode="json")) == list(one.grafts(LLAMA, SOURCES))
 
 
-# -- growing runs ------------------------------------------------------------------------------
+# -- growing ranges ---------------------------------------------------------------------------
 
 
 @given(n=st.integers(1, 30), stride=st.integers(1, 40))
@@ -267,7 +267,7 @@ def test_growing_runs_end_with_all_layers(n, stride):
 def test_growing_runs_of_heads_and_what_is_no_run():
     grafts = made(LLAMA, components="q", heads=[{"cumulative": "above"}])
     assert [list(g.graft.rules[0].heads) for g in grafts] == [[3], [2, 3], [1, 2, 3], [0, 1, 2, 3]]
-    assert list(CumulativeEntry(cumulative="below").runs(3)) == ["0", "0-1", "0-2"]
+    assert list(CumulativeEntry(cumulative="below").ranges(3)) == ["0", "0-1", "0-2"]
     for wrong in ({"cumulative": "left"}, {"cumulative": "below", "stride": 0}):
         with pytest.raises(ConfigError, match="layers"):
             grid(layers=[wrong])

@@ -166,7 +166,7 @@ def test_positions_and_prompts_do_not_depend_on_one_another(oracles: OracleOf) -
     _close(left[numbers], together[numbers])
     assert left["token"].tolist() == together["token"].tolist()
     last = len(oracle.asked[2].ids) - 1
-    entity = {p for run in oracle.asked[2].runs["first_entity"] for p in run}
+    entity = {p for run in oracle.asked[2].spans["first_entity"] for p in run}
     assert entity | {last} != set(range(last + 1))
     ours = together[together["prompt"] == 2]
     for at, chosen in (

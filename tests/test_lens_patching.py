@@ -106,7 +106,7 @@ def test_many_prompts_of_different_lengths(oracles: OracleOf, variant: str) -> N
             logits = model(list(PROMPTS), padding_side=side)
         for row, start, asked in zip(logits, batch.starts, oracle.asked, strict=True):
             ours = row[start : start + len(asked.ids)]
-            _close(ours, _expected(oracle.tiny, asked.ids, text, asked.runs))
+            _close(ours, _expected(oracle.tiny, asked.ids, text, asked.spans))
 
 
 @pytest.mark.parametrize("variant", ["neox-parallel", "phi3-longrope"])
@@ -280,7 +280,7 @@ def test_the_lens_of_a_patched_run(oracles: OracleOf) -> None:
     model, text = oracle.tiny.model, "sft @ first_entity : o + mlp_out : 0,1"
     asked = oracle.asked[2]
     runner = patched_copy(
-        oracle.tiny.sources, asked.ids, chooser(text, asked.runs, len(asked.ids)), "pre"
+        oracle.tiny.sources, asked.ids, chooser(text, asked.spans, len(asked.ids)), "pre"
     )
     watched = Watched(runner)
     with torch.no_grad():
@@ -445,7 +445,7 @@ def test_streams_are_not_read_where_the_output_is_patched(
                 assert f'(": {rest}" is all the rest)' in str(error.value)
     advised = f"sft @ last : {rest}"
     inside = "sft @ last | pre @ all : ln_final + unembed"
-    wanted = _expected(oracle.tiny, asked.ids, inside, asked.runs)[-1]
+    wanted = _expected(oracle.tiny, asked.ids, inside, asked.spans)[-1]
     with patched(model, PROMPTS[1], advised):
         lens = logit_lens(model, PROMPTS[1], at="last").set_index(["graft", "stream"])
         parts = direct_logit_attribution(model, PROMPTS[1])
@@ -559,7 +559,7 @@ def test_grafts_and_patches_side_by_side(oracles: OracleOf, variant: str) -> Non
         assert row["rule"] == str(Graft.parse(text))
         if row["how"] == "patch":
             inside = f"{text} | pre @ all : ln_final + unembed"
-            logits = _expected(oracle.tiny, asked.ids, inside, asked.runs)[-1]
+            logits = _expected(oracle.tiny, asked.ids, inside, asked.spans)[-1]
         else:
             logits = oracle.run(i, text).logits[-1]
         said = logits.log_softmax(-1)
@@ -599,7 +599,7 @@ def test_the_output_itself_is_not_patched(oracles: OracleOf) -> None:
     assert table.loc["LT (patched)", "logprob"] == table.loc["LT inside (patched)", "logprob"]
     assert table.loc["LT (patched)", "logprob"] != pytest.approx(table.loc["SFT", "logprob"])
     asked = oracle.asked[0]
-    wanted = _expected(oracle.tiny, asked.ids, inside, asked.runs)[-1].log_softmax(-1)
+    wanted = _expected(oracle.tiny, asked.ids, inside, asked.spans)[-1].log_softmax(-1)
     wanted_logprob = pytest.approx(float(wanted[asked.target]), abs=1e-4)
     assert table.loc["LT inside (patched)", "logprob"] == wanted_logprob
     assert pd.isna(table.loc["out (patched)", "logprob"])
@@ -653,7 +653,7 @@ def test_the_lens_of_many_patched_prompts(oracles: OracleOf) -> None:
     with patched(oracle.tiny.model, many, "sft @ last : mlp_out"):
         table = logit_lens(oracle.tiny.model, many, at="last")
     asked = oracle.asked[0]
-    wanted = _expected(oracle.tiny, asked.ids, "sft @ last : mlp_out", asked.runs)[-1]
+    wanted = _expected(oracle.tiny, asked.ids, "sft @ last : mlp_out", asked.spans)[-1]
     ours = table[(table["graft"] == "PRE") & (table["layer"] == 3)]["logprob"]
     assert ours.tolist() == pytest.approx([float(wanted.log_softmax(-1)[asked.target])] * 10)
 
@@ -687,7 +687,7 @@ def test_several_sources_need_one_to_be_held_against(tiny: MakeTiny) -> None:
     table = patching(t.model, PROMPTS[0], {"both": both}, full="task @ all")
     asked = Asked(PROMPTS[0], t.tokenizer)
     ours = table.set_index("graft")["logprob"]
-    wanted = _expected(t, asked.ids, both, asked.runs)[-1].log_softmax(-1)[asked.target]
+    wanted = _expected(t, asked.ids, both, asked.spans)[-1].log_softmax(-1)[asked.target]
     assert ours["both (patched)"] == pytest.approx(float(wanted), abs=1e-4)
     said = t.logits("task", asked.ids)[-1].log_softmax(-1)[asked.target]
     assert ours["SFT"] == pytest.approx(float(said), abs=1e-4)

@@ -32,10 +32,10 @@ CPU = torch.device("cpu")
 
 
 def prompt(length: int, first: Sequence[int] = (1, 2), second: Sequence[int] = ()) -> Tokenized:
-    """Bare tokens with a span `name` of one or two runs."""
-    runs = tuple(tuple(run) for run in (first, second) if run)
+    """Bare tokens with a span `name` that occurs once or twice."""
+    spans = tuple(tuple(run) for run in (first, second) if run)
     bare = Tokenized.bare(list(range(10, 10 + length)))
-    return Tokenized(bare.ids, {"name": runs, **bare.runs})
+    return Tokenized(bare.ids, {"name": spans, **bare.spans})
 
 
 def expand(names: Sequence[str], arch: Architecture) -> set[str]:
@@ -51,8 +51,8 @@ def expected(
     rows = []
     for i, item in enumerate(batch.prompts):
         total, length = batch.totals[i], len(item)
-        runs = {
-            **item.runs,
+        spans = {
+            **item.spans,
             "last": [list(range(length - 1, total))],
             "all": [list(range(total))],
         }
@@ -73,7 +73,7 @@ def expected(
                 continue
             # Numbers count in the prompt itself, the complement in all that there is.
             text = re.sub(r"-(\d+)", lambda m, n=length: str(n - int(m[1])), str(rule.at))
-            for position in evaluate(text, runs, total):
+            for position in evaluate(text, spans, total):
                 row[batch.starts[i] + position] = SOURCES.index(rule.source)
         rows.append(row)
     return rows
@@ -432,8 +432,8 @@ def test_layers_keep_all_within_the_layers() -> None:
     [
         (
             "name#2",
-            "prompt 2, rule 'sft @ name#2': no run name#2: span 'name' occurs 1 time(s) in this "
-            "prompt. Write name#1, or name for all of them.",
+            "prompt 2, rule 'sft @ name#2': no occurrence name#2: span 'name' occurs 1 time(s) in "
+            "this prompt. Write name#1, or name for all of them.",
         ),
         (
             "nmae",

@@ -107,7 +107,7 @@ def check(template: str, fields: dict[str, str], name: str) -> list[list[str]]:
     tokenizer, _ = MADE[name]
     found = tokenize(prompt, tokenizer)
     last = len(found.ids) - 1
-    runs = {span: [list(run) for run in places] for span, places in found.runs.items()}
+    runs = {span: [list(run) for run in places] for span, places in found.spans.items()}
     wanted: dict[str, list[list[int]]] = {
         **oracle(prompt, found.ids, name),
         "bos": [[0]],

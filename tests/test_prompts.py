@@ -96,7 +96,7 @@ def check(prompt: Prompt, style: str) -> Tokenized:
         "last": [[last]],
         "all": [list(range(last + 1))],
     }
-    assert {name: [list(run) for run in runs] for name, runs in found.runs.items()} == wanted
+    assert {name: [list(run) for run in runs] for name, runs in found.spans.items()} == wanted
     return found
 
 
@@ -104,7 +104,7 @@ def decoded(found: Tokenized, span: str, style: str) -> list[str]:
     """The text of each run of a span, byte by byte."""
     tokens = [MADE[style].convert_ids_to_tokens(i) for i in found.ids]
     return [
-        b"".join(token_bytes(tokens[i], style) for i in run).decode() for run in found.runs[span]
+        b"".join(token_bytes(tokens[i], style) for i in run).decode() for run in found.spans[span]
     ]
 
 
@@ -186,7 +186,7 @@ def test_a_name_with_a_suffix_by_hand(style: str, spans: list[str]) -> None:
     """Lone spaces inside the name belong to it, also where offsets give them no width."""
     prompt = Prompt("{x} acted", {"x": "Robert Downey Jr."})
     found = tokenize(prompt, MADE[style])
-    (run,) = found.runs["x"]
+    (run,) = found.spans["x"]
     texts = [token_bytes(MADE[style].convert_ids_to_tokens(found.ids[i]), style) for i in run]
     assert [t.decode() for t in texts] == spans
 
@@ -196,7 +196,7 @@ def test_the_same_text_elsewhere_is_not_selected(style: str) -> None:
     """A search for token ids would find the first of these."""
     prompt = Prompt("Renée met Anders; Renée saw {x} and Renée left", {"x": "Renée"})
     found = check(prompt, style)
-    (run,) = found.runs["x"]
+    (run,) = found.spans["x"]
     before = len(tokenize("Renée met Anders; Renée saw", MADE[style]))
     assert run[0] >= before
     assert decoded(found, "x", style)[0].strip() == "Renée"
@@ -210,35 +210,35 @@ def test_the_same_text_elsewhere_is_not_selected(style: str) -> None:
 def test_a_field_that_stands_twice_has_two_runs_in_order(style: str) -> None:
     found = check(Prompt("Q: Who is {x}? A: {x} is", {"x": "Anders Lindqvist"}), style)
     assert [text.strip() for text in decoded(found, "x", style)] == ["Anders Lindqvist"] * 2
-    assert found.runs["x"][0][-1] < found.runs["x"][1][0]
+    assert found.spans["x"][0][-1] < found.spans["x"][1][0]
 
 
 @every_tokenizer
 def test_adjacent_fields_share_the_token_that_joins_them(style: str) -> None:
     """`Win` + `ter's`: whatever token crosses the border belongs to both."""
     found = check(Prompt("In {a}{b} End", {"a": "Wint", "b": "er's"}), style)
-    a, b = found.runs["a"][0], found.runs["b"][0]
+    a, b = found.spans["a"][0], found.spans["b"][0]
     assert b[0] in (a[-1], a[-1] + 1)
 
 
 @every_tokenizer
 def test_last_is_the_last_token_even_where_a_field_ends_the_prompt(style: str) -> None:
     found = check(Prompt("The lead was {x}", {"x": "Chloë Brontë-Smith Sr."}), style)
-    assert found.runs["x"][0][-1] == found.runs["last"][0][0] == len(found) - 1
+    assert found.spans["x"][0][-1] == found.spans["last"][0][0] == len(found) - 1
 
 
 @with_bos
 def test_bos_is_its_own_span_where_there_is_a_bos(style: str) -> None:
     found = check(Prompt("{x} acted", {"x": "Anders"}), style)
     assert found.ids[0] == MADE[style].bos_token_id
-    assert found.runs["bos"] == ((0,),)
-    assert 0 not in found.runs["x"][0]
+    assert found.spans["bos"] == ((0,),)
+    assert 0 not in found.spans["x"][0]
 
 
 def test_bos_is_the_first_position_where_there_is_no_bos() -> None:
     found = check(Prompt("{x} acted", {"x": "Anders"}), "gpt2")
-    assert found.runs["bos"] == ((0,),)
-    assert found.runs["x"][0][0] == 0
+    assert found.spans["bos"] == ((0,),)
+    assert found.spans["x"][0][0] == 0
 
 
 def test_a_normaliser_that_joins_letters_keeps_spans_right() -> None:
@@ -248,7 +248,7 @@ def test_a_normaliser_that_joins_letters_keeps_spans_right() -> None:
     decomposed = tokenize(Prompt("met {x} once", {"x": "Jose\u0301 N"}), tokenizer)
     composed = tokenize(Prompt("met {x} once", {"x": "José N"}), MADE["gpt2"])
     assert decomposed.ids == composed.ids
-    assert decomposed.runs["x"] == composed.runs["x"]
+    assert decomposed.spans["x"] == composed.spans["x"]
 
 
 def test_a_field_that_the_tokenizer_drops_is_an_error() -> None:
@@ -264,9 +264,9 @@ def test_a_field_that_the_tokenizer_drops_is_an_error() -> None:
 
 def test_fields_that_the_template_does_not_use_are_no_spans() -> None:
     prompt = Prompt("{x} acted", {"x": "Anders", "year": "2004", "last": "kept as a fact"})
-    assert set(tokenize(prompt, MADE["gpt2"]).runs) == {"x", "bos", "last", "all"}
+    assert set(tokenize(prompt, MADE["gpt2"]).spans) == {"x", "bos", "last", "all"}
     assert prompt.fields["year"] == "2004"
-    assert tokenize(prompt, MADE["gpt2"]).runs["last"] == (
+    assert tokenize(prompt, MADE["gpt2"]).spans["last"] == (
         (len(tokenize(prompt, MADE["gpt2"])) - 1,),
     )
 
@@ -274,7 +274,7 @@ def test_fields_that_the_template_does_not_use_are_no_spans() -> None:
 @every_tokenizer
 def test_a_text_has_the_standard_spans_only(style: str) -> None:
     found = tokenize("Anders acted", MADE[style])
-    assert list(found.runs) == ["bos", "last", "all"]
+    assert list(found.spans) == ["bos", "last", "all"]
     assert found == Tokenized.bare(found.ids)
 
 
@@ -296,7 +296,7 @@ def test_prepend_bos_moves_the_spans_of_a_tokenizer_that_adds_none() -> None:
     prompt = Prompt("{x} acted", {"x": "Anders"})
     own, forced = (tokenize(prompt, MADE["gpt2"], bos) for bos in (None, True))
     assert forced.ids == (MADE["gpt2"].bos_token_id, *own.ids)
-    assert forced.runs["x"] == (tuple(i + 1 for i in own.runs["x"][0]),)
+    assert forced.spans["x"] == (tuple(i + 1 for i in own.spans["x"][0]),)
     assert tokenize(prompt, MADE["gpt2"], False) == own
 
 

@@ -536,17 +536,17 @@ def test_a_grid_over_strengths_and_neurons(tiny: MakeTiny) -> None:
         "2*sft @ last : mlp_out : 0",
     ]
     assert [g.tags["strength"] for g in found] == [0.0, 0.25, 2.0] * 2
-    assert [g.tags["unit"] for g in found] == ["all"] * 6
+    assert [g.tags["neuron"] for g in found] == ["all"] * 6
     one = NamedGraft.of(found[1].name, found[1].graft)
-    about = (one.source, one.span, one.component, one.layer, one.head, one.unit, one.strength)
+    about = (one.source, one.span, one.component, one.layer, one.head, one.neuron, one.strength)
     assert about == ("sft", "last", "mlp_out", "0", "all", "all", 0.25)
 
     units = {"components": "mlp", "units": ["each", {"windows": {"size": 20, "stride": 20}}]}
     found = list(Grid.model_validate(units).grafts(arch, ("pre", "sft")))
-    assert [g.tags["unit"] for g in found] == [*map(str, range(40)), "0-19", "20-39"]
+    assert [g.tags["neuron"] for g in found] == [*map(str, range(40)), "0-19", "20-39"]
     assert str(found[-1].graft) == "sft @ all : mlp : all : n20-39"
     one = NamedGraft.of("x", found[-1].graft)
-    assert (one.head, one.unit, one.strength) == ("all", "20-39", 1.0)
+    assert (one.head, one.neuron, one.strength) == ("all", "20-39", 1.0)
 
     dropped = Grid.model_validate(
         {"components": "mlp", "strengths": 0.5, "units": 3, "dropout": {"rates": [0.5]}}

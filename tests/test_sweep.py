@@ -88,20 +88,20 @@ def tree_logits(
     for index, (prompt, branches) in enumerate(prompts):
         structure, reasons = planner.structure(prompt, branches)
         assert not reasons
-        jobs += [(index, part, branches) for part in planner.parts(structure, peak)]
+        jobs += [(index, piece, branches) for piece in planner.pieces(structure, peak)]
     passes = [jobs] if peak is None else [[job] for job in jobs]
     for batch in passes:
         shape = TreeShape(
-            [(part.tree, 1) for _, part, _ in batch], planner.sides, torch.device("cpu")
+            [(piece.tree, 1) for _, piece, _ in batch], planner.sides, torch.device("cpu")
         )
         tree = TreeBatch.of(shape, [np.array([branches.tokens]) for _, _, branches in batch])
         logits = torch.cat(model.tree_logits(tree, lambda logits, rows: logits.clone(), rows=7))
         start = 0
-        for index, part, _ in batch:
-            for node, rows in zip(part.tree.scored, part.tree.outputs, strict=True):
-                for graft, row in zip(part.grafts.tolist(), rows.tolist(), strict=True):
+        for index, piece, _ in batch:
+            for node, rows in zip(piece.tree.scored, piece.tree.outputs, strict=True):
+                for graft, row in zip(piece.grafts.tolist(), rows.tolist(), strict=True):
                     found[index][graft, node] = logits[start + row]
-            start += len(part.tree.final_rows)
+            start += len(piece.tree.final_rows)
     return found
 
 
@@ -209,9 +209,9 @@ def test_a_tree_is_the_grafts_one_by_one_and_no_row_too_many(
                 ours = torch.stack([logits[index, node] for node in path])
                 assert float((ours - alone).abs().max() / alone.abs().max()) < 1e-4
         structure, _ = planner.structure(prompt, branches)
-        (part,) = planner.parts(structure)
+        (piece,) = planner.pieces(structure)
         expected = rows_by_brute_force(model, grafts, prompt, branches)
-        assert [len(layer.queries) for layer in part.tree.layers] == expected
+        assert [len(layer.queries) for layer in piece.tree.layers] == expected
 
 
 _MODELS: dict[str, GraftedTransformer] = {}
@@ -335,9 +335,9 @@ def test_long_prompts_and_short_lists(
     planner = Planner(model.arch, model.sources, grafts, model.equal_sources)
     (logits,) = tree_logits(model, planner, [(prompt, branches)])
     structure, _ = planner.structure(prompt, branches)
-    (part,) = planner.parts(structure)
+    (piece,) = planner.pieces(structure)
     expected = rows_by_brute_force(model, grafts, prompt, branches)
-    assert [len(layer.queries) for layer in part.tree.layers] == expected
+    assert [len(layer.queries) for layer in piece.tree.layers] == expected
     for index, graft in enumerate(grafts):
         (alone,) = model.logits_at(collate([prompt], continuations=[[0]]), [[22, 23]], graft)
         ours = torch.stack([logits[index, node] for node in branches.paths[0]])
@@ -361,8 +361,8 @@ def _tree(arch: Architecture, grafts: Sequence[Graft], n_tokens: int = 14) -> To
     branches = Branches.of(prompt.ids, [(50,)])
     planner = Planner(arch, ("pre", "sft"), grafts)
     structure, _ = planner.structure(prompt, branches)
-    (part,) = planner.parts(structure)
-    return part.tree
+    (piece,) = planner.pieces(structure)
+    return piece.tree
 
 
 def _deep(n_layers: int) -> Architecture:
@@ -439,7 +439,7 @@ def test_prompts_of_equal_structure_share_one_plan() -> None:
         structures.add(planner.structure(prompt, Branches.of(prompt.ids, [(1, 2), (3,)]))[0])
     assert len(structures) == 1
     (structure,) = structures
-    assert planner.parts(structure) is planner.parts(structure)
+    assert planner.pieces(structure) is planner.pieces(structure)
     longer = Tokenized.bare([1, 2, 3, 4])
     assert planner.structure(longer, Branches.of(longer.ids, [(1, 2), (3,)]))[0] != structure
 

@@ -208,7 +208,7 @@ BAD_VALUES = {
     "grafts: {a: 'sft @ last & bos'}": r"grafts.a: none of 1 prompts .*selects none of the \d+ pos",
     "grafts: {a: 'sft @ ~all'}": r"grafts.a: none of 1 prompts can run it.*selects none",
     "grafts: {a: 'sft @ [99]'}": r"grafts.a: .*position 99 is outside the prompt, which has",
-    "grafts: {a: 'sft @ first_entity#2'}": r"grafts.a: .*no run first_entity#2: span 'first_entit",
+    "grafts: {a: 'sft @ first_entity#2'}": r"grafts.a: .*no occurrence first_entity#2: span 'fi",
     "grafts: {none: sft @ last}": r"grafts.none: two grafts are called 'none': 'none' and 'sft @ l",
     "{grafts: {sft @ last: sft @ bos}, grids: {positions: last}}": r"grids.0: two grafts are called"
     r" 'sft @ last': 'sft @ bos' and 'sft @ last'. Rename one",

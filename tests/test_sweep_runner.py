@@ -35,6 +35,7 @@ from toytokenizers import gpt2_style, llama3_style
 from graftlens.evaluation import evaluate
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt
+from graftlens.stats import summarise
 from graftlens.sweep import runner
 from graftlens.sweep.config import SweepConfig, check
 from graftlens.sweep.results import (
@@ -49,6 +50,7 @@ from graftlens.sweep.results import (
     to_bytes,
 )
 from graftlens.sweep.runner import SweepResult, prepare_sweep, run_sweep, sweep_result, work
+from graftlens.viz import heatmap
 
 Config = dict[str, Any]
 
@@ -124,11 +126,31 @@ def test_the_end_says_what_the_trust_report_found(finished: Path, copied: Path) 
     assert f"; trust report FAILED (see {copied}/trust.txt); " in sweep_result(copied).line()
 
 
+def test_neurons_of_a_grid_are_not_the_unit_that_is_resampled(
+    sources: dict[str, str], tmp_path: Path
+) -> None:
+    """Regression: both were the column `unit`, and summaries lost the neurons."""
+    grid = {"components": ["mlp", "mlp_out"], "units": ["0-3", "4-7"]}
+    quietly(
+        config(sources, grafts={"PRE": "none", "SFT": "sft @ all"}, grids=[grid], shards=1),
+        tmp_path / "out",
+    )
+    table = read_results(tmp_path / "out")
+    assert isinstance(table, pd.DataFrame)
+    summary = summarise(table, by=(), unit="answer", resamples=20)
+    assert set(summary["unit"]) == {"answer"}
+    rows = summary[summary["neuron"].isin(["0-3", "4-7"])]
+    assert list(rows["component"]) == ["mlp", "mlp", "mlp_out", "mlp_out"]
+    (cells,) = heatmap(summary, "logprob", x="neuron").data
+    assert list(cells.x) == ["0-3", "4-7"]
+    np.testing.assert_array_equal(np.ravel(cells.z), rows["logprob"])
+
+
 def test_columns_say_what_prompts_and_grafts_are(finished: Path, sources: dict[str, str]) -> None:
     table = read_results(finished)
     assert isinstance(table, pd.DataFrame)
     rows = table[table["prompt"] == 4].set_index("graft")
-    tidy = ["rule", "source", "span", "component", "layer", "head", "unit", "strength"]
+    tidy = ["rule", "source", "span", "component", "layer", "head", "neuron", "strength"]
     found = rows[tidy].astype(object).where(rows[tidy].notna(), None)
     assert found.loc["o at LT"].tolist() == [
         "sft @ last : o : 1-2",

@@ -253,8 +253,12 @@ def test_scales_are_those_of_all_runs(written, data):
     facts = json.loads(re.search(r"id='dashboard-data'>(.*?)</script>", html)[1])
     assert facts["measures"]["logprob"]["low"] == -8.0
     assert facts["measures"]["logprob"]["high"] == 0.0
-    most = max(abs(r.attribution).max() for r in data.runs.values() if r.attribution is not None)
-    drawn = facts["measures"]["attribution"]
+    most = max(
+        abs(r.direct_logit_attribution).max()
+        for r in data.runs.values()
+        if r.direct_logit_attribution is not None
+    )
+    drawn = facts["measures"]["direct_logit_attribution"]
     assert (drawn["low"], drawn["high"]) == (-most, most)
     ranks = data.lens["rank"].astype(float)
     assert facts["lens"]["kinds"]["rank"]["high"] == pytest.approx(np.log10(ranks.max()))
@@ -337,7 +341,7 @@ def test_another_run_and_measure_colour_the_tokens_anew(answered, data):
     await set("tokens-run", "1"); look();
     await set("tokens-measure", "kl_full"); look();
     await set("tokens-run", "0"); look();
-    await set("tokens-measure", "attribution"); await set("tokens-run", "3"); look();
+    await set("tokens-measure", "direct_logit_attribution"); await set("tokens-run", "3"); look();
     return seen;""")
     sft, kl_self, kl, none = found
     red, green, blue = (int(attention.NEGATIVE[i : i + 2], 16) for i in (1, 3, 5))

@@ -98,7 +98,7 @@ def main() -> None:
     )
     tokens = tokenize(prompt, tokenizer)
     ids = torch.tensor([tokens.ids])
-    (title,) = tokens.runs["title"]
+    (title,) = tokens.spans["title"]
 
     def plainly(layers: list[int], positions: list[int]) -> Tensor:
         grafted = copy.deepcopy(sources["pre"])

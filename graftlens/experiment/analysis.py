@@ -17,7 +17,7 @@ from graftlens.sweep.results import read_prompts, read_results
 
 #: The axes of a grid's grafts, as columns.
 TAGS = (
-    *("grid", "position", "component", "layer", "head", "unit", "strength"),
+    *("grid", "position", "component", "layer", "head", "neuron", "strength"),
     *("source", "layers", "rate", "draw"),
 )
 

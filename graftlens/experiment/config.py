@@ -32,7 +32,7 @@ Axis = Literal[
     "component",
     "layer",
     "head",
-    "unit",
+    "neuron",
     "strength",
     "source",
     "layers",

@@ -212,7 +212,7 @@ def _places(
     width = batch.real.shape[1]
     for row, item in enumerate(batch.prompts):
         try:
-            chosen = np.flatnonzero(where.select(item.runs, len(item)))
+            chosen = np.flatnonzero(where.select(item.spans, len(item)))
         except ValueError as error:
             raise PromptError(f"prompt {first + row}, at={str(where)!r}: {error}") from None
         if not len(chosen):

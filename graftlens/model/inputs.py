@@ -144,7 +144,7 @@ def from_tokens(
 
 
 def _real_places(attention_mask: Any, shape: tuple[int, ...]) -> Bool[np.ndarray, "*shape"]:
-    """An attention mask on the host, its rows each one run of tokens."""
+    """An attention mask on the host, the tokens of each row consecutive."""
     if not isinstance(attention_mask, Tensor):
         raise PromptError(
             f"attention_mask is a {type(attention_mask).__name__}. Give a tensor of the tokens' "

@@ -369,16 +369,16 @@ def select(rule: Rule, prompt: Tokenized, total: int | None = None) -> Bool[np.n
     Tokens after the prompt are generated one position after another: each counts as `last`.
 
     Raises:
-        PromptError: a span, run or position that the prompt lacks, or nothing selected.
+        PromptError: a span, occurrence or position that the prompt lacks, or nothing selected.
     """
     length = len(prompt)
     total = total or length
-    runs = prompt.runs
+    spans = prompt.spans
     if total > length:
         tail = {"last": (tuple(range(length - 1, total)),), "all": (tuple(range(total)),)}
-        runs = {**runs, **tail}
+        spans = {**spans, **tail}
     try:
-        chosen = rule.at.select(runs, length, total)
+        chosen = rule.at.select(spans, length, total)
     except ValueError as error:
         raise PromptError(f"rule {str(rule)!r}: {error}") from None
     if not chosen.any():

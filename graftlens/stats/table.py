@@ -11,7 +11,7 @@ from pandas.api.types import is_float_dtype
 from graftlens.metrics import averaged, known
 
 #: Columns of a sweep's table that describe a graft; a summary's rows keep them.
-GRAFT_COLUMNS = ("source", "span", "component", "layer", "head", "unit", "strength")
+GRAFT_COLUMNS = ("source", "span", "component", "layer", "head", "neuron", "strength")
 #: Why a table without a full run has no recovery.
 NO_FULL_RUN = "the table names no full run (column 'full_run'): give full= the name of a graft"
 

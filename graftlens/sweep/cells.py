@@ -16,7 +16,7 @@ _ABOUT = ("prompt", "graft", "rule", "template", "text", "answer", "target", "ta
 #: Other columns that results tables may have; no measure can have these names.
 _TAKEN = {
     *(*_ABOUT, "reason", "dataset", "model", "source", "span", "component", "layer", "head"),
-    *("unit", "strength", "base_run", "full_run", "fact", "how"),
+    *("neuron", "unit", "strength", "base_run", "full_run", "fact", "how"),
 }
 
 

@@ -256,7 +256,7 @@ class NamedGraft:
     Attributes:
         name: its name in tables.
         graft: what is run.
-        source, span, component, layer, head, unit: the parts of its only rule as text; None where
+        source, span, component, layer, head, neuron: the parts of its only rule as text; None where
             the graft has no rule or several.
         strength: that of its only rule.
     """
@@ -268,7 +268,7 @@ class NamedGraft:
     component: str | None = None
     layer: str | None = None
     head: str | None = None
-    unit: str | None = None
+    neuron: str | None = None
     strength: float | None = None
 
     @classmethod
@@ -279,8 +279,9 @@ class NamedGraft:
         (rule,) = graft.rules
         # The text leaves out what means all.
         component, layer = [*str(rule).split(" : ")[1:], "all", "all"][:2]
-        head, unit = ("all" if n is None else format_numbers(n) for n in (rule.heads, rule.units))
-        about = (rule.source, str(rule.at), component, layer, head, unit, rule.strength)
+        cut = (rule.heads, rule.units)
+        head, neuron = ("all" if n is None else format_numbers(n) for n in cut)
+        about = (rule.source, str(rule.at), component, layer, head, neuron, rule.strength)
         return cls(name, graft, *about)
 
 

@@ -81,17 +81,17 @@ def plan(
     n_layers = planner.arch.n_layers
     needed = again = alone = cells = logits = largest = together = gathered = 0
     for structure, count in counts.items():
-        parts = planner.parts(structure, row_budget)
-        here = sum(part.tree.layer_rows for part in parts)
+        pieces = planner.pieces(structure, row_budget)
+        here = sum(piece.tree.layer_rows for piece in pieces)
         needed += count * here
-        if len(parts) > 1:
-            again += count * (here - sum(p.tree.layer_rows for p in planner.parts(structure)))
+        if len(pieces) > 1:
+            again += count * (here - sum(p.tree.layer_rows for p in planner.pieces(structure)))
         alone += count * len(structure.runnable) * len(structure.parents)
         cells += count * len(structure.runnable)
-        logits += count * sum(len(part.tree.final_rows) for part in parts)
-        largest = max([largest, *(part.tree.peak for part in parts)])
-        together += count * sum(part.tree.peak for part in parts)
-        gathered += count * max((part.tree.gathered for part in parts), default=0)
+        logits += count * sum(len(piece.tree.final_rows) for piece in pieces)
+        largest = max([largest, *(piece.tree.peak for piece in pieces)])
+        together += count * sum(piece.tree.peak for piece in pieces)
+        gathered += count * max((piece.tree.gathered for piece in pieces), default=0)
     peak = max(largest, together if row_budget is None else min(row_budget, together))
     return SweepPlan(
         prompts=len(prompts),

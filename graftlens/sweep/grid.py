@@ -50,7 +50,7 @@ def _sizes(value: Any) -> int | str | tuple[int, ...]:
 
 
 class Windows(Settings):
-    """Runs of neighbouring layers (or heads) of each size, at 0, stride, 2 stride, … while they
+    """Consecutive layers (or heads) of each size, at 0, stride, 2 stride, … while they
     fit."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -61,7 +61,7 @@ class Windows(Settings):
     stride: Annotated[int, Field(ge=1)] = 1
     """Layers (or heads) from the start of one window to the next."""
 
-    def runs(self, n: int, what: str) -> Iterator[str]:
+    def ranges(self, n: int, what: str) -> Iterator[str]:
         """Each window among `n` layers or heads (`what`) as a range, sizes in order.
 
         Raises:
@@ -92,7 +92,7 @@ class WindowsEntry(Settings):
 
 
 class CumulativeEntry(Settings):
-    """An entry that stands for growing runs: `cumulative: below` is 0, 0-1, 0-2, … up to all;
+    """An entry that stands for growing ranges: `cumulative: below` is 0, 0-1, 0-2, … up to all;
     `cumulative: above` is the last, the last two, …"""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
@@ -101,10 +101,10 @@ class CumulativeEntry(Settings):
     """From which end they grow."""
 
     stride: Annotated[int, Field(ge=1)] = 1
-    """Layers (or heads) by which a run is longer than the one before."""
+    """Layers (or heads) by which a range is longer than the one before."""
 
-    def runs(self, n: int) -> Iterator[str]:
-        """The runs among n layers or heads as ranges, the shortest first; the last one is all."""
+    def ranges(self, n: int) -> Iterator[str]:
+        """The ranges among n layers or heads, the shortest first; the last one is all."""
         sizes = [*range(self.stride, n, self.stride), n]
         for size in sizes:
             low = 0 if self.cumulative == "below" else n - size
@@ -194,7 +194,7 @@ class GridGraft:
     Attributes:
         name: its name in tables.
         graft: what is run.
-        tags: `position`, `component`, `layer`, `head`, `unit`, `source` as text; `strength`, a
+        tags: `position`, `component`, `layer`, `head`, `neuron`, `source` as text; `strength`, a
             number; `layers`, how many of them; with dropout `rate` (the share left out) and `draw`
             (a number), too.
     """
@@ -204,7 +204,7 @@ class GridGraft:
     tags: Mapping[str, Any]
 
 
-#: One entry of an axis: text in the graft grammar, `each`, windows or growing runs.
+#: One entry of an axis: text in the graft grammar, `each`, windows or growing ranges.
 Entry = str | WindowsEntry | CumulativeEntry
 
 
@@ -357,7 +357,7 @@ class Grid(Settings):
             for layer, head, unit, strength, source in axes:
                 rule = Graft.rule(source, at, entry, layer, head, unit, strength)
                 tags: dict[str, Any] = {"position": at, "component": entry, "layer": layer}
-                tags |= {"head": head, "unit": unit, "strength": strength, "source": source}
+                tags |= {"head": head, "neuron": unit, "strength": strength, "source": source}
                 tags["layers"] = _n_layers(rule.rules[0], arch, sources)
                 if self.dropout is None:
                     yield self._named(self.base | rule, tags)
@@ -376,7 +376,7 @@ class Grid(Settings):
     def _named(self, graft: Graft, tags: Mapping[str, Any]) -> GridGraft:
         name = str(graft)
         if "rate" in tags:  # the rules of a draw mean nothing to a reader
-            units = tags["head"] if tags["unit"] == "all" else f"n{tags['unit']}"
+            units = tags["head"] if tags["neuron"] == "all" else f"n{tags['neuron']}"
             written = [tags["position"], tags["component"], tags["layer"], units]
             while len(written) > 1 and written[-1] == "all":
                 written.pop()
@@ -397,9 +397,9 @@ def _n_layers(rule: Rule, arch: Architecture, sources: Sequence[str]) -> int | N
 def _expanded(entries: Sequence[Entry], count: Callable[[], int], what: str) -> Iterator[str]:
     for entry in entries:
         if isinstance(entry, WindowsEntry):
-            yield from entry.windows.runs(count(), what)
+            yield from entry.windows.ranges(count(), what)
         elif isinstance(entry, CumulativeEntry):
-            yield from entry.runs(count())
+            yield from entry.ranges(count())
         elif entry == "each":
             yield from map(str, range(count()))
         else:

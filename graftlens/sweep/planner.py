@@ -186,7 +186,7 @@ class Planner:
         self._made: dict[tuple[int, tuple[_EqualEntries, ...], tuple[int, ...]], int] = {}
         self._numbered: dict[tuple[int, ...], tuple[np.ndarray, ...]] = {}
         self._columns: dict[bytes, tuple[np.ndarray, ...]] = {}
-        self._trees: dict[tuple[Structure, int | None], tuple[Part, ...]] = {}
+        self._trees: dict[tuple[Structure, int | None], tuple[Piece, ...]] = {}
 
     # -- structures --------------------------------------------------------------------------
 
@@ -217,7 +217,7 @@ class Planner:
         )
         return structure, {i: reason for i, reason in reasons.items() if i < self._asked}
 
-    def parts(self, structure: Structure, peak: int | None = None) -> tuple["Part", ...]:
+    def pieces(self, structure: Structure, peak: int | None = None) -> tuple["Piece", ...]:
         """The trees of a structure: one, or several of at most `peak` rows if it is too large.
 
         Grafts that share most stay together. A single graft is never cut.
@@ -226,19 +226,19 @@ class Planner:
         if key not in self._trees:
             whole = self._cut(structure, np.array(structure.runnable, dtype=np.int64), peak)
             self._trees[key] = tuple(whole)
-            kept = [sum(part.tree.nbytes for part in parts) for parts in self._trees.values()]
+            kept = [sum(piece.tree.nbytes for piece in pieces) for pieces in self._trees.values()]
             while len(kept) > 1 and sum(kept) > KEPT_BYTES:
                 kept.pop(0)
                 del self._trees[next(iter(self._trees))]
         return self._trees[key]
 
-    def cut(self, structure: Structure, part: "Part", peak: int) -> list["Part"]:
+    def cut(self, structure: Structure, piece: "Piece", peak: int) -> list["Piece"]:
         """Cut a tree into several of at most `peak` rows."""
-        return self._cut(structure, part.grafts, peak)
+        return self._cut(structure, piece.grafts, peak)
 
     def _cut(
         self, structure: Structure, grafts: Int[np.ndarray, " graft"], peak: int | None
-    ) -> list["Part"]:
+    ) -> list["Piece"]:
         if len(grafts) == 0:
             return []
         references = dict(structure.references)
@@ -247,15 +247,15 @@ class Planner:
         columns = np.searchsorted(whole, grafts)
         if peak is None or tree.peak <= peak or len(grafts) == 1:
             places = {run: int(np.searchsorted(whole, i)) for run, i in references.items()}
-            return [Part(grafts, tree, columns, places)]
+            return [Piece(grafts, tree, columns, places)]
         # Rows are numbered by what they share, so neighbours in this order share most. Each piece
         # has some rows of its own, so there are a few more than would fit exactly.
         order = grafts[np.lexsort(tree.outputs[::-1, columns])]
-        pieces = max(2, -(-10 * tree.peak // (9 * peak)))
+        count = max(2, -(-10 * tree.peak // (9 * peak)))
         return [
-            part
-            for piece in np.array_split(order, min(pieces, len(order)))
-            for part in self._cut(structure, np.sort(piece), peak)
+            piece
+            for some in np.array_split(order, min(count, len(order)))
+            for piece in self._cut(structure, np.sort(some), peak)
         ]
 
     # -- choices -----------------------------------------------------------------------------
@@ -465,7 +465,7 @@ class Planner:
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Piece:
     """Some grafts of a structure, by number, and their tree.
 
     Attributes:
@@ -539,23 +539,23 @@ class _Lineage:
                 out[node] = np.unique(pairs, return_inverse=True)[1].reshape(-1) + high
                 high = int(out[node].max()) + 1
             return out
-        # Runs of 1, 2, 4, … nodes are numbered from two of half the length; two that overlap make
-        # the window.
-        run, length = own, 1
+        # Stretches of 1, 2, 4, … nodes are numbered from two of half the length; two that overlap
+        # make the window.
+        stretch, length = own, 1
         while 2 * length <= window:
-            run, length = self._joined(run, length), 2 * length
-        return run if length == window else self._joined(run, window - length)
+            stretch, length = self._joined(stretch, length), 2 * length
+        return stretch if length == window else self._joined(stretch, window - length)
 
     def _joined(
-        self, run: Int[np.ndarray, "node graft"], back: int
+        self, stretch: Int[np.ndarray, "node graft"], back: int
     ) -> Int[np.ndarray, "node graft"]:
-        """Number each node's run together with that of the node `back` steps before it."""
+        """Number each node's stretch together with that of the node `back` steps before it."""
         origin = np.arange(len(self.parents))
         parents = np.array(self.parents)
         for _ in range(back):
             origin = np.where(origin < 0, -1, parents[origin])
-        earlier = np.where(origin[:, None] < 0, 0, run[origin] + 1)
-        return _renumbered(run, earlier)
+        earlier = np.where(origin[:, None] < 0, 0, stretch[origin] + 1)
+        return _renumbered(stretch, earlier)
 
 
 def _wanted(

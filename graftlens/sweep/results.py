@@ -63,10 +63,10 @@ def shard_schema(asked: Iterable[str] = ()) -> pa.Schema:
 SHARD = shard_schema()
 
 #: Columns that describe a graft; empty if it has several rules.
-GRAFT_COLUMNS = ("rule", "source", "span", "component", "layer", "head", "unit", "strength")
+GRAFT_COLUMNS = ("rule", "source", "span", "component", "layer", "head", "neuron", "strength")
 
 #: What the grafts of older folders are in columns that these lack.
-_BEFORE: Mapping[str, Any] = {"unit": "all", "strength": 1.0}
+_BEFORE: Mapping[str, Any] = {"neuron": "all", "strength": 1.0}
 PROMPT_COLUMNS = ("template", "dataset", "text", "answer")
 
 #: The columns of the results, in their order.

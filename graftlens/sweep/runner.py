@@ -297,7 +297,7 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
             shapes.append(None)
         else:
             rest = [len(ready.answer), *map(len, ready.distractors)]
-            shape = [len(ready.tokens) + max(rest), rest, sorted(ready.tokens.runs.items())]
+            shape = [len(ready.tokens) + max(rest), rest, sorted(ready.tokens.spans.items())]
             right = [ready.answers] if ready.answers else []
             shapes.append([shape, ready.tokens.ids, ready.answer, ready.distractors, *right])
     n_prompts = len(checked.prompts)

@@ -20,7 +20,7 @@ from graftlens.sweep.cells import Cells, asked_for
 from graftlens.sweep.counts import SweepPlan, plan
 from graftlens.sweep.measuring import Found, Measuring, Wanted, needed_references
 from graftlens.sweep.memory import affordable_rows, free_memory, out_of_memory
-from graftlens.sweep.planner import Branches, Part, Planner, Structure
+from graftlens.sweep.planner import Branches, Piece, Planner, Structure
 from graftlens.sweep.prepared import Extent, Prepared, Scored
 
 
@@ -119,8 +119,8 @@ class Scorer:
             failing = len(names) - len(structure.runnable)
             advance(failing * len(members))
             waiting.extend(
-                _Work(structure, part, tuple(members))
-                for part in self.planner.parts(structure, self.rows)
+                _Work(structure, piece, tuple(members))
+                for piece in self.planner.pieces(structure, self.rows)
             )
             # Whole structures at a time: trees are large, and are dropped when they have run.
             waiting = self._run(waiting, cells, advance, rest=False)
@@ -176,19 +176,19 @@ class Scorer:
             try:
                 self._score(batch, cells)
             except (RuntimeError, MemoryError) as error:
-                alone = len(batch) == len(batch[0].members) == len(batch[0].part.grafts) == 1
+                alone = len(batch) == len(batch[0].members) == len(batch[0].piece.grafts) == 1
                 if alone or not out_of_memory(error):
                     raise
-                held = sum(len(work.members) * work.part.tree.peak for work in batch)
+                held = sum(len(work.members) * work.piece.tree.peak for work in batch)
                 self.rows = max(1, min(self.rows, held) // 2)
                 self._shape = None
                 waiting = [
-                    _Work(work.structure, part, work.members)
+                    _Work(work.structure, piece, work.members)
                     for work in (*batch, *left)
-                    for part in self.planner.cut(work.structure, work.part, self.rows)
+                    for piece in self.planner.cut(work.structure, work.piece, self.rows)
                 ]
             else:
-                advance(sum(len(work.members) * len(work.part.grafts) for work in batch))
+                advance(sum(len(work.members) * len(work.piece.grafts) for work in batch))
                 waiting = left
                 continue
             # Outside the handler, so that the error's frames no longer hold the tensors.
@@ -199,7 +199,7 @@ class Scorer:
     # -- running -----------------------------------------------------------------------------
 
     def _score(self, batch: "Sequence[_Work]", cells: Cells) -> None:
-        trees = [(work.part.tree, len(work.members)) for work in batch]
+        trees = [(work.piece.tree, len(work.members)) for work in batch]
         key = tuple((id(tree), count) for tree, count in trees)
         if self._shape is None or self._shape[0] != key:
             device = torch.device(self.model.cfg.device)
@@ -210,7 +210,7 @@ class Scorer:
         wanted = [self._wanted(*member) for member in members]
         found = self._measuring(tree, wanted)
         for (work, scored, branches), w, f in zip(members, wanted, found, strict=True):
-            self._fill(cells, work.part, self._steps(scored, branches), w, f)
+            self._fill(cells, work.piece, self._steps(scored, branches), w, f)
 
     def _steps(self, scored: Scored, branches: Branches) -> list[list[tuple[int, int]]]:
         """Per continuation, (node, token) of each token that is scored; the answer comes first."""
@@ -225,37 +225,37 @@ class Scorer:
             if token not in of_node:
                 of_node.append(token)
         # First tokens are compared in the answer's own run, whatever tables others need.
-        tree, first = work.part.tree, branches.paths[0][0]
+        tree, first = work.piece.tree, branches.paths[0][0]
         rows = tree.outputs[tree.scored.index(first)]
-        references = {run: int(rows[column]) for run, column in work.part.references.items()}
+        references = {run: int(rows[column]) for run, column in work.piece.references.items()}
         return Wanted(scored, tree.final_nodes, tokens, first, references)
 
     def _fill(
         self,
         cells: Cells,
-        part: Part,
+        piece: Piece,
         continuations: Sequence[Sequence[tuple[int, int]]],
         wanted: Wanted,
         found: Found,
     ) -> None:
         """Put one prompt's numbers into the cells of the grafts that this tree has."""
         here = cells.of[wanted.scored.number]
-        outputs = dict(zip(part.tree.scored, part.tree.outputs[:, part.columns], strict=True))
+        outputs = dict(zip(piece.tree.scored, piece.tree.outputs[:, piece.columns], strict=True))
 
         def along(m: Measure, steps: Sequence[tuple[int, int]]) -> Float[np.ndarray, " graft"]:
             values = found.steps[m.name]
             places = ((outputs[n], wanted.tokens[n].index(token)) for n, token in steps)
-            return sum((values[place] for place in places), np.zeros(len(part.grafts)))
+            return sum((values[place] for place in places), np.zeros(len(piece.grafts)))
 
         sums = {m.name: along(m, continuations[0]) for m in self.measured if m.over == "answer"}
         ran = np.isfinite(sums["answer_logprob"])
         if not ran.all():
-            cells.reason[here, part.grafts[~ran]] = (
+            cells.reason[here, piece.grafts[~ran]] = (
                 f"the logits are not finite in {self.model.cfg.dtype}: weights or activations "
                 "overflow. Try a wider dtype."
             )
         # What cannot be run has no numbers at all: they go to the other cells only.
-        grafts, rows = part.grafts[ran], outputs[wanted.first][ran]
+        grafts, rows = piece.grafts[ran], outputs[wanted.first][ran]
         for m in self.measured:
             if m.over == "next":
                 values = found.next[m.name][rows]
@@ -284,7 +284,7 @@ class _Work:
     """Prompts of one structure, and the tree of some of their grafts."""
 
     structure: Structure
-    part: Part
+    piece: Piece
     members: tuple[tuple[Scored, Branches], ...]
 
 
@@ -293,12 +293,12 @@ def _filled(waiting: Sequence[_Work], rows: int) -> tuple[list[_Work], list[_Wor
     batch: list[_Work] = []
     room = rows
     for index, work in enumerate(waiting):
-        count = min(len(work.members), max(0, room) // work.part.tree.peak)
+        count = min(len(work.members), max(0, room) // work.piece.tree.peak)
         if count == 0 and not batch:
             count = 1
         if count:
             batch.append(replace(work, members=work.members[:count]))
-            room -= count * work.part.tree.peak
+            room -= count * work.piece.tree.peak
         if count < len(work.members):
             left = replace(work, members=work.members[count:])
             return batch, [left, *waiting[index + 1 :]]

@@ -210,7 +210,7 @@ def _joined(view: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
 def _panelled(joined: pd.DataFrame) -> pd.DataFrame:
     """The same with `run` naming also whatever else tells two grafts of one cell apart."""
     cells = joined[~are_references(joined)]
-    told = ("grid", "source", "span", "position", "head")
+    told = ("grid", "source", "span", "position", "head", "neuron", "strength")
     apart = [c for c in told if c in cells and cells[c].nunique() > 1]
     named = joined["run"].astype(str)
     for column in apart:

@@ -19,7 +19,7 @@ class Run:
     """[layer, head, query, key]: attention, each row adding up to 1."""
     token_logprobs: np.ndarray
     """[pos]: log-probability of each token given those before it (nats); NaN for the first."""
-    attribution: np.ndarray | None
+    direct_logit_attribution: np.ndarray | None
     """[pos]: what attention moved from there to the answer's logit (logits), if it was computed."""
     shares: Mapping[str, np.ndarray]
     """Source -> [component, pos]: the share of the component, over layers and heads, from it."""
@@ -69,8 +69,10 @@ class DashboardData:
                 ("token_logprobs", np.shape(run.token_logprobs), (n,)),
                 ("where", (len(run.where),), (n,)),
             ]
-            if run.attribution is not None:
-                found.append(("attribution", np.shape(run.attribution), (n,)))
+            if run.direct_logit_attribution is not None:
+                found.append(
+                    ("direct_logit_attribution", np.shape(run.direct_logit_attribution), (n,))
+                )
             for source, share in run.shares.items():
                 if source not in self.sources:
                     raise ValueError(

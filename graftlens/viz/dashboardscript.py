@@ -32,7 +32,7 @@ TOKENS: Mapping[str, tuple[Quantity, str]] = {
         _KL["kl_full"],
         "Of the distributions of what comes after each token.",
     ),
-    "attribution": (
+    "direct_logit_attribution": (
         CONTRIBUTION,
         "What the attention of all layers moved from each position to the last one, as its direct "
         "contribution to the answer's logit.",
@@ -69,9 +69,13 @@ LENS: Mapping[str, Shown] = {
 
 def measures(data: DashboardData) -> list[tuple[str, str, bool]]:
     """What tokens can be coloured by, as a choice; some of it may not have been computed."""
-    attributed = any(run.attribution is not None for run in data.runs.values())
+    attributed = any(run.direct_logit_attribution is not None for run in data.runs.values())
     return [
-        (name, quantity.short or quantity.label, name == "attribution" and not attributed)
+        (
+            name,
+            quantity.short or quantity.label,
+            name == "direct_logit_attribution" and not attributed,
+        )
         for name, (quantity, _) in TOKENS.items()
     ]
 
@@ -148,11 +152,11 @@ def _measured(data: DashboardData, name: str) -> dict[str, np.ndarray]:
     """Run -> a measure at each position; without the runs that lack it."""
     if name == "logprob":
         return {run: np.asarray(given.token_logprobs) for run, given in data.runs.items()}
-    if name == "attribution":
+    if name == "direct_logit_attribution":
         return {
-            run: np.asarray(given.attribution)
+            run: np.asarray(given.direct_logit_attribution)
             for run, given in data.runs.items()
-            if given.attribution is not None
+            if given.direct_logit_attribution is not None
         }
     n = len(data.tokens)
     found = {}

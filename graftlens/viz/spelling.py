@@ -48,7 +48,7 @@ def short(words: str, most: int) -> str:
 
 
 def spanned(numbers: Sequence[int]) -> str:
-    """Whole numbers with runs of them in one piece: 0, 2–4."""
+    """Whole numbers, consecutive ones in one piece: 0, 2–4."""
     return format_numbers(numbers).replace("-", "–").replace(",", ", ")
 
 
