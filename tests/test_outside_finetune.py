@@ -228,7 +228,9 @@ def test_every_file_of_a_result_is_covered(file, damage, whole, tmp_path):
     if (file, damage) == ("complete.json", "grown"):  # by white space
         assert read_result(path.parent).losses == whole.losses
         return
-    with pytest.raises(DamagedError, match=rf"model/{file} (is missing|has changed|is not|does not say)"):
+    with pytest.raises(
+        DamagedError, match=rf"model/{file} (is missing|has changed|is not|does not say)"
+    ):
         read_result(path.parent)
 
 

@@ -961,8 +961,10 @@ def test_a_full_run_that_is_the_base_is_refused(full: str) -> None:
 
 def test_strengths_that_multiply_too_far_are_refused_with_their_graft(tiny: MakeTiny) -> None:
     model = tiny("gpt2", tokenizer="llama3").model
-    known = "graft '1e200*sft @ last | 1e200*sft @ all': the strengths of the rules that meet here"
-    graft = Graft.parse("1e200*sft @ last | 1e200*sft @ all")
+    known = (
+        "graft '1e+200*sft @ last | 1e+200*sft @ all': the strengths of the rules that meet here"
+    )
+    graft = Graft.parse("1e+200*sft @ last | 1e+200*sft @ all")
     with pytest.raises(ValueError, match=re.escape(known)):
         model.resolve(graft, torch.tensor([_tokens(1)]))
     asked = {0: Prompt("Ann plays", answer=" Mara Finn")}

@@ -810,7 +810,7 @@ def test_an_answer_that_joins_the_last_word_is_pointed_at(tmp_path: Path) -> Non
 
 
 def test_strengths_that_multiply_too_far_are_refused_where_their_rules_meet() -> None:
-    far = "1e200*sft @ last | 1e200*sft @ all"
+    far = "1e+200*sft @ last | 1e+200*sft @ all"
     with pytest.raises(ConfigError) as error:
         check(SweepConfig.model_validate({**GOOD, "grafts": {"PRE": "none", "far": far}}))
     known = f"graft {far!r}: the strengths of the rules that meet here multiply to "

@@ -25,6 +25,9 @@ from graftlens.prompts import Prompt, PromptError
 from graftlens.sweep.prepared import Extent, Prepared, Scored
 from graftlens.sweep.scoring import score
 
+#: The smallest number that float32 holds in full precision.
+TINY = float(torch.finfo(torch.float32).tiny)
+
 
 @dataclass(frozen=True)
 class Rounding:
@@ -474,7 +477,9 @@ def _compared(
             value = float(ordered.values[i])
             close = ordered.indices[(ordered.values - value).abs() <= near].tolist()
             texts = [model.to_single_str_token(t) for t in close]
-            if token not in texts or not abs(math.log(max(prob, 1e-300)) - value) <= near:
+            # Beyond about -87 nats float32 keeps less of a probability, then nothing.
+            tiny = abs(prob - math.exp(value)) < TINY
+            if token not in texts or not (tiny or abs(math.log(max(prob, 1e-300)) - value) <= near):
                 problems.append(
                     f"top token {i + 1} is {token!r} with {prob:.6g}, Hugging Face gives "
                     f"{texts[0]!r} with {math.exp(value):.6g}."
