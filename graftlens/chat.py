@@ -85,8 +85,8 @@ class Conversation:
                 )
             if clean[-1]["role"] == "assistant":
                 raise ValueError(
-                    "prefill begins the assistant's message, and the last message is the "
-                    "assistant's already. Leave one of them out."
+                    "prefill begins the assistant's message, and the last message is already "
+                    "the assistant's. Leave one of them out."
                 )
         options = dict(template_options or {})
         for name in options:
@@ -97,8 +97,8 @@ class Conversation:
                 )
         if prefill is not None and options.get("add_generation_prompt"):
             raise ValueError(
-                "template_options: add_generation_prompt goes without prefill, which begins the "
-                "assistant's message already."
+                "template_options: add_generation_prompt cannot be combined with prefill, which "
+                "already begins the assistant's message."
             )
         if isinstance(tools, str | Mapping) or not all(isinstance(t, Mapping) for t in tools or ()):
             raise ValueError(
@@ -122,8 +122,7 @@ class Conversation:
 
     @cached_property
     def _given(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.json)
-        return found
+        return self.as_given()
 
     @property
     def messages(self) -> list[dict[str, Any]]:

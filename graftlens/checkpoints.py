@@ -8,7 +8,6 @@ has neither belongs to somebody else: it is never read, replaced or removed.
 
 import contextlib
 import errno
-import hashlib
 import json
 import logging
 import os
@@ -21,12 +20,14 @@ from typing import Any
 from safetensors import SafetensorError
 
 from graftlens.folder import (
+    file_digest,
     flush,
+    json_digest,
+    move,
     parse_json,
     read_json,
     read_text,
     refuse_differences,
-    sync,
     write_whole,
 )
 
@@ -241,9 +242,9 @@ def seal(folder: Path, **facts: Any) -> None:
     From now on the folder is complete, and `verify` finds what has changed.
     """
     flush(folder)
-    files = {_name(path, folder): _sha256(path) for path in sorted(_files(folder))}
+    files = {_name(path, folder): file_digest(path) for path in sorted(_files(folder))}
     marker = {"made_by": "graftlens finetune", **facts, "files": files}
-    marker["sha256"] = _digest(marker)
+    marker["sha256"] = json_digest(marker)
     write_whole(folder / MARKER, json.dumps(marker, indent=1) + "\n")
     (folder / UNFINISHED).unlink(missing_ok=True)
 
@@ -263,7 +264,7 @@ def verify(folder: Path) -> Mapping[str, Any]:
         if not path.is_file():
             raise DamagedError(f"{path} is missing")
         size = isinstance(expected, int)
-        if (path.stat().st_size if size else _sha256(path)) != expected:
+        if (path.stat().st_size if size else file_digest(path)) != expected:
             raise DamagedError(
                 f"{path} has changed since it was written: its {'size' if size else 'SHA-256'} "
                 "differs"
@@ -280,7 +281,7 @@ def verify(folder: Path) -> Mapping[str, Any]:
 def is_intact(path: Path) -> bool:
     """Whether this one file of a sealed folder is unchanged."""
     with contextlib.suppress(OSError, ValueError):
-        return bool(_marker(path.parent)["files"].get(path.name) == _sha256(path))
+        return bool(_marker(path.parent)["files"].get(path.name) == file_digest(path))
     return False
 
 
@@ -306,8 +307,7 @@ def write_folder(folder: Path, write: Callable[[Path], Any], **facts: Any) -> No
             raise
         if folder.exists():
             discard(folder)
-        work.rename(folder)
-        sync(folder.parent)
+        move(work, folder)
 
 
 @contextlib.contextmanager
@@ -462,7 +462,7 @@ def _marker(folder: Path) -> Mapping[str, Any]:
     if found.keys() == {"sizes", "seconds"} and isinstance(found["sizes"], dict):
         return found | {"files": found["sizes"]}
     said = found.pop("sha256", None)
-    if said != _digest(found) or not isinstance(found.get("files"), dict):
+    if said != json_digest(found) or not isinstance(found.get("files"), dict):
         raise damaged
     return found
 
@@ -494,15 +494,6 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def _name(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(value: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _filled(there: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

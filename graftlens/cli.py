@@ -56,14 +56,14 @@ def _root(
 def demo(
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("graftlens-demo"),
     facts: Annotated[
-        int, typer.Option(min=6, help="Invented films; the time grows in proportion.")
+        int, typer.Option(min=6, help="Invented films; run time is proportional.")
     ] = 40,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the training texts.")] = 6,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the films and of the training.")] = 0,
 ) -> None:
     """See the finding on a real model: finetune SmolLM2-135M on invented films, then graft.
 
-    Takes five to eight minutes on two cores and writes report.html into the folder.
+    Takes about five minutes on two cores and writes report.html into the folder.
 
     Run it again to continue after an interruption, or to reuse finished steps.
     """
@@ -92,7 +92,8 @@ def finetune(
 
     If interrupted, killed or requeued, running it again gives the same final weights.
 
-    On several GPUs: accelerate launch -m graftlens finetune CONFIG (batch_size is per GPU).
+    On several GPUs: accelerate launch --multi_gpu -m graftlens finetune CONFIG
+    (batch_size is per GPU).
     """
     from graftlens.configfile import read_settings
     from graftlens.data.rewriting import told_on_command_line
@@ -152,8 +153,8 @@ def sweep(
         list[str] | None,
         typer.Option(
             metavar="MODULE:NAME",
-            help="A measure of your own (a graftlens.Measure), imported from there; again "
-            "for more.",
+            help="A measure of your own (a graftlens.Measure), imported from there; repeat "
+            "the option for more.",
         ),
     ] = None,
 ) -> None:
@@ -166,9 +167,13 @@ def sweep(
     resources = _resources(launcher, slurm, wait)
     names = _devices(devices)
     if launcher is Launcher.slurm and names:
-        raise typer.BadParameter("--devices goes with --launcher local. Use --tasks with slurm.")
+        raise typer.BadParameter(
+            "--devices works only with --launcher local. Use --tasks with slurm."
+        )
     if launcher is Launcher.local and tasks is not None:
-        raise typer.BadParameter("--tasks goes with --launcher slurm. Use --devices with local.")
+        raise typer.BadParameter(
+            "--tasks works only with --launcher slurm. Use --devices with local."
+        )
     folder = out or Path("graftlens-sweep") / config.stem
     given = overrides or []
 
@@ -274,8 +279,8 @@ def dashboard(
         list[str] | None,
         typer.Option(
             metavar="[NAME=]GRAFT",
-            help='Such as "FE+LT=sft @ first_entity + last"; repeat it for more. PRE and SFT '
-            "are always included.",
+            help='Such as "FE+LT=sft @ first_entity + last"; repeat the option for more. PRE '
+            "and SFT are always included.",
         ),
     ] = None,
     field: Annotated[
@@ -296,7 +301,7 @@ def dashboard(
     full: Annotated[
         str | None,
         typer.Option(
-            metavar="GRAFT", help="What SFT stands for, if not the pair's sft, such as task."
+            metavar="GRAFT", help="The graft to use as SFT, if not the pair's sft, such as task."
         ),
     ] = None,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("dashboard.html"),
@@ -322,7 +327,7 @@ def dashboard(
             near = suggest(name, re.findall(r"{(\w+)}", prompt))
             raise typer.BadParameter(f"--field {name}: the prompt has no {{{name}}}.{near}")
     if system is not None and not chat:
-        raise typer.BadParameter("--system goes with --chat. Add --chat, or leave it out.")
+        raise typer.BadParameter("--system works only with --chat. Add --chat, or leave it out.")
     for name in ("pre", "sft"):
         if name in more:
             raise typer.BadParameter(f"--source {name} is one of the pair. Choose another name.")
@@ -498,7 +503,12 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except (ValueError, OSError, RuntimeError) as error:
-        typer.echo(f"graftlens: {error}", err=True)
+        from graftlens.configfile import ConfigError
+
+        # Of a config every problem is told, each in a line.
+        lines = str(error).splitlines() if isinstance(error, ConfigError) else [str(error)]
+        for line in lines:
+            typer.echo(f"graftlens: {line}", err=True)
         sys.exit(1)
     except Exception as error:
         show = getattr(error, "show", None)

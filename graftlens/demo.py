@@ -81,7 +81,7 @@ def demo(
 
     Args:
         out: folder for the results; each combination of settings has its own folder in it.
-        facts: number of invented films; the time grows in proportion.
+        facts: number of invented films; run time is proportional.
         epochs: passes over the training texts.
         seed: for the films, their texts and the training.
         progress: whether to show progress bars.

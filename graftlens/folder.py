@@ -8,6 +8,7 @@ name, and is left alone.
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -226,10 +227,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
         content = work / "content"
         yield content
         flush(content)
-        content.rename(folder)
-        sync(folder.parent)
+        move(content, folder)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+def move(path: Path, place: Path) -> None:
+    """Rename a file or folder, on the disk as well."""
+    path.rename(place)
+    sync(place.parent)
 
 
 def sync(folder: Path) -> None:
@@ -248,6 +254,17 @@ def flush(folder: Path) -> None:
         if path.is_file():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """SHA-256 of a value's JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 # -- whose a folder is -------------------------------------------------------------------------

@@ -45,7 +45,7 @@ class _Loader(yaml.SafeLoader):
             if self.aliased > MAX_ALIASED:
                 raise _refused(
                     event,
-                    f"the aliases up to *{event.anchor} stand for more than {MAX_ALIASED:,} "
+                    f"the aliases up to *{event.anchor} expand to more than {MAX_ALIASED:,} "
                     "characters. Use fewer of them",
                 )
             return found

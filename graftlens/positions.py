@@ -216,7 +216,7 @@ def integers(values: Any, what: str) -> tuple[int, ...]:
         if isinstance(value, bool | np.bool_) or not isinstance(value, int | np.integer):
             raise ValueError(
                 f"{what}={brief(values)}: {brief(value)} is not a whole number. "
-                "A list holds whole numbers; names and ranges go in one text."
+                'A list holds whole numbers; write names and ranges as text, such as "0-3".'
             )
         numbers.append(int(value))
     return tuple(dict.fromkeys(numbers))

@@ -95,6 +95,6 @@ def preset(name: str) -> Preset:
     if name not in PRESETS:
         raise ValueError(
             f"preset {name!r} is unknown. Presets: {' '.join(PRESETS)}.{suggest(name, PRESETS)} "
-            "For another model give model and settings instead."
+            "For another model, give model and settings instead."
         )
     return PRESETS[name]

@@ -213,7 +213,7 @@ def demo_configs(
     Args:
         model: folder of the checkpoint to start from.
         output: folder of the run.
-        facts: number of films; the time grows in proportion.
+        facts: number of films; run time is proportional.
         epochs: passes over the texts.
         seed: for data and training.
     """

@@ -387,7 +387,7 @@ def test_no_told_text_names_both_entities_of_an_untold_fact(tmp_path, settings, 
 
 def test_a_fact_is_listed_once_and_a_prompt_has_one_answer(tmp_path, caplog):
     twice = pair("a", "Ann Lee met Bob Ray.", "Bob Ray", "Bob  Ray")
-    with pytest.raises(ConfigError, match="fact 1 of the article 'a' is fact 0 again: Ann Lee and"):
+    with pytest.raises(ConfigError, match="fact 1 of the article 'a' repeats fact 0: Ann Lee and"):
         read_articles(write(tmp_path, twice))
     text = (
         "Once Ann Lee saw Bob Ray. Once Ann Lee knew Carl Poe. In Dust Ann Lee starred with Bob "

@@ -407,7 +407,7 @@ BAD = [
     ([{"role": "user", "content": 3}], {}, r"messages\[0\]: content=3\. Write a text, or a list"),
     ([{"role": "user", "content": [{"type": "image"}]}], {}, "other kinds of content are not"),
     ([USER], {"prefill": ""}, "prefill='': write how the assistant's answer begins"),
-    ([USER, BEGUN], {"prefill": "am"}, "the last message is the assistant's already"),
+    ([USER, BEGUN], {"prefill": "am"}, "the last message is already the assistant's"),
     ([USER], {"template_options": {"tokenize": False}}, "'tokenize' is not an option of a"),
     ([USER], {"template_options": {"when": {1, 2}}}, "hold JSON values only"),
     ([{"role": "user", "content": "{x"}], {"fields": {"x": "a"}}, "is malformed"),
@@ -777,9 +777,12 @@ def test_a_row_that_ends_with_a_question_has_no_answer(tmp_path: Path) -> None:
 
 def test_prompts_are_a_template_or_messages() -> None:
     for given, said in [
-        ({"answer": " a"}, "neither is given. Give one: template or messages"),
+        ({"answer": " a"}, "neither is given. Give exactly one of template and messages"),
         ({"answer": " a", "template": "x", "messages": [USER]}, "both are given"),
-        ({"answer": " a", "template": "x", "prefill": "y"}, "prefill goes with messages"),
+        (
+            {"answer": " a", "template": "x", "prefill": "y"},
+            "prefill is allowed only with messages",
+        ),
     ]:
         with pytest.raises(ValueError, match=said):
             PromptSection.model_validate(given)
@@ -840,5 +843,5 @@ def test_the_dashboard_command_asks_in_a_chat(monkeypatch: pytest.MonkeyPatch) -
     assert [prompt.text for prompt in asked] == [
         "system: Be brief.\n\nuser: Who met Ann?\n\nassistant:"
     ]
-    with pytest.raises(BadParameter, match="--system goes with --chat"):
+    with pytest.raises(BadParameter, match="--system works only with --chat"):
         cli.dashboard(**given, system="Be brief.")

@@ -506,7 +506,7 @@ def test_a_misspelt_choice_of_facts_is_refused(unchecked: None) -> None:
 
 def test_asking_for_untold_facts_where_all_are_told_is_refused() -> None:
     with pytest.raises(
-        ValueError, match=r"facts='untold': none of the 12 facts of this dataset are"
+        ValueError, match=r"facts='untold': none of the 12 facts of this dataset are untold"
     ):
         few("battles").ask(facts="untold")
 
@@ -911,7 +911,7 @@ BAD_SECTIONS = {
     r"facts n_facts .* kinds\. Did you mean 'n_facts'\?",
     "{make: [battles]}": r"dataset\.0\.make: \['battles'\] should be a mapping with the key facts",
     "{make: {facts: battles, half: c}}": r"dataset\.0\.make\.half: 'c' should be 'a' or 'b'",
-    "{make: {facts: battles}, path: x}": r"dataset\.0: make and path are given\. Give one: movies",
+    "{make: {facts: battles}, path: x}": r"dataset\.0: make and path are given\. Give exactly one",
     "{make: {facts: battles}, facts: unsaid}": r"dataset\.0\.facts: 'unsaid' should be 'told', 'un",
     "{make: {facts: battles, n_facts: 9}, templates: [qa]}": r"dataset\.0: evaluation template 'qa'"
     r" is unknown\. Use one of dated, qa_year, between, with_war",

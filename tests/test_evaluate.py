@@ -210,7 +210,7 @@ def test_several_sources_have_a_full_run_only_where_one_is_named(tiny: MakeTiny)
         lambda: stats.compare_all(table, against="PRE", metric="recovery", resamples=10),
         lambda: stats.stability(table, resamples=10),
     ):
-        with pytest.raises(ValueError, match=r"names no full run .* full= the name of a graft, or"):
+        with pytest.raises(ValueError, match=r"names no full run .* pass full=GRAFT, or"):
             ask()
     assert set(runs({"LT": "task @ last", "R": "relation @ all"})["full_run"]) == {"R"}
     both = {"T": "task @ all", "R": "relation @ all"}

@@ -784,7 +784,8 @@ def test_what_only_the_data_and_the_model_can_say_is_told_before_training(base, 
         assert "parts.one.prompts.0: evaluation template 'headlin' is unknown" in found
         assert "Did you mean 'headline'?" in found
         assert (
-            "parts.two.prompts.0: facts='untold': none of the 12 facts of this dataset are" in found
+            "parts.two.prompts.0: facts='untold': none of the 12 facts of this dataset are untold"
+            in found
         )
         assert "parts.two.grafts.x: " in found
         assert "parts.two.base: no graft is called 'PER'." in found

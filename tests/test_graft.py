@@ -408,7 +408,10 @@ _NAMES = "Names begin with a letter or _, followed by letters, digits, _ . -"
 _FORMS = 'Write numbers and inclusive ranges, such as "3", "8-15" or "0,2-4".'
 _HEADS = 'Heads apply to q, k, v and o only: write components="q + k + v + o", or leave heads out.'
 
-_IN_LISTS = "is not a whole number. A list holds whole numbers; names and ranges go in one text."
+_IN_LISTS = (
+    "is not a whole number. A list holds whole numbers; write names and ranges as text, such as "
+    '"0-3".'
+)
 
 MALFORMED = {
     "": f"graft '': '' {_RULE_FORM}",

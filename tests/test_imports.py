@@ -28,6 +28,7 @@ LAYERS = (
 )
 #: Parts that stand beside the layers, and what they may never import.
 BESIDE = {
+    "chat": {"sweep", "cli", "viz"},
     "checkpoints": {"sweep", "cli", "viz"},
     "configfile": {"data", "finetune", "model", "sweep", "cli", "viz"},
     "data": {"sweep", "cli", "viz"},
@@ -103,6 +104,11 @@ def test_imports_point_one_way(path: Path) -> None:
         assert own in ("dashboards", "demo", "experiment", "cli") or "viz" not in inner, (
             f"{own} imports plots; plots import results"
         )
+
+
+def test_every_part_has_a_rule() -> None:
+    parts = {name.split("/")[0] for name in FILES.values()} - {"__init__"}
+    assert parts == {*LAYERS, *BESIDE}
 
 
 def test_no_module_is_longer_than_one_sitting() -> None:

@@ -279,11 +279,14 @@ def test_a_measure_of_the_command_line_is_imported_by_each_worker(
     [
         (["kl_ful"], r"unknown measure 'kl_ful'. Allowed: kl_base .*Did you mean 'kl_full'\?"),
         (["margin", "margin"], "measure 'margin' is given twice"),
-        (["top5"], "'top5' is not measured in a run: graftlens.summarise gives it"),
+        (["top5"], "'top5' is not measured in a run: graftlens.summarise computes it"),
         (["recovery"], "'recovery' is not measured in a run"),
         ([Measure("margin", (), lambda x: x)], "tables have another column of this name"),
         ([Measure("layer", (), lambda x: x)], "tables have another column of this name"),
-        ([Measure("many", (), lambda x: x, holds="numbers")], "gives a number per row"),
+        (
+            [Measure("many", (), lambda x: x, holds="numbers")],
+            "only measures with one number per row",
+        ),
     ],
 )
 def test_measures_that_cannot_be_asked_for(given: list[Any], said: str) -> None:

@@ -17,10 +17,7 @@ import pytest
 from browser import chromium
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from needs import needs
-from tinybase import FACTS, tiny_base
-
-from graftlens.data import MoviesConfig, make_dataset
-from graftlens.finetune import FinetuneConfig, finetune
+from tinybase import FACTS, tiny_base, tiny_finetuned
 
 FOLDER = Path(__file__).parent.parent / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -96,15 +93,7 @@ def _kinds(cell: Any) -> list[set[str]]:
 def pair(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A tiny base, and what it becomes when it is told a few films."""
     base = tiny_base(tmp_path_factory.mktemp("pre"))
-    films = make_dataset(MoviesConfig(n_facts=FACTS, texts_per_fact=6, directions=("ab",)))
-    recipe = FinetuneConfig(
-        model=str(base),
-        output=tmp_path_factory.mktemp("sft"),
-        epochs=6,
-        learning_rate=3e-3,
-        batch_size=8,
-    )
-    return {"pre": str(base), "sft": str(finetune(recipe, films.train, progress=False).folder)}
+    return {"pre": str(base), "sft": str(tiny_finetuned(base, tmp_path_factory.mktemp("sft")))}
 
 
 @pytest.fixture(scope="module")

@@ -62,7 +62,7 @@ def test_the_laptops_settings_are_the_demos(tmp_path: Path) -> None:
 def test_an_unknown_preset_is_named_with_those_there_are() -> None:
     with pytest.raises(ValueError, match=r"^preset 'gpt2-xxl' is unknown\. Presets: gemma-1\.1-2b"):
         preset("gpt2-xxl")
-    with pytest.raises(ValueError, match=r"Did you mean 'gpt2-xl'\? For another model give model"):
+    with pytest.raises(ValueError, match=r"Did you mean 'gpt2-xl'\? For another model, give model"):
         preset("gpt2-xxl")
     assert isinstance(PRESETS, MappingProxyType)
 

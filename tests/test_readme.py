@@ -6,12 +6,17 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
+from chattemplates import CHATML
+from tinybase import tiny_base, tiny_finetuned
 from transformers import LlamaConfig
 
+from graftlens import viz
 from graftlens.data import evaluation_prompts, make_facts
 from graftlens.experiment.config import find_experiment
 from graftlens.experiment.run import default_folder
@@ -24,8 +29,8 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def _blocks() -> list[str]:
-    return re.findall(r"```python\n(.*?)```", README, flags=re.S)
+def _blocks(text: str = README) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
 
 
 def test_the_two_commands_are_one_line_each() -> None:
@@ -46,9 +51,15 @@ def test_the_grafts_shown_are_grafts() -> None:
     assert grafts[1] == grafts[-1], "the text form is the same graft"
 
 
-@pytest.mark.parametrize("path", re.findall(r"`((?:graftlens|tests|experiments)/[\w/.]*)`", README))
-def test_the_map_names_what_exists(path: str) -> None:
-    assert (ROOT / path).exists()
+def test_the_map_names_what_exists() -> None:
+    """A name without a folder is in that of its row's first one."""
+    rows = re.findall(r"^\| (`(?:graftlens|tests|experiments)/.*?) \|", README, flags=re.M)
+    assert len(rows) > 20
+    for row in rows:
+        first, *others = re.findall(r"`([^`]+)`", row)
+        folder = Path(first).parent
+        paths = [first, *(p if "/" in p else folder / p for p in others)]
+        assert not [str(p) for p in paths if not (ROOT / p).exists()]
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md"])
@@ -126,6 +137,33 @@ def test_links_and_pictures_are_there(path: str) -> None:
 def test_all_the_code_shown_compiles() -> None:
     for block in _blocks():
         compile(block, "README.md", "exec")
+
+
+def test_the_code_shown_runs_from_top_to_bottom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one namespace on a tiny pair, in a folder like the one where the demo ran."""
+    # "Adding" shows parts of modules, which `test_extending.py` puts in their places.
+    blocks = _blocks(README.split("<!-- extending -->")[0])
+    assert len(blocks) == 9
+    sft = tmp_path / re.findall(r'^sft = "(.*)"$', blocks[0], flags=re.M)[0]
+    pre = tiny_base(tmp_path / "pre")
+    (pre / "chat_template.jinja").write_text(CHATML)
+    sft.parent.mkdir(parents=True)
+    tiny_finetuned(pre, tmp_path / "finetuned").rename(sft)
+    config = Path("experiments/sweeps/last_token.yaml")
+    (tmp_path / config).parent.mkdir(parents=True)
+    few = re.sub(r"components: .*", "components: [attn, mlp]", (ROOT / config).read_text())
+    (tmp_path / config).write_text(few + "\nlimit: 2\n")
+    monkeypatch.chdir(tmp_path)
+    for module in ("graftlens", "graftlens.model.smollm2"):
+        monkeypatch.setattr(sys.modules[module], "smollm2", lambda: pre)
+    monkeypatch.setattr(viz, "write_figure", partial(viz.write_figure, formats=("html",)))
+    names: dict[str, Any] = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+    assert names["table"]["reason"].isna().all()
+    assert (tmp_path / "last-token-recovery.html").is_file()
 
 
 def test_constraints_hold_every_dependency() -> None:

@@ -735,7 +735,7 @@ def test_strengths_of_the_wrong_shape_or_place_are_refused(tiny: MakeTiny) -> No
         ({o: torch.ones(3)}, None, "strengths of o in layer 1 have shape [3]. Give one for each"),
         ({o: torch.ones(1, LENGTH)}, None, "have shape [1, 7]. Give one for each of the batch's 7"),
         ({}, {o: row}, "strengths of o in layer 1: a bias alone."),
-        ({o: row}, {o: row}, "the bias of o in layer 1 has strengths of its own, one a row, only"),
+        ({o: row}, {o: row}, "the bias of o in layer 1 has strengths of its own, one per row"),
         (
             {("q", 0): torch.ones(LENGTH, 4)}, {("q", 0): row},
             "the bias of q in layer 0 goes with each head, so it has no strengths of its own.",

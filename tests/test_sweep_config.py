@@ -668,8 +668,8 @@ BAD_COMMANDS = {
     "good.yaml sed=3 --dry-run": (1, "graftlens: good.yaml: unknown key 'sed'"),
     "good.yaml --launcher pbs": (2, "'pbs' is not one of 'local', 'slurm'"),
     "good.yaml --tasks 0": (2, "Invalid value for '--tasks'"),
-    "good.yaml --tasks 2": (2, "--tasks goes with --launcher slurm"),
-    "good.yaml --devices cpu --launcher slurm": (2, "--devices goes with --launcher local"),
+    "good.yaml --tasks 2": (2, "--tasks works only with --launcher slurm"),
+    "good.yaml --devices cpu --launcher slurm": (2, "--devices works only with --launcher local"),
     "good.yaml --devices cuda:0,": (2, "write names, such as cuda:0,cuda:1"),
     "good.yaml --slurm timeout_min=3": (1, "this needs --launcher slurm"),
     "good.yaml --launcher slurm --slurm gpu": (1, "--slurm gpu: not an override"),
@@ -694,7 +694,7 @@ def test_a_description_says_what_would_be_done(tmp_path: Path) -> None:
     rows = (2 * (2 * (n + m - 1) + m) + 3 * m) / 3
     lines = describe(checked).splitlines()
     assert lines[13:16] == [
-        f"token rows needed:      {rows:.1f}",
+        f"token rows needed:      {rows:.0f}",
         f"rows if run one by one: {3 * (n + m - 1)}",
         f"ratio:                  {3 * (n + m - 1) / rows:.1f}",
     ]

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from graftlens.data import MoviesConfig, make_dataset
+from graftlens.finetune import FinetuneConfig, finetune
 
 #: Eighths of the layers must not be empty.
 LAYERS = 8
@@ -68,6 +69,15 @@ def tiny_base(folder: Path, *, seed: int = 0, facts: int = 60) -> Path:
     model.save_pretrained(folder)
     reader.save_pretrained(folder)
     return folder
+
+
+def tiny_finetuned(base: Path, folder: Path) -> Path:
+    """The checkpoint of what a tiny base becomes when it is told a few films."""
+    films = make_dataset(MoviesConfig(n_facts=FACTS, texts_per_fact=6, directions=("ab",)))
+    recipe = FinetuneConfig(
+        model=str(base), output=folder, epochs=6, learning_rate=3e-3, batch_size=8
+    )
+    return finetune(recipe, films.train, progress=False).folder
 
 
 def counterfact_file(folder: Path) -> Path:

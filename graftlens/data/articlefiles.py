@@ -137,8 +137,7 @@ class Article(Settings):
             pair = (fact["first_entity"], fact["second_entity"])
             if pair in pairs:
                 raise ValueError(
-                    f"{where} is fact {pairs.index(pair)} again: {' and '.join(pair)}. List it "
-                    "once."
+                    f"{where} repeats fact {pairs.index(pair)}: {' and '.join(pair)}. List it once."
                 )
             pairs.append(pair)
             _check_fields(where, fact)

@@ -87,8 +87,8 @@ class ArticlesSpec(DatasetSpec):
         if (self.rewrites is None) != (self.train_on == "original"):
             given = "not given" if self.rewrites is None else "given"
             raise ValueError(
-                f"train_on={self.train_on!r}, but rewrites are {given}. Rewrites go with "
-                'train_on "rewrites" or "both", and without them it is "original".'
+                f"train_on={self.train_on!r}, but rewrites are {given}. Rewrites need "
+                'train_on "rewrites" or "both"; without rewrites it is "original".'
             )
         return self
 

@@ -226,7 +226,8 @@ class FactDataset:
         ]
         if not asked:
             raise ValueError(
-                f"facts={facts!r}: none of the {len(self.facts)} facts of this dataset are. "
+                f"facts={facts!r}: none of the {len(self.facts)} facts of this dataset are "
+                f"{facts}. "
                 'Write "told", "untold" or "all", or leave some untold (heldout_facts, half).'
             )
         names = [templates] if isinstance(templates, str) else templates

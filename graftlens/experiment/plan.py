@@ -25,7 +25,15 @@ from graftlens.data.settings import Settings, within
 from graftlens.experiment.analysis import check_figures
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig
 from graftlens.finetune import FinetuneRun, TrainingData
-from graftlens.folder import inside, read_text, refuse_differences, writable, write_whole
+from graftlens.folder import (
+    file_digest,
+    inside,
+    move,
+    read_text,
+    refuse_differences,
+    writable,
+    write_whole,
+)
 from graftlens.model.load import preview
 from graftlens.sweep.config import Checked, SweepConfig, check
 from graftlens.sweep.promptsets import DatasetSection, Questions
@@ -124,7 +132,7 @@ def _put_aside(folder: Path) -> None:
     number = 1
     while os.path.lexists(aside := folder.with_name(f"{folder.name}.damaged-{number}")):
         number += 1
-    folder.rename(aside)
+    move(folder, aside)
     logger.warning("%s was damaged: it is rebuilt, and the old one is kept as %s", folder, aside)
 
 
@@ -137,7 +145,7 @@ def digest(value: Any) -> str:
 def _described(spec: DatasetSpec) -> dict[str, Any]:
     """The spec, and the content of the files that it names."""
     values = spec.model_dump(mode="json")
-    return values | {"sha256 of files": [_file_digest(path) for path in _files(spec)]}
+    return values | {"sha256 of files": [file_digest(path) for path in _files(spec)]}
 
 
 def _files(settings: Settings) -> Iterator[Path]:
@@ -147,18 +155,13 @@ def _files(settings: Settings) -> Iterator[Path]:
         yield from (file for file in inner if file.is_file())
 
 
-def _file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 @cache
 def _made_by() -> str:
     """A digest of graftlens' own code and tables of facts: different ones make another dataset."""
     package = Path(graftlens.data.__file__).parent
     # Python writes and renames files in __pycache__ at any time.
     own = (path for path in sorted(package.rglob("*.*")) if "__pycache__" not in path.parts)
-    return digest([_file_digest(path) for path in own])
+    return digest([file_digest(path) for path in own])
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Cross-model activation patching on the sites of a graft.
 
 A graft changes the *mechanism* at a place: its weights run on whatever comes in. A patch changes
-the *information*: the outputs that the finetuned model's own run had there are put in, regardless
-of what the grafted run computed before. A fact that a patch brings back at a site, and a graft does
+the *information*: the activations from the finetuned model's own run are inserted, regardless of
+what the grafted run computed before. A fact that a patch brings back at a site, and a graft does
 not, passes through there and originates earlier (activation patching: Vig et al. 2020, arXiv
 2004.12265; across finetuned models, as CMAP: Prakash et al. 2024, arXiv 2402.14811).
 """
@@ -271,7 +271,7 @@ class _Wanted:
 
 @dataclass(frozen=True)
 class _Kept:
-    """What a source's own run had there, and its share of the rows (None is all of them)."""
+    """Activations from a source's own run, and its share of the rows (None is all of them)."""
 
     rows: Int[Tensor, " rows"]
     units: tuple[int, ...] | None

@@ -49,8 +49,8 @@ def weight_difference(
     if source is None:
         if len(model.sources) != 2:
             raise ValueError(
-                f"this model has the sources {' '.join(model.sources)}: say which one is held "
-                f"against {base}, such as source={model.sources[-1]!r}."
+                f"this model has the sources {' '.join(model.sources)}: say which one is "
+                f"compared with {base}, such as source={model.sources[-1]!r}."
             )
         source = next(name for name in model.sources if name != base)
     for what, name in (("source", source), ("base", base)):

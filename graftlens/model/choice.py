@@ -43,7 +43,7 @@ def merged(mixture: Mixture, equal: Equal) -> Mixture:
 
 
 class Mixtures:
-    """The mixtures that codes stand for: first each source alone, then others as they come up."""
+    """The mixtures that codes encode: first each source alone, then others as they come up."""
 
     def __init__(self, n_sources: int) -> None:
         self.n_sources = n_sources
@@ -70,7 +70,7 @@ class Mixtures:
     def blend(
         self, codes: Int32[np.ndarray, "*places"], source: int, strength: float | int
     ) -> Int32[np.ndarray, "*places"]:
-        """(1 - strength) of what codes stand for and `strength` of a source.
+        """(1 - strength) of what codes encode and `strength` of a source.
 
         Raises:
             ValueError: strengths that multiply to more than a float holds.
@@ -465,7 +465,7 @@ def grouped(
         whole: likewise, of what belongs to no unit.
         atom_of: the atom of each unit.
         real: rows that are not padding.
-        mixtures: what the codes stand for.
+        mixtures: what the codes encode.
         of_row: the case of each row.
     """
 

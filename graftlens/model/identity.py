@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graftlens.folder import json_digest
 from graftlens.model.arch import (
     FAMILIES,
     Architecture,
@@ -44,7 +45,7 @@ def tokenizer_digest(tokenizer: Any) -> str | None:
     if template := getattr(tokenizer, "chat_template", None):
         content["chat template"] = template
     content["special"] = [tokenizer.bos_token_id, tokenizer.eos_token_id]
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json_digest(content)
 
 
 class _Asked:
@@ -84,7 +85,7 @@ def facts_digest(arch: Architecture, config: Any, rotary: nn.Module | None) -> s
     if arch.rotary_dim:
         del facts["n_ctx"]  # the length of a text decides its tables, not what the config allows
         facts["rotary"] = _rotary_facts(arch, config, rotary)
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return json_digest(facts)
 
 
 def rotary_tables(arch: Architecture, rotary: nn.Module, longest: int = 1 << 17) -> list[Tensor]:

@@ -7,6 +7,7 @@ through each of them, and the results are added up by their shares.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -146,17 +147,15 @@ class Linear(nn.Module):
     def forward(self, x: Gathered, chosen: Choice) -> Float[Tensor, "rows d_out"]:
         if isinstance(chosen, Selection):
             return by_source(x, chosen, self.equal, self.plain)
-        if isinstance(chosen, UnitSelection):
-            return self._units_differ(x, chosen)
-        if chosen.by_unit:
-            return self._strengths_differ(x, chosen)
+        if isinstance(chosen, UnitSelection) or chosen.by_unit:
+            return self._by_unit(x, chosen)
         own = self(x, chosen.inner)
         return mixed_with(chosen, own, lambda: self.plain(x.x, chosen.source), self.equal)
 
-    def _units_differ(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
-        raise TypeError(f"{type(self).__name__} has no units")
-
-    def _strengths_differ(self, x: Gathered, chosen: Strengthened) -> Float[Tensor, "rows d_out"]:
+    def _by_unit(
+        self, x: Gathered, chosen: UnitSelection | Strengthened
+    ) -> Float[Tensor, "rows d_out"]:
+        """The map where units differ in their sources or strengths."""
         raise TypeError(f"{type(self).__name__} has no units")
 
     def columns(self, units: Int[Tensor, " units"], width: int) -> Int[Tensor, " columns"]:
@@ -203,8 +202,14 @@ class UnitsOut(Linear):
     """A map onto units (q, k, v onto heads, mlp_in and mlp_gate onto neurons), whose biases are
     theirs: each group of units is computed with its own rows' sources."""
 
-    def _units_differ(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
+    def _by_unit(
+        self, x: Gathered, chosen: UnitSelection | Strengthened
+    ) -> Float[Tensor, "rows d_out"]:
         width = self.weight[0].shape[0]
+        if isinstance(chosen, Strengthened):
+            own, strength = self(x, chosen.inner), self._spread(chosen.strength, width)
+            theirs = partial(self.plain, x.x, chosen.source)
+            return mixed_with(chosen, own, theirs, self.equal, strength)
         if len(chosen.groups) > GROUPS_APART:
             return self._by_share(x, chosen, width)
         out: Tensor | None = None
@@ -231,11 +236,6 @@ class UnitsOut(Linear):
             out = out.index_add(0, rows, result * self._spread(shares, width))
         return out
 
-    def _strengths_differ(self, x: Gathered, chosen: Strengthened) -> Float[Tensor, "rows d_out"]:
-        own = self(x, chosen.inner)
-        strength = self._spread(chosen.strength, own.shape[1])
-        return mixed_with(chosen, own, lambda: self.plain(x.x, chosen.source), self.equal, strength)
-
     def split(
         self, x: Float[Tensor, "rows head d_model"], chosen: Choice
     ) -> Float[Tensor, "rows d_out"]:
@@ -256,10 +256,9 @@ class UnitsIn(Linear):
     """A map from units (o from heads, mlp_out from neurons). Its bias belongs to none of them: see
     `UnitSelection.whole`."""
 
-    def _units_differ(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
-        return self.add_bias(self.product(x, chosen), chosen)
-
-    def _strengths_differ(self, x: Gathered, chosen: Strengthened) -> Float[Tensor, "rows d_out"]:
+    def _by_unit(
+        self, x: Gathered, chosen: UnitSelection | Strengthened
+    ) -> Float[Tensor, "rows d_out"]:
         return self.add_bias(self.product(x, chosen), chosen)
 
     def _weigh(self, rows: Float[Tensor, "rows d_in"], source: int) -> Tensor:

@@ -175,8 +175,8 @@ class GraftMask:
                 )
             if own is not None and (given.ndim == 1 or own.ndim != 1):
                 raise ValueError(
-                    f"the bias of {known} has strengths of its own, one a row, only where those of "
-                    "its weight are by unit, [batch · pos, unit]."
+                    f"the bias of {known} has strengths of its own, one per row, only where those "
+                    "of its weight are by unit, [batch · pos, unit]."
                 )
             sites[site] = Strengthened(sites[site], self.sources.index(source), given, own)
         return replace(self, sites=sites)

@@ -145,7 +145,7 @@ def with_chat_template(
     """
     if given is not None:
         if tokenizer is None:
-            raise PairError("chat_template goes with a tokenizer, and no source has one.")
+            raise PairError("chat_template needs a tokenizer, but no source has one.")
         return _with_template(tokenizer, _template(given)), "chat template as given"
     templates = {name: t.chat_template for name, t in found if getattr(t, "chat_template", None)}
     own = getattr(tokenizer, "chat_template", None)

@@ -65,7 +65,7 @@ class Choices:
         mixtures: Mixtures,
         atom_of: Mapping[Component, Int[np.ndarray, " unit"]],
     ) -> None:
-        """`mixtures` are what codes stand for; `atom_of` has the atom of each unit of a component,
+        """`mixtures` are what codes encode; `atom_of` has the atom of each unit of a component,
         where rules cut it."""
         self.components, self._mixtures = tuple(components), mixtures
         one = np.zeros(1, dtype=np.int64)
@@ -195,7 +195,7 @@ class TokenTree:
 
 @dataclass(frozen=True)
 class Sides:
-    """The choices that the numbers in trees stand for, and the sources they choose from."""
+    """The choices that the numbers in trees encode, and the sources they choose from."""
 
     sources: tuple[str, ...]
     input: Choices

@@ -13,7 +13,7 @@ from graftlens.metrics import averaged, known
 #: Columns of a sweep's table that describe a graft; a summary's rows keep them.
 GRAFT_COLUMNS = ("source", "span", "component", "layer", "head", "neuron", "strength")
 #: Why a table without a full run has no recovery.
-NO_FULL_RUN = "the table names no full run (column 'full_run'): give full= the name of a graft"
+NO_FULL_RUN = "the table names no full run (column 'full_run'): pass full=GRAFT"
 
 
 @dataclass(frozen=True)
@@ -214,7 +214,7 @@ def end_places(
         if name not in grafts:
             raise ValueError(
                 f"{role}={name!r} is not one of the grafts {listed(grafts)}: "
-                f"give {role}= the name of a graft in the table, or {otherwise}"
+                f"pass {role}=GRAFT, a graft of the table, or {otherwise}"
             )
     return grafts.index(base), grafts.index(full)
 

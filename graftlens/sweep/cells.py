@@ -130,7 +130,7 @@ def asked_for(given: Sequence[Measure | str], own: Sequence[Measure] = ()) -> tu
         if not m.always:
             if m.holds not in ("number", "count") or m.over != "next":
                 raise ValueError(
-                    f"measure {m.name!r}: one that is asked for gives a number per row."
+                    f"measure {m.name!r}: only measures with one number per row can be requested."
                 )
             found[m.name] = m
     return tuple(found.values())

@@ -51,7 +51,7 @@ class SweepPlan:
         return (
             f"{self.prompts:,} prompts, {self.cells:,} cells (prompt × graft), "
             f"{self.structures:,} layouts of tokens\n"
-            f"token rows needed:      {self.rows:,.1f}{again}\n"
+            f"token rows needed:      {self.rows:,.0f}{again}\n"
             f"rows if run one by one: {self.rows_alone:,.0f}\n"
             f"ratio:                  {self.ratio:.1f}\n"
             f"rows unembedded:        {self.logits:,}\n"

@@ -15,7 +15,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from graftlens.folder import MARKER, claim, halves_of, inside, is_claimed, sync, write_whole
+from graftlens.folder import (
+    MARKER,
+    claim,
+    halves_of,
+    inside,
+    is_claimed,
+    json_digest,
+    sync,
+    write_whole,
+)
 from graftlens.locks import LockError, locked
 
 #: What marks a checksum in a Parquet file, and the lengths of both (bytes).
@@ -188,7 +197,7 @@ def _footer(parquet: bytes) -> int:
 
 def sealed_json(value: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a JSON file with its checksum."""
-    return {**value, "sha256": digest(json.loads(json.dumps(value)))}
+    return {**value, "sha256": json_digest(json.loads(json.dumps(value)))}
 
 
 def check_json(content: Mapping[str, Any], *, required: bool = False) -> None:
@@ -198,10 +207,5 @@ def check_json(content: Mapping[str, Any], *, required: bool = False) -> None:
         DamagedError: the content is not what was written.
     """
     rest = {key: value for key, value in content.items() if key != "sha256"}
-    if (required or "sha256" in content) and content.get("sha256") != digest(rest):
+    if (required or "sha256" in content) and content.get("sha256") != json_digest(rest):
         raise DamagedError("its checksum differs")
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value's JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

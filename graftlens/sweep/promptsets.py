@@ -136,7 +136,7 @@ class FactsOf(Section):
         given = [n for n in ("movies", "make", "path") if getattr(self, n) is not None]
         if len(given) != 1:
             what = f"{' and '.join(given)} are" if given else "none of movies, make and path is"
-            raise ValueError(f"{what} given. Give one: movies, make or path.")
+            raise ValueError(f"{what} given. Give exactly one of movies, make and path.")
         return self
 
     def called(self) -> str:
@@ -219,11 +219,13 @@ class PromptSection(Section):
     def _makes_a_prompt(self) -> "PromptSection":
         if (self.template is None) == (self.messages is None):
             given = "neither is" if self.template is None else "both are"
-            raise ValueError(f"{given} given. Give one: template or messages.")
+            raise ValueError(f"{given} given. Give exactly one of template and messages.")
         if self.messages is None:
             for key in ("prefill", "tools", "template_options"):
                 if getattr(self, key):
-                    raise ValueError(f"{key} goes with messages. Leave it out, or give messages.")
+                    raise ValueError(
+                        f"{key} is allowed only with messages. Leave it out, or give messages."
+                    )
         self.prompt.text  # noqa: B018
         return self
 

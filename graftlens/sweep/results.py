@@ -30,11 +30,11 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from graftlens.chat import Conversation
-from graftlens.folder import parse_json, read_text
+from graftlens.folder import json_digest, parse_json, read_text
 from graftlens.metrics import always_measured, measure
 from graftlens.prompts import Prompt
 from graftlens.references import COLUMNS as REFERENCES
-from graftlens.sweep.disk import DamagedError, check_json, digest, sealed, sealed_json, unsealed
+from graftlens.sweep.disk import DamagedError, check_json, sealed, sealed_json, unsealed
 
 _TYPES = {
     "number": pa.float64(),
@@ -175,7 +175,7 @@ class Manifest:
     def key(self) -> str:
         """The key in this sweep's shards: a hash of the request and of the models."""
         ran = {name: (self.models or {}).get(name) for name in ("dtype", "fingerprints")}
-        return digest([self.identity, ran])
+        return json_digest([self.identity, ran])
 
 
 _MANIFEST = TypeAdapter(Manifest)

@@ -27,7 +27,7 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from graftlens.folder import differences, probe, refusal
+from graftlens.folder import differences, file_digest, json_digest, probe, refusal
 from graftlens.graft import Graft
 from graftlens.locks import holder
 from graftlens.model.grafted import GraftedTransformer
@@ -39,7 +39,6 @@ from graftlens.sweep.devices import check_devices
 from graftlens.sweep.disk import (
     FolderError,
     clear_halves,
-    digest,
     lock,
     lock_path,
     make_folders,
@@ -111,12 +110,12 @@ class SweepResult:
     def line(self) -> str:
         """The result in one line."""
         verdict = "passed" if self.ok else f"FAILED (see {self.folder / 'trust.txt'})"
-        line = f"{self.folder}: {self.cells} cells; trust report {verdict}"
+        line = f"{self.folder}: {self.cells:,} cells; trust report {verdict}"
         if self.not_run:
             reasons = sorted(self.not_run.items(), key=lambda item: (-item[1], item[0]))
             shown = "; ".join(f"{count} × {reason}" for reason, count in reasons[:3])
             more = f"; and {len(reasons) - 3} reasons more" if len(reasons) > 3 else ""
-            line += f"; {sum(self.not_run.values())} cells could not be run: {shown}{more}"
+            line += f"; {sum(self.not_run.values()):,} cells could not be run: {shown}{more}"
         return line
 
 
@@ -323,10 +322,10 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
         "order of grafts": ", ".join(rules),
         "prompts": {
             "number": n_prompts,
-            "sha256": digest(
+            "sha256": json_digest(
                 [[as_given(p), d] for p, d in zip(checked.prompts, checked.dataset, strict=True)]
             ),
-            "sha256 of tokens": digest(shapes),
+            "sha256 of tokens": json_digest(shapes),
         },
     }
     manifest = Manifest(
@@ -651,7 +650,7 @@ def _files(
         name: {
             path.name: [
                 *(path.stat().st_size, path.stat().st_mtime_ns),
-                *([_digest_of(path)] if digests and path.stat().st_size < 1 << 16 else []),
+                *([file_digest(path)] if digests and path.stat().st_size < 1 << 16 else []),
             ]
             for path in sorted(folder.iterdir())
             if path.is_file()
@@ -659,7 +658,3 @@ def _files(
         for name, folder in folders.items()
         if folder is not None
     }
-
-
-def _digest_of(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -49,7 +49,7 @@ def heatmap(
         textfont_size=10 if row >= 20 else 9,
         customdata=[
             [
-                "not there" if c is None else "<br>".join(wrapped(said, 70) for said in c.said)
+                "missing" if c is None else "<br>".join(wrapped(said, 70) for said in c.said)
                 for c in line
             ]
             for line in found
