@@ -37,7 +37,15 @@ _CLOSING = ("</think>", "</thinking>", "</thought>", "</reasoning>", "[/THINK]")
 
 #: Arguments of `apply_chat_template` that are not its template's options.
 _OURS = (
-    *("conversation", "messages", "tools", "tokenize", "chat_template", "continue_final_message"),
+    *(
+        "self",
+        "conversation",
+        "messages",
+        "tools",
+        "tokenize",
+        "chat_template",
+        "continue_final_message",
+    ),
     *("sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors"),
     *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 )
@@ -95,6 +103,13 @@ class Conversation:
                     "prefill begins the assistant's message, and the last message is the "
                     "assistant's already. Leave one of them out."
                 )
+        if not isinstance(template_options, Mapping | None) or not all(
+            isinstance(name, str) for name in template_options or ()
+        ):
+            raise ValueError(
+                f"template_options={brief(template_options)}: write a mapping of options, such as "
+                '{"enable_thinking": False}.'
+            )
         options = dict(template_options or {})
         for name in options:
             if name in _OURS:
@@ -107,7 +122,9 @@ class Conversation:
                 "template_options: add_generation_prompt goes without prefill, which begins the "
                 "assistant's message already."
             )
-        if isinstance(tools, str | Mapping) or not all(isinstance(t, Mapping) for t in tools or ()):
+        if tools is not None and not (
+            isinstance(tools, list | tuple) and all(isinstance(tool, Mapping) for tool in tools)
+        ):
             raise ValueError(
                 f"tools={brief(tools)}: write a list of JSON schemas; "
                 "transformers.utils.get_json_schema(function) makes one."
@@ -195,16 +212,35 @@ def doubled(text: str) -> str:
 def _message(number: int, message: Any) -> dict[str, Any]:
     where = f"messages[{number}]"
     if not isinstance(message, Mapping) or "role" not in message:
+        advice = (
+            " Rename from to role, value to content, human to user and gpt to assistant."
+            if isinstance(message, Mapping) and {"from", "value"} <= message.keys()
+            else ""
+        )
         raise ValueError(
             f'{where} is {brief(message)}. Write {{"role": "user", "content": "Who are you?"}}.'
+            f"{advice}"
         )
     # As transformers does before a template sees them.
     clean = {key: value for key, value in message.items() if value is not None}
     role = message["role"]
     if role not in ROLES:
+        advice = (
+            " What a developer says is the system's: write system."
+            if role == "developer"
+            else suggest(str(role), ROLES)
+        )
         raise ValueError(
-            f"{where}: role={brief(role)} is unknown. Allowed: {' '.join(ROLES)}."
-            f"{suggest(str(role), ROLES)}"
+            f"{where}: role={brief(role)} is unknown. Allowed: {' '.join(ROLES)}.{advice}"
+        )
+    calls = clean.get("tool_calls", [])
+    if not isinstance(calls, list | tuple) or not all(
+        isinstance(call, Mapping) and isinstance(call.get("function", call), Mapping)
+        for call in calls
+    ):
+        raise ValueError(
+            f'{where}: tool_calls={brief(calls)}. Write a list of {{"type": "function", '
+            '"function": {"name": "…", "arguments": {}}}.'
         )
     content = clean.get("content")
     if content is None and not clean.get("tool_calls"):
@@ -288,7 +324,8 @@ class _Rendering:
             (i, *path) for i, message in enumerate(self.messages) for path in texts(message)
         ]
         used = set(self.plain).union(*(self.text_of(leaf) for leaf in self.leaves))
-        self.marks = [chr(c) for c in range(0xF0002, 0xFFFFE) if chr(c) not in used][:_MOST_MARKS]
+        private = (*range(0xF0002, 0xFFFFE), *range(0x100000, 0x10FFFE))
+        self.marks = [chr(c) for c in private if chr(c) not in used][:_MOST_MARKS]
         self.renderings = 0
         #: (leaf, boundary) -> where a mark there comes out; None where the template drops it. A
         #: boundary that is not in here cannot be marked without changing what is written.

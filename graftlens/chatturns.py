@@ -152,8 +152,7 @@ class Turns:
         # The last one ends otherwise: what comes next begins with a token of its own.
         common = len(gap)
         for other in others:
-            pairs = enumerate(zip(gap, other, strict=False))
-            common = min(common, next((i for i, (a, b) in pairs if a != b), len(other)))
+            common = min(common, self.common(gap, other))
         if not others:
             common = 0
         places = {
@@ -258,19 +257,24 @@ class Turns:
         cut = self.ending(gap, tail, [other for other in others if other is not None])
         return "" if cut is None else gap[cut:]
 
-    def shared(self, tail: str, text: str) -> int:
+    def common(self, one: str, other: str) -> int:
         """How many characters two texts begin with in common, cutting no special token.
 
         Else `</s>`, which ends a whole conversation, and `<|user|>` had a character in common.
         """
-        pairs = enumerate(zip(tail, text, strict=False))
-        cut = next((i for i, (a, b) in pairs if a != b), min(len(tail), len(text)))
+        pairs = enumerate(zip(one, other, strict=False))
+        cut = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
         for word in self.special:
-            for written in (tail, text):
+            for written in (one, other):
                 start = written.rfind(word, 0, cut + len(word) - 1)
                 if 0 <= start < cut < start + len(word):
                     cut = start
-        # Nor a marker that is not a token of its own, such as `<|user|>` and `<|assistant|>`.
+        return cut
+
+    def shared(self, tail: str, text: str) -> int:
+        """How many characters of a message's end two texts begin with in common."""
+        cut = self.common(tail, text)
+        # No marker is cut that is not a token of its own: `<|user|>` and `<|assistant|>`.
         while 0 < cut < len(tail) and not text[cut - 1].isspace():
             if any(rest.startswith(self.special) for rest in (tail[cut:], text[cut:])):
                 break

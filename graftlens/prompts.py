@@ -500,7 +500,9 @@ def _tokenize_chat(prompt: Prompt, tokenizer: Any, prepend_bos: bool | None) -> 
                 found_at = there[0][0], there[-1][1]
                 spans.setdefault(name, []).append(_occurrence(text, covered, name, *found_at))
     added = offsets[0] == (0, 0)  # a BOS token that the template did not write
-    named = {**spans, **_roles(rendered, covered), "turn": _turns(rendered, offsets, int(added))}
+    named = {**spans, **_roles(rendered, covered)}
+    if rendered.turns is not None:
+        named["turn"] = _turns(rendered.turns, offsets, int(added))
     return Tokenized(
         tuple(ids), {**{n: tuple(r) for n, r in named.items()}, **standard}, prompt, text
     )
@@ -535,7 +537,7 @@ def _roles(
 
 
 def _turns(
-    rendered: Rendered, offsets: Sequence[tuple[int, int]], first: int
+    turns: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], first: int
 ) -> list[tuple[int, ...]]:
     """The tokens that begin in each turn, from the position `first` on."""
     starts, done = [], 0
@@ -544,7 +546,7 @@ def _turns(
         starts.append(done)
     return [
         tuple(i for i in range(first, len(starts)) if low <= starts[i] < high)
-        for low, high in rendered.turns or ()
+        for low, high in turns
     ]
 
 
