@@ -156,7 +156,7 @@ def test_every_file_of_a_checkpoint_is_covered(file, damage, cut, tmp_path, capl
     assert newest_complete(folder) == folder / "checkpoint-2"
     spoil(folder / "checkpoint-2" / file, damage)
     assert newest_complete(folder) is None
-    named = f"{file} is {'missing' if damage == 'missing' else 'has changed since it was written'}"
+    named = f"{file} {'is missing' if damage == 'missing' else 'has changed since it was written'}"
     assert named in caplog.text
     assert list(folder.iterdir()) == []
 
@@ -228,7 +228,7 @@ def test_every_file_of_a_result_is_covered(file, damage, whole, tmp_path):
     if (file, damage) == ("complete.json", "grown"):  # by white space
         assert read_result(path.parent).losses == whole.losses
         return
-    with pytest.raises(DamagedError, match=rf"model/{file} (is missing|is not|does not say)"):
+    with pytest.raises(DamagedError, match=rf"model/{file} (is missing|has changed|is not|does not say)"):
         read_result(path.parent)
 
 

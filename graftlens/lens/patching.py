@@ -89,7 +89,9 @@ def patched(
     batch = prompts if isinstance(prompts, Batch) else model.batch(prompts, prepend_bos=prepend_bos)
     mask = model.resolve(graft, batch)
     real = batch.real.reshape(-1)
-    made = {site: _Site(model.part(*site), chosen, real) for site, chosen in mask.sites.items()}
+    made = {
+        site: _Site(model.module_of(*site), chosen, real) for site, chosen in mask.sites.items()
+    }
     sites = {where: site for where, site in made.items() if site.sources}
     if not sites:
         if mask.graft:

@@ -99,10 +99,10 @@ class Architecture:
             case Cut.NEURON:
                 return self.d_mlp
 
-    def shape_of(self, component: Component, part: str = "weight") -> tuple[int, ...]:
+    def shape_of(self, component: Component, parameter: str = "weight") -> tuple[int, ...]:
         """The shape of a component's weight ([d_out, d_in] of a linear map) or bias."""
         shape = COMPONENTS[component].shape(self)
-        return shape if part == "weight" else shape[:1]
+        return shape if parameter == "weight" else shape[:1]
 
 
 @dataclass(frozen=True)

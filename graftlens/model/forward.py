@@ -151,17 +151,17 @@ class Attention(nn.Module):
     """Attention whose q, k, v, o and norms each come from the source that the position uses."""
 
     def __init__(
-        self, arch: Architecture, layer: int, parts: "Parts", flags: Any, active: Active
+        self, arch: Architecture, layer: int, build: "Builder", flags: Any, active: Active
     ) -> None:
         super().__init__()
         self.arch, self.layer, self.flags, self.active = arch, layer, flags, active
-        self.q = UnitsOut(*parts.linear(C.Q, layer), arch.n_heads)
-        self.k = UnitsOut(*parts.linear(C.K, layer), arch.n_kv_heads)
-        self.v = UnitsOut(*parts.linear(C.V, layer), arch.n_kv_heads)
-        self.o = UnitsIn(*parts.linear(C.O, layer), arch.n_heads)
+        self.q = UnitsOut(*build.linear(C.Q, layer), arch.n_heads)
+        self.k = UnitsOut(*build.linear(C.K, layer), arch.n_kv_heads)
+        self.v = UnitsOut(*build.linear(C.V, layer), arch.n_kv_heads)
+        self.o = UnitsIn(*build.linear(C.O, layer), arch.n_heads)
         if arch.qk_norm != "none":
-            self.q_norm = parts.norm(C.Q_NORM, layer)
-            self.k_norm = parts.norm(C.K_NORM, layer)
+            self.q_norm = build.norm(C.Q_NORM, layer)
+            self.k_norm = build.norm(C.K_NORM, layer)
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
         self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
@@ -311,12 +311,12 @@ class MLP(nn.Module):
     """A plain MLP; `hook_pre` and `hook_post` are [batch, pos, d_mlp]."""
 
     def __init__(
-        self, arch: Architecture, layer: int, parts: "Parts", act: nn.Module, active: Active
+        self, arch: Architecture, layer: int, build: "Builder", act: nn.Module, active: Active
     ) -> None:
         super().__init__()
         self.layer, self.act, self.active = layer, act, active
-        self.mlp_in = UnitsOut(*parts.linear(C.MLP_IN, layer), arch.d_mlp)
-        self.mlp_out = UnitsIn(*parts.linear(C.MLP_OUT, layer), arch.d_mlp)
+        self.mlp_in = UnitsOut(*build.linear(C.MLP_IN, layer), arch.d_mlp)
+        self.mlp_out = UnitsIn(*build.linear(C.MLP_OUT, layer), arch.d_mlp)
         self.hook_pre = HookPoint()
         self.hook_post = HookPoint()
 
@@ -382,10 +382,10 @@ class GatedMLP(MLP):
     """
 
     def __init__(
-        self, arch: Architecture, layer: int, parts: "Parts", act: nn.Module, active: Active
+        self, arch: Architecture, layer: int, build: "Builder", act: nn.Module, active: Active
     ) -> None:
-        super().__init__(arch, layer, parts, act, active)
-        self.mlp_gate = UnitsOut(*parts.linear(C.MLP_GATE, layer), arch.d_mlp)
+        super().__init__(arch, layer, build, act, active)
+        self.mlp_gate = UnitsOut(*build.linear(C.MLP_GATE, layer), arch.d_mlp)
         self.hook_pre_linear = HookPoint()
 
     def _hidden(
@@ -423,7 +423,7 @@ class TransformerBlock(nn.Module):
         self,
         arch: Architecture,
         layer: int,
-        parts: "Parts",
+        build: "Builder",
         act: nn.Module,
         flags: Any,
         active: Active,
@@ -431,13 +431,13 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.arch, self.layer, self.flags = arch, layer, flags
         if arch.pre_norms:
-            self.ln1 = parts.norm(C.LN1, layer)
-            self.ln2 = parts.norm(C.LN2, layer)
+            self.ln1 = build.norm(C.LN1, layer)
+            self.ln2 = build.norm(C.LN2, layer)
         if arch.post_norms:
-            self.ln1_post = parts.norm(C.LN1_POST, layer)
-            self.ln2_post = parts.norm(C.LN2_POST, layer)
-        self.attn = Attention(arch, layer, parts, flags, active)
-        self.mlp = MLPS[arch.mlp](arch, layer, parts, act, active)
+            self.ln1_post = build.norm(C.LN1_POST, layer)
+            self.ln2_post = build.norm(C.LN2_POST, layer)
+        self.attn = Attention(arch, layer, build, flags, active)
+        self.mlp = MLPS[arch.mlp](arch, layer, build, act, active)
         # [batch, pos, head, d_model], of k and v [batch, pos, kv_head, d_model]
         self.hook_attn_in = FlaggedPoint(flags, "use_attn_in", unless="use_split_qkv_input")
         self.hook_q_input = FlaggedPoint(flags, "use_split_qkv_input")
@@ -505,15 +505,15 @@ class TransformerBlock(nn.Module):
         return norm(x, None if norm.weight is None else plain(run.mask[C(name), self.layer]))
 
 
-class Parts:
+class Builder:
     """Builds modules from the weights of all sources, sharing what they share."""
 
     def __init__(self, arch: Architecture, sources: list[Weights], active: Active) -> None:
         self.arch, self.sources, self.active = arch, sources, active
         self._known: dict[object, Sourced] = {}
 
-    def sourced(self, component: Component, layer: int | None, part: str) -> Sourced | None:
-        tensors = [weights.get((component, layer, part)) for weights in self.sources]
+    def sourced(self, component: Component, layer: int | None, parameter: str) -> Sourced | None:
+        tensors = [weights.get((component, layer, parameter)) for weights in self.sources]
         present = [t for t in tensors if t is not None]
         if not present:
             return None
@@ -532,5 +532,7 @@ class Parts:
         return self.weight(component, layer), self.sourced(component, layer, "bias")
 
     def norm(self, component: Component, layer: int | None) -> Norm:
-        weight, bias = (self.sourced(component, layer, part) for part in ("weight", "bias"))
+        weight, bias = (
+            self.sourced(component, layer, parameter) for parameter in ("weight", "bias")
+        )
         return Norm(self.arch, weight, bias, self.active, component, layer)

@@ -22,7 +22,7 @@ from graftlens.model.arch import Architecture
 from graftlens.model.cache import GraftedCache, sliced
 from graftlens.model.choice import plain
 from graftlens.model.config import GraftedConfig, config_of
-from graftlens.model.forward import AttentionOrder, KeyValueCache, Parts, Pass, TransformerBlock
+from graftlens.model.forward import AttentionOrder, Builder, KeyValueCache, Pass, TransformerBlock
 from graftlens.model.generation import Generation
 from graftlens.model.hooks import Hooking, first_of
 from graftlens.model.identity import config_settings, facts_digest, tokenizer_digest
@@ -96,21 +96,21 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         # Its tables are float32 whatever the model's dtype is, so `.to` must not reach it.
         object.__setattr__(self, "rotary", copy.deepcopy(rotary))
         self.active = Active(arch, self.sources)
-        parts = Parts(arch, list(weights.values()), self.active)
+        build = Builder(arch, list(weights.values()), self.active)
         sample = next(iter(next(iter(weights.values())).values()))
         self.cfg = config_of(arch, self.sources, model_name or arch.family, sample, tokenizer)
 
-        self.embed = TokenEmbed(parts.weight(C.EMBED, None), self.active, arch.embed_scale)
+        self.embed = TokenEmbed(build.weight(C.EMBED, None), self.active, arch.embed_scale)
         self.hook_embed = HookPoint()
         if C.POS_EMBED in arch.components:
-            self.pos_embed = PosEmbed(parts.weight(C.POS_EMBED, None), self.active)
+            self.pos_embed = PosEmbed(build.weight(C.POS_EMBED, None), self.active)
             self.hook_pos_embed = HookPoint()
         self.blocks = nn.ModuleList(
-            TransformerBlock(arch, layer, parts, activation, self.cfg, self.active)
+            TransformerBlock(arch, layer, build, activation, self.cfg, self.active)
             for layer in range(arch.n_layers)
         )
-        self.ln_final = FinalNorm(parts.norm(C.LN_FINAL, None))
-        self.unembed = Unembed(Linear(*parts.linear(C.UNEMBED, None)), self.active)
+        self.ln_final = FinalNorm(build.norm(C.LN_FINAL, None))
+        self.unembed = Unembed(Linear(*build.linear(C.UNEMBED, None)), self.active)
         self.eval()
         self.setup()
         self._flagged = [hook for hook in self.hook_points() if isinstance(hook, FlaggedPoint)]
@@ -572,7 +572,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
 
     # -- weights ---------------------------------------------------------------------------------
 
-    def part(self, component: Component, layer: int | None) -> nn.Module:
+    def module_of(self, component: Component, layer: int | None) -> nn.Module:
         """The module that computes a component in a layer (None for those outside the layers).
 
         Raises:
@@ -583,13 +583,13 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         if component not in arch.components or layer not in arch.layers_of(component):
             raise ValueError(f"{self.arch.family} has no {component} in layer {layer}.")
         home = COMPONENTS[component].home
-        part = getattr(block if home is None else getattr(block, home), component.value)
-        assert isinstance(part, nn.Module)
-        return part
+        module = getattr(block if home is None else getattr(block, home), component.value)
+        assert isinstance(module, nn.Module)
+        return module
 
     def weights_of(self, component: Component, layer: int | None) -> tuple[Sourced, Sourced | None]:
         """Weight and bias of a component in a layer, in all sources."""
-        module = self.part(component, layer)
+        module = self.module_of(component, layer)
         owner: Any = getattr(module, "linear", module)
         return owner.weight, getattr(owner, "bias", None)
 

@@ -270,17 +270,19 @@ def _check_pair(base: Source, other: Source) -> None:
         )
     if base.weights.keys() != other.weights.keys():
         odd = sorted(base.weights.keys() ^ other.weights.keys(), key=str)[0]
-        component, layer, part = odd
+        component, layer, parameter = odd
         raise PairError(
-            f"only one of {base.name!r} and {other.name!r} has a {part} for {component}"
+            f"only one of {base.name!r} and {other.name!r} has a {parameter} for {component}"
             f"{'' if layer is None else f' in layer {layer}'}."
         )
-    for (component, layer, part), tensor in other.weights.items():
-        where = f"{other.name!r}: {component} {part}{'' if layer is None else f', layer {layer}'}"
-        if tensor.shape != base.weights[component, layer, part].shape:
+    for (component, layer, parameter), tensor in other.weights.items():
+        where = (
+            f"{other.name!r}: {component} {parameter}{'' if layer is None else f', layer {layer}'}"
+        )
+        if tensor.shape != base.weights[component, layer, parameter].shape:
             raise PairError(
                 f"{where} has shape {tuple(tensor.shape)}; {base.name!r} has "
-                f"{tuple(base.weights[component, layer, part].shape)}."
+                f"{tuple(base.weights[component, layer, parameter].shape)}."
             )
         if not tensor.is_floating_point() or torch.finfo(tensor.dtype).bits < 16:
             raise PairError(
@@ -329,11 +331,11 @@ def _rope_settings(source: Source) -> Any:
 
 def _refuse_overflow(prepared: Mapping[str, Weights]) -> None:
     for name, weights in prepared.items():
-        for (component, layer, part), tensor in weights.items():
+        for (component, layer, parameter), tensor in weights.items():
             if not bool(torch.isfinite(tensor).all()):
                 where = "" if layer is None else f", layer {layer}"
                 raise PairError(
-                    f"source {name!r}: {component} {part}{where} has numbers beyond float16's "
+                    f"source {name!r}: {component} {parameter}{where} has numbers beyond float16's "
                     "65504. " + WIDER
                 )
 
@@ -342,10 +344,10 @@ def _fill_biases(read: list[Source]) -> None:
     """A bias that only some sources have is zero in the others."""
     sites = {site for source in read for site in source.weights if site[2] == "bias"}
     for source in read:
-        for component, layer, part in sites - source.weights.keys():
+        for component, layer, parameter in sites - source.weights.keys():
             weight = source.weights.get((component, layer, "weight"))
             if weight is not None:
-                source.weights[component, layer, part] = weight.new_zeros(weight.shape[0])
+                source.weights[component, layer, parameter] = weight.new_zeros(weight.shape[0])
 
 
 def _dtypes(source: Source) -> list[torch.dtype]:

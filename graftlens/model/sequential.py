@@ -352,12 +352,12 @@ def _places(model: GraftedTransformer, skeleton: Any) -> Iterable[_Place]:
         components.sort(key=lambda c: layout.fused[c].index if c in layout.fused else 0)
         module = skeleton.get_submodule(name)
         held = zip(*(model.weights_of(c, layer) for c in components), strict=True)
-        for part, of_parts in zip(("weight", "bias"), held, strict=True):
-            weights = [w for w in of_parts if w is not None]
+        for parameter, tensors in zip(("weight", "bias"), held, strict=True):
+            weights = [w for w in tensors if w is not None]
             if weights:
                 transposed = layout.transposes(components[0]) and weights[0][0].ndim == 2
                 parts = tuple(zip(components, weights, strict=True))
-                yield _Place(module._parameters, part, layer, parts, transposed)
+                yield _Place(module._parameters, parameter, layer, parts, transposed)
 
 
 def _index(value: Any, known: Sequence[Any], rule: Rule, what: str) -> int:

@@ -419,10 +419,10 @@ def read_transformers(
     if not strict:
         layout = FAMILIES[arch.family].layout
         keep = {
-            f"{module.format(l=layer)}.{part}"
+            f"{module.format(l=layer)}.{parameter}"
             for module in layout.modules.values()
             for layer in range(arch.n_layers)
-            for part in ("weight", "bias")
+            for parameter in ("weight", "bias")
         }
         state = {key: tensor for key, tensor in state.items() if key in keep}
     weights = read_weights(state, arch)

@@ -41,15 +41,15 @@ class WeightViews(HookedRootModule):
         return self._view(component)  # one that no property below documents
 
     def _layers(
-        self, component: Component, part: str = "weight"
+        self, component: Component, parameter: str = "weight"
     ) -> Float[Tensor, "source layer ..."]:
         """One component's tensors over all sources and layers (a new tensor)."""
         if component not in self.arch.components:
             raise AttributeError(component)  # to which `__getattr__` gives its reason
         linears: list[Any] = [
-            self.part(component, layer) for layer in self.arch.layers_of(component)
+            self.module_of(component, layer) for layer in self.arch.layers_of(component)
         ]
-        if part == "weight":
+        if parameter == "weight":
             return torch.stack([linear.weight.stacked() for linear in linears], dim=1)
         count = range(len(self.sources))
         return torch.stack(

@@ -52,27 +52,27 @@ def read_weights(state: Mapping[str, Tensor], arch: Architecture) -> Weights:
     weights: Weights = {}
     for component, layer in arch.sites:
         module = layout.modules[component].format(l=layer)
-        for part in ("weight", "bias"):
-            tensor = reader.get(f"{module}.{part}")
-            if tensor is None and component is C.UNEMBED and part == "weight":
+        for parameter in ("weight", "bias"):
+            tensor = reader.get(f"{module}.{parameter}")
+            if tensor is None and component is C.UNEMBED and parameter == "weight":
                 tensor = weights[C.EMBED, None, "weight"]
             if tensor is None:
-                if part == "weight":
+                if parameter == "weight":
                     raise UnsupportedArchitectureError(
-                        f"the checkpoint has no tensor {module}.{part} ({component})."
+                        f"the checkpoint has no tensor {module}.{parameter} ({component})."
                     )
                 continue
             if layout.transposes(component) and tensor.ndim == 2:
                 tensor = tensor.T
             if component in layout.fused:
                 tensor = _cut(tensor, component, arch)
-            expected = arch.shape_of(component, part)
+            expected = arch.shape_of(component, parameter)
             if tuple(tensor.shape) != expected:
                 raise UnsupportedArchitectureError(
-                    f"{module}.{part} ({component}) has shape {tuple(tensor.shape)}; "
+                    f"{module}.{parameter} ({component}) has shape {tuple(tensor.shape)}; "
                     f"the config says {expected}."
                 )
-            weights[component, layer, part] = tensor
+            weights[component, layer, parameter] = tensor
     unused = [name for name in state if name not in reader.taken and not name.endswith(OLD_BUFFERS)]
     if unused:
         raise UnsupportedArchitectureError(
