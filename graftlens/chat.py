@@ -582,7 +582,8 @@ class _Rendering:
                 what = "" if leaf[1] == "content" else f"{leaf[1]} of "
                 raise ValueError(
                     f"the chat template leaves out {what}messages[{number}] ({role}): "
-                    f"{brief(text)}. Leave that out, or use a template that writes it."
+                    f"{brief(text)}, or a part of it. Leave that out, or use a template that "
+                    "writes it."
                 )
             raise ValueError(_unfollowed(number, role))
 

@@ -445,7 +445,7 @@ def test_what_a_template_writes_inside_of_a_content_is_not_the_contents(
 @pytest.mark.parametrize(
     ("template", "said", "reason"),
     [
-        ("{{ m.content|truncate(5) }}", SAID, r"by the text of messages\[0\] \(user\)"),
+        ("{{ m.content|truncate(5) }}", SAID, r"leaves out messages\[0\] \(user\): .*, or a part"),
         ("{{ m.content[:9] }}", SAID, r"leaves out messages\[0\] \(user\)"),
         (
             "{{ m.content.split()|join(' ') }}",
@@ -455,7 +455,7 @@ def test_what_a_template_writes_inside_of_a_content_is_not_the_contents(
         (
             "{{ m.content if m.role != 'assistant' }}",
             SAID,
-            r"leaves out messages\[1\] \(assistant\): 'is it\\nme'\.",
+            r"leaves out messages\[1\] \(assistant\): 'is it\\nme'",
         ),
         (
             "{{ m.content + ' (short)' if m.content == 'is it\\nme' else m.content }}",
