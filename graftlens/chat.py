@@ -7,12 +7,15 @@ template's own syntax, and templates may trim contents, merge messages or leave 
 """
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from html import escape
 from itertools import pairwise
 from typing import Any
 
+from graftlens.chatturns import Turns, mixed
 from graftlens.components import brief, suggest
 
 #: Who speaks in a conversation; each is the span of the tokens with characters of what it says.
@@ -28,9 +31,21 @@ RESERVED = (*CHAT_SPANS, "prompt", "generated")
 #: A message's reasoning, under the names that templates read it by, the first given one first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
+#: What begins and ends a thought inside of an assistant's content.
+_OPENING = ("<think>", "<thinking>", "<thought>", "<reasoning>", "[THINK]")
+_CLOSING = ("</think>", "</thinking>", "</thought>", "</reasoning>", "[/THINK]")
+
 #: Arguments of `apply_chat_template` that are not its template's options.
 _OURS = (
-    *("conversation", "messages", "tools", "tokenize", "chat_template", "continue_final_message"),
+    *(
+        "self",
+        "conversation",
+        "messages",
+        "tools",
+        "tokenize",
+        "chat_template",
+        "continue_final_message",
+    ),
     *("sanitize_control_tokens", "padding", "truncation", "max_length", "return_tensors"),
     *("return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
 )
@@ -88,6 +103,13 @@ class Conversation:
                     "prefill begins the assistant's message, and the last message is already "
                     "the assistant's. Leave one of them out."
                 )
+        if not isinstance(template_options, Mapping | None) or not all(
+            isinstance(name, str) for name in template_options or ()
+        ):
+            raise ValueError(
+                f"template_options={brief(template_options)}: write a mapping of options, such as "
+                '{"enable_thinking": False}.'
+            )
         options = dict(template_options or {})
         for name in options:
             if name in _OURS:
@@ -100,7 +122,9 @@ class Conversation:
                 "template_options: add_generation_prompt cannot be combined with prefill, which "
                 "already begins the assistant's message."
             )
-        if isinstance(tools, str | Mapping) or not all(isinstance(t, Mapping) for t in tools or ()):
+        if tools is not None and not (
+            isinstance(tools, list | tuple) and all(isinstance(tool, Mapping) for tool in tools)
+        ):
             raise ValueError(
                 f"tools={brief(tools)}: write a list of JSON schemas; "
                 "transformers.utils.get_json_schema(function) makes one."
@@ -187,16 +211,35 @@ def doubled(text: str) -> str:
 def _message(number: int, message: Any) -> dict[str, Any]:
     where = f"messages[{number}]"
     if not isinstance(message, Mapping) or "role" not in message:
+        advice = (
+            " Rename from to role, value to content, human to user and gpt to assistant."
+            if isinstance(message, Mapping) and {"from", "value"} <= message.keys()
+            else ""
+        )
         raise ValueError(
             f'{where} is {brief(message)}. Write {{"role": "user", "content": "Who are you?"}}.'
+            f"{advice}"
         )
     # As transformers does before a template sees them.
     clean = {key: value for key, value in message.items() if value is not None}
     role = message["role"]
     if role not in ROLES:
+        advice = (
+            " What a developer says is the system's: write system."
+            if role == "developer"
+            else suggest(str(role), ROLES)
+        )
         raise ValueError(
-            f"{where}: role={brief(role)} is unknown. Allowed: {' '.join(ROLES)}."
-            f"{suggest(str(role), ROLES)}"
+            f"{where}: role={brief(role)} is unknown. Allowed: {' '.join(ROLES)}.{advice}"
+        )
+    calls = clean.get("tool_calls", [])
+    if not isinstance(calls, list | tuple) or not all(
+        isinstance(call, Mapping) and isinstance(call.get("function", call), Mapping)
+        for call in calls
+    ):
+        raise ValueError(
+            f'{where}: tool_calls={brief(calls)}. Write a list of {{"type": "function", '
+            '"function": {"name": "…", "arguments": {}}}.'
         )
     content = clean.get("content")
     if content is None and not clean.get("tool_calls"):
@@ -221,17 +264,17 @@ class Rendered:
     Attributes:
         text: what the model reads.
         owners: per character, the number of the message that it is from; -1 for the template's.
-        places: per message, for each text of its content, where each of that text's characters is;
-            None for one that the template left out.
+        places: per message, for each of its `texts`, where each of that text's characters is; None
+            for one that the template left out.
         turns: (start, end) of each message with its markers, in the order of the text; the
-            generation prompt is the last one.
+            generation prompt is the last one. None where a message's end cannot be told.
         roles: who speaks in each message.
     """
 
     text: str
     owners: tuple[int, ...]
     places: tuple[tuple[tuple[tuple[int, int] | None, ...], ...], ...]
-    turns: tuple[tuple[int, int], ...]
+    turns: tuple[tuple[int, int], ...] | None
     roles: tuple[str, ...]
 
 
@@ -277,10 +320,11 @@ class _Rendering:
             self.messages.append({"role": "assistant", "content": conversation.prefill})
         self.plain = self.apply(self.messages, continued=self.open, prompted=self.prompted)
         self.leaves = [
-            (i, *path) for i, message in enumerate(self.messages) for path in _paths(message)
+            (i, *path) for i, message in enumerate(self.messages) for path in texts(message)
         ]
         used = set(self.plain).union(*(self.text_of(leaf) for leaf in self.leaves))
-        self.marks = [chr(c) for c in range(0xF0002, 0xFFFFE) if chr(c) not in used][:_MOST_MARKS]
+        private = (*range(0xF0002, 0xFFFFE), *range(0x100000, 0x10FFFE))
+        self.marks = [chr(c) for c in private if chr(c) not in used][:_MOST_MARKS]
         self.renderings = 0
         #: (leaf, boundary) -> where a mark there comes out; None where the template drops it. A
         #: boundary that is not in here cannot be marked without changing what is written.
@@ -385,13 +429,14 @@ class _Rendering:
         text = self.text_of(leaf)
         known = [self.known.get((leaf, j)) for j in range(len(text) + 1)]
         found: list[tuple[int, int] | None] = [
-            (a, b) if a is not None and b is not None and a < b else None
-            for a, b in pairwise(known)
+            self.own(character, a, b) if a is not None and b is not None and a < b else None
+            for character, (a, b) in zip(text, pairwise(known), strict=True)
         ]
-        # Inside of what the template looks for (`</think>`) no mark can be: what is there as it is
-        # in the message, joined on to what is known, is the message's. White space at the ends is
-        # not, as a mark beside it would have come through.
-        start = 0
+        # Inside of what the template looks for (`<tool_response>`) no mark can be: what is there as
+        # it is in the message, joined on to what is known, is the message's. White space at the
+        # ends is not, as a mark beside it would have come through; nor are the markers of a thought
+        # that the template takes apart, as it writes its own.
+        start = self.thought(leaf)
         while start < len(text):
             if found[start] is not None or (known[start] is not None is not known[start + 1]):
                 start += 1
@@ -402,6 +447,44 @@ class _Rendering:
             self.bridge(text, known, start, end, found)
             start = end
         return tuple(found)
+
+    def own(self, character: str, start: int, end: int) -> tuple[int, int]:
+        """What of the text from `start` to `end` is a message's character, written there.
+
+        All of it, where it is the character escaped or replaced; else what the template writes
+        beside the character (`indent`, quoted lines) is the template's.
+        """
+        written = self.plain[start:end]
+        escaped = {escape(character), f"\\{character}", f"\\u{ord(character):04x}"}
+        escaped |= {json.dumps(character)[1:-1], json.dumps(character, ensure_ascii=False)[1:-1]}
+        if written in escaped or character not in written:
+            return start, end
+        place = start + written.index(character)
+        return place, place + 1
+
+    def thought(self, leaf: Leaf) -> int:
+        """Where the answer begins in an assistant's content that begins with its thought.
+
+        0 where the template does not look for the marker that ends a thought, or lets marks into
+        it, as those that write contents as they are.
+        """
+        if leaf[1] != "content" or self.messages[leaf[0]]["role"] != "assistant":
+            return 0
+        text = self.text_of(leaf)
+        for closing in _CLOSING:
+            start = text.rfind(closing)
+            inside = range(start + 1, start + len(closing))
+            if start >= 0 and closing in self.source:
+                if all((leaf, j) in self.known and self.known[leaf, j] is not None for j in inside):
+                    return 0
+                after = text[start + len(closing) :]
+                return len(text) - len(after.lstrip())
+        return 0
+
+    @cached_property
+    def source(self) -> str:
+        """The chat template."""
+        return str(self.tokenizer.get_chat_template(None, self.given["tools"]))
 
     def bridge(
         self,
@@ -427,7 +510,10 @@ class _Rendering:
             place, fits = right - (high - low), True
         else:
             return
-        if place >= 0 and low < high and fits and self.plain.startswith(text[low:high], place):
+        written = self.plain[max(place, 0) : max(place, 0) + high - low]
+        # Templates may write a title's capitals.
+        fits &= place >= 0 and low < high and len(written) == high - low
+        if fits and written.casefold() == text[low:high].casefold():
             for i in range(low, high):
                 found[i] = (place + i - low, place + i - low + 1)
 
@@ -452,165 +538,56 @@ class _Rendering:
             for a, b in filter(None, found):
                 for i in range(a, b):
                     if owners[i] not in (-1, leaf[0]):
-                        raise ValueError(_mixed(owners[i], leaf[0]))
+                        raise ValueError(mixed(owners[i], leaf[0]))
                     owners[i] = leaf[0]
         return Rendered(
             self.plain,
             tuple(owners),
             tuple(
-                tuple(found for leaf, found in places.items() if leaf[:2] == (i, "content"))
+                tuple(found for leaf, found in places.items() if leaf[0] == i)
                 for i in range(len(self.messages))
             ),
-            tuple(self.turns(owners)),
+            Turns(self, owners).found(),
             tuple(message["role"] for message in self.messages),
         )
 
     def check(self, places: Mapping[Leaf, Sequence[tuple[int, int] | None]]) -> None:
         """Refuse what was lost on the way.
 
+        A message may lose white space at its ends, and an earlier answer its thought.
+
         Raises:
             ValueError: it names the message.
         """
-        template = self.tokenizer.get_chat_template(None, self.given["tools"])
         for leaf, found in places.items():
             number, text = leaf[0], self.text_of(leaf)
             role = self.messages[number]["role"]
-            # Gone without a mark that shows it: only what the template looks for and takes out.
-            lost = "".join(
-                character
-                if place is None and not {(leaf, i), (leaf, i + 1)} <= self.known.keys()
-                else " "
-                for i, (character, place) in enumerate(zip(text, found, strict=True))
-            )
-            if any(word not in template for word in lost.split()):
-                raise ValueError(_unfollowed(number, role))
-            if not text.strip() or any(found):
+            earlier = number + 1 < len(self.messages)
+            if leaf[1] in _REASONING and earlier and not any(found):
                 continue
-            if leaf[1] == "content" and role != "assistant":  # whose thinking may be left out
-                raise ValueError(
-                    f"the chat template leaves out messages[{number}] ({role}): {brief(text)}. "
-                    "Leave that message out, or use a template that writes it."
+            answer = self.thought(leaf)
+            start = max(answer, len(text) - len(text.lstrip()))
+            lost = [place is None for place in found]
+            missing = any(lost[start : max(start, len(text.rstrip()))])
+            if not earlier:  # of the last thought, only its markers are not the message's
+                markers = re.finditer("|".join(map(re.escape, _CLOSING + _OPENING)), text[:answer])
+                written = {i for marker in markers for i in range(*marker.span())}
+                missing |= any(
+                    lost[i] and i not in written and not text[i].isspace() for i in range(answer)
                 )
-
-    # -- turns -------------------------------------------------------------------------------------
-
-    def turns(self, owners: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """Each message with its markers, the generation prompt last.
-
-        A message ends where the template, given no more messages, ends too. What it writes before
-        the first message (a default system prompt, tools) is in no turn, as far as it can be told
-        from the message's own marker.
-        """
-        extents: dict[int, tuple[int, int]] = {}
-        for (leaf, _), place in self.known.items():
-            if place is not None:
-                low, high = extents.get(leaf[0], (place, place))
-                extents[leaf[0]] = min(low, place), max(high, place)
-        for place, owner in enumerate(owners):
-            if owner >= 0:
-                low, high = extents.get(owner, (place, place))
-                extents[owner] = min(low, place), max(high, place + 1)
-        order = sorted(extents, key=lambda number: (*extents[number], number))
-        if not order:
-            return
-        for a, b in pairwise(order):
-            if extents[a][1] > extents[b][0]:
-                raise ValueError(_mixed(a, b))
-        first, given = order[0], -1
-        bos = getattr(self.tokenizer, "bos_token", None) or ""
-        asked = next((n for n in order if self.messages[n]["role"] == "user"), first)
-        own = self.own_marker(asked)
-        # Some templates begin every turn with the BOS token, most only the text.
-        start = len(bos) if self.plain.startswith(bos) and bos not in own else 0
-        if own and asked == first and self.plain[: extents[first][0]].endswith(own):
-            start = extents[first][0] - len(own)
-        for place, number in enumerate(order):
-            given = max(given, number)
-            end = extents[number][1]
-            if place + 1 == len(order):
-                if self.prompted and (tail := self.tail(given, number)):
-                    end += self.shared(tail, self.plain[end:])
-                elif not self.prompted:
-                    end = len(self.plain)
-            else:
-                following = extents[order[place + 1]][0]
-                tail = self.tail(given, number)
-                marker = self.own_marker(order[place + 1]) if tail is None else ""
-                if tail is not None:
-                    end += self.shared(tail, self.plain[end:following])
-                elif marker and self.plain[:following].endswith(marker):
-                    end = max(end, following - len(marker))
-                else:
-                    continue  # merged: the next message shares this turn
-            if start < end:
-                yield start, end
-            start = end
-        if start < len(self.plain):
-            yield start, len(self.plain)
-
-    def tail(self, given: int, number: int) -> str | None:
-        """What is written after a message where messages up to the number `given` are all.
-
-        None where the template refuses them, or leaves the message out.
-        """
-        messages = self.messages[: given + 1]
-        messages[number] = self.with_mark(number, last=True)
-        try:
-            _, mark, after = self.apply(messages).partition(self.marks[0])
-        except ValueError:
-            return None
-        return after if mark else None
-
-    def own_marker(self, number: int) -> str:
-        """What begins a message of the user's, learnt from a second one like it.
-
-        Of other messages nothing is known, as templates may refuse a second one.
-        """
-        message = self.messages[number]
-        if message["role"] != "user":
-            return ""
-        mark, other = self.marks[:2]
-        before = [message, {"role": "assistant", "content": f"x{other}"}]
-        try:
-            tail = self.apply(before).partition(other)[2]
-            text = self.apply([*before, self.with_mark(number, last=False)]).partition(other)[2]
-        except ValueError:
-            return ""
-        between, found, _ = text.partition(mark)
-        return between[self.shared(between, tail) :] if found else ""
-
-    def shared(self, tail: str, text: str) -> int:
-        """How many characters two texts begin with in common, cutting no special token.
-
-        Else `</s>`, which ends a whole conversation, and `<|user|>` had a character in common.
-        """
-        pairs = enumerate(zip(tail, text, strict=False))
-        cut = next((i for i, (a, b) in pairs if a != b), min(len(tail), len(text)))
-        for word in self.special:
-            for written in (tail, text):
-                start = written.rfind(word, 0, cut + len(word) - 1)
-                if 0 <= start < cut < start + len(word):
-                    cut = start
-        return cut
-
-    @cached_property
-    def special(self) -> tuple[str, ...]:
-        """The texts that the tokenizer has special or added tokens for."""
-        return (*{*self.tokenizer.all_special_tokens, *self.tokenizer.get_added_vocab()},)
-
-    def with_mark(self, number: int, *, last: bool) -> dict[str, Any]:
-        """A message with a mark at the last or the first of its boundaries that come out."""
-        there = [
-            (place, leaf, j)
-            for (leaf, j), place in self.known.items()
-            if leaf[0] == number and place is not None
-        ]
-        _, leaf, j = max(there) if last else min(there)
-        marked: dict[str, Any] = self.marked({(leaf, j): self.marks[0]})[number]
-        return marked
+            if not missing:
+                continue
+            if not any(found) and text.strip() not in self.plain:
+                what = "" if leaf[1] == "content" else f"{leaf[1]} of "
+                raise ValueError(
+                    f"the chat template leaves out {what}messages[{number}] ({role}): "
+                    f"{brief(text)}, or a part of it. Leave that out, or use a template that "
+                    "writes it."
+                )
+            raise ValueError(_unfollowed(number, role))
 
 
-def _paths(message: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
+def texts(message: Mapping[str, Any]) -> Iterator[tuple[Any, ...]]:
     """The keys that lead to a message's texts: content, reasoning, and what its tool calls say."""
     content = message.get("content")
     if isinstance(content, str):
@@ -642,11 +619,4 @@ def _unfollowed(number: int, role: str) -> str:
     return (
         f"the chat template decides by the text of messages[{number}] ({role}) what to write, so "
         "where that text is cannot be followed. Change the text, or use a simpler template."
-    )
-
-
-def _mixed(first: int, second: int) -> str:
-    return (
-        f"the chat template mixes the texts of messages[{first}] and messages[{second}], so their "
-        "tokens cannot be told apart. Use a template that writes one after the other."
     )

@@ -15,6 +15,10 @@ source gives). Each component is linear in its own weights, so this mixes weight
 number: 1, which may be left out, is the source's weights alone, 0 changes nothing, 2 and -1
 extrapolate. Later rules act on what earlier ones made.
 
+The bias of o and of mlp_out belongs to no head or neuron. A rule that names none mixes it as all
+the rest; one that names some leaves it what all of the row's units then run, by the sources'
+names, or the base's where they differ. A rule of strength 0 does nothing.
+
 Positions are an expression over spans: ``+`` is union, ``&`` intersection, ``~`` complement,
 ``(…)`` groups, ``[0, -1]`` names token positions of the prompt. ``name#2`` is the second
 occurrence of a span that occurs more than once, ``name#-1`` the last. q and o act at the
@@ -262,8 +266,15 @@ def _factor(text: str) -> tuple[float, str]:
     if match is None:
         return 1.0, text
     written = match[1]
-    plain = len(written) <= 100 and _NUMBER.fullmatch(written)
-    return _strength(float(written) if plain else written), match[2]
+    if not (len(written) <= 100 and _NUMBER.fullmatch(written)):
+        return _strength(written), match[2]
+    number = float(written)
+    if number == 0 and re.search("[1-9]", re.split("[eE]", written)[0]):
+        raise ValueError(
+            f"strength={brief(written)} is closer to 0 than a number here can be. Write 0, which "
+            "changes nothing, or a larger one."
+        )
+    return _strength(number), match[2]
 
 
 @dataclass(frozen=True)

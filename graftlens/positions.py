@@ -89,6 +89,11 @@ class Span(At):
     def select(
         self, spans: Spans, length: int, total: int | None = None
     ) -> Bool[np.ndarray, "pos"]:
+        if self.name == "turn" and "template" in spans and "turn" not in spans:
+            raise ValueError(
+                "no span 'turn' here: the chat template ends a message in another way where others "
+                "follow, so where each ends cannot be told. Use the roles and template instead."
+            )
         if self.name not in spans:
             raise ValueError(
                 f"no span {brief(self.name)} here. Spans of this prompt: {' '.join(spans)}."
@@ -104,6 +109,11 @@ class Span(At):
             )
         if self.occurrence is not None:
             found = [found[self.occurrence - (self.occurrence > 0)]]
+            if not found[0]:
+                raise ValueError(
+                    f"{self} holds no token: that message is empty. Write another number, or "
+                    f"{self.name} for all of them."
+                )
         chosen = np.zeros(total or length, dtype=bool)
         for positions in found:
             chosen[list(positions)] = True

@@ -11,7 +11,7 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from graftlens.chat import RESERVED, ROLES, Conversation, Rendered, contents, render
+from graftlens.chat import RESERVED, ROLES, Conversation, Rendered, render, texts
 from graftlens.positions import Spans
 
 #: Spans that every prompt has: its first position (the BOS token where the tokenizer puts one),
@@ -142,6 +142,11 @@ class Prompt:
                 raise ValueError(f"{what}={texts!r}: write a list of texts.")
             object.__setattr__(self, what, tuple(texts))
         for key, value in self.fields.items():
+            if key in RESERVED:
+                raise ValueError(
+                    f"template {self.template!r}: {key!r} is a span of conversations "
+                    f"({' '.join(RESERVED)} are). Give the field another name."
+                )
             if not isinstance(value, str) or not value.strip():
                 raise ValueError(
                     f"field {key!r} of template {self.template!r} is {value!r}: "
@@ -190,11 +195,6 @@ class Prompt:
                         f"template {template!r}: {name!r} is a span that every prompt has. "
                         "Give the field another name."
                     )
-                if name in RESERVED:
-                    raise ValueError(
-                        f"template {template!r}: {name!r} is a span of conversations "
-                        f"({' '.join(RESERVED)} are). Give the field another name."
-                    )
                 if name not in self.fields:
                     raise ValueError(
                         f"template {template!r} needs the field {name!r}; "
@@ -227,23 +227,35 @@ class Prompt:
         """A conversation's messages with their fields filled in, the prefill as the last one.
 
         Returns:
-            The messages; and per message, for each text of its content, the name and the first and
-            last character of each field in it.
+            The messages; and per message, for each of its texts, the name and the first and last
+            character of each field in it.
+
+        Raises:
+            PromptError: a field in a tool call.
         """
         assert self.conversation is not None
         messages = self.conversation.messages
         if self.conversation.prefill is not None:
             messages.append({"role": "assistant", "content": self.conversation.prefill})
         spans: list[list[list[tuple[str, int, int]]]] = []
-        for message in messages:
-            content = message.get("content", [])
-            filled = [self._filled(text) for text in contents(message)]
-            spans.append([found for _, found in filled])
-            if isinstance(content, str):
-                message["content"] = filled[0][0]
-            else:
-                for part, (text, _) in zip(content, filled, strict=True):
-                    part["text"] = text
+        for number, message in enumerate(messages):
+            spans.append([])
+            for path in texts(message):
+                inner: Any = message
+                for key in path[:-1]:
+                    inner = inner[key]
+                if path[0] != "tool_calls":
+                    inner[path[-1]], found = self._filled(inner[path[-1]])
+                elif self.fields and (
+                    name := next((n for n in self.fields if f"{{{n}}}" in inner[path[-1]]), None)
+                ):
+                    raise PromptError(
+                        f"messages[{number}]: fields are filled in contents and reasoning only, "
+                        f"and a tool call holds {{{name}}}. Write its text there."
+                    )
+                else:
+                    found = []
+                spans[-1].append(found)
         return messages, spans
 
     def _filled(self, template: str) -> tuple[str, list[tuple[str, int, int]]]:
@@ -491,7 +503,9 @@ def _tokenize_chat(prompt: Prompt, tokenizer: Any, prepend_bos: bool | None) -> 
                 found_at = there[0][0], there[-1][1]
                 spans.setdefault(name, []).append(_occurrence(text, covered, name, *found_at))
     added = offsets[0] == (0, 0)  # a BOS token that the template did not write
-    named = {**spans, **_roles(rendered, covered), "turn": _turns(rendered, offsets, int(added))}
+    named = {**spans, **_roles(rendered, covered)}
+    if rendered.turns is not None:
+        named["turn"] = _turns(rendered.turns, offsets, int(added))
     return Tokenized(
         tuple(ids), {**{n: tuple(r) for n, r in named.items()}, **standard}, prompt, text
     )
@@ -526,7 +540,7 @@ def _roles(
 
 
 def _turns(
-    rendered: Rendered, offsets: Sequence[tuple[int, int]], first: int
+    turns: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], first: int
 ) -> list[tuple[int, ...]]:
     """The tokens that begin in each turn, from the position `first` on."""
     starts, done = [], 0
@@ -535,7 +549,7 @@ def _turns(
         starts.append(done)
     return [
         tuple(i for i in range(first, len(starts)) if low <= starts[i] < high)
-        for low, high in rendered.turns
+        for low, high in turns
     ]
 
 

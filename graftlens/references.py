@@ -83,7 +83,7 @@ def _full(
             return Graft.rule(others[0])
         given: dict[str, Graft] = {}
         for graft in grafts.values():
-            source = _everywhere(graft)
+            source = _everywhere(graft, base)
             if source in others:
                 given.setdefault(source, graft)
         return next(iter(given.values())) if len(given) == 1 else None
@@ -93,7 +93,7 @@ def _full(
     # A text without an @ is not a rule: a name with a slip, or the base's.
     slip = isinstance(found, str) and "@" not in found
     whole = Graft() if slip else as_graft(found, "full")
-    if set(whole.sources) <= {base}:
+    if _used(whole, base) <= {base}:
         example = others[-1] if others else base
         raise ValueError(
             f"full={str(full)!r} is not a run of a finetuned source. Give one of the sources "
@@ -103,15 +103,21 @@ def _full(
     return whole
 
 
-def _everywhere(graft: Graft) -> str | None:
-    """The source that all weights come from under a graft; None where several may."""
-    source: str | None = None
+def _used(graft: Graft, base: str) -> set[str]:
+    """The sources that weights may come from under a graft."""
+    used = {base}
     for rule in graft.rules:
         if (rule,) == Graft.rule(rule.source).rules:
-            source = rule.source
-        elif rule.source != source:
-            source = None
-    return source
+            used = {rule.source}
+        elif rule.strength != 0:
+            used.add(rule.source)
+    return used
+
+
+def _everywhere(graft: Graft, base: str) -> str | None:
+    """The source that all weights come from under a graft; None where several may."""
+    used = _used(graft, base)
+    return used.pop() if len(used) == 1 else None
 
 
 def marked(table: pd.DataFrame, base: str, full: str | None) -> pd.DataFrame:

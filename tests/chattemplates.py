@@ -505,12 +505,10 @@ def _olmo(messages: Messages, tools: Any, prompted: bool) -> list[Piece]:
     pieces: list[Piece] = [("<|endoftext|>", None, None)]
     for i, m in enumerate(messages):
         end = "<|endoftext|>" if m["role"] == "assistant" else "\n"
-        pieces += _around(i, f"<|{m['role']}|>\n", m["content"], end)
         if m["role"] == "assistant" and i + 1 < len(messages):
-            pieces.append(("\n", None, i + 1))  # a conversation that ends here ends without it
+            end += "\n"  # a conversation that ends here ends without it
+        pieces += _around(i, f"<|{m['role']}|>\n", m["content"], end)
     if prompted:
-        if messages[-1]["role"] == "assistant":
-            pieces.append(("", None, PROMPT))
         pieces.append(("<|assistant|>\n", None, PROMPT))
     return pieces
 

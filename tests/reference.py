@@ -7,6 +7,7 @@ how graftlens computes a grafted pass.
 
 import copy
 from collections.abc import Callable
+from fractions import Fraction
 from typing import Literal, overload
 
 import torch
@@ -15,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 # A source, or sources with their shares: then the weights are mixed.
-Chosen = str | dict[str, float]
+Chosen = str | dict[str, float] | dict[str, Fraction]
 # (component, layer, position, unit) -> what it uses. The layer is None for the components outside
 # the layers; the unit is a head of q, k, v and o, with `neurons` a neuron of the MLP's maps, and
 # None for every other component.
@@ -239,7 +240,7 @@ def _put(target: Tensor, theirs: dict[str, Tensor], chosen: Chosen) -> None:
     if isinstance(chosen, str):
         target.copy_(theirs[chosen])
     else:
-        target.copy_(sum(share * theirs[source] for source, share in chosen.items()))
+        target.copy_(sum(float(share) * theirs[source] for source, share in chosen.items()))
 
 
 def _overwrite(

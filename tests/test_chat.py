@@ -11,6 +11,7 @@ import random
 import re
 import warnings
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from conftest import MakeTiny, Tiny
 from datasets import Dataset, DatasetDict
 from reference import sequential_graft
 from sweeps import checkpoints
+from tokenizers import AddedToken
 from toytokenizers import TOKENIZERS
 from typer import BadParameter
 
@@ -393,10 +395,236 @@ def test_white_space_after_a_word_is_the_tokens_where_offsets_leave_it_out() -> 
     assert _covered(text, pieces, trimmed) == _covered(text, pieces, whole) == whole
 
 
-# -- what is refused, and how ----------------------------------------------------------------------
-
 USER = {"role": "user", "content": "Who?"}
 
+# -- whose each character is, where templates change contents --------------------------------------
+
+SMALL = "{% for m in messages %}[{{ m.role }}]{{ X }};{% endfor %}"
+SAID = [
+    {"role": "user", "content": "one\ntwo <is> Q"},
+    {"role": "assistant", "content": "is it\nme"},
+]
+
+
+def _small(template: str, markers: Sequence[str] = (), manner: str = "gpt2") -> Any:
+    tokenizer = TOKENIZERS[manner]()
+    tokenizer.add_tokens([AddedToken(m, special=True, normalized=False) for m in markers])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def _owned(template: str, messages: list[dict[str, Any]]) -> tuple[str, list[str]]:
+    """What is written, and of it what each message owns."""
+    conversation = Prompt.chat(messages).conversation
+    assert conversation is not None
+    rendered = render(conversation, _small(template))
+    return rendered.text, [
+        "".join(c for c, owner in zip(rendered.text, rendered.owners, strict=True) if owner == n)
+        for n in range(len(messages))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("written", "owned"),
+    [
+        ("m.content|indent(4)", ["one\ntwo <is> Q", "is it\nme"]),
+        ("m.content|replace('\\n', '\\n> ')", ["one\ntwo <is> Q", "is it\nme"]),
+        ("m.content|replace('\\n', '> \\n')", ["one\ntwo <is> Q", "is it\nme"]),
+        ("m.content|replace('\\n', '<br>')", ["one<br>two <is> Q", "is it<br>me"]),
+        ("m.content|title", ["One\nTwo <Is> Q", "Is It\nMe"]),
+        ("m.content|tojson", ["one\\ntwo <is> Q", "is it\\nme"]),
+        ("m.content|e", ["one\ntwo &lt;is&gt; Q", "is it\nme"]),
+    ],
+)
+def test_what_a_template_writes_inside_of_a_content_is_not_the_contents(
+    written: str, owned: list[str]
+) -> None:
+    assert _owned(SMALL.replace("X", written), SAID)[1] == owned
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "reason"),
+    [
+        ("{{ m.content|truncate(5) }}", SAID, r"leaves out messages\[0\] \(user\): .*, or a part"),
+        ("{{ m.content[:9] }}", SAID, r"leaves out messages\[0\] \(user\)"),
+        (
+            "{{ m.content.split()|join(' ') }}",
+            [{**USER, "content": "a  b"}],
+            r"by the text of messages\[0\] \(user\)",
+        ),
+        (
+            "{{ m.content if m.role != 'assistant' }}",
+            SAID,
+            r"leaves out messages\[1\] \(assistant\): 'is it\\nme'",
+        ),
+        (
+            "{{ m.content + ' (short)' if m.content == 'is it\\nme' else m.content }}",
+            SAID,
+            r"by the text of messages\[1\] \(assistant\)",
+        ),
+        (
+            "{{ m.content }}",
+            [USER, {"role": "assistant", "content": [{"type": "text", "text": "content"}]}],
+            r"by the text of messages\[1\] \(assistant\)",
+        ),
+        (
+            "{{ m.tool_calls[0].name if m.tool_calls else m.content }}",
+            [USER, {"role": "assistant", "content": "I ask", "tool_calls": [{"name": "ask"}]}],
+            r"leaves out messages\[1\] \(assistant\): 'I ask'",
+        ),
+        (
+            "{{ m.content }}",
+            [USER, {"role": "assistant", "content": "Well", "reasoning_content": "Hm"}],
+            r"leaves out reasoning_content of messages\[1\] \(assistant\): 'Hm'",
+        ),
+    ],
+)
+def test_contents_that_are_written_in_part_are_refused(
+    template: str, said: list[dict[str, Any]], reason: str
+) -> None:
+    with pytest.raises(ValueError, match=reason):
+        _owned(SMALL.replace("{{ X }}", template), said)
+
+
+@pytest.mark.parametrize("thought", ["abc", "\nabc\n", "\n\nabc\n\n", "", "\n"])
+def test_the_markers_of_a_thought_are_the_templates_whatever_it_is(thought: str) -> None:
+    said = [USER, {"role": "assistant", "content": f"<think>{thought}</think>\n\nSo"}]
+    tokens = tokenize(Prompt.chat(said), tokenizer_of("qwen3"))
+    assert _texts(tokens, "assistant", "qwen3") == [thought.strip() + "So"]
+    as_written = tokenize(Prompt.chat(said), tokenizer_of("chatml"))
+    assert _texts(as_written, "assistant") == [said[1]["content"]]
+
+
+# -- where turns begin and end ---------------------------------------------------------------------
+
+_MARKERS = ("<|im_start|>", "<|im_end|>", "<|return|>")
+_SYSTEM = "{% if messages[0].role != 'system' %}<|im_start|>system\nBe.<|im_end|>\n{% endif %}"
+_LOOP = "{% for m in messages %}<|im_start|>{{ m.role }}\nX{% endfor %}"
+_ASKS = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+_NOT_LAST = _LOOP.replace("X", "{{ m.content }}{% if not loop.last %}<|im_end|>\n{% endif %}")
+_RETURNS = _LOOP.replace(
+    "X",
+    "{{ m.content }}{% if loop.last and m.role == 'assistant' and not add_generation_prompt %}"
+    "<|return|>{% else %}<|im_end|>{% endif %}",
+)
+_TALK = [("user", "a"), ("assistant", "b"), ("user", "c")]
+TURNS = [
+    (_NOT_LAST + _ASKS, _TALK, "|<s>user\na<e>\n|<s>assistant\nb<e>\n|<s>user\nc|<s>assistant\n"),
+    (
+        _SYSTEM + _NOT_LAST + _ASKS,
+        _TALK,
+        "<s>system\nBe.<e>\n|<s>user\na<e>\n|<s>assistant\nb<e>\n|<s>user\nc|<s>assistant\n",
+    ),
+    (
+        _SYSTEM + _RETURNS,
+        _TALK[:2] * 2,
+        "<s>system\nBe.<e>\n|<s>user\na<e>|<s>assistant\nb<e>|<s>user\na<e>"
+        "|<s>assistant\nb<|return|>",
+    ),
+    (
+        _LOOP.replace("X", "{{ m.content or '(empty)' }}<|im_end|>") + _ASKS,
+        [("user", ""), ("assistant", "b"), ("user", "")],
+        "|<s>user\n(empty)<e>|<s>assistant\nb<e>|<s>user\n(empty)<e>|<s>assistant\n",
+    ),
+    (
+        _LOOP.replace("X", "{% if m.content %}{{ m.content }}{% endif %}<|im_end|>") + _ASKS,
+        [("system", ""), ("user", "a"), ("assistant", ""), ("user", "")],
+        "|<s>system\n<e>|<s>user\na<e>|<s>assistant\n<e>|<s>user\n<e>|<s>assistant\n",
+    ),
+    (  # The generation prompt is written, asked for or not.
+        _LOOP.replace("X", "{{ m.content }}<|im_end|>") + "<|im_start|>assistant",
+        _TALK,
+        "|<s>user\na<e>|<s>assistant\nb<e>|<s>user\nc<e>|<s>assistant",
+    ),
+]
+
+
+@pytest.mark.parametrize("number", range(len(TURNS)))
+@pytest.mark.parametrize("markers", [_MARKERS, ()])
+def test_turns_of_templates_whose_last_message_ends_otherwise(
+    number: int, markers: tuple[str, ...]
+) -> None:
+    template, said, expected = TURNS[number]
+    messages = [{"role": role, "content": content} for role, content in said]
+    prompt = Prompt.chat(messages)
+    tokenizer = _small(template, markers)
+    assert prompt.conversation is not None
+    rendered = render(prompt.conversation, tokenizer)
+    if not markers and template.startswith(_SYSTEM):
+        # Without tokens of their own nothing tells where one marker ends and another begins.
+        assert rendered.turns is None
+        tokens = tokenize(prompt, tokenizer)
+        assert "turn" not in tokens.spans
+        with pytest.raises(ValueError, match="no span 'turn' here: the chat template ends a mess"):
+            At.parse("turn#-1").select(tokens.spans, len(tokens))
+        return
+    assert rendered.turns is not None
+    turns = [rendered.text[a:b] for a, b in rendered.turns]
+    written = "|".join([rendered.text[: rendered.turns[0][0]], *turns])
+    assert written.replace("<|im_start|>", "<s>").replace("<|im_end|>", "<e>") == expected
+
+
+TOOLS_FIRST = """\
+{{- bos_token -}}
+{%- if messages[0].role == 'system' -%}
+  {%- set system = messages[0].content -%}{%- set messages = messages[1:] -%}
+{%- else -%}{%- set system = '' -%}{%- endif -%}
+{{- '<|im_start|>system\\n' + system + '<|im_end|>' -}}
+{%- if tools -%}
+  {%- if not messages -%}{{- raise_exception('no user') -}}{%- endif -%}
+  {{- '<|im_start|>user\\nFunctions: ' + tools | tojson + messages[0].content + '<|im_end|>' -}}
+  {%- set messages = messages[1:] -%}
+{%- endif -%}
+{%- for m in messages -%}
+  {{- '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+@pytest.mark.parametrize("system", [True, False])
+def test_tools_in_the_first_users_message_are_in_its_turn(system: bool) -> None:
+    """As Llama 3.1 writes them."""
+    messages = [{"role": role, "content": content} for role, content in _TALK]
+    if system:
+        messages.insert(0, {"role": "system", "content": "Be."})
+    prompt = Prompt.chat(messages, tools=_TOOLS)
+    assert prompt.conversation is not None
+    rendered = render(prompt.conversation, _small(TOOLS_FIRST, _MARKERS))
+    assert rendered.turns is not None
+    turns = [rendered.text[a:b] for a, b in rendered.turns]
+    assert [turn.split("\n")[0].removeprefix("<|im_start|>") for turn in turns] == [
+        *(["system"] if system else []),
+        *("user", "assistant", "user", "assistant"),
+    ]
+    assert all(turn.endswith("<|im_end|>") for turn in turns[:-1])
+    assert turns[system].startswith("<|im_start|>user\nFunctions: [{")
+
+
+def test_turns_beside_contents_that_the_template_looks_for() -> None:
+    said = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b", "reasoning_content": "thought"},
+        {"role": "user", "content": "<tool_response>x</tool_response>"},
+    ]
+    tokens = tokenize(Prompt.chat(said), tokenizer_of("qwen3"))
+    assert _texts(tokens, "turn", "qwen3") == [
+        "<|im_start|>user\na<|im_end|>\n",
+        "<|im_start|>assistant\n<think>\nthought\n</think>\n\nb<|im_end|>\n",
+        "<|im_start|>user\n<tool_response>x</tool_response><|im_end|>\n",
+        "<|im_start|>assistant\n",
+    ]
+
+
+def test_an_empty_message_has_no_token_to_graft() -> None:
+    said = [{"role": "user", "content": content} for content in ("", "a")]
+    tokens = tokenize(Prompt.chat(said), tokenizer_of("chatml"))
+    assert At.parse("user").select(tokens.spans, len(tokens)).sum() == 1
+    with pytest.raises(ValueError, match="user#1 holds no token: that message is empty"):
+        At.parse("user#1").select(tokens.spans, len(tokens))
+
+
+# -- what is refused, and how ----------------------------------------------------------------------
 
 BEGUN = {"role": "assistant", "content": "I"}
 BAD = [
@@ -413,6 +641,11 @@ BAD = [
     ([{"role": "user", "content": "{x"}], {"fields": {"x": "a"}}, "is malformed"),
     ([{"role": "user", "content": "{y}"}], {"fields": {"x": "a"}}, "needs the field 'y'"),
     ([{"role": "user", "content": "a \ud800"}], {}, "half of a surrogate pair"),
+    ([{"role": "developer", "content": ""}], {}, "What a developer says is the system's"),
+    ([{"from": "human", "value": "a"}], {}, "Rename from to role, value to content"),
+    ([USER], {"template_options": {"self": 1}}, "'self' is not an option of a template"),
+    ([{**USER, "tool_calls": "abc"}], {}, r"messages\[0\]: tool_calls='abc'\. Write a list"),
+    ([{**USER, "tool_calls": [1]}], {}, r"messages\[0\]: tool_calls=\[1\]\. Write a list"),
 ]
 
 
@@ -428,6 +661,8 @@ def test_malformed_conversations_are_refused(
 def test_no_field_has_the_name_of_a_conversations_span(name: str) -> None:
     with pytest.raises(ValueError, match=rf"'{name}' is a span of conversations"):
         Prompt(f"Ask {{{name}}}.", {name: "a"})
+    with pytest.raises(ValueError, match=rf"'{name}' is a span of conversations"):
+        Prompt.chat([USER], fields={name: "a"})  # though nothing uses it
 
 
 _FIRST, _SECOND = "messages[0].content", "messages[1].content"
@@ -477,6 +712,23 @@ def test_a_field_that_the_template_drops_is_refused() -> None:
     with pytest.raises(PromptError, match="the chat template leaves out the field 'thought'"):
         tokenize(prompt, tokenizer_of("qwen3"))
     assert _texts(tokenize(prompt, tokenizer_of("chatml")), "thought") == ["Hm"]
+
+
+def test_fields_of_reasoning_are_spans_and_those_of_tool_calls_are_refused() -> None:
+    said = [USER, {"role": "assistant", "content": "So", "reasoning_content": "Hm {x}"}]
+    tokens = tokenize(Prompt.chat(said, fields={"x": "Ann"}), tokenizer_of("qwen3"))
+    assert _texts(tokens, "x", "qwen3") == ["Ann"]
+    call = {"type": "function", "function": {"name": "f", "arguments": {"k": "{x}"}}}
+    said = [USER, {"role": "assistant", "tool_calls": [call]}]
+    with pytest.raises(PromptError, match=r"messages\[1\]: .* a tool call holds \{x\}"):
+        tokenize(Prompt.chat(said, fields={"x": "Ann"}), tokenizer_of("qwen3"))
+
+
+def test_contents_may_hold_characters_that_mark() -> None:
+    said = "".join(map(chr, range(0xF0000, 0xFFFFE, 16))) + "".join(
+        map(chr, range(0xF0002, 0xF0040))
+    )
+    assert _owned(SMALL.replace("X", "m.content"), [{"role": "user", "content": said}])[1] == [said]
 
 
 # -- a grafted conversation ------------------------------------------------------------------------

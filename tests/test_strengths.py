@@ -5,11 +5,13 @@ of sources at each site; the oracle in `reference` mixes real parameters by thes
 """
 
 import copy
+import inspect
 import math
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -37,8 +39,10 @@ from graftlens.graft import Graft
 from graftlens.lens import direct_logit_attribution, patched
 from graftlens.model.choice import Mixtures, UnitSelection, atoms
 from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.mask import GraftMask
 from graftlens.model.sequential import Sequential
 from graftlens.prompts import Prompt, Tokenized
+from graftlens.references import References
 from graftlens.sweep.config import NamedGraft
 from graftlens.sweep.grid import Grid
 from graftlens.sweep.planner import Branches, Planner
@@ -96,17 +100,56 @@ def _join(rules: Sequence[Wanted]) -> Graft:
     return graft
 
 
+Shares = dict[str, Fraction]
+
+
+def _blend(shares: Shares, rule: Wanted) -> Shares:
+    """What a rule makes of what ran, exactly by its strength as it is written."""
+    s = Fraction(str(rule.strength))
+    made = {name: (1 - s) * share for name, share in shares.items()}
+    made[rule.source] = made.get(rule.source, Fraction(0)) + s
+    return {name: share for name, share in made.items() if share}
+
+
 def _chooser(rules: Sequence[Wanted], base: str) -> Choose:
     def choose(component: str, layer: int | None, position: int, unit: int | None) -> Any:
-        shares = {base: 1.0}
+        shares = {base: Fraction(1)}
         for rule in rules:
             if rule.meets(component, layer, position, unit):
-                shares = {name: share * (1 - rule.strength) for name, share in shares.items()}
-                shares[rule.source] = shares.get(rule.source, 0.0) + rule.strength
-        # Whether units agree is asked of the mixture, not of the way that led to it.
-        return {name: round(shares[name], 12) for name in sorted(shares) if round(shares[name], 12)}
+                shares = _blend(shares, rule)
+        return shares
 
     return choose
+
+
+def _of_bias(rules: Sequence[Wanted], base: str, n_units: Mapping[str, int]) -> Choose:
+    """The bias of o and of mlp_out: mixed by rules of no unit, and by those of some units made what
+    all units then run, or the base's."""
+
+    def choose(component: str, layer: int | None, position: int, unit: int | None) -> Any:
+        bias = {base: Fraction(1)}
+        of_units = [bias] * n_units[component]
+        for rule in rules:
+            met = [rule.meets(component, layer, position, u) for u in range(len(of_units))]
+            if not any(met) or rule.strength == 0:
+                continue
+            pairs = zip(of_units, met, strict=True)
+            of_units = [_blend(one, rule) if m else one for one, m in pairs]
+            if rule.units is None:
+                bias = _blend(bias, rule)
+            else:
+                agree = all(one == of_units[0] for one in of_units)
+                bias = of_units[0] if agree else {base: Fraction(1)}
+        return bias
+
+    return choose
+
+
+def _oracle(t: Tiny, tokens: list[int], rules: Sequence[Wanted]) -> torch.Tensor:
+    model = t.sources["pre"]
+    units = {"o": n_heads_of(model, "o") or 0, "mlp_out": n_neurons(model)}
+    bias = _of_bias(rules, "pre", units)
+    return sequential_graft(t.sources, tokens, _chooser(rules, "pre"), neurons=True, bias=bias)
 
 
 def _some(rng: random.Random, values: Sequence[Any], most: int) -> frozenset[Any]:
@@ -152,7 +195,7 @@ def test_random_mixtures_and_units_are_the_sequential_algorithm(
     rng = random.Random(f"mixtures {variant}")
     rules = _random_rules(t, rng, 10)
     graft, tokens = _join(rules), _tokens(1)
-    theirs = sequential_graft(t.sources, tokens, _chooser(rules, "pre"), neurons=True)
+    theirs = _oracle(t, tokens, rules)
     assert (theirs - t.logits("pre", tokens)).abs().max() > 1e-2
     batch = torch.tensor([tokens])
     _close(t.model(batch, graft=graft)[0], theirs)
@@ -195,7 +238,7 @@ def test_many_groups_of_units_are_computed_by_source(tiny: MakeTiny, variant: st
     chosen = mask[Component.MLP_OUT, 0]
     assert isinstance(chosen, UnitSelection)
     assert len(chosen.groups) > 16
-    theirs = sequential_graft(t.sources, tokens, _chooser(rules, "pre"), neurons=True)
+    theirs = _oracle(t, tokens, rules)
     _close(t.model(torch.tensor([tokens]), graft=mask)[0], theirs)
 
 
@@ -338,6 +381,7 @@ def test_how_strengths_and_neurons_are_written() -> None:
         "+.5e1*sft @ bos": "5*sft @ bos",
         "1*sft @ bos": "sft @ bos",
         "-0*sft @ bos": "0*sft @ bos",
+        "0.00e-400*sft @ bos": "0*sft @ bos",
         "sft @ last : mlp_out : 20 : n12-13": "sft @ last : mlp_out : 20 : n12-13",
         "sft @ last : mlp : : n 5,3,4": "sft @ last : mlp : all : n3-5",
         "sft @ last : mlp_in : all : n14335": "sft @ last : mlp_in : all : n14335",
@@ -372,6 +416,8 @@ _CUT = (
         ("x*sft @ last", f"strength='x' {_NUMBER}"),
         ("*sft @ last", f"strength='' {_NUMBER}"),
         ("1e999*sft @ last", f"strength=inf {_NUMBER}"),
+        ("1e-400*sft @ last", "strength='1e-400' is closer to 0 than a number here can be."),
+        ("-0.00001e-399*sft @ last", "strength='-0.00001e-399' is closer to 0 than a number here"),
         ("nan*sft @ last", f"strength='nan' {_NUMBER}"),
         ("2*3*sft @ last", "source='3*sft' is not a source name."),
         ({"components": "o", "units": [1]}, f"units=[1] with components o: o {_CUT}"),
@@ -689,15 +735,269 @@ def test_strengths_of_the_wrong_shape_or_place_are_refused(tiny: MakeTiny) -> No
         ({o: torch.ones(3)}, None, "strengths of o in layer 1 have shape [3]. Give one for each"),
         ({o: torch.ones(1, LENGTH)}, None, "have shape [1, 7]. Give one for each of the batch's 7"),
         ({}, {o: row}, "strengths of o in layer 1: a bias alone."),
+        ({o: row}, {o: row}, "the bias of o in layer 1 has strengths of its own, one per row"),
         (
-            {o: row},
-            {o: row},
-            "the bias of o in layer 1 has strengths of its own, one per row, only",
+            {("q", 0): torch.ones(LENGTH, 4)}, {("q", 0): row},
+            "the bias of q in layer 0 goes with each head, so it has no strengths of its own.",
         ),
-    ]:
+        (
+            {("ln1", 0): torch.ones(LENGTH, 7)}, None,
+            "strengths of ln1 in layer 0 have shape [7, 7], but ln1 has no units. Give one for ea",
+        ),
+        ({("embed", None): torch.ones(LENGTH, 7)}, None, "but embed has no units."),
+        ({("unembed", None): torch.ones(LENGTH, 1)}, None, "but unembed has no units."),
+        (
+            {o: torch.ones(LENGTH, 3)}, None,
+            "strengths of o in layer 1 are for 3 units, but o has 4 heads. Give [7, 4].",
+        ),
+        ({o: torch.ones(LENGTH, dtype=torch.int64)}, None, "o in layer 1 are a tensor of int64."),
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=re.escape(message)):
             mask.strengthened("sft", strengths, bias)
     with pytest.raises(ValueError, match=re.escape("no source 'stf'. This mask has: pre sft. Did")):
         mask.strengthened("stf", {o: row})
-    with pytest.raises(ValueError, match="strengths for 3 units, of a map that has 4"):
-        model(batch, graft=mask.strengthened("sft", {o: torch.ones(LENGTH, 3)}))
+    # Without the tests' type checks.
+    untyped = inspect.unwrap(GraftMask.strengthened)
+    with pytest.raises(ValueError, match="strengths of o in layer 1 are a ndarray"):
+        untyped(mask, "sft", {o: np.ones(LENGTH)})
+    picked = mask.take(np.array([0]), np.array([2, 3]))
+    with pytest.raises(ValueError, match="are for 3 units, but k has 2 key-value heads"):
+        picked.strengthened("sft", {("k", 0): torch.ones(2, 3)})
+
+
+# -- a bias that belongs to no unit ------------------------------------------------------------
+
+LAYER_0 = {"o": "blocks.0.hook_attn_out", "mlp_out": "blocks.0.hook_mlp_out"}
+
+
+def _at_layer_0(model: GraftedTransformer, component: str, graft: Any) -> torch.Tensor:
+    """What attention or the MLP of the first layer writes; its inputs are the base's."""
+    batch, site = torch.tensor([_tokens(5)]), LAYER_0[component]
+    with torch.no_grad():
+        _, cache = model.run_with_cache(batch, graft=graft, names_filter=site)
+    return cache[site][0].detach()
+
+
+@pytest.mark.parametrize("strength", [0.0, 0.3, 0.999, 1.0, 2.0])
+@pytest.mark.parametrize(
+    ("variant", "component", "before"),
+    [
+        ("gpt2", "o", "sft @ all : o : 0 : 0"),
+        ("gpt2", "o", "0.7*sft @ all : o : 0 : 0-2"),
+        ("gpt2", "mlp_out", "sft @ all : mlp_out : 0 : n0-3"),
+        (
+            "llama-biased",
+            "mlp_out",
+            "2*sft @ [1] : mlp_out : 0 : n0-39 | sft @ [2] : mlp_out : 0 : n3",
+        ),
+    ],
+)
+def test_a_strength_over_some_units_is_between_what_ran_and_the_source(
+    tiny: MakeTiny, variant: str, component: str, before: str, strength: float
+) -> None:
+    """(1 - s) * before + s * source, the bias included; as rule, as tensor, in trees and in the
+    sequential algorithm."""
+    model = tiny(variant).model
+    part = model.module_of(Component(component), 0)
+    assert not torch.equal(part.bias[0], part.bias[1])
+    rule = f"{strength}*sft @ all : {component} : 0"
+    ran, source = (
+        _at_layer_0(model, component, g) for g in (before, f"sft @ all : {component} : 0")
+    )
+    wanted = (1 - strength) * ran + strength * source
+    graft = f"{before} | {rule}"
+    _close(_at_layer_0(model, component, graft), wanted, 1e-6)
+
+    batch = torch.tensor([_tokens(5)])
+    mask = model.resolve(before, batch)
+    tensor = mask.strengthened("sft", {(component, 0): torch.full((LENGTH,), strength)})
+    _close(_at_layer_0(model, component, tensor), wanted, 1e-6)
+    units = range(model.arch.n_units_of(Component(component)))
+    rows = model.resolve(graft, batch)
+    for unit in (None, *units):
+        np.testing.assert_allclose(
+            tensor.shares(component, 0, unit), rows.shares(component, 0, unit), atol=1e-7
+        )
+
+    prompt = Tokenized.bare(_tokens(5))
+    ours = model(batch, graft=graft)[0].detach()
+    _close(ours, Sequential(model).logits(prompt, Graft.parse(graft)))
+    parsed = [Graft.parse(line) for line in (graft, before, rule)]
+    planner = Planner(model.arch, model.sources, parsed, model.equal_sources)
+    branches = Branches.of(prompt.ids, [(0,)])
+    (found,) = tree_logits(model, planner, [(prompt, branches)])
+    _close(found[0, branches.paths[0][-1]], ours[-1])
+
+
+def test_units_agree_in_decimals_in_the_sequential_algorithm_too(tiny: MakeTiny) -> None:
+    """1 - 0.7 * 0.7 is 0.51, which floats miss."""
+    t = tiny("gpt2")
+    prompt = Tokenized.bare(_tokens(5))
+    twice = "0.3*sft @ all : o : all : 0 | 0.3*sft @ all : o : all : 0"
+    graft = Graft.parse(f"{twice} | 0.51*sft @ all : o : all : 1-3")
+    batch = torch.tensor([prompt.ids])
+    ours = t.model(batch, graft=graft)[0].detach()
+    _close(ours, t.model(batch, graft="0.51*sft @ all : o")[0].detach())
+    _close(Sequential(t.model).logits(prompt, graft), ours)
+    asked = {0: Prompt("Ann plays", answer=" Mara Finn")}
+    model = tiny("gpt2", tokenizer="llama3").model
+    grafts = {"PRE": Graft(), "twice": graft}
+    report = trust_report(model, asked, grafts, score(model, asked, grafts), seed=0)
+    assert report.ok, report.text()
+
+
+def test_a_bias_of_units_that_name_equal_sources(tiny: MakeTiny) -> None:
+    """Units that name two sources with equal tensors do not agree: the bias is the base's, in the
+    run, in trees, and in the views."""
+    sources = tiny_sources("gpt2", ("pre", "task"), 1)
+    sources["relation"] = copy.deepcopy(sources["task"])
+    model = GraftedTransformer.from_pretrained(sources, check=False, verbose=False)
+    batch = torch.tensor([_tokens(5)])
+    for component, cuts in (("o", ("0", "1-3")), ("mlp_out", ("n0-7", "n8-39"))):
+        first, rest = (f"@ all : {component} : 0 : {cut}" for cut in cuts)
+        two = f"task {first} | relation {rest}"
+        one = f"task {first} | task {rest}"
+        bias = {"o": "b_O", "mlp_out": "b_out"}[component]
+        part = model.blocks[0].attn if component == "o" else model.blocks[0].mlp
+        for graft, source in ((two, 0), (one, 1)):
+            with model.grafted(model.resolve(graft, batch)):
+                assert torch.equal(getattr(part, bias), getattr(model, bias)[source, 0])
+            prompt = Tokenized.bare(_tokens(5))
+            ours = model(batch, graft=graft)[0].detach()
+            _close(ours, Sequential(model).logits(prompt, Graft.parse(graft)))
+            planner = Planner(model.arch, model.sources, [Graft.parse(graft)], model.equal_sources)
+            branches = Branches.of(prompt.ids, [(0,)])
+            (found,) = tree_logits(model, planner, [(prompt, branches)])
+            _close(found[0, branches.paths[0][-1]], ours[-1])
+        gap = getattr(model, bias)[1, 0] - getattr(model, bias)[0, 0]
+        out = [_at_layer_0(model, component, graft) for graft in (one, two)]
+        _close(out[0] - out[1], gap.detach().expand(LENGTH, -1), 1e-5)
+        # Where some units stay the base's, their weight is not one, but the bias is.
+        with model.grafted(model.resolve(f"task {first}", batch)):
+            assert torch.equal(getattr(part, bias), getattr(model, bias)[0, 0])
+
+
+@pytest.mark.parametrize("component", ["o", "mlp_out"])
+def test_patches_of_units_and_of_a_bias_between(component: str) -> None:
+    """Of sources that differ in one map only, a patch there is what the graft gives."""
+    sources = tiny_sources("gpt2", NAMES, seed=2)
+    differs = {"o": "h.0.attn.c_proj", "mlp_out": "h.0.mlp.c_proj"}[component]
+    for other in (sources["task"], sources["relation"]):
+        for name, parameter in other.named_parameters():
+            if differs not in name:
+                parameter.data.copy_(sources["pre"].get_parameter(name))
+    model = GraftedTransformer.from_pretrained(sources, check=False, verbose=False)
+    batch, cut = torch.tensor([_tokens(5)]), {"o": "0-1", "mlp_out": "n0-9"}[component]
+    for graft in (
+        f"task @ all : {component} : 0 : {cut} | 0.4*relation @ [1, 2, -1] : {component} : 0",
+        f"0.3*relation @ all : {component} | 2*task @ [1, 3] : {component} : 0 : {cut}",
+    ):
+        kept: list[torch.Tensor] = []
+        keep = (LAYER_0[component], lambda x, hook, kept=kept: kept.append(x[0].detach()))
+        with patched(model, batch, graft):
+            model.run_with_hooks(batch, fwd_hooks=[keep])
+        _close(kept[0], _at_layer_0(model, component, graft), 1e-5)
+
+
+# -- choices answer for themselves -------------------------------------------------------------
+
+
+def test_masks_with_tensors_of_strengths_say_what_runs(tiny: MakeTiny) -> None:
+    model = tiny("llama-biased").model
+    batch = torch.tensor([_tokens(6)])
+    mask, o, site = model.resolve("sft @ [0] : o : 1 : 0", batch), ("o", 1), (Component.O, 1)
+    by_row = mask.strengthened("sft", {o: torch.tensor([0.5, 0.25, *[0.0] * 5])})
+    assert by_row.shares("o", 1, 0)[1, 0].tolist() == [1, 0.25, 0, 0, 0, 0, 0]
+    assert by_row.shares("o", 1, 1)[1, 0].tolist() == [0.5, 0.25, 0, 0, 0, 0, 0]
+    assert by_row.shares("o", 1)[1, 0].tolist() == [0.5, 0.25, 0, 0, 0, 0, 0]
+    assert by_row[site].rows_of(1).tolist() == [0, 1]
+    assert by_row[site].rows_of(0).tolist() == list(range(7))
+    with pytest.raises(ValueError, match="some places mix sources at o in layer 1"):
+        by_row.source_index("o", 1)
+    heads = torch.zeros(LENGTH, 4)
+    heads[2, 3] = 2.0
+    by_head = mask.strengthened("sft", {o: heads})
+    assert by_head.shares("o", 1, 3)[:, 0, 2].tolist() == [-1, 2]
+    assert by_head.shares("o", 1)[1].tolist() == [[0] * 7]
+    assert by_head[site].rows_of(1).tolist() == [0, 2]
+    assert by_head[site].only() is None
+    whole = model.resolve("sft @ all", batch)
+    again = whole.strengthened("sft", {o: torch.rand(LENGTH)})
+    assert again[site].only() == 1
+    assert again.source_index("o", 1).tolist() == [[1] * 7]
+    assert model.resolve("sft @ all : o : 1 : 0", batch)[site].only() is None
+    with (
+        pytest.raises(ValueError, match="weight for o in layer 1: a tensor of strengths mixes sft"),
+        model.grafted(by_row),
+    ):
+        _ = model.blocks[1].attn.W_O
+    known = "a tensor of strengths is mixed in at o in layer 1, which a patch does not know"
+    with pytest.raises(ValueError, match=known), patched(model, batch, by_row):
+        pass
+
+
+def test_views_of_mixed_weights_have_the_models_dtype(tiny: MakeTiny) -> None:
+    model = copy.deepcopy(tiny("gpt2").model).to(torch.bfloat16)
+    with model.grafted("0.5*sft @ all"):
+        attn = model.blocks[1].attn
+        of_model = (model.unembed.W_U, model.embed.W_E, model.ln_final.w)
+        for view in (attn.W_O, attn.b_O, attn.b_Q, *of_model):
+            assert view.dtype == torch.bfloat16
+        both = model.W_O[:, 1].float()
+        _close(attn.W_O.float(), both.mean(0), 1e-2)
+
+
+# -- strengths that cannot be, or are not, what they seem --------------------------------------
+
+
+@pytest.mark.parametrize(
+    "full",
+    ["0*task @ all", "task @ all | pre @ all", "task @ all : mlp | -1*pre @ all | pre @ all"],
+)
+def test_a_full_run_that_is_the_base_is_refused(full: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"full={full!r} is not a run of a finetuned")):
+        References.of({"PRE": Graft()}, ("pre", "task", "relation"), full)
+    near = References.of({"PRE": Graft()}, ("pre", "task", "relation"), "0.1*task @ all")
+    assert near.full == "SFT"
+    one = {"x": Graft.parse("task @ all | 0*relation @ last")}
+    assert References.of(one, ("pre", "task", "relation")).full == "x"
+
+
+def test_strengths_that_multiply_too_far_are_refused_with_their_graft(tiny: MakeTiny) -> None:
+    model = tiny("gpt2", tokenizer="llama3").model
+    known = (
+        "graft '1e+200*sft @ last | 1e+200*sft @ all': the strengths of the rules that meet here"
+    )
+    graft = Graft.parse("1e+200*sft @ last | 1e+200*sft @ all")
+    with pytest.raises(ValueError, match=re.escape(known)):
+        model.resolve(graft, torch.tensor([_tokens(1)]))
+    asked = {0: Prompt("Ann plays", answer=" Mara Finn")}
+    with pytest.raises(ValueError, match=re.escape(known)):
+        score(model, asked, {"far": graft})
+
+
+@pytest.mark.parametrize("line", ["100*sft @ last", "-100*sft @ all : mlp", "40*sft @ all"])
+def test_amplifications_are_trusted(tiny: MakeTiny, line: str) -> None:
+    """Logits in the thousands have their own rounding; what is wrong beyond it is still seen."""
+    model = tiny("llama", tokenizer="llama3").model
+    grafts = {"PRE": Graft(), "SFT": Graft.rule("sft"), "far": Graft.parse(line)}
+    asked = {
+        i: Prompt(text, answer=" Mara Finn") for i, text in enumerate(["Ann plays", "Ann Finn"])
+    }
+    table = score(model, asked, grafts)
+    report = trust_report(model, asked, grafts, table, seed=0)
+    assert report.ok, report.text()
+    wrong = table.copy()
+    for row in table.index[table["graft"] == "far"]:
+        wrong.loc[row, "logprob"] = 1.001 * table.loc[row, "logprob"] - 0.01
+        wrong.loc[row, "prob"] = math.exp(wrong.loc[row, "logprob"])
+    assert not trust_report(model, asked, grafts, wrong, seed=0).ok
+
+
+def test_scaled_on_a_base_of_another_name_says_how(tiny: MakeTiny) -> None:
+    model = tiny("gpt2", ("v0", "sft")).model
+    known = (
+        """no source 'pre'. This model has: v0 sft. If it is the rest of graft.scaled(…), name"""
+    )
+    with pytest.raises(ValueError, match=re.escape(f'{known} the base: base="v0".')):
+        model.resolve(Graft.rule("sft").scaled(0.5), torch.tensor([_tokens(1)]))

@@ -754,8 +754,8 @@ COMMANDS = {
     "good.yaml --launcher slurm --tasks 3 --slurm timeout_min=9 --slurm slurm_partition=a "
     "--no-wait --out o": [
         "prepare_sweep good.yaml o overrides=[] measures=[]",
-        "launch_slurm o tasks=3 resources={'timeout_min': 9, 'slurm_partition': 'a'} measures=[] "
-        "wait=False",
+        "launch_slurm o tasks=3 resources={'timeout_min': 9, 'slurm_partition': 'a'} "
+        "measures=[] wait=False",
     ],
 }
 
@@ -810,3 +810,15 @@ def test_an_answer_that_joins_the_last_word_is_pointed_at(tmp_path: Path) -> Non
     joined = "{prompts: [{template: Ann acted with, answer: Bo}], grafts: {LT: sft @ last}}"
     with pytest.warns(UserWarning, match=r"the answer 'Bo' continues .* Did you mean ' Bo'\?$"):
         made(joined, tmp_path / "s.yaml")
+
+
+def test_strengths_that_multiply_too_far_are_refused_where_their_rules_meet() -> None:
+    far = "1e+200*sft @ last | 1e+200*sft @ all"
+    with pytest.raises(ConfigError) as error:
+        check(SweepConfig.model_validate({**GOOD, "grafts": {"PRE": "none", "far": far}}))
+    known = f"graft {far!r}: the strengths of the rules that meet here multiply to "
+    assert known in str(error.value)
+    apart = "1e200*sft @ last | 1e200*sft @ ~last | 1e200*sft @ last : mlp_out : 0 : n1"
+    check(SweepConfig.model_validate({**GOOD, "grafts": {"apart": apart.rsplit(" | ", 1)[0]}}))
+    with pytest.raises(ConfigError, match="rules that meet here"):
+        check(SweepConfig.model_validate({**GOOD, "grafts": {"meet": apart}}))

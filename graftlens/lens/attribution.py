@@ -187,6 +187,7 @@ class _Attribution:
         self, model: GraftedTransformer, places: Places, cache: GraftedCache, wanted: _Wanted
     ) -> None:
         self.model, self.places, self.cache = model, places, cache
+        cache.mask.check_numbers("direct_logit_attribution")
         self.mask: GraftMask = cache.mask.pick(places.rows[None])
         self.device = model.cfg.device
         self.about = places.table.assign(

@@ -10,7 +10,7 @@ not, passes through there and originates earlier (activation patching: Vig et al
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -88,6 +88,7 @@ def patched(
     """
     batch = prompts if isinstance(prompts, Batch) else model.batch(prompts, prepend_bos=prepend_bos)
     mask = model.resolve(graft, batch)
+    mask.check_numbers("a patch")
     real = batch.real.reshape(-1)
     made = {
         site: _Site(model.module_of(*site), chosen, real) for site, chosen in mask.sites.items()
@@ -219,7 +220,7 @@ def _without_output(mask: GraftMask) -> GraftMask:
         site: base if COMPONENTS[site[0]].side is Side.OUTPUT else chosen
         for site, chosen in mask.sites.items()
     }
-    return GraftMask(mask.graft, mask.sources, mask.shape, sites, mask.places)
+    return replace(mask, sites=sites)
 
 
 def _prompts_of(mask: GraftMask, batch: Batch) -> Bool[np.ndarray, " batch"]:
@@ -286,14 +287,16 @@ class _Site:
         self.kept: list[_Kept] = []
         #: Everything that is not the base's.
         self.wanted: list[_Wanted] = []
-        whole = chosen.whole
-        assert isinstance(whole, Selection)
-        # Where all units run the same, a bias of none of them does too; else each comes by itself.
-        for units, selection in [(None, whole), *(p for p in chosen.parts() if p[0] is not None)]:
-            for source in selection.sources:
-                share = selection.share(source)
-                own = np.zeros_like(share) if units is None else whole.share(source)
-                rows = np.flatnonzero((share != own) & real)
+        groups = [units for units, _ in chosen.parts() if units is not None]
+        # What belongs to no unit comes with the whole output, and units that run something else
+        # are then changed; a map onto units has nothing that belongs to none.
+        apart = bool(groups) and not isinstance(module, UnitsIn)
+        for units in groups if apart else [None, *groups]:
+            for source in {*chosen.sources, *chosen.whole.sources}:
+                share = chosen.share(source, unit=None if units is None else units[0])
+                if units is not None and not apart:
+                    share = share - chosen.share(source)
+                rows = np.flatnonzero((share != 0) & real)
                 if source and len(rows):
                     self.wanted.append(_Wanted(source, units, rows, share[rows]))
         self.sources = {wanted.source for wanted in self.wanted}

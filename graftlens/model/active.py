@@ -19,7 +19,15 @@ from torch import Tensor
 from graftlens.components import COMPONENTS, Component
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture
-from graftlens.model.choice import Equal, Mixture, Selection, WholeChoice, merged, plain
+from graftlens.model.choice import (
+    Equal,
+    Mixture,
+    Selection,
+    Strengthened,
+    WholeChoice,
+    merged,
+    plain,
+)
 from graftlens.model.mask import GraftMask, uniform_mixture
 from graftlens.model.weights import Sourced, equal_sources
 
@@ -219,10 +227,12 @@ class Active:
         """
         if len(weight.variants) == 1:
             return weight[0]
-        used = self._used(component, layer, equal_sources(weight))
+        row, graft = COMPONENTS[component], self.current
+        # A bias of a map from units belongs to none of them.
+        whole = row.axis == 1 and weight[0].ndim == 1
+        used = self._used(component, layer, equal_sources(weight), whole)
         if len(used) == 1:
-            return weight.mixed(used.pop())
-        row = COMPONENTS[component]
+            return weight.mixed(used.pop()).to(weight[0].dtype)
         if row.view is not None:
             way = f"{row.view}[source]" if layer is None else f"{row.view}[source, layer]"
         else:
@@ -230,9 +240,13 @@ class Active:
             way = f"{component}.weight[source]"  # a norm
             way = way if layer is None else f"blocks[{layer}].{inside}{way}"
         where = "" if layer is None else f" in layer {layer}"
+        chosen = graft[component, layer] if isinstance(graft, GraftMask) else None
+        why = "positions, heads or neurons differ"
+        if isinstance(chosen, Strengthened):
+            why = f"a tensor of strengths mixes {self.sources[chosen.source]} in"
         raise ValueError(
-            f"under graft {said(self.current)!r} there is no single weight for "
-            f"{component}{where}: positions or heads differ. "
+            f"under graft {said(graft)!r} there is no single weight for "
+            f"{component}{where}: {why}. "
             f"Choose a source yourself, as in model.{way}."
         )
 
@@ -249,7 +263,7 @@ class Active:
             RuntimeError: as for `current` and `run`.
         """
         self.check("pass")
-        used, graft = self._used(component, None, equal), self.current
+        used, graft = self._used(component, None, equal, False), self.current
         if len(used) == 1:
             return Selection.uniform(used.pop(), int(np.prod(shape)))
         if not isinstance(graft, GraftMask):
@@ -268,12 +282,15 @@ class Active:
             )
         return plain(graft[component, None])
 
-    def _used(self, component: Component, layer: int | None, equal: Equal) -> set[Mixture]:
+    def _used(
+        self, component: Component, layer: int | None, equal: Equal, whole: bool
+    ) -> set[Mixture]:
         """What a site's rows run, equal sources as one; nothing where a graft that is not resolved
-        may give several."""
+        may give several. `whole` asks about what belongs to no unit."""
         graft = self.current
         if isinstance(graft, GraftMask):
-            return {merged(mixture, equal) for mixture in graft[component, layer].mixtures}
+            chosen = graft[component, layer]
+            return {merged(m, equal) for m in (chosen.whole if whole else chosen).mixtures}
         only = uniform_mixture(graft or Graft(), (component, layer), self.arch, self.sources)
         return set() if only is None else {merged(only, equal)}
 

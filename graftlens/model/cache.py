@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -175,7 +176,7 @@ def sliced(x: Tensor, given: Any, dim: int) -> Tensor:
 def _uniform(mask: GraftMask, source: int) -> GraftMask:
     """`mask` with one source everywhere at the unembedding."""
     one = Selection.uniform(source, int(np.prod(mask.shape)))
-    return GraftMask(mask.graft, mask.sources, mask.shape, {**mask.sites, (C.UNEMBED, None): one})
+    return replace(mask, places=(), sites={**mask.sites, (C.UNEMBED, None): one})
 
 
 def _tell_of_norm(cache: ActivationCache) -> None:

@@ -189,8 +189,11 @@ class Selection:
         """The sources that have a share in any row."""
         return tuple(sorted({source for mixture in self.mixtures for source, _ in mixture}))
 
-    def share(self, source: int, equal: Equal | None = None) -> Float[np.ndarray, " rows"]:
-        """A source's share of each row; with `equal`, its equals' shares are the first one's."""
+    def share(
+        self, source: int, equal: Equal | None = None, unit: int | None = None
+    ) -> Float[np.ndarray, " rows"]:
+        """A source's share of each row (of every `unit`, as all run the same); with `equal`, its
+        equals' shares are the first one's."""
         codes = self._codes if equal is None else self._mixtures.merge(self._codes, equal)
         return self._mixtures.shares(source)[codes]
 
@@ -249,8 +252,7 @@ class Selection:
 class UnitSelection:
     """A site whose units (heads, neurons) differ: groups of them, each with its own selection.
 
-    `whole` says where a part that belongs to no unit (the bias of o and of mlp_out) comes from:
-    what all units of a row run, else the base.
+    `whole` says where a part that belongs to no unit (the bias of o and of mlp_out) comes from.
     """
 
     groups: tuple[tuple[tuple[int, ...], Selection], ...]
@@ -285,6 +287,18 @@ class UnitSelection:
     def mixed(self, equal: Equal) -> bool:
         """Whether some unit of some row runs a mixture of sources whose tensors differ."""
         return any(selection.mixed(equal) for _, selection in self.groups)
+
+    def share(
+        self, source: int, equal: Equal | None = None, unit: int | None = None
+    ) -> Float[np.ndarray, " rows"]:
+        """A source's share of a unit of each row; without one, of what belongs to no unit."""
+        chosen = next((s for units, s in self.groups if unit in units), self.whole)
+        return chosen.share(source, equal)
+
+    def only(self, equal: Equal | None = None) -> int | None:
+        """The source that is all of every row, of all its units and of what belongs to none."""
+        found = {s.only(equal) for s in (self.whole, *(s for _, s in self.groups))}
+        return found.pop() if len(found) == 1 else None
 
     def rows_of(self, source: int, equal: Equal | None = None) -> Int[np.ndarray, " some_rows"]:
         """The rows in which a source has a share of some unit."""
@@ -360,6 +374,39 @@ class Strengthened:
         """As `parts`."""
         return tuple(sorted({source for _, s in self.parts() for source in s.sources}))
 
+    def share(
+        self, source: int, equal: Equal | None = None, unit: int | None = None
+    ) -> Float[np.ndarray, " rows"]:
+        """A source's share of each row, or of a unit of each row; without a unit, of what belongs
+        to none. No gradient reaches these numbers."""
+        inner = self.inner.share(source, equal, unit)
+        strength = self.bias if self.by_unit and unit is None else self.strength
+        if strength is None:
+            return inner
+        mine = _numbers(strength if strength.ndim == 1 else strength[:, unit])
+        return self._moved(inner, mine, source, equal)
+
+    def rows_of(self, source: int, equal: Equal | None = None) -> Int[np.ndarray, " some_rows"]:
+        """The rows in which a source has a share of some unit."""
+        strength = _numbers(self.strength).reshape(len(self.strength), -1)
+        found = np.zeros(len(strength), dtype=bool)
+        for units, selection in self.inner.parts():
+            mine = strength if units is None or not self.by_unit else strength[:, list(units)]
+            share = selection.share(source, equal)[:, None]
+            found |= (self._moved(share, mine, source, equal) != 0).any(1)
+        return np.flatnonzero(found)
+
+    def only(self, equal: Equal | None = None) -> int | None:
+        """The source that is all of every row at any strength, or None."""
+        only = self.inner.only(equal)
+        return only if only == (self.source if equal is None else equal[self.source]) else None
+
+    def _moved(
+        self, share: np.ndarray, strength: np.ndarray, source: int, equal: Equal | None
+    ) -> np.ndarray:
+        mine = self.source if equal is None else equal[self.source]
+        return (1 - strength) * share + strength * float(source == mine)
+
     def pick(self, rows: Int[np.ndarray, " kept"]) -> "Strengthened":
         """The choice of some rows."""
         index = torch.from_numpy(rows).to(self.strength.device)
@@ -370,6 +417,10 @@ class Strengthened:
 #: What a site runs; of a site that has no units, or all of whose units agree.
 Choice = Selection | UnitSelection | Strengthened
 WholeChoice = Selection | Strengthened
+
+
+def _numbers(strength: Tensor) -> np.ndarray:
+    return strength.detach().cpu().double().numpy()
 
 
 def plain(chosen: Choice) -> WholeChoice:
@@ -393,22 +444,28 @@ def atoms(cuts: Iterable[Sequence[int]], n_units: int) -> Int[np.ndarray, " unit
     return atom_of
 
 
+def agreed(codes: Int32[np.ndarray, "atom case"], base: int = 0) -> Int32[np.ndarray, " case"]:
+    """The code that all units have, or the base's where they differ."""
+    agree = (codes == codes[0]).all(axis=0)
+    return np.where(agree, codes[0], np.int32(base)).astype(np.int32)
+
+
 def grouped(
     codes: Int32[np.ndarray, "atom case"],
+    whole: Int32[np.ndarray, " case"],
     atom_of: Int[np.ndarray, " unit"],
     real: Bool[np.ndarray, " rows"],
     mixtures: Mixtures,
-    base: int = 0,
     of_row: Int[np.ndarray, " rows"] | None = None,
 ) -> Selection | UnitSelection:
     """The choice of a site whose units' codes are given by atom.
 
     Args:
         codes: for each row, or for each of the cases that `of_row` names by number.
+        whole: likewise, of what belongs to no unit.
         atom_of: the atom of each unit.
         real: rows that are not padding.
         mixtures: what the codes encode.
-        base: the code of what belongs to no unit where a row's units differ.
         of_row: the case of each row.
     """
 
@@ -416,8 +473,8 @@ def grouped(
         return Selection(of_cases if of_row is None else of_cases[of_row], real, mixtures)
 
     distinct, group_of = np.unique(codes, axis=0, return_inverse=True)
-    if len(distinct) == 1:
-        return rows(distinct[0])
+    if len(distinct) == 1 and np.array_equal(distinct[0], whole):
+        return rows(whole)
     unit_group = group_of.reshape(-1)[atom_of]
     order = np.argsort(unit_group, kind="stable")
     members = np.split(order, np.cumsum(np.bincount(unit_group))[:-1])
@@ -425,6 +482,4 @@ def grouped(
         (tuple(units.tolist()), rows(of_cases))
         for units, of_cases in zip(members, distinct, strict=True)
     )
-    agree = (codes == codes[0]).all(axis=0)
-    whole = np.where(agree, codes[0], np.int32(base)).astype(np.int32)
     return UnitSelection(groups, rows(whole))

@@ -6,6 +6,7 @@ once per mask, and copied to the device without waiting for it; the forward only
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from decimal import Decimal
 
 import numpy as np
 from jaxtyping import Bool, Float, Int
@@ -14,6 +15,7 @@ from torch import Tensor
 from graftlens.components import (
     COMPONENTS,
     Component,
+    brief,
     expand_components,
     layer_group,
     suggest,
@@ -25,7 +27,7 @@ from graftlens.model.choice import (
     Mixture,
     Mixtures,
     Strengthened,
-    UnitSelection,
+    agreed,
     atoms,
     grouped,
 )
@@ -44,6 +46,8 @@ class GraftMask:
         shape: (batch, pos) of the batch it was resolved for.
         places: per prompt, its first column, its own length, and its length with what follows;
             empty for a part of a mask.
+        n_units: how many heads or neurons each component has that is cut into them; empty where
+            nobody asks.
     """
 
     graft: Graft
@@ -51,6 +55,7 @@ class GraftMask:
     shape: tuple[int, int]
     sites: Mapping[Site, Choice] = field(repr=False)
     places: tuple[tuple[int, int, int], ...] = ()
+    n_units: Mapping[Component, int] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, site: Site) -> Choice:
         return self.sites[site]
@@ -58,7 +63,8 @@ class GraftMask:
     def shares(
         self, component: Component | str, layer: int | None = None, unit: int | None = None
     ) -> Float[np.ndarray, "source batch pos"]:
-        """Each source's share of each place at one site; for views and tests.
+        """Each source's share of each place at one site, tensors of strengths (`strengthened`)
+        included; for views and tests.
 
         Args:
             component: what is asked about.
@@ -69,13 +75,8 @@ class GraftMask:
         Raises:
             KeyError: a site that the architecture does not have.
         """
-        chosen: Choice = self.sites[(Component(component), layer)]
-        while isinstance(chosen, Strengthened):
-            chosen = chosen.inner
-        if isinstance(chosen, UnitSelection):
-            groups = [s for units, s in chosen.groups if unit is not None and unit in units]
-            chosen = groups[0] if groups else chosen.whole
-        found = [chosen.share(source) for source in range(len(self.sources))]
+        chosen = self.sites[(Component(component), layer)]
+        found = [chosen.share(source, unit=unit) for source in range(len(self.sources))]
         return np.stack(found).reshape(-1, *self.shape)
 
     def source_index(
@@ -133,6 +134,12 @@ class GraftMask:
         rows = self.shape[0] * self.shape[1]
         for key in {**strengths, **bias}:
             known = f"{key[0]}{'' if key[1] is None else f' in layer {key[1]}'}"
+            for what, t in (("strengths", strengths.get(key)), ("bias strengths", bias.get(key))):
+                if t is not None and not (isinstance(t, Tensor) and t.is_floating_point()):
+                    raise ValueError(
+                        f"{what} of {known} are {_kind_of(t)}. Give a tensor of floats: "
+                        "torch.tensor([0.5, …])."
+                    )
             site = named.get(key)
             if site is None or key not in strengths:
                 what = "no such site in this mask" if site is None else "a bias alone"
@@ -147,6 +154,25 @@ class GraftMask:
                     f"strengths of {known} have shape {list(shapes[0])}. Give one for each of the "
                     f"batch's {rows} rows, [batch · pos], or [batch · pos, unit]."
                 )
+            row = COMPONENTS[site[0]]
+            n_units = self.n_units.get(site[0])
+            if given.ndim == 2 and row.axis is None:
+                raise ValueError(
+                    f"strengths of {known} have shape {list(shapes[0])}, but {site[0]} has no "
+                    f"units. Give one for each of the batch's {rows} rows, [{rows}]."
+                )
+            if given.ndim == 2 and n_units not in (None, given.shape[1]):
+                raise ValueError(
+                    f"strengths of {known} are for {given.shape[1]} units, but {site[0]} has "
+                    f"{n_units} {row.cut}s. Give [{rows}, {n_units}]."
+                )
+            if own is not None and row.axis != 1:
+                raise ValueError(
+                    f"the bias of {known} goes with "
+                    f"{'its weight' if row.axis is None else f'each {row.cut}'}, so it has no "
+                    "strengths of its own. Leave them out; only the bias of o and of mlp_out "
+                    "belongs to no unit."
+                )
             if own is not None and (given.ndim == 1 or own.ndim != 1):
                 raise ValueError(
                     f"the bias of {known} has strengths of its own, one per row, only where those "
@@ -154,6 +180,20 @@ class GraftMask:
                 )
             sites[site] = Strengthened(sites[site], self.sources.index(source), given, own)
         return replace(self, sites=sites)
+
+    def check_numbers(self, what: str) -> None:
+        """That no tensor of strengths is mixed in, for what needs shares that are numbers.
+
+        Raises:
+            ValueError: one is, with the site's name and that of `what` needs it.
+        """
+        for (component, layer), chosen in self.sites.items():
+            if isinstance(chosen, Strengthened):
+                raise ValueError(
+                    f"a tensor of strengths is mixed in at {component}"
+                    f"{'' if layer is None else f' in layer {layer}'}, which {what} does not know. "
+                    'Write the strength as a rule: "0.5*sft @ last".'
+                )
 
     def take(
         self, batch: Int[np.ndarray, " batch"] | None, pos: Int[np.ndarray, " pos"] | None
@@ -171,7 +211,7 @@ class GraftMask:
             if id(chosen) not in made:
                 made[id(chosen)] = chosen.pick(keep)
         sites = {site: made[id(chosen)] for site, chosen in self.sites.items()}
-        return GraftMask(self.graft, self.sources, (rows.shape[0], rows.shape[1]), sites)
+        return replace(self, shape=(rows.shape[0], rows.shape[1]), sites=sites, places=())
 
 
 #: What says which weights run: a graft, its one-line text, a resolved mask, or nothing (the base).
@@ -194,7 +234,7 @@ def resolve(
     mixtures = Mixtures(len(sources))
     made: dict[object, Choice] = {}
 
-    def at(site: Site) -> Choice:
+    def made_at(site: Site) -> Choice:
         component, _ = site
         active = tuple(i for i, plan in enumerate(plans) if site in plan)
         cuts = [units for i in active if (units := graft.rules[i].of(component)) is not None]
@@ -203,20 +243,43 @@ def resolve(
         if key not in made:
             atom_of = atoms(cuts, n_units)
             codes = np.full((atom_of.max() + 1, real.size), base, dtype=np.int32)
+            whole = np.full(real.size, base, dtype=np.int32)
             for i in active:
-                rule = graft.rules[i]
+                rule, at = graft.rules[i], places[i]
+                if rule.strength == 0:
+                    continue
                 units = rule.of(component)
                 chosen = slice(None) if units is None else np.unique(atom_of[list(units)])
                 here = codes[chosen]
                 source = sources.index(rule.source)
-                here[:, places[i]] = mixtures.blend(here[:, places[i]], source, rule.strength)
+                try:
+                    here[:, at] = mixtures.blend(here[:, at], source, rule.strength)
+                    if units is None:
+                        whole[at] = mixtures.blend(whole[at], source, rule.strength)
+                except ValueError as error:
+                    raise ValueError(f"graft {brief(str(graft))}: {error}") from None
                 codes[chosen] = here
-            made[key] = grouped(codes, atom_of, real, mixtures, base)
+                if units is not None:
+                    whole[at] = agreed(codes[:, at], base)
+            made[key] = grouped(codes, whole, atom_of, real, mixtures)
         return made[key]
 
-    sites = {site: at(site) for site in arch.sites}
+    sites = {site: made_at(site) for site in arch.sites}
     shape = (len(batch.prompts), batch.real.shape[1])
-    return GraftMask(graft, tuple(sources), shape, sites, batch.places)
+    n_units = {c: arch.n_units_of(c) for c in arch.components if COMPONENTS[c].axis is not None}
+    return GraftMask(graft, tuple(sources), shape, sites, batch.places, n_units)
+
+
+def _kind_of(given: object) -> str:
+    if isinstance(given, Tensor):
+        return f"a tensor of {str(given.dtype).removeprefix('torch.')}"
+    return f"a {type(given).__name__}"
+
+
+def multiplies_far(graft: Graft) -> bool:
+    """Whether the strengths of some rules, if these met, could exceed what a float holds."""
+    growth = (Decimal(1) + 2 * abs(Decimal(repr(float(r.strength)))) for r in graft.rules)
+    return sum(float(g.log10()) for g in growth) > 300
 
 
 def uniform_mixture(
@@ -238,9 +301,15 @@ def uniform_mixture(
 
 def sites_of(rule: Rule, arch: Architecture, sources: Sequence[str]) -> frozenset[Site]:
     if rule.source not in sources:
+        scaled = rule == Graft.rule(rule.source, strength=rule.strength).rules[0]
         raise ValueError(
             f"rule {str(rule)!r}: no source {rule.source!r}. This model has: {' '.join(sources)}."
             f"{suggest(rule.source, sources)}"
+            + (
+                f' If it is the rest of graft.scaled(…), name the base: base="{sources[0]}".'
+                if scaled and rule.strength != 1
+                else ""
+            )
         )
     components = expand_components(rule.components, arch.components, arch.family)
     everywhere = rule.layers == ("all",)

@@ -8,6 +8,7 @@ used, so that sweeps can be checked against it; benchmarks also compare with it.
 import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from decimal import Context, Decimal
 from typing import Any
 
 import numpy as np
@@ -33,8 +34,13 @@ C = Component
 
 #: The rules that reach one position, in the graft's order.
 InForce = tuple[Rule, ...]
-#: Each source's share of a component: for each of its heads or neurons, or once for all of them.
-Shares = Float[np.ndarray, "unit source"]
+#: Source -> its share, as strengths multiply out in decimals; none is 0, and one alone is 1.
+Mixed = dict[int, Decimal]
+#: What each head or neuron of a component is made of (one for all where no rule cuts it), and what
+#: a bias that belongs to none of them is.
+Shares = tuple[tuple[Mixed, ...], Mixed]
+
+_DECIMALS = Context(prec=60)
 
 
 class SequentialError(ValueError):
@@ -204,8 +210,8 @@ class Sequential:
     def _shares_under(self, rules: InForce) -> dict[Site, Shares]:
         """What every component is made of where these rules are in force."""
         arch, n_layers = self.arch, self.arch.n_layers
-        base = np.eye(len(self.sources))[:1]
-        chosen: dict[Site, Shares] = dict.fromkeys(arch.sites, base)
+        base: Mixed = {0: Decimal(1)}
+        chosen: dict[Site, Shares] = dict.fromkeys(arch.sites, ((base,), base))
         for rule in rules:
             source = _index(rule.source, self.sources, rule, "source")
             # A rule with layers stays inside them; without, it also reaches what is outside.
@@ -217,17 +223,22 @@ class Sequential:
                     layers.add(_index(item, range(n_layers), rule, "layer"))
             components = expand_components(rule.components, arch.components, arch.family)
             for site in [s for s in chosen if s[0] in components and s[1] in layers]:
-                units, shares = rule.of(site[0]), chosen[site].copy()
-                if units is not None:
-                    n_units = arch.n_units_of(site[0])
-                    word = COMPONENTS[site[0]].cut.split()[-1]
-                    _index(units[-1], range(n_units), rule, f"{site[0]} {word}")
-                    if len(shares) < n_units:
-                        shares = shares.repeat(n_units, axis=0)
-                reached = slice(None) if units is None else list(units)
-                shares[reached] *= 1 - rule.strength
-                shares[reached, source] += rule.strength
-                chosen[site] = shares
+                units, (own, bias) = rule.of(site[0]), chosen[site]
+                if units is None:
+                    own = tuple(_blended(one, source, rule) for one in own)
+                    chosen[site] = own, _blended(bias, source, rule)
+                    continue
+                n_units = arch.n_units_of(site[0])
+                word = COMPONENTS[site[0]].cut.split()[-1]
+                _index(units[-1], range(n_units), rule, f"{site[0]} {word}")
+                if rule.strength == 0:
+                    continue
+                every = list(own if len(own) == n_units else own * n_units)
+                blended = {id(one): _blended(one, source, rule) for one in own}
+                for unit in units:
+                    every[unit] = blended[id(every[unit])]
+                agree = all(one == every[0] for one in every)
+                chosen[site] = tuple(every), every[0] if agree else base
         return chosen
 
     def _parameter(self, number: int, chosen: dict[Site, Shares]) -> nn.Parameter:
@@ -235,14 +246,14 @@ class Sequential:
         place = self._places[number]
         shares = []
         for component, weight in place.parts:
-            own = chosen[component, place.layer]
-            if (own == own[0]).all():
+            own, bias = chosen[component, place.layer]
+            if COMPONENTS[component].axis == 1 and place.name == "bias":
+                own = (bias,)
+            elif all(one == own[0] for one in own):
                 own = own[:1]
-            elif COMPONENTS[component].axis == 1 and place.name == "bias":
-                # Such a bias belongs to no unit: where units differ it is the base's.
-                own = np.eye(len(self.sources))[:1]
             # Sources whose tensors are equal are one.
-            shares.append(own @ np.eye(len(weight.variants))[list(weight.slots)])
+            rows = {id(one): _of_slots(one, weight) for one in own}
+            shares.append(np.array([rows[id(one)] for one in own]))
         key = (number, tuple(own.tobytes() for own in shares))
         if key not in self._parameters:
             made = [
@@ -358,6 +369,25 @@ def _places(model: GraftedTransformer, skeleton: Any) -> Iterable[_Place]:
                 transposed = layout.transposes(components[0]) and weights[0][0].ndim == 2
                 parts = tuple(zip(components, weights, strict=True))
                 yield _Place(module._parameters, parameter, layer, parts, transposed)
+
+
+def _blended(mixed: Mixed, source: int, rule: Rule) -> Mixed:
+    """(1 - strength) of what runs and `strength` of a source."""
+    strength = Decimal(repr(float(rule.strength)))
+    rest = _DECIMALS.subtract(Decimal(1), strength)
+    made = {s: _DECIMALS.multiply(rest, share) for s, share in mixed.items()}
+    made[source] = _DECIMALS.add(made.get(source, Decimal(0)), strength)
+    kept = {s: share for s, share in made.items() if share}
+    return dict.fromkeys(kept, Decimal(1)) if len(kept) == 1 else kept
+
+
+def _of_slots(mixed: Mixed, weight: Sourced) -> list[float]:
+    """The share of each of a weight's distinct tensors."""
+    found = [Decimal(0)] * len(weight.variants)
+    for source, share in mixed.items():
+        slot = weight.slots[source]
+        found[slot] = _DECIMALS.add(found[slot], share)
+    return [float(share) for share in found]
 
 
 def _index(value: Any, known: Sequence[Any], rule: Rule, what: str) -> int:

@@ -20,10 +20,17 @@ import torch
 from jaxtyping import Bool, Float, Int, Int32
 from torch import Tensor
 
-from graftlens.components import Component, Side, components_where
+from graftlens.components import COMPONENTS, Component, Side, components_where
 from graftlens.graft import Graft
 from graftlens.model.arch import Site
-from graftlens.model.choice import Choice, Mixtures, Selection, UnitSelection, grouped
+from graftlens.model.choice import (
+    Choice,
+    Mixtures,
+    Selection,
+    UnitSelection,
+    agreed,
+    grouped,
+)
 from graftlens.model.mask import GraftMask
 
 #: Components whose source is chosen per key row; some are chosen for both kinds of row.
@@ -47,6 +54,8 @@ class Choices:
     Attributes:
         components: of which weights are chosen.
         places: component -> its entries in a choice.
+        biases: component -> the entry of its bias, where rules cut it and its bias belongs to no
+            unit. It comes right after the component's other entries.
         width: entries of a choice.
     """
 
@@ -62,10 +71,14 @@ class Choices:
         one = np.zeros(1, dtype=np.int64)
         self._atom_of = {c: atom_of.get(c, one) for c in components}
         self.places: dict[Component, slice] = {}
+        self.biases: dict[Component, int] = {}
         self.width = 0
         for component, atoms in self._atom_of.items():
             stop = self.width + int(atoms.max()) + 1
             self.places[component] = slice(self.width, stop)
+            if component in atom_of and COMPONENTS[component].axis == 1:
+                self.biases[component] = stop
+                stop += 1
             self.width = stop
         self._numbers: dict[bytes, int] = {}
         self._known: list[Int32[np.ndarray, " slot"]] = []
@@ -89,9 +102,11 @@ class Choices:
         chosen: dict[Component, Selection | UnitSelection] = {}
         for component, place in self.places.items():
             here, atom_of = table[place], self._atom_of[component]
-            key = here.tobytes() + atom_of.tobytes()
+            bias = self.biases.get(component)
+            whole = agreed(here) if bias is None else table[bias]
+            key = here.tobytes() + whole.tobytes() + atom_of.tobytes()
             if key not in made:
-                made[key] = grouped(here, atom_of, real, self._mixtures, of_row=of_row)
+                made[key] = grouped(here, whole, atom_of, real, self._mixtures, of_row)
             chosen[component] = made[key]
         return chosen
 

@@ -1,5 +1,6 @@
 """The config of a sweep, and everything that can be known about it before any weight is read."""
 
+import itertools
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -21,8 +22,9 @@ from graftlens.data.rewriting import told_on_command_line
 from graftlens.graft import Graft, Rule
 from graftlens.metrics import Measure
 from graftlens.model.arch import Architecture
+from graftlens.model.inputs import collate
 from graftlens.model.load import preview
-from graftlens.model.mask import select, sites_of
+from graftlens.model.mask import multiplies_far, resolve, select, sites_of
 from graftlens.model.smollm2 import located
 from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, Tokenized, dated, doubled_bos
@@ -493,6 +495,9 @@ def _unfit(
                 if rule.at not in able:
                     able[rule.at] = np.array([_selects(rule, p) for p in prompts], dtype=bool)
                 runs &= able[rule.at]
+            if multiplies_far(graft):
+                for prompt in itertools.compress(prompts, runs):
+                    resolve(graft, collate([prompt], continuations=[[0]]), arch, sources)
             if prompts and not runs.any():
                 for rule in graft.rules:
                     select(rule, prompts[0])  # one of them says what the first prompt lacks

@@ -16,10 +16,10 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Int
 
-from graftlens.components import COMPONENTS, Component, expand_components
+from graftlens.components import Component, brief, expand_components
 from graftlens.graft import Graft, Rule
 from graftlens.model.arch import Architecture, Site
-from graftlens.model.choice import Equal, Mixtures, atoms
+from graftlens.model.choice import Equal, Mixtures, agreed, atoms
 from graftlens.model.mask import select, sites_of
 from graftlens.model.tree import (
     INPUT_SIDE,
@@ -45,17 +45,21 @@ LOGITS = 1 << 24
 EqualAt = Callable[[Component, int | None], Equal]
 
 
-#: Entries of a choice, from one up to another, at which the same sources are equal; the flag says
-#: that they are the units of a map whose bias belongs to none of them.
-_EqualEntries = tuple[Equal, bool, int, int]
+#: Entries of a choice, from one up to another, at which the same sources are equal.
+_EqualEntries = tuple[Equal, int, int]
 
 
 @dataclass(frozen=True, eq=False)
 class _Reach:
-    """Which layers a rule reaches on one side, and which entries of their choices."""
+    """Which layers a rule reaches on one side, and which entries of their choices.
+
+    `cut` has the entries of each component that it reaches by unit, with that of the bias which
+    belongs to none of them.
+    """
 
     layers: Bool[np.ndarray, " layer"]
     entries: Int[np.ndarray, " entry"]
+    cut: tuple[tuple[slice, int], ...]
 
 
 @dataclass(frozen=True)
@@ -278,9 +282,11 @@ class Planner:
             # A rule reaches the same components in each of its layers.
             here = [place.start + entries[c] for c, place in choices.places.items() if c in entries]
             there = [any((c, l) in sites for c in choices.places) for l in layers]
-            reaches.append(
-                _Reach(np.array(there), np.concatenate([*here, np.zeros(0, dtype=np.int64)]))
-            )
+            biases = {c: bias for c, bias in choices.biases.items() if c in entries}
+            own = [bias for c, bias in biases.items() if rule.of(c) is None]
+            cut = [(choices.places[c], b) for c, b in biases.items() if rule.of(c) is not None]
+            reached = np.concatenate([*here, np.array(own, dtype=np.int64)])
+            reaches.append(_Reach(np.array(there), reached, tuple(cut)))
         return tuple(reaches)
 
     def _entries(self, rule: Rule, component: Component) -> Int[np.ndarray, " atom"]:
@@ -314,11 +320,11 @@ class Planner:
                     site = (component, layer)
                     if site not in known:
                         known[site] = self._equal(component, layer)
-                    cut = component in self._atom_of and COMPONENTS[component].axis == 1
                     start = place.start
-                    if pieces and not cut and pieces[-1][:2] == (known[site], cut):
-                        start = pieces.pop()[2]
-                    pieces.append((known[site], cut, start, place.stop))
+                    if pieces and pieces[-1][0] == known[site]:
+                        start = pieces.pop()[1]
+                    stop = place.stop + (component in choices.biases)
+                    pieces.append((known[site], start, stop))
                 of_side.append(tuple(pieces))
             tables.append(tuple(of_side))
         return tables
@@ -330,17 +336,15 @@ class Planner:
             choices, _ = self._sides_and_layers[side]
             choice = np.zeros(choices.width, dtype=np.int32)
             for shape in shapes:
-                rule, entries = self._shapes[shape], self._masks[shape][side].entries
-                source = self.sources.index(rule.source)
+                rule, reach = self._shapes[shape], self._masks[shape][side]
+                if rule.strength == 0:
+                    continue
+                source, entries = self.sources.index(rule.source), reach.entries
                 choice[entries] = self.mixtures.blend(choice[entries], source, rule.strength)
-            for same, cut, start, stop in equal:
-                named = choice[start:stop]
-                merged = self.mixtures.merge(named, same)
-                # A bias that belongs to no unit comes from the mixture that all units *name*: units
-                # that only come to the same must not seem to agree.
-                seem = cut and (merged == merged[0]).all() and merged[0] != 0
-                if not seem or (named == named[0]).all():
-                    choice[start:stop] = merged
+                for place, bias in reach.cut:
+                    choice[bias] = agreed(choice[place, None])[0]
+            for same, start, stop in equal:
+                choice[start:stop] = self.mixtures.merge(choice[start:stop], same)
             self._made[key] = choices.number(choice)
         return self._made[key]
 
@@ -362,10 +366,12 @@ class Planner:
     def _choices_at(self, active: bytes) -> tuple[Int[np.ndarray, "graft layer"], ...]:
         """Per side, the numbers of the choices at a column that these expressions select."""
         if active not in self._columns:
-            found = [
-                self._numbers(tuple(shape for at, shape in rules if active[at]))
-                for rules in self._rules
-            ]
+            found = []
+            for graft, rules in zip(self.grafts, self._rules, strict=True):
+                try:
+                    found.append(self._numbers(tuple(shape for at, shape in rules if active[at])))
+                except ValueError as error:
+                    raise ValueError(f"graft {brief(str(graft))}: {error}") from None
             self._columns[active] = tuple(np.stack(side) for side in zip(*found, strict=True))
         return self._columns[active]
 

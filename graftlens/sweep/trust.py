@@ -25,6 +25,9 @@ from graftlens.prompts import Prompt, PromptError
 from graftlens.sweep.prepared import Extent, Prepared, Scored
 from graftlens.sweep.scoring import score
 
+#: The smallest number that float32 holds in full precision.
+TINY = float(torch.finfo(torch.float32).tiny)
+
 
 @dataclass(frozen=True)
 class Rounding:
@@ -33,10 +36,13 @@ class Rounding:
 
     Attributes:
         cells: how many were scored again: alone, in reverse order, in small batches.
-        nats: the largest difference of a log-probability between those.
+        nats: the largest difference of a log-probability between those; of one beyond 100 nats,
+            in proportion to 100.
         hf_nats, hf_logits: Hugging Face's own, in one pass and token by token, of log-probabilities
             and of logits relative to the largest.
-        bound_nats, bound_logits: the largest differences that count as rounding, for each token.
+        bound_nats, bound_logits: the largest differences that count as rounding, for each token,
+            in nats and relative to the largest logit. Where logits are large, as an amplifying
+            graft makes them, a tenth of `bound_logits` of the largest is allowed in nats.
     """
 
     cells: int
@@ -45,6 +51,10 @@ class Rounding:
     hf_logits: float
     bound_nats: float = 1e-3
     bound_logits: float = 1e-4
+
+    def nats_for(self, largest: float) -> float:
+        """The largest difference in nats that counts as rounding among logits of this size."""
+        return max(self.bound_nats, self.bound_logits * largest / 10)
 
 
 @dataclass(frozen=True)
@@ -371,7 +381,8 @@ def _rounding(
     runs += [({n: prompt}, row_budget) for n, prompt in prompts.items()]
     tables = [score(model, some, grafts, row_budget=budget, **options) for some, budget in runs]
     groups = pd.concat(tables).groupby(["prompt", "graft"])[["logprob", "answer_logprob"]]
-    spread = (groups.max() - groups.min()).to_numpy(float)
+    size = groups.agg(lambda column: column.abs().max()).to_numpy(float)
+    spread = (groups.max() - groups.min()).to_numpy(float) / np.fmax(1.0, size / 100)
     nats, logits, largest = [0.0], [0.0], [1e-9]
     if sequential is not None:
         for s, source in [(s, source) for s in few for source in model.sources]:
@@ -421,6 +432,7 @@ def _compared(
     columns = range(first, first + len(s.answer))
     ours = model.logits_at(batch, [columns], graft)[0].float().cpu()
     relative = float((ours - theirs).abs().max() / theirs.abs().max())
+    bound = rounding.nats_for(float(theirs.abs().max()))
     differences, problems = {"logits": relative}, []
     if not relative <= rounding.bound_logits:
         problems.append(f"the plain forward differs by {relative:.1e} of the largest logit.")
@@ -457,10 +469,10 @@ def _compared(
         if recorded is None or pd.isna(recorded):
             continue
         differences[name] = abs(float(recorded) - value)
-        if not differences[name] <= tokens * rounding.bound_nats:
+        if not differences[name] <= tokens * bound:
             problems.append(f"{name} is {recorded:.6g}, Hugging Face gives {value:.6g}.")
 
-    ranks, near = None, 2 * rounding.bound_nats
+    ranks, near = None, 2 * bound
     logprobs = first_only.logprobs[0]
     if not pd.isna(record.get("rank")):
         others = torch.cat([logprobs[:target], logprobs[target + 1 :]]) - logprobs[target]
@@ -479,7 +491,9 @@ def _compared(
             value = float(ordered.values[i])
             close = ordered.indices[(ordered.values - value).abs() <= near].tolist()
             texts = [model.to_single_str_token(t) for t in close]
-            if token not in texts or not abs(math.log(max(prob, 1e-300)) - value) <= near:
+            # Beyond about -87 nats float32 keeps less of a probability, then nothing.
+            tiny = abs(prob - math.exp(value)) < TINY
+            if token not in texts or not (tiny or abs(math.log(max(prob, 1e-300)) - value) <= near):
                 problems.append(
                     f"top token {i + 1} is {token!r} with {prob:.6g}, Hugging Face gives "
                     f"{texts[0]!r} with {math.exp(value):.6g}."
