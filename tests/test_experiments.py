@@ -1085,7 +1085,7 @@ def test_a_dry_run_says_what_would_be_trained(base, ran, place):
     assert not (place / "dry" / "models").exists()
 
 
-OWN = [
+MEASURES = [
     Measure("best", (), lambda logits: logits.amax(-1)),
     Measure("rest", ("logprobs",), lambda _, p: p.exp().square().sum(-1)),
 ]
@@ -1103,16 +1103,16 @@ def test_measures_of_ones_own_are_given_to_experiments(base, place):
     config, given = measured(base, place)
     with pytest.raises(ConfigError, match="unknown measure 'best'"):
         describe_experiment(config, **given)
-    assert "cells" in describe_experiment(config, measures=OWN, **given)
+    assert "cells" in describe_experiment(config, measures=MEASURES, **given)
     with pytest.raises(ValueError, match="each device's process imports them"):
-        run_experiment(config, place / "own", devices=["cpu", "cpu"], measures=OWN, **given)
+        run_experiment(config, place / "own", devices=["cpu", "cpu"], measures=MEASURES, **given)
 
 
 @pytest.mark.slow
 def test_measures_of_ones_own_reach_every_part(base, place):
     config, given = measured(base, place)
     result = run_experiment(
-        config, place / "own", measures=OWN, progress=False, say=lambda _: None, **given
+        config, place / "own", measures=MEASURES, progress=False, say=lambda _: None, **given
     )
     assert result.ok
     for name in result.sweeps:
