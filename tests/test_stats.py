@@ -422,7 +422,7 @@ def test_holm():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"base": "PREE"}, r"base='PREE' is not one of the grafts 'PRE', 'SFT', 'FE': give base="),
+        ({"base": "PREE"}, r"base='PREE' is not one of the grafts 'PRE', 'SFT', 'FE': pass base="),
         ({"grafts": ("PRE", "FT")}, "no graft named 'FT' in the table; it has 'PRE', 'SFT', 'FE'"),
         ({"grafts": ("PRE", "PRE")}, "name at least one graft, and each once"),
         ({"grafts": ("PRE", "FE")}, "full='SFT' is not one of the grafts 'PRE', 'FE'"),

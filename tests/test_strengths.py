@@ -337,8 +337,8 @@ def test_equal_mixtures_are_one_row_of_a_sweep(tiny: MakeTiny) -> None:
     structure, _ = Planner(model.arch, model.sources, grafts).structure(
         prompt, Branches.of(prompt.ids, [(0,)])
     )
-    (part,) = Planner(model.arch, model.sources, grafts, model.equal_sources).parts(structure)
-    assert part.tree.outputs.tolist() == [[0, 0, 0, 0, 2, 2, 2, 2, 1, 1]]
+    (piece,) = Planner(model.arch, model.sources, grafts, model.equal_sources).pieces(structure)
+    assert piece.tree.outputs.tolist() == [[0, 0, 0, 0, 2, 2, 2, 2, 1, 1]]
 
 
 def test_a_thousand_grafts_of_single_neurons_are_planned_fast() -> None:
