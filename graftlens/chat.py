@@ -15,7 +15,7 @@ from html import escape
 from itertools import pairwise
 from typing import Any
 
-from graftlens.chatturns import Turns, mixed
+from graftlens.chatturns import Leaf, Turns, mixed
 from graftlens.components import brief, suggest
 
 #: Who speaks in a conversation; each is the span of the tokens with characters of what it says.
@@ -31,7 +31,7 @@ RESERVED = (*CHAT_SPANS, "prompt", "generated")
 #: A message's reasoning, under the names that templates read it by, the first given one first.
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
-#: What begins and ends a thought inside of an assistant's content.
+#: What begins and ends a thought inside an assistant's content.
 _OPENING = ("<think>", "<thinking>", "<thought>", "<reasoning>", "[THINK]")
 _CLOSING = ("</think>", "</thinking>", "</thought>", "</reasoning>", "[/THINK]")
 
@@ -52,9 +52,6 @@ _OURS = (
 
 #: Renderings at most until a template counts as one that cannot be followed, and marks in one.
 _MOST_RENDERINGS, _MOST_MARKS = 4000, 50_000
-
-#: A text of the messages: the message's number and the keys that lead to it.
-Leaf = tuple[Any, ...]
 
 
 @dataclass(frozen=True)

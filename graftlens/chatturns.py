@@ -4,13 +4,47 @@ What stands between two messages ends the first and begins the second. Which par
 where the template writes one without the other: a message alone, or the conversation so far.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol, runtime_checkable
 
-if TYPE_CHECKING:
-    from graftlens.chat import _Rendering
+#: Where a text stands in a list of messages.
+Leaf = tuple[Any, ...]
+
+
+@runtime_checkable
+class Rendering(Protocol):
+    """A conversation under one template, and what is known of its characters.
+
+    Attributes:
+        plain: what the template writes.
+        messages: the conversation, a given beginning of the answer included.
+        known: (text, boundary in it) -> where that comes out; None where it does not.
+        marks: characters that the conversation lacks.
+        open: the last message goes on.
+        prompted: a generation prompt follows.
+    """
+
+    tokenizer: Any
+    plain: str
+    messages: list[Any]
+    known: dict[tuple[Leaf, int], int | None]
+    marks: list[str]
+    open: bool
+    prompted: bool
+
+    def apply(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        continued: bool = False,
+        prompted: bool = False,
+    ) -> str:
+        """What the template writes of some messages."""
+
+    def marked(self, marks: Mapping[tuple[Leaf, int], str]) -> list[Any]:
+        """The messages with a mark at each of these boundaries."""
 
 
 def mixed(first: int, second: int) -> str:
@@ -25,7 +59,7 @@ def mixed(first: int, second: int) -> str:
 class Turns:
     """The turns of a conversation whose characters' messages are known."""
 
-    def __init__(self, rendering: "_Rendering", owners: Sequence[int]) -> None:
+    def __init__(self, rendering: Rendering, owners: Sequence[int]) -> None:
         self.of, self.plain = rendering, rendering.plain
         self.messages, self.known = rendering.messages, rendering.known
         self.mark, self.other = rendering.marks[:2]
