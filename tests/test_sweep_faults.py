@@ -162,7 +162,7 @@ def test_an_error_at_every_disk_operation(
         problem = processes.said(out)
         assert f"the sweep's folder {out} cannot be written" in problem
         assert os.strerror(getattr(errno, fault)) in problem
-        assert "give the same command again" in problem
+        assert "run the same command again" in problem
         assert ("Free space" in problem) == (fault == "ENOSPC")
         assert unfinished_files(out) == [], "what could not be written is taken away"
         assert_part_of(out, undisturbed_few)
