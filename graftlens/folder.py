@@ -178,6 +178,10 @@ def writable(path: str | Path) -> Path:
     return path
 
 
+#: How often a folder is made again that another process, which tried the same, has removed.
+TRIES = 100
+
+
 def probe(path: Path) -> None:
     """Write something next to a file that is to be written later, and remove it again.
 
@@ -188,6 +192,13 @@ def probe(path: Path) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     with contextlib.suppress(FileNotFoundError):
         os.lstat(path)  # finds names that are too long
+    for _ in range(TRIES):
+        with contextlib.suppress(FileNotFoundError):
+            return _try_writing(path)
+    return _try_writing(path)
+
+
+def _try_writing(path: Path) -> None:
     missing: list[Path] = []
     for folder in path.parents:
         if os.path.lexists(folder):
@@ -295,7 +306,7 @@ def claim(folder: Path, what: str, taken: Iterable[str] | None = None) -> None:
         # A marker that cannot be read is rewritten, but a link belongs to somebody else.
         there &= {*taken, *([MARKER] if (folder / MARKER).is_symlink() else [])}
     others = sorted(there)
-    if others:
+    if others and not is_claimed(folder, what):  # another process may just have claimed it
         raise ValueError(
             f"{folder} has {', '.join(others[:3])}{' and more' if len(others) > 3 else ''} in it "
             f"and no {MARKER} of {what}, so graftlens did not create it, and nothing "

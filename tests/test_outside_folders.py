@@ -16,6 +16,7 @@ from sweeps import NoReport, assert_equal_tables, checkpoints, config, read_whol
 from toytokenizers import gpt2_style
 
 from graftlens import demo as demo_module
+from graftlens import folder as folder_module
 from graftlens.configfile import ConfigError
 from graftlens.dashboards import write_dashboard
 from graftlens.experiment.compare import compare_runs
@@ -589,3 +590,46 @@ def test_the_cache_s_damaged_record_is_named(tmp_path: Path) -> None:
         ValueError, match=r"provenance\.json is not JSON .* Remove the folder .*bas"
     ):
         demo_module._origin(folder)
+
+
+def test_processes_that_begin_together_do_not_take_a_new_folder_from_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each tries to write there and removes the folder that it made, just as another needs it."""
+    write, removed = folder_module._write, []
+
+    def late(half: Path, content: bytes) -> None:
+        if len(removed) < 3:
+            removed.append(half.parent)
+            half.parent.rmdir()
+        write(half, content)
+
+    monkeypatch.setattr(folder_module, "_write", late)
+    probe(tmp_path / "runs" / "out" / "sweep.json")
+    assert len(removed) == 3
+    assert list(tmp_path.iterdir()) == [], "and nothing is left"
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError):
+        probe(tmp_path / "link" / "sweep.json")
+
+
+def test_a_folder_that_another_process_claims_meanwhile_is_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has the other's files by the time that they are looked for."""
+    claimed, looks = folder_module.is_claimed, []
+
+    def slow(place: Path, what: str) -> bool:
+        looks.append(claimed(place, what))
+        if len(looks) == 1:
+            write_whole(place / folder_module.MARKER, "graftlens tables\n")
+            write_whole(place / "table.csv", "a\n")
+        return looks[-1]
+
+    monkeypatch.setattr(folder_module, "is_claimed", slow)
+    folder_module.claim(tmp_path / "out", "tables")
+    assert looks == [False, True]
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("")
+    with pytest.raises(ValueError, match=r"has mine.txt in it and no \.graftlens of tables"):
+        folder_module.claim(tmp_path / "other", "tables")
