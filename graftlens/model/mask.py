@@ -224,7 +224,7 @@ def resolve(
     """Work out what every row runs at every site.
 
     Raises:
-        PromptError: a rule that a prompt cannot satisfy (no such span, position or run, or
+        PromptError: a rule that a prompt cannot satisfy (no such span, position or occurrence, or
             nothing selected), with the prompt's number.
         ValueError: a source, component, layer, head or neuron that the model does not have.
     """
