@@ -12,8 +12,16 @@ from typing import Any
 
 import pytest
 import torch
-import transformer_lens
-from families import N_CTX, NORM_EPS, WINDOW, save_checkpoint, tiny_pair
+from families import save_checkpoint, tiny_pair
+from hookedpairs import (
+    EACH_HOOKED,
+    FLATTENED,
+    TOKENS,
+    N,
+    close,
+    hooked_model,
+    needs_hooked,
+)
 from reference import sequential_graft
 from torch import Tensor
 from toytokenizers import gpt2_style
@@ -23,145 +31,6 @@ from graftlens.model.arch import PairError
 from graftlens.model.grafted import GraftedTransformer
 
 pytestmark = pytest.mark.compat
-
-needs_hooked = pytest.mark.skipif(
-    "HookedTransformer" not in dir(transformer_lens),
-    reason="TransformerLens 4 has no HookedTransformer: run `pytest -m compat` in an environment "
-    "with 'transformer-lens>=3.9,<4', as .ci/run does",
-)
-N = 11
-
-
-def _ids(seed: int = 0, n: int = N) -> list[int]:
-    return torch.randint(3, 97, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-TOKENS = torch.tensor([_ids(1), _ids(2)])
-
-
-def _close(ours: Tensor, theirs: Tensor, what: str = "", tolerance: float = 2e-5) -> None:
-    assert ours.shape == theirs.shape, (what, ours.shape, theirs.shape)
-    assert torch.equal(ours.isinf(), theirs.isinf()), what
-    ours, theirs = (x.nan_to_num(neginf=0.0) for x in (ours, theirs))
-    assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max().clamp_min(1e-3), what
-
-
-# --- HookedTransformers of the tiny models -------------------------------------------------------
-
-
-def _sizes(model: PreTrainedModel) -> dict[str, Any]:
-    config = model.config
-    return {
-        "n_layers": config.num_hidden_layers,
-        "d_model": config.hidden_size,
-        "n_heads": config.num_attention_heads,
-        "d_head": getattr(config, "head_dim", None)
-        or config.hidden_size // config.num_attention_heads,
-        "d_vocab": config.vocab_size,
-        "n_ctx": N_CTX,
-        "eps": NORM_EPS,
-        "device": "cpu",
-        "original_architecture": type(model).__name__,
-        "default_prepend_bos": False,
-    }
-
-
-def _rotary(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
-    """A Llama-like architecture in HookedTransformer's words."""
-    config = model.config
-    values = {
-        "d_mlp": config.intermediate_size,
-        "n_key_value_heads": config.num_key_value_heads,
-        "act_fn": "silu",
-        "normalization_type": "RMS",
-        "positional_embedding_type": "rotary",
-        "rotary_base": 50,
-        "gated_mlp": True,
-        "final_rms": True,
-    }
-    return {**_sizes(model), **values, **options}
-
-
-def _neox(model: PreTrainedModel, **options: Any) -> dict[str, Any]:
-    values = {
-        "d_mlp": 44,
-        "act_fn": model.config.hidden_act,
-        "normalization_type": "LN",
-        "positional_embedding_type": "rotary",
-        "rotary_base": 50,
-        "rotary_dim": 4,
-        "parallel_attn_mlp": model.config.use_parallel_residual,
-    }
-    return {**_sizes(model), **values, **options}
-
-
-def _windowed(n_layers: int, kinds: list[str]) -> dict[str, Any]:
-    repeated = (kinds * n_layers)[:n_layers]
-    return {"use_local_attn": True, "window_size": WINDOW, "attn_types": repeated}
-
-
-# variant -> (name of the converter, config options)
-HOOKED: dict[str, tuple[str, Callable[[PreTrainedModel], dict[str, Any]]]] = {
-    "gpt2": (
-        "convert_gpt2_weights",
-        lambda m: {
-            **_sizes(m),
-            "d_mlp": 40,
-            "act_fn": "gelu_new",
-            "normalization_type": "LN",
-            "positional_embedding_type": "standard",
-        },
-    ),
-    "neox-parallel": ("convert_neox_weights", _neox),
-    "neox-sequential": ("convert_neox_weights", _neox),
-    "llama": ("convert_llama_weights", _rotary),
-    "mistral-window": (
-        "convert_mistral_weights",
-        lambda m: _rotary(m, **_windowed(3, ["local"])),
-    ),
-    "gemma": (
-        "convert_gemma_weights",
-        lambda m: _rotary(m, act_fn="gelu_pytorch_tanh"),
-    ),
-    "gemma2": (
-        "convert_gemma_weights",
-        lambda m: _rotary(
-            m,
-            act_fn="gelu_pytorch_tanh",
-            attn_scale=7**0.5,
-            attn_scores_soft_cap=1.5,
-            output_logits_soft_cap=3.0,
-            use_normalization_before_and_after=True,
-            **_windowed(4, ["local", "global"]),
-        ),
-    ),
-    "qwen2": ("convert_qwen2_weights", _rotary),
-    "qwen3": ("convert_qwen3_weights", lambda m: _rotary(m, use_qk_norm=True)),
-    "phi3": ("convert_phi3_weights", _rotary),
-}
-EACH_HOOKED = pytest.mark.parametrize("variant", HOOKED)
-
-#: Values that HookedTransformer flattens to [batch · pos · head, …].
-FLATTENED = tuple(f"{a}_norm.hook_{b}" for a in "qk" for b in ("scale", "normalized"))
-
-
-def _hooked(variant: str, model: PreTrainedModel) -> Any:
-    """A HookedTransformer with the very weights of a Hugging Face model, unprocessed."""
-    from transformer_lens import HookedTransformer, HookedTransformerConfig
-    from transformer_lens.pretrained import weight_conversions
-
-    converter, options = HOOKED[variant]
-    cfg = HookedTransformerConfig(**options(model))
-    hooked = HookedTransformer(cfg)
-    state = getattr(weight_conversions, converter)(model, cfg)
-    hooked.load_and_process_state_dict(
-        {name: tensor.detach().clone() for name, tensor in state.items()},
-        fold_ln=False,
-        center_writing_weights=False,
-        center_unembed=False,
-        fold_value_biases=False,
-    )
-    return hooked.eval().requires_grad_(False)
 
 
 def _flags(model: Any, on: bool) -> None:
@@ -177,18 +46,18 @@ def test_every_hook_has_hookedtransformers_name_shape_and_value(variant: str, fl
     model = GraftedTransformer.from_pretrained(pair, verbose=False)
     _flags(model, flags)
     for source, hf in pair.items():
-        hooked = _hooked(variant, hf)
+        hooked = hooked_model(variant, hf)
         _flags(hooked, flags)
         theirs, their_cache = hooked.run_with_cache(TOKENS)
         with torch.no_grad():
-            _close(theirs, hf(TOKENS).logits, "the oracle itself")
+            close(theirs, hf(TOKENS).logits, "the oracle itself")
         ours, our_cache = model.run_with_cache(TOKENS, graft=f"{source} @ all")
-        _close(ours, theirs, "logits")
+        close(ours, theirs, "logits")
         for name in their_cache.cache_dict:
             wanted, found = their_cache[name], our_cache[name]
             if name.endswith(FLATTENED):
                 wanted = wanted.reshape(found.shape)
-            _close(found, wanted, name)
+            close(found, wanted, name)
         assert set(our_cache.keys()) == set(their_cache.keys())
         assert set(model.hook_dict) == set(hooked.hook_dict)
 
@@ -199,7 +68,7 @@ def test_what_caches_compute_is_what_hookedtransformers_caches_do(variant: str) 
     pair = tiny_pair(variant, seed=1)
     model = GraftedTransformer.from_pretrained(pair, verbose=False)
     for source, hf in pair.items():
-        hooked = _hooked(variant, hf)
+        hooked = hooked_model(variant, hf)
         _, theirs = hooked.run_with_cache(TOKENS)
         _, ours = model.run_with_cache(TOKENS, graft=f"{source} @ all")
         calls: dict[str, Callable[[Any], Any]] = {
@@ -234,7 +103,7 @@ def test_what_caches_compute_is_what_hookedtransformers_caches_do(variant: str) 
         }
         for what, call in calls.items():
             (found, our_labels), (wanted, their_labels) = call(ours), call(theirs)
-            _close(found, wanted, what, 5e-5)
+            close(found, wanted, what, 5e-5)
             assert our_labels == their_labels, what
 
 
@@ -245,18 +114,18 @@ def test_weights_are_hookedtransformers_with_a_source_axis(variant: str) -> None
     model = GraftedTransformer.from_pretrained(pair, verbose=False)
     offset = variant.startswith("gemma")  # HookedTransformer scales the embedding beforehand
     for index, hf in enumerate(pair.values()):
-        hooked = _hooked(variant, hf)
+        hooked = hooked_model(variant, hf)
         names = ["W_Q", "W_O", "W_in", "W_out", "W_U", "b_Q", "b_O", "b_in", "b_out", "b_U"]
         names += [] if offset else ["W_E"]
         names += ["W_gate"] if model.arch.mlp == "gated" else []
         names += ["W_pos"] if variant == "gpt2" else []
         for name in names:
-            _close(getattr(model, name)[index], getattr(hooked, name), name)
+            close(getattr(model, name)[index], getattr(hooked, name), name)
         # HookedTransformer repeats grouped keys and values for each query head.
         repeat = model.arch.n_heads // model.arch.n_kv_heads
         for name in ("W_K", "W_V", "b_K", "b_V"):
             ours = getattr(model, name)[index].repeat_interleave(repeat, dim=1)
-            _close(ours, getattr(hooked, name), name)
+            close(ours, getattr(hooked, name), name)
 
 
 @needs_hooked
@@ -264,7 +133,7 @@ def test_weights_are_hookedtransformers_with_a_source_axis(variant: str) -> None
 def test_interventions_have_hookedtransformers_effect(variant: str) -> None:
     pair = tiny_pair(variant, seed=1)
     model = GraftedTransformer.from_pretrained(pair, verbose=False)
-    hooked = _hooked(variant, pair["sft"])
+    hooked = hooked_model(variant, pair["sft"])
     for name, axis in [
         ("blocks.1.attn.hook_z", 2),
         ("blocks.1.attn.hook_pattern", 1),
@@ -281,7 +150,7 @@ def test_interventions_have_hookedtransformers_effect(variant: str) -> None:
 
         theirs = hooked.run_with_hooks(TOKENS, fwd_hooks=[(name, halve)])
         ours = model.run_with_hooks(TOKENS, graft="sft @ all", fwd_hooks=[(name, halve)])
-        _close(ours, theirs, name)
+        close(ours, theirs, name)
 
 
 # --- HookedTransformer as a source ---------------------------------------------------------------
@@ -298,11 +167,11 @@ def _digest(module: Any) -> str:
 @EACH_HOOKED
 def test_hookedtransformers_are_read_and_grafted_exactly(variant: str) -> None:
     pair = tiny_pair(variant, seed=1)
-    hooked = {name: _hooked(variant, model) for name, model in pair.items()}
+    hooked = {name: hooked_model(variant, model) for name, model in pair.items()}
     before = {name: _digest(model) for name, model in hooked.items()}
     model = GraftedTransformer.from_pretrained(hooked, verbose=False)
     for name, source in hooked.items():
-        _close(model(TOKENS, graft=f"{name} @ all"), source(TOKENS), name)
+        close(model(TOKENS, graft=f"{name} @ all"), source(TOKENS), name)
         assert _digest(source) == before[name]
         for parameter in source.parameters():
             parameter.data.zero_()
@@ -314,19 +183,19 @@ def test_hookedtransformers_are_read_and_grafted_exactly(variant: str) -> None:
         return "sft" if chosen else "pre"
 
     theirs = sequential_graft(pair, TOKENS[0].tolist(), choose)
-    _close(model(TOKENS, graft=rules)[0], theirs, "grafted")
+    close(model(TOKENS, graft=rules)[0], theirs, "grafted")
 
 
 @needs_hooked
 def test_a_hookedtransformer_beside_a_transformers_model() -> None:
     pair = tiny_pair("gpt2", seed=1)
     model = GraftedTransformer.from_pretrained(
-        {"pre": pair["pre"], "sft": _hooked("gpt2", pair["sft"])}, verbose=False
+        {"pre": pair["pre"], "sft": hooked_model("gpt2", pair["sft"])}, verbose=False
     )
     theirs = sequential_graft(
         pair, TOKENS[0].tolist(), lambda c, l, p, h: "sft" if p == N - 1 else "pre"
     )
-    _close(model(TOKENS, graft="sft @ last")[0], theirs)
+    close(model(TOKENS, graft="sft @ last")[0], theirs)
 
 
 @needs_hooked
@@ -349,7 +218,7 @@ def test_processed_hookedtransformers_are_refused(
     variant: str, processing: dict[str, bool]
 ) -> None:
     pair = tiny_pair(variant, seed=1)
-    hooked = {name: _hooked(variant, model) for name, model in pair.items()}
+    hooked = {name: hooked_model(variant, model) for name, model in pair.items()}
     off = dict.fromkeys(
         (
             *("fold_ln", "center_writing_weights", "center_unembed"),
@@ -366,7 +235,7 @@ def test_processed_hookedtransformers_are_refused(
 def test_folded_value_biases_are_refused() -> None:
     """Value biases moved into o's bias: v and o would no longer be the checkpoint's own."""
     pair = tiny_pair("gpt2", seed=1)
-    hooked = {name: _hooked("gpt2", model) for name, model in pair.items()}
+    hooked = {name: hooked_model("gpt2", model) for name, model in pair.items()}
     state = hooked["sft"].state_dict()
     hooked["sft"].load_and_process_state_dict(
         state,
@@ -405,7 +274,7 @@ def test_bridges_are_read_and_left_alone(variant: str, tmp_path: Path) -> None:
         logits = {name: bridge(TOKENS) for name, bridge in bridges.items()}
     model = GraftedTransformer.from_pretrained(bridges, verbose=False)
     for name, bridge in bridges.items():
-        _close(model(TOKENS, graft=f"{name} @ all"), logits[name], name)
+        close(model(TOKENS, graft=f"{name} @ all"), logits[name], name)
         assert _digest(bridge.original_model) == before[name]
         with torch.no_grad():
             assert torch.equal(bridge(TOKENS), logits[name])
@@ -414,13 +283,13 @@ def test_bridges_are_read_and_left_alone(variant: str, tmp_path: Path) -> None:
     theirs = sequential_graft(
         pair, TOKENS[0].tolist(), lambda c, l, p, h: "sft" if p == N - 1 or c == "k" else "pre"
     )
-    _close(model(TOKENS, graft="sft @ last | sft @ all : k")[0], theirs, "grafted")
+    close(model(TOKENS, graft="sft @ last | sft @ all : k")[0], theirs, "grafted")
     # The tokenizer came along, without the BOS that TransformerLens makes it put first.
     text = "Anders Lindqvist starred in"
     ids = torch.tensor([gpt2_style()(text)["input_ids"]])
     assert torch.equal(model.to_tokens(text), ids)
     with torch.no_grad():
-        _close(model(text, graft="sft @ all"), pair["sft"](ids).logits)
+        close(model(text, graft="sft @ all"), pair["sft"](ids).logits)
 
 
 def test_a_bridge_beside_a_checkpoint_folder(tmp_path: Path) -> None:
@@ -431,7 +300,7 @@ def test_a_bridge_beside_a_checkpoint_folder(tmp_path: Path) -> None:
     theirs = sequential_graft(
         pair, TOKENS[0].tolist(), lambda c, l, p, h: "sft" if p == N - 1 else "pre"
     )
-    _close(model(TOKENS, graft="sft @ last")[0], theirs)
+    close(model(TOKENS, graft="sft @ last")[0], theirs)
 
 
 @pytest.mark.parametrize("variant", ["gpt2", "llama"])
@@ -458,13 +327,13 @@ def test_hooks_caches_and_patching_run_in_this_version() -> None:
     graft = "sft @ last | sft @ [3] : o"
     theirs, hidden = sequential_graft(pair, tokens[0].tolist(), choose, hidden=True)
     logits, cache = model.run_with_cache(tokens, graft=graft)
-    _close(logits[0], theirs)
-    _close(cache.accumulated_resid()[:, 0], hidden)
+    close(logits[0], theirs)
+    close(cache.accumulated_resid()[:, 0], hidden)
     whole = cache.get_full_resid_decomposition(expand_neurons=False)
-    _close(whole.sum(0)[0], hidden[-1])
-    _close(cache.get_full_resid_decomposition(expand_neurons=False, pos_slice=-1), whole[:, :, -1])
+    close(whole.sum(0)[0], hidden[-1])
+    close(cache.get_full_resid_decomposition(expand_neurons=False, pos_slice=-1), whole[:, :, -1])
     _, part = model.run_with_cache(tokens, graft=graft, pos_slice=[1, 9])
-    _close(part["rot_k", 1], cache["rot_k", 1][:, [1, 9]])
+    close(part["rot_k", 1], cache["rot_k", 1][:, [1, 9]])
     other = TOKENS[1:]
     with model.grafted(graft):
         found = patching.get_act_patch_resid_pre(
