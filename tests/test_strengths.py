@@ -936,6 +936,43 @@ def test_masks_with_tensors_of_strengths_say_what_runs(tiny: MakeTiny) -> None:
         pass
 
 
+@pytest.mark.filterwarnings("ignore:logit_attrs leaves out")
+def test_logit_attributions_mix_unembeddings_by_tensors_of_strengths(tiny: MakeTiny) -> None:
+    """They are those of the same strengths as numbers, and gradients reach them."""
+    model = tiny("llama-biased").model
+    batch = torch.tensor([_tokens(7), _tokens(8)])
+    s = torch.full((2 * LENGTH,), 0.3, requires_grad=True)
+    mask = model.resolve("sft @ [0, 2] : mlp", batch).strengthened("sft", {("unembed", None): s})
+    found = {}
+    for name, graft in (("tensor", mask), ("rule", "sft @ [0, 2] : mlp | 0.3*sft @ all : unembed")):
+        _, cache = model.run_with_cache(batch, graft=graft)
+        found[name] = cache.logit_attrs(cache.decompose_resid(), 5, 6)
+    _close(found["tensor"].detach(), found["rule"])
+    found["tensor"].sum().backward()
+    assert s.grad is not None
+    assert bool((s.grad != 0).all())
+
+
+def test_what_heads_add_along_a_direction_reads_back_through_o(tiny: MakeTiny) -> None:
+    """For each form that a choice has: as what the heads write, projected."""
+    model = tiny("llama-biased").model
+    batch = torch.tensor([_tokens(7)])
+    seed = torch.Generator().manual_seed(0)
+    o, site = model.blocks[1].attn.o, (Component.O, 1)
+    z = torch.randn(LENGTH, 4, 6, generator=seed)[..., : o.weight[0].shape[1] // 4]
+    direction = torch.randn(LENGTH, model.cfg.d_model, generator=seed)
+    by_head = model.resolve("sft @ [1] : o : 1 : 0,2 | 0.5*sft @ [2] : o : 1 : 1", batch)
+    heads = torch.rand(LENGTH, 4, generator=seed)
+    for mask in (
+        model.resolve("sft @ [1, 3] | 2*sft @ [4]", batch),
+        by_head,
+        by_head.strengthened("sft", {("o", 1): heads[:, 0]}),
+        by_head.strengthened("sft", {("o", 1): heads}),
+    ):
+        written = o.results(z, mask[site]) @ direction[:, :, None]
+        _close((o.read_back(direction, mask[site]) * z).sum(-1), written[..., 0])
+
+
 def test_views_of_mixed_weights_have_the_models_dtype(tiny: MakeTiny) -> None:
     model = copy.deepcopy(tiny("gpt2").model).to(torch.bfloat16)
     with model.grafted("0.5*sft @ all"):

@@ -31,10 +31,10 @@ from graftlens.lens.runs import (
     token_text,
 )
 from graftlens.model.cache import GraftedCache
-from graftlens.model.choice import Choice, Selection, UnitSelection, WholeChoice, plain
+from graftlens.model.choice import Choice
 from graftlens.model.forward import TransformerBlock
 from graftlens.model.grafted import GraftedTransformer, Input
-from graftlens.model.linear import Gathered, Norm, UnitsIn, by_source, per_row
+from graftlens.model.linear import Norm, per_row
 from graftlens.model.mask import GraftMask
 from graftlens.prompts import PromptError, Tokenized
 
@@ -187,13 +187,12 @@ class _Attribution:
         self, model: GraftedTransformer, places: Places, cache: GraftedCache, wanted: _Wanted
     ) -> None:
         self.model, self.places, self.cache = model, places, cache
-        cache.mask.check_numbers("direct_logit_attribution")
         self.mask: GraftMask = cache.mask.pick(places.rows[None])
         self.device = model.cfg.device
         self.about = places.table.assign(
             target=[token_text(model, t) for t in wanted.target],
         )
-        chosen = plain(self.mask[C.UNEMBED, None])
+        chosen = self.mask[C.UNEMBED, None]
         weight, bias = model.weights_of(C.UNEMBED, None)
         direction = self._unembedded(list(weight), chosen, wanted)
         self.bias = torch.zeros(len(places.rows), device=self.device)
@@ -202,7 +201,7 @@ class _Attribution:
             self.bias = self.bias + self._unembedded(list(bias), chosen, wanted)
         norm = model.ln_final
         if norm.bias is not None:
-            own = per_row(norm.bias, plain(self.mask[C.LN_FINAL, None])).float()
+            own = per_row(norm.bias, self.mask[C.LN_FINAL, None]).float()
             self.bias, self.has_bias = self.bias + (own * direction).sum(-1), True
         #: What a vector in the residual stream adds to the logit: its product with this.
         self.direction = self._before(norm, C.LN_FINAL, None, direction)
@@ -236,7 +235,7 @@ class _Attribution:
         if self.model.arch.post_norms:
             direction = self._before(block.ln1_post, C.LN1_POST, layer, direction)
         chosen = self.mask[C.O, layer]
-        read = _through_o(attn.o, direction, chosen)
+        read = attn.o.read_back(direction, chosen)
         if by == "head":
             z = self._at(f"blocks.{layer}.attn.hook_z")
             per_head = (z * read).sum(-1)
@@ -288,17 +287,16 @@ class _Attribution:
         return (self._at(hook) * direction).sum(-1)
 
     def _unembedded(
-        self, tables: Sequence[Tensor], chosen: WholeChoice, wanted: _Wanted
+        self, tables: Sequence[Tensor], chosen: Choice, wanted: _Wanted
     ) -> Float[Tensor, "place *width"]:
         """Each place's row of its own source's table, or of several mixed."""
-        assert isinstance(chosen, Selection)
         made: Tensor | None = None
         for source in chosen.sources:
             rows = chosen.rows_of(source)
             part = wanted.of_rows(tables[source].float(), rows)
-            share = torch.from_numpy(chosen.share(source)[rows]).to(part)
-            made = part.new_zeros(chosen.n_rows, *part.shape[1:]) if made is None else made
-            index = torch.from_numpy(rows).to(made.device)
+            index = torch.from_numpy(rows).to(part.device)
+            share = chosen.share_on(source, part)[index]
+            made = part.new_zeros(len(self.about), *part.shape[1:]) if made is None else made
             made[index] += part * share.reshape(-1, *(1,) * (part.ndim - 1))
         assert made is not None
         return made
@@ -313,7 +311,7 @@ class _Attribution:
         """A direction after a norm, as one before it, with the norm's scale held fixed."""
         name = component.value if layer is None else f"blocks.{layer}.{component.value}"
         if norm.weight is not None:
-            weight = per_row(norm.weight, plain(self.mask[component, layer])).float()
+            weight = per_row(norm.weight, self.mask[component, layer]).float()
             direction = direction * (weight + self.model.arch.norm_offset)
         direction = direction / self._at(f"{name}.hook_scale")
         if self.model.arch.norm != "rms":
@@ -335,27 +333,6 @@ class _Attribution:
 
     def _numbers(self, values: Float[Tensor, " place"]) -> np.ndarray:
         return values.cpu().double().numpy()
-
-
-def _through_o(
-    o: UnitsIn, direction: Float[Tensor, "place d_model"], chosen: Choice
-) -> Float[Tensor, "place head d_head"]:
-    """A direction after W_O as one before it, for each head with the W_O that its place used."""
-
-    def back(rows: Tensor, source: int) -> Tensor:
-        return rows @ o.weight[source].float()
-
-    read = Gathered(direction)
-    if isinstance(chosen, Selection):
-        return by_source(read, chosen, o.equal, back).unflatten(1, (o.n_units, -1))
-    assert isinstance(chosen, UnitSelection)
-    made: Tensor | None = None
-    for heads, selection in chosen.on(direction.device):
-        part = by_source(read, selection, o.equal, back).unflatten(1, (o.n_units, -1))
-        made = torch.empty_like(part) if made is None else made
-        made[:, heads] = part[:, heads]
-    assert made is not None
-    return made
 
 
 def _hooks(model: GraftedTransformer, by: By) -> list[str]:

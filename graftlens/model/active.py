@@ -19,15 +19,7 @@ from torch import Tensor
 from graftlens.components import COMPONENTS, Component
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture
-from graftlens.model.choice import (
-    Equal,
-    Mixture,
-    Selection,
-    Strengthened,
-    WholeChoice,
-    merged,
-    plain,
-)
+from graftlens.model.choice import Choice, Equal, Mixture, Selection, merged
 from graftlens.model.mask import GraftMask, uniform_mixture
 from graftlens.model.weights import Sourced, equal_sources
 
@@ -240,17 +232,17 @@ class Active:
             way = f"{component}.weight[source]"  # a norm
             way = way if layer is None else f"blocks[{layer}].{inside}{way}"
         where = "" if layer is None else f" in layer {layer}"
-        chosen = graft[component, layer] if isinstance(graft, GraftMask) else None
+        blended = graft[component, layer].blended if isinstance(graft, GraftMask) else None
         why = "positions, heads or neurons differ"
-        if isinstance(chosen, Strengthened):
-            why = f"a tensor of strengths mixes {self.sources[chosen.source]} in"
+        if blended is not None:
+            why = f"a tensor of strengths mixes {self.sources[blended.source]} in"
         raise ValueError(
             f"under graft {said(graft)!r} there is no single weight for "
             f"{component}{where}: {why}. "
             f"Choose a source yourself, as in model.{way}."
         )
 
-    def rows(self, component: Component, shape: torch.Size, equal: Equal) -> WholeChoice:
+    def rows(self, component: Component, shape: torch.Size, equal: Equal) -> Choice:
         """What a module outside the layers uses when it is called directly.
 
         Args:
@@ -280,7 +272,7 @@ class Active:
                 "by entry; or use the cache's own methods (cache.logit_lens, "
                 "cache.accumulated_resid(apply_ln=True), cache.logit_attrs)."
             )
-        return plain(graft[component, None])
+        return graft[component, None]
 
     def _used(
         self, component: Component, layer: int | None, equal: Equal, whole: bool

@@ -16,7 +16,7 @@ from transformer_lens.utilities import Slice
 from graftlens.components import Component
 from graftlens.graft import Graft
 from graftlens.model.active import Active
-from graftlens.model.choice import Selection, Strengthened, plain
+from graftlens.model.choice import Selection
 from graftlens.model.mask import GraftMask
 from graftlens.model.reading import tell
 
@@ -145,12 +145,7 @@ class GraftedCache(ActivationCache):
         `graftlens.lens.direct_logit_attribution` do.
         """
         _tell_of_norm(self)
-        chosen = plain(self.mask[C.UNEMBED, None])
-        if isinstance(chosen, Strengthened):
-            raise ValueError(
-                "logit_attrs does not know the tensor of strengths that this run's unembedding was "
-                "mixed by. Run without it (mask.strengthened(…) without the unembedding)."
-            )
+        chosen = self.mask[C.UNEMBED, None]
         rest = (tokens, incorrect_tokens, pos_slice, batch_slice, has_batch_dim)
         if chosen.only() is not None:
             with self.model.active.under(self.mask):
@@ -160,9 +155,9 @@ class GraftedCache(ActivationCache):
         for source in chosen.sources:
             with self.model.active.under(_uniform(self.mask, source)):
                 found = super().logit_attrs(residual_stack, *rest)
-            share = torch.from_numpy(chosen.share(source).reshape(self.mask.shape))
+            share = chosen.share_on(source, found).reshape(self.mask.shape)
             share = sliced(share, batch_slice, 0) if has_batch_dim else share[0]
-            part = found * sliced(share, pos_slice, -1).to(found)
+            part = found * sliced(share, pos_slice, -1)
             total = part if total is None else total + part
         assert total is not None, "every row runs some source"
         return total

@@ -5,10 +5,12 @@ come first. Who needs rows asks a choice for them, by source.
 """
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Context, Decimal
 from functools import cached_property
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +26,8 @@ Mixture = tuple[tuple[int, Decimal], ...]
 #: Strengths are multiplied out as they are written (1 - 0.7 is 0.3), to so many digits.
 _EXACT = Context(prec=60)
 _ONE = Decimal(1)
+
+Found = TypeVar("Found")
 
 
 def _mixture(shares: Iterable[tuple[int, Decimal]]) -> Mixture:
@@ -142,8 +146,75 @@ class SourceRows:
         return self._scales[dtype].reshape(-1, *(1,) * (ndim - 1))
 
 
-class Selection:
-    """What each row runs at one site; shared by all sites that agree. Ask it, by source."""
+class Choice(ABC):
+    """What the rows of a site run, and the units of each row. Ask it, by source or by row."""
+
+    @property
+    def alike(self) -> "Selection | None":
+        """What each row runs, if all units of a row run the same and no strength is a tensor."""
+        return None
+
+    @property
+    def blended(self) -> "Strengthened | None":
+        """What is mixed in by a tensor of strengths, if anything is."""
+        return None
+
+    @property
+    @abstractmethod
+    def whole(self) -> "Choice":
+        """What a part runs that belongs to no unit."""
+
+    @property
+    @abstractmethod
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """What the rows, or the units of rows, run, each once."""
+
+    @property
+    @abstractmethod
+    def sources(self) -> tuple[int, ...]:
+        """The sources that have a share in any row."""
+
+    @abstractmethod
+    def ask(
+        self,
+        rows: Callable[["Selection"], Found],
+        units: Callable[["UnitSelection"], Found],
+        strengths: Callable[["Strengthened"], Found],
+    ) -> Found:
+        """The answer of the one that applies: `rows` where all units of a row run the same, `units`
+        where they differ, `strengths` where a tensor of strengths mixes a source in."""
+
+    @abstractmethod
+    def parts(self) -> Iterator[tuple[tuple[int, ...] | None, "Selection"]]:
+        """Each group of units with its selection; None is all units."""
+
+    @abstractmethod
+    def share(
+        self, source: int, equal: Equal | None = None, unit: int | None = None
+    ) -> Float[np.ndarray, " rows"]:
+        """A source's share of each row, or of a unit of each row; without a unit, where units
+        differ, of what belongs to none. With `equal`, its equals' shares are the first one's."""
+
+    def share_on(self, source: int, like: Tensor) -> Float[Tensor, " rows"]:
+        """`share` as a tensor, which gradients reach where the strengths are tensors."""
+        return torch.from_numpy(self.share(source)).to(like)
+
+    @abstractmethod
+    def rows_of(self, source: int, equal: Equal | None = None) -> Int[np.ndarray, " some_rows"]:
+        """The rows in which a source has a share of some unit."""
+
+    @abstractmethod
+    def only(self, equal: Equal | None = None) -> int | None:
+        """The source that is all of every row, of all its units and of what belongs to none, at
+        any strength that is a tensor; None where several are, or a mixture."""
+
+    @abstractmethod
+    def pick(self, rows: Int[np.ndarray, " kept"]) -> "Choice":
+        """The choice of some rows."""
+
+
+class Selection(Choice):
+    """What each row runs at one site; shared by all sites that agree."""
 
     def __init__(
         self,
@@ -171,38 +242,42 @@ class Selection:
         return cls(codes, np.ones(rows, dtype=bool), mixtures)
 
     @property
-    def whole(self) -> "Selection":
-        """What a part runs that belongs to no unit; here nothing is cut into units."""
+    def alike(self) -> "Selection":
         return self
 
+    @property
+    def whole(self) -> "Selection":
+        return self
+
+    def ask(
+        self,
+        rows: Callable[["Selection"], Found],
+        units: Callable[["UnitSelection"], Found],
+        strengths: Callable[["Strengthened"], Found],
+    ) -> Found:
+        return rows(self)
+
     def parts(self) -> Iterator[tuple[tuple[int, ...] | None, "Selection"]]:
-        """Each group of units with its selection; here all are one (None)."""
         yield None, self
 
     @cached_property
     def mixtures(self) -> tuple[Mixture, ...]:
-        """What the rows run, each once."""
         return tuple(self._mixtures[code] for code in self._used)
 
     @cached_property
     def sources(self) -> tuple[int, ...]:
-        """The sources that have a share in any row."""
         return tuple(sorted({source for mixture in self.mixtures for source, _ in mixture}))
 
     def share(
         self, source: int, equal: Equal | None = None, unit: int | None = None
     ) -> Float[np.ndarray, " rows"]:
-        """A source's share of each row (of every `unit`, as all run the same); with `equal`, its
-        equals' shares are the first one's."""
         codes = self._codes if equal is None else self._mixtures.merge(self._codes, equal)
         return self._mixtures.shares(source)[codes]
 
     def rows_of(self, source: int, equal: Equal | None = None) -> Int[np.ndarray, " some_rows"]:
-        """The rows in which a source has a share."""
         return np.flatnonzero(self.share(source, equal))
 
     def only(self, equal: Equal | None = None) -> int | None:
-        """The source that is all of every row, or None where several are, or a mixture."""
         used = {code if equal is None else self._merge(code, equal) for code in self._used}
         code = used.pop()
         return code if not used and code < self._mixtures.n_sources else None
@@ -244,36 +319,44 @@ class Selection:
         return mine and np.array_equal(self._codes, other._codes)
 
     def pick(self, rows: Int[np.ndarray, " kept"]) -> "Selection":
-        """The selection of some rows."""
         return Selection(self._codes[rows], np.ones(len(rows), dtype=bool), self._mixtures)
 
 
 @dataclass(frozen=True)
-class UnitSelection:
+class UnitSelection(Choice):
     """A site whose units (heads, neurons) differ: groups of them, each with its own selection.
 
-    `whole` says where a part that belongs to no unit (the bias of o and of mlp_out) comes from.
+    `of_no_unit` says where a part comes from that belongs to none (the bias of o and of mlp_out).
     """
 
     groups: tuple[tuple[tuple[int, ...], Selection], ...]
-    whole: Selection
+    of_no_unit: Selection
     _indices: dict[torch.device, tuple[Int[Tensor, " units"], ...]] = field(
         default_factory=dict, repr=False, compare=False
     )
     _shares: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def whole(self) -> Selection:
+        return self.of_no_unit
+
+    def ask(
+        self,
+        rows: Callable[[Selection], Found],
+        units: Callable[["UnitSelection"], Found],
+        strengths: Callable[["Strengthened"], Found],
+    ) -> Found:
+        return units(self)
+
     def parts(self) -> Iterator[tuple[tuple[int, ...] | None, Selection]]:
-        """Each group of units with its selection."""
         yield from self.groups
 
     @cached_property
     def sources(self) -> tuple[int, ...]:
-        """The sources that have a share in any unit of any row."""
         return tuple(sorted({source for _, s in self.groups for source in s.sources}))
 
     @cached_property
     def mixtures(self) -> tuple[Mixture, ...]:
-        """What the units of all rows run, each once."""
         return tuple(dict.fromkeys(m for _, s in self.groups for m in s.mixtures))
 
     def on(self, device: torch.device) -> Iterator[tuple[Int[Tensor, " units"], Selection]]:
@@ -291,17 +374,14 @@ class UnitSelection:
     def share(
         self, source: int, equal: Equal | None = None, unit: int | None = None
     ) -> Float[np.ndarray, " rows"]:
-        """A source's share of a unit of each row; without one, of what belongs to no unit."""
         chosen = next((s for units, s in self.groups if unit in units), self.whole)
         return chosen.share(source, equal)
 
     def only(self, equal: Equal | None = None) -> int | None:
-        """The source that is all of every row, of all its units and of what belongs to none."""
         found = {s.only(equal) for s in (self.whole, *(s for _, s in self.groups))}
         return found.pop() if len(found) == 1 else None
 
     def rows_of(self, source: int, equal: Equal | None = None) -> Int[np.ndarray, " some_rows"]:
-        """The rows in which a source has a share of some unit."""
         found = np.zeros(self.whole.n_rows, dtype=bool)
         for _, selection in self.groups:
             found[selection.rows_of(source, equal)] = True
@@ -324,13 +404,12 @@ class UnitSelection:
         return self._shares[key, "rows"], self._shares[key][:, self._shares[key, "unit"]]
 
     def pick(self, rows: Int[np.ndarray, " kept"]) -> "UnitSelection":
-        """The selection of some rows."""
         groups = tuple((units, s.pick(rows)) for units, s in self.groups)
         return UnitSelection(groups, self.whole.pick(rows))
 
 
 @dataclass(frozen=True, eq=False)
-class Strengthened:
+class Strengthened(Choice):
     """What a site runs, mixed with a source by strengths that gradients reach.
 
     Attributes:
@@ -341,10 +420,14 @@ class Strengthened:
         bias: the same for a bias that belongs to no unit, where `strength` is by unit.
     """
 
-    inner: "Choice"
+    inner: Choice
     source: int
     strength: Float[Tensor, " rows"] | Float[Tensor, "rows unit"]
     bias: Float[Tensor, " rows"] | None = None
+
+    @property
+    def blended(self) -> "Strengthened":
+        return self
 
     @property
     def by_unit(self) -> bool:
@@ -352,12 +435,19 @@ class Strengthened:
         return self.strength.ndim == 2
 
     @property
-    def whole(self) -> "Selection | Strengthened":
-        """What a part runs that belongs to no unit."""
+    def whole(self) -> Choice:
         strength = self.bias if self.by_unit else self.strength
         if strength is None:
             return self.inner.whole
         return Strengthened(self.inner.whole, self.source, strength)
+
+    def ask(
+        self,
+        rows: Callable[[Selection], Found],
+        units: Callable[[UnitSelection], Found],
+        strengths: Callable[["Strengthened"], Found],
+    ) -> Found:
+        return strengths(self)
 
     def parts(self) -> Iterator[tuple[tuple[int, ...] | None, Selection]]:
         """What the rows may run: what they run without it, and the source."""
@@ -377,8 +467,6 @@ class Strengthened:
     def share(
         self, source: int, equal: Equal | None = None, unit: int | None = None
     ) -> Float[np.ndarray, " rows"]:
-        """A source's share of each row, or of a unit of each row; without a unit, of what belongs
-        to none. No gradient reaches these numbers."""
         inner = self.inner.share(source, equal, unit)
         strength = self.bias if self.by_unit and unit is None else self.strength
         if strength is None:
@@ -387,7 +475,6 @@ class Strengthened:
         return self._moved(inner, mine, source, equal)
 
     def rows_of(self, source: int, equal: Equal | None = None) -> Int[np.ndarray, " some_rows"]:
-        """The rows in which a source has a share of some unit."""
         strength = _numbers(self.strength).reshape(len(self.strength), -1)
         found = np.zeros(len(strength), dtype=bool)
         for units, selection in self.inner.parts():
@@ -397,9 +484,16 @@ class Strengthened:
         return np.flatnonzero(found)
 
     def only(self, equal: Equal | None = None) -> int | None:
-        """The source that is all of every row at any strength, or None."""
         only = self.inner.only(equal)
         return only if only == (self.source if equal is None else equal[self.source]) else None
+
+    def share_on(self, source: int, like: Tensor) -> Float[Tensor, " rows"]:
+        inner = self.inner.share_on(source, like)
+        strength = self.bias if self.by_unit else self.strength
+        if strength is None:
+            return inner
+        strength = strength.to(like)
+        return (1 - strength) * inner + strength * float(source == self.source)
 
     def _moved(
         self, share: np.ndarray, strength: np.ndarray, source: int, equal: Equal | None
@@ -408,25 +502,13 @@ class Strengthened:
         return (1 - strength) * share + strength * float(source == mine)
 
     def pick(self, rows: Int[np.ndarray, " kept"]) -> "Strengthened":
-        """The choice of some rows."""
         index = torch.from_numpy(rows).to(self.strength.device)
         bias = None if self.bias is None else self.bias[index]
         return Strengthened(self.inner.pick(rows), self.source, self.strength[index], bias)
 
 
-#: What a site runs; of a site that has no units, or all of whose units agree.
-Choice = Selection | UnitSelection | Strengthened
-WholeChoice = Selection | Strengthened
-
-
 def _numbers(strength: Tensor) -> np.ndarray:
     return strength.detach().cpu().double().numpy()
-
-
-def plain(chosen: Choice) -> WholeChoice:
-    """The choice of a site that has no units."""
-    assert not isinstance(chosen, UnitSelection), "only attention and the MLP have units"
-    return chosen
 
 
 def atoms(cuts: Iterable[Sequence[int]], n_units: int) -> Int[np.ndarray, " unit"]:
@@ -457,7 +539,7 @@ def grouped(
     real: Bool[np.ndarray, " rows"],
     mixtures: Mixtures,
     of_row: Int[np.ndarray, " rows"] | None = None,
-) -> Selection | UnitSelection:
+) -> Choice:
     """The choice of a site whose units' codes are given by atom.
 
     Args:

@@ -18,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 from graftlens.components import Component
 from graftlens.model.active import Active
 from graftlens.model.arch import Architecture, MlpKind
-from graftlens.model.choice import Choice, Selection, plain
+from graftlens.model.choice import Choice
 from graftlens.model.linear import (
     Gathered,
     Linear,
@@ -226,8 +226,8 @@ class Attention(nn.Module):
 
     def _qk_norm(self, norm: Norm, x: Tensor, chosen: Choice) -> Tensor:
         if self.arch.qk_norm == "full":
-            return norm(x.flatten(2), plain(chosen)).unflatten(2, x.shape[2:])
-        return norm(x, plain(chosen))
+            return norm(x.flatten(2), chosen).unflatten(2, x.shape[2:])
+        return norm(x, chosen)
 
     def _attend(
         self,
@@ -324,11 +324,11 @@ class MLP(nn.Module):
         places, rows = x.shape[:2], Gathered(x.flatten(0, 1))
         linears = self._linears()
         chosen = {c: run.mask[c, self.layer] for c in linears}
-        one = chosen[C.MLP_IN]
+        one = chosen[C.MLP_IN].alike
         watched = any(hook.has_hooks() for hook in self._inside()) or any(
             linear._forward_hooks for linear in linears.values()
         )
-        if not watched and isinstance(one, Selection) and all(c is one for c in chosen.values()):
+        if not watched and one is not None and all(c is one for c in chosen.values()):
             weights = (w for linear in linears.values() for w in (linear.weight, linear.bias))
             equal = equal_sources(*weights)
             if not one.mixed(equal):
@@ -502,7 +502,7 @@ class TransformerBlock(nn.Module):
 
     def _norm(self, name: str, x: Tensor, run: Pass) -> Tensor:
         norm: Norm = getattr(self, name)
-        return norm(x, None if norm.weight is None else plain(run.mask[C(name), self.layer]))
+        return norm(x, None if norm.weight is None else run.mask[C(name), self.layer])
 
 
 class Builder:

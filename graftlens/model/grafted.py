@@ -20,7 +20,6 @@ from graftlens.graft import Graft
 from graftlens.model.active import Active, said
 from graftlens.model.arch import Architecture
 from graftlens.model.cache import GraftedCache, sliced
-from graftlens.model.choice import plain
 from graftlens.model.config import GraftedConfig, config_of
 from graftlens.model.forward import AttentionOrder, Builder, KeyValueCache, Pass, TransformerBlock
 from graftlens.model.generation import Generation
@@ -327,10 +326,10 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
     def _embedded(
         self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], mask: GraftMask
     ) -> Float[Tensor, "batch pos d_model"]:
-        resid = self.hook_embed(self.embed(tokens, plain(mask[C.EMBED, None])))
+        resid = self.hook_embed(self.embed(tokens, mask[C.EMBED, None]))
         if self.arch.rotary_dim:
             return resid
-        offsets = self.pos_embed(positions, plain(mask[C.POS_EMBED, None]))
+        offsets = self.pos_embed(positions, mask[C.POS_EMBED, None])
         return resid + self.hook_pos_embed(offsets)
 
     @torch.no_grad()
@@ -438,8 +437,8 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         """
         norm = mask.sites.get((C.LN_FINAL, None))
         with self.active.run(mask):
-            resid = self.ln_final(resid, None if norm is None else plain(norm))
-            logits = self.unembed(resid, plain(mask[C.UNEMBED, None]))
+            resid = self.ln_final(resid, norm)
+            logits = self.unembed(resid, mask[C.UNEMBED, None])
         cap = self.arch.logit_softcap
         return logits if cap is None else torch.tanh(logits / cap) * cap
 

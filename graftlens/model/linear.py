@@ -7,7 +7,7 @@ through each of them, and the results are added up by their shares.
 """
 
 from collections.abc import Callable
-from functools import partial
+from typing import NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from graftlens.model.choice import (
     SourceRows,
     Strengthened,
     UnitSelection,
-    WholeChoice,
 )
 from graftlens.model.weights import Sourced, equal_sources
 
@@ -145,24 +144,48 @@ class Linear(nn.Module):
         )
 
     def forward(self, x: Gathered, chosen: Choice) -> Float[Tensor, "rows d_out"]:
-        if isinstance(chosen, Selection):
-            return by_source(x, chosen, self.equal, self.plain)
-        if isinstance(chosen, UnitSelection) or chosen.by_unit:
-            return self._by_unit(x, chosen)
-        own = self(x, chosen.inner)
-        return mixed_with(chosen, own, lambda: self.plain(x.x, chosen.source), self.equal)
+        return chosen.ask(
+            rows=lambda rows: by_source(x, rows, self.equal, self.plain),
+            units=lambda units: self._by_unit(x, units),
+            strengths=lambda mixed: self._blended(x, mixed),
+        )
 
-    def _by_unit(
-        self, x: Gathered, chosen: UnitSelection | Strengthened
-    ) -> Float[Tensor, "rows d_out"]:
-        """The map where units differ in their sources or strengths."""
+    def _by_unit(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
+        """The map where units differ in their sources."""
         raise TypeError(f"{type(self).__name__} has no units")
+
+    def _blended(self, x: Gathered, chosen: Strengthened) -> Float[Tensor, "rows d_out"]:
+        """The map where a tensor of strengths mixes a source in."""
+        own = self(x, chosen.inner)
+        strength = self._spread(chosen.strength, own.shape[1]) if chosen.by_unit else None
+        return mixed_with(chosen, own, lambda: self.plain(x.x, chosen.source), self.equal, strength)
 
     def columns(self, units: Int[Tensor, " units"], width: int) -> Int[Tensor, " columns"]:
         """The columns of `width` that belong to some units."""
         own = width // self.n_units
         within = torch.arange(own, device=units.device)
         return (units[:, None] * own + within).flatten()
+
+    def _onto_units(
+        self,
+        x: Gathered,
+        chosen: UnitSelection,
+        width: int,
+        apply: Callable[[Tensor, int, Tensor], Tensor],
+    ) -> Float[Tensor, "rows width"]:
+        """`apply(rows, source, columns)` for each group of units, into their columns of `width`."""
+        out: Tensor | None = None
+        for units, selection in chosen.on(x.x.device):
+            columns = self.columns(units, width)
+
+            def mine(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
+                return apply(rows, source, columns)
+
+            result = by_source(x, selection, self.equal, mine)
+            out = result.new_empty(result.shape[0], width) if out is None else out
+            out = out.index_copy(1, columns, result)
+        assert out is not None
+        return out
 
     def _spread(self, shares: Float[Tensor, "rows unit"], width: int) -> Tensor:
         """What there is for each unit, for each of the columns of `width`."""
@@ -179,52 +202,48 @@ class Linear(nn.Module):
         apply: Callable[[Tensor, int, Tensor | slice], Tensor],
     ) -> Float[Tensor, "rows head d_out"]:
         """`apply(rows, source, heads)` where every head reads an input of its own."""
-        everything = slice(None)
-        if isinstance(chosen, Strengthened):
+
+        def every(rows: Tensor, source: int) -> Tensor:
+            return apply(rows, source, slice(None))
+
+        def by_unit(chosen: UnitSelection) -> Tensor:
+            out: Tensor | None = None
+            for heads, selection in chosen.on(x.device):
+
+                def mine(rows: Tensor, source: int, heads: Tensor = heads) -> Tensor:
+                    return apply(rows, source, heads)
+
+                found = by_source(Gathered(x[:, heads]), selection, self.equal, mine)
+                out = found.new_empty(*x.shape[:2], found.shape[2]) if out is None else out
+                out = out.index_copy(1, heads, found)
+            assert out is not None
+            return out
+
+        def blended(chosen: Strengthened) -> Tensor:
             own = self._each_head(x, chosen.inner, apply)
-            return mixed_with(chosen, own, lambda: apply(x, chosen.source, everything), self.equal)
-        if isinstance(chosen, Selection):
-            return by_source(Gathered(x), chosen, self.equal, lambda r, s: apply(r, s, everything))
-        out: Tensor | None = None
-        for heads, selection in chosen.on(x.device):
+            return mixed_with(chosen, own, lambda: every(x, chosen.source), self.equal)
 
-            def mine(rows: Tensor, source: int, heads: Tensor = heads) -> Tensor:
-                return apply(rows, source, heads)
-
-            part = by_source(Gathered(x[:, heads]), selection, self.equal, mine)
-            out = part.new_empty(*x.shape[:2], part.shape[2]) if out is None else out
-            out = out.index_copy(1, heads, part)
-        assert out is not None
-        return out
+        return chosen.ask(
+            rows=lambda rows: by_source(Gathered(x), rows, self.equal, every),
+            units=by_unit,
+            strengths=blended,
+        )
 
 
 class UnitsOut(Linear):
     """A map onto units (q, k, v onto heads, mlp_in and mlp_gate onto neurons), whose biases are
     theirs: each group of units is computed with its own rows' sources."""
 
-    def _by_unit(
-        self, x: Gathered, chosen: UnitSelection | Strengthened
-    ) -> Float[Tensor, "rows d_out"]:
+    def _by_unit(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
         width = self.weight[0].shape[0]
-        if isinstance(chosen, Strengthened):
-            own, strength = self(x, chosen.inner), self._spread(chosen.strength, width)
-            theirs = partial(self.plain, x.x, chosen.source)
-            return mixed_with(chosen, own, theirs, self.equal, strength)
         if len(chosen.groups) > GROUPS_APART:
             return self._by_share(x, chosen, width)
-        out: Tensor | None = None
-        for units, selection in chosen.on(x.x.device):
-            columns = self.columns(units, width)
 
-            def part(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
-                bias = None if self.bias is None else self.bias[source][columns]
-                return F.linear(rows, self.weight[source][columns], bias)
+        def weigh(rows: Tensor, source: int, columns: Tensor) -> Tensor:
+            bias = None if self.bias is None else self.bias[source][columns]
+            return F.linear(rows, self.weight[source][columns], bias)
 
-            result = by_source(x, selection, self.equal, part)
-            out = result.new_empty(result.shape[0], width) if out is None else out
-            out = out.index_copy(1, columns, result)
-        assert out is not None
-        return out
+        return self._onto_units(x, chosen, width, weigh)
 
     def _by_share(self, x: Gathered, chosen: UnitSelection, width: int) -> Tensor:
         """One product for each source, each of its columns times its unit's share."""
@@ -254,11 +273,14 @@ class UnitsOut(Linear):
 
 class UnitsIn(Linear):
     """A map from units (o from heads, mlp_out from neurons). Its bias belongs to none of them: see
-    `UnitSelection.whole`."""
+    `Choice.whole`."""
 
-    def _by_unit(
-        self, x: Gathered, chosen: UnitSelection | Strengthened
-    ) -> Float[Tensor, "rows d_out"]:
+    def _by_unit(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
+        return self.add_bias(self.product(x, chosen), chosen)
+
+    def _blended(self, x: Gathered, chosen: Strengthened) -> Float[Tensor, "rows d_out"]:
+        if not chosen.by_unit:
+            return super()._blended(x, chosen)
         return self.add_bias(self.product(x, chosen), chosen)
 
     def _weigh(self, rows: Float[Tensor, "rows d_in"], source: int) -> Tensor:
@@ -266,26 +288,32 @@ class UnitsIn(Linear):
 
     def product(self, x: Gathered, chosen: Choice) -> Float[Tensor, "rows d_out"]:
         """What the units give, before the bias."""
-        if isinstance(chosen, Selection):
-            return by_source(x, chosen, self.equal, self._weigh)
-        if isinstance(chosen, Strengthened):
-            if not chosen.by_unit or runs_already(chosen, self.equal):
-                own = self.product(x, chosen.inner)
-                return mixed_with(chosen, own, lambda: self._weigh(x.x, chosen.source), self.equal)
-            theirs = x.x * self._spread(chosen.strength, x.x.shape[1]).to(x.x.dtype)
-            own = self.product(Gathered(x.x - theirs), chosen.inner)
-            return own + self._weigh(theirs, chosen.source)
+        return chosen.ask(
+            rows=lambda rows: by_source(x, rows, self.equal, self._weigh),
+            units=lambda units: self._product_by_unit(x, units),
+            strengths=lambda mixed: self._product_blended(x, mixed),
+        )
+
+    def _product_blended(self, x: Gathered, chosen: Strengthened) -> Float[Tensor, "rows d_out"]:
+        if not chosen.by_unit or runs_already(chosen, self.equal):
+            own = self.product(x, chosen.inner)
+            return mixed_with(chosen, own, lambda: self._weigh(x.x, chosen.source), self.equal)
+        theirs = x.x * self._spread(chosen.strength, x.x.shape[1]).to(x.x.dtype)
+        own = self.product(Gathered(x.x - theirs), chosen.inner)
+        return own + self._weigh(theirs, chosen.source)
+
+    def _product_by_unit(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
         if len(chosen.groups) > GROUPS_APART:
             return self._by_share(x, chosen)
         total: Tensor | None = None
         for units, selection in chosen.on(x.x.device):
             columns = self.columns(units, x.x.shape[1])
 
-            def part(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
+            def weigh(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
                 return F.linear(rows, self.weight[source][:, columns])
 
             mine = Gathered(x.x.index_select(1, columns))
-            result = by_source(mine, selection, self.equal, part)
+            result = by_source(mine, selection, self.equal, weigh)
             total = result if total is None else total + result
         assert total is not None
         return total
@@ -315,20 +343,54 @@ class UnitsIn(Linear):
 
         return self._each_head(z, chosen, apply)
 
+    def read_back(
+        self, direction: Float[Tensor, "rows d_model"], chosen: Choice
+    ) -> Float[Tensor, "rows unit d_in"]:
+        """A direction behind the map as one before it, in float32: a product with what this gives
+        is what each unit adds along `direction`."""
+        x, width = Gathered(direction), self.weight[0].shape[1]
 
-def per_row(weight: Sourced, chosen: WholeChoice) -> Float[Tensor, "rows width"] | Tensor:
+        def weigh(rows: Tensor, source: int, columns: Tensor) -> Tensor:
+            return rows @ self.weight[source][:, columns].float()
+
+        def back(rows: Tensor, source: int) -> Tensor:
+            return rows @ self.weight[source].float()
+
+        def blended(chosen: Strengthened) -> Tensor:
+            own = self.read_back(direction, chosen.inner).flatten(1)
+            strength = self._spread(chosen.strength, width) if chosen.by_unit else None
+            return mixed_with(chosen, own, lambda: back(x.x, chosen.source), self.equal, strength)
+
+        return chosen.ask(
+            rows=lambda rows: by_source(x, rows, self.equal, back),
+            units=lambda units: self._onto_units(x, units, width, weigh),
+            strengths=blended,
+        ).unflatten(1, (self.n_units, -1))
+
+
+def per_row(weight: Sourced, chosen: Choice) -> Float[Tensor, "rows width"] | Tensor:
     """A vector-shaped weight for every row, or one vector where all rows agree."""
     equal = equal_sources(weight)
-    if isinstance(chosen, Strengthened):
+
+    def looked_up(chosen: Selection) -> Tensor:
+        only = chosen.only(equal)
+        if only is not None:
+            return weight[only]
+        used = [weight.mixed(mixture) for mixture in chosen.mixtures]
+        dtype = max((vector.dtype for vector in used), key=lambda dtype: dtype.itemsize)
+        table = torch.stack([vector.to(dtype) for vector in used])
+        return table.index_select(0, chosen.per_row(table.device))
+
+    def blended(chosen: Strengthened) -> Tensor:
         own = per_row(weight, chosen.inner.whole).expand(len(chosen.strength), -1)
         return mixed_with(chosen, own, lambda: weight[chosen.source], equal)
-    only = chosen.only(equal)
-    if only is not None:
-        return weight[only]
-    used = [weight.mixed(mixture) for mixture in chosen.mixtures]
-    dtype = max((vector.dtype for vector in used), key=lambda dtype: dtype.itemsize)
-    table = torch.stack([vector.to(dtype) for vector in used])
-    return table.index_select(0, chosen.per_row(table.device))
+
+    return chosen.ask(rows=looked_up, units=no_units, strengths=blended)
+
+
+def no_units(chosen: UnitSelection) -> NoReturn:
+    """The answer of a weight that is not cut into units."""
+    raise TypeError("this weight has no units: only attention's and the MLP's have")
 
 
 class Norm(nn.Module):
@@ -351,7 +413,7 @@ class Norm(nn.Module):
         self.hook_normalized = HookPoint()
 
     def forward(
-        self, x: Float[Tensor, "*batch_pos_head width"], chosen: WholeChoice | None
+        self, x: Float[Tensor, "*batch_pos_head width"], chosen: Choice | None
     ) -> Float[Tensor, "*batch_pos_head width"]:
         dtype = x.dtype
         x = x if dtype == torch.float64 else x.float()
@@ -388,7 +450,7 @@ class Norm(nn.Module):
     @staticmethod
     def _rows(
         weight: Sourced,
-        chosen: WholeChoice,
+        chosen: Choice,
         shape: tuple[int, ...],
         offset: float,
         dtype: torch.dtype,
@@ -408,7 +470,7 @@ class Embed(nn.Module):
         self.equal = equal_sources(weight)
 
     def forward(
-        self, ids: Int[Tensor, "batch pos"], chosen: WholeChoice
+        self, ids: Int[Tensor, "batch pos"], chosen: Choice
     ) -> Float[Tensor, "batch pos d_model"]:
         out = self._looked_up(Gathered(ids.flatten()), chosen)
         if self.scale != 1.0:
@@ -419,11 +481,15 @@ class Embed(nn.Module):
         def look_up(rows: Tensor, source: int) -> Tensor:
             return F.embedding(rows, self.weight[source])
 
-        if isinstance(chosen, Strengthened):
+        def blended(chosen: Strengthened) -> Tensor:
             own = self._looked_up(ids, chosen.inner)
             return mixed_with(chosen, own, lambda: look_up(ids.x, chosen.source), self.equal)
-        assert isinstance(chosen, Selection), "tables have no units"
-        return by_source(ids, chosen, self.equal, look_up)
+
+        return chosen.ask(
+            rows=lambda rows: by_source(ids, rows, self.equal, look_up),
+            units=no_units,
+            strengths=blended,
+        )
 
 
 class TokenEmbed(Embed):

@@ -188,7 +188,7 @@ class GraftMask:
             ValueError: one is, with the site's name and that of `what` needs it.
         """
         for (component, layer), chosen in self.sites.items():
-            if isinstance(chosen, Strengthened):
+            if chosen.blended is not None:
                 raise ValueError(
                     f"a tensor of strengths is mixed in at {component}"
                     f"{'' if layer is None else f' in layer {layer}'}, which {what} does not know. "

@@ -6,7 +6,7 @@ from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
 from graftlens.model.active import Active
-from graftlens.model.choice import WholeChoice
+from graftlens.model.choice import Choice
 from graftlens.model.linear import Gathered, Linear, Norm
 from graftlens.model.weights import equal_sources
 
@@ -20,7 +20,7 @@ class FinalNorm(Norm):
         super().__init__(norm.arch, norm.weight, norm.bias, norm.active, norm.component, norm.layer)
 
     def forward(
-        self, x: Float[Tensor, "*batch_and_pos d_model"], chosen: WholeChoice | None = None
+        self, x: Float[Tensor, "*batch_and_pos d_model"], chosen: Choice | None = None
     ) -> Float[Tensor, "*batch_and_pos d_model"]:
         if chosen is None and self.weight is not None:
             equal = equal_sources(self.weight, self.bias)
@@ -38,7 +38,7 @@ class Unembed(nn.Module):
         self.hook_out = HookPoint()
 
     def forward(
-        self, x: Float[Tensor, "*batch_and_pos d_model"], chosen: WholeChoice | None = None
+        self, x: Float[Tensor, "*batch_and_pos d_model"], chosen: Choice | None = None
     ) -> Float[Tensor, "*batch_and_pos d_vocab"]:
         places = x.shape[:-1]
         chosen = chosen or self.active.rows(C.UNEMBED, places, self.linear.equal)

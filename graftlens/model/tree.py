@@ -23,14 +23,7 @@ from torch import Tensor
 from graftlens.components import COMPONENTS, Component, Side, components_where
 from graftlens.graft import Graft
 from graftlens.model.arch import Site
-from graftlens.model.choice import (
-    Choice,
-    Mixtures,
-    Selection,
-    UnitSelection,
-    agreed,
-    grouped,
-)
+from graftlens.model.choice import Choice, Mixtures, agreed, grouped
 from graftlens.model.mask import GraftMask
 
 #: Components whose source is chosen per key row; some are chosen for both kinds of row.
@@ -91,15 +84,13 @@ class Choices:
             self._known.append(choice.copy())
         return self._numbers[key]
 
-    def selections(
-        self, numbers: Int[np.ndarray, " row"]
-    ) -> dict[Component, Selection | UnitSelection]:
+    def selections(self, numbers: Int[np.ndarray, " row"]) -> dict[Component, Choice]:
         """Per component, what each row runs; components that agree share a selection."""
         used, of_row = np.unique(numbers, return_inverse=True)
         table = np.stack([self._known[n] for n in used], axis=1)
         real = np.ones(len(numbers), dtype=bool)
-        made: dict[bytes, Selection | UnitSelection] = {}
-        chosen: dict[Component, Selection | UnitSelection] = {}
+        made: dict[bytes, Choice] = {}
+        chosen: dict[Component, Choice] = {}
         for component, place in self.places.items():
             here, atom_of = table[place], self._atom_of[component]
             bias = self.biases.get(component)
@@ -322,20 +313,17 @@ class LayerRows:
             for piece in pieces(readers)
         ]
 
-    def _as_queries(
-        self, of_keys: dict[Component, Selection | UnitSelection]
-    ) -> dict[Component, Selection | UnitSelection]:
+    def _as_queries(self, of_keys: dict[Component, Choice]) -> dict[Component, Choice]:
         """If both kinds of row are the same, equal selections become one object, so that the
         rows of a source are gathered once.
         """
-        known = [s for s in self.chosen.values() if isinstance(s, Selection)]
+        known = [rows for s in self.chosen.values() if (rows := s.alike) is not None]
 
-        def shared(chosen: Selection | UnitSelection) -> Selection | UnitSelection:
-            if isinstance(chosen, Selection):
-                for other in known:
-                    if other.agrees(chosen):
-                        return other
-            return chosen
+        def shared(chosen: Choice) -> Choice:
+            rows = chosen.alike
+            if rows is None:
+                return chosen
+            return next((other for other in known if other.agrees(rows)), chosen)
 
         return {component: shared(chosen) for component, chosen in of_keys.items()}
 
