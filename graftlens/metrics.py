@@ -193,6 +193,8 @@ class Predictions:
         self.answer, self.distractors, self.answers = answer, distractors, answers
         self._runs = {"base": base, "full": full}
         self.top_k = top_k
+        # Of the logits alone, and so the same for all that have the same rows.
+        self._computed: dict[str, Float[Any, "row d_vocab"]] = {}
 
     def of(self, measure: Measure) -> Any:
         """A measure's value in each row, as its function gives it.
@@ -233,14 +235,19 @@ class Predictions:
         return there and all(self._runs[run] is not None for run in measure.references)
 
     def rows(self, index: Int[Any, " chosen"] | None, **given: Any) -> "Predictions":
-        """Some rows (None: all), with what is known of them; what was computed is taken along."""
+        """Some rows (None: all), with what is known of them.
+
+        What was computed is taken along; with all rows, what will be computed as well.
+        """
 
         def chosen(whole: Float[Any, "row d_vocab"]) -> Float[Any, "chosen d_vocab"]:
             return whole if index is None else whole.index_select(0, index)
 
         made = Predictions(chosen(self.logits), top_k=self.top_k, **given)
-        for name in {"logprobs", "logprobs32"} & {*self.__dict__}:
-            made.__dict__[name] = chosen(self.__dict__[name])
+        if index is None:
+            made._computed = self._computed
+        else:
+            made._computed = {name: chosen(whole) for name, whole in self._computed.items()}
         return made
 
     def _needed(self, measure: Measure, need: str) -> Any:
@@ -251,17 +258,22 @@ class Predictions:
             raise ValueError(f"measure {measure.name!r} needs {need!r}, which is not given here.")
         return found
 
-    @cached_property
+    @property
     def logprobs(self) -> Float[Any, "row d_vocab"]:
         """Log-probabilities of all tokens, in nats."""
-        return self.logits.log_softmax(-1)
+        if "logprobs" not in self._computed:
+            self._computed["logprobs"] = self.logits.log_softmax(-1)
+        return self._computed["logprobs"]
 
-    @cached_property
+    @property
     def logprobs32(self) -> Float[Any, "row d_vocab"]:
         """The same in float32."""
-        # Five times as fast on a CPU as logsumexp, which would do.
-        wide = self.logits.element_size() == 8
-        return self.logits.float().log_softmax(-1) if wide else self.logprobs
+        if self.logits.element_size() != 8:
+            return self.logprobs
+        if "logprobs32" not in self._computed:
+            # Five times as fast on a CPU as logsumexp, which would do.
+            self._computed["logprobs32"] = self.logits.float().log_softmax(-1)
+        return self._computed["logprobs32"]
 
     @cached_property
     def standing(self) -> tuple[Int[np.ndarray, " row"], Int[np.ndarray, " row"]]:
