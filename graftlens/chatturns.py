@@ -1,16 +1,32 @@
 """Where each message of a conversation begins and ends, with the markers that a template writes.
 
-What stands between two messages ends the first and begins the second. Which part is which shows
-where the template writes one without the other: a message alone, or the conversation so far.
+A chat template is a program that goes through the messages. It is run again, and says at the
+beginning of each round of its loops which message it is at: what a round writes is that message's
+turn. Only where a template writes a message outside of its loops, or two turns in one round, is
+what it writes compared with what it writes of other messages.
 """
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
-from itertools import pairwise
-from typing import Any, Protocol, runtime_checkable
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cached_property, lru_cache
+from itertools import groupby, pairwise
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
-#: Where a text stands in a list of messages.
-Leaf = tuple[Any, ...]
+from jinja2 import Template, TemplateError, meta, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from jinja2.visitor import NodeTransformer
+
+from graftlens.chat import REASONING
+
+#: What is written at none of the messages; at one that the template made itself.
+OUTSIDE, FOREIGN = -1, -2
+
+#: What a followed template calls at a loop's beginning, at each round's, and at its end.
+_ENTER, _AT, _LEFT = "_loop_entered", "_loop_at", "_loop_left"
 
 
 @runtime_checkable
@@ -18,320 +34,435 @@ class Rendering(Protocol):
     """A conversation under one template, and what is known of its characters.
 
     Attributes:
+        tokenizer: whose template it is.
+        source: the template.
+        given: the conversation's tools and template options.
         plain: what the template writes.
         messages: the conversation, a given beginning of the answer included.
-        known: (text, boundary in it) -> where that comes out; None where it does not.
         marks: characters that the conversation lacks.
         open: the last message goes on.
         prompted: a generation prompt follows.
     """
 
     tokenizer: Any
+    given: dict[str, Any]
     plain: str
     messages: list[Any]
-    known: dict[tuple[Leaf, int], int | None]
     marks: list[str]
     open: bool
     prompted: bool
 
-    def apply(
-        self,
-        messages: Sequence[Mapping[str, Any]],
-        *,
-        continued: bool = False,
-        prompted: bool = False,
-    ) -> str:
-        """What the template writes of some messages."""
-
-    def marked(self, marks: Mapping[tuple[Leaf, int], str]) -> list[Any]:
-        """The messages with a mark at each of these boundaries."""
+    @property
+    def source(self) -> str: ...
 
 
-def mixed(first: int, second: int) -> str:
-    """What is wrong where the texts of two messages cannot be told apart."""
-    first, second = sorted((first, second))
-    return (
-        f"the chat template mixes the texts of messages[{first}] and messages[{second}], so their "
-        "tokens cannot be told apart. Use a template that writes one after the other."
-    )
+@dataclass(frozen=True)
+class _Region:
+    """What is written at one message, or between the loops.
+
+    Attributes:
+        number: the message's number, or OUTSIDE or FOREIGN.
+        start, end: where, in the text.
+        text: what.
+    """
+
+    number: int
+    start: int
+    end: int
+    text: str
 
 
 class Turns:
     """The turns of a conversation whose characters' messages are known."""
 
     def __init__(self, rendering: Rendering, owners: Sequence[int]) -> None:
-        self.of, self.plain = rendering, rendering.plain
-        self.messages, self.known = rendering.messages, rendering.known
-        self.mark, self.other = rendering.marks[:2]
-        self.heads: dict[str, str] = {}
-        self.extents: dict[int, tuple[int, int]] = {}
-        for (leaf, _), place in self.known.items():
-            if place is not None:
-                self.extend(leaf[0], place, place)
-        for place, owner in enumerate(owners):
-            if owner >= 0:
-                self.extend(owner, place, place + 1)
-        for number, message in enumerate(self.messages):
-            if number not in self.extents and message.get("content") == "":
-                self.place_empty(number)
-
-    def extend(self, number: int, start: int, end: int) -> None:
-        """Note that a message is there."""
-        low, high = self.extents.get(number, (start, end))
-        self.extents[number] = min(low, start), max(high, end)
-
-    def place_empty(self, number: int) -> None:
-        """Where an empty message is whose template looks whether it is empty."""
-        messages = list(self.messages)
-        messages[number] = {**messages[number], "content": self.mark}
-        before, after = self.halves(messages, self.of.open, self.of.prompted)
-        if after is None or not before or not self.plain.startswith(before):
-            return
-        rest = self.plain[len(before) :]
-        # What is written instead of it, `(empty)`, is there too.
-        self.extend(
-            number, len(before), len(self.plain) - len(after) if rest.endswith(after) else 0
-        )
-
-    def halves(
-        self, messages: Sequence[Any], continued: bool = False, prompted: bool = False
-    ) -> tuple[str, str | None]:
-        """What is written before and after the mark; ("", None) where it is not written once."""
-        try:
-            before, *after = self.of.apply(messages, continued=continued, prompted=prompted).split(
-                self.mark
-            )
-        except ValueError:
-            return "", None
-        return (before, after[0]) if len(after) == 1 else ("", None)
+        self.of, self.plain, self.owners = rendering, rendering.plain, owners
+        self.messages = rendering.messages
+        #: A message's number -> its first character.
+        self.first = {owner: i for i, owner in reversed([*enumerate(owners)]) if owner >= 0}
+        count = len(self.messages) + 8
+        self.mark, self.bos, self.outside, self.foreign, *self.rounds = rendering.marks[:count]
 
     def found(self) -> tuple[tuple[int, int], ...] | None:
         """(start, end) of each message with its markers, the generation prompt last.
 
         What the template writes before the first message (a default system prompt, tools) is in no
-        turn, as far as it can be told from the message's own marker. None where a message's end
-        cannot be told.
-
-        Raises:
-            ValueError: messages that overlap.
+        turn, unless it writes it as that message's beginning. None where a message's end cannot be
+        told.
         """
-        order = sorted(self.extents, key=lambda number: (*self.extents[number], number))
-        for a, b in pairwise(order):
-            if self.extents[a][1] > self.extents[b][0]:
-                raise ValueError(mixed(a, b))
-        found, given, start = [], -1, self.first(order) if order else 0
-        for place, number in enumerate(order):
-            given = max(given, number)
-            last = place + 1 == len(order)
-            high = self.extents[number][1]
-            if last:
-                more = self.prompt(given, number)
+        regions = self.whole()
+        if regions is None:
+            return None
+        turns: list[_Region] = []
+        for region in regions:
+            inside, number = self.inside(region), region.number
+            if number >= 0 and (number in inside or number not in self.first):
+                turns.append(region)
+            elif inside:
+                more = self.apart(replace(region, number=OUTSIDE), inside)
+                if more is None:
+                    return None
+                turns += more
+            elif turns and region is not regions[-1]:
+                turns[-1] = self.cut(turns[-1], turns[-1].start, region.end)
+        if not turns:
+            return ()
+        numbers = [turn.number for turn in turns if turn.number >= 0]
+        if len({*numbers}) < len(numbers):
+            return None  # a message is written in two places
+        turns[0] = self.without_preamble(turns[0])
+        self.give_back(turns)
+        more = self.prompt(turns[-1], regions[-1])
+        if more is None:
+            return None
+        return tuple((t.start, t.end) for t in [*turns[:-1], *more] if t.start < t.end)
+
+    # -- what the template writes, round by round --------------------------------------------------
+
+    def follow(
+        self, messages: Sequence[Mapping[str, Any]], *, prompted: bool = False
+    ) -> list[_Region] | None:
+        """What the template writes at each message; None where it refuses them."""
+        given = as_seen(messages)
+        loops: list[int | None] = []
+
+        def enter() -> str:
+            loops.append(None)
+            return ""
+
+        def at(item: Any) -> str:
+            number = next((i for i, message in enumerate(given) if message is item), None)
+            if number is None and isinstance(item, Mapping) and "role" in item:
+                number = FOREIGN
+            loops[-1] = number
+            return "" if number is None else self.written_at(number)
+
+        def left() -> str:
+            if loops.pop() is None:
+                return ""
+            return self.written_at(next((n for n in reversed(loops) if n is not None), OUTSIDE))
+
+        words = self.of.tokenizer.special_tokens_map
+        if words.get("bos_token"):
+            words = {**words, "bos_token": words["bos_token"] + self.bos}
+        more = {**words, **self.of.given["template_options"], "add_generation_prompt": prompted}
+        more |= {_ENTER: enter, _AT: at, _LEFT: left}
+        text = write(self.of.source, given, self.of.given["tools"], more)
+        return None if text is None else list(self.regions(text))
+
+    def written_at(self, number: int) -> str:
+        """The mark of a message's beginning."""
+        return {OUTSIDE: self.outside, FOREIGN: self.foreign}.get(number) or self.rounds[number]
+
+    def regions(self, text: str) -> Iterator[_Region]:
+        """The regions of a text with marks."""
+        numbers = {mark: i for i, mark in enumerate(self.rounds)}
+        numbers |= {self.outside: OUTSIDE, self.foreign: FOREIGN}
+        number, pieces = OUTSIDE, list[tuple[int, str]]()
+        for character in text:
+            if character in numbers:
+                number = numbers[character]
             else:
-                gap = self.plain[high : self.extents[order[place + 1]][0]]
-                tail = self.tail(given, number)
-                more = self.cut(given, number, gap, order[place + 1], tail)
-                if tail is None and more is None:
-                    continue  # merged: the next message shares this turn
-            if more is None:
-                return None
-            if start < high + more:
-                found.append((start, high + more))
-            start = high + more
-        if order and start < len(self.plain):
-            found.append((start, len(self.plain)))
-        return tuple(found)
+                pieces.append((number, character))
+        start = 0
+        for number, found in groupby(pieces, key=lambda piece: piece[0]):
+            written = "".join(character for _, character in found)
+            end = start + len(written.replace(self.bos, ""))
+            yield _Region(number, start, end, written)
+            start = end
 
-    def first(self, order: Sequence[int]) -> int:
-        """Where the first turn begins."""
-        first = order[0]
-        bos = getattr(self.of.tokenizer, "bos_token", None) or ""
-        asked = next((n for n in order if self.messages[n]["role"] == "user"), first)
-        own = self.own_marker(asked)
-        if own.strip() and asked == first and own in self.plain[: self.extents[first][0]]:
-            return self.plain.index(own)  # after it may be tools
-        # Some templates begin every turn with the BOS token, most only the text.
-        return len(bos) if self.plain.startswith(bos) and bos not in own else 0
+    def whole(self) -> list[_Region] | None:
+        """The conversation's regions; None where they are not what the template wrote."""
+        for _ in range(2):  # the time may have changed
+            regions = self.follow(self.messages, prompted=self.of.prompted) or []
+            text, length = self.text(regions), len(self.plain)
+            if text == self.plain or (self.of.open and text.startswith(self.plain)):
+                kept = [r for r in self.after_bos(regions) if r.start < length]
+                return [self.cut(r, r.start, min(r.end, length)) for r in kept]
+        return None
 
-    def cut(
-        self, given: int, number: int, gap: str, following: int, tail: str | None
-    ) -> int | None:
-        """How much of what is between two messages is the first one's; None where it isn't told."""
-        role = self.messages[following]["role"]
-        if tail is None:
-            marker = self.own_marker(following)
-            return gap.index(marker) if marker.strip() and marker in gap else None
-        if begins := self.begins(gap, role):
-            return len(gap) - len(begins)
-        return self.ending(gap, tail, self.others(given, number, role))
+    def text(self, regions: Sequence[_Region]) -> str:
+        """What regions say together."""
+        return "".join(region.text for region in regions).replace(self.bos, "")
 
-    def begins(self, gap: str, role: str) -> str:
-        """What begins a message that comes after `gap`, where it is all that begins one alone."""
-        head = self.head(role)
-        bos = getattr(self.of.tokenizer, "bos_token", None) or ""
-        # A template's own last newline is not written.
-        heads = (head, head.removeprefix(bos))
-        found = [text.removesuffix(end) for end in ("", "\n") for text in heads]
-        return next((text for text in found if text.strip() and gap.endswith(text)), "")
-
-    def ending(self, gap: str, tail: str, others: Sequence[str]) -> int | None:
-        """How much of a text ends a message, which ends with `tail` if it is the last one.
-
-        Args:
-            gap: what is written after the message.
-            tail: what is written after it where it is the last one.
-            others: what is written between it and messages of other roles.
-        """
-        if shared := self.shared(tail, gap):
-            return shared
-        # The last one ends otherwise: what comes next begins with a token of its own.
-        common = len(gap)
-        for other in others:
-            common = min(common, self.common(gap, other))
-        if not others:
-            common = 0
-        places = {
-            place
-            for word in self.special
-            for place in range(1, common)
-            if word and gap.startswith(word, place) and place + len(word) <= common
-        }
-        if places:
-            return max(places)
-        return 0 if not tail and not any(c.isalnum() for c in gap[:common]) else None
-
-    def others(self, given: int, number: int, role: str) -> list[str]:
-        """What is written between a message and ones of other roles than this."""
-        found = []
-        for other in ("user", "assistant", "tool", "system"):
-            if other != role:
-                messages = self.messages[: given + 1]
-                messages[number] = self.with_mark(number, last=True)
-                messages.append({"role": other, "content": self.other})
-                _, after = self.halves(messages)
-                if after is not None and self.other in after:
-                    found.append(self.rest_of(number, after.partition(self.other)[0]))
-        return found
-
-    def prompt(self, given: int, number: int) -> int | None:
-        """How much of what follows the last message is its own; the rest asks for an answer."""
-        rest = self.plain[self.extents[number][1] :]
-        tail = self.tail(given, number)
-        if not rest or tail is None:
-            return 0 if self.of.prompted else len(rest)
-        begins = self.begins(rest, "assistant")
-        if tail == rest:
-            if self.of.open:
-                return len(rest)
-            # The template writes the same whether it is asked for an answer or not.
-            asks = self.others(given, number, "user")
-            again = self.others(given, number, "assistant")
-            if any(other.startswith(rest) for other in again[:1]) or not again or not asks:
-                return len(rest)
-            if begins:
-                return len(rest) - len(begins)
-            if not asks[0].startswith(rest):
-                return len(rest)
-            shared = self.shared(again[0], rest)
-            return shared or len(rest)
-        if not self.of.prompted:
-            return len(rest)
-        if tail and rest.startswith(tail):
-            return len(tail)
-        if begins:
-            return len(rest) - len(begins)
-        return self.ending(rest, tail, self.others(given, number, "assistant"))
-
-    def tail(self, given: int, number: int) -> str | None:
-        """What is written after a message where messages up to the number `given` are all.
-
-        None where the template refuses them, or leaves the message out.
-        """
-        messages = self.messages[: given + 1]
-        messages[number] = self.with_mark(number, last=True)
-        _, after = self.halves(messages)
-        return None if after is None else self.rest_of(number, after)
-
-    def rest_of(self, number: int, after: str) -> str:
-        """What follows a message's text, of what follows its last mark."""
-        end = self.extents[number][1]
-        places = [p for (leaf, _), p in self.known.items() if leaf[0] == number and p is not None]
-        here = self.plain[max(places) : end] if places else ""
-        return after.removeprefix(here)
-
-    def head(self, role: str) -> str:
-        """What is written before a message that is the only one; empty where there cannot be."""
-        if role not in self.heads:
-            self.heads[role] = self.halves([{"role": role, "content": self.mark}])[0]
-        return self.heads[role]
-
-    def own_marker(self, number: int) -> str:
-        """What begins a message of the user's, learnt from a second one like it.
-
-        Of other messages nothing is known, as templates may refuse a second one.
-        """
-        message = self.messages[number]
-        if message["role"] != "user":
-            return ""
-        answered = [message, {"role": "assistant", "content": f"x{self.other}"}]
-
-        def between(*more: Any) -> str | None:
-            before, after = self.halves([*answered, *more])
-            return None if after is None else before.partition(self.other)[2]
-
-        gap = between(self.with_mark(number, last=False))
-        try:
-            tail = self.of.apply(answered).partition(self.other)[2]
-        except ValueError:
-            return ""
-        if gap is None:
-            return ""
-        others = [between({"role": r, "content": self.mark}) for r in ("assistant", "tool")]
-        if begins := self.begins(gap, "user"):
-            return begins
-        cut = self.ending(gap, tail, [other for other in others if other is not None])
-        return "" if cut is None else gap[cut:]
-
-    def common(self, one: str, other: str) -> int:
-        """How many characters two texts begin with in common, cutting no special token.
-
-        Else `</s>`, which ends a whole conversation, and `<|user|>` had a character in common.
-        """
-        pairs = enumerate(zip(one, other, strict=False))
-        cut = next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
-        for word in self.special:
-            for written in (one, other):
-                start = written.rfind(word, 0, cut + len(word) - 1)
-                if 0 <= start < cut < start + len(word):
-                    cut = start
-        return cut
-
-    def shared(self, tail: str, text: str) -> int:
-        """How many characters of a message's end two texts begin with in common."""
-        cut = self.common(tail, text)
-        # No marker is cut that is not a token of its own: `<|user|>` and `<|assistant|>`.
-        while 0 < cut < len(tail) and not text[cut - 1].isspace():
-            if any(rest.startswith(self.special) for rest in (tail[cut:], text[cut:])):
-                break
-            if text[:cut].endswith(self.special):
-                break
-            cut -= 1
-        return cut
+    def after_bos(self, regions: Sequence[_Region]) -> Iterator[_Region]:
+        """The regions without the BOS token that begins the text, which belongs to none."""
+        for region in regions:
+            before, bos, _ = region.text.partition(self.bos)
+            if region.start or region.number >= 0 or not bos or before != self.written_bos:
+                yield region
+            elif region.end > len(before):
+                yield replace(region, start=len(before))
 
     @cached_property
-    def special(self) -> tuple[str, ...]:
-        """The texts that the tokenizer has special or added tokens for."""
-        tokenizer = self.of.tokenizer
-        return (*{*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()},)
+    def written_bos(self) -> str:
+        """The BOS token's text."""
+        return str(self.of.tokenizer.special_tokens_map.get("bos_token") or "")
 
-    def with_mark(self, number: int, *, last: bool) -> dict[str, Any]:
-        """A message with a mark at the last or the first of its boundaries that come out."""
-        there = [
-            (place, leaf, j)
-            for (leaf, j), place in self.known.items()
-            if leaf[0] == number and place is not None
-        ]
-        if not there:  # an empty one
-            return {**self.messages[number], "content": self.mark}
-        _, leaf, j = max(there) if last else min(there)
-        marked: dict[str, Any] = self.of.marked({(leaf, j): self.mark})[number]
-        return marked
+    def cut(self, region: _Region, start: int, end: int) -> _Region:
+        """A region with other ends."""
+        return replace(region, start=start, end=end, text=self.plain[start:end])
+
+    # -- messages outside of loops -----------------------------------------------------------------
+
+    def inside(self, region: _Region) -> list[int]:
+        """The messages whose texts are in a region, in the order of the text."""
+        here = {*self.owners[region.start : region.end]} - {-1}
+        places = {number: self.first[number] for number in here}
+        if region.number == OUTSIDE:
+            blank = self.blank.items()
+            places |= {n: place for n, place in blank if region.start <= place <= region.end}
+        return sorted(places, key=lambda number: (places[number], number))
+
+    @cached_property
+    def blank(self) -> dict[int, int]:
+        """Where messages without a character would be that are written outside of loops."""
+        found = {}
+        for number, message in enumerate(self.messages):
+            said = message.get("content")
+            if isinstance(said, str) and not said.strip() and number not in self.first:
+                regions = self.follow(self.with_mark(number), prompted=self.of.prompted) or []
+                text = self.text(regions)
+                place = text.find(self.mark)
+                here = next((r for r in regions if self.mark in r.text), None)
+                if here and here.number == OUTSIDE and self.plain.startswith(text[:place]):
+                    found[number] = place
+        return found
+
+    def apart(self, region: _Region, inside: Sequence[int]) -> list[_Region] | None:
+        """The turns of messages that are written in one region outside of loops.
+
+        A message begins a turn of its own where it begins as it does in a loop; else the template
+        has merged it with the one before.
+        """
+        starts, number = [region.start], inside[0]
+        if self.messages[number]["role"] != "system" and (head := self.head(number) or "").strip():
+            text = self.plain[region.start : self.first.get(number, region.start)]
+            starts = [region.start + max(0, text.find(head))]  # after a default system prompt
+        for before, after in pairwise(inside):
+            own = [i + 1 for i in range(region.start, region.end) if self.owners[i] == before]
+            low = max(own, default=self.blank.get(before, region.start))
+            high = self.first[after] if after in self.first else self.blank[after]
+            head, gap = self.head(after) or "", self.plain[low:high]
+            if gap.strip() and not head.strip():
+                return None
+            if head.strip() and head in gap:
+                starts.append(low + gap.index(head))
+            number = after
+        ends = [*starts[1:], region.end]
+        found = [self.cut(region, a, b) for a, b in zip(starts, ends, strict=True)]
+        return [*found[:-1], replace(found[-1], number=number)]
+
+    # -- what is written beside a message ----------------------------------------------------------
+
+    def with_mark(self, number: int, messages: Sequence[Any] | None = None) -> list[Any]:
+        """The messages, one of which says nothing but a mark."""
+        copied = list(self.messages if messages is None else messages)
+        copied[number] = {**copied[number], "content": self.mark}
+        return copied
+
+    def around(self, messages: Sequence[Any], number: int) -> tuple[str, str] | None:
+        """What is written before and after a message's content in its round: nothing where it is
+        written elsewhere; None where the template refuses the messages."""
+        regions = self.follow(self.with_mark(number, messages))
+        if regions is None:
+            return None
+        text = self.text([region for region in regions if region.number == number])
+        before, _, after = text.partition(self.mark)
+        return (before, after) if text.count(self.mark) == 1 else ("", "")
+
+    def head(self, number: int) -> str | None:
+        """What begins a message like this one where it comes again; None if it cannot."""
+        message = self.messages[number]
+        other = "user" if message["role"] == "assistant" else "assistant"
+        more = [{"role": other, "content": "x"}, message]
+        found = self.around([*self.messages[: number + 1], *more], number + 2)
+        return None if found is None else found[0]
+
+    def without_preamble(self, turn: _Region) -> _Region:
+        """The first turn without what is written before it because it is the first: a default
+        system prompt, tools."""
+        if turn.number < 0 or self.messages[turn.number]["role"] == "system":
+            return turn
+        found, head = self.around(self.messages, turn.number), self.head(turn.number)
+        if found is None or not (head or "").strip() or not turn.text.startswith(found[0]):
+            return turn
+        more = len(found[0]) - len(str(head))
+        return self.cut(turn, turn.start + more, turn.end) if found[0].endswith(str(head)) else turn
+
+    def tail(self, turn: _Region) -> str:
+        """What is written after a message in its round."""
+        own = [i for i in range(turn.start, turn.end) if self.owners[i] >= 0]
+        if own:
+            return self.plain[own[-1] + 1 : turn.end]
+        found = self.around(self.messages, turn.number) if turn.number >= 0 else None
+        return found[1] if found and turn.text.endswith(found[1]) else ""
+
+    def give_back(self, turns: list[_Region]) -> None:
+        """Move what a round writes of another turn: the assistant's marker after the user's text,
+        the end of a tool's answer before the next message."""
+        for place in range(len(turns) - 1):
+            one, other = turns[place : place + 2]
+            end = one.end
+            if other.number >= 0 and self.messages[other.number]["role"] == "assistant":
+                end -= len(self.asks(one, other.number))
+            if one.number >= 0 and self.messages[one.number]["role"] == "tool":
+                closed = self.closed(one.number)
+                end += len(closed) if other.text.startswith(closed) else 0
+            if end != one.end:
+                turns[place] = self.cut(one, one.start, end)
+                turns[place + 1] = self.cut(other, end, other.end)
+
+    def asks(self, turn: _Region, number: int) -> str:
+        """The assistant's marker at a turn's end, where its own round begins with its text.
+
+        Args:
+            turn: the turn before.
+            number: that of the assistant's message.
+        """
+        found = self.around([*self.messages[:number], {"role": "assistant"}], number)
+        tail = self.tail(turn)
+        if found is None or found[0] or not found[1].strip() or not tail.startswith(found[1]):
+            return ""
+        return tail[len(found[1]) :]
+
+    def closed(self, number: int) -> str:
+        """What is written after the loop where a tool's answer is the last message, and is not
+        where another is."""
+        earlier = [i for i, m in enumerate(self.messages[:number]) if m["role"] == "user"]
+        if not earlier:
+            return ""
+        one, other = (
+            self.follow(self.messages[: n + 1]) or [_Region(OUTSIDE, 0, 0, "")]
+            for n in (number, earlier[-1])
+        )
+        ends = [r[-1].text if r[-1].number == OUTSIDE else "" for r in (one, other)]
+        return "" if ends[0] == ends[1] else ends[0]
+
+    def prompt(self, last: _Region, end: _Region) -> list[_Region] | None:
+        """The last message's turn, and the generation prompt's if there is one.
+
+        Args:
+            last: the last turn, as far as it is known.
+            end: the last region, which follows it or is it.
+        """
+        after = self.plain[last.end :]
+        whole = self.cut(last, last.start, len(self.plain))
+        if not self.of.prompted:
+            return [whole]
+        usual = self.follow(self.messages) or [_Region(FOREIGN, 0, 0, "")]
+        before = self.text(usual[-1:])
+        own = last.end
+        if after:
+            unasked = before if usual[-1].number == OUTSIDE else ""
+            if after != unasked:
+                own += len(unasked) if after.startswith(unasked) else 0
+            elif after.strip() in ("", self.of.tokenizer.eos_token):
+                return [whole]  # it ends every conversation
+        elif usual[-1].number == end.number and before != end.text:
+            if not end.text.startswith(before):
+                return None
+            own = end.start + len(before)
+        elif asks := self.asks(last, len(self.messages)):
+            own -= len(asks)
+        return [self.cut(last, last.start, own), self.cut(end, own, len(self.plain))]
+
+
+def as_seen(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """New messages, their reasoning under each name: as transformers gives them to a template."""
+    given: list[dict[str, Any]] = json.loads(json.dumps(messages))
+    for message in given:
+        thought = next((message[n] for n in REASONING if message.get(n) is not None), None)
+        if thought is not None:
+            message.update({"thinking": thought} | message | {REASONING[0]: thought})
+    return given
+
+
+def write(
+    source: str, messages: Sequence[Mapping[str, Any]], tools: Any, more: Mapping[str, Any]
+) -> str | None:
+    """What a chat template writes; None where it refuses the messages.
+
+    Args:
+        source: the template.
+        messages: as it sees them.
+        tools: likewise.
+        more: what else it reads; a function `strftime_now` gives it another day.
+    """
+    silent = dict.fromkeys((_ENTER, _AT, _LEFT), lambda *_: "")
+    known = {"documents": None} | silent | dict(more) | {"messages": messages, "tools": tools}
+    try:
+        return _followed(source).render(known)
+    except Exception:  # a template raises whatever its author wrote
+        return None
+
+
+def reads(source: str) -> set[str]:
+    """The names of what a chat template reads and does not set before."""
+    return meta.find_undeclared_variables(_environment().parse(source))
+
+
+class _Loops(NodeTransformer):
+    """Has a template say at each round of its loops which message it is at."""
+
+    def visit_For(self, node: nodes.For) -> list[nodes.Node]:
+        self.generic_visit(node)
+        target = node.target
+        item = nodes.Name(target.name, "load") if isinstance(target, nodes.Name) else None
+        node.body.insert(0, _said(_AT, item or nodes.Const(None)))
+        return [_said(_ENTER), node, _said(_LEFT)]
+
+
+def _said(function: str, *arguments: nodes.Expr) -> nodes.Output:
+    return nodes.Output([nodes.Call(nodes.Name(function, "load"), [*arguments], [], None, None)])
+
+
+class _Generation(Extension):
+    """The tag by which templates say what an assistant generates; here it changes nothing."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> list[nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise TemplateError(message)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As transformers has it: Jinja's own escapes HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+@lru_cache(maxsize=32)
+def _followed(source: str) -> Template:
+    """A chat template that says where it is; what it writes is compared with the original's."""
+    environment = _environment()
+    tree = _Loops().visit(environment.parse(source))
+    tree.set_environment(environment)
+    return environment.from_string(tree)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    """Jinja as transformers has it for chat templates."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+    return environment

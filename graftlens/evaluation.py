@@ -7,6 +7,7 @@ from typing import Literal
 import pandas as pd
 from tqdm.auto import tqdm
 
+from graftlens.components import brief
 from graftlens.graft import Graft, Grafts, named_grafts
 from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
@@ -24,6 +25,7 @@ def position_grafts(
     base: str | None = None,
     *,
     kind: Literal["fact", "chat"] = "fact",
+    prompts: Prompt | Sequence[Prompt] | None = None,
 ) -> dict[str, Graft]:
     """The paper's position grafts (arXiv 2506.20746): where is the fact retrieved?
 
@@ -36,14 +38,17 @@ def position_grafts(
         base: the source that runs elsewhere, if that is not the model's base.
         kind: `fact`, or `chat` for prompts that are conversations (`Prompt.chat`): what the system
             and the user say, what the chat template writes, the last token, and the complements.
-            `entity` plays no part there.
+            `entity` plays no part there. Where a role says nothing, its complement is every token,
+            and a graft of it alone cannot be run.
+        prompts: of kind `chat`, the conversations to graft: roles that say nothing in any of them
+            are left out, with a warning.
 
     Raises:
-        ValueError: an unknown kind.
+        ValueError: an unknown kind; prompts that are not conversations.
     """
     places: dict[str, str | None] = {"PRE": None, "SFT": "all"}
     if kind == "chat":
-        roles = ("system", "user", "template")
+        roles = _speaking(("system", "user", "template"), prompts)
         places |= {role: role for role in roles} | {"LT": "last"}
         places |= {f"not-{role}": f"~{role}" for role in roles} | {"not-LT": "~last"}
     elif kind == "fact":
@@ -57,11 +62,34 @@ def position_grafts(
         }
     else:
         raise ValueError(f'kind={kind!r} is unknown. Allowed: "fact" or "chat".')
+    if prompts is not None and kind != "chat":
+        raise ValueError('prompts is for kind="chat". Leave it out.')
     below = Graft() if base is None else Graft.rule(base)
     return {
         name: below if at is None else below | Graft.rule(source, at=at)
         for name, at in places.items()
     }
+
+
+def _speaking(roles: Sequence[str], prompts: Prompt | Sequence[Prompt] | None) -> Sequence[str]:
+    """The roles without those that say nothing in any of the prompts, if there are prompts."""
+    if prompts is None:
+        return roles
+    speaking = {"template"}
+    for number, prompt in enumerate([prompts] if isinstance(prompts, Prompt) else prompts):
+        if not isinstance(prompt, Prompt) or prompt.conversation is None:
+            raise ValueError(
+                f"prompts: number {number} is {brief(prompt)}, not a conversation. Give prompts "
+                "made by Prompt.chat."
+            )
+        speaking |= prompt.conversation.speakers()
+    if silent := [role for role in roles if role not in speaking]:
+        warnings.warn(
+            f"{' and '.join(silent)} says nothing in these conversations, so the grafts of it are "
+            "left out.",
+            stacklevel=3,
+        )
+    return [role for role in roles if role in speaking]
 
 
 def evaluate(

@@ -91,8 +91,8 @@ class Span(At):
     ) -> Bool[np.ndarray, "pos"]:
         if self.name == "turn" and "template" in spans and "turn" not in spans:
             raise ValueError(
-                "no span 'turn' here: the chat template ends a message in another way where others "
-                "follow, so where each ends cannot be told. Use the roles and template instead."
+                "no span 'turn' here: where each message ends under this chat template cannot be "
+                "told. Use the roles and template instead."
             )
         if self.name not in spans:
             raise ValueError(
@@ -100,6 +100,10 @@ class Span(At):
                 f"{suggest(self.name, spans)}"
             )
         found = spans[self.name]
+        if self.occurrence is not None and not found:
+            raise ValueError(
+                f"no occurrence {self}: no message here is {self.name}'s. Leave it out."
+            )
         if self.occurrence is not None and not 1 <= abs(self.occurrence) <= len(found):
             raise ValueError(
                 f"no occurrence {self}: span {self.name!r} occurs {len(found)} time(s) in this "

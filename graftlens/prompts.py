@@ -11,7 +11,8 @@ from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
-from graftlens.chat import RESERVED, ROLES, Conversation, Rendered, render, texts
+from graftlens.chat import RESERVED, ROLES, Conversation, texts
+from graftlens.chatrendering import Rendered, date_options, render
 from graftlens.positions import Spans
 
 #: Spans that every prompt has: its first position (the BOS token where the tokenizer puts one),
@@ -81,9 +82,12 @@ class Prompt:
         fields: Mapping[str, str] | None = None,
         answer: str | None = None,
         prefill: str | None = None,
+        reasoning: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         template_options: Mapping[str, Any] | None = None,
-        **more: Any,
+        distractors: Sequence[str] = (),
+        name: str | None = None,
+        answers: Sequence[str] = (),
     ) -> "Prompt":
         """A conversation, which the tokenizer's chat template writes.
 
@@ -101,10 +105,13 @@ class Prompt:
                 marker in most templates: the answer then begins without a space.
             prefill: how the assistant's answer begins; without it the template is asked for the
                 generation prompt, unless the last message is the assistant's.
+            reasoning: what the assistant has thought before it answers, for templates that write
+                it; the answer follows, or goes on after the prefill.
             tools: JSON schemas of functions, for templates that write them.
             template_options: what else the template reads, such as `{"enable_thinking": False}`.
-            more: the other attributes of a `Prompt`. Conversations without fields are called `chat`
-                in tables unless they are given a name.
+            distractors, answers: those of the `Prompt`.
+            name: likewise; conversations without fields are called `chat` in tables unless they are
+                given a name.
 
         Raises:
             ValueError: a role or content that is unknown; as `Prompt`.
@@ -112,13 +119,15 @@ class Prompt:
         conversation = Conversation.of(
             messages,
             prefill=prefill,
+            reasoning=reasoning,
             tools=tools,
             template_options=template_options,
             literal=not fields,
         )
-        if not fields and more.get("name") is None:
-            more["name"] = "chat"  # else tables would take each of them for a template
-        return cls(conversation.transcript, fields or {}, answer, conversation=conversation, **more)
+        if not fields and name is None:
+            name = "chat"  # else tables would take each of them for a template
+        template = conversation.transcript
+        return cls(template, fields or {}, answer, distractors, name, answers, conversation)
 
     def __post_init__(self) -> None:
         if self.conversation is not None and self.template != self.conversation.transcript:
@@ -234,9 +243,7 @@ class Prompt:
             PromptError: a field in a tool call.
         """
         assert self.conversation is not None
-        messages = self.conversation.messages
-        if self.conversation.prefill is not None:
-            messages.append({"role": "assistant", "content": self.conversation.prefill})
+        messages = [*self.conversation.messages, *filter(None, [self.conversation.begun])]
         spans: list[list[list[tuple[str, int, int]]]] = []
         for number, message in enumerate(messages):
             spans.append([])
@@ -281,7 +288,8 @@ class Tokenized:
     Attributes:
         ids: token ids, without padding.
         spans: span name -> its occurrences, each token positions; fields, of a conversation
-            its roles, `template` and `turn`, then `bos`, `last`, `all`.
+            all roles (also those that say nothing), `template` and `turn`, then `bos`, `last`,
+            `all`.
         prompt: where the tokens come from, None for bare tokens.
         text: what the tokens were read from: the prompt's text, or what the chat template made of
             its conversation; None for bare tokens.
@@ -402,18 +410,28 @@ def doubled_bos(
     )
 
 
-def dated(prompts: Sequence[Prompt], tokenizer: Any) -> str | None:
-    """A note on conversations whose chat template writes the day's date among their tokens."""
-    talks = [prompt.conversation for prompt in prompts if prompt.conversation is not None]
-    template = getattr(tokenizer, "chat_template", None)
-    if not talks or "strftime_now" not in str(template):
+def dated(prompts: Sequence[Any], tokenizer: Any) -> str | None:
+    """A note on conversations whose chat template writes the day's date among their tokens.
+
+    Args:
+        prompts: `Prompt`s; anything else is passed over.
+        tokenizer: a Hugging Face tokenizer, or None.
+    """
+    if not getattr(tokenizer, "chat_template", None):
         return None
-    if all(any("date" in name for name in talk.as_given()["template_options"]) for talk in talks):
+    talks = (p.conversation for p in prompts if isinstance(p, Prompt))
+    found = (date_options(talk, tokenizer) for talk in talks if talk is not None)
+    options = next((names for names in found if names is not None), None)
+    if options is None:
         return None
+    advice = (
+        f'Fix it: template_options={{"{options[0]}": "26 Jul 2024"}}.'
+        if options
+        else "It reads no option for the date: give another template by chat_template."
+    )
     return (
         "the chat template writes today's date where none is given, so tomorrow's tokens would be "
-        "others. Fix it by the option that the template reads, such as "
-        'template_options={"date_string": "26 Jul 2024"}.'
+        f"others. {advice}"
     )
 
 
@@ -514,7 +532,10 @@ def _tokenize_chat(prompt: Prompt, tokenizer: Any, prepend_bos: bool | None) -> 
 def _roles(
     rendered: Rendered, covered: Sequence[tuple[int, int]]
 ) -> dict[str, list[tuple[int, ...]]]:
-    """Role -> for each of its messages, the tokens with characters of what it says; `template`."""
+    """Role -> for each of its messages, the tokens with characters of what it says; `template`.
+
+    A role that says nothing has no tokens, but is there: its complement is every token.
+    """
     said: list[list[int]] = [[] for _ in rendered.roles]
     template: list[list[int]] = []
     for i, (a, b) in enumerate(covered):
@@ -531,11 +552,10 @@ def _roles(
             template[-1].append(i)
         else:
             template.append([i])
-    spans: dict[str, list[tuple[int, ...]]] = {}
-    for role in dict.fromkeys(rendered.roles):
-        own = [tuple(tokens) for r, tokens in zip(rendered.roles, said, strict=True) if r == role]
-        if any(own):
-            spans[role] = own
+    spans = {
+        role: [tuple(tokens) for r, tokens in zip(rendered.roles, said, strict=True) if r == role]
+        for role in ROLES
+    }
     return {**spans, "template": [tuple(tokens) for tokens in template]}
 
 
@@ -585,6 +605,9 @@ def _covered(
             after = ""
         before = before[: max(0, len(before) - len(here) + len(here.lstrip()))]
         after = after[len(here) - len(here.rstrip()) :]
+        if before and done == a - 1 and not text[done].isspace():
+            # The tokenizer's own space was cut off, which the text does not have.
+            a, before = done, ""
         while before and done < a < b and text[a - 1] == before[-1]:
             a, before = a - 1, before[:-1]
         while after and a < b and text[b : b + 1] == after[0]:

@@ -28,8 +28,9 @@ LAYERS = (
 )
 #: Parts that stand beside the layers, and what they may never import.
 BESIDE = {
-    "chat": {"sweep", "cli", "viz"},
-    "chatturns": {"chat", "prompts", "model", "sweep", "cli", "viz"},
+    "chat": {"prompts", "model", "sweep", "cli", "viz"},
+    "chatrendering": {"prompts", "model", "sweep", "cli", "viz"},
+    "chatturns": {"prompts", "model", "sweep", "cli", "viz"},
     "checkpoints": {"sweep", "cli", "viz"},
     "configfile": {"data", "finetune", "model", "sweep", "cli", "viz"},
     "data": {"sweep", "cli", "viz"},

@@ -8,7 +8,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from test_prompts import token_bytes
 from tokenizers import AddedToken, normalizers, pre_tokenizers, processors
@@ -167,6 +167,13 @@ TEXTS = st.lists(st.sampled_from(["acted", " with", "\n", " ", "東", *CHAT]), m
 
 
 @settings(deadline=None, max_examples=250)
+@example(
+    name="gpt2, a space before, trimmed",
+    literals=["<|im_start|>", ""],
+    order=["a", "a", "a"],
+    a="R",
+    b="b",
+)
 @given(
     name=st.sampled_from(list(MADE)),
     literals=st.lists(TEXTS, min_size=2, max_size=4),

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from graftlens.chat import ROLES
 from graftlens.components import (
     COMPONENTS,
     Component,
@@ -382,8 +383,10 @@ def select(rule: Rule, prompt: Tokenized, total: int | None = None) -> Bool[np.n
     except ValueError as error:
         raise PromptError(f"rule {str(rule)!r}: {error}") from None
     if not chosen.any():
+        silent = [r for r in ROLES if r in rule.at.names() and not any(spans.get(r, [()]))]
+        why = f" ({' and '.join(silent)} says nothing in this conversation)" if silent else ""
         raise PromptError(
-            f"rule {str(rule)!r}: {rule.at} selects none of the {total} positions. "
+            f"rule {str(rule)!r}: {rule.at} selects none of the {total} positions{why}. "
             "Change the positions, or leave the rule out."
         )
     return chosen

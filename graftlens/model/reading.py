@@ -13,7 +13,7 @@ from torch import Tensor
 
 from graftlens.model.arch import Architecture
 from graftlens.model.inputs import Batch, Input, Padding, collate, from_tokens
-from graftlens.prompts import Prompt, Tokenized, doubled_bos, encode, tokenize
+from graftlens.prompts import Prompt, Tokenized, dated, doubled_bos, encode, tokenize
 
 #: Modules that a warning does not point at.
 _PASSED_ON = ("graftlens", "torch", "transformer_lens", "contextlib", "jaxtyping")
@@ -141,8 +141,9 @@ class Reading:
                     f"{item!r} is not a prompt. Give texts, Prompts, or a tensor of token ids."
                 )
         bos = self.prepends_bos(prepend_bos)
-        if note := doubled_bos(items, self.tokenizer, bos):
-            tell(note)
+        for note in (doubled_bos(items, self.tokenizer, bos), dated(items, self.tokenizer)):
+            if note:
+                tell(note)
         return tuple(
             item if isinstance(item, Tokenized) else tokenize(item, self._tokenizer(), bos)
             for item in items

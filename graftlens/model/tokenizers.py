@@ -1,6 +1,7 @@
 """The sources' tokenizers: read, and compared by the tokens that they give."""
 
 import codecs
+import contextlib
 import copy
 import json
 import warnings
@@ -8,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from graftlens.components import brief
 from graftlens.folder import at_home, read_json, read_text
 from graftlens.model.arch import PairError
 from graftlens.model.locations import location_of, said
@@ -169,15 +171,18 @@ def _with_template(tokenizer: Any, template: Any) -> Any:
 
 
 def _template(given: str | Path) -> str:
-    if isinstance(given, str) and "{" in given:
+    path = None
+    with contextlib.suppress(OSError, ValueError):  # a text may be too long for a path
+        if isinstance(given, str | Path) and str(given).strip() and at_home(given).is_file():
+            path = at_home(given)
+    if path is not None:
+        return read_text(path)
+    if isinstance(given, str) and ("{{" in given or "{%" in given):
         return given
-    path = at_home(given) if isinstance(given, str | Path) and str(given).strip() else None
-    if path is None or not path.is_file():
-        raise PairError(
-            f"chat_template={given!r} is neither a template (a Jinja text) nor a file that holds "
-            "one."
-        )
-    return read_text(path)
+    raise PairError(
+        f"chat_template={brief(given)} is neither a template (a Jinja text, with {{{{ or {{%) nor "
+        "a file that holds one."
+    )
 
 
 def _tokenizers_differ(a: Any, b: Any) -> str:
