@@ -699,6 +699,45 @@ def test_every_name_that_is_wrong_is_told_at_once(base):
         assert line.endswith(end), line
 
 
+def test_a_part_asks_prompts_of_every_kind(base, place, tmp_path):
+    """Facts, prompts and conversations of one's own, a file of them, a dataset's column."""
+    said = [
+        {"role": "user", "content": "Who met Ann?"},
+        {"role": "assistant", "content": "Bo"},
+    ]
+    (tmp_path / "own.jsonl").write_text(
+        json.dumps({"messages": said[:1], "answer": "Cy", "distractors": ["Di"]}), encoding="utf-8"
+    )
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"said": said}), encoding="utf-8")
+    prompts = [
+        {"messages": said[:1], "answer": "Ed", "prefill": "It is"},
+        {"dataset": "films", "templates": ["qa"], "chat": {"system": "Be brief."}},
+        {"file": str(tmp_path / "own.jsonl")},
+        {"template": "Ann met", "answer": " Bo"},
+        {"dataset": str(tmp_path / "rows.jsonl"), "column": "said"},
+    ]
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}<assistant>"
+    change = {"chat_template": template, "limit": 1}
+    planned = plan(own(base, prompts=prompts, change=change).config, Store(place / "store"))
+    checked = planned.checked("one", trained=False)
+    assert [*checked.dataset] == ["films chat", "prompts", "prompts", "own.jsonl", "rows.jsonl"]
+    asked = ["system: Be brief.\n\nuser: Question: "]
+    asked += ["user: Who met Ann?\n\nassistant: It is", "Ann met"]
+    asked += ["user: Who met Ann?\n\nassistant:"] * 2
+    texts = [prompt.text for prompt in checked.prompts]
+    assert [text[: len(start)] for text, start in zip(texts, asked, strict=True)] == asked
+    assert [p.answer for p in checked.prompts[1:]] == ["Ed", " Bo", "Cy", "Bo"]
+    # Problems are named by the place among the experiment's prompts.
+    prompts[1:3] = [{**prompts[1], "templates": ["q"]}, {"file": str(tmp_path / "lost.jsonl")}]
+    planned = plan(own(base, prompts=prompts, change=change).config, Store(place / "store"))
+    with pytest.raises(ConfigError) as error:
+        planned.checked("one", trained=False)
+    places = [where for where, _ in error.value.problems]
+    assert places == ["parts.one.prompts.1", "parts.one.prompts.2"]
+    found = refused(base, prompts=[{"mesages": said}])
+    assert any("parts.one.prompts.0" in line for line in found)
+
+
 def test_a_part_is_run_as_it_says_or_else_as_the_experiment_does(base):
     part = {"limit": 2, "metrics": {"top_k": 3}, "grafts": {"LT": "sft @ last"}}
     config = own(base, change={"limit": 1, "dtype": "float64", "shards": 9}, **part).config

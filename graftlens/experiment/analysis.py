@@ -92,12 +92,13 @@ def part_tables(
 
 
 def _facts(folder: Path) -> "pd.Series[Any]":
-    """Prompt's number -> the fact it asks for: its dataset, the entity it names, the answer."""
+    """Prompt's number -> the fact it asks for: its dataset, the entity it names (or else the whole
+    prompt), the answer."""
     prompts = read_prompts(folder, ["prompt", "dataset", "as_given"]).to_pydict()
     names = []
     for dataset, text in zip(prompts["dataset"], prompts["as_given"], strict=True):
         given = json.loads(text)
-        entity = given["fields"].get("first_entity", "")
+        entity = given["fields"].get("first_entity", text)
         names.append(json.dumps([dataset, entity, given["answer"]], ensure_ascii=False))
     return pd.Series(names, index=prompts["prompt"])
 

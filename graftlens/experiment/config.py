@@ -1,5 +1,6 @@
 """The config of an experiment: one YAML file says everything, from the facts to the figures."""
 
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,15 @@ from graftlens.metrics import always_measured, averaged, known
 from graftlens.positions import At
 from graftlens.presets import PRESETS
 from graftlens.sweep.config import GraftSettings, RunSettings
-from graftlens.sweep.promptsets import Questions, Section, listed
+from graftlens.sweep.promptsets import (
+    PromptColumn,
+    PromptFile,
+    PromptSection,
+    Questions,
+    Section,
+    listed,
+    sections_by_key,
+)
 
 #: The pretrained model's name among an experiment's sources.
 BASE = "base"
@@ -84,6 +93,13 @@ class PromptsConfig(Questions):
     """Keys of that dataset to change, such as `{half: b}`: only half b counts as told."""
 
 
+def _prompts(value: Any) -> Any:
+    own = dict.fromkeys(("template", "messages"), PromptSection)
+    return sections_by_key(
+        value, {"file": PromptFile, "column": PromptColumn, **own}, PromptsConfig
+    )
+
+
 class FigureConfig(Section):
     """A figure of a part's results, one for each metric."""
 
@@ -144,8 +160,12 @@ class PartConfig(RunSettings, GraftSettings):
     """Source's name in grafts -> `base` or a model of the experiment, the sweep's base first; by
     default pre (the pretrained model), then each model under its own name."""
 
-    prompts: Annotated[tuple[PromptsConfig, ...], BeforeValidator(listed)] = Field(min_length=1)
-    """The prompts."""
+    prompts: Annotated[
+        tuple[PromptsConfig | PromptSection | PromptFile | PromptColumn, ...],
+        BeforeValidator(_prompts),
+    ] = Field(min_length=1)
+    """The prompts: questions about a dataset's facts, prompts of your own (`template:` or
+    `messages:`), `file:` with a file of them, or `column:` with the column of any dataset."""
 
     where_possible: tuple[str, ...] = ()
     """Names of grafts that are left out where the architecture lacks a component that they name
@@ -156,6 +176,11 @@ class PartConfig(RunSettings, GraftSettings):
 
     finding: Finding | None = None
     """A claim to check, template by template."""
+
+    @property
+    def questions(self) -> dict[int, PromptsConfig]:
+        """The prompts about facts, by their numbers among the prompts."""
+        return {i: p for i, p in enumerate(self.prompts) if isinstance(p, PromptsConfig)}
 
     def problems(self) -> list[tuple[str, str]]:
         """(where, what) of every name here that does not exist."""
@@ -262,7 +287,8 @@ class ExperimentConfig(RunSettings):
         for name, part in self.parts.items():
             problems += [(f"parts.{name}.{w}", what) for w, what in self._unknown_in(part)]
         used = {model.data for model in self.models.values()}
-        used |= {prompts.dataset for part in self.parts.values() for prompts in part.prompts}
+        asked = (part.questions.values() for part in self.parts.values())
+        used |= {prompts.dataset for several in asked for prompts in several}
         for name in self.datasets:
             if name not in used:
                 what = "no model and no prompts use this dataset. Leave it out."
@@ -289,7 +315,7 @@ class ExperimentConfig(RunSettings):
             what = "a graft needs two sources or more. Name models, or give sources."
             problems.append(("sources", what))
         problems += part.graft_problems(there)
-        for i, prompts in enumerate(part.prompts):
+        for i, prompts in part.questions.items():
             problems += self._no_dataset(f"prompts.{i}", prompts.dataset, prompts.change)
         for i, figure in enumerate(part.figures):
             for metric in figure.metrics:
@@ -315,7 +341,7 @@ class ExperimentConfig(RunSettings):
             return what + suggest(name, [*there, *averaged()])
         if row is not None and row.over == "answer" and settings.answers != "whole":
             return f"{name} needs metrics.answers: whole."
-        lacking = not all(prompts.distractors for prompts in part.prompts)
+        lacking = not all(map(_with_distractors, part.prompts))
         if row is not None and "distractors" in row.needs and lacking:
             return f"{name} needs distractors, but some of the part's prompts have none."
         return ""
@@ -389,6 +415,15 @@ class ExperimentConfig(RunSettings):
         order."""
         preset = PRESETS[self.model].recipe if self.model in PRESETS else {}
         return {"seed": self.seed, **preset, **self.recipe, **self.models[name].recipe}
+
+
+def _with_distractors(prompts: Section) -> bool:
+    """Whether all of a section's prompts have wrong answers to compare with."""
+    if isinstance(prompts, PromptFile):
+        with contextlib.suppress(ValueError, OSError):  # the sweep's check says what is wrong
+            return all(prompt.distractors for prompt in prompts.prompts())
+        return True
+    return bool(getattr(prompts, "distractors", ()))
 
 
 def _recipe_problems(recipe: Mapping[str, Any]) -> list[tuple[str, str]]:

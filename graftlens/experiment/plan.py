@@ -23,7 +23,7 @@ from graftlens.data import DatasetSpec, load_dataset, make_dataset, save_dataset
 from graftlens.data.dataset import read_provenance
 from graftlens.data.settings import Settings, within
 from graftlens.experiment.analysis import check_figures
-from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig
+from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig, PromptsConfig
 from graftlens.finetune import FinetuneRun, TrainingData
 from graftlens.folder import (
     file_digest,
@@ -213,9 +213,18 @@ class Plan:
             possible = _possible(sweep, self.config.parts[part].where_possible)
             return check(with_measures(possible, measures), measures)
         except ConfigError as error:
-            # What a sweep calls dataset, an experiment calls prompts.
-            named = [(re.sub(r"^dataset\b", "prompts", w), what) for w, what in error.problems]
+            named = [(self._where(part, where), what) for where, what in error.problems]
             raise ConfigError(*named).under(f"parts.{part}") from None
+
+    def _where(self, part: str, where: str) -> str:
+        """A place in a part's sweep as the experiment calls it: prompts, of whatever kind."""
+        found = re.match(r"(dataset|prompts)\.(\d+)", where)
+        if not found:
+            return where
+        asked = self.config.parts[part].questions
+        own = [i for i in range(len(self.config.parts[part].prompts)) if i not in asked]
+        numbers = [*asked] if found[1] == "dataset" else own
+        return f"prompts.{numbers[int(found[2])]}{where[found.end() :]}"
 
     def check(self, measures: Sequence[Measure] = ()) -> None:
         """Check all parts before anything is trained; `measures` as in `checked`.
@@ -313,7 +322,7 @@ def plan(config: ExperimentConfig, store: Store) -> Plan:
     ] + [
         (f"parts.{name}.prompts.{i}", prompts.dataset, prompts.change)
         for name, part in config.parts.items()
-        for i, prompts in enumerate(part.prompts)
+        for i, prompts in part.questions.items()
     ]
     _each(partial(folder, *one) for one in wanted)
     places = {BASE: config.pretrained()}
@@ -334,7 +343,7 @@ def plan(config: ExperimentConfig, store: Store) -> Plan:
     def sweep(name: str, part: PartConfig) -> SweepConfig:
         folders = [
             folder(f"parts.{name}.prompts.{i}", prompts.dataset, prompts.change)
-            for i, prompts in enumerate(part.prompts)
+            for i, prompts in part.questions.items()
         ]
         try:
             return _sweep(config, part, places, folders)
@@ -349,10 +358,12 @@ def plan(config: ExperimentConfig, store: Store) -> Plan:
 def _sweep(
     config: ExperimentConfig, part: PartConfig, places: Mapping[str, str], folders: list[Path]
 ) -> SweepConfig:
+    own = tuple(prompts for prompts in part.prompts if not isinstance(prompts, PromptsConfig))
     return settings_from(
         SweepConfig,
         {
             **config.settings(part),
+            **({"prompts": own} if own else {}),
             "sources": {name: places[model] for name, model in config.sources(part).items()},
             "dataset": tuple(
                 DatasetSection(
@@ -360,7 +371,7 @@ def _sweep(
                     **{key: getattr(asked, key) for key in Questions.model_fields}
                     | {"name": asked.titled(asked.dataset)},
                 )
-                for asked, folder in zip(part.prompts, folders, strict=True)
+                for asked, folder in zip(part.questions.values(), folders, strict=True)
             ),
         },
     )

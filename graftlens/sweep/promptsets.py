@@ -1,5 +1,7 @@
 """Where a sweep's prompts come from: datasets of facts, prompts of your own, files."""
 
+import contextlib
+import json
 import random
 import re
 from collections.abc import Mapping, Sequence
@@ -9,8 +11,8 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, field_validator, model_validator
 
-from graftlens.chat import contents, doubled
-from graftlens.components import check_name, suggest
+from graftlens.chat import REASONING, Conversation, contents, doubled
+from graftlens.components import brief, check_name, suggest
 from graftlens.configfile import gather, read_yaml, settings_from
 from graftlens.data import (
     MAX_FACTS,
@@ -194,6 +196,9 @@ class PromptSection(Section):
     prefill: str | None = None
     """How the assistant's answer to the messages begins."""
 
+    reasoning: str | None = None
+    """What the assistant has thought before it answers the messages."""
+
     tools: tuple[Mapping[str, Any], ...] | None = None
     """JSON schemas of functions, for chat templates that write them."""
 
@@ -221,7 +226,7 @@ class PromptSection(Section):
             given = "neither is" if self.template is None else "both are"
             raise ValueError(f"{given} given. Give exactly one of template and messages.")
         if self.messages is None:
-            for key in ("prefill", "tools", "template_options"):
+            for key in ("prefill", "reasoning", "tools", "template_options"):
                 if getattr(self, key):
                     raise ValueError(
                         f"{key} is allowed only with messages. Leave it out, or give messages."
@@ -242,6 +247,7 @@ class PromptSection(Section):
             fields=self.fields,
             answer=self.answer,
             prefill=self.prefill,
+            reasoning=self.reasoning,
             tools=self.tools,
             template_options=self.template_options,
             distractors=self.distractors,
@@ -292,13 +298,20 @@ class PromptColumn(Section):
     """A dataset's folder or file (`.jsonl`, `.json`, `.parquet`, `.csv`), or its hub id."""
 
     column: str = "messages"
-    """The column: lists of messages, or texts."""
+    """The column: lists of messages (also as JSON), or texts."""
 
     split: str = "train"
     """Split of the dataset."""
 
     answer: str | None = None
-    """The column of answers; left out: the last message, which has to be the assistant's."""
+    """The column of answers; left out: the last message, which has to be the assistant's. What it
+    has thought before it answers (`reasoning_content`) is then part of the prompt."""
+
+    prefill: str | None = None
+    """The column of how the answer begins; its last message then has to begin so."""
+
+    tools: str | None = None
+    """The column of tools: lists of JSON schemas, or such a list as JSON."""
 
     limit: Annotated[int, Field(ge=1)] | None = None
     """Rows to take, drawn with the sweep's seed and in the dataset's order; left out: all."""
@@ -327,7 +340,7 @@ class PromptColumn(Section):
             OSError: a dataset that cannot be read.
         """
         rows = read_rows(self.dataset, self.split)
-        for key in ("column", "answer"):
+        for key in ("column", "answer", "prefill", "tools"):
             name = getattr(self, key)
             if name is not None and name not in rows.column_names:
                 raise ValueError(
@@ -348,23 +361,58 @@ class PromptColumn(Section):
         return made
 
     def _prompt(self, row: Mapping[str, Any]) -> Prompt:
-        given, answer = row[self.column], None if self.answer is None else row[self.answer]
+        found = {
+            key: row[name] for key in ("answer", "prefill", "tools") if (name := getattr(self, key))
+        }
+        given, tools = _listed_in(row[self.column]), _listed_in(found.get("tools"))
+        answer, prefill, reasoning = found.get("answer"), found.get("prefill") or None, None
         if isinstance(given, str):
             if answer is None:
                 raise ValueError("a text without an answer. Name the column of answers: answer.")
+            if prefill or tools:
+                raise ValueError("a text has no prefill or tools: they are for conversations.")
             return Prompt(doubled(given), {}, answer, name=self.title)
-        if answer is None and isinstance(given, list) and given:
+        Conversation.of(given)  # that says what is wrong with it
+        if self.answer is None:
             *given, last = given
-            said = contents(last) if isinstance(last, dict) and last.get("content") else []
-            if not given or not said or last.get("role") != "assistant":
-                raise ValueError(
-                    "the last message is not an answer of the assistant's. Name the column of "
-                    "answers: answer."
-                )
-            answer = " ".join(said)
+            answer, reasoning = _answer_of(last, prefill or "")
+        if answer is None or not given:
+            raise ValueError("it has no question, or no answer. Leave the row out.")
         return Prompt.chat(
-            given, answer=answer, template_options=self.template_options, name=self.title
+            given,
+            answer=answer,
+            prefill=prefill,
+            reasoning=reasoning,
+            tools=tools or None,
+            template_options=self.template_options,
+            name=self.title,
         )
+
+
+def _listed_in(value: Any) -> Any:
+    """What a cell holds; a list of mappings that it holds as JSON, as one."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError):
+            found = json.loads(value)
+            if found and all(isinstance(item, Mapping) for item in found):
+                return found
+    return value
+
+
+def _answer_of(message: Mapping[str, Any], prefill: str) -> tuple[str, str | None]:
+    """The answer that a conversation's last message gives, after the prefill, and its reasoning."""
+    said = "" if message.get("tool_calls") else "".join(contents(message))
+    if message["role"] != "assistant" or not said:
+        raise ValueError(
+            "the last message is not an answer of the assistant's in words. Name the column of "
+            "answers: answer."
+        )
+    if not said.startswith(prefill) or said == prefill:
+        raise ValueError(
+            f"the last message, {brief(said)}, does not go on after the prefill {brief(prefill)}."
+        )
+    thought = next((message[key] for key in REASONING if message.get(key)), None)
+    return said[len(prefill) :], thought
 
 
 def _entry(file: str, line: str) -> Any:
@@ -383,20 +431,33 @@ def listed(value: Any) -> Any:
     return [value] if isinstance(value, dict | Settings) else value
 
 
-def _prompt_section(entry: Any) -> PromptSection | PromptFile | PromptColumn:
-    kind: type[PromptFile | PromptColumn | PromptSection] = PromptSection
-    for key, other in (("file", PromptFile), ("dataset", PromptColumn)):
-        if isinstance(entry, other) or (isinstance(entry, Mapping) and key in entry):
-            kind = other
-    return settings_from(kind, entry)
-
-
 def prompt_sections(value: Any) -> Any:
-    """The sections of the key `prompts`; ConfigError names each that is wrong."""
+    """The sections of a sweep's key `prompts`; ConfigError names each that is wrong."""
+    return sections_by_key(value, {"file": PromptFile, "dataset": PromptColumn}, PromptSection)
+
+
+def sections_by_key(
+    value: Any, kinds: Mapping[str, type[Section]], usual: type[Section]
+) -> list[Section]:
+    """The sections of a list; ConfigError names each that is wrong.
+
+    Args:
+        value: what the config says.
+        kinds: a key that a section has -> its kind.
+        usual: the kind of sections that have none of these keys.
+    """
+
+    def section(entry: Any) -> Section:
+        if isinstance(entry, Section):
+            return entry
+        keys = entry if isinstance(entry, Mapping) else ()
+        kind = next((kind for key, kind in kinds.items() if key in keys), usual)
+        return settings_from(kind, entry)
+
     given = listed(value)
     if not isinstance(given, list | tuple):
         raise ValueError(
             f"{value!r}: write a list of prompts, file: and the name of a file, or "
             "dataset: and the name of a dataset."
         )
-    return gather(_prompt_section, ((str(i), entry) for i, entry in enumerate(given)))
+    return gather(section, ((str(i), entry) for i, entry in enumerate(given)))
