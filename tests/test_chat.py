@@ -12,6 +12,8 @@ import re
 import warnings
 from collections import Counter
 from collections.abc import Sequence
+from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ from toytokenizers import TOKENIZERS
 from typer import BadParameter
 
 from graftlens import cli
-from graftlens.chat import RESERVED, ROLES, render
+from graftlens.chat import RESERVED, ROLES
+from graftlens.chatrendering import render
 from graftlens.dashboards import dashboard
 from graftlens.evaluation import evaluate, position_grafts
 from graftlens.graft import Graft
@@ -41,8 +44,8 @@ from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, Tokenized, _covered, tokenize
 from graftlens.sweep.config import SweepConfig, check, load_config
 from graftlens.sweep.promptsets import ChatFormat, PromptColumn, PromptSection
-from graftlens.sweep.results import as_given, read_results, revived
-from graftlens.sweep.runner import run_sweep
+from graftlens.sweep.results import as_given, read_manifest, read_results, revived
+from graftlens.sweep.runner import prepare_sweep, run_sweep, work
 
 NAMES = sorted(TEMPLATES)
 TRIMS_OFFSETS = {"llama3", "deepseek"}  # their tokenizers leave spaces out of tokens' offsets
@@ -550,14 +553,6 @@ def test_turns_of_templates_whose_last_message_ends_otherwise(
     tokenizer = _small(template, markers)
     assert prompt.conversation is not None
     rendered = render(prompt.conversation, tokenizer)
-    if not markers and template.startswith(_SYSTEM):
-        # Without tokens of their own nothing tells where one marker ends and another begins.
-        assert rendered.turns is None
-        tokens = tokenize(prompt, tokenizer)
-        assert "turn" not in tokens.spans
-        with pytest.raises(ValueError, match="no span 'turn' here: the chat template ends a mess"):
-            At.parse("turn#-1").select(tokens.spans, len(tokens))
-        return
     assert rendered.turns is not None
     turns = [rendered.text[a:b] for a, b in rendered.turns]
     written = "|".join([rendered.text[: rendered.turns[0][0]], *turns])
@@ -879,8 +874,12 @@ def test_all_sources_share_one_chat_template(tmp_path: Path) -> None:
             "{{ 'a' }}",
             "chat template as given",
         )
-    with pytest.raises(PairError, match=r"chat_template='lost\.jinja' is neither a template"):
-        with_chat_template(a, [("pre", a)], "lost.jinja")
+    odd = tmp_path / "own {x}.jinja"
+    odd.write_text("{{ 'odd' }}", encoding="utf-8")
+    assert with_chat_template(a, [("pre", a)], str(odd))[0].chat_template == "{{ 'odd' }}"
+    for lost in ("lost.jinja", "lost {x}.jinja", tmp_path, "", "a" * 5000):
+        with pytest.raises(PairError, match=r"chat_template=.* is neither a template"):
+            with_chat_template(a, [("pre", a)], lost)
     assert tokenizer_digest(a) != tokenizer_digest(b) != tokenizer_digest(plain)
 
 
@@ -954,8 +953,12 @@ def test_a_sweep_of_conversations_equals_them_one_by_one(
     run_sweep(config, tmp_path / "out", progress=False, say=lambda line: None)
     table = read_results(tmp_path / "out")
     refused = table[table["reason"].notna()]
-    assert {*refused["graft"]} == {"system", "not-system"}
-    assert refused["reason"].str.contains("no span 'system' here. Spans of this prompt: user").all()
+    assert {*refused["graft"]} == {"system"}
+    assert refused["reason"].str.contains("(system says nothing", regex=False).all()
+    # What is not the system's is everything where the system says nothing.
+    whole = table[(table["graft"] == "SFT") & table["prompt"].isin(refused["prompt"])]
+    rest = table[(table["graft"] == "not-system") & table["prompt"].isin(refused["prompt"])]
+    assert [*rest["answer_logprob"]] == [*whole["answer_logprob"]]
     model = GraftedTransformer.from_pretrained(places, check=False, verbose=False)
     prompts = [
         Prompt.chat([USER], prefill="It is {x", answer=" Mara", distractors=["!"]),
@@ -1003,9 +1006,55 @@ def test_a_dataset_s_column_is_drawn_by_the_seed(tmp_path: Path) -> None:
     assert texts[0] == Prompt(" Bo0", {}, " Bo0", name="rows")
 
 
+def test_columns_have_tools_prefills_and_reasoning(tmp_path: Path) -> None:
+    asked = [{"role": "system", "content": "Be."}, USER]
+    thought = {"role": "assistant", "content": "It is Ann", "reasoning_content": "Hm"}
+    parts = [{"type": "text", "text": text} for text in ("It", " is Bo")]
+    rows = [
+        {"talk": [*asked, thought], "begun": "It is", "can": _TOOLS},
+        {"talk": json.dumps([*asked, {**BEGUN, "content": parts}]), "can": json.dumps(_TOOLS)},
+        {"talk": [USER, {**BEGUN, "content": "It", "tool_calls": None}], "begun": "", "can": []},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows[:1])), encoding="utf-8")
+    column = PromptColumn(
+        dataset=str(tmp_path / "rows.jsonl"), column="talk", prefill="begun", tools="can"
+    )
+    more = {"tools": _TOOLS, "name": "rows.jsonl"}
+    begun = Prompt.chat(asked, reasoning="Hm", prefill="It is", answer=" Ann", **more)
+    assert column.prompts(0) == [begun]
+    assert column._prompt({"begun": None, **rows[1]}) == Prompt.chat(
+        asked, answer="It is Bo", **more
+    )
+    assert column._prompt(rows[2]) == Prompt.chat([USER], answer="It", name="rows.jsonl")
+
+
+BAD_ROWS = [
+    ([], r"messages=\[\]: a conversation has one message"),
+    (None, "messages=None: write a list of messages"),
+    (3, "messages=3: write a list of messages"),
+    ([3], r"messages\[0\] is 3\. Write \{"),
+    ([USER, {"role": "assistant", "content": 3}], r"messages\[1\]: content=3"),
+    ([USER, {"role": "assistant", "content": None}], r"messages\[1\]: no content"),
+    ([USER, {"role": "assistant", "content": [{"text": "a"}]}], r"messages\[1\]: content="),
+    ([USER, {"role": "assistant", "content": "a", "tool_calls": [{"name": "f"}]}], "in words"),
+    ([{**BEGUN, "content": "It is so"}], "it has no question, or no answer"),
+    ([USER, BEGUN], "the last message, 'I', does not go on after the prefill 'It is'"),
+    ([USER, {**BEGUN, "content": "It is"}], "does not go on after the prefill 'It is'"),
+    ("text", "a text without an answer"),
+]
+
+
+@pytest.mark.parametrize(("given", "said"), BAD_ROWS)
+def test_rows_that_are_not_prompts_are_refused(given: Any, said: str) -> None:
+    column = PromptColumn(dataset="rows", prefill="begun")
+    with pytest.raises(ValueError, match=said):
+        column._prompt({"messages": given, "begun": "It is"})
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"tools": "tool"}, "tools='tool' is not one of the columns of .*: messages, said"),
         ({"column": "message"}, "column='message' is not one of the columns of .*: messages, said"),
         ({"column": "said"}, "row 0: a text without an answer. Name the column of answers"),
         ({"dataset": "nowhere.jsonl"}, r"dataset='nowhere\.jsonl', split='train' could not be"),
@@ -1076,12 +1125,45 @@ def test_a_template_that_writes_the_date_is_told(chatty: Tiny) -> None:
     model = copy.copy(chatty.model)
     model.tokenizer = copy.copy(model.tokenizer)
     model.tokenizer.chat_template = "{{ date_string or strftime_now('%d %b %Y') }}" + SHORT
-    with pytest.warns(UserWarning, match="the chat template writes today's date where none is giv"):
+    told = "the chat template writes today's date where none is given"
+    with pytest.warns(UserWarning, match=told):
         evaluate(model, TALK, {"PRE": "none"}, progress=False)
+    for ask in (model, model.to_tokens, partial(model.generate, max_new_tokens=1)):
+        with pytest.warns(UserWarning, match=told):
+            ask(TALK)
     fixed = Prompt.chat([USER], answer=" Bo", template_options={"date_string": "1 May 2025"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         evaluate(model, [fixed, Prompt("Ann met", {}, " Bo")], {"PRE": "none"}, progress=False)
+
+
+def test_a_sweep_is_not_resumed_on_another_day(
+    places: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = {
+        "sources": places,
+        "chat_template": "{{ day_or_date or strftime_now('%d %b %Y') }}" + SHORT,
+        "prompts": [{"messages": [USER], "answer": " Bo"}],
+        "grafts": {"LT": "sft @ last"},
+    }
+    with pytest.warns(UserWarning, match='Fix it: template_options=\\{"day_or_date"'):
+        prepare_sweep(config, tmp_path / "out", say=lambda line: None)
+    known = read_manifest(tmp_path / "out").identity["prompts"]
+    assert known["day that the chat template writes"] == date.today().isoformat()
+
+    class Later(date):
+        @classmethod
+        def today(cls) -> "Later":
+            return cls(2100, 1, 2)
+
+    monkeypatch.setattr("graftlens.sweep.prepared.date", Later)
+    with (
+        pytest.warns(UserWarning, match="writes today's date"),
+        pytest.raises(ValueError, match=r"day that the chat template writes: .* there, '2100-01-0"),
+    ):
+        prepare_sweep(config, tmp_path / "out", say=lambda line: None)
+    with pytest.raises(ValueError, match="prompts have other tokens today, 2100-01-02"):
+        work(tmp_path / "out", progress=False, say=lambda line: None)
 
 
 def test_the_dashboard_command_asks_in_a_chat(monkeypatch: pytest.MonkeyPatch) -> None:

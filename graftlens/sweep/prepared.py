@@ -2,10 +2,15 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
 from typing import Any, Literal
 
 from graftlens.model.arch import Architecture
-from graftlens.prompts import Prompt, PromptError, Tokenized, continuation, tokenize
+from graftlens.prompts import Prompt, PromptError, Tokenized, continuation, dated, tokenize
+
+#: What a sweep calls the day that its prompts' tokens are of.
+_DAY = "day that the chat template writes"
 
 #: Whether a continuation is scored as a whole, or its first token only.
 Extent = Literal["whole", "first"]
@@ -126,6 +131,30 @@ class Prepared:
                 f"{self.arch.d_vocab - 1}."
             )
         return scored
+
+
+def day_of(prompts: Sequence[Prompt], tokenizer: Any) -> dict[str, str]:
+    """The day that the prompts' tokens are of, where the chat template writes the day's date."""
+    return {_DAY: date.today().isoformat()} if dated(prompts, tokenizer) else {}
+
+
+def refuse_another_day(folder: Path, known: Mapping[str, Any]) -> None:
+    """That prompts have today the tokens that they had.
+
+    Args:
+        folder: the sweep's.
+        known: what it knows of its prompts, `day_of` included.
+
+    Raises:
+        ValueError: they have those of another day.
+    """
+    today = date.today().isoformat()
+    if (day := known.get(_DAY, today)) != today:
+        raise ValueError(
+            f"{folder} was started on {day}, and the chat template writes the day's date: its "
+            f"prompts have other tokens today, {today}. Start the sweep in a new folder, with the "
+            'date fixed: template_options: {date_string: "26 Jul 2024"}, or as the template has it.'
+        )
 
 
 def joined_answers(prompts: Sequence[Prompt]) -> str | None:

@@ -49,7 +49,7 @@ from graftlens.sweep.disk import (
     writing,
 )
 from graftlens.sweep.memory import affordable_rows
-from graftlens.sweep.prepared import Prepared
+from graftlens.sweep.prepared import Prepared, day_of, refuse_another_day
 from graftlens.sweep.results import (
     GRAFT_COLUMNS,
     Manifest,
@@ -335,6 +335,7 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
                 [[as_given(p), d] for p, d in zip(checked.prompts, checked.dataset, strict=True)]
             ),
             "sha256 of tokens": json_digest(shapes),
+            **day_of(checked.prompts, checked.tokenizer),
         },
     }
     if own := fingerprints(checked.asked):
@@ -439,6 +440,7 @@ def work(
         say(f"{out} is finished: nothing to run.")
         return
     _refuse_unfinished_earlier(out)
+    refuse_another_day(out, manifest.identity.get("prompts", {}))
     asked = asked_for(config.metrics.measures, own_measures(measures))
     _refuse_other_functions(out, manifest, fingerprints(asked))
     with writing(out):
