@@ -5,6 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -13,9 +14,11 @@ from toytokenizers import TOKENIZERS
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from graftlens.model.grafted import GraftedTransformer
+if TYPE_CHECKING:
+    from graftlens.model.grafted import GraftedTransformer
 
-pytest_plugins = ["progress"]
+# The first has graftlens checked from its first import on, which is after this.
+pytest_plugins = ["typecheck", "progress"]
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Tiny:
 
     variant: str
     sources: dict[str, PreTrainedModel]
-    model: GraftedTransformer
+    model: "GraftedTransformer"
     tokenizer: PreTrainedTokenizerBase | None
 
     def logits(self, source: str, tokens: list[int]) -> torch.Tensor:
@@ -66,6 +69,8 @@ def tiny() -> MakeTiny:
 
     The Hugging Face models are read-only by agreement; a test that changes one copies it first.
     """
+    from graftlens.model.grafted import GraftedTransformer
+
     tokenizers = {name: cache(build) for name, build in TOKENIZERS.items()}
 
     @cache

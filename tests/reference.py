@@ -7,6 +7,7 @@ how graftlens computes a grafted pass.
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal, overload
 
@@ -235,46 +236,75 @@ def _bias(model: PreTrainedModel, component: str, layer: int) -> Tensor | None:
     return _layers(model)[layer].get_submodule(path).bias
 
 
-def _put(target: Tensor, theirs: dict[str, Tensor], chosen: Chosen) -> None:
-    """Overwrite a parameter with a source's, or with a mixture of several."""
-    if isinstance(chosen, str):
-        target.copy_(theirs[chosen])
-    else:
-        target.copy_(sum(float(share) * theirs[source] for source, share in chosen.items()))
+# A parameter of the running copy, and what each source has in its place.
+Parameter = tuple[Tensor, dict[str, Tensor]]
 
 
-def _overwrite(
-    runner: PreTrainedModel,
-    models: dict[str, PreTrainedModel],
-    choose: Choose,
-    position: int,
-    neurons: bool,
-    bias: Choose | None,
-) -> None:
-    """Give the running copy the parameters chosen for one token."""
-    base = next(iter(models))
+@dataclass
+class _Site:
+    """A component in a layer: what is overwritten there before a token."""
+
+    component: str
+    layer: int | None
+    #: Unit -> its parameters; a component that is not cut has the one unit None.
+    units: dict[int | None, list[Parameter]]
+    #: The bias that is no unit's own.
+    bias: Parameter | None
+    #: Unit -> what is written there now; for the bias, the key is "bias".
+    written: dict[int | str | None, Chosen] = field(default_factory=dict)
+
+    def put(self, unit: int | str | None, chosen: Chosen, parameters: list[Parameter]) -> None:
+        """Overwrite parameters with a source's or a mixture's, unless they hold it already."""
+        if unit in self.written and self.written[unit] == chosen:
+            return
+        self.written[unit] = chosen if isinstance(chosen, str) else dict(chosen)  # type: ignore[assignment]
+        for target, theirs in parameters:
+            if isinstance(chosen, str):
+                target.copy_(theirs[chosen])
+            else:
+                target.copy_(sum(float(share) * theirs[name] for name, share in chosen.items()))
+
+
+def _sites(
+    runner: PreTrainedModel, models: dict[str, PreTrainedModel], neurons: bool
+) -> list[_Site]:
+    """All that is overwritten in the running copy."""
+    sites = []
     for component in components_of(runner):
-        outside = component in MODEL_COMPONENTS
         n_units = n_heads_of(runner, component)
         if neurons and component in NEURON_COMPONENTS:
             n_units = n_neurons(runner)
-        for layer in [None] if outside else range(len(_layers(runner))):
-            choices: list[Chosen] = []
+        for layer in [None] if component in MODEL_COMPONENTS else range(len(_layers(runner))):
+            units: dict[int | None, list[Parameter]] = {}
             for unit in [None] if n_units is None else range(n_units):
-                chosen = choose(component, layer, position, unit)
-                choices.append(chosen)
-                mine = _parts(runner, component, layer, unit)
                 theirs = {name: _parts(m, component, layer, unit) for name, m in models.items()}
-                for number, target in enumerate(mine):
-                    _put(target, {name: parts[number] for name, parts in theirs.items()}, chosen)
+                units[unit] = [
+                    (target, {name: parts[number] for name, parts in theirs.items()})
+                    for number, target in enumerate(_parts(runner, component, layer, unit))
+                ]
+            bias = None
             if component in ("o", "mlp_out") and n_units is not None:
                 target = _bias(runner, component, layer)
                 if target is not None:
-                    agree = all(chosen == choices[0] for chosen in choices)
-                    biases = {name: _bias(m, component, layer) for name, m in models.items()}
-                    own = choices[0] if agree else base
-                    own = own if bias is None else bias(component, layer, position, None)
-                    _put(target, biases, own)
+                    bias = target, {n: _bias(m, component, layer) for n, m in models.items()}
+            sites.append(_Site(component, layer, units, bias))
+    return sites
+
+
+def _overwrite(
+    sites: list[_Site], base: str, choose: Choose, position: int, bias: Choose | None
+) -> None:
+    """Give the running copy the parameters chosen for one token."""
+    for site in sites:
+        choices: list[Chosen] = []
+        for unit, parameters in site.units.items():
+            choices.append(choose(site.component, site.layer, position, unit))
+            site.put(unit, choices[-1], parameters)
+        if site.bias is not None:
+            agree = all(chosen == choices[0] for chosen in choices)
+            own = choices[0] if agree else base
+            own = own if bias is None else bias(site.component, site.layer, position, None)
+            site.put("bias", own, [site.bias])
 
 
 @overload
@@ -330,10 +360,11 @@ def sequential_graft(
         lambda _, args, output: residuals[-1].append(output[0, 0].clone())
     )
 
+    sites = _sites(runner, models, neurons)
     cache = DynamicCache(config=runner.config)
     logits = []
     for position, token in enumerate(tokens):
-        _overwrite(runner, models, choose, position, neurons, bias)
+        _overwrite(sites, next(iter(models)), choose, position, bias)
         output = runner(
             input_ids=torch.tensor([[token]]),
             position_ids=torch.tensor([[position]]),

@@ -7,13 +7,11 @@ the sequential algorithm (`lensoracle`).
 import copy
 import dataclasses
 import inspect
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
@@ -34,6 +32,7 @@ from lensoracle import (
 )
 from torch import Tensor
 
+from graftlens.evaluation import evaluate
 from graftlens.graft import Graft
 from graftlens.lens import (
     activation_difference,
@@ -940,67 +939,52 @@ def test_no_hook_is_not_all_hooks(oracles: OracleOf, hooks: Any) -> None:
         activation_difference(oracles("gpt2").tiny.model, PROMPTS[0], hooks=hooks)
 
 
-def test_wrong_types_are_named_for_users_who_run_without_type_checks() -> None:
+def test_wrong_types_are_named_for_users_who_run_without_type_checks(
+    tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Under pytest the run-time checks refuse these first; users see the library's own words.
 
     Regression: a tokenizer's output ran as the prompts "input_ids" and "attention_mask", and
     others were "object is not iterable".
     """
-    program = r"""
-import numpy as np
-import torch
-from families import tiny_pair
-from lensoracle import PROMPTS
-from toytokenizers import TOKENIZERS
-from graftlens import evaluate
-from graftlens.lens import *
-from graftlens.model.grafted import GraftedTransformer
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    model = tiny("gpt2", tokenizer="gpt2").model
+    assert model.tokenizer is not None
+    one = PROMPTS[0]
+    encoded = model.tokenizer(one.text, return_tensors="pt")
+    mask = model.resolve("sft @ last", one)
 
-tokenizer = TOKENIZERS["gpt2"]()
-model = GraftedTransformer.from_pretrained(
-    tiny_pair("gpt2", 1, len(tokenizer)), tokenizer=tokenizer, check=False, verbose=False
-)
-one = PROMPTS[0]
-encoded = tokenizer(one.text, return_tensors="pt")
-mask = model.resolve("sft @ last", one)
+    printed: list[str] = []
 
-def tried(function, *args, **more):
-    try:
-        print("accepted", len(function(model, *args, **more)))
-    except ValueError as error:
-        print(" ".join(str(error).split())[:88])
+    def tried(function: Callable[..., Any], *args: Any, **more: Any) -> None:
+        try:
+            printed.append(f"accepted {len(function(model, *args, **more))}")
+        except ValueError as error:
+            printed.append(" ".join(str(error).split())[:88])
 
-tried(logit_lens, encoded)
-tried(type(model).forward, dict(encoded))
-tried(logit_lens, model.batch(encoded["input_ids"], attention_mask=encoded["attention_mask"]))
-tried(logit_lens, None)
-tried(logit_lens, 5)
-for grafts in (mask, {"a": mask}, [mask], {"a": None}, 5, [None]):
-    tried(logit_lens, one, grafts)
-tried(evaluate, [one], {"a": mask}, progress=False)
-tried(evaluate, [one], {"a": None}, progress=False)
-tried(logit_lens, one, full=mask)
-tried(logit_lens, one, full=5)
-for top_k in (np.int64(3), True, "3", 3.0, 0, None):
-    tried(logit_lens, one, at="last", top_k=top_k)
-    tried(patching, one, "sft @ last : o", top_k=top_k)
-table = logit_lens(model, one, at="last")
-for k in (np.int64(2), True, "1", 1.5, None):
-    tried(lambda model, **more: emergence(table, **more), k=k)
-tried(weight_difference, source=1)
-for hooks in (5, None, [5], np.array(["hook_z", "hook_q"])):
-    tried(activation_difference, one, hooks=hooks, at="last")
-for at in (torch.tensor([0]), torch.tensor(-1), np.array([0, -1]), torch.tensor([0.5]), None):
-    tried(logit_lens, one, at=at)
-tried(logit_lens, one, at=torch.tensor([True]))
-"""
-    printed = subprocess.run(
-        [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=Path(__file__).parent,
-    ).stdout.splitlines()
+    tried(logit_lens, encoded)
+    tried(type(model).forward, dict(encoded))
+    tried(logit_lens, model.batch(encoded["input_ids"], attention_mask=encoded["attention_mask"]))
+    tried(logit_lens, None)
+    tried(logit_lens, 5)
+    for grafts in (mask, {"a": mask}, [mask], {"a": None}, 5, [None]):
+        tried(logit_lens, one, grafts)
+    tried(evaluate, [one], {"a": mask}, progress=False)
+    tried(evaluate, [one], {"a": None}, progress=False)
+    tried(logit_lens, one, full=mask)
+    tried(logit_lens, one, full=5)
+    for top_k in (np.int64(3), True, "3", 3.0, 0, None):
+        tried(logit_lens, one, at="last", top_k=top_k)
+        tried(patching, one, "sft @ last : o", top_k=top_k)
+    table = logit_lens(model, one, at="last")
+    for k in (np.int64(2), True, "1", 1.5, None):
+        tried(lambda model, **more: emergence(table, **more), k=k)
+    tried(weight_difference, source=1)
+    for hooks in (5, None, [5], np.array(["hook_z", "hook_q"])):
+        tried(activation_difference, one, hooks=hooks, at="last")
+    for at in (torch.tensor([0]), torch.tensor(-1), np.array([0, -1]), torch.tensor([0.5]), None):
+        tried(logit_lens, one, at=at)
+    tried(logit_lens, one, at=torch.tensor([True]))
     tokens = "with the keys input_ids attention_mask is not a prompt. Of what a"
     none = "is not a prompt. Give texts, Prompts, or a tensor of token ids."
     mask = "is a GraftMask, which belongs to one batch of prompts. Give the graft"

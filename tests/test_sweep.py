@@ -114,7 +114,10 @@ def rows_by_brute_force(
     and values that it reads. Which source is used comes from masks, which the planner never sees.
     """
     arch = model.arch
-    keys = (Component.LN1, Component.K, Component.K_NORM, Component.V)
+    here = arch.components
+    keys = [c for c in (Component.LN1, Component.K, Component.K_NORM, Component.V) if c in here]
+    inputs = [c for c in (Component.EMBED, Component.POS_EMBED) if c in here]
+    others = [c for c in here if c not in (*MODEL_COMPONENTS, *keys) or c is Component.LN1]
     numbers: dict[object, int] = {}
     seen: list[set[int]] = [set() for _ in range(arch.n_layers + 1)]
 
@@ -145,14 +148,9 @@ def rows_by_brute_force(
         @cache
         def entering(layer: int, node: int, sources=sources) -> int:  # type: ignore[no-untyped-def]
             if layer == 0:
-                inputs = [c for c in (Component.EMBED, Component.POS_EMBED) if c in arch.components]
                 value: object = ("in", node, *(sources(c, None, node) for c in inputs))
             else:
-                own = [
-                    sources(c, layer - 1, node)
-                    for c in arch.components
-                    if c not in MODEL_COMPONENTS and (c is Component.LN1 or c not in keys)
-                ]
+                own = [sources(c, layer - 1, node) for c in others]
                 reach = arch.windows[layer - 1]
                 near = before[node] if reach is None else before[node][-reach:]
                 read = [key(layer - 1, other) for other in near]
@@ -162,7 +160,7 @@ def rows_by_brute_force(
 
         @cache
         def key(layer: int, node: int, sources=sources, entering=entering) -> int:  # type: ignore[no-untyped-def]
-            own = [sources(c, layer, node) for c in keys if c in arch.components]
+            own = [sources(c, layer, node) for c in keys]
             return number(("key", layer, node, entering(layer, node), *own))
 
         for path in branches.paths:

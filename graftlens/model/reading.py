@@ -16,7 +16,7 @@ from graftlens.model.inputs import Batch, Input, Padding, collate, from_tokens
 from graftlens.prompts import Prompt, Tokenized, dated, doubled_bos, encode, tokenize
 
 #: Modules that a warning does not point at.
-_PASSED_ON = ("graftlens", "torch", "transformer_lens", "contextlib", "jaxtyping")
+_PASSED_ON = ("graftlens", "torch", "transformer_lens", "contextlib")
 
 
 def tell(note: str) -> None:
