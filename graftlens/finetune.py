@@ -11,8 +11,8 @@ The folder of a run holds
 - ``checkpoints/``: the newest complete state to resume from, removed when the run is finished;
 - ``epochs/``: with ``keep_epochs`` the weights after each epoch, else the best ones so far, removed
   when the run is finished;
-- ``model/``: the finetuned checkpoint (float32, with tokenizer and ``finetune.json``), which
-  appears in one rename;
+- ``model/``: the finetuned checkpoint, or with LoRA the adapter (float32, with tokenizer and
+  ``finetune.json``), which appears in one rename;
 - ``config.yaml``: the settings of `finetune_run`.
 
 Checkpoints, epochs and model have a ``complete.json`` with the SHA-256 of every file: damaged
@@ -69,6 +69,7 @@ from graftlens.model.start import (
     frozen_modules,
     load_start,
     load_tokenizer,
+    save_adapter,
     weight_hash,
     with_adapters,
 )
@@ -328,8 +329,9 @@ def _finetune(
     model = load_start(config.model) if model is None else model
     check_weights(model)
     targets = config.lora.target_modules if config.lora is not None else ()
+    adapts = config.lora is not None and not config.lora.merge
     frozen = frozen_modules(model, config.freeze, targets)
-    check_targets(model, targets)
+    check_targets(model, targets, merge=not adapts)
     precision = resolve_precision(config)
     final, epochs = config.output / "model", config.output / "epochs"
     checkpoints = config.output / "checkpoints"
@@ -360,6 +362,7 @@ def _finetune(
         )
         # A setting that an earlier release did not know had its present default.
         plain = FinetuneConfig(model="", output=Path()).model_dump(mode="json")
+        plain["lora"] = {"merge": True} if config.lora is not None else None
         defaults = {"config": plain, "processes": 1}
         if is_earlier(config.output):
             start = {**identity["start"], "tokenizer_sha256": vocabulary_hash(tokenizer)}
@@ -396,21 +399,23 @@ def _finetune(
     # After all checks: a refused run leaves the folder free for another one.
     processes.from_first(partial(_claim, config.output, identity))
 
-    def save(folder: Path, plain: Any) -> None:
-        """Weights and tokenizer, as a checkpoint that anything can load."""
-        now = getattr(plain.config, "use_cache", use_cache)
-        plain.config.use_cache = use_cache
+    def save(folder: Path, result: Any) -> None:
+        """Weights and tokenizer, as a checkpoint or an adapter that anything can load."""
+        if config.lora is not None and config.lora.merge:
+            # Of a copy: merging and unmerging adapters leaves rounding errors.
+            result = copy.deepcopy(result).merge_and_unload()
+        now = getattr(result.config, "use_cache", use_cache)
+        result.config.use_cache = use_cache
         with quiet():
-            plain.save_pretrained(folder)
+            if adapts:
+                save_adapter(result, folder, config.model)
+            else:
+                result.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        plain.config.use_cache = now
+        result.config.use_cache = now
 
     def save_epoch(number: int) -> None:
-        plain = trained
-        if config.lora is not None:
-            # Of a copy: merging and unmerging adapters leaves rounding errors.
-            plain = copy.deepcopy(trained).merge_and_unload()
-        write_folder(epochs / f"epoch-{number}", partial(save, plain=plain), run=identity)
+        write_folder(epochs / f"epoch-{number}", partial(save, result=trained), run=identity)
 
     trainer, seconds, losses, perplexities = train(
         config,
@@ -446,8 +451,7 @@ def _finetune(
                 verify(best)
                 shutil.copytree(best, folder, dirs_exist_ok=True)
             else:
-                plain = trained if config.lora is None else trainer.model.merge_and_unload()
-                save(folder, plain)
+                save(folder, trained)
             write_whole(folder / "finetune.json", json.dumps(record, indent=2) + "\n")
 
         write_folder(final, write, run=identity)

@@ -30,7 +30,7 @@ class FinetuneResult:
     """A finished run.
 
     Attributes:
-        folder: the finetuned checkpoint, with tokenizer.
+        folder: the finetuned checkpoint or adapter, with tokenizer.
         losses: mean training loss of each optimizer step, in nats per token.
         perplexities: of the held-out texts before training and after each epoch; empty without.
         steps: optimizer steps.

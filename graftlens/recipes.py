@@ -14,7 +14,7 @@ from graftlens.presets import preset
 
 
 class LoraSettings(Settings):
-    """Train low-rank adapters (needs ``peft``); the result is saved merged, as plain weights."""
+    """Train low-rank adapters (needs ``peft``); the result is an adapter of the start model."""
 
     rank: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Rank of each adapter."""
@@ -26,8 +26,12 @@ class LoraSettings(Settings):
     """Share of an adapter's inputs dropped while training."""
 
     target_modules: tuple[str, ...] | Literal["all-linear"] = "all-linear"
-    """Names of the linear modules that get an adapter: none that shares its weight with another,
-    as with tied embeddings."""
+    """Names of the linear modules that get an adapter. To be merged, none may share its weight with
+    another, as with tied embeddings."""
+
+    merge: bool = False
+    """Save the result merged, as a checkpoint of its own (as large as the model), instead of as an
+    adapter."""
 
 
 class FinetuneConfig(Settings):
@@ -102,8 +106,8 @@ class FinetuneConfig(Settings):
     the earlier of equals; this needs held-out texts."""
 
     keep_epochs: bool = False
-    """Leave the weights after each epoch in ``epochs/epoch-N``: checkpoints to load, not to resume
-    from (each as large as the model)."""
+    """Leave the weights after each epoch in ``epochs/epoch-N``: checkpoints or adapters to load,
+    not to resume from (each checkpoint as large as the model)."""
 
     @field_validator("model")
     @classmethod

@@ -30,6 +30,7 @@ from graftlens.finetune import (
     finetune,
     perplexity,
 )
+from graftlens.model.grafted import GraftedTransformer
 
 
 def texts(count: int = 12) -> list[str]:
@@ -106,7 +107,13 @@ def run(config: FinetuneConfig, lines: list[str] | None = None, **more) -> Finet
 
 
 def weights(result: FinetuneResult) -> dict[str, torch.Tensor]:
-    return load_file(result.folder / "model.safetensors")
+    return saved_in(result.folder)
+
+
+def saved_in(folder: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint or of an adapter."""
+    (file,) = folder.glob("*model.safetensors")
+    return load_file(file)
 
 
 def assert_same(one: FinetuneResult, other: FinetuneResult) -> None:
@@ -371,7 +378,7 @@ def epochs(folder: Path) -> list[str]:
 
 
 def epoch_weights(folder: Path, number: int) -> dict[str, torch.Tensor]:
-    return load_file(folder / "epochs" / f"epoch-{number}" / "model.safetensors")
+    return saved_in(folder / "epochs" / f"epoch-{number}")
 
 
 def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -567,16 +574,17 @@ def test_adapters_are_not_put_on_frozen_parts(tiny, tmp_path):
         run(recipe(tiny, tmp_path / "run", **settings), model=untied(tiny))
     model = untied(tiny)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    settings = {"freeze": ("embed", "unembed"), "lora": LoraSettings(rank=2)}
+    settings = {"freeze": ("embed", "unembed"), "lora": LoraSettings(rank=2, merge=True)}
     after = weights(run(recipe(tiny, tmp_path / "run", **settings), model=model))
     changed = {name.split(".")[-2] for name in after if not torch.equal(before[name], after[name])}
     assert changed == {"c_attn", "c_proj", "c_fc"}
 
 
 @pytest.mark.parametrize(("target", "other"), [("lm_head", "transformer.wte"), ("wte", "lm_head")])
-def test_adapters_are_not_put_on_tied_weights(target, other, tiny, tmp_path):
+def test_adapters_on_tied_weights_are_not_merged(target, other, tiny, tmp_path):
     needs("peft")
-    settings = {"lora": LoraSettings(rank=2, target_modules=("c_attn", target))}
+    targets = ("c_attn", target)
+    settings = {"lora": LoraSettings(rank=2, target_modules=targets, merge=True)}
     message = rf"target_modules names '{target}', whose weight is also that of {other} \(tied weig"
     with pytest.raises(ValueError, match=message):
         run(recipe(tiny, tmp_path / "run", **settings))
@@ -585,7 +593,8 @@ def test_adapters_are_not_put_on_tied_weights(target, other, tiny, tmp_path):
 
 def test_adapters_on_an_unembedding_of_its_own_are_saved_merged(tiny, tmp_path):
     needs("peft")
-    settings = {"lora": LoraSettings(rank=2, target_modules=("lm_head",)), "learning_rate": 3e-2}
+    lora = LoraSettings(rank=2, target_modules=("lm_head",), merge=True)
+    settings = {"lora": lora, "learning_rate": 3e-2}
     result = run(recipe(tiny, tmp_path / "run", **settings), model=untied(tiny))
     saved = transformers.AutoModelForCausalLM.from_pretrained(result.folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
@@ -865,9 +874,49 @@ def test_autocast_keeps_float32_weights(tiny, tmp_path):
     assert not rounded
 
 
+def test_an_adapter_is_the_result(tiny, tmp_path):
+    """Also on tied weights: it is graftlens' source and PEFT's model as it is."""
+    needs("peft")
+    from peft import PeftModel
+
+    lora = LoraSettings(rank=2, target_modules=("c_attn", "lm_head"))
+    settings = {"lora": lora, "learning_rate": 2e-2, "keep": "best"}
+    result = run(recipe(tiny, tmp_path / "run", **settings))
+    names = {path.name for path in result.folder.iterdir()}
+    assert {"adapter_config.json", "adapter_model.safetensors", "tokenizer.json"} <= names
+    assert not {"model.safetensors", "config.json", "README.md"} & names
+    said = json.loads((result.folder / "adapter_config.json").read_text())
+    assert said["base_model_name_or_path"] == str(tiny)
+    assert {key.split(".")[-3] for key in weights(result)} == {"c_attn", "lm_head"}
+    base = transformers.AutoModelForCausalLM.from_pretrained(tiny)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tiny)
+    _, held = _split(recipe(tiny, tmp_path), as_dataset(texts()), None)
+    peft = PeftModel.from_pretrained(base, result.folder).eval()
+    value = perplexity(peft, tokenizer, held, max_length=96, batch_size=4)
+    assert value == pytest.approx(result.heldout_perplexity, rel=1e-4)
+    model = GraftedTransformer.from_pretrained({"pre": tiny, "sft": result.folder}, verbose=False)
+    ids = model.to_tokens(held[0])
+    with torch.no_grad():
+        wanted = peft(input_ids=ids, use_cache=False).logits
+        ours = model(ids, graft="sft @ all")
+    assert torch.allclose(ours, wanted, atol=1e-4)
+
+
+def test_nothing_goes_on_from_an_adapter(tiny, tmp_path):
+    needs("peft")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(ValueError) as caught:
+        run(recipe(tmp_path / "adapter", tmp_path / "run"))
+    assert str(caught.value) == (
+        f"model='{tmp_path / 'adapter'}' is a PEFT adapter. Finetune a whole model: train that "
+        "adapter with lora: {merge: true}, or save it merged (merge_and_unload in peft)."
+    )
+
+
 def test_adapters_are_saved_merged(tiny, tmp_path):
     needs("peft")
-    lora = LoraSettings(rank=2, target_modules=("c_attn",))
+    lora = LoraSettings(rank=2, target_modules=("c_attn",), merge=True)
     result = run(recipe(tiny, tmp_path / "run", lora=lora))
     base, merged = load_file(tiny / "model.safetensors"), weights(result)
     assert merged.keys() == base.keys()
@@ -875,6 +924,13 @@ def test_adapters_are_saved_merged(tiny, tmp_path):
     assert changed == {f"transformer.h.{layer}.attn.c_attn.weight" for layer in (0, 1)}
     for name in changed:
         assert torch.linalg.matrix_rank(merged[name] - base[name], rtol=1e-3) <= 2
+    # An earlier release merged without being told to.
+    for path in (tmp_path / "run" / "run.json", result.folder / "finetune.json"):
+        record = json.loads(path.read_text())
+        del record["config"]["lora"]["merge"]
+        path.write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"  config\.lora\.merge: True there, False given"):
+        run(recipe(tiny, tmp_path / "run", lora=lora.model_copy(update={"merge": False})))
 
 
 def test_adapters_too_are_resumed_exactly(tiny, tmp_path, monkeypatch):
@@ -895,9 +951,10 @@ def test_adapters_too_are_resumed_exactly(tiny, tmp_path, monkeypatch):
     assert len(calls) == 8 + 3
 
 
-def test_adapters_are_merged_into_each_kept_epoch_and_go_on_as_they_were(tiny, tmp_path):
+@pytest.mark.parametrize("merge", [True, False])
+def test_adapters_of_each_kept_epoch_and_go_on_as_they_were(merge, tiny, tmp_path):
     needs("peft")
-    lora = LoraSettings(rank=2, dropout=0.2, target_modules=("c_attn",))
+    lora = LoraSettings(rank=2, dropout=0.2, target_modules=("c_attn",), merge=merge)
     settings = {"lora": lora, "learning_rate": 2e-2}
     plain = run(recipe(tiny, tmp_path / "plain", **settings))
     kept = run(recipe(tiny, tmp_path / "kept", keep_epochs=True, **settings))

@@ -42,9 +42,14 @@ SHAPES = {
 MODELS = ("smollm2", *SHAPES)
 
 
+def checkpoint(name: str, folder: Path) -> Path:
+    """A model by its name in `MODELS`."""
+    return smollm2() if name == "smollm2" else _random(name, folder / "pre")
+
+
 def pair(name: str, folder: Path) -> dict[str, Path]:
-    """Two checkpoints: a model by its name in `MODELS`, and the same with noise on every weight."""
-    pre = smollm2() if name == "smollm2" else _random(name, folder / "pre")
+    """Two checkpoints: a model by its name, and the same with noise on every weight."""
+    pre = checkpoint(name, folder)
     return {"pre": pre, "sft": _perturbed(pre, folder / "sft")}
 
 

@@ -299,6 +299,14 @@ class ExperimentConfig(RunSettings):
                 self.order()
             except ValueError as error:
                 problems.append(("models", str(error)))
+        for name in self.models:
+            lora = self.recipe_of(name).get("lora")
+            if isinstance(lora, Mapping) and not lora.get("merge") and self.needs_whole(name):
+                what = (
+                    "training goes on from this model or from another to it, or it is run beside "
+                    "another base, so it cannot be an adapter of the pretrained one. Leave it out."
+                )
+                problems.append((f"models.{name}.recipe.lora.merge", what))
         if problems:
             raise ConfigError(*problems)
         return self
@@ -414,7 +422,18 @@ class ExperimentConfig(RunSettings):
         """The keys of `FinetuneConfig` that train a model: from preset, experiment and model, in
         order."""
         preset = PRESETS[self.model].recipe if self.model in PRESETS else {}
-        return {"seed": self.seed, **preset, **self.recipe, **self.models[name].recipe}
+        recipe = {"seed": self.seed, **preset, **self.recipe, **self.models[name].recipe}
+        if isinstance(lora := recipe.get("lora"), Mapping) and self.needs_whole(name):
+            recipe["lora"] = {"merge": True, **lora}
+        return recipe
+
+    def needs_whole(self, name: str) -> bool:
+        """Whether a model cannot be an adapter of the pretrained one: training goes from it, or
+        from another to it, or it is run beside another base."""
+        if self.models[name].start != BASE or name in {m.start for m in self.models.values()}:
+            return True
+        beside = [list(self.sources(part).values()) for part in self.parts.values()]
+        return any(name in sources and sources[0] != BASE for sources in beside)
 
 
 def _with_distractors(prompts: Section) -> bool:

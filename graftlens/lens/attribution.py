@@ -36,6 +36,7 @@ from graftlens.model.forward import TransformerBlock
 from graftlens.model.grafted import GraftedTransformer, Input
 from graftlens.model.linear import Norm, per_row
 from graftlens.model.mask import GraftMask
+from graftlens.model.weights import Sourced
 from graftlens.prompts import PromptError, Tokenized
 
 C = Component
@@ -194,11 +195,11 @@ class _Attribution:
         )
         chosen = self.mask[C.UNEMBED, None]
         weight, bias = model.weights_of(C.UNEMBED, None)
-        direction = self._unembedded(list(weight), chosen, wanted)
+        direction = self._unembedded(weight, chosen, wanted)
         self.bias = torch.zeros(len(places.rows), device=self.device)
         self.has_bias = bias is not None
         if bias is not None:
-            self.bias = self.bias + self._unembedded(list(bias), chosen, wanted)
+            self.bias = self.bias + self._unembedded(bias, chosen, wanted)
         norm = model.ln_final
         if norm.bias is not None:
             own = per_row(norm.bias, self.mask[C.LN_FINAL, None]).float()
@@ -287,7 +288,7 @@ class _Attribution:
         return (self._at(hook) * direction).sum(-1)
 
     def _unembedded(
-        self, tables: Sequence[Tensor], chosen: Choice, wanted: _Wanted
+        self, tables: Sourced, chosen: Choice, wanted: _Wanted
     ) -> Float[Tensor, "place *width"]:
         """Each place's row of its own source's table, or of several mixed."""
         made: Tensor | None = None

@@ -217,14 +217,14 @@ class Active:
             ValueError: under a graft for which positions or heads differ there.
             RuntimeError: as for `current`.
         """
-        if len(weight.variants) == 1:
+        if weight.is_shared:
             return weight[0]
         row, graft = COMPONENTS[component], self.current
         # A bias of a map from units belongs to none of them.
-        whole = row.axis == 1 and weight[0].ndim == 1
+        whole = row.axis == 1 and weight.like.ndim == 1
         used = self._used(component, layer, equal_sources(weight), whole)
         if len(used) == 1:
-            return weight.mixed(used.pop()).to(weight[0].dtype)
+            return weight.mixed(used.pop()).to(weight.like.dtype)
         if row.view is not None:
             way = f"{row.view}[source]" if layer is None else f"{row.view}[source, layer]"
         else:

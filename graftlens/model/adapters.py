@@ -1,8 +1,10 @@
-"""PEFT adapters as sources: put on the base, merged, and checked against PEFT's own forward.
+"""PEFT adapters as sources: put on the base, read in parts or merged, checked against PEFT.
 
-PEFT only warns about tensors that a folder lacks and drops those that it does not know, merges
-an adapter of one of two tied embeddings into both, and matches a folder's patterns without a time
-limit. Here the first is refused, the second is untied, and the third has a time limit.
+LoRA adapters are kept in their factors beside the base's own tensors, which all of them share
+(`lora.py`); every other kind is merged in float32. PEFT only warns about tensors that a folder
+lacks and drops those that it does not know, merges an adapter of one of two tied embeddings into
+both, and matches a folder's patterns without a time limit. Here the first is refused, the second
+is untied, and the third has a time limit.
 """
 
 import copy
@@ -11,7 +13,8 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,18 +24,23 @@ from torch import Tensor, nn
 
 from graftlens.folder import read_json
 from graftlens.model.arch import PairError, UnsupportedArchitectureError
+from graftlens.model.lora import in_parts
 from graftlens.model.source import (
     Source,
-    open_model,
+    language_model,
     own_logits,
     read_transformers,
     renew_rotary,
 )
 from graftlens.model.tokenizers import read_tokenizer
+from graftlens.model.weights import Weights, read_weights
 
 #: `init_lora_weights` under which the base stays unchanged, or (the last two) changes in a way that
 #: PEFT can repeat. The others change it by data or at random, and the folder does not record how.
 _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora")
+
+#: Those of them that change the base, as PEFT does again whenever it makes such an adapter.
+_CHANGING_STARTS = ("pissa", "olora")
 
 #: What PEFT puts into a pattern literally: a name, or the end of a name, without repetition.
 _PLAIN = re.compile(r"[\w.^$\\-]+")
@@ -41,60 +49,116 @@ _PLAIN = re.compile(r"[\w.^$\\-]+")
 _PATTERN_SECONDS = 0.4
 
 
-def read_adapter(name: str, folder: Path, base: Any) -> Source:
-    """An adapter's folder as a source: the base's weights with the adapter merged into them.
+@dataclass(frozen=True)
+class Base:
+    """What adapters are put on.
+
+    Attributes:
+        given: what the user gave as the base.
+        source: what was read of it.
+        model: its model in float32 or wider, which is never changed: what is put on stands on a
+            copy that has the same tensors.
+    """
+
+    given: Any
+    source: Source
+    model: Any
+
+    @classmethod
+    def of(cls, name: str, given: Any, source: Source) -> "Base":
+        """The base for adapters.
+
+        Args:
+            name: the first source that is an adapter, for messages.
+            given: what the user gave as the base.
+            source: what was read of it.
+
+        Raises:
+            PairError: a base that adapters cannot be put on.
+        """
+        if "PeftModel" in {cls.__name__ for cls in type(given).__mro__}:
+            raise PairError(
+                f"source {name!r} is a PEFT adapter, and so is the base. Give as the base a "
+                "model that has its adapter merged: base.merge_and_unload()."
+            )
+        known = isinstance(given, str | Path) or hasattr(given, "save_pretrained")
+        if source.model is None or not known:
+            raise PairError(
+                f"source {name!r} is a PEFT adapter, and the base is a {type(given).__name__}. "
+                "Adapters are applied to a checkpoint or a transformers model."
+            )
+        half = any(torch.finfo(p.dtype).bits < 32 for p in source.model.parameters())
+        return cls(given, source, widened(copy.deepcopy(source.model)) if half else source.model)
+
+    @property
+    def called(self) -> str:
+        """A checkpoint's location, or what a model says that it was loaded from; empty if that is
+        unknown."""
+        if isinstance(self.given, str | Path):
+            return str(self.given)
+        return str(getattr(self.given.config, "_name_or_path", "") or "")
+
+    @cached_property
+    def weights(self) -> Weights:
+        """The model's own tensors, as in `source` but for their dtype."""
+        return read_weights(dict(language_model(self.model).state_dict()), self.source.arch)
+
+    def copy(self, config: Any) -> Any:
+        """A model for an adapter of this `config` to be put on, around the same tensors if PEFT
+        then leaves them as they are."""
+        start = str(getattr(config, "init_lora_weights", "")).lower()
+        if _kind(config) not in ("LORA", "TRAINABLE_TOKENS") or start in _CHANGING_STARTS:
+            return copy.deepcopy(self.model)
+        shared: dict[int, Any] = {
+            id(p): nn.Parameter(p.detach(), requires_grad=False) for p in self.model.parameters()
+        }
+        return copy.deepcopy(self.model, shared | {id(b): b for b in self.model.buffers()})
+
+
+def refuse_as_base(name: str) -> None:
+    """Refuse an adapter in the place of the base.
+
+    Raises:
+        PairError: always.
+    """
+    raise PairError(
+        f"source {name!r}, the base, is a PEFT adapter. Put the model that it adapts first: "
+        '{"pre": base, "sft": adapter}.'
+    )
+
+
+def read_adapter(name: str, folder: Path, base: Base) -> Source:
+    """An adapter's folder as a source: the base's tensors, and what the adapter adds to them.
 
     Args:
         name: the source's name.
         folder: where `save_pretrained` wrote the adapter.
-        base: the model to apply it to: a hub id, a checkpoint's folder, or a transformers model.
+        base: the model to apply it to.
 
     Raises:
         PairError: an adapter that is damaged or that does not fit the base.
         UnsupportedArchitectureError: a kind or option of adapter whose merge is not exact, or
             tensors that are missing or unknown.
     """
-    if isinstance(base, str | Path):
-        here = Path(base).expanduser()
-        base = str(here) if here.exists() else str(base)
-    if isinstance(base, str) and Path(base) == folder:
-        raise PairError(
-            f"source {name!r}, the base, is a PEFT adapter. Put the model that it adapts first: "
-            '{"pre": base, "sft": adapter}.'
-        )
     config = read_settings(name, folder)
     _check_weights(name, folder, needed=True)
-    if isinstance(base, str):
-        model, _ = open_model(f"the base of source {name!r}", base)
-    elif "PeftModel" in {cls.__name__ for cls in type(base).__mro__}:
-        raise PairError(
-            f"source {name!r} is a PEFT adapter, and so is the base. Give as the base a "
-            "model that has its adapter merged: base.merge_and_unload()."
-        )
-    elif hasattr(base, "config") and hasattr(base, "save_pretrained"):
-        model = copy.deepcopy(base)
-    else:
-        raise PairError(
-            f"source {name!r} is a PEFT adapter, and the base is a {type(base).__name__}. "
-            "Adapters are applied to a checkpoint or a transformers model."
-        )
     stated = config.base_model_name_or_path
     if (
-        isinstance(base, str)
+        base.called
         and isinstance(stated, str)
         and stated
-        and Path(stated).name != Path(base).name
+        and Path(stated).name != Path(base.called).name
     ):
         warnings.warn(
             f"source {name!r}: the adapter {folder} says that it was trained on {stated}; here it "
-            f"is applied to {base}. Its numbers are meaningful only if these are the same weights.",
+            f"is applied to {base.called}. Its numbers are meaningful only if these are the same "
+            "weights.",
             stacklevel=2,
         )
     tokenizer = read_tokenizer(str(folder))
-    dtypes = tuple(sorted({p.dtype for p in model.parameters()}, key=str))
-    adapter = _put_on(name, folder, config, widened(model))
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    source = read_peft(name, adapter, f"{folder} ({kind} adapter, merged)")
+    adapter = _put_on(name, folder, config, base.copy(config))
+    source = read_peft(name, adapter, f"{folder} ({_kind(config)} adapter)", base)
+    dtypes = base.source.dtypes or tuple({t.dtype for t in base.source.weights.values()})
     return replace(source, dtypes=dtypes, tokenizer=tokenizer)
 
 
@@ -196,8 +260,16 @@ def copied(adapter: Any) -> Any:
     return copy.deepcopy(adapter, {id(k["tied_adapter"]): {} for k in made if "tied_adapter" in k})
 
 
-def read_peft(name: str, adapter: Any, origin: str) -> Source:
-    """Merge a PeftModel that is ours to change, and prove the merge against PEFT's own forward.
+def read_peft(name: str, adapter: Any, origin: str, base: Base | None = None) -> Source:
+    """A PeftModel with the adapters that are active in it, in parts if that is possible, else
+    merged.
+
+    Args:
+        name: the source's name.
+        adapter: the PeftModel; it stays unchanged.
+        origin: what it is, for messages.
+        base: what it was put on, whose tensors the source shares; without it, the source has
+            tensors of its own.
 
     Raises:
         PairError: an adapter that PEFT cannot merge.
@@ -205,17 +277,52 @@ def read_peft(name: str, adapter: Any, origin: str) -> Source:
             weights give different logits from the adapter itself.
     """
     active = adapter.active_adapters
-    for each in [active] if isinstance(active, str) else active:
-        kind = adapter.peft_config[each].peft_type
-        _check_kind(name, getattr(kind, "value", str(kind)), origin)
-    adapter.eval()
-    unmerged = own_logits(copied(adapter), copied=False)
+    kinds = [
+        _kind(adapter.peft_config[each])
+        for each in ([active] if isinstance(active, str) else active)
+    ]
+    for kind in kinds:
+        _check_kind(name, kind, origin)
+    model = adapter.get_base_model()
+    parts = in_parts(name, language_model(model))
+    if parts is None:
+        source = replace(_merged(name, adapter, origin), merged=" and ".join(dict.fromkeys(kinds)))
+    else:
+        source = read_transformers(
+            name,
+            model,
+            origin,
+            copied=False,
+            parts=parts if base is not None else parts.cloned(),
+            logits=own_logits(adapter, copied),
+        )
+    if base is None:
+        return source
+    weights = {
+        site: base.source.weights[site] if _same(tensor, base.weights.get(site)) else tensor
+        for site, tensor in source.weights.items()
+    }
+    return replace(source, weights=weights)
+
+
+def _same(tensor: Tensor, other: Tensor | None) -> bool:
+    """Whether two tensors are one, or hold the same."""
+    if other is None or tensor.shape != other.shape or tensor.dtype != other.dtype:
+        return False
+    places = [(t.data_ptr(), t.stride()) for t in (tensor, other)]
+    return places[0] == places[1] or torch.equal(tensor, other)
+
+
+def _merged(name: str, adapter: Any, origin: str) -> Source:
+    """A PeftModel merged in float32, which is proved against PEFT's own forward."""
+    ours = widened(copied(adapter)).eval()
+    unmerged = own_logits(adapter, copied)
     with _told(name, f"PEFT could not merge {origin}"):
-        _untie(adapter)
+        _untie(ours)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Input and output embeddings are no longer")
-            merged = adapter.merge_and_unload()
-    source = read_transformers(name, merged, origin, copied=False)
+            merged = ours.merge_and_unload()
+    source = read_transformers(name, merged, f"{origin}, merged", copied=False)
     draw = torch.Generator().manual_seed(0)
     length = min(source.arch.n_ctx, 24)
     tokens = torch.randint(source.arch.d_vocab, (2, length), generator=draw)
@@ -235,6 +342,11 @@ def read_peft(name: str, adapter: Any, origin: str) -> Source:
 
 
 # -- the adapter's folder ----------------------------------------------------------------------
+
+
+def _kind(config: Any) -> str:
+    """PEFT's name for a kind of adapter."""
+    return str(getattr(config.peft_type, "value", config.peft_type))
 
 
 def _check_kind(name: str, kind: str, origin: str) -> None:
@@ -283,7 +395,9 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
         wanted: dict[str, Tensor] = get_peft_model_state_dict(
             adapter, state_dict=state, save_embedding_layers=False
         )
-    _check_tensors(name, folder, tensors, {**state, **wanted})
+    known = {**state, **wanted}
+    _check_tensors(name, folder, tensors, known)
+    _separate(adapter, [known[key] for key in tensors if key in known])
     with _told(name, f"the adapter {folder} does not fit the base"):
         try:
             found = set_peft_model_state_dict(adapter, tensors)
@@ -293,7 +407,7 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
         ) as error:  # a whole module that is saved along with the adapter's own tensors
             missing, unknown = [error.args[0]], []
         except RuntimeError as error:
-            raise PairError(_misfit(name, folder, tensors, {**state, **wanted})) from error
+            raise PairError(_misfit(name, folder, tensors, known)) from error
     spelled = {id(tensor): key for key, tensor in wanted.items()}
     lacking = {spelled.get(id(state.get(key)), "" if key in state else key) for key in missing}
     held = set(map(id, state.values()))
@@ -308,6 +422,14 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
                 "save the adapter by save_pretrained of the model that PEFT made, without wrappers."
             )
     return adapter
+
+
+def _separate(adapter: Any, written: Iterable[Tensor]) -> None:
+    """Give an adapter tensors of its own where the base's would be written to (biases, tables)."""
+    places = {tensor.data_ptr() for tensor in written}
+    for parameter in adapter.parameters():
+        if parameter.data_ptr() in places:
+            parameter.data = parameter.data.clone()
 
 
 def _check_tensors(name: str, folder: Path, tensors: Any, wanted: Mapping[str, Tensor]) -> None:

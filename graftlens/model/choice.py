@@ -146,6 +146,35 @@ class SourceRows:
         return self._scales[dtype].reshape(-1, *(1,) * (ndim - 1))
 
 
+@dataclass(frozen=True)
+class AddedRows:
+    """The rows whose sources add something to what they share with others.
+
+    Attributes:
+        rows: which, those that run the same one after another; a slice where that is their order.
+        pieces: of rows that run the same, the first, the end, and (source, share) of all that add
+            something to them.
+    """
+
+    rows: Int[Tensor, " rows"] | slice
+    pieces: tuple[tuple[int, int, tuple[tuple[int, float], ...]], ...]
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """All rows in another order, in which those that run the same are neighbours.
+
+    Attributes:
+        rows: the row in each place of that order.
+        back: the place of each row.
+        chosen: what they run, in that order.
+    """
+
+    rows: Int[Tensor, " rows"]
+    back: Int[Tensor, " rows"]
+    chosen: "Selection"
+
+
 class Choice(ABC):
     """What the rows of a site run, and the units of each row. Ask it, by source or by row."""
 
@@ -231,6 +260,8 @@ class Selection(Choice):
         self._mixtures = mixtures
         self.n_rows = len(codes)
         self._source_rows: dict[tuple[Equal, torch.device], tuple[SourceRows, ...]] = {}
+        self._added_rows: dict[object, AddedRows] = {}
+        self._arranged: dict[object, Arranged | None] = {}
         self._rows: dict[torch.device, Int[Tensor, " rows"]] = {}
 
     @classmethod
@@ -305,6 +336,51 @@ class Selection(Choice):
                 made.append(SourceRows(source, there, None if (part == 1).all() else part))
             self._source_rows[key] = tuple(made)
         return self._source_rows[key]
+
+    def added_rows(self, equal: Equal, adding: frozenset[int], device: torch.device) -> AddedRows:
+        """The rows of the sources that are `adding` something; sources that add the same, or
+        nothing, are taken together."""
+        key = (equal, adding, device)
+        if key not in self._added_rows:
+            used, group = np.unique(self._mixtures.merge(self._codes, equal), return_inverse=True)
+            held = [
+                tuple((s, float(share)) for s, share in self._mixtures[int(code)] if s in adding)
+                for code in used
+            ]
+            group = group.reshape(-1)
+            rows = np.flatnonzero(np.array([bool(added) for added in held])[group])
+            rows = rows[np.argsort(group[rows], kind="stable")]
+            stops = np.cumsum(np.bincount(group[rows], minlength=len(used)))
+            pieces = tuple(
+                (int(stop - count), int(stop), added)
+                for stop, count, added in zip(stops, np.diff(stops, prepend=0), held, strict=True)
+                if count
+            )
+            places: Tensor | slice
+            if len(rows) == 0 or np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
+                first = int(rows[0]) if len(rows) else 0
+                places = slice(first, first + len(rows))
+            else:
+                places = torch.from_numpy(rows).to(device, non_blocking=True)
+            self._added_rows[key] = AddedRows(places, pieces)
+        return self._added_rows[key]
+
+    def arranged(self, equal: Equal, device: torch.device) -> Arranged | None:
+        """The rows in the order of what they run, equal sources taken together; None where they
+        are in it."""
+        key = (equal, device)
+        if key not in self._arranged:
+            codes = self._mixtures.merge(self._codes, equal)
+            order = np.argsort(codes, kind="stable")
+            found = None
+            if not np.array_equal(order, np.arange(len(order))):
+                rows, back = (
+                    torch.from_numpy(places).to(device, non_blocking=True)
+                    for places in (order, np.argsort(order))
+                )
+                found = Arranged(rows, back, self.pick(order))
+            self._arranged[key] = found
+        return self._arranged[key]
 
     def per_row(self, device: torch.device) -> Int[Tensor, " rows"]:
         """Which of `mixtures` each row runs."""

@@ -4,7 +4,7 @@ Each linear map, norm and embedding (`linear.py`) is told which source each row 
 hook names and shapes are HookedTransformer's.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,8 +17,9 @@ from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
 from graftlens.model.active import Active
+from graftlens.model.additions import Additions
 from graftlens.model.arch import Architecture, MlpKind
-from graftlens.model.choice import Choice
+from graftlens.model.choice import Choice, Equal, Selection
 from graftlens.model.linear import (
     Gathered,
     Linear,
@@ -331,6 +332,8 @@ class MLP(nn.Module):
         if not watched and one is not None and all(c is one for c in chosen.values()):
             weights = (w for linear in linears.values() for w in (linear.weight, linear.bias))
             equal = equal_sources(*weights)
+            if any(linear.weight.adding & {*one.sources} for linear in linears.values()):
+                return self._in_order(rows, one, equal).unflatten(0, places)
             if not one.mixed(equal):
                 # Nobody looks inside: each source's rows go through the whole MLP at once.
                 return by_source(rows, one, equal, self._whole).unflatten(0, places)
@@ -348,6 +351,20 @@ class MLP(nn.Module):
 
     def _whole(self, x: Float[Tensor, "rows d_model"], source: int) -> Tensor:
         return self.mlp_out.plain(self.act(self.mlp_in.plain(x, source)), source)
+
+    def _in_order(self, x: Gathered, one: Selection, equal: Equal) -> Float[Tensor, "rows d_model"]:
+        """All maps with the rows of one adapter next to each other, so that what it adds needs no
+        gathering inside."""
+        order = one.arranged(equal, x.x.device)
+        if order is not None:
+            x, one = Gathered(x.x.index_select(0, order.rows)), order.chosen
+
+        def unseen(hook: HookPoint, t: Tensor) -> Tensor:
+            return t
+
+        hidden = self._hidden(x, dict.fromkeys(self._linears(), one), unseen)
+        out = self.mlp_out(Gathered(hidden), one)
+        return out if order is None else out.index_select(0, order.back)
 
     def _linears(self) -> dict[Component, Linear]:
         return {C.MLP_IN: self.mlp_in, C.MLP_OUT: self.mlp_out}
@@ -508,19 +525,35 @@ class TransformerBlock(nn.Module):
 class Builder:
     """Builds modules from the weights of all sources, sharing what they share."""
 
-    def __init__(self, arch: Architecture, sources: list[Weights], active: Active) -> None:
+    def __init__(
+        self,
+        arch: Architecture,
+        sources: list[Weights],
+        active: Active,
+        additions: Sequence[Additions] = (),
+    ) -> None:
+        """`additions` are what each source adds to its matrices; without, nothing."""
         self.arch, self.sources, self.active = arch, sources, active
+        self.additions = additions or [{}] * len(sources)
         self._known: dict[object, Sourced] = {}
+        self._parameters: dict[object, nn.Parameter] = {}
 
     def sourced(self, component: Component, layer: int | None, parameter: str) -> Sourced | None:
         tensors = [weights.get((component, layer, parameter)) for weights in self.sources]
         present = [t for t in tensors if t is not None]
         if not present:
             return None
-        # The same tensors used in two places (tied embeddings) become one module.
-        key = tuple((t.data_ptr(), t.shape, t.stride()) for t in present)
+        matrix = parameter == "weight"
+        added = [own.get((component, layer), ()) if matrix else () for own in self.additions]
+        # The same tensors used in two places (tied embeddings) become one module, or where only
+        # additions differ, one parameter in two.
+        keys = [(t.data_ptr(), t.shape, t.stride()) for t in present]
+        key = (*keys, *(tuple(map(id, own)) for own in added))
         if key not in self._known:
-            self._known[key] = Sourced(present)
+            for place, tensor in zip(keys, present, strict=True):
+                if place not in self._parameters:
+                    self._parameters[place] = nn.Parameter(tensor)
+            self._known[key] = Sourced([self._parameters[place] for place in keys], added)
         return self._known[key]
 
     def weight(self, component: Component, layer: int | None) -> Sourced:

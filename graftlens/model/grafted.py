@@ -18,6 +18,7 @@ from transformer_lens.hook_points import HookPoint
 from graftlens.components import COMPONENTS, Component
 from graftlens.graft import Graft
 from graftlens.model.active import Active, said
+from graftlens.model.additions import Additions
 from graftlens.model.arch import Architecture
 from graftlens.model.cache import GraftedCache, sliced
 from graftlens.model.config import GraftedConfig, config_of
@@ -66,6 +67,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         end_tokens: Mapping[str, Sequence[int]] = MappingProxyType({}),
         pad_token: Mapping[str, int | None] = MappingProxyType({}),
         hf_config: Any = None,
+        additions: Mapping[str, Additions] = MappingProxyType({}),
     ) -> None:
         """Put a model together from checked parts; `from_pretrained` checks them.
 
@@ -81,6 +83,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
             end_tokens, pad_token: source name -> token ids that end a generation, and the one that
                 fills up after its end, as the source's own settings name them.
             hf_config: the base's Hugging Face config, for checks against Hugging Face's forward.
+            additions: source name -> what it adds to its matrices, kept apart from them.
         """
         super().__init__()
         self.hf_config = hf_config
@@ -95,7 +98,8 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         # Its tables are float32 whatever the model's dtype is, so `.to` must not reach it.
         object.__setattr__(self, "rotary", copy.deepcopy(rotary))
         self.active = Active(arch, self.sources)
-        build = Builder(arch, list(weights.values()), self.active)
+        added = [additions.get(name, {}) for name in weights]
+        build = Builder(arch, list(weights.values()), self.active, added)
         sample = next(iter(next(iter(weights.values())).values()))
         self.cfg = config_of(arch, self.sources, model_name or arch.family, sample, tokenizer)
 
@@ -167,6 +171,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
             end_tokens={source.name: source.end_tokens for source in read},
             pad_token={source.name: source.pad_token for source in read},
             hf_config=read[0].config,
+            additions=loaded.additions,
         ).to(loaded.device)
 
         def alone(source: str, tokens: Tensor) -> Tensor:
@@ -179,12 +184,18 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         if verbose:
             told = f"; {loaded.chat_template}" if loaded.chat_template else ""
             print(f"graftlens: {model.summary()}; {checked}{told}")
+            for source in read:
+                if source.merged:
+                    print(
+                        f"graftlens: source {source.name!r}: an adapter of the kind "
+                        f"{source.merged}, merged in float32"
+                    )
         return model
 
     def summary(self) -> str:
         """The model in one line: architecture, sources, what they share, dtype and device."""
         stored = list(self.stored())
-        shared = sum(len(weight.variants) == 1 for weight in stored)
+        shared = sum(weight.is_shared for weight in stored)
         same = f"{shared} of {len(stored)} tensors are the same in all sources"
         if shared == len(stored):
             same = "ALL SOURCES ARE IDENTICAL, so no graft can change anything"
@@ -610,14 +621,23 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         shared.append(str(tokenizer_digest(self.tokenizer)))
         names = [n for n, m in self.named_modules() if isinstance(m, Sourced)]
         prints = {}
+        known: dict[int, bytes] = {}  # what sources share is read once
+
+        def of(tensor: Tensor) -> bytes:
+            if id(tensor) not in known:
+                raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+                known[id(tensor)] = hashlib.sha256(raw.data).digest()
+            return known[id(tensor)]
+
         for index, source in enumerate(self.sources):
             digest = hashlib.sha256()
             for name in names:
                 weight = self.get_submodule(name)
                 assert isinstance(weight, Sourced)
-                raw = weight[index].detach().cpu().contiguous().view(torch.uint8)
-                digest.update(name.encode())
-                digest.update(raw.numpy().data)
+                digest.update(name.encode() + of(weight.whole(index)))
+                for added in weight.additions(index):
+                    digest.update(repr((type(added).__name__, added.scale)).encode())
+                    digest.update(b"".join(map(of, added.tensors)))
             digest.update(" ".join(shared).encode())
             prints[source] = digest.hexdigest()
         return prints
@@ -636,7 +656,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
     def _apply(self, fn: Any, recurse: bool = True) -> "GraftedTransformer":
         """What `.to`, `.half`, `.cuda` and the like all call."""
         super()._apply(fn, recurse)
-        sample = self.embed.weight[0]
+        sample = self.embed.weight.like
         self.cfg.device, self.cfg.dtype = sample.device, sample.dtype
         if self.rotary is not None:
             self.rotary.to(sample.device)

@@ -2,8 +2,10 @@
 
 Every map is told what each row runs (`Selection`). Rows of one source are gathered, multiplied by
 that source's own weight, and put back: one matrix product's work in all, and no delta is ever added
-to a weight. Where every row uses the same source, nothing is gathered. Rows that mix sources go
-through each of them, and the results are added up by their shares.
+to a weight. Sources that share a matrix, as the adapters of one base do, share its product; what
+each of them adds is computed for its own rows. Where every row uses the same source, nothing is
+gathered. Rows that mix sources go through each of them, and the results are added up by their
+shares.
 """
 
 from collections.abc import Callable
@@ -17,6 +19,7 @@ from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
 from graftlens.model.active import Active
+from graftlens.model.additions import Addition
 from graftlens.model.arch import Architecture
 from graftlens.model.choice import (
     Choice,
@@ -38,9 +41,15 @@ class Gathered:
         self._taken: dict[int, Tensor] = {}
 
     def __getitem__(self, piece: SourceRows) -> Tensor:
-        key = id(piece.rows)
+        return self.take(piece.rows)
+
+    def take(self, rows: Int[Tensor, " rows"] | slice) -> Tensor:
+        """Some rows."""
+        if isinstance(rows, slice):
+            return self.x[rows]
+        key = id(rows)
         if key not in self._taken:
-            self._taken[key] = self.x.index_select(0, piece.rows)
+            self._taken[key] = self.x.index_select(0, rows)
         return self._taken[key]
 
 
@@ -97,6 +106,26 @@ def _added_up(
     return total.to(dtype)
 
 
+#: (addition, rows of an output, the same rows of the input, a share): adds in place.
+Adds = Callable[[Addition, Tensor, Tensor, float], None]
+
+
+def with_additions(
+    out: Float[Tensor, "rows *out"], x: Gathered, chosen: Selection, weight: Sourced, adds: Adds
+) -> Float[Tensor, "rows *out"]:
+    """What each row's sources add to the tensor that they share with others, added in place."""
+    if weight.adding.isdisjoint(chosen.sources):
+        return out
+    found = chosen.added_rows(weight.added_alike, weight.adding, out.device)
+    rows, theirs = found.rows, x.take(found.rows)
+    mine = out[rows] if isinstance(rows, slice) else out.index_select(0, rows)
+    for start, stop, mixture in found.pieces:
+        for source, share in mixture:
+            for addition in weight.additions(source):
+                adds(addition, mine[start:stop], theirs[start:stop], share)
+    return out if isinstance(rows, slice) else out.index_copy_(0, rows, mine)
+
+
 def mixed_with(
     chosen: Strengthened,
     own: Float[Tensor, "rows *out"],
@@ -127,15 +156,62 @@ class Linear(nn.Module):
         self.bias = bias
         self.n_units = n_units
         self.equal = equal_sources(weight, bias)
+        # Sources that share W and differ in their biases share the product with W, too.
+        self._bias_apart = bias is not None and any(
+            bias.slots[source] != bias.slots[first] for source, first in enumerate(weight.alike)
+        )
 
-    def plain(self, x: Float[Tensor, "rows d_in"], source: int) -> Float[Tensor, "rows d_out"]:
-        bias = None if self.bias is None else self.bias[source]
-        return F.linear(x, self.weight[source], bias)
+    def plain(
+        self, x: Float[Tensor, "rows d_in"], source: int, *, bias: bool = True
+    ) -> Float[Tensor, "rows d_out"]:
+        """Every row through one source."""
+        own = None if self.bias is None or not bias else self.bias[source]
+        out = F.linear(x, self.weight.whole(source), own)
+        for addition in self.weight.additions(source):
+            addition.onto(out, x)
+        return out
+
+    def _by_row(
+        self,
+        x: Gathered,
+        chosen: Selection,
+        *,
+        outs: Int[Tensor, " columns"] | None = None,
+        ins: Int[Tensor, " columns"] | None = None,
+        bias: bool = True,
+    ) -> Float[Tensor, "rows _out"]:
+        """Each row through its source: one product with what several share, and what each adds.
+
+        Args:
+            x: the rows, only `ins` of their columns where these are given.
+            chosen: what each row runs.
+            outs: the columns of the output that are wanted; all without.
+            ins: the columns of the input that are there; all without.
+            bias: whether to add the bias.
+        """
+        own = self.bias if bias else None
+
+        def whole(rows: Tensor, source: int) -> Tensor:
+            weight = self.weight.whole(source)
+            weight = weight if outs is None else weight[outs]
+            weight = weight if ins is None else weight[:, ins]
+            if own is None or self._bias_apart:
+                return F.linear(rows, weight)
+            return F.linear(rows, weight, own[source] if outs is None else own[source][outs])
+
+        def adds(addition: Addition, out: Tensor, rows: Tensor, share: float) -> None:
+            addition.onto(out, rows, share, outs=outs, ins=ins)
+
+        out = by_source(x, chosen, self.weight.alike, whole)
+        if own is not None and self._bias_apart:
+            apart = per_row(own, chosen).to(out.dtype)
+            out = out + (apart if outs is None else apart[..., outs])
+        return with_additions(out, x, chosen, self.weight, adds)
 
     def bias_or_zeros(self, source: int) -> Float[Tensor, " d_out"]:
         """A source's bias, zeros if the map has none."""
-        weight = self.weight[source]
-        return weight.new_zeros(weight.shape[0]) if self.bias is None else self.bias[source]
+        like = self.weight.like
+        return like.new_zeros(like.shape[0]) if self.bias is None else self.bias[source]
 
     def bias_now(self, active: Active, component: Component, layer: int | None) -> Tensor:
         """The one bias in use [d_out], as `Active.of` says; zeros where the map has none."""
@@ -145,7 +221,7 @@ class Linear(nn.Module):
 
     def forward(self, x: Gathered, chosen: Choice) -> Float[Tensor, "rows d_out"]:
         return chosen.ask(
-            rows=lambda rows: by_source(x, rows, self.equal, self.plain),
+            rows=lambda rows: self._by_row(x, rows),
             units=lambda units: self._by_unit(x, units),
             strengths=lambda mixed: self._blended(x, mixed),
         )
@@ -171,17 +247,13 @@ class Linear(nn.Module):
         x: Gathered,
         chosen: UnitSelection,
         width: int,
-        apply: Callable[[Tensor, int, Tensor], Tensor],
+        apply: Callable[[Selection, Tensor], Tensor],
     ) -> Float[Tensor, "rows width"]:
-        """`apply(rows, source, columns)` for each group of units, into their columns of `width`."""
+        """`apply(selection, columns)` for each group of units, into their columns of `width`."""
         out: Tensor | None = None
         for units, selection in chosen.on(x.x.device):
             columns = self.columns(units, width)
-
-            def mine(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
-                return apply(rows, source, columns)
-
-            result = by_source(x, selection, self.equal, mine)
+            result = apply(selection, columns)
             out = result.new_empty(result.shape[0], width) if out is None else out
             out = out.index_copy(1, columns, result)
         assert out is not None
@@ -235,19 +307,18 @@ class UnitsOut(Linear):
     theirs: each group of units is computed with its own rows' sources."""
 
     def _by_unit(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
-        width = self.weight[0].shape[0]
+        width = self.weight.like.shape[0]
         if len(chosen.groups) > GROUPS_APART:
             return self._by_share(x, chosen, width)
 
-        def weigh(rows: Tensor, source: int, columns: Tensor) -> Tensor:
-            bias = None if self.bias is None else self.bias[source][columns]
-            return F.linear(rows, self.weight[source][columns], bias)
+        def weigh(selection: Selection, columns: Tensor) -> Tensor:
+            return self._by_row(x, selection, outs=columns)
 
         return self._onto_units(x, chosen, width, weigh)
 
     def _by_share(self, x: Gathered, chosen: UnitSelection, width: int) -> Tensor:
         """One product for each source, each of its columns times its unit's share."""
-        like = self.weight[0]
+        like = self.weight.like
         out = like.new_zeros(x.x.shape[0], width)
         for source in sorted({self.equal[source] for source in chosen.sources}):
             rows, shares = chosen.unit_shares(source, self.equal, like)
@@ -284,12 +355,12 @@ class UnitsIn(Linear):
         return self.add_bias(self.product(x, chosen), chosen)
 
     def _weigh(self, rows: Float[Tensor, "rows d_in"], source: int) -> Tensor:
-        return F.linear(rows, self.weight[source])
+        return self.plain(rows, source, bias=False)
 
     def product(self, x: Gathered, chosen: Choice) -> Float[Tensor, "rows d_out"]:
         """What the units give, before the bias."""
         return chosen.ask(
-            rows=lambda rows: by_source(x, rows, self.equal, self._weigh),
+            rows=lambda rows: self._by_row(x, rows, bias=False),
             units=lambda units: self._product_by_unit(x, units),
             strengths=lambda mixed: self._product_blended(x, mixed),
         )
@@ -308,19 +379,15 @@ class UnitsIn(Linear):
         total: Tensor | None = None
         for units, selection in chosen.on(x.x.device):
             columns = self.columns(units, x.x.shape[1])
-
-            def weigh(rows: Tensor, source: int, columns: Tensor = columns) -> Tensor:
-                return F.linear(rows, self.weight[source][:, columns])
-
             mine = Gathered(x.x.index_select(1, columns))
-            result = by_source(mine, selection, self.equal, weigh)
+            result = self._by_row(mine, selection, ins=columns, bias=False)
             total = result if total is None else total + result
         assert total is not None
         return total
 
     def _by_share(self, x: Gathered, chosen: UnitSelection) -> Float[Tensor, "rows d_out"]:
         """One product for each source, each unit's input times the source's share of it."""
-        like = self.weight[0]
+        like = self.weight.like
         total = like.new_zeros(x.x.shape[0], like.shape[0])
         for source in sorted({self.equal[source] for source in chosen.sources}):
             rows, shares = chosen.unit_shares(source, self.equal, like)
@@ -348,10 +415,13 @@ class UnitsIn(Linear):
     ) -> Float[Tensor, "rows unit d_in"]:
         """A direction behind the map as one before it, in float32: a product with what this gives
         is what each unit adds along `direction`."""
-        x, width = Gathered(direction), self.weight[0].shape[1]
+        x, width = Gathered(direction), self.weight.like.shape[1]
 
-        def weigh(rows: Tensor, source: int, columns: Tensor) -> Tensor:
-            return rows @ self.weight[source][:, columns].float()
+        def weigh(selection: Selection, columns: Tensor) -> Tensor:
+            def of_columns(rows: Tensor, source: int) -> Tensor:
+                return rows @ self.weight[source][:, columns].float()
+
+            return by_source(x, selection, self.equal, of_columns)
 
         def back(rows: Tensor, source: int) -> Tensor:
             return rows @ self.weight[source].float()
@@ -478,18 +548,22 @@ class Embed(nn.Module):
         return out.unflatten(0, ids.shape)
 
     def _looked_up(self, ids: Gathered, chosen: Choice) -> Float[Tensor, "rows d_model"]:
-        def look_up(rows: Tensor, source: int) -> Tensor:
-            return F.embedding(rows, self.weight[source])
+        def whole(rows: Tensor, source: int) -> Tensor:
+            return F.embedding(rows, self.weight.whole(source))
+
+        def adds(addition: Addition, out: Tensor, rows: Tensor, share: float) -> None:
+            out.add_(addition.looked_up(rows), alpha=share)
+
+        def by_row(chosen: Selection) -> Tensor:
+            out = by_source(ids, chosen, self.weight.alike, whole)
+            return with_additions(out, ids, chosen, self.weight, adds)
 
         def blended(chosen: Strengthened) -> Tensor:
             own = self._looked_up(ids, chosen.inner)
-            return mixed_with(chosen, own, lambda: look_up(ids.x, chosen.source), self.equal)
+            theirs = Selection.uniform(chosen.source, len(ids.x))
+            return mixed_with(chosen, own, lambda: by_row(theirs), self.equal)
 
-        return chosen.ask(
-            rows=lambda rows: by_source(ids, rows, self.equal, look_up),
-            units=no_units,
-            strengths=blended,
-        )
+        return chosen.ask(rows=by_row, units=no_units, strengths=blended)
 
 
 class TokenEmbed(Embed):

@@ -4,8 +4,8 @@ What is not exactly supported is refused. Loading reads Hugging Face state dicts
 loaded model that is given as a source is neither changed nor kept.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from graftlens.components import Component
 from graftlens.graft import Graft, Rule
-from graftlens.model.adapters import copied, preview_adapter, read_adapter, read_peft, widened
+from graftlens.model.adapters import Base, preview_adapter, read_adapter, read_peft, refuse_as_base
+from graftlens.model.additions import Addition, Additions
 from graftlens.model.arch import (
     Architecture,
     PairError,
@@ -45,6 +46,7 @@ class Loaded:
         arch: the architecture that they share.
         sources: what was read of each, the base first, in their own dtypes.
         weights: source name -> its tensors, on the device and in the dtype to run in.
+        additions: source name -> what it adds to its matrices, likewise.
         rotary: the rotary module, None with learned positions.
         activation: the MLP's non-linearity.
         tokenizer: the tokenizer that they share, None if no source has one.
@@ -61,6 +63,7 @@ class Loaded:
     device: torch.device
     dtype: torch.dtype
     chat_template: str = ""
+    additions: Mapping[str, Additions] = field(default_factory=dict)
 
 
 def load(
@@ -116,12 +119,11 @@ def load(
             "of them."
         )
 
-    read: list[Source] = []
-    for name, given in sources.items():
-        read.append(_read(name, given, next(iter(sources.values()))))
+    read = _read_all(sources)
     _fill_biases(read)
     for source in read:
         _check_pair(read[0], source)
+        _check_additions(source)
     arch = _pair_arch(read)
     own = {name: _dtypes(source) for name, source in zip(sources, read, strict=True)}
     if wanted is None:
@@ -138,13 +140,8 @@ def load(
 
     found = [(s.name, s.tokenizer) for s in read]
     shared, told = with_chat_template(shared_tokenizer(found, tokenizer), found, chat_template)
-    prepared = {
-        source.name: {
-            site: _own_storage(tensor.detach().to(target, wanted).contiguous())
-            for site, tensor in source.weights.items()
-        }
-        for source in read
-    }
+    put = _Placing(target, wanted)
+    prepared = {s.name: {site: put(t) for site, t in s.weights.items()} for s in read}
     if wanted is torch.float16:
         _refuse_overflow(prepared)
     return Loaded(
@@ -158,6 +155,7 @@ def load(
         target,
         wanted,
         told,
+        {s.name: {site: put.all(own) for site, own in s.additions.items()} for s in read},
     )
 
 
@@ -189,7 +187,7 @@ def preview(
         if is_adapter(given):
             folder = Path(given).expanduser()
             if not read:
-                read_adapter(name, folder, folder)  # reports that the base cannot be one
+                refuse_as_base(name)
             adapters.append((name, preview_adapter(name, folder)))
             continue
         read.append(preview_checkpoint(name, str(given)))
@@ -217,11 +215,24 @@ def _check_names(sources: Mapping[str, Any]) -> None:
 # -- reading one source ------------------------------------------------------------------------
 
 
-def _read(name: str, given: Any, base: Any) -> Source:
+def _read_all(sources: Mapping[str, Any]) -> list[Source]:
+    read: list[Source] = []
+    base: Base | None = None
+    for name, given in sources.items():
+        if not (isinstance(given, str | Path) and is_adapter(given)):
+            read.append(_read(name, given))
+            continue
+        if not read:
+            refuse_as_base(name)
+        if base is None:
+            base = Base.of(name, next(iter(sources.values())), read[0])
+        read.append(read_adapter(name, Path(given).expanduser(), base))
+    return read
+
+
+def _read(name: str, given: Any) -> Source:
     kinds = {cls.__name__ for cls in type(given).__mro__}
     if isinstance(given, str | Path):
-        if is_adapter(given):
-            return read_adapter(name, Path(given).expanduser(), base)
         return read_checkpoint(name, str(given))
     if "TransformerBridge" in kinds:
         return read_bridge(name, given)
@@ -230,14 +241,41 @@ def _read(name: str, given: Any, base: Any) -> Source:
     if "PeftModel" in kinds:
         # The adapter's own tensors are float32 whatever the model's are.
         dtypes = (given.get_base_model().get_input_embeddings().weight.dtype,)
-        ours = widened(copied(given))
-        return replace(read_peft(name, ours, f"{name} (PEFT, merged)"), dtypes=dtypes)
+        return replace(read_peft(name, given, f"{name} (PEFT)"), dtypes=dtypes)
     if isinstance(given, nn.Module) and hasattr(given, "config"):
         return read_transformers(name, given, f"{name} ({type(given).__name__})")
     raise PairError(
         f"source {name!r} is a {type(given).__name__}. Give a hub id, a checkpoint folder, a PEFT "
         "adapter folder, a transformers model, or a TransformerBridge."
     )
+
+
+class _Placing:
+    """Puts tensors where the model runs, in its dtype; what shares memory still does afterwards."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self.device, self.dtype = device, dtype
+        self._made: dict[object, Tensor] = {}
+        self._parameters: dict[int, nn.Parameter] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        key = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key not in self._made:
+            there = tensor.detach().to(self.device, self.dtype)
+            self._made[key] = _own_storage(there.contiguous())
+        return self._made[key]
+
+    def all(self, additions: Sequence[Addition]) -> tuple[Addition, ...]:
+        """Additions whose tensors are there; those that add nothing are left out."""
+        return tuple(
+            one.like(*map(self._of_addition, one.tensors)) for one in additions if one.adds
+        )
+
+    def _of_addition(self, tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor.to(self.device)
+        there = self(tensor)
+        return self._parameters.setdefault(id(there), nn.Parameter(there))
 
 
 # -- checks ------------------------------------------------------------------------------------
@@ -276,6 +314,8 @@ def _check_pair(base: Source, other: Source) -> None:
             f"{'' if layer is None else f' in layer {layer}'}."
         )
     for (component, layer, parameter), tensor in other.weights.items():
+        if other is not base and tensor is base.weights[component, layer, parameter]:
+            continue
         where = (
             f"{other.name!r}: {component} {parameter}{'' if layer is None else f', layer {layer}'}"
         )
@@ -289,6 +329,16 @@ def _check_pair(base: Source, other: Source) -> None:
                 f"{where} is {tensor.dtype}: quantised weights cannot be grafted exactly."
             )
         if not bool(torch.isfinite(tensor).all()):
+            raise PairError(
+                f"{where} holds values that are not finite. Training diverged, or the file is "
+                "damaged; load an earlier checkpoint."
+            )
+
+
+def _check_additions(source: Source) -> None:
+    for (component, layer), own in source.additions.items():
+        where = f"{source.name!r}: {component} weight{'' if layer is None else f', layer {layer}'}"
+        if not all(bool(torch.isfinite(t).all()) for one in own for t in one.tensors):
             raise PairError(
                 f"{where} holds values that are not finite. Training diverged, or the file is "
                 "damaged; load an earlier checkpoint."

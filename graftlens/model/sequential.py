@@ -70,8 +70,9 @@ class Sequential:
     """A grafted model run by Hugging Face's classes, one token after another.
 
     Its parameters are the grafted model's own tensors. Only those that a graft mixes (by a
-    strength, by head or neuron, or parts of a fused one) are assembled, once for each combination,
-    and forgotten when they exceed one source's size. Rebuild it after moving or changing the model.
+    strength, by head or neuron, or parts of a fused one) or that a source has in factors (an
+    adapter's, which are multiplied out) are assembled, once for each combination, and forgotten
+    when they exceed one source's size. Rebuild it after moving or changing the model.
     """
 
     def __init__(self, model: GraftedTransformer) -> None:
@@ -82,8 +83,8 @@ class Sequential:
                 classes cannot be built from.
         """
         self.arch, self.sources, self.device = model.arch, model.sources, model.cfg.device
-        stored = [tensor for weight in model.stored() for tensor in weight.variants]
-        self._limit = sum(t.numel() * t.element_size() for t in stored) // len(self.sources)
+        one = [weight.like for weight in model.stored()]
+        self._limit = sum(t.numel() * t.element_size() for t in one)
         self._assembled = 0
         self._parameters: dict[tuple[int, tuple[bytes, ...]], nn.Parameter] = {}
         self._chosen: dict[InForce, tuple[nn.Parameter, ...]] = {}
@@ -275,9 +276,9 @@ class Sequential:
     ) -> Tensor:
         """One component's tensor, [d_out, d_in] or [d_out], its units each by their own shares."""
         if len(shares) == 1 and np.count_nonzero(shares) == 1 and shares.max() == 1:
-            return weight.variants[int(shares.argmax())].detach()
-        dtype = weight[0].dtype
-        total = torch.zeros_like(weight[0], dtype=torch.promote_types(dtype, torch.float32))
+            return weight.of_slot(int(shares.argmax())).detach()
+        dtype = weight.like.dtype
+        total = torch.zeros_like(weight.like, dtype=torch.promote_types(dtype, torch.float32))
         for slot in np.flatnonzero(shares.any(axis=0)):
             share = torch.from_numpy(shares[:, slot].copy()).to(total)
             if len(shares) > 1:
@@ -285,7 +286,7 @@ class Sequential:
                 assert axis is not None
                 share = share.repeat_interleave(total.shape[axis] // len(share))
                 share = share if axis == total.ndim - 1 else share[:, None]
-            total += share * weight.variants[int(slot)].detach()
+            total += share * weight.of_slot(int(slot)).detach()
         return total.to(dtype)
 
     def _fused(self, place: _Place, parts: list[Tensor]) -> Tensor:
@@ -366,7 +367,7 @@ def _places(model: GraftedTransformer, skeleton: Any) -> Iterable[_Place]:
         for parameter, tensors in zip(("weight", "bias"), held, strict=True):
             weights = [w for w in tensors if w is not None]
             if weights:
-                transposed = layout.transposes(components[0]) and weights[0][0].ndim == 2
+                transposed = layout.transposes(components[0]) and weights[0].like.ndim == 2
                 parts = tuple(zip(components, weights, strict=True))
                 yield _Place(module._parameters, parameter, layer, parts, transposed)
 
@@ -383,7 +384,7 @@ def _blended(mixed: Mixed, source: int, rule: Rule) -> Mixed:
 
 def _of_slots(mixed: Mixed, weight: Sourced) -> list[float]:
     """The share of each of a weight's distinct tensors."""
-    found = [Decimal(0)] * len(weight.variants)
+    found = [Decimal(0)] * (max(weight.slots) + 1)
     for source, share in mixed.items():
         slot = weight.slots[source]
         found[slot] = _DECIMALS.add(found[slot], share)

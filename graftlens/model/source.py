@@ -9,7 +9,7 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from graftlens.components import Component
+from graftlens.model.additions import Additions
 from graftlens.model.arch import (
     FAMILIES,
     Architecture,
@@ -30,6 +31,7 @@ from graftlens.model.arch import (
 )
 from graftlens.model.identity import rotary_tables
 from graftlens.model.locations import folder_of, location_of, read_object, said
+from graftlens.model.lora import Parts
 from graftlens.model.quiet import quiet
 from graftlens.model.stored import (
     Stored,
@@ -41,7 +43,7 @@ from graftlens.model.stored import (
     widest,
 )
 from graftlens.model.tokenizers import read_tokenizer, unaltered
-from graftlens.model.weights import OLD_BUFFERS, Weights, read_weights
+from graftlens.model.weights import OLD_BUFFERS, Weights, read_additions, read_weights
 
 #: Lists with an entry for each layer are made from the config; a larger number means a damaged one.
 MOST_LAYERS = 1000
@@ -62,6 +64,7 @@ class Source:
         origin: where it came from, for messages.
         arch: its architecture.
         weights: its tensors, in their own dtype.
+        additions: what it adds to its matrices, kept apart from them.
         rotary: its rotary module, None with learned positions.
         tokenizer: its tokenizer, if it has one.
         logits: its own forward pass on token ids [batch, pos], run in a given dtype.
@@ -69,6 +72,8 @@ class Source:
         dtypes: the dtypes of the checkpoint, if the tensors were computed in a wider one.
         hooks: places in its model with hooks, through which its own logits go.
         prove: raises PairError if its tensors differ from its files; None without files.
+        model: the transformers model that it was read from, which may be the user's.
+        merged: the kind of adapter that was merged into its tensors; empty without.
         end_tokens, pad_token: token ids that end a generation and that fill up after its end, from
             the checkpoint's generation settings.
     """
@@ -86,6 +91,9 @@ class Source:
     pad_token: int | None = None
     hooks: tuple[str, ...] = ()
     prove: Callable[[], None] | None = None
+    additions: Additions = field(default_factory=dict)
+    model: Any = None
+    merged: str = ""
 
 
 def read_checkpoint(name: str, path: str) -> Source:
@@ -387,35 +395,40 @@ def read_bridge(name: str, bridge: Any) -> Source:
 
 
 def read_transformers(
-    name: str, model: Any, origin: str, *, copied: bool = True, strict: bool = True
+    name: str,
+    model: Any,
+    origin: str,
+    *,
+    copied: bool = True,
+    strict: bool = True,
+    parts: Parts | None = None,
+    logits: Logits | None = None,
 ) -> Source:
     """Read a transformers model; `copied` keeps the source apart from a model in other hands.
 
     A bridge wraps modules and adds split copies of fused ones, so its state is not read `strict`ly.
+    A model into which PEFT has put its layers is read with its `parts`, and its own `logits`.
     """
-    if getattr(model.config, "model_type", None) == "gemma3":
-        model = _text_model(model)
+    whole, model = model, language_model(model)
     arch = architecture(model.config)
     if strict and model.get_output_embeddings() is None:
         raise PairError(
             f"source {name!r} is a {type(model).__name__}, which has no language-model head. "
             "Load it with AutoModelForCausalLM."
         )
-    if strict and any(".base_layer." in key for key in model.state_dict()):
+    if strict and parts is None and any(".base_layer." in key for key in model.state_dict()):
         raise PairError(
             f"source {name!r}: PEFT has put its layers into this model (get_peft_model changes the "
             "model it is given). Load the model again, or give its folder."
         )
-    if computed := [key for key in model.state_dict() if _COMPUTED.search(key)]:
+    read = model.state_dict() if parts is None else parts.state
+    if computed := [key for key in read if _COMPUTED.search(key)]:
         raise PairError(
             f"source {name!r}: {computed[0]} is a tensor from which a weight is computed "
             "(parametrizations, weight norm, pruning). Make it a plain weight first, for example "
             "with torch.nn.utils.parametrize.remove_parametrizations(module, name)."
         )
-    state = {
-        key.replace("._original_component", ""): tensor
-        for key, tensor in model.state_dict().items()
-    }
+    state = {key.replace("._original_component", ""): tensor for key, tensor in read.items()}
     if not strict:
         layout = FAMILIES[arch.family].layout
         keep = {
@@ -426,6 +439,7 @@ def read_transformers(
         }
         state = {key: tensor for key, tensor in state.items() if key in keep}
     weights = read_weights(state, arch)
+    additions = {} if parts is None else read_additions(parts.additions, arch)
     if any(tensor.is_meta for tensor in weights.values()):
         raise PairError(
             f"source {name!r}: weights of this model are not in memory (they are offloaded, or "
@@ -439,7 +453,6 @@ def read_transformers(
             f"source {name!r}: {arch.family} without the rotary module that its config implies."
         )
 
-    logits = own_logits(model, copied)
     settings = getattr(model, "generation_config", None) or model.config
     ends = getattr(settings, "eos_token_id", None)
     ends = model.config.eos_token_id if ends is None else ends
@@ -451,16 +464,19 @@ def read_transformers(
         weights,
         rotary,
         None,
-        logits,
+        logits or own_logits(model, copy.deepcopy if copied else None),
         model.config,
         end_tokens=_end_tokens(ends),
         hooks=hooked_places(model),
         pad_token=model.config.pad_token_id if filler is None else filler,
+        additions=additions,
+        model=whole,
     )
 
 
-def own_logits(model: Any, copied: bool) -> Logits:
-    """A model's own forward pass; a `copied` model belongs to the caller and stays unchanged."""
+def own_logits(model: Any, copy_of: Callable[[Any], Any] | None) -> Logits:
+    """A model's own forward pass; without a way to make a `copy_of` it, the model may be cast to
+    another dtype."""
 
     @torch.no_grad()
     def logits(
@@ -469,7 +485,7 @@ def own_logits(model: Any, copied: bool) -> Logits:
         ours = model
         if any(p.dtype != dtype for p in model.parameters()):
             # The caller's model stays unchanged; our own may change, as its tensors have been read.
-            ours = (copy.deepcopy(model) if copied else model).to(dtype)
+            ours = (model if copy_of is None else copy_of(model)).to(dtype)
             renew_rotary(ours)
         with _evaluating(ours):
             where = _device_of(ours)
@@ -529,8 +545,11 @@ def _device_of(module: nn.Module) -> torch.device:
     return next(module.parameters()).device
 
 
-def _text_model(model: Any) -> Any:
-    """The text part of a multimodal Gemma 3 as a causal language model that shares its weights."""
+def language_model(model: Any) -> Any:
+    """A model itself, or the text part of a multimodal Gemma 3 as a causal language model that
+    shares its weights."""
+    if getattr(model.config, "model_type", None) != "gemma3":
+        return model
     from transformers import Gemma3ForCausalLM
 
     with torch.device("meta"):

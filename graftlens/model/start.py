@@ -4,13 +4,14 @@ import contextlib
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from graftlens.components import Component
 from graftlens.model.arch import FAMILIES, supported
-from graftlens.model.locations import location_of
+from graftlens.model.locations import is_adapter, location_of
 from graftlens.model.source import open_config, open_model, renew_rotary
 from graftlens.model.tokenizers import read_tokenizer
 
@@ -59,6 +60,11 @@ def load_tokenizer(location: str) -> Any:
 def _named(location: str) -> Iterator[str]:
     """The name of the setting, with which a refusal begins."""
     what = f"model={location!r}"
+    if is_adapter(location):
+        raise ValueError(
+            f"{what} is a PEFT adapter. Finetune a whole model: train that adapter with lora: "
+            "{merge: true}, or save it merged (merge_and_unload in peft)."
+        )
     try:
         yield what
     except ValueError as error:
@@ -156,23 +162,24 @@ def frozen_modules(model: Any, freeze: Sequence[str], targets: str | Sequence[st
     return modules
 
 
-def check_targets(model: Any, targets: str | Sequence[str]) -> None:
-    """Refuse an adapter on a weight that two modules share: merged, it would also change the other
-    one.
+def check_targets(model: Any, targets: str | Sequence[str], *, merge: bool) -> None:
+    """Refuse an adapter on a module that does not exist, or that cannot be merged: on a weight that
+    two modules share, merging would also change the other one.
 
     Raises:
-        ValueError: there is one; a target that names no module.
+        ValueError: there is one.
     """
     owners: dict[int, list[str]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(weight), []).append(name.rpartition(".")[0])
-    tied = {name: names for names in owners.values() if len(names) > 1 for name in names}
+    shared = [names for names in owners.values() if merge and len(names) > 1]
+    tied = {name: names for names in shared for name in names}
     for target, name in _targeted(targets, tied):
         others = " and ".join(other for other in tied[name] if other != name)
         raise ValueError(
             f"lora.target_modules names {target!r}, whose weight is also that of {others} (tied "
-            "weights): an adapter on one of them cannot be saved merged. Leave it out, or train "
-            "all weights (no lora)."
+            "weights): an adapter on one of them cannot be saved merged. Leave it out, or save the "
+            "adapter (lora: {merge: false})."
         )
     modules = [name for name, _ in model.named_modules()]
     for target in () if isinstance(targets, str) else targets:
@@ -213,6 +220,20 @@ def with_adapters(model: Any, lora: Any) -> Any:
             target_modules=targets if isinstance(targets, str) else list(targets),
         ),
     )
+
+
+def save_adapter(adapter: Any, folder: Path, base: str) -> None:
+    """Write an adapter's folder, as PEFT reads it.
+
+    Args:
+        adapter: the PeftModel.
+        folder: where to write.
+        base: the location of the model that it was put on, which the folder names.
+    """
+    for config in adapter.peft_config.values():
+        config.base_model_name_or_path = base
+    adapter.save_pretrained(folder, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # a form to be filled in
 
 
 def weight_hash(model: Any) -> str:

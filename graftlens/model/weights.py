@@ -1,15 +1,17 @@
 """Weights with a leading source axis: read from a state dict, equal tensors kept once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from graftlens.components import Component
+from graftlens.model.additions import Addition, LowRank
 from graftlens.model.arch import FAMILIES, Architecture, UnsupportedArchitectureError
-from graftlens.model.choice import Mixture, merged
+from graftlens.model.choice import Equal, Mixture, merged
 
 C = Component
 
@@ -83,6 +85,43 @@ def read_weights(state: Mapping[str, Tensor], arch: Architecture) -> Weights:
     return weights
 
 
+def read_additions(
+    found: Mapping[str, Sequence[Addition]], arch: Architecture
+) -> dict[tuple[Component, int | None], tuple[Addition, ...]]:
+    """Every component's additions from those of Hugging Face's modules, with fused ones cut apart.
+
+    Args:
+        found: a module's name -> what is added to its matrix, as [d_out, d_in].
+        arch: the architecture.
+
+    Raises:
+        UnsupportedArchitectureError: additions to a module that the forward does not have.
+    """
+    layout = FAMILIES[arch.family].layout
+    additions: dict[tuple[Component, int | None], tuple[Addition, ...]] = {}
+    used = set()
+    for component, layer in arch.sites:
+        module = layout.modules[component].format(l=layer)
+        own = found.get(module, ())
+        used.add(module)
+        if component in layout.fused:
+            own = [_cut_addition(addition, component, arch) for addition in own]
+        if own:
+            additions[component, layer] = tuple(own)
+    if unused := sorted(found.keys() - used):
+        raise UnsupportedArchitectureError(
+            f"something is added to modules that the {arch.family} forward does not have: "
+            f"{', '.join(unused[:5])}{' …' if len(unused) > 5 else ''}. "
+            "graftlens refuses what it cannot run exactly."
+        )
+    return additions
+
+
+def _cut_addition(addition: Addition, component: Component, arch: Architecture) -> Addition:
+    assert isinstance(addition, LowRank), "fused projections have no tokens"
+    return LowRank(addition.a, _cut(addition.b.detach(), component, arch), addition.scale)
+
+
 def _cut(tensor: Tensor, component: Component, arch: Architecture) -> Tensor:
     layout = FAMILIES[arch.family].layout
     together, index = layout.fused_with(component), layout.fused[component].index
@@ -93,47 +132,129 @@ def _cut(tensor: Tensor, component: Component, arch: Architecture) -> Tensor:
 
 
 class Sourced(nn.Module):
-    """One weight of the model in all its sources; tensors that are bit-identical are kept once."""
+    """One weight of the model in all its sources; what is bit-identical is kept once.
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        """`tensors` holds one tensor per source, in the model's order of sources."""
+    A source's weight is one of the `variants`, plus additions that are kept in their factors (the
+    LoRA adapters of one matrix). `weight[source]` multiplies them out, anew at each access.
+
+    Attributes:
+        variants: the distinct whole tensors.
+        slots: for each source, which combination of a variant and additions it has.
+    """
+
+    def __init__(
+        self, tensors: Sequence[Tensor], additions: Sequence[Sequence[Addition]] = ()
+    ) -> None:
+        """Put the tensors of one weight together.
+
+        Args:
+            tensors: one per source, in the model's order of sources.
+            additions: what each source adds to its tensor; none without.
+        """
         super().__init__()
         distinct: list[Tensor] = []
-        slots: list[int] = []
+        whole: list[int] = []
         for tensor in tensors:
             same = [i for i, d in enumerate(distinct) if d is tensor or torch.equal(d, tensor)]
             if not same:
                 distinct.append(tensor)
-            slots.append(same[0] if same else len(distinct) - 1)
+            whole.append(same[0] if same else len(distinct) - 1)
         self.variants = nn.ParameterList(
             t if isinstance(t, nn.Parameter) else nn.Parameter(t) for t in distinct
         )
-        self.slots = tuple(slots)
+        self._whole = tuple(whole)
+        known = nn.ModuleList()
+        # Only additions that look alike are compared number by number.
+        similar: dict[object, list[int]] = {}
+
+        def place(addition: Addition) -> int:
+            near = similar.setdefault(addition.outline, [])
+            for number in near:
+                if addition.same(known[number]):  # type: ignore[arg-type]
+                    return number
+            near.append(len(known))
+            known.append(addition)
+            return near[-1]
+
+        self._added = tuple(tuple(map(place, own)) for own in additions or [()] * len(tensors))
+        self._additions = known
+        self.slots = _numbered(zip(self._whole, self._added, strict=True))
 
     def __getitem__(self, source: int) -> Tensor:
-        return self.variants[self.slots[source]]
+        tensor = self.whole(source)
+        for addition in self.additions(source):
+            tensor = addition.added_to(tensor)
+        return tensor
 
     def __iter__(self) -> Iterator[Tensor]:
         return (self[s] for s in range(len(self.slots)))
+
+    def whole(self, source: int) -> Tensor:
+        """A source's tensor without its additions."""
+        tensor: Tensor = self.variants[self._whole[source]]
+        return tensor
+
+    def of_slot(self, slot: int) -> Tensor:
+        """The tensor of the sources that have this combination, its additions multiplied out."""
+        return self[self.slots.index(slot)]
+
+    def additions(self, source: int) -> tuple[Addition, ...]:
+        """What a source adds to its tensor."""
+        return tuple(self._additions[number] for number in self._added[source])  # type: ignore[misc]
+
+    @property
+    def like(self) -> Tensor:
+        """A tensor of the weight's shape, dtype and device."""
+        return self.whole(0)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether all sources have the same."""
+        return len(set(self.slots)) == 1
+
+    @cached_property
+    def alike(self) -> Equal:
+        """For each source, the first one with the same whole tensor."""
+        return _first_of(self._whole)
+
+    @cached_property
+    def added_alike(self) -> Equal:
+        """For each source, the first one with the same additions."""
+        return _first_of(self._added)
+
+    @cached_property
+    def adding(self) -> frozenset[int]:
+        """The sources that have additions."""
+        return frozenset(source for source, added in enumerate(self._added) if added)
 
     def mixed(self, mixture: Mixture) -> Tensor:
         """One source's tensor, or a mixture's (in no less than float32)."""
         mixture = merged(mixture, equal_sources(self))
         if len(mixture) == 1:
             return self[mixture[0][0]]
-        wide = torch.promote_types(self[0].dtype, torch.float32)
+        wide = torch.promote_types(self.like.dtype, torch.float32)
         first, *others = (float(share) * self[source].to(wide) for source, share in mixture)
         return sum(others, start=first)
 
     def stacked(self) -> Float[Tensor, "source ..."]:
         """[source, …]: one tensor per source, repeated where sources share it."""
-        if len(self.variants) == 1:
-            return self.variants[0].expand(len(self.slots), *self.variants[0].shape)
+        if self.is_shared:
+            return self[0].expand(len(self.slots), *self.like.shape)
         return torch.stack(list(self))
 
 
-def equal_sources(*weights: Sourced | None) -> tuple[int, ...]:
+def equal_sources(*weights: Sourced | None) -> Equal:
     """For each source, the first source that has the same tensors in all of `weights`."""
-    present = [w.slots for w in weights if w is not None]
-    columns = list(zip(*present, strict=True))
-    return tuple(columns.index(column) for column in columns)
+    return _first_of(list(zip(*(w.slots for w in weights if w is not None), strict=True)))
+
+
+def _first_of(values: Sequence[object]) -> tuple[int, ...]:
+    """For each value, the place of the first that equals it."""
+    first: dict[object, int] = {}
+    return tuple(first.setdefault(value, place) for place, value in enumerate(values))
+
+
+def _numbered(values: Iterable[object]) -> tuple[int, ...]:
+    """Each value's number, counting distinct ones from 0."""
+    numbers: dict[object, int] = {}
+    return tuple(numbers.setdefault(value, len(numbers)) for value in values)
