@@ -256,6 +256,8 @@ class _Rendering:
                 place += 1
                 continue
             if self.known[boundary] is not None:
+                if boundary[0][-1] == "name":
+                    continue  # of a function, which a template may write again with the answer
                 number = boundary[0][0]
                 raise ValueError(
                     f"the chat template writes a text of messages[{number}] "
@@ -428,7 +430,8 @@ class _Rendering:
                 )
             if not missing:
                 continue
-            if not any(found) and text.strip() not in self.plain:
+            marks = [self.known.get((leaf, j), 0) for j in range(len(text) + 1)]
+            if marks.count(None) == len(marks) or not (any(found) or text.strip() in self.plain):
                 what = "" if leaf[1] == "content" else f"{leaf[1]} of "
                 raise ValueError(
                     f"the chat template leaves out {what}messages[{number}] ({role}): "

@@ -192,7 +192,7 @@ class Turns:
             if region.start or region.number >= 0 or not bos or before != self.written_bos:
                 yield region
             elif region.end > len(before):
-                yield replace(region, start=len(before))
+                yield replace(region, start=len(before), text=region.text[len(before) + 1 :])
 
     @cached_property
     def written_bos(self) -> str:
@@ -287,8 +287,11 @@ class Turns:
         found, head = self.around(self.messages, turn.number), self.head(turn.number)
         if found is None or not (head or "").strip() or not turn.text.startswith(found[0]):
             return turn
-        more = len(found[0]) - len(str(head))
-        return self.cut(turn, turn.start + more, turn.end) if found[0].endswith(str(head)) else turn
+        start = turn.start + len(found[0]) - len(str(head))
+        merged = any(owner >= 0 for owner in self.owners[turn.start : start])
+        if merged or not found[0].endswith(str(head)):
+            return turn
+        return self.cut(turn, start, turn.end)
 
     def tail(self, turn: _Region) -> str:
         """What is written after a message in its round."""
@@ -350,7 +353,7 @@ class Turns:
         whole = self.cut(last, last.start, len(self.plain))
         if not self.of.prompted:
             return [whole]
-        usual = self.follow(self.messages) or [_Region(FOREIGN, 0, 0, "")]
+        usual = [*self.after_bos(self.follow(self.messages) or [])] or [_Region(FOREIGN, 0, 0, "")]
         before = self.text(usual[-1:])
         own = last.end
         if after:

@@ -384,9 +384,11 @@ def select(rule: Rule, prompt: Tokenized, total: int | None = None) -> Bool[np.n
         raise PromptError(f"rule {str(rule)!r}: {error}") from None
     if not chosen.any():
         silent = [r for r in ROLES if r in rule.at.names() and not any(spans.get(r, [()]))]
-        why = f" ({' and '.join(silent)} says nothing in this conversation)" if silent else ""
+        none = f"none of the {total} positions"
+        if silent:  # without numbers, so that all such prompts have one reason
+            none = f"no position, as {' and '.join(silent)} says nothing in this conversation"
         raise PromptError(
-            f"rule {str(rule)!r}: {rule.at} selects none of the {total} positions{why}. "
-            "Change the positions, or leave the rule out."
+            f"rule {str(rule)!r}: {rule.at} selects {none}. Change the positions, or leave the "
+            "rule out."
         )
     return chosen
