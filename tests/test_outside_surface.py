@@ -4,6 +4,7 @@ import asyncio
 import copy
 import gc
 import pickle
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -445,10 +446,9 @@ def test_weights_inside_a_graft_are_the_grafts(tiny: MakeTiny, variant: str) -> 
                     assert pre is None or torch.equal(getattr(owner, name), pre), where
                     continue
                 differ.add(component)
-                way = rf"model\.{path}\.weight\[source\]".replace("s[", r"s\[").replace(
-                    "].", r"\]."
-                )
-                way = way if path else r"model\.W_\w+\[source"
+                parameter = "bias" if name.startswith("b") else "weight"
+                way = re.escape(f"model.{path}.{parameter}[source]")
+                way = way if path else rf"model\.{name[0]}_\w+\[source"
                 with pytest.raises(ValueError, match=rf"graft '{MIXED_RE}'.*{component}.*{way}"):
                     getattr(owner, name)
     assert differ == set(model.arch.components)

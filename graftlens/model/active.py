@@ -116,8 +116,8 @@ class Active:
                 raise RuntimeError(
                     f"`with model.grafted({said(others[0])!r})` is in force in another thread or "
                     "task, but none in this one, so it is unclear which graft is meant here. "
-                    'Name it (graft=…; "none" is the base), or take the weight of one source '
-                    "(model.W_O[source, layer])."
+                    'Name it (graft=…; "none" is the base), or put it in force here as well '
+                    "(with model.grafted(…))."
                 )
         return None
 
@@ -210,7 +210,13 @@ class Active:
 
     # -- weights without a position --------------------------------------------------------------
 
-    def of(self, weight: Sourced, component: Component, layer: int | None) -> Tensor:
+    def of(
+        self,
+        weight: Sourced,
+        component: Component,
+        layer: int | None,
+        parameter: Literal["weight", "bias"] = "weight",
+    ) -> Tensor:
         """The one tensor that a site uses now; the base's if no graft is in force.
 
         Raises:
@@ -221,15 +227,16 @@ class Active:
             return weight[0]
         row, graft = COMPONENTS[component], self.current
         # A bias of a map from units belongs to none of them.
-        whole = row.axis == 1 and weight.like.ndim == 1
+        whole = row.axis == 1 and parameter == "bias"
         used = self._used(component, layer, equal_sources(weight), whole)
         if len(used) == 1:
             return weight.mixed(used.pop()).to(weight.like.dtype)
         if row.view is not None:
-            way = f"{row.view}[source]" if layer is None else f"{row.view}[source, layer]"
+            view = row.view if parameter == "weight" else f"b_{row.view.removeprefix('W_')}"
+            way = f"{view}[source]" if layer is None else f"{view}[source, layer]"
         else:
             inside = "" if row.home is None else f"{row.home}."
-            way = f"{component}.weight[source]"  # a norm
+            way = f"{component}.{parameter}[source]"  # a norm
             way = way if layer is None else f"blocks[{layer}].{inside}{way}"
         where = "" if layer is None else f" in layer {layer}"
         blended = graft[component, layer].blended if isinstance(graft, GraftMask) else None
@@ -237,9 +244,10 @@ class Active:
         if blended is not None:
             why = f"a tensor of strengths mixes {self.sources[blended.source]} in"
         raise ValueError(
-            f"under graft {said(graft)!r} there is no single weight for "
+            f"under graft {said(graft)!r} there is no single {parameter} for "
             f"{component}{where}: {why}. "
-            f"Choose a source yourself, as in model.{way}."
+            f"Choose a source yourself, as in model.{way}; or put one in force, as in "
+            f'`with model.grafted("{self.sources[-1]} @ all")`.'
         )
 
     def rows(self, component: Component, shape: torch.Size, equal: Equal) -> Choice:

@@ -168,6 +168,18 @@ def sliced(x: Tensor, given: Any, dim: int) -> Tensor:
     return (given if isinstance(given, Slice) else Slice(given)).apply(x, dim=dim)
 
 
+def masked_at(cache: ActivationCache, positions: Any, prompts: Any) -> Graft | GraftMask | None:
+    """What a cache was filled under, cut to some of its positions and prompts; None where it does
+    not know."""
+    mask: Graft | GraftMask | None = getattr(cache, "mask", None)
+    if not isinstance(mask, GraftMask):
+        return getattr(cache, "graft", None)
+    kept = (prompts, positions)
+    counts = (torch.arange(n) for n in mask.shape)
+    rows, columns = (sliced(n, k, 0) for n, k in zip(counts, kept, strict=True))
+    return mask.take(np.atleast_1d(rows.numpy()), np.atleast_1d(columns.numpy()))
+
+
 def _uniform(mask: GraftMask, source: int) -> GraftMask:
     """`mask` with one source everywhere at the unembedding."""
     one = Selection.uniform(source, int(np.prod(mask.shape)))
@@ -204,11 +216,8 @@ def _under_mask(name: str) -> Any:
         bound = signature.bind(self, *args, **kwargs)
         if "has_batch_dim" in signature.parameters:
             bound.arguments.setdefault("has_batch_dim", self.has_batch_dim)
-        rows, columns = (
-            np.atleast_1d(sliced(torch.arange(n), bound.arguments.get(key), 0).numpy())
-            for n, key in zip(self.mask.shape, ("batch_slice", "pos_slice"), strict=True)
-        )
-        with self.model.active.under(self.mask.take(rows, columns)):
+        given = (bound.arguments.get(key) for key in ("pos_slice", "batch_slice"))
+        with self.model.active.under(masked_at(self, *given)):
             return original(*bound.args, **bound.kwargs)
 
     return method

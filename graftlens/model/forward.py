@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from transformer_lens import FactoredMatrix
 from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
@@ -164,8 +165,9 @@ class Attention(nn.Module):
             self.q_norm = build.norm(C.Q_NORM, layer)
             self.k_norm = build.norm(C.K_NORM, layer)
         self.hook_q = HookPoint()  # [batch, pos, head, d_head]
-        self.hook_k = HookPoint()  # [batch, pos, kv_head, d_head]
-        self.hook_v = HookPoint()  # [batch, pos, kv_head, d_head]
+        # [batch, pos, kv_head, d_head], or per query head: `ungrouped`
+        self.hook_k = HookPoint()
+        self.hook_v = HookPoint()
         self.hook_z = HookPoint()  # [batch, pos, head, d_head]
         self.hook_attn_scores = HookPoint()  # [batch, head, query, key]
         self.hook_pattern = HookPoint()  # [batch, head, query, key]
@@ -195,9 +197,17 @@ class Attention(nn.Module):
                 out = linear(rows, chosen)
             return out.unflatten(1, (linear.n_units, arch.d_head)).unflatten(0, x.shape[:2])
 
+        def keyed(linear: UnitsOut, x: Tensor, component: Component) -> Tensor:
+            if not self.ungrouped or run.tree is not None:
+                return project(linear, x, component)
+            if x.ndim == 3:
+                return project(linear, x, component).repeat_interleave(self.n_shared, dim=2)
+            each = x.unflatten(2, (arch.n_kv_heads, self.n_shared)).unbind(3)
+            return torch.stack([project(linear, y, component) for y in each], 3).flatten(2, 3)
+
         q = self.hook_q(project(self.q, q_input, C.Q))
-        k = self.hook_k(project(self.k, k_input, C.K))
-        v = self.hook_v(project(self.v, v_input, C.V))
+        k = self.hook_k(keyed(self.k, k_input, C.K))
+        v = self.hook_v(keyed(self.v, v_input, C.V))
         if arch.qk_norm != "none":
             q = self._qk_norm(self.q_norm, q, mask[C.Q_NORM, layer])
             k = self._qk_norm(self.k_norm, k, mask[C.K_NORM, layer])
@@ -240,7 +250,7 @@ class Attention(nn.Module):
         arch = self.arch
         window, scale = arch.windows[self.layer], arch.attn_scales[self.layer]
         q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        grouped = arch.n_heads != arch.n_kv_heads
+        grouped = q.shape[1] != k.shape[1]
         seen = self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()
         if not seen and arch.attn_softcap is None:
             attn_mask, is_causal = order.kernel(window)
@@ -249,7 +259,7 @@ class Attention(nn.Module):
             )
             return z.transpose(1, 2)
         if grouped:
-            k, v = (t.repeat_interleave(arch.n_heads // arch.n_kv_heads, dim=1) for t in (k, v))
+            k, v = (t.repeat_interleave(self.n_shared, dim=1) for t in (k, v))
         scores = (q @ k.transpose(-1, -2)) * scale
         if arch.attn_softcap is not None:
             scores = torch.tanh(scores / arch.attn_softcap) * arch.attn_softcap
@@ -258,6 +268,26 @@ class Attention(nn.Module):
         pattern = F.softmax(scores, dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
         pattern = self.hook_pattern(pattern.to(v.dtype))
         return (pattern @ v).transpose(1, 2)
+
+    @property
+    def n_shared(self) -> int:
+        """How many query heads read one key-value head."""
+        return self.arch.n_heads // self.arch.n_kv_heads
+
+    @property
+    def ungrouped(self) -> bool:
+        """Whether k and v, and inputs of their own, are given once for each query head."""
+        return self.n_shared > 1 and bool(self.flags.ungroup_grouped_query_attention)
+
+    @property
+    def QK(self) -> FactoredMatrix:
+        """W_Q W_K^T of each query head, of the weights that `W_Q` and `W_K` give."""
+        return FactoredMatrix(self.W_Q, per_query_head(self.W_K, self.arch).transpose(-2, -1))
+
+    @property
+    def OV(self) -> FactoredMatrix:
+        """W_V W_O of each query head, of the weights that `W_V` and `W_O` give."""
+        return FactoredMatrix(per_query_head(self.W_V, self.arch), self.W_O)
 
     def _weight(self, component: Component) -> Tensor:
         linear: Linear = getattr(self, component.value)
@@ -306,6 +336,13 @@ class Attention(nn.Module):
     def b_O(self) -> Float[Tensor, " d_model"]:
         """The output bias, zeros where there is none."""
         return self._bias(C.O)
+
+
+def per_query_head(
+    weight: Float[Tensor, "kv_head *shape"], arch: Architecture
+) -> Float[Tensor, "head *shape"]:
+    """What belongs to key-value heads, repeated for each query head that reads one."""
+    return weight.repeat_interleave(arch.n_heads // arch.n_kv_heads, dim=0)
 
 
 class MLP(nn.Module):
@@ -436,6 +473,9 @@ MLPS: dict[MlpKind, type[MLP]] = {"plain": MLP, "gated": GatedMLP}
 class TransformerBlock(nn.Module):
     """One layer: norms before or after its sublayers, sequential or parallel."""
 
+    #: Asked by TransformerLens 4's readers of the residual stream, as are the properties below.
+    hook_out_is_single_residual_stream = True
+
     def __init__(
         self,
         arch: Architecture,
@@ -504,7 +544,8 @@ class TransformerBlock(nn.Module):
         def per_head(n_heads: int) -> Tensor:
             return resid[:, :, None].expand(-1, -1, n_heads, -1).clone()
 
-        n_heads, n_kv = self.arch.n_heads, self.arch.n_kv_heads
+        n_heads = self.arch.n_heads
+        n_kv = n_heads if self.attn.ungrouped else self.arch.n_kv_heads
         if self.flags.use_split_qkv_input:
             return (
                 norm(self.hook_q_input(per_head(n_heads))),
@@ -516,6 +557,16 @@ class TransformerBlock(nn.Module):
             return x, x, x
         x = norm(resid)
         return x, x, x
+
+    @property
+    def submodules(self) -> dict[str, nn.Module]:
+        """The parts of a layer, by name."""
+        return dict(self.named_children())
+
+    @property
+    def hook_aliases(self) -> dict[str, str]:
+        """Which part of a layer writes attention's output to the residual stream."""
+        return {"hook_attn_out": f"{'ln1_post' if self.arch.post_norms else 'attn'}.hook_out"}
 
     def _norm(self, name: str, x: Tensor, run: Pass) -> Tensor:
         norm: Norm = getattr(self, name)

@@ -21,7 +21,8 @@ from graftlens.model.active import Active, said
 from graftlens.model.additions import Additions
 from graftlens.model.arch import Architecture
 from graftlens.model.cache import GraftedCache, sliced
-from graftlens.model.config import GraftedConfig, config_of
+from graftlens.model.circuits import Circuits
+from graftlens.model.config import Device, GraftedConfig, config_of
 from graftlens.model.forward import AttentionOrder, Builder, KeyValueCache, Pass, TransformerBlock
 from graftlens.model.generation import Generation
 from graftlens.model.hooks import Hooking, first_of
@@ -35,7 +36,6 @@ from graftlens.model.points import FlaggedPoint
 from graftlens.model.probe import probe
 from graftlens.model.reading import Reading, tell, whole
 from graftlens.model.tree import TreeBatch, TreeShape
-from graftlens.model.views import WeightViews
 from graftlens.model.weights import Sourced, Weights, equal_sources
 
 __all__ = ["GraftLike", "GraftedConfig", "GraftedTransformer", "Input"]
@@ -44,7 +44,7 @@ C = Component
 T = TypeVar("T")
 
 
-class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
+class GraftedTransformer(Reading, Generation, Circuits, Hooking):
     """A language model in several sources (PRE, SFT, …), run under a graft.
 
     Hooks, caches and shapes are HookedTransformer's; the weights have a leading source axis
@@ -101,7 +101,10 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         added = [additions.get(name, {}) for name in weights]
         build = Builder(arch, list(weights.values()), self.active, added)
         sample = next(iter(next(iter(weights.values())).values()))
-        self.cfg = config_of(arch, self.sources, model_name or arch.family, sample, tokenizer)
+        self.cfg = config_of(
+            arch, self.sources, model_name or arch.family, sample, hf_config, self.rotary
+        )
+        self.cfg.reads(tokenizer)
 
         self.embed = TokenEmbed(build.weight(C.EMBED, None), self.active, arch.embed_scale)
         self.hook_embed = HookPoint()
@@ -450,8 +453,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         with self.active.run(mask):
             resid = self.ln_final(resid, norm)
             logits = self.unembed(resid, mask[C.UNEMBED, None])
-        cap = self.arch.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return self.apply_output_logits_transform(logits)
 
     @torch.no_grad()
     def logits_at(
@@ -657,7 +659,7 @@ class GraftedTransformer(Reading, Generation, WeightViews, Hooking):
         """What `.to`, `.half`, `.cuda` and the like all call."""
         super()._apply(fn, recurse)
         sample = self.embed.weight.like
-        self.cfg.device, self.cfg.dtype = sample.device, sample.dtype
+        self.cfg.device, self.cfg.dtype = Device(sample.device), sample.dtype
         if self.rotary is not None:
             self.rotary.to(sample.device)
         return self

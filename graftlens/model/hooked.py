@@ -8,28 +8,12 @@ from torch import Tensor, nn
 
 from graftlens.components import Component
 from graftlens.model.arch import Architecture, PairError, UnsupportedArchitectureError
+from graftlens.model.config import families_of_classes
 from graftlens.model.source import Source
 from graftlens.model.tokenizers import unaltered
 from graftlens.model.weights import Weights
 
 C = Component
-
-#: HookedTransformer's config names the class that the weights came from; families are keyed by
-#: model_type.
-_FAMILIES = {
-    "GPT2LMHeadModel": "gpt2",
-    "GPTNeoXForCausalLM": "gpt_neox",
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "GemmaForCausalLM": "gemma",
-    "Gemma2ForCausalLM": "gemma2",
-    "Gemma3ForCausalLM": "gemma3_text",
-    "OlmoForCausalLM": "olmo",
-    "Olmo2ForCausalLM": "olmo2",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Phi3ForCausalLM": "phi3",
-}
 
 #: Config options that the forward does not cover, with the value that turns them off.
 _OFF: dict[str, Any] = {
@@ -183,7 +167,7 @@ def _architecture(
         return value if value is not None and value > 0 else None
 
     return Architecture(
-        family=_FAMILIES.get(cfg.original_architecture, "HookedTransformer"),
+        family=families_of_classes().get(cfg.original_architecture, "HookedTransformer"),
         n_layers=cfg.n_layers,
         d_model=cfg.d_model,
         n_heads=cfg.n_heads,

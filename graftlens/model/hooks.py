@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, Self
 
+import transformer_lens
 from torch import Tensor
 from transformer_lens import HookedRootModule
 from transformer_lens.hook_points import HookPoint
@@ -14,7 +15,10 @@ from graftlens.components import suggest
 from graftlens.model.active import Active
 from graftlens.model.arch import Architecture
 from graftlens.model.cache import Activations
-from graftlens.model.points import FlaggedPoint
+from graftlens.model.points import FlaggedPoint, SilentHookError
+
+#: Hooks of a layer that TransformerLens 4 looks up at its attention, as its own models have them.
+_AT_ATTENTION = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
 
 
 class Hooking(HookedRootModule):
@@ -24,6 +28,16 @@ class Hooking(HookedRootModule):
     active: Active
     cfg: Any
     _flagged: list[FlaggedPoint]
+
+    def setup(self) -> None:
+        """As in TransformerLens. With version 4, attention's inputs have a second name in
+        `hook_dict`: `blocks.{l}.attn.hook_q_input` is `blocks.{l}.hook_q_input`."""
+        super().setup()
+        if "HookedTransformer" not in dir(transformer_lens):
+            for name, point in tuple(self.hook_dict.items()):
+                block, _, hook = name.rpartition(".")
+                if hook in _AT_ATTENTION:
+                    self.hook_dict[f"{block}.attn.{hook}"] = point
 
     def set_use_attn_result(self, use_attn_result: bool) -> None:
         """Whether `blocks.*.attn.hook_result` [batch, pos, head, d_model] is computed.
@@ -46,16 +60,34 @@ class Hooking(HookedRootModule):
         Raises:
             ValueError: with grouped-query heads, where q and k have different numbers of heads.
         """
-        if use_attn_in and self.arch.n_heads != self.arch.n_kv_heads:
+        grouped = self.arch.n_heads != self.arch.n_kv_heads
+        if use_attn_in and grouped and not self.cfg.ungroup_grouped_query_attention:
             raise ValueError(
                 f"hook_attn_in needs as many key-value heads as heads; here they are "
-                f"{self.arch.n_kv_heads} and {self.arch.n_heads}. Use set_use_split_qkv_input."
+                f"{self.arch.n_kv_heads} and {self.arch.n_heads}. Use set_use_split_qkv_input, or "
+                "set_ungroup_grouped_query_attention first."
             )
         self._set_flag("use_attn_in", use_attn_in)
 
     def set_use_hook_mlp_in(self, use_hook_mlp_in: bool) -> None:
         """Whether `blocks.*.hook_mlp_in` fires."""
         self._set_flag("use_hook_mlp_in", use_hook_mlp_in)
+
+    def set_ungroup_grouped_query_attention(self, ungroup_grouped_query_attention: bool) -> None:
+        """Whether hooks see k and v of grouped-query attention once for each query head.
+
+        `hook_k`, `hook_v` and their split inputs then have as many heads as q, each of which can be
+        changed alone; what the model computes stays the same.
+
+        Raises:
+            ValueError: also where one norm reads all keys of a position together.
+        """
+        if ungroup_grouped_query_attention and self.arch.qk_norm == "full":
+            raise ValueError(
+                f"{self.arch.family} normalises the keys of all heads together, so they cannot be "
+                "changed for one query head alone."
+            )
+        self._set_flag("ungroup_grouped_query_attention", ungroup_grouped_query_attention)
 
     def _set_flag(self, flag: str, on: bool) -> None:
         self.active.check("hooks")
@@ -71,7 +103,7 @@ class Hooking(HookedRootModule):
         """Check that every attached hook fires: a flag may have been turned off since."""
         silent = [point for point in self._flagged if point.hooked and not point.fires]
         if silent:
-            raise ValueError(
+            raise SilentHookError(
                 f"{what}: hooks are attached at {first_of(point.name for point in silent)}, which "
                 f"would not fire. {silent[0].way} Or remove the hooks first (model.reset_hooks(), "
                 "permanent ones with including_permanent=True)."
@@ -179,16 +211,18 @@ class Hooking(HookedRootModule):
         return cached, *([(name, partial(keep, save=save)) for name, save in h] for h in hooks)
 
     def _names(self, chosen: Any, what: str) -> list[str]:
+        """The hook points' own names, of which TransformerLens 4 knows some by another one."""
         known = self.hook_dict
-        silent = {str(point.name): point for point in self._flagged if not point.fires}
+        silent = {n for n, p in known.items() if isinstance(p, FlaggedPoint) and not p.fires}
         if chosen is None or callable(chosen):
-            names = [n for n in known if (chosen is None or chosen(n)) and n not in silent]
-            if not names:
+            matching = [n for n in known if (chosen is None or chosen(n)) and n not in silent]
+            own = [n for n in matching if known[n].name == n]
+            if not matching:
                 raise ValueError(
                     f"{what} matches none of the {len(known)} hooks. Hook names look like "
                     '"blocks.0.hook_resid_post"; list(model.hook_dict) has them all.'
                 )
-            return names
+            return own or [str(known[n].name) for n in matching]
         names = [chosen] if isinstance(chosen, str) else list(chosen)
         for name in names:
             if name not in known:
@@ -197,10 +231,10 @@ class Hooking(HookedRootModule):
                     f"{suggest(str(name), known)}"
                 )
             if name in silent:
-                raise ValueError(
-                    f"{what}: {name!r} does not fire, to save memory. {silent[name].way}"
+                raise SilentHookError(
+                    f"{what}: {name!r} does not fire, to save memory. {known[name].way}"
                 )
-        return names
+        return [str(known[name].name) for name in names]
 
 
 def first_of(names: Iterable[str | None]) -> str:

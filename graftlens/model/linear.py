@@ -9,7 +9,7 @@ shares.
 """
 
 from collections.abc import Callable
-from typing import NoReturn
+from typing import Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -216,7 +216,9 @@ class Linear(nn.Module):
     def bias_now(self, active: Active, component: Component, layer: int | None) -> Tensor:
         """The one bias in use [d_out], as `Active.of` says; zeros where the map has none."""
         return (
-            self.bias_or_zeros(0) if self.bias is None else active.of(self.bias, component, layer)
+            self.bias_or_zeros(0)
+            if self.bias is None
+            else active.of(self.bias, component, layer, "bias")
         )
 
     def forward(self, x: Gathered, chosen: Choice) -> Float[Tensor, "rows d_out"]:
@@ -506,16 +508,16 @@ class Norm(nn.Module):
     def w(self) -> Float[Tensor, " width"] | None:
         """The base's weight as stored (Gemma's is w - 1), or that of a graft in force that is
         uniform here; None where the norm has none."""
-        return None if self.weight is None else self._now(self.weight)
+        return None if self.weight is None else self._now(self.weight, "weight")
 
     @property
     def b(self) -> Float[Tensor, " width"] | None:
         """The base's bias, or that of a graft in force that is uniform here; None where the norm
         has none."""
-        return None if self.bias is None else self._now(self.bias)
+        return None if self.bias is None else self._now(self.bias, "bias")
 
-    def _now(self, weight: Sourced) -> Tensor:
-        return self.active.of(weight, self.component, self.layer)
+    def _now(self, tensor: Sourced, parameter: Literal["weight", "bias"]) -> Tensor:
+        return self.active.of(tensor, self.component, self.layer, parameter)
 
     @staticmethod
     def _rows(

@@ -6,6 +6,10 @@ from torch.utils.hooks import RemovableHandle
 from transformer_lens.hook_points import HookPoint
 
 
+class SilentHookError(ValueError, AssertionError):
+    """A hook where nothing fires; TransformerLens's own models raise an AssertionError."""
+
+
 class FlaggedPoint(HookPoint):
     """A hook point that fires while a flag of the config is on; otherwise hooks are refused."""
 
@@ -60,7 +64,7 @@ class FlaggedPoint(HookPoint):
 
     def _refuse_silent(self) -> None:
         if not self.fires:
-            raise ValueError(f"hook: {self.name!r} does not fire, to save memory. {self.way}")
+            raise SilentHookError(f"hook: {self.name!r} does not fire, to save memory. {self.way}")
 
     def _on(self, flag: str | None) -> bool:
         return flag is not None and bool(getattr(self.flags, flag))

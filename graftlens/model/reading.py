@@ -1,5 +1,6 @@
 """Texts, prompts and tokens: what a model is given as a batch, and tokens read as text."""
 
+import copy
 import operator
 import sys
 import warnings
@@ -8,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -37,6 +39,17 @@ def whole(value: Any, what: str) -> int:
         raise ValueError(f"{what}={value!r}: write a whole number, or leave it out.") from None
 
 
+class NoTokenError(ValueError, AssertionError):
+    """A token that there is not; TransformerLens's own models raise an AssertionError."""
+
+
+def _listed(tokens: Any) -> Any:
+    """Token ids of any kind as Python's numbers, nested by axis."""
+    if isinstance(tokens, Tensor | np.ndarray | np.generic):
+        return tokens.tolist()
+    return [_listed(i) for i in tokens] if isinstance(tokens, list | tuple) else tokens
+
+
 class Reading:
     """The part of `GraftedTransformer` that reads what it is given."""
 
@@ -46,6 +59,11 @@ class Reading:
     tokenizer: Any
     end_tokens: Mapping[str, tuple[int, ...]]
     pad_token: Mapping[str, int | None]
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "tokenizer" and "cfg" in vars(self):
+            self.cfg.reads(value)
 
     def batch(
         self,
@@ -192,33 +210,130 @@ class Reading:
         input: Any,
         prepend_bos: bool | None = None,
         padding_side: Padding | None = None,
+        move_to_device: bool = True,
+        truncate: bool = True,
     ) -> Int[Tensor, "batch pos"]:
         """Token ids [batch, pos], padded; `prepend_bos` and `padding_side` as in `batch`.
 
         To run texts of different lengths, give `model(…)` the texts: it knows what is padding.
+
+        Args:
+            input: as in `forward`.
+            prepend_bos, padding_side: as in `batch`.
+            move_to_device: False leaves the ids on the host.
+            truncate: keep the first `cfg.n_ctx` tokens of each prompt (with a warning where that
+                leaves some out).
         """
         batch = self.batch(input, prepend_bos=prepend_bos, padding_side=padding_side)
-        return batch.tokens.to(self.cfg.device)
+        limit, longest = self.cfg.n_ctx, max(batch.totals)
+        if truncate and longest > limit:
+            tell(
+                f"of {longest} tokens, the {limit} that the model's context holds are kept. "
+                "to_tokens(…, truncate=False) keeps all."
+            )
+            first = np.array(batch.starts)
+            # Rows that are short enough keep their padding, on the side where it is.
+            short = (first > 0) & (np.array(batch.totals) <= limit)
+            first = np.where(short, batch.real.shape[1] - limit, first)
+            columns = torch.from_numpy(first[:, None] + np.arange(limit))
+            tokens = batch.tokens.gather(1, columns.to(batch.tokens.device))
+        else:
+            tokens = batch.tokens
+        return tokens.to(self.cfg.device) if move_to_device else tokens
 
     def to_string(self, tokens: Any) -> str | list[str]:
-        """The text of token ids, or a list of texts for [batch, pos]."""
-        ids = tokens.tolist() if isinstance(tokens, Tensor | np.ndarray) else tokens
+        """The text of token ids, or a list of texts for [batch, pos].
+
+        Raises:
+            ValueError: more than two axes.
+        """
+        ids = _listed(tokens)
         decode = partial(self._tokenizer().decode, clean_up_tokenization_spaces=False)
         if isinstance(ids, list) and ids and isinstance(ids[0], list):
+            if any(isinstance(i, list) for row in ids for i in row):
+                raise ValueError(
+                    f"tokens of shape {tuple(np.shape(ids))}: give whole numbers, [batch, pos] "
+                    "or [pos]."
+                )
             return [decode(row) for row in ids]
         return decode(ids if isinstance(ids, list) else [ids])
 
-    def to_str_tokens(self, input: Any, prepend_bos: bool | None = None) -> Any:
-        """The text of each token of one prompt; a list of such lists for several."""
+    def to_str_tokens(
+        self, input: Any, prepend_bos: bool | None = None, padding_side: Padding | None = None
+    ) -> Any:
+        """The text of each token of one prompt; a list of such lists for several.
+
+        Args:
+            input: a text or prompt, token ids, or a list of any of these.
+            prepend_bos: for texts, as in `batch`.
+            padding_side: no token of one prompt depends on it.
+        """
         if isinstance(input, Tensor | np.ndarray):
-            rows = input.tolist()
+            rows = _listed(input)
+            rows = rows if isinstance(rows, list) else [rows]
             many = bool(rows) and isinstance(rows[0], list) and len(rows) > 1
             rows = rows if rows and isinstance(rows[0], list) else [rows]
+        elif isinstance(input, list) and any(isinstance(i, Tensor | np.ndarray) for i in input):
+            return [self.to_str_tokens(item, prepend_bos, padding_side) for item in input]
         else:
             many = not isinstance(input, str | Prompt | Tokenized)
             rows = [list(t.ids) for t in self.tokenized(input, prepend_bos)]
         texts = [[self.to_string([i]) for i in row] for row in rows]
         return texts if many else texts[0]
+
+    def get_token_position(
+        self,
+        single_token: str | int | Tensor,
+        input: Any,
+        mode: str = "first",
+        prepend_bos: bool | None = None,
+        padding_side: Padding | None = None,
+    ) -> int:
+        """Where a token first, or last, occurs in one prompt.
+
+        Args:
+            single_token: its id, or a text that is one token.
+            input: a text or prompt, or token ids [pos] or [1, pos].
+            mode: "first" or "last".
+            prepend_bos, padding_side: for texts, as in `batch`.
+
+        Raises:
+            ValueError: a token that does not occur, several prompts, or another mode.
+        """
+        if mode not in ("first", "last"):
+            raise ValueError(f'mode={mode!r}. Allowed: "first" or "last".')
+        texts = not isinstance(input, Tensor | np.ndarray)
+        tokens = self.to_tokens(input, prepend_bos, padding_side) if texts else input
+        rows = np.atleast_2d(np.array(_listed(tokens)))
+        if len(rows) != 1:
+            raise NoTokenError(f"{len(rows)} prompts: a position is that of one prompt.")
+        if isinstance(single_token, str):
+            single_token = self.to_single_token(single_token)
+        found = np.flatnonzero(rows[0] == int(single_token))
+        if not len(found):
+            raise NoTokenError(
+                f"The token does not occur in the prompt: {int(single_token)} is none of "
+                f"{rows[0].tolist()}."
+            )
+        return int(found[0 if mode == "first" else -1])
+
+    def set_tokenizer(self, tokenizer: Any, default_padding_side: str | None = None) -> None:
+        """Read texts with another tokenizer; it is copied, and pads on the right unless given.
+
+        Raises:
+            ValueError: something that is not a Hugging Face tokenizer, or another side.
+        """
+        if not hasattr(tokenizer, "padding_side") or not callable(tokenizer):
+            raise ValueError(
+                f"{type(tokenizer).__name__} is not a tokenizer. Give one of transformers' fast "
+                "tokenizers."
+            )
+        side = default_padding_side or "right"
+        if side not in ("left", "right"):
+            raise ValueError(f'default_padding_side={side!r}. Allowed: "left" or "right".')
+        tokenizer = copy.copy(tokenizer)
+        tokenizer.padding_side = side
+        self.tokenizer = tokenizer
 
     def to_single_token(self, string: str) -> int:
         """The id of a text that is one token.
@@ -228,7 +343,7 @@ class Reading:
         """
         ids, _ = encode(string, self._tokenizer(), prepend_bos=False)
         if len(ids) != 1:
-            raise ValueError(
+            raise NoTokenError(
                 f"{string!r} is {len(ids)} tokens ({ids}), not one. "
                 "Check the leading space, or take one of model.to_tokens(…, prepend_bos=False)."
             )

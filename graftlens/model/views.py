@@ -1,16 +1,24 @@
-"""Weights by source, under HookedTransformer's names: `model.W_Q` is [source, layer, head, …]."""
+"""Weights by source, under HookedTransformer's names: `model.W_Q` is [source, layer, head, …].
 
+TransformerLens's own functions know of no sources: where one of them reads `model.W_Q`, it is given
+the weights in force without that axis, as a HookedTransformer has them.
+"""
+
+import sys
+from types import FrameType
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from transformer_lens import HookedRootModule
+from transformer_lens import ActivationCache, HookedRootModule
 
 from graftlens.components import COMPONENTS, Component, Cut
-from graftlens.model.active import Active
+from graftlens.graft import Graft
+from graftlens.model.active import Active, said
 from graftlens.model.arch import Architecture
-from graftlens.model.forward import TransformerBlock
+from graftlens.model.cache import masked_at
+from graftlens.model.forward import TransformerBlock, per_query_head
 from graftlens.model.linear import Linear, per_head_in, per_head_out, per_row
 from graftlens.model.mask import GraftMask
 
@@ -30,7 +38,8 @@ class WeightViews(HookedRootModule):
 
     def __getattr__(self, name: str) -> Any:
         # An AttributeError inside a property arrives here too, and would lose its message.
-        component = next((c for c, row in COMPONENTS.items() if row.view == name), None)
+        view = "W_pos" if name == "W_E_pos" else name
+        component = next((c for c, row in COMPONENTS.items() if row.view == view), None)
         if component is None:
             return super().__getattr__(name)
         if component not in self.arch.components:
@@ -163,11 +172,23 @@ class WeightViews(HookedRootModule):
         """Unembedding biases, zeros where there are none."""
         return torch.stack([self.unembed.linear.bias_or_zeros(s) for s in range(len(self.sources))])
 
+    def _in_force(self, view: str) -> Tensor:
+        """A view as HookedTransformer has it: one source, keys and values for each query head."""
+        component = next(c for c, row in COMPONENTS.items() if row.view == f"W_{view[2:]}")
+        row = COMPONENTS[component]
+        if not row.in_layers:
+            weight: Tensor = getattr(getattr(self, component.value), view)
+            return weight
+        weights = [getattr(getattr(block, str(row.home)), view) for block in self.blocks]
+        if row.cut is Cut.KV_HEAD:
+            weights = [per_query_head(weight, self.arch) for weight in weights]
+        return torch.stack(weights)
+
     # -- what ActivationCache and transformer_lens.patching ask of a model -----------------------
 
     def tokens_to_residual_directions(
         self, tokens: str | int | Int[Tensor, "*shape"]
-    ) -> Float[Tensor, "*shape d_model"]:
+    ) -> Float[Tensor, "*places d_model"]:
         """The unembedding vectors of tokens: the base's, or those of a uniform graft in force.
 
         As in TransformerLens, `ln_final`'s weight is not folded in: multiply by `ln_final.w` for
@@ -198,5 +219,62 @@ class WeightViews(HookedRootModule):
                     rows = per_row(linear.bias, mask[component, l].whole).to(total.dtype)
                     total = total + (rows if rows.ndim == 1 else rows.unflatten(0, mask.shape))
                 else:
-                    total = total + self.active.of(linear.bias, component, l)
+                    total = total + self.active.of(linear.bias, component, l, "bias")
         return total
+
+
+# -- TransformerLens's own functions -------------------------------------------------------------
+
+
+class _View(property):
+    """A weight by source; in force alone for TransformerLens's own functions."""
+
+    def __get__(self, model: Any, owner: type | None = None) -> Any:
+        reader = None if model is None else _reader()
+        if reader is None:
+            return super().__get__(model, owner)
+        assert self.fget is not None
+        view, cache = self.fget.__name__, _cache_in_hand(reader, model)
+        graft = model.active.current if cache is None else cache
+        with model.active.under(graft):
+            try:
+                return model._in_force(view)
+            except ValueError as error:
+                raise ValueError(
+                    f"{reader.f_code.co_name} of TransformerLens reads one {view} for all "
+                    f"positions, of which there is none under graft {said(graft)!r}. A cache's own "
+                    "methods (cache.logit_lens, cache.logit_attrs) and graftlens.lens use each "
+                    "row's weights."
+                ) from error
+
+
+def _reader() -> FrameType | None:
+    """TransformerLens's function that reads an attribute here, if one does."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and (
+        frame.f_globals is globals() or _package(frame) in ("jaxtyping", "beartype")
+    ):
+        frame = frame.f_back
+    return frame if frame is not None and _package(frame) == "transformer_lens" else None
+
+
+def _package(frame: FrameType) -> str:
+    return str(frame.f_globals.get("__name__")).partition(".")[0]
+
+
+def _cache_in_hand(frame: FrameType | None, model: Any) -> Graft | GraftMask | None:
+    """What the cache was filled under that TransformerLens's functions work on, at the places that
+    they read: its weights are wanted, whatever is in force."""
+    while frame is not None and _package(frame) == "transformer_lens":
+        local = frame.f_locals
+        cache = local.get("cache")
+        if isinstance(cache, ActivationCache) and cache.model is model:
+            positions = local.get("pos_slice", local.get("positions"))
+            return masked_at(cache, positions, local.get("batch_slice"))
+        frame = frame.f_back
+    return None
+
+
+for _name, _view in tuple(vars(WeightViews).items()):
+    if isinstance(_view, property):
+        setattr(WeightViews, _name, _View(_view.fget, doc=_view.__doc__))
