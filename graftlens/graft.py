@@ -393,8 +393,8 @@ class Graft:
             return cls()
         if len(text) > MAX_CHARACTERS:
             raise ValueError(
-                f"graft {brief(text)} has {len(text):,} characters; {MAX_CHARACTERS:,} are the "
-                "most."
+                f"graft {brief(text)} has {len(text):,} characters; at most {MAX_CHARACTERS:,} are "
+                "allowed."
             )
         if text.count("|") >= MAX_RULES:
             raise _too_many_rules(text.count("|") + 1)
@@ -513,9 +513,26 @@ def _numbered(given: Any, what: str, most: int) -> tuple[int, ...] | None:
 
 def _too_many_rules(count: int) -> ValueError:
     return ValueError(
-        f"a graft of {count:,} rules; {MAX_RULES:,} are the most. Name several positions, "
+        f"a graft of {count:,} rules; at most {MAX_RULES:,} are allowed. Name several positions, "
         "components and layers in one rule."
     )
+
+
+#: What tables of results say about a graft of one rule, a column each.
+PARTS = ("source", "span", "component", "layer", "head", "neuron", "strength")
+
+
+def parts_of(graft: Graft) -> dict[str, Any]:
+    """What `PARTS` are of a graft's only rule, as text but for the strength; all are None where the
+    graft has no rule, or several."""
+    if len(graft.rules) != 1:
+        return dict.fromkeys(PARTS)
+    (rule,) = graft.rules
+    # The text leaves out what means all.
+    component, layer = [*str(rule).split(" : ")[1:], "all", "all"][:2]
+    head, neuron = ("all" if n is None else format_numbers(n) for n in (rule.heads, rule.units))
+    values = (rule.source, str(rule.at), component, layer, head, neuron, rule.strength)
+    return dict(zip(PARTS, values, strict=True))
 
 
 #: Positions as an expression, or as numbers of tokens.

@@ -401,7 +401,9 @@ def test_a_sweep_refuses_another_function_of_the_same_name(
     least = Measure("own", (), lambda logits: logits.amin(-1))
     for other in (scaled(3), least, replace(scaled(2), log=True)):
         for start in (partial(prepare_sweep, given), work):
-            with pytest.raises(ValueError, match="numbers of another function of measure 'own'"):
+            with pytest.raises(
+                ValueError, match="numbers from a different function of measure 'own'"
+            ):
                 start(out=tmp_path / "out", measures=[other])
     with pytest.raises(ValueError, match="two measures are called 'own'"):
         prepare_sweep(given, tmp_path / "out", measures=[least, scaled(2)])

@@ -26,7 +26,7 @@ from graftlens.model.inputs import collate
 from graftlens.model.tree import TokenTree, TreeBatch, TreeShape
 from graftlens.prompts import Prompt, Tokenized
 from graftlens.sweep import planner as planner_module
-from graftlens.sweep.cells import columns
+from graftlens.sweep.cells import asked_for, columns
 from graftlens.sweep.measuring import Found, Measuring
 from graftlens.sweep.planner import Branches, Planner
 from graftlens.sweep.prepared import Prepared
@@ -705,6 +705,34 @@ def test_the_plan_in_words(llama: Tiny) -> None:
         list(position_grafts().values()),
     )
     assert (dry.rows, dry.rows_alone) == (found.rows, found.rows_alone)
+    # Grafts in blocks, each with rows of the reference that it lacks.
+    grafts, references = position_grafts(), {"base": Graft(), "full": Graft.rule("sft")}
+    names, bounds = list(grafts), [(0, 3), (3, 8)]
+    each = [
+        Scorer(
+            llama.model,
+            {name: grafts[name] for name in names[low:high]},
+            measures=["kl_full"],
+            references=references,
+            answers="first",
+            row_budget=50,
+        ).plan(prompts)
+        for low, high in bounds
+    ]
+    dry = dry_plan(
+        llama.model.arch,
+        SOURCES,
+        Prepared(llama.tokenizer, llama.model.arch, answers="first"),
+        prompts,
+        list(grafts.values()),
+        measured=asked_for(["kl_full"]),
+        references=references,
+        blocks=bounds,
+        row_budget=50,
+    )
+    for name in ("cells", "rows", "rows_alone", "rows_cut", "logits"):
+        assert getattr(dry, name) == pytest.approx(sum(getattr(one, name) for one in each)), name
+    assert dry.peak == max(one.peak for one in each)
     cut = Scorer(llama.model, position_grafts(), answers="first", row_budget=20).plan(prompts)
     assert cut.rows_cut > 0
     assert cut.rows == pytest.approx(found.rows + cut.rows_cut)

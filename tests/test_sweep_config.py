@@ -710,7 +710,7 @@ def test_a_description_says_what_would_be_done(tmp_path: Path) -> None:
         "          none",
         "          sft @ all",
         "          LT = sft @ last",
-        "          1 given twice run once, such as same = LT",
+        "          1 given twice are run once, such as same = LT",
         "cells     3, in 1 or more shards of up to 3",
         "",
         "1 prompts, 3 cells (prompt × graft), 1 layouts of tokens",

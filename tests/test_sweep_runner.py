@@ -38,6 +38,7 @@ from graftlens.prompts import Prompt
 from graftlens.stats import summarise
 from graftlens.sweep import runner
 from graftlens.sweep.config import SweepConfig, check
+from graftlens.sweep.counts import blocks_of
 from graftlens.sweep.results import (
     RESULT_COLUMNS,
     SHARD,
@@ -510,7 +511,7 @@ def test_the_bar_counts_prompts_and_what_was_there(
 
 @drawn(st.integers(1, 60), st.integers(1, 200), st.integers(1, 400))
 def test_shards_hold_every_cell_once(prompts: int, grafts: int, cells: int) -> None:
-    blocks = runner._cut(prompts, grafts, cells)
+    blocks = blocks_of(prompts, grafts, cells)
     seen = np.zeros((prompts, grafts), dtype=int)
     for low, high in blocks[0]:
         for first, last in blocks[1]:

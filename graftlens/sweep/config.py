@@ -15,11 +15,11 @@ import yaml
 from jaxtyping import Bool
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from graftlens.components import check_name, format_numbers, suggest
+from graftlens.components import check_name, suggest
 from graftlens.configfile import ConfigError, noted, read_settings, settings_from
 from graftlens.data import template_names
 from graftlens.data.rewriting import told_on_command_line
-from graftlens.graft import Graft, Rule
+from graftlens.graft import Graft, Rule, parts_of
 from graftlens.metrics import Measure
 from graftlens.model.arch import Architecture
 from graftlens.model.inputs import collate
@@ -30,6 +30,7 @@ from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, Tokenized, dated, doubled_bos
 from graftlens.references import References
 from graftlens.sweep.cells import Measures, asked_for, own_measures
+from graftlens.sweep.counts import blocks_of
 from graftlens.sweep.grid import GraftField, Grid
 from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.prepared import Extent, Prepared, joined_answers
@@ -277,15 +278,7 @@ class NamedGraft:
     @classmethod
     def of(cls, name: str, graft: Graft) -> "NamedGraft":
         """The graft with the parts of its rule."""
-        if len(graft.rules) != 1:
-            return cls(name, graft)
-        (rule,) = graft.rules
-        # The text leaves out what means all.
-        component, layer = [*str(rule).split(" : ")[1:], "all", "all"][:2]
-        cut = (rule.heads, rule.units)
-        head, neuron = ("all" if n is None else format_numbers(n) for n in cut)
-        about = (rule.source, str(rule.at), component, layer, head, neuron, rule.strength)
-        return cls(name, graft, *about)
+        return cls(name, graft, **parts_of(graft))
 
 
 @dataclass(frozen=True)
@@ -590,28 +583,31 @@ def describe(checked: Checked) -> str:
         lines.append(f"          … and {len(shown) - SHOWN} more")
     if checked.duplicates:
         dropped, kept = next(iter(checked.duplicates.items()))
-        lines.append(
-            f"          {len(checked.duplicates)} given twice run once, such as {dropped} = {kept}"
-        )
+        twice = f"{len(checked.duplicates)} given twice are run once"
+        lines.append(f"          {twice}, such as {dropped} = {kept}")
     cells = len(checked.prompts) * len(checked.grafts)
     shards = -(-cells // config.shards)
     lines.append(f"cells     {cells}, in {shards} or more shards of up to {config.shards}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.dtype) if config.dtype else torch.float32
     budget = affordable_rows(arch, device, dtype)
+    grafts = {named.name: named.graft for named in checked.grafts}
+    _, blocks = blocks_of(len(checked.prompts), len(grafts), config.shards)
     planned = dry_plan(
         arch,
         tuple(config.sources),
         checked.prepared,
         dict(enumerate(checked.prompts)),
-        [g.graft for g in checked.grafts],
+        list(grafts.values()),
+        measured=checked.asked,
+        references={"base": grafts[checked.base], "full": grafts[checked.full]},
+        blocks=blocks,
         row_budget=config.row_budget or budget,
         item=dtype.itemsize,
     )
-    if len(checked.grafts) > config.shards:
-        blocks = -(-len(checked.grafts) // config.shards)
+    if len(blocks) > 1:
         lines.append(
-            f"          grafts are cut into {blocks} blocks, as shards hold fewer cells: what "
-            "blocks have in common is computed in each, which the plan does not count"
+            f"          grafts are cut into {len(blocks)} blocks, as shards hold fewer cells: what "
+            "blocks have in common is computed in each"
         )
     return "\n".join([*lines, "", planned.summary()])

@@ -1,7 +1,8 @@
 """What a sweep computes, counted before it runs: rows, logits, memory."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from graftlens.model.arch import Architecture
 from graftlens.model.tree import GATHERED
@@ -106,6 +107,33 @@ def plan(
         + min(gathered, GATHERED) * 2 * planner.arch.n_kv_heads * planner.arch.d_head * item
         + min(logits * planner.arch.d_vocab, LOGITS) * (2 * max(item, 4) + 1),
     )
+
+
+def together(plans: Sequence[SweepPlan]) -> SweepPlan:
+    """The plan of blocks of grafts, given those of each block over the same prompts."""
+
+    added, most = ("cells", "rows", "rows_alone", "rows_cut", "logits"), ("structures", "peak")
+    found: dict[str, Any] = {name: sum(getattr(one, name) for one in plans) for name in added}
+    found |= {name: max(getattr(one, name) for one in plans) for name in (*most, "memory")}
+    return replace(plans[0], **found)
+
+
+def blocks_of(
+    prompts: int, grafts: int, cells: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """Bounds of the blocks of prompts and of grafts, so that no shard has more than `cells`.
+
+    Only grafts of one shard share what they have in common, so they are cut only where there are
+    more than `cells`.
+    """
+
+    def even(count: int, most: int) -> list[tuple[int, int]]:
+        runs = -(-count // most)
+        return [(count * i // runs, count * (i + 1) // runs) for i in range(runs)]
+
+    of_grafts = even(grafts, cells)
+    widest = max(high - low for low, high in of_grafts)
+    return even(prompts, max(1, cells // widest)), of_grafts
 
 
 def row_bytes(arch: Architecture, item: int) -> int:

@@ -349,8 +349,8 @@ class Grid(Settings):
         if count > MAX_GRAFTS:
             raise ValueError(
                 f"this grid makes {count:,} grafts ({len(self.positions)} positions, "
-                f"{len(components)} components, {len(layers)} layers, …); {MAX_GRAFTS:,} are the "
-                "most. Leave entries out, or make several sweeps."
+                f"{len(components)} components, {len(layers)} layers, …); at most {MAX_GRAFTS:,} "
+                "are allowed. Leave entries out, or make several sweeps."
             )
         for at, entry in product(self.positions, components):
             axes = product(layers, heads[entry], units, self.strengths, chosen)
@@ -415,6 +415,6 @@ def _n_heads(components: str, arch: Architecture) -> int:
     if len(counts) > 1:
         raise ValueError(
             f"heads of {components!r}: q and o have {arch.n_heads} heads here, k and v "
-            f"{arch.n_kv_heads}. Give them entries of their own."
+            f"{arch.n_kv_heads}. Give them separate entries."
         )
     return counts.pop()

@@ -31,6 +31,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from graftlens.chat import Conversation
 from graftlens.folder import json_digest, parse_json, read_text
+from graftlens.graft import PARTS
 from graftlens.metrics import always_measured, measure
 from graftlens.prompts import Prompt
 from graftlens.references import COLUMNS as REFERENCES
@@ -63,7 +64,7 @@ def shard_schema(asked: Iterable[str] = ()) -> pa.Schema:
 SHARD = shard_schema()
 
 #: Columns that describe a graft; empty if it has several rules.
-GRAFT_COLUMNS = ("rule", "source", "span", "component", "layer", "head", "neuron", "strength")
+GRAFT_COLUMNS = ("rule", *PARTS)
 
 #: What the grafts of older folders are in columns that these lack.
 _BEFORE: Mapping[str, Any] = {"neuron": "all", "strength": 1.0}
@@ -426,11 +427,12 @@ def read_results(
 
     Returns:
         Columns `prompt` (number), `graft` (name), `rule`, `source`, `span`, `component`, `layer`,
-        `head` (of grafts with one rule), `base_run` and `full_run` (the names of the grafts that
-        recovery is measured between), `template`, `dataset`, `model` (the sources), `text`,
-        `answer`, then the measures of `graftlens.evaluate` (`ties` is NA in folders of version
-        0.1.0, which did not count them), those that the sweep asks for, and `reason`: why a cell
-        could not be run, in which case all numbers are NA. Repeated texts are categoricals. One
+        `head`, `neuron`, `strength` (of grafts with one rule), `base_run` and `full_run` (the names
+        of the grafts that recovery is measured between), `template`, `dataset`, `model` (the
+        sources), `text`, `answer`, then the measures of `graftlens.evaluate` (`ties` is NA in
+        folders of version 0.1.0, which did not count them), those that the sweep asks for, and
+        `reason`: why a cell could not be run, in which case all numbers are NA. Repeated texts are
+        categoricals. One
         table is sorted by prompt, then by graft as in the config; batches come shard by shard.
 
     Raises:

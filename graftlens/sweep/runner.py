@@ -36,6 +36,7 @@ from graftlens.model.locations import folder_of
 from graftlens.prompts import Prompt, PromptError
 from graftlens.sweep.cells import Measures, asked_for, fingerprints, own_measures
 from graftlens.sweep.config import Checked, SweepConfig, as_yaml, checked_as_given
+from graftlens.sweep.counts import blocks_of
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.disk import (
     FolderError,
@@ -121,7 +122,7 @@ class SweepResult:
         if self.not_run:
             reasons = sorted(self.not_run.items(), key=lambda item: (-item[1], item[0]))
             shown = "; ".join(f"{count} × {reason}" for reason, count in reasons[:3])
-            more = f"; and {len(reasons) - 3} reasons more" if len(reasons) > 3 else ""
+            more = f"; and {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""
             line += f"; {sum(self.not_run.values()):,} cells could not be run: {shown}{more}"
         return line
 
@@ -309,7 +310,7 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
             right = [ready.answers] if ready.answers else []
             shapes.append([shape, ready.tokens.ids, ready.answer, ready.distractors, *right])
     n_prompts = len(checked.prompts)
-    prompts, grafts = _cut(n_prompts, len(checked.grafts), config.shards)
+    prompts, grafts = blocks_of(n_prompts, len(checked.grafts), config.shards)
     order = sorted(
         range(n_prompts),
         key=lambda i: (shapes[i] is None, [] if shapes[i] is None else shapes[i][0], i),
@@ -363,24 +364,6 @@ def _versions() -> dict[str, str]:
     return {name: version(name) for name in names} | {"python": platform.python_version()}
 
 
-def _cut(
-    prompts: int, grafts: int, cells: int
-) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-    """Bounds of the blocks of prompts and of grafts, so that no shard has more than `cells`.
-
-    Only grafts of one shard share what they have in common, so they are cut only where there are
-    more than `cells`.
-    """
-
-    def even(count: int, most: int) -> list[tuple[int, int]]:
-        runs = -(-count // most)
-        return [(count * i // runs, count * (i + 1) // runs) for i in range(runs)]
-
-    of_grafts = even(grafts, cells)
-    widest = max(high - low for low, high in of_grafts)
-    return even(prompts, max(1, cells // widest)), of_grafts
-
-
 def _agree(out: Path, given: Manifest, prompts: Sequence[Prompt]) -> Manifest:
     """The folder's manifest, if it belongs to the given sweep."""
     there = read_manifest(out)
@@ -407,7 +390,7 @@ def _refuse_other_functions(out: Path, there: Manifest, given: Mapping[str, str]
     for name, function in given.items():
         if known.get(name, function) != function:
             raise ValueError(
-                f"{out} has numbers of another function of measure {name!r}: restore that "
+                f"{out} has numbers from a different function of measure {name!r}: restore that "
                 "function, or choose another folder."
             )
 

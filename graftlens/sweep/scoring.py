@@ -17,7 +17,7 @@ from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.tree import TreeBatch, TreeShape
 from graftlens.prompts import Prompt
 from graftlens.sweep.cells import Cells, asked_for
-from graftlens.sweep.counts import SweepPlan, plan
+from graftlens.sweep.counts import SweepPlan, plan, together
 from graftlens.sweep.measuring import Found, Measuring, Wanted, needed_references
 from graftlens.sweep.memory import affordable_rows, free_memory, out_of_memory
 from graftlens.sweep.planner import Branches, Piece, Planner, Structure
@@ -339,16 +339,33 @@ def dry_plan(
     prompts: Mapping[int, Prompt],
     grafts: Sequence[Graft],
     *,
+    measured: Sequence[Measure] = (),
+    references: Mapping[str, Graft] | None = None,
+    blocks: Sequence[tuple[int, int]] | None = None,
     row_budget: int | None = None,
     item: int = 4,
 ) -> SweepPlan:
     """What a sweep will compute, without a model: as if no two sources shared a tensor.
 
-    Prompts that cannot be run are left out. Without a budget, trees count as uncut. `item` is the
-    bytes of a number of the dtype to run in.
+    Prompts that cannot be run are left out.
+
+    Args:
+        arch, sources: the architecture, and the names of the sources.
+        prepared, prompts: the prompts, by number.
+        grafts: the sweep's columns.
+        measured: the measures besides those of every table.
+        references: the runs that measures may compare with: their rows are part of every tree.
+        blocks: bounds of the blocks that grafts are cut into; None is one.
+        row_budget: rows that a pass holds at most. Without one, trees count as uncut.
+        item: bytes of a number of the dtype to run in.
     """
     branches = [
         (s.tokens, Branches.of(s.tokens.ids, prepared.continuations(s), arch.rope_limit))
         for s in prepared.all(prompts)[0]
     ]
-    return plan(Planner(arch, sources, grafts), branches, row_budget, item)
+    compared = needed_references(measured, references or {})
+    planners = (
+        Planner(arch, sources, grafts[low:high], references=compared)
+        for low, high in blocks or [(0, len(grafts))]
+    )
+    return together([plan(planner, branches, row_budget, item) for planner in planners])
