@@ -508,7 +508,7 @@ def test_equal_grafts_each_have_their_row(base, place):
             {"kind": "bars", "grids": ["spans"], "x": "position", "by": "pooled"},
             {"kind": "lines", "grids": ["2"], "x": "rate", "by": "pooled"},
             {"kind": "lines", "grids": ["runs"], "x": "layers", "by": "pooled", "panel": "source"},
-            {"kind": "lines", "grids": ["doses"], "x": "strength", "by": "pooled"},
+            {"kind": "lines", "grids": ["doses"], "by": "pooled"},  # along strength by itself
             {"kind": "heatmap", "grids": ["cut"], "x": "neuron", "y": "position", "by": "pooled"},
         ],
         finding={"enough": "recall", "rest": "whole"},
@@ -642,6 +642,32 @@ def test_grafts_that_would_be_drawn_as_one_are_told_before_training(base, tmp_pa
         return
     with pytest.raises(ConfigError, match=re.escape(f"figures.0: several grafts would be {said}")):
         planned.check()
+
+
+@pytest.mark.parametrize(
+    ("figures", "added"),
+    [
+        ([], ("doses",)),
+        ([{"kind": "bars"}], ("doses",)),
+        ([{"kind": "lines", "grids": ["layers"]}], ("doses",)),
+        ([{"kind": "heatmap", "grids": ["doses"], "x": "strength", "y": "position"}], None),
+        ([{"kind": "bars", "grids": ["doses"], "x": "strength"}], None),
+        ([{"kind": "lines"}], None),
+    ],
+)
+def test_grids_with_several_strengths_are_drawn_as_a_dose_response(base, figures, added):
+    grids = [
+        {"name": "layers", "positions": "last", "layers": "each", "strengths": [0.5]},
+        {"name": "doses", "positions": ["last", "bos"], "strengths": [0.5, 2]},
+    ]
+    part = own(base, grids=grids, figures=figures).config.parts["one"]
+    given, rest = part.shown[: len(figures)], part.shown[len(figures) :]
+    assert [(f.kind, f.x, f.metrics, f.grids) for f in rest] == (
+        [] if added is None else [("lines", "strength", ("recovery",), added)]
+    )
+    for before, after in zip(part.figures, given, strict=True):
+        along = before.x if before.grids == ("layers",) or before.kind != "lines" else "strength"
+        assert after == before.model_copy(update={"x": along})
 
 
 def test_every_name_that_is_wrong_is_told_at_once(base):

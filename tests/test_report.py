@@ -109,6 +109,21 @@ def written(tmp_path_factory):
     return path, summary, Page(path)
 
 
+def test_a_report_of_several_strengths_has_their_dose_response(tmp_path):
+    dosed = {f"{s:g}*sft @ last : mlp": s / 3 for s in (0.5, 2)}
+    table = make_table({"PRE": 0, "SFT": 1} | dosed)
+    path = report.write_report(
+        tmp_path / "report.html",
+        title="Doses",
+        summary=stats.summarise(table, resamples=50),
+        table=table,
+        provenance={},
+    )
+    page = " ".join(Page(path).words)
+    for template in ("headline", "award"):
+        assert page.count(f"{template}: Recovery against the strength of a graft") == 1
+
+
 # --- the page --------------------------------------------------------------------------------
 
 

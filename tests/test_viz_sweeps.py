@@ -281,6 +281,46 @@ def test_lines_of_strengths_by_a_column_and_of_another_measure():
     assert last == value["2*sft @ last : o : all"]
 
 
+def test_strengths_of_evaluates_tables_are_in_their_rules():
+    """Their summaries have what a sweep's have, so they are drawn alike."""
+    names = {"PRE": "none", "SFT": "sft @ all"}
+    names |= {f"{s}*sft @ last : mlp": f"{s}*sft @ last : mlp" for s in (0.5, 2)}
+    names |= {"sft @ last : mlp": "sft @ last : mlp", "both": "sft @ last | sft @ [0] : o : 1 : 2"}
+    rows = [
+        {"prompt": n, "graft": name, "rule": rule, "template": "t", "reason": None}
+        | {"logprob": -3.0 + value + n / 10, "rank": 1 + n}
+        for n in range(4)
+        for value, (name, rule) in enumerate(names.items())
+    ]
+    table = stats.summarise(pd.DataFrame(rows), ks=(1,), metrics=("logprob",), resamples=50)
+    about = table.set_index("graft")
+    assert about.loc["0.5*sft @ last : mlp", list(stats.GRAFT_COLUMNS)].tolist() == [
+        *("sft", "last", "mlp", "all", "all", "all", 0.5)
+    ]
+    assert about.loc[["PRE", "both"], "strength"].isna().all()
+    (line,) = sweeps.dose_response(table).data
+    assert (line.name, list(line.x)) == ("sft @ last : mlp", [0.5, 1, 2])
+    assert (
+        list(line.y)
+        == about.loc[
+            ["0.5*sft @ last : mlp", "sft @ last : mlp", "2*sft @ last : mlp"], "recovery"
+        ].tolist()
+    )
+    # What the table says itself comes before what the rule says.
+    given = pd.DataFrame(rows).assign(strength=7.0)
+    other = stats.summarise(given, ks=(1,), metrics=("logprob",), resamples=50)
+    assert set(other["strength"]) == {7.0}
+    assert set(other["span"].dropna()) == {"all", "last"}
+
+
+def test_a_dose_response_needs_several_strengths_each_once():
+    table = doses()
+    assert sweeps.has_doses(table, "recovery")
+    assert not sweeps.has_doses(table[table["strength"] == 1], "recovery")
+    assert not sweeps.has_doses(table.drop(columns="strength"), "recovery")
+    assert not sweeps.has_doses(pd.concat([table, table]), "recovery")
+
+
 def test_what_a_plot_of_strengths_refuses():
     table = doses()
     with pytest.raises(ValueError, match=r"no column 'strength'; it has 'template', 'graft'"):

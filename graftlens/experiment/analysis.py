@@ -72,7 +72,7 @@ def part_tables(
     # A prompt without distractors has none; a cell that could not be run is not such a prompt.
     if table.loc[table["reason"].isna(), "logit_diff"].notna().all():
         metrics.append("logit_diff")
-    asked = [*own, *(metric for figure in part.figures for metric in figure.metrics)]
+    asked = [*own, *(metric for figure in part.shown for metric in figure.metrics)]
     metrics += [m for m in dict.fromkeys(asked) if m in measured and m not in metrics]
     apart = ("dataset",) if table["dataset"].nunique() > 1 else ()
     frames = {}
@@ -131,11 +131,11 @@ def check_figures(part: PartConfig, checked: Checked) -> None:
     """
     tags = _tags(part, checked)
     problems = []
-    for number, figure in enumerate(part.figures):
+    for number, figure in enumerate(part.shown):
         # Lines show several draws at one place (but not of strengths, where without a panel each
         # graft has its line), and named grafts have names of their own.
         alone = figure.x != "strength" or figure.panel is None
-        if (figure.kind == "lines" and alone) or (figure.kind == "bars" and figure.grids is None):
+        if (figure.kind == "lines" and alone) or not figure.of_grids:
             continue
         axes = [figure.x, *([figure.y] if figure.kind == "heatmap" else [])]
         axes += [figure.panel] if figure.panel is not None else []

@@ -19,6 +19,7 @@ from graftlens.metrics import always_measured, averaged, known
 from graftlens.positions import At
 from graftlens.presets import PRESETS
 from graftlens.sweep.config import GraftSettings, RunSettings
+from graftlens.sweep.grid import Grid
 from graftlens.sweep.promptsets import (
     PromptColumn,
     PromptFile,
@@ -118,7 +119,8 @@ class FigureConfig(Section):
     """For bars, which grafts, in which order; by default all that `grafts` names."""
 
     x: Axis = "layer"
-    """For grids: what runs from left to right."""
+    """For grids: what runs from left to right. Where it is left out, lines of grids that have
+    several strengths run along `strength`: a dose response."""
 
     y: Axis = "component"
     """For heat maps: what runs from top to bottom."""
@@ -129,6 +131,11 @@ class FigureConfig(Section):
     grids: tuple[str, ...] | None = Field(default=None, min_length=1)
     """The grids to draw, by their names (a number from 0 for one without); by default all for heat
     maps and lines, and for bars the named grafts instead."""
+
+    @property
+    def of_grids(self) -> bool:
+        """Whether it draws grids, and not the named grafts."""
+        return self.kind != "bars" or self.grids is not None
 
 
 class Finding(Section):
@@ -172,7 +179,8 @@ class PartConfig(RunSettings, GraftSettings):
     (`ln_final` in OLMo has no weights). The page says so. All others must be possible."""
 
     figures: Annotated[tuple[FigureConfig, ...], BeforeValidator(listed)] = ()
-    """What is drawn."""
+    """What is drawn; the dose response of grids with several strengths also where no figure draws
+    them."""
 
     finding: Finding | None = None
     """A claim to check, template by template."""
@@ -182,15 +190,37 @@ class PartConfig(RunSettings, GraftSettings):
         """The prompts about facts, by their numbers among the prompts."""
         return {i: p for i, p in enumerate(self.prompts) if isinstance(p, PromptsConfig)}
 
+    @property
+    def named_grids(self) -> dict[str, Grid]:
+        """The grids by their names."""
+        return {grid.name or str(number): grid for number, grid in enumerate(self.grids)}
+
+    @property
+    def shown(self) -> tuple[FigureConfig, ...]:
+        """The figures with their `x`, then what is drawn of strengths that they leave out."""
+        dosed = {name for name, grid in self.named_grids.items() if len(set(grid.strengths)) > 1}
+        found = []
+        for figure in self.figures:
+            left_out = figure.kind == "lines" and "x" not in figure.model_fields_set
+            along = left_out and bool(dosed.intersection(figure.grids or self.named_grids))
+            found.append(figure.model_copy(update={"x": "strength"}) if along else figure)
+        drawn = {g for f in found if f.of_grids for g in f.grids or self.named_grids}
+        left = tuple(name for name in self.named_grids if name in dosed - drawn)
+        if left:
+            found.append(
+                FigureConfig(kind="lines", x="strength", metrics=("recovery",), grids=left)
+            )
+        return tuple(found)
+
     def problems(self) -> list[tuple[str, str]]:
         """(where, what) of every name here that does not exist."""
         problems = []
-        named = {grid.name or str(number): grid for number, grid in enumerate(self.grids)}
+        named = self.named_grids
         if len(named) < len(self.grids):
             problems.append(("grids", "two grids have the same name. Give each its own name."))
-        for i, figure in enumerate(self.figures):
+        for i, figure in enumerate(self.shown):
             where = f"figures.{i}"
-            of_grids = figure.kind != "bars" or figure.grids is not None
+            of_grids = figure.of_grids
             if of_grids and not self.grids:
                 problems.append((where, f"kind {figure.kind} shows grids, but there are none."))
             elif not of_grids and not self.grafts:
@@ -325,7 +355,7 @@ class ExperimentConfig(RunSettings):
         problems += part.graft_problems(there)
         for i, prompts in part.questions.items():
             problems += self._no_dataset(f"prompts.{i}", prompts.dataset, prompts.change)
-        for i, figure in enumerate(part.figures):
+        for i, figure in enumerate(part.shown):
             for metric in figure.metrics:
                 if what := self._no_metric(metric, part):
                     problems.append((f"figures.{i}.metrics", what))

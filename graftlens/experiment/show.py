@@ -52,9 +52,9 @@ def show_part(
     """
     part = config.parts[name]
     shown = []
-    for number, wanted in enumerate(part.figures):
+    for number, wanted in enumerate(part.shown):
         grids = ", ".join(wanted.grids or ())
-        label = grids or (str(number) if len(part.figures) > 1 else "")
+        label = grids or (str(number) if len(part.shown) > 1 else "")
         try:
             for stem, figure in _figures(wanted, part, tables):
                 words = "-".join(filter(None, [name, label, stem]))
@@ -139,8 +139,7 @@ def _figures(
 ) -> Iterator[tuple[str, Figure]]:
     """(what it is, the figure), one for each metric and, if they are separate, each group."""
     pooled = wanted.by == "pooled"
-    grid_bars = wanted.kind == "bars" and wanted.grids is not None
-    if wanted.kind == "bars" and not grid_bars:
+    if not wanted.of_grids:
         frame = tables.pooled if pooled else tables.template
         kept = wanted.grafts or tuple(part.grafts)
         frame = _in_order(frame, kept)
@@ -157,7 +156,7 @@ def _figures(
         drawn = group.drop(columns=apart)
         for metric in wanted.metrics:
             stem = f"{metric}-{label}" if label else metric
-            if grid_bars:
+            if wanted.kind == "bars":
                 figure = bar_chart(as_bars(drawn, wanted.x, wanted.panel), metric)
             elif wanted.kind == "heatmap":
                 figure = heat_map(drawn, metric, x=wanted.x, y=wanted.y, panel=wanted.panel)

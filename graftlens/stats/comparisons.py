@@ -144,6 +144,21 @@ def compare_all(
     once with a chance of 95% or more are those of `level = 1 - 0.05 / number of comparisons`
     (Bonferroni); give `resamples` well above 2 / (1 - level).
 
+    Args:
+        table: results with a row per prompt and graft.
+        pairs: grafts to compare, by their names in the column `graft`.
+        against: the name of the graft that every other one is compared with. Those of the base
+            and of the full run are in the columns `base_run` and `full_run`: a reference that was
+            not among the grafts is called `PRE` or `SFT` by `evaluate`, and in a sweep `none` or
+            after its graft (`sft @ all`).
+        metric: what is compared: `top{k}`, a measure, or `recovery`.
+        recovery: the measure whose recoveries are compared.
+        by: columns; the prompts of each of their values are compared separately.
+        base, full: the runs that recovery is measured between; by default those that the table
+            names.
+        unit, level, resamples, seed: as in `summarise`.
+        permutations: most sign patterns for one p-value.
+
     Raises:
         ValueError: as `summarise`; not exactly one of `pairs` and `against`; a pair of a graft
             with itself, or given twice.

@@ -51,8 +51,8 @@ def summarise(
     - `recovery` = (mean(graft) − mean(base)) / (mean(full) − mean(base)) of the metric named by the
       argument, with `recovery_low`, `recovery_high`, and `recovery_note`: None, or why a value or
       its interval is NaN;
-    - of a sweep's table also `source`, `span`, `component`, `layer`, `head`, `neuron` and
-      `strength` of the graft;
+    - `source`, `span`, `component`, `layer`, `head`, `neuron` and `strength` of a graft with one
+      rule, if the table has these columns or the column `rule`;
     - `recovery_of`, `base_run`, `full_run`, `level`, `resamples`, `seed`, `unit`: how the row was
       computed; `units`: how many units the prompts used belong to.
 

@@ -8,10 +8,11 @@ import pandas as pd
 from jaxtyping import Bool, Float, Int
 from pandas.api.types import is_float_dtype
 
+from graftlens.graft import PARTS, Graft, parts_of
 from graftlens.metrics import averaged, known
 
-#: Columns of a sweep's table that describe a graft; a summary's rows keep them.
-GRAFT_COLUMNS = ("source", "span", "component", "layer", "head", "neuron", "strength")
+#: Columns that describe a graft of one rule, in a sweep's table and in every summary.
+GRAFT_COLUMNS = PARTS
 #: Why a table without a full run has no recovery.
 NO_FULL_RUN = "the table names no full run (column 'full_run'): pass full=GRAFT"
 
@@ -137,10 +138,23 @@ def with_notes(result: pd.DataFrame, name: str) -> pd.DataFrame:
 
 
 def graft_facts(table: pd.DataFrame) -> dict[str, dict[str, object]]:
-    """Graft -> what the table says about it, apart from its results."""
+    """Graft -> what the table says about it, apart from its results; what it has no column for is
+    read out of its `rule`."""
     columns = [c for c in GRAFT_COLUMNS if c in table]
-    first = table.drop_duplicates("graft").set_index("graft")[columns]
-    return {str(graft): dict(row) for graft, row in first.astype(object).iterrows()}
+    first = table.drop_duplicates("graft").set_index("graft").astype(object)
+    found = {str(graft): dict(row) for graft, row in first[columns].iterrows()}
+    if "rule" in table and len(columns) < len(GRAFT_COLUMNS):
+        for graft, rule in first["rule"].items():
+            known = found[str(graft)]
+            found[str(graft)] = {c: known.get(c, of_rule) for c, of_rule in _parts(rule).items()}
+    return found
+
+
+def _parts(rule: object) -> dict[str, object]:
+    try:
+        return parts_of(Graft.parse(str(rule)))
+    except ValueError:  # another program's table
+        return dict.fromkeys(GRAFT_COLUMNS)
 
 
 def choose_grafts(table: pd.DataFrame, grafts: Sequence[str] | None) -> list[str]:

@@ -1,17 +1,19 @@
 """One self-contained page about a run: what it shows, its charts and numbers, how it was run."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
 from graftlens.folder import at_home, write_whole
 from graftlens.viz import page, text
-from graftlens.viz.figures import bar_chart
+from graftlens.viz.figures import bar_chart, dose_chart
 from graftlens.viz.quantities import Quantity, measured, of_summary
 from graftlens.viz.render import render
 from graftlens.viz.spelling import spanned
+from graftlens.viz.sweeps import has_doses
 
 #: With more grafts than this, a table of ranks prompt by prompt is unreadable.
 MAX_GRAFTS = 40
@@ -71,10 +73,11 @@ def write_report(
     """Write the report of a run to `path` and return it; the file appears whole or not at all.
 
     `summary` is `graftlens.stats.summarise(table, ...)`. `metric` is what the headline and the
-    first chart are about. Charts default to `metric` and the recovery, if the summary has one. The
-    lead sentence and the findings below it default to `text.headline` and `text.verdicts`. Ranks
-    are listed prompt by prompt for the first `max_prompts` prompts; the page says how many more
-    there are. With more than `MAX_GRAFTS` grafts they are left to the results table.
+    first chart are about. Charts default to `metric` and the recovery, if the summary has one, and
+    to their dose response where a graft was run at several strengths. The lead sentence and the
+    findings below it default to `text.headline` and `text.verdicts`. Ranks are listed prompt by
+    prompt for the first `max_prompts` prompts; the page says how many more there are. With more
+    than `MAX_GRAFTS` grafts they are left to the results table.
     """
     path = at_home(path)
     if max_prompts < 0:
@@ -83,6 +86,12 @@ def write_report(
     if charts is None:
         names = dict.fromkeys((metric, *(m for m in measured(summary) if m == "recovery")))
         charts = [bar_chart(summary, name) for name in names]
+        groups = text.groups(summary)
+        for name, (group, part) in product(names, groups.items()):
+            if has_doses(part, name):
+                chart = dose_chart(part, name)
+                where = f"{group}: " if len(groups) > 1 else ""
+                charts.append(replace(chart, caption=where + chart.caption))
     if lead is None:
         lead = text.headline(summary, metric=metric)
     if findings is None:

@@ -213,9 +213,10 @@ def dose_response(
     without a value in `strength` are left out.
 
     Args:
-        summary: of one group of prompts.
+        summary: of one group of prompts, of a sweep's table or of `evaluate`'s. Grafts with several
+            rules (`graft.scaled(0.5)`) take part if the table is given a column `strength`.
         series: a column (`span`, `component`, `layer`, …) each of whose values gets a line; left
-            out, each graft does, whatever its strength.
+            out, each graft does, whatever strength its name has.
 
     Raises:
         ValueError: an unknown metric or column, several rows for one strength of a line, or no
@@ -224,7 +225,7 @@ def dose_response(
     facts = of_summary(summary, metric)
     for column in ("strength", *([series] if series is not None else [])):
         check_column(summary, column, _OF_GRIDS, kind="summary")
-    ends = summary["graft"].eq(summary["base_run"]) | summary["graft"].eq(summary["full_run"])
+    ends = are_references(summary)
     kept = summary[~ends & summary["strength"].notna() & summary[metric].notna()]
     if series is not None:
         kept = kept[kept[series].notna()]
@@ -275,6 +276,16 @@ def dose_response(
 
 
 _LINE, _DOSE = "__line", "__dose"
+
+
+def has_doses(summary: pd.DataFrame, metric: str) -> bool:
+    """Whether `dose_response` has a line to draw: some graft at several strengths, each once."""
+    if "strength" not in summary:
+        return False
+    kept = summary[~are_references(summary) & summary["strength"].notna() & summary[metric].notna()]
+    names = [_FACTOR.sub("", str(name), 1) for name in kept["graft"]]
+    doses = kept["strength"].astype(float).groupby(names)
+    return bool((doses.nunique() > 1).any() and (doses.nunique() == doses.size()).all())
 
 
 def _line(series: str | None, name: object, index: int) -> theme.Line:
