@@ -1,4 +1,5 @@
-"""The README's "Adding" is what this test does: a toy component and a toy family, by their rows."""
+"""The README's "Adding" is what this test does: a toy component, family and measure, by their
+rows."""
 
 import os
 import re
@@ -16,10 +17,11 @@ PLACES = (
     ("model/arch.py", "def supported() "),
     ("model/forward.py", '        if arch.qk_norm != "none":\n            self.q_norm = '),
     ("model/forward.py", "        return out.unflatten(0, places)\n\n    def _qk_norm"),
+    ("metrics.py", "def measures() "),
 )
 
 
-def test_a_component_and_a_family_are_added_as_the_readme_says(tmp_path: Path) -> None:
+def test_a_component_a_family_and_a_measure_are_added_as_the_readme_says(tmp_path: Path) -> None:
     """A list of components that somebody keeps beside the table would lack the toy."""
     library = tmp_path / "graftlens"
     shutil.copytree(ROOT / "graftlens", library, ignore=shutil.ignore_patterns("__pycache__"))

@@ -1,4 +1,5 @@
-"""A toy family with a toy component, grafted: run by `test_extending.py` on an extended copy.
+"""A toy family with a toy component, grafted, and a toy measure of it: run by `test_extending.py`
+on an extended copy.
 
 `mix` is a linear map after attention's output map, in a relative of Llama. Positions meet only in
 attention, so a graft of it is plain arithmetic: another matrix at some rows.
@@ -14,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils import logging
 
 import graftlens
-from graftlens import GraftedTransformer, Prompt
+from graftlens import GraftedTransformer, Prompt, summarise, viz
 from graftlens.components import GROUPS, Component
 from graftlens.graft import Graft
 from graftlens.lens.weights import weight_difference
@@ -91,7 +92,7 @@ def main() -> None:
     AutoModelForCausalLM.register(ToyConfig, ToyForCausalLM)
     tokenizer = TOKENIZERS["gpt2"]()
     sources = {name: toy(seed, len(tokenizer)) for seed, name in enumerate(("pre", "sft"))}
-    # Loading holds each source's logits against its own model's.
+    # Loading compares each source's logits with its own model's.
     model = GraftedTransformer.from_pretrained(sources, tokenizer=tokenizer, verbose=False)
     prompt = Prompt(
         "The movie {title} was directed by", {"title": "Winter's End"}, answer=" José Núñez-Peña"
@@ -129,7 +130,8 @@ def main() -> None:
     for name in places:
         for layer in range(LAYERS):
             grafts[f"{name} {layer}"] = Graft.rule("sft", at=name, components="mix", layers=[layer])
-    table = Scorer(model, grafts, answers="first").table({0: prompt}).set_index("graft")
+    scorer = Scorer(model, grafts, answers="first", measures=["confidence"])
+    table = scorer.table({0: prompt}).set_index("graft")
     answer = int(table["target_id"].iloc[0])
     expected = {name: sources[name.lower()](ids).logits[0] for name in ("PRE", "SFT")}
     for name, positions in places.items():
@@ -138,9 +140,21 @@ def main() -> None:
     for name, logits in expected.items():
         logprob = float(logits[last].log_softmax(-1)[answer])
         assert abs(table["logprob"][name] - logprob) < 1e-4, name
+        confidence = float(logits[last].log_softmax(-1).max())
+        assert abs(table["confidence"][name] - confidence) < 1e-4, name
     # What a map after attention does at the title in the last layer, no later position reads.
     assert table["logprob"].nunique() == len(grafts) - 1
     assert table["logprob"][f"title {LAYERS - 1}"] == table["logprob"]["PRE"]
+
+    # The measure in statistics and plots.
+    summary = summarise(
+        table.reset_index(), by=(), full="SFT", metrics=["confidence"], recovery="confidence"
+    )
+    for at, row in summary.set_index("graft").iterrows():
+        assert abs(row["confidence"] - table["confidence"][at]) < 1e-6
+    assert set(summary["recovery_of"]) == {"confidence"}
+    axis = viz.grouped_bars(summary, "confidence").layout.yaxis.title.text
+    assert axis == "confidence (nats)", axis
 
     # The paper's algorithm on Hugging Face's modules.
     for graft in (grafts["title 1"], Graft.parse("sft @ title : attn | sft @ last : mlp")):
