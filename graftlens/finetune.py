@@ -302,7 +302,7 @@ def _made_once(spec: DatasetSpec, output: Path) -> Dataset:
         dataset = load_dataset(folder)
         there, given = (s.model_dump(mode="json") for s in (dataset.config, spec))
         if there == given or begun or not (folder / KEPT).is_file():
-            refuse_differences(f"{folder} was made of another config", there, given, ADVICE)
+            refuse_differences(f"{folder} was made from another config", there, given, ADVICE)
             # In memory: other processes get it, and need not see the folder.
             return Dataset.from_dict(dataset.train.to_dict(), features=dataset.train.features)
         shutil.rmtree(folder)  # of a run that was refused before its first step

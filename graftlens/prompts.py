@@ -431,7 +431,7 @@ def dated(prompts: Sequence[Any], tokenizer: Any) -> str | None:
     )
     return (
         "the chat template writes today's date where none is given, so tomorrow's tokens would be "
-        f"others. {advice}"
+        f"different. {advice}"
     )
 
 
@@ -543,7 +543,7 @@ def _roles(
         if len(owners) > 1:
             raise PromptError(
                 f"the token of {rendered.text[a:b]!r} holds characters of messages "
-                f"{' and '.join(map(str, sorted(owners)))}, so it has no one role. Change the "
+                f"{' and '.join(map(str, sorted(owners)))}, so its role is not clear. Change the "
                 "texts where they meet, or use a template that writes something between them."
             )
         if owners:

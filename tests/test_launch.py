@@ -633,7 +633,7 @@ def test_a_made_dataset_is_kept_and_not_made_again(
     assert record["data"]["train_sha256"] == _text_hash(kept.train["text"])
 
     other = {"make": {"facts": "fake_movies", "n_facts": 3, "texts_per_fact": 2}}
-    message = r"run/data was made of another config:\n  n_facts: 2 there, 3 given\nChoose another"
+    message = r"run/data was made from another config:\n  n_facts: 2 there, 3 given\nChoose another"
     with pytest.raises(ValueError, match=message):
         finetune_run(short_run(config, tmp_path / "run", other), progress=False)
     assert len(made) == 1

@@ -730,7 +730,7 @@ def test_a_dataset_of_a_refused_run_is_made_anew(start, tmp_path):
     with pytest.raises(ValueError, match="3 of 3 training texts are longer"):
         finetune_run(asked(3, 3), progress=False)
     (tmp_path / "run" / "data" / ".graftlens-kept").unlink()  # the user's own, then
-    with pytest.raises(ValueError, match="data was made of another config"):
+    with pytest.raises(ValueError, match="data was made from another config"):
         finetune_run(asked(2, 3), progress=False)
 
 

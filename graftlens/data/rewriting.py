@@ -100,7 +100,7 @@ class Rewrites(Settings, metaclass=_MadeInCode):
     api_key_env: str | None = None
     """Environment variable, in capitals, that holds the server's key; null for a server that needs
     none. By default the provider's own (`PROVIDERS`), and none for any other host. The key itself
-    is stored nowhere."""
+    is never stored."""
 
     model: str | None = None
     """A causal language model to load here instead: hub id or checkpoint folder. It should follow

