@@ -121,7 +121,9 @@ def test_a_report_of_several_strengths_has_their_dose_response(tmp_path):
     )
     page = " ".join(Page(path).words)
     for template in ("headline", "award"):
-        assert page.count(f"{template}: Recovery against the strength of a graft") == 1
+        assert (
+            page.count(f"{template}: Recovery of log-probability (0 = PRE, 1 = SFT) against") == 1
+        )
 
 
 # --- the page --------------------------------------------------------------------------------

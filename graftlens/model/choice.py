@@ -189,6 +189,11 @@ class Choice(ABC):
         return None
 
     @property
+    def apart(self) -> "UnitSelection | None":
+        """The groups of units, if they differ."""
+        return None
+
+    @property
     @abstractmethod
     def whole(self) -> "Choice":
         """What a part runs that belongs to no unit."""
@@ -203,7 +208,6 @@ class Choice(ABC):
     def sources(self) -> tuple[int, ...]:
         """The sources that have a share in any row."""
 
-    @abstractmethod
     def ask(
         self,
         rows: Callable[["Selection"], Found],
@@ -212,6 +216,12 @@ class Choice(ABC):
     ) -> Found:
         """The answer of the one that applies: `rows` where all units of a row run the same, `units`
         where they differ, `strengths` where a tensor of strengths mixes a source in."""
+        if self.blended is not None:
+            return strengths(self.blended)
+        if self.alike is not None:
+            return rows(self.alike)
+        assert self.apart is not None, "a choice is one of the three"
+        return units(self.apart)
 
     @abstractmethod
     def parts(self) -> Iterator[tuple[tuple[int, ...] | None, "Selection"]]:
@@ -279,14 +289,6 @@ class Selection(Choice):
     @property
     def whole(self) -> "Selection":
         return self
-
-    def ask(
-        self,
-        rows: Callable[["Selection"], Found],
-        units: Callable[["UnitSelection"], Found],
-        strengths: Callable[["Strengthened"], Found],
-    ) -> Found:
-        return rows(self)
 
     def parts(self) -> Iterator[tuple[tuple[int, ...] | None, "Selection"]]:
         yield None, self
@@ -413,16 +415,12 @@ class UnitSelection(Choice):
     _shares: dict[object, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
+    def apart(self) -> "UnitSelection":
+        return self
+
+    @property
     def whole(self) -> Selection:
         return self.of_no_unit
-
-    def ask(
-        self,
-        rows: Callable[[Selection], Found],
-        units: Callable[["UnitSelection"], Found],
-        strengths: Callable[["Strengthened"], Found],
-    ) -> Found:
-        return units(self)
 
     def parts(self) -> Iterator[tuple[tuple[int, ...] | None, Selection]]:
         yield from self.groups
@@ -516,14 +514,6 @@ class Strengthened(Choice):
         if strength is None:
             return self.inner.whole
         return Strengthened(self.inner.whole, self.source, strength)
-
-    def ask(
-        self,
-        rows: Callable[[Selection], Found],
-        units: Callable[[UnitSelection], Found],
-        strengths: Callable[["Strengthened"], Found],
-    ) -> Found:
-        return strengths(self)
 
     def parts(self) -> Iterator[tuple[tuple[int, ...] | None, Selection]]:
         """What the rows may run: what they run without it, and the source."""
