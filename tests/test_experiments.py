@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from browser import ask, chromium
+from needs import needs
 from reference import sequential_graft
 from test_report import Page
 from tinybase import FACTS, LAYERS, RECIPE, small, tiny_base
@@ -793,6 +794,40 @@ def test_models_that_start_from_one_another(base):
         "sft": {"data": "films"},
     }
     assert own(base, change={"models": models}).config.order() == ("sft", "middle", "late")
+
+
+def test_models_that_cannot_be_adapters_are_saved_whole(base):
+    recipe = {**own(base).config.recipe, "lora": {"rank": 2}}
+    chain = {"sft": {"data": "films"}, "more": {"data": "films", "start": "sft"}}
+    for change, part, lora in (
+        ({}, {}, {"rank": 2}),
+        ({}, {"sources": {"pre": "base", "sft": "sft"}}, {"rank": 2}),
+        ({}, {"sources": {"sft": "sft", "pre": "base"}}, {"merge": True, "rank": 2}),
+        ({"models": chain}, {}, {"merge": True, "rank": 2}),
+    ):
+        config = own(base, change={"recipe": recipe, **change}, **part).config
+        for name in config.models:
+            assert config.recipe_of(name)["lora"] == lora
+    apart = {**recipe, "lora": {"rank": 2, "merge": False}}
+    assert refused(base, change={"recipe": apart, "models": chain})[0] == (
+        "models.sft.recipe.lora.merge: training goes on from this model or from another to it, or "
+        "it is run beside another base, so it cannot be an adapter of the pretrained one. Leave it "
+        "out."
+    )
+
+
+def test_an_experiment_runs_on_the_adapter_that_it_trained(base, place):
+    needs("peft")
+    recipe = {**own(base).config.recipe, "lora": {"rank": 4}, "learning_rate": 1e-2, "epochs": 2}
+    named = own(base, change={"recipe": recipe})
+    result = run_experiment(named, place / "lora", store=place / "store", progress=False)
+    assert result.ok
+    (run,) = plan(named.config, Store(place / "store")).runs.values()
+    assert (run.output / "model" / "adapter_config.json").is_file()
+    table = read_results(result.sweeps["one"].folder).pivot(
+        index="prompt", columns="graft", values="logprob"
+    )
+    assert (table["SFT"] - table["PRE"]).abs().min() > 1e-3
 
 
 def test_what_is_missing_or_cannot_be(base):
