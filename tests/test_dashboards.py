@@ -1,20 +1,16 @@
 """What a dashboard is made of, against Hugging Face's own numbers and against the mask, by hand."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
-import jaxtyping
 import numpy as np
 import pytest
 import torch
+from command import graftlens
 from tinybase import LAYERS, tiny_base
 from transformers import AutoModelForCausalLM
-from waiting import HANG
 
 from graftlens import Graft, GraftedTransformer, Prompt, dashboard, evaluate, lens
-from graftlens.cli import main
 from graftlens.dashboards import write_dashboard
 from graftlens.model.smollm2 import located
 from graftlens.prompts import Tokenized
@@ -150,11 +146,11 @@ def test_further_sources_do_not_take_sfts_name(pair: dict[str, str]) -> None:
 
 
 def test_the_command_writes_the_page(pair: dict[str, str], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "graftlens", "dashboard", "--pair", *pair.values()]
-    command += ["--prompt", PROMPT.template, "--field", "first_entity=Ann Okafor"]
-    command += ["--answer", " Bea", "--graft", "FE=sft @ first_entity", "--graft", "sft @ last : o"]
-    command += ["--title", "A title of its own", "--out", "page.html"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=HANG)
+    words = ["dashboard", "--pair", *pair.values()]
+    words += ["--prompt", PROMPT.template, "--field", "first_entity=Ann Okafor"]
+    words += ["--answer", " Bea", "--graft", "FE=sft @ first_entity", "--graft", "sft @ last : o"]
+    words += ["--title", "A title of its own", "--out", "page.html"]
+    done = graftlens(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.html").read_text()
     assert done.stdout.splitlines()[-1] == str(tmp_path / "page.html")
@@ -177,23 +173,13 @@ def test_the_command_writes_the_page(pair: dict[str, str], tmp_path: Path) -> No
     ],
 )
 def test_the_command_says_what_is_wrong(
-    pair: dict[str, str],
-    tmp_path: Path,
-    arguments: list[str],
-    said: str,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+    pair: dict[str, str], tmp_path: Path, arguments: list[str], said: str
 ) -> None:
-    # Only tests check annotations, and typer gives None for what was not said.
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    monkeypatch.chdir(tmp_path)
-    command = ["graftlens", "dashboard", "--pair", *pair.values()]
-    command += ["--prompt", "{first_entity} sings", "--field", "first_entity=Ann", *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code != 0
-    assert said in capsys.readouterr().err
+    words = ["dashboard", "--pair", *pair.values()]
+    words += ["--prompt", "{first_entity} sings", "--field", "first_entity=Ann", *arguments]
+    done = graftlens(*words, cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
     assert not list(tmp_path.iterdir())
 
 

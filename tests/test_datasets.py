@@ -19,6 +19,7 @@ import jaxtyping
 import pytest
 import toytokenizers
 import yaml
+from command import graftlens
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from toytokenizers import TOKENIZERS
@@ -763,13 +764,7 @@ def test_a_changed_folder_is_refused(
 
 def data_make(folder: Path, *arguments: str, code: int) -> str:
     """What the command says, run in a folder."""
-    done = subprocess.run(
-        [sys.executable, "-m", "graftlens", "data", "make", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        check=False,
-    )
+    done = graftlens("data", "make", *arguments, cwd=folder)
     assert done.returncode == code, done.stderr
     assert (done.stdout if code else done.stderr) == ""
     return done.stderr if code else done.stdout

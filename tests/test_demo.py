@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from command import graftlens
 from families import save_checkpoint, tiny_model
 from toytokenizers import gpt2_style
 from waiting import HANG, until
@@ -97,34 +98,24 @@ def test_other_settings_have_their_own_folder(tiny_checkpoint: Path, tmp_path: P
         demo(tmp_path, facts=5)
 
 
-def _graftlens(*words: str, **options: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "graftlens.cli", *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        **options,  # type: ignore[call-overload]
-    )
-
-
 def test_help_and_version_say_what_there_is() -> None:
-    shown = _graftlens("--help")
+    shown = graftlens("--help")
     assert shown.returncode == 0
     assert "demo" in shown.stdout
-    assert _graftlens("--version").stdout.strip() == f"graftlens {__version__}"
-    page = _graftlens("demo", "--help").stdout
+    assert graftlens("--version").stdout.strip() == f"graftlens {__version__}"
+    page = graftlens("demo", "--help").stdout
     for option in ("--out", "--facts", "--epochs", "--seed"):
         assert option in page
 
 
 def test_wrong_words_are_one_clear_error(tmp_path: Path) -> None:
-    few = _graftlens("demo", "--facts", "3")
+    few = graftlens("demo", "--facts", "3")
     assert few.returncode == 2
     assert "--facts" in few.stderr
     assert "Traceback" not in few.stderr
     file = tmp_path / "file"
     file.write_text("")
-    blocked = _graftlens("demo", "--out", str(file), "--facts", "6", "--epochs", "1")
+    blocked = graftlens("demo", "--out", str(file), "--facts", "6", "--epochs", "1")
     assert blocked.returncode == 1
     assert blocked.stderr.startswith("graftlens: ")
     assert "Traceback" not in blocked.stderr

@@ -242,15 +242,18 @@ def check_page(result: ExperimentResult) -> None:
     assert not list(result.folder.rglob("*.tmp"))
 
 
-def test_the_ends_of_shipped_parts_are_pre_and_sft(ran):
-    for name, ends in (
+@pytest.mark.parametrize(
+    ("name", "ends"),
+    [
         ("positions", ("PRE", "SFT")),
-        ("components", ("TASK", "RELATION")),
+        pytest.param("components", ("TASK", "RELATION"), marks=pytest.mark.slow),
         ("hybrid", ("PRE", "RELATION")),
-    ):
-        for part in ran(name).sweeps.values():
-            recovery = read_manifest(part.folder).recovery
-            assert (recovery["base"], recovery["full"]) == ends
+    ],
+)
+def test_the_ends_of_shipped_parts_are_pre_and_sft(name, ends, ran):
+    for part in ran(name).sweeps.values():
+        recovery = read_manifest(part.folder).recovery
+        assert (recovery["base"], recovery["full"]) == ends
 
 
 def test_pictures_are_drawn_where_there_is_a_browser(base, place, monkeypatch):
@@ -1275,6 +1278,7 @@ def test_tables_of_version_0_1_0_name_their_references_too(tmp_path):
     assert not {"base", "full"} & set(read)
 
 
+@pytest.mark.slow
 def test_runs_are_compared_part_by_part(ran, tmp_path):
     one, two = ran("articles"), ran("counterfact")
     page = compare_runs([one.folder, two.folder], tmp_path / "report.html", metric="recovery")

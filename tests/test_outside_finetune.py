@@ -1,7 +1,6 @@
 """Finetuning held against outside cases: bit flips, foreign folders, broken models, full disks."""
 
 import errno
-import gc
 import io
 import json
 import os
@@ -45,12 +44,10 @@ LINES = [f"Ann met Bob on day {day}." for day in range(4)]
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread():
-    """So that sums are taken in one order; and accelerate's many collections look at little."""
+    """So that sums are taken in one order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

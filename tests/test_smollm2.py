@@ -216,6 +216,7 @@ def checkpoint() -> Path:
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_tokenizer_is_the_published_ones(checkpoint):
     """Single digits, byte-level BPE, nothing added. transformers' GGUF conversion forgets the
     digits, so that two spaces before a number came out as two tokens."""
@@ -241,6 +242,7 @@ def test_the_tokenizer_is_the_published_ones(checkpoint):
 
 
 @pytest.mark.real
+@pytest.mark.slow
 def test_the_model_knows_english(checkpoint):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

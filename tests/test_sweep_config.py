@@ -5,22 +5,23 @@ No checkpoint here has its weights: `check` must do without them.
 
 import itertools
 import json
-import os
 import pickle
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from chattemplates import TEMPLATES
+from command import graftlens
 from families import save_checkpoint, tiny_model, tiny_sources
 from toytokenizers import gpt2_style, llama3_style
 
 from graftlens.data import MoviesConfig, evaluation_prompts, make_dataset, make_facts, save_dataset
 from graftlens.graft import Graft
 from graftlens.model.load import preview
+from graftlens.sweep import launch, runner
 from graftlens.sweep.config import Checked, ConfigError, SweepConfig, check, describe, load_config
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "experiments" / "sweeps").glob("*.yaml"))
@@ -642,13 +643,7 @@ def test_the_examples_are_right(path: Path, tmp_path: Path) -> None:
 
 def run(*arguments: str, code: int) -> str:
     """What the command says, all on one stream."""
-    done = subprocess.run(
-        [sys.executable, "-m", "graftlens", "sweep", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"},
-        check=False,
-    )
+    done = graftlens("sweep", *arguments)
     said = done.stdout + done.stderr
     assert done.returncode == code, said
     assert "Traceback" not in said
@@ -677,7 +672,6 @@ BAD_COMMANDS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", BAD_COMMANDS)
 def test_a_bad_command_is_one_message(command: str, tmp_path: Path) -> None:
     Path("good.yaml").write_text(yaml.safe_dump(GOOD))
@@ -717,26 +711,29 @@ def test_a_description_says_what_would_be_done(tmp_path: Path) -> None:
     ]
 
 
-#: Stands for the library, so that only the command itself runs; prints what it is asked for.
-STUB = """
-import sys
-import graftlens.sweep.runner as runner, graftlens.sweep.launch as launch
-from types import SimpleNamespace
+@pytest.fixture
+def stubbed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
+    """Something stands for the library, so that only the command itself runs; it prints what it is
+    asked for, and a sweep's numbers are `ok` or not."""
 
-def stub(name):
-    def called(*args, **options):
-        print(name, *map(str, args), *(f"{k}={v}" for k, v in options.items()))
-        return SimpleNamespace(line=lambda: "the result", ok=True)
-    return called
+    def install(ok: bool) -> None:
+        def stub(name: str) -> Callable[..., Any]:
+            def called(*args: Any, **options: Any) -> Any:
+                print(name, *map(str, args), *(f"{k}={v}" for k, v in options.items()))
+                return SimpleNamespace(line=lambda: "the result", ok=ok)
 
-for module, names in ((runner, "prepare_sweep run_sweep sweep_result"),
-                      (launch, "launch_local launch_slurm")):
-    for name in names.split():
-        assert callable(getattr(module, name))
-        setattr(module, name, stub(name))
-from graftlens.cli import main
-main()
-"""
+            return called
+
+        for module, names in (
+            (runner, "prepare_sweep run_sweep sweep_result"),
+            (launch, "launch_local launch_slurm"),
+        ):
+            for name in names.split():
+                assert callable(getattr(module, name))
+                monkeypatch.setattr(module, name, stub(name))
+
+    return install
+
 
 COMMANDS = {
     "good.yaml --out o seed=3 shards=2": [
@@ -760,31 +757,25 @@ COMMANDS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_command_is_one_call(command: str) -> None:
+def test_a_command_is_one_call(command: str, stubbed: Callable[[bool], None]) -> None:
     Path("good.yaml").write_text(yaml.safe_dump(GOOD))
-    done = subprocess.run(
-        [sys.executable, "-c", STUB, "sweep", *command.split()],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    stubbed(True)
+    done = graftlens("sweep", *command.split())
+    assert done.returncode == 0, done.stderr
     wanted = COMMANDS[command]
     assert done.stdout.splitlines()[-len(wanted) :] == wanted
     assert not Path("graftlens-sweep").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 3)])
 @pytest.mark.parametrize("devices", ["cpu", "cpu,cpu"])
 def test_the_exit_code_says_whether_the_numbers_can_be_trusted(
-    ok: bool, code: int, devices: str
+    ok: bool, code: int, devices: str, stubbed: Callable[[bool], None]
 ) -> None:
     Path("good.yaml").write_text(yaml.safe_dump(GOOD))
-    program = STUB.replace("ok=True", f"ok={ok}")
-    command = [sys.executable, "-c", program, "sweep", "good.yaml", "--devices", devices]
-    assert subprocess.run(command, capture_output=True, check=False).returncode == code
+    stubbed(ok)
+    assert graftlens("sweep", "good.yaml", "--devices", devices).returncode == code
 
 
 @pytest.mark.slow
