@@ -240,6 +240,9 @@ def _message(where: str, message: Any) -> dict[str, Any]:
         raise ValueError(
             f"{where}: role={brief(role)} is unknown. Allowed: {' '.join(ROLES)}.{advice}"
         )
+    for key in REASONING:
+        if not isinstance(clean.get(key, ""), str):
+            raise ValueError(f"{where}: {key}={brief(clean[key])}. Write a text.")
     calls = clean.get("tool_calls", [])
     if not isinstance(calls, list | tuple) or not all(
         isinstance(call, Mapping) and isinstance(call.get("function", call), Mapping)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
 from html import escape
-from itertools import groupby, pairwise
+from itertools import chain, groupby, islice, pairwise
 from typing import Any
 
 from jinja2 import TemplateSyntaxError
@@ -133,8 +133,10 @@ class _Rendering:
             (i, *path) for i, message in enumerate(self.messages) for path in texts(message)
         ]
         used = set(self.plain).union(*(self.text_of(leaf) for leaf in self.leaves))
-        private = (*range(0xF0002, 0xFFFFE), *range(0x100000, 0x10FFFE))
-        self.marks = [chr(c) for c in private if chr(c) not in used][:_MOST_MARKS]
+        private = map(chr, chain(range(0xF0002, 0xFFFFE), range(0x100000, 0x10FFFE)))
+        count = sum(len(self.text_of(leaf)) + 1 for leaf in self.leaves) + len(self.messages) + 8
+        unused = (character for character in private if character not in used)
+        self.marks = list(islice(unused, min(count, _MOST_MARKS)))
         self.renderings = 0
         #: (leaf, boundary) -> where a mark there comes out; None where the template drops it. A
         #: boundary that is not in here cannot be marked without changing what is written.

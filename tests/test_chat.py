@@ -638,6 +638,7 @@ BAD = [
     ([{"role": "user", "content": "a \ud800"}], {}, "half of a surrogate pair"),
     ([{"role": "developer", "content": ""}], {}, "What a developer says is the system's"),
     ([{"from": "human", "value": "a"}], {}, "Rename from to role, value to content"),
+    ([{**USER, "thinking": ["a"]}], {}, r"messages\[0\]: thinking=\['a'\]\. Write a text"),
     ([USER], {"template_options": {"self": 1}}, "'self' is not an option of a template"),
     ([{**USER, "tool_calls": "abc"}], {}, r"messages\[0\]: tool_calls='abc'\. Write a list"),
     ([{**USER, "tool_calls": [1]}], {}, r"messages\[0\]: tool_calls=\[1\]\. Write a list"),
@@ -1026,6 +1027,15 @@ def test_columns_have_tools_prefills_and_reasoning(tmp_path: Path) -> None:
         asked, answer="It is Bo", **more
     )
     assert column._prompt(rows[2]) == Prompt.chat([USER], answer="It", name="rows.jsonl")
+    # Arrow gives each message the keys of all, and each call the arguments of all.
+    calls = [
+        {**BEGUN, "tool_calls": [{"name": "f", "arguments": arguments}]}
+        for arguments in ({"film": "x"}, {"year": '[{"a": 1}]'})
+    ]
+    talk = [USER, *calls, {"role": "tool", "content": '[{"b": 2}]'}]
+    Dataset.from_list([{"talk": [*talk, thought]}]).save_to_disk(tmp_path / "made")
+    (made,) = PromptColumn(dataset=str(tmp_path / "made"), column="talk", name="m").prompts(0)
+    assert made == Prompt.chat(talk, reasoning="Hm", answer="It is Ann", name="m")
 
 
 BAD_ROWS = [

@@ -298,7 +298,8 @@ class PromptColumn(Section):
     """A dataset's folder or file (`.jsonl`, `.json`, `.parquet`, `.csv`), or its hub id."""
 
     column: str = "messages"
-    """The column: lists of messages (also as JSON), or texts."""
+    """The column: lists of messages (also as JSON), or texts. Keys without a value, by which
+    datasets make rows alike, are left out of messages and tools."""
 
     split: str = "train"
     """Split of the dataset."""
@@ -390,13 +391,19 @@ class PromptColumn(Section):
 
 
 def _listed_in(value: Any) -> Any:
-    """What a cell holds; a list of mappings that it holds as JSON, as one."""
+    """What a cell holds, without keys that have no value; a list of mappings in JSON as one."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
             found = json.loads(value)
             if found and all(isinstance(item, Mapping) for item in found):
                 return found
-    return value
+    return _valued(value)
+
+
+def _valued(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _valued(inner) for key, inner in value.items() if inner is not None}
+    return [_valued(inner) for inner in value] if isinstance(value, list) else value
 
 
 def _answer_of(message: Mapping[str, Any], prefill: str) -> tuple[str, str | None]:
