@@ -91,7 +91,10 @@ def date_options(conversation: Conversation, tokenizer: Any) -> list[str] | None
         Their names; None where it does not write the day's date.
     """
     given = conversation.as_given()
-    source = str(tokenizer.get_chat_template(None, given["tools"]))
+    try:
+        source = str(tokenizer.get_chat_template(None, given["tools"]))
+    except ValueError:  # several templates, of which none is meant: `render` says so
+        return None
     if "strftime_now" not in source:
         return None
     messages = as_seen([*given["messages"], *filter(None, [conversation.begun])])

@@ -460,3 +460,17 @@ def test_a_template_that_writes_the_day_is_told(
     prompts = ["Hm", Prompt("Hm"), Prompt.chat([A], template_options=options)]
     note = dated(prompts, tokenizer_with(template))
     assert note is None if said is None else re.search(said, str(note))
+
+
+def test_of_several_templates_the_one_for_tools_is_followed() -> None:
+    tokenizer = tokenizer_with(SMOL)
+    tokenizer.chat_template = {"default": SMOL, "tool_use": PHI4}
+    for tools, template in ((None, SMOL), (TOOLS, PHI4)):
+        prompt = Prompt.chat([A], tools=tools)
+        expected = tokenize(Prompt.chat([A]), tokenizer_with(template))
+        found = tokenize(prompt, tokenizer)
+        assert (found.ids, found.spans) == (expected.ids, expected.spans)
+    tokenizer.chat_template = {"rag": SMOL, "tool_use": PHI4}
+    assert dated([Prompt.chat([A])], tokenizer) is None
+    with pytest.raises(PromptError, match="refuses this conversation: .*multiple chat templates"):
+        tokenize(Prompt.chat([A]), tokenizer)
