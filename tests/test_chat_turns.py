@@ -472,5 +472,5 @@ def test_of_several_templates_the_one_for_tools_is_followed() -> None:
         assert (found.ids, found.spans) == (expected.ids, expected.spans)
     tokenizer.chat_template = {"rag": SMOL, "tool_use": PHI4}
     assert dated([Prompt.chat([A])], tokenizer) is None
-    with pytest.raises(PromptError, match="refuses this conversation: .*multiple chat templates"):
+    with pytest.raises(PromptError, match=r"refuses this conversation: .*multiple chat templates"):
         tokenize(Prompt.chat([A]), tokenizer)
