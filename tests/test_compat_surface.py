@@ -81,6 +81,8 @@ CIRCUITS: Calls = {
     "modules": lambda m: [
         [m.blocks[1].attn.W_Q, m.blocks[1].attn.W_O, m.blocks[1].attn.b_Q, m.blocks[1].attn.b_O],
         [m.blocks[0].mlp.W_in, m.blocks[0].mlp.W_out, m.blocks[0].mlp.b_in, m.blocks[0].mlp.b_out],
+        [m.blocks[1].attn.attn_scale, m.blocks[1].attn.layer_id, m.blocks[0].ln1.eps],
+        [part.cfg.n_ctx for part in (m.embed, m.unembed, m.blocks[0], m.blocks[0].mlp)],
         [m.embed.W_E, m.unembed.W_U, m.unembed.b_U, m.ln_final.w, m.blocks[2].ln1.w],
     ],
 }

@@ -270,6 +270,16 @@ class Attention(nn.Module):
         return (pattern @ v).transpose(1, 2)
 
     @property
+    def layer_id(self) -> int:
+        """The layer, under HookedTransformer's name."""
+        return self.layer
+
+    @property
+    def attn_scale(self) -> float:
+        """What this layer's attention scores are divided by."""
+        return 1 / self.arch.attn_scales[self.layer]
+
+    @property
     def n_shared(self) -> int:
         """How many query heads read one key-value head."""
         return self.arch.n_heads // self.arch.n_kv_heads

@@ -33,6 +33,10 @@ class Hooking(HookedRootModule):
         """As in TransformerLens. With version 4, attention's inputs have a second name in
         `hook_dict`: `blocks.{l}.attn.hook_q_input` is `blocks.{l}.hook_q_input`."""
         super().setup()
+        for module in self.modules():
+            ours = type(module).__module__.partition(".")[0] == __name__.partition(".")[0]
+            if ours and not isinstance(module, HookPoint):
+                module.cfg = self.cfg  # as each part of a HookedTransformer has it
         if "HookedTransformer" not in dir(transformer_lens):
             for name, point in tuple(self.hook_dict.items()):
                 block, _, hook = name.rpartition(".")

@@ -505,6 +505,11 @@ class Norm(nn.Module):
         return x.to(dtype)
 
     @property
+    def eps(self) -> float:
+        """What is added to the variance."""
+        return self.arch.eps
+
+    @property
     def w(self) -> Float[Tensor, " width"] | None:
         """The base's weight as stored (Gemma's is w - 1), or that of a graft in force that is
         uniform here; None where the norm has none."""
