@@ -36,6 +36,9 @@ STUMBLES = {
     r"\bgives? other (?:logits|tokens|numbers)\b": "gives different logits",
     r"\bgive the (?:same )?command again\b": "run the same command again",
     r"\bsays nothing of\b": "says nothing about",
+    r"\bare the most\.": "at most … are allowed",
+    r"\b(?:is|was|were) made of another\b": "was made from another",
+    r"\b\d* ?reasons more\b": "more reasons",
 }
 
 #: Written to a language model, whose rewrites are data.

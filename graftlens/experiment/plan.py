@@ -174,14 +174,14 @@ class Plan:
         data: (dataset's name, its changed keys as text) -> folder.
         runs: model -> its training, in the order of training; existing models (`path`) are
             not in it.
-        places: source's model -> its location, once trained.
+        locations: source's model -> where it is, once trained.
         sweeps: part -> its sweep.
     """
 
     config: ExperimentConfig
     data: Mapping[tuple[str, str], Path]
     runs: Mapping[str, FinetuneRun]
-    places: Mapping[str, str]
+    locations: Mapping[str, str]
     sweeps: Mapping[str, SweepConfig]
 
     def texts(self, model: str) -> int:
@@ -325,20 +325,20 @@ def plan(config: ExperimentConfig, store: Store) -> Plan:
         for i, prompts in part.questions.items()
     ]
     _each(partial(folder, *one) for one in wanted)
-    places = {BASE: config.pretrained()}
+    locations = {BASE: config.pretrained()}
     runs: dict[str, FinetuneRun] = {}
     for name in config.order():
         model = config.models[name]
         if model.path is not None:
-            places[name] = model.path
+            locations[name] = model.path
             continue
         assert model.data is not None
         texts = folder(f"models.{name}.data", model.data, model.change)
         try:
-            runs[name] = store.training(config, name, texts, places[model.start])
+            runs[name] = store.training(config, name, texts, locations[model.start])
         except ConfigError as error:
             raise error.under(f"models.{name}.recipe") from None
-        places[name] = str(runs[name].output / "model")
+        locations[name] = str(runs[name].output / "model")
 
     def sweep(name: str, part: PartConfig) -> SweepConfig:
         folders = [
@@ -346,17 +346,17 @@ def plan(config: ExperimentConfig, store: Store) -> Plan:
             for i, prompts in part.questions.items()
         ]
         try:
-            return _sweep(config, part, places, folders)
+            return _sweep(config, part, locations, folders)
         except ConfigError as error:
             raise error.under(f"parts.{name}") from None
 
     names = list(config.parts)
     sweeps = _each(partial(sweep, name, config.parts[name]) for name in names)
-    return Plan(config, data, runs, places, dict(zip(names, sweeps, strict=True)))
+    return Plan(config, data, runs, locations, dict(zip(names, sweeps, strict=True)))
 
 
 def _sweep(
-    config: ExperimentConfig, part: PartConfig, places: Mapping[str, str], folders: list[Path]
+    config: ExperimentConfig, part: PartConfig, locations: Mapping[str, str], folders: list[Path]
 ) -> SweepConfig:
     own = tuple(prompts for prompts in part.prompts if not isinstance(prompts, PromptsConfig))
     return settings_from(
@@ -364,7 +364,7 @@ def _sweep(
         {
             **config.settings(part),
             **({"prompts": own} if own else {}),
-            "sources": {name: places[model] for name, model in config.sources(part).items()},
+            "sources": {name: locations[model] for name, model in config.sources(part).items()},
             "dataset": tuple(
                 DatasetSection(
                     path=str(folder),

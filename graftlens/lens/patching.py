@@ -418,9 +418,9 @@ _OTHERS = (
 def _check_rows(model: GraftedTransformer, batch: Batch) -> None:
     """Check that the current pass has the rows that are patched, at their positions."""
     mask = model.active.current
-    if not isinstance(mask, GraftMask) or (mask.shape, mask.places) != (
+    if not isinstance(mask, GraftMask) or (mask.shape, mask.extents) != (
         batch.real.shape,
-        batch.places,
+        batch.extents,
     ):
         raise ValueError(_OTHERS)
 

@@ -183,7 +183,7 @@ def masked_at(cache: ActivationCache, positions: Any, prompts: Any) -> Graft | G
 def _uniform(mask: GraftMask, source: int) -> GraftMask:
     """`mask` with one source everywhere at the unembedding."""
     one = Selection.uniform(source, int(np.prod(mask.shape)))
-    return replace(mask, places=(), sites={**mask.sites, (C.UNEMBED, None): one})
+    return replace(mask, extents=(), sites={**mask.sites, (C.UNEMBED, None): one})
 
 
 def _tell_of_norm(cache: ActivationCache) -> None:

@@ -199,7 +199,7 @@ def _grown(batch: Batch, token: Int[Tensor, "batch 1"]) -> Batch:
 def _sources_of_rows(mask: GraftMask) -> list[list[str]]:
     """The sources that each prompt runs at any site."""
     real = np.zeros(mask.shape, dtype=bool)
-    for row, (start, _, total) in zip(real, mask.places, strict=True):
+    for row, (start, _, total) in zip(real, mask.extents, strict=True):
         row[start : start + total] = True
     used = np.zeros((mask.shape[0], len(mask.sources)), dtype=bool)
     for chosen in {id(chosen): chosen for chosen in mask.sites.values()}.values():

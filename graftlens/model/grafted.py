@@ -569,11 +569,11 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
             graft = self.active.innermost or Graft()
         batch = self.batch(prompts)
         if isinstance(graft, GraftMask):
-            if graft.shape != batch.real.shape or graft.places != batch.places:
+            if graft.shape != batch.real.shape or graft.extents != batch.extents:
                 raise ValueError(
                     f"the mask of {str(graft.graft)!r} was resolved for a batch of shape "
-                    f"{graft.shape} with prompts at {_places(graft.places)}; this one has "
-                    f"{batch.real.shape} with prompts at {_places(batch.places)}. "
+                    f"{graft.shape} with prompts at {_columns(graft.extents)}; this one has "
+                    f"{batch.real.shape} with prompts at {_columns(batch.extents)}. "
                     "Resolve the graft again."
                 )
             return graft
@@ -682,7 +682,7 @@ def _no_graft(value: object) -> str:
     )
 
 
-def _places(places: Sequence[tuple[int, int, int]]) -> str:
+def _columns(extents: Sequence[tuple[int, int, int]]) -> str:
     """The columns of the first few prompts of a batch, for a message."""
-    shown = [f"{start}-{start + total - 1}" for start, _, total in places[:3]]
-    return f"columns {', '.join(shown)}{' …' if len(places) > 3 else ''}"
+    shown = [f"{start}-{start + total - 1}" for start, _, total in extents[:3]]
+    return f"columns {', '.join(shown)}{' …' if len(extents) > 3 else ''}"

@@ -34,7 +34,7 @@ class Batch:
     totals: tuple[int, ...]
 
     @property
-    def places(self) -> tuple[tuple[int, int, int], ...]:
+    def extents(self) -> tuple[tuple[int, int, int], ...]:
         """Per row, its first column, the prompt's length, and the length with what follows."""
         return tuple(
             (start, len(prompt), total)

@@ -45,7 +45,7 @@ class GraftMask:
         graft: what was resolved.
         sources: the model's source names; index 0 is the base.
         shape: (batch, pos) of the batch it was resolved for.
-        places: per prompt, its first column, its own length, and its length with what follows;
+        extents: per prompt, its first column, its own length, and its length with what follows;
             empty for a part of a mask.
         n_units: how many heads or neurons each component has that is cut into them; empty where
             nobody asks.
@@ -55,7 +55,7 @@ class GraftMask:
     sources: tuple[str, ...]
     shape: tuple[int, int]
     sites: Mapping[Site, Choice] = field(repr=False)
-    places: tuple[tuple[int, int, int], ...] = ()
+    extents: tuple[tuple[int, int, int], ...] = ()
     n_units: Mapping[Component, int] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, site: Site) -> Choice:
@@ -212,7 +212,7 @@ class GraftMask:
             if id(chosen) not in made:
                 made[id(chosen)] = chosen.pick(keep)
         sites = {site: made[id(chosen)] for site, chosen in self.sites.items()}
-        return replace(self, shape=(rows.shape[0], rows.shape[1]), sites=sites, places=())
+        return replace(self, shape=(rows.shape[0], rows.shape[1]), sites=sites, extents=())
 
 
 #: What says which weights run: a graft, its one-line text, a resolved mask, or nothing (the base).
@@ -268,7 +268,7 @@ def resolve(
     sites = {site: made_at(site) for site in arch.sites}
     shape = (len(batch.prompts), batch.real.shape[1])
     n_units = {c: arch.n_units_of(c) for c in arch.components if COMPONENTS[c].axis is not None}
-    return GraftMask(graft, tuple(sources), shape, sites, batch.places, n_units)
+    return GraftMask(graft, tuple(sources), shape, sites, batch.extents, n_units)
 
 
 def _kind_of(given: object) -> str:

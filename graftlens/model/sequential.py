@@ -48,7 +48,7 @@ class SequentialError(ValueError):
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Target:
     """One parameter of the Hugging Face model, and what it is made of.
 
     Attributes:
@@ -90,13 +90,13 @@ class Sequential:
         self._chosen: dict[InForce, tuple[nn.Parameter, ...]] = {}
         self._hf = _skeleton(model)
         try:
-            self._places = tuple(_places(model, self._hf))
+            self._targets = tuple(_targets(model, self._hf))
         except AttributeError as error:
             raise SequentialError(
                 f"Hugging Face's {type(self._hf).__name__} lacks modules that "
                 f"{self.arch.family} is known to have ({error}). Please report its config."
             ) from error
-        self._now: tuple[nn.Parameter | None, ...] = (None,) * len(self._places)
+        self._now: tuple[nn.Parameter | None, ...] = (None,) * len(self._targets)
         self._put(())
         unset = [name for name, p in self._hf.named_parameters() if p.is_meta]
         if unset:
@@ -200,12 +200,12 @@ class Sequential:
         parameters = self._chosen.get(rules)
         if parameters is None:
             chosen = self._shares_under(rules)
-            parameters = tuple(self._parameter(i, chosen) for i in range(len(self._places)))
+            parameters = tuple(self._parameter(i, chosen) for i in range(len(self._targets)))
             self._chosen[rules] = parameters
         if parameters is not self._now:
-            for place, new, old in zip(self._places, parameters, self._now, strict=True):
+            for target, new, old in zip(self._targets, parameters, self._now, strict=True):
                 if new is not old:
-                    place.owner[place.name] = new
+                    target.owner[target.name] = new
             self._now = parameters
 
     def _shares_under(self, rules: InForce) -> dict[Site, Shares]:
@@ -243,12 +243,12 @@ class Sequential:
         return chosen
 
     def _parameter(self, number: int, chosen: dict[Site, Shares]) -> nn.Parameter:
-        """The parameter for one place, assembled if no stored tensor is the right one."""
-        place = self._places[number]
+        """The parameter for one target, assembled if no stored tensor is the right one."""
+        target = self._targets[number]
         shares = []
-        for component, weight in place.parts:
-            own, bias = chosen[component, place.layer]
-            if COMPONENTS[component].axis == 1 and place.name == "bias":
+        for component, weight in target.parts:
+            own, bias = chosen[component, target.layer]
+            if COMPONENTS[component].axis == 1 and target.name == "bias":
                 own = (bias,)
             elif all(one == own[0] for one in own):
                 own = own[:1]
@@ -259,15 +259,15 @@ class Sequential:
         if key not in self._parameters:
             made = [
                 self._mixed(component, weight, own)
-                for (component, weight), own in zip(place.parts, shares, strict=True)
+                for (component, weight), own in zip(target.parts, shares, strict=True)
             ]
-            tensor = made[0] if len(made) == 1 else self._fused(place, made)
-            stored = {tensor.data_ptr() for tensor in place.parts[0][1].variants}
+            tensor = made[0] if len(made) == 1 else self._fused(target, made)
+            stored = {tensor.data_ptr() for tensor in target.parts[0][1].variants}
             if tensor.data_ptr() not in stored:
                 self._assembled += tensor.numel() * tensor.element_size()
             # Parameters, because nn.Module takes nothing else for one; they share the storage.
             self._parameters[key] = nn.Parameter(
-                tensor.T if place.transposed else tensor, requires_grad=False
+                tensor.T if target.transposed else tensor, requires_grad=False
             )
         return self._parameters[key]
 
@@ -289,10 +289,10 @@ class Sequential:
             total += share * weight.of_slot(int(slot)).detach()
         return total.to(dtype)
 
-    def _fused(self, place: _Place, parts: list[Tensor]) -> Tensor:
+    def _fused(self, target: _Target, parts: list[Tensor]) -> Tensor:
         """Several components' tensors as the one that Hugging Face keeps."""
         fused = FAMILIES[self.arch.family].layout.fused
-        if fused[place.parts[0][0]].how == "stacked":
+        if fused[target.parts[0][0]].how == "stacked":
             return torch.cat(parts)
         heads = [part.unflatten(0, (self.arch.n_heads, self.arch.d_head)) for part in parts]
         return torch.stack(heads, 1).flatten(0, 2)
@@ -353,7 +353,7 @@ def _skeleton(model: GraftedTransformer) -> Any:
     return skeleton.eval()
 
 
-def _places(model: GraftedTransformer, skeleton: Any) -> Iterable[_Place]:
+def _targets(model: GraftedTransformer, skeleton: Any) -> Iterable[_Target]:
     """Every parameter of the Hugging Face model for which the grafted model has weights."""
     layout = FAMILIES[model.arch.family].layout
     fused: dict[tuple[str, int | None], list[Component]] = {}
@@ -369,7 +369,7 @@ def _places(model: GraftedTransformer, skeleton: Any) -> Iterable[_Place]:
             if weights:
                 transposed = layout.transposes(components[0]) and weights[0].like.ndim == 2
                 parts = tuple(zip(components, weights, strict=True))
-                yield _Place(module._parameters, parameter, layer, parts, transposed)
+                yield _Target(module._parameters, parameter, layer, parts, transposed)
 
 
 def _blended(mixed: Mixed, source: int, rule: Rule) -> Mixed:

@@ -46,7 +46,7 @@ class Choices:
 
     Attributes:
         components: of which weights are chosen.
-        places: component -> its entries in a choice.
+        slots: component -> its slots in a choice.
         biases: component -> the entry of its bias, where rules cut it and its bias belongs to no
             unit. It comes right after the component's other entries.
         width: entries of a choice.
@@ -63,12 +63,12 @@ class Choices:
         self.components, self._mixtures = tuple(components), mixtures
         one = np.zeros(1, dtype=np.int64)
         self._atom_of = {c: atom_of.get(c, one) for c in components}
-        self.places: dict[Component, slice] = {}
+        self.slots: dict[Component, slice] = {}
         self.biases: dict[Component, int] = {}
         self.width = 0
         for component, atoms in self._atom_of.items():
             stop = self.width + int(atoms.max()) + 1
-            self.places[component] = slice(self.width, stop)
+            self.slots[component] = slice(self.width, stop)
             if component in atom_of and COMPONENTS[component].axis == 1:
                 self.biases[component] = stop
                 stop += 1
@@ -91,8 +91,8 @@ class Choices:
         real = np.ones(len(numbers), dtype=bool)
         made: dict[bytes, Choice] = {}
         chosen: dict[Component, Choice] = {}
-        for component, place in self.places.items():
-            here, atom_of = table[place], self._atom_of[component]
+        for component, slots in self.slots.items():
+            here, atom_of = table[slots], self._atom_of[component]
             bias = self.biases.get(component)
             whole = agreed(here) if bias is None else table[bias]
             key = here.tobytes() + whole.tobytes() + atom_of.tobytes()

@@ -363,9 +363,9 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     if chosen["base"] == chosen["full"]:
         what = f"{chosen['full']!r} is also the base, and recovery is measured between two grafts."
         problems.append(("full", what))
-    places: dict[Graft, str] = {}
+    where_given: dict[Graft, str] = {}
     for where, _, graft in named:
-        places.setdefault(graft, where)
+        where_given.setdefault(graft, where)
     bos = doubled_bos(prompts, tokenizer, config.prepend_bos)
     for note in filter(None, (joined_answers(prompts), bos, dated(prompts, tokenizer))):
         warnings.warn(note, stacklevel=2)
@@ -377,7 +377,7 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
         first = next(iter(unready.values()))
         problems.append(("", f"none of the {len(prompts)} prompts can be run. The first: {first}"))
     tokens = [scored.tokens for scored in ready]
-    problems += _unfit(places, tuple(config.sources), arch, tokens)
+    problems += _unfit(where_given, tuple(config.sources), arch, tokens)
     if problems:
         raise ConfigError(*problems)
     return Checked(
@@ -468,7 +468,7 @@ def _collapsed(
 
 
 def _unfit(
-    places: Mapping[Graft, str],
+    where_given: Mapping[Graft, str],
     sources: Sequence[str],
     arch: Architecture,
     prompts: Sequence[Tokenized],
@@ -477,7 +477,7 @@ def _unfit(
     able: dict[At, Bool[np.ndarray, " prompts"]] = {}
     fit: set[Rule] = set()
     found: dict[str, list[str]] = {}
-    for graft, where in places.items():
+    for graft, where in where_given.items():
         try:
             for rule in graft.rules:
                 if rule not in fit:

@@ -115,7 +115,7 @@ class Structure:
     """What a plan depends on besides the grafts.
 
     Attributes:
-        places: per column, which position expressions select it, as bytes.
+        selected: per column, which position expressions select it, as bytes.
         runnable: numbers of the grafts that the prompt can run.
         references: those of the reference runs that it can run.
     """
@@ -124,7 +124,7 @@ class Structure:
     totals: tuple[int, ...]
     columns: tuple[int, ...]
     scored: tuple[int, ...]
-    places: tuple[bytes, ...]
+    selected: tuple[bytes, ...]
     runnable: tuple[int, ...]
     references: tuple[tuple[str, int], ...] = ()
 
@@ -280,11 +280,11 @@ class Planner:
         reaches = []
         for choices, layers in self._sides_and_layers:
             # A rule reaches the same components in each of its layers.
-            here = [place.start + entries[c] for c, place in choices.places.items() if c in entries]
-            there = [any((c, l) in sites for c in choices.places) for l in layers]
+            here = [place.start + entries[c] for c, place in choices.slots.items() if c in entries]
+            there = [any((c, l) in sites for c in choices.slots) for l in layers]
             biases = {c: bias for c, bias in choices.biases.items() if c in entries}
             own = [bias for c, bias in biases.items() if rule.of(c) is None]
-            cut = [(choices.places[c], b) for c, b in biases.items() if rule.of(c) is not None]
+            cut = [(choices.slots[c], b) for c, b in biases.items() if rule.of(c) is not None]
             reached = np.concatenate([*here, np.array(own, dtype=np.int64)])
             reaches.append(_Reach(np.array(there), reached, tuple(cut)))
         return tuple(reaches)
@@ -316,7 +316,7 @@ class Planner:
             of_side = []
             for layer in layers:
                 pieces: list[_EqualEntries] = []
-                for component, place in choices.places.items():
+                for component, place in choices.slots.items():
                     site = (component, layer)
                     if site not in known:
                         known[site] = self._equal(component, layer)
@@ -379,7 +379,7 @@ class Planner:
 
     def _tree(self, structure: Structure, grafts: Int[np.ndarray, " graft"]) -> TokenTree:
         n_layers, n_nodes = self.arch.n_layers, len(structure.parents)
-        of_column = [self._choices_at(structure.places[c]) for c in structure.columns]
+        of_column = [self._choices_at(structure.selected[c]) for c in structure.columns]
         # [layer, node, graft] numbers of the choices on each side
         inputs, keys, queries, outputs = (
             np.ascontiguousarray(
