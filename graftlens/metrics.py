@@ -25,18 +25,18 @@ from jaxtyping import Bool, Float, Int
 #: - `answers` [row, answer]: first tokens of the texts in `Prompt(answers=[…])`;
 #: - `base`, `full` [row, d_vocab]: logits of the base and of the full run at the same place;
 #: - `logprobs`, `base_logprobs`, `full_logprobs` [row, d_vocab]: what the logits come to, in nats;
+#: - `common`, `base_common`, `full_common` [row, token]: the same over the tokens that all sources
+#:   have, renormalised; `logprobs` where the sources have one vocabulary;
 #: - `logprobs32`: the same in float32;
 #: - `standing` ([row], [row]): rank of the answer, and how many other tokens have its logit;
 #: - `top` [row, k]: the likeliest tokens, best first.
 NEEDS = (
     *("answer", "distractors", "answers", "base", "full", "logprobs", "base_logprobs"),
-    *("full_logprobs", "logprobs32", "standing", "top"),
+    *("full_logprobs", "common", "base_common", "full_common", "logprobs32", "standing", "top"),
 )
 
 #: Which runs a measure compares with.
-REFERENCES = {
-    name: name.removesuffix("_logprobs") for name in NEEDS if name[:4] in ("base", "full")
-}
+REFERENCES = {name: name[:4] for name in NEEDS if name[:4] in ("base", "full")}
 
 
 _Holds = Literal["number", "count", "numbers", "tokens"]
@@ -185,16 +185,18 @@ class Predictions:
         base: "Predictions | None" = None,
         full: "Predictions | None" = None,
         top_k: int = 1,
+        n_common: int | None = None,
     ) -> None:
-        """`base` and `full` are the same rows of these runs; `top_k` is how long `top` is."""
+        """`base` and `full` are the same rows of these runs; `top_k` is how long `top` is;
+        `n_common` is how many tokens all sources have, where these are not all."""
         # float32 keeps every half-precision logit apart that was apart; of float64 it would make
         # ties.
         self.logits = logits if logits.element_size() == 8 else logits.float()
         self.answer, self.distractors, self.answers = answer, distractors, answers
         self._runs = {"base": base, "full": full}
-        self.top_k = top_k
+        self.top_k, self.n_common = top_k, n_common
         # Of the logits alone, and so the same for all that have the same rows.
-        self._computed: dict[str, Float[Any, "row d_vocab"]] = {}
+        self._computed: dict[str, Float[Any, "row token"]] = {}
 
     def of(self, measure: Measure) -> Any:
         """A measure's value in each row, as its function gives it.
@@ -243,7 +245,8 @@ class Predictions:
         def chosen(whole: Float[Any, "row d_vocab"]) -> Float[Any, "chosen d_vocab"]:
             return whole if index is None else whole.index_select(0, index)
 
-        made = Predictions(chosen(self.logits), top_k=self.top_k, **given)
+        options: dict[str, Any] = {"top_k": self.top_k, "n_common": self.n_common}
+        made = Predictions(chosen(self.logits), **options, **given)
         if index is None:
             made._computed = self._computed
         else:
@@ -264,6 +267,15 @@ class Predictions:
         if "logprobs" not in self._computed:
             self._computed["logprobs"] = self.logits.log_softmax(-1)
         return self._computed["logprobs"]
+
+    @property
+    def common(self) -> Float[Any, "row token"]:
+        """Log-probabilities of the tokens that all sources have, in nats, renormalised."""
+        if self.n_common is None or self.n_common >= self.logits.shape[1]:
+            return self.logprobs
+        if "common" not in self._computed:
+            self._computed["common"] = self.logits[:, : self.n_common].log_softmax(-1)
+        return self._computed["common"]
 
     @property
     def logprobs32(self) -> Float[Any, "row d_vocab"]:
@@ -348,7 +360,9 @@ def _counts(true: Bool[Any, "row d_vocab"]) -> Int[np.ndarray, " row"]:
 def kl(p: Float[Any, "row d_vocab"], q: Float[Any, "row d_vocab"]) -> Float[Any, " row"]:
     """KL(p ‖ q) of log-probabilities, in nats; clamped at 0, below which rounding could put it.
 
-    In float32 it is exact to about 1e-6: of less, nothing can be said.
+    In float32 it is exact to about 1e-6: of less, nothing can be said. Between sources with
+    different vocabularies it is that of the tokens that all have, renormalised, as are `js` and the
+    entropy.
     """
     return (p.exp() * (p - q).masked_fill(p.isneginf(), 0.0)).sum(-1).clamp_min(0.0)
 
@@ -395,9 +409,9 @@ def _answer_set_prob(
 
 
 def _entropy(
-    logits: Float[Any, "row d_vocab"], logprobs: Float[Any, "row d_vocab"]
+    logits: Float[Any, "row d_vocab"], common: Float[Any, "row token"]
 ) -> Float[Any, " row"]:
-    return -(logprobs.exp() * logprobs.masked_fill(logprobs.isneginf(), 0.0)).sum(-1)
+    return -(common.exp() * common.masked_fill(common.isneginf(), 0.0)).sum(-1)
 
 
 @dataclass(frozen=True)
@@ -435,7 +449,7 @@ def _of_answer(name: str, function: Callable[..., Any], *needs: str, **facts: An
 
 def _divergences(run: Literal["base", "full"]) -> tuple[Measure, ...]:
     """How far a graft's distribution is from that of a reference run."""
-    needs = ("logprobs", f"{run}_logprobs")
+    needs = ("common", f"{run}_common")
     ways: dict[str, tuple[Callable[..., Any], str]] = {
         f"kl_{run}": (lambda _, p, q: kl(p, q), f"KL(graft ‖ {run})"),
         f"kl_from_{run}": (lambda _, p, q: kl(q, p), f"KL({run} ‖ graft)"),
@@ -563,7 +577,7 @@ _ROWS: Sequence[Measure | Factory] = (
     *_divergences("full"),
     Measure(
         "entropy",
-        ("logprobs",),
+        ("common",),
         _entropy,
         label="entropy of the next token",
         unit="nats",

@@ -261,6 +261,11 @@ def tiny_model(name: str, seed: int, vocab_size: int | None = None) -> PreTraine
     config = copy.deepcopy(VARIANTS[name]())
     if vocab_size is not None:
         config.vocab_size = vocab_size
+    return model_of(config, seed)
+
+
+def model_of(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """As `tiny_model`, of any config of a supported family."""
     model = AutoModelForCausalLM.from_config(
         config, attn_implementation="eager", dtype=torch.float32
     )

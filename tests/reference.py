@@ -6,7 +6,9 @@ how graftlens computes a grafted pass.
 """
 
 import copy
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal, overload
@@ -240,6 +242,92 @@ def _bias(model: PreTrainedModel, component: str, layer: int) -> Tensor | None:
 Parameter = tuple[Tensor, dict[str, Tensor]]
 
 
+def _n_tokens(model: PreTrainedModel) -> int:
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def _with_all_rows(runner: PreTrainedModel, models: dict[str, PreTrainedModel]) -> None:
+    """Make room for the largest of the sources' vocabularies."""
+    size = max(map(_n_tokens, models.values()))
+    for module in (runner.get_input_embeddings(), runner.get_output_embeddings()):
+        missing = size - len(module.weight)
+        if missing:
+            more = torch.full((missing, module.weight.shape[1]), torch.nan)
+            whole = torch.cat([module.weight.detach(), more])
+            module.weight = nn.Parameter(whole, requires_grad=False)
+
+
+def _with_all_biases(models: dict[str, PreTrainedModel]) -> dict[str, PreTrainedModel]:
+    """Copies in which a bias that only some of the models have is zero in the others."""
+    biased = {
+        name
+        for model in models.values()
+        for name, module in model.named_modules()
+        if getattr(module, "bias", None) is not None
+    }
+    lacking = {
+        source: [n for n in biased if model.get_submodule(n).bias is None]
+        for source, model in models.items()
+    }
+    if not any(lacking.values()):
+        return models
+    made = copy.deepcopy(models)
+    for source, names in lacking.items():
+        for name in names:
+            module = made[source].get_submodule(name)
+            module.bias = nn.Parameter(torch.zeros(module.weight.shape[0]), requires_grad=False)
+    return made
+
+
+def _own_tables(models: dict[str, PreTrainedModel]) -> bool:
+    """Whether the sources' rotary tables may differ."""
+    settings = [
+        (getattr(m.config, "rope_parameters", None), m.config.max_position_embeddings)
+        for m in models.values()
+    ]
+    return any(one != settings[0] for one in settings)
+
+
+@contextmanager
+def _turned_by_source(
+    runner: PreTrainedModel, models: dict[str, PreTrainedModel], choose: Choose, n_tokens: int
+) -> Iterator[list[int]]:
+    """Each head of q and of k is turned by its own source's table; yields where to put the
+    position of the token that is run."""
+    tables = {
+        name: _WholePromptRotary(model.base_model.rotary_emb, n_tokens)
+        for name, model in models.items()
+    }
+    position, now = [0], [0]
+    module = sys.modules[type(runner).__module__]
+    original = module.apply_rotary_pos_emb
+    kinds = getattr(runner.config, "layer_types", None)
+    typed = runner.config.model_type == "gemma3_text"
+
+    def one_head(component: str, x: Tensor, head: int) -> Tensor:
+        chosen = choose(component, now[0], position[0], head)
+        source = chosen if isinstance(chosen, str) else next(n for n, s in chosen.items() if s)
+        kind = (kinds[now[0]],) if typed else ()
+        cos, sin = tables[source](x, torch.tensor([[position[0]]]), *kind)
+        mine = x[:, head : head + 1]
+        return original(mine, mine, cos, sin)[0]
+
+    def turned(q: Tensor, k: Tensor, *_: Tensor) -> tuple[Tensor, Tensor]:
+        parts = [
+            torch.cat([one_head(c, x, head) for head in range(x.shape[1])], dim=1)
+            for c, x in (("q", q), ("k", k))
+        ]
+        return parts[0], parts[1]
+
+    for index, layer in enumerate(_layers(runner)):
+        layer.register_forward_pre_hook(lambda *_, index=index: now.__setitem__(0, index))
+    module.apply_rotary_pos_emb = turned
+    try:
+        yield position
+    finally:
+        module.apply_rotary_pos_emb = original
+
+
 @dataclass
 class _Site:
     """A component in a layer: what is overwritten there before a token."""
@@ -259,10 +347,14 @@ class _Site:
             return
         self.written[unit] = chosen if isinstance(chosen, str) else dict(chosen)  # type: ignore[assignment]
         for target, theirs in parameters:
-            if isinstance(chosen, str):
-                target.copy_(theirs[chosen])
+            mixture = {chosen: 1.0} if isinstance(chosen, str) else chosen
+            used = {name: float(share) for name, share in mixture.items() if share}
+            if target.ndim:
+                # A table over the vocabulary may have fewer rows: the others are never read.
+                rows = min(len(theirs[name]) for name in used)
+                target[:rows].copy_(sum(share * theirs[n][:rows] for n, share in used.items()))
             else:
-                target.copy_(sum(float(share) * theirs[name] for name, share in chosen.items()))
+                target.copy_(sum(share * theirs[name] for name, share in used.items()))
 
 
 def _sites(
@@ -342,11 +434,15 @@ def sequential_graft(
 
     With `neurons`, `choose` is asked about each neuron of the MLP's maps; else about the maps.
     `bias` is asked about a bias that belongs to no unit; without it, what all units agree on.
+    Sources may differ in their rotary tables, biases and vocabularies: a token that a source lacks
+    has the logit -inf where it unembeds.
     With `hidden`, also the residual stream [layer + 1, pos, d_model]: what enters each layer, and
     what leaves the last one before the final norm.
     """
+    models = _with_all_biases(models)
     runner = copy.deepcopy(next(iter(models.values()))).eval()
     _untie(runner)
+    _with_all_rows(runner, models)
     if hasattr(runner.base_model, "rotary_emb"):
         rotary = _WholePromptRotary(runner.base_model.rotary_emb, len(tokens))
         runner.base_model.rotary_emb = rotary
@@ -363,15 +459,24 @@ def sequential_graft(
     sites = _sites(runner, models, neurons)
     cache = DynamicCache(config=runner.config)
     logits = []
-    for position, token in enumerate(tokens):
-        _overwrite(sites, next(iter(models)), choose, position, bias)
-        output = runner(
-            input_ids=torch.tensor([[token]]),
-            position_ids=torch.tensor([[position]]),
-            past_key_values=cache,
-            use_cache=True,
-        )
-        logits.append(output.logits[0, 0])
+    with ExitStack() as stack:
+        turned = [0]
+        if _own_tables(models):
+            turned = stack.enter_context(_turned_by_source(runner, models, choose, len(tokens)))
+        for position, token in enumerate(tokens):
+            turned[0] = position
+            _overwrite(sites, next(iter(models)), choose, position, bias)
+            output = runner(
+                input_ids=torch.tensor([[token]]),
+                position_ids=torch.tensor([[position]]),
+                past_key_values=cache,
+                use_cache=True,
+            )
+            row = output.logits[0, 0]
+            chosen = choose("unembed", None, position, None)
+            used = [chosen] if isinstance(chosen, str) else [n for n, s in chosen.items() if s]
+            row[min(_n_tokens(models[name]) for name in used) :] = -torch.inf
+            logits.append(row)
     if hidden:
         return torch.stack(logits), torch.stack([torch.stack(layer) for layer in residuals])
     return torch.stack(logits)

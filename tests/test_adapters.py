@@ -230,10 +230,10 @@ def test_other_kinds_are_merged_and_the_model_says_so(
     assert off(model, dora, "dora") < 1e-5
     assert off(model, ia3, "ia3") < 1e-5
     said = capsys.readouterr().out
-    assert "source 'dora'" in said
-    assert "source 'ia3'" in said
-    assert "merged in float32" in said
-    assert "source 'lora'" not in said
+    told = model.differences.query("key == 'adapter'")
+    assert told["source"].tolist() == ["dora", "ia3"]
+    assert said.count("in float32") == 2
+    assert "graftlens: dora: adapter" in said
     assert len(model.module_of(Component.Q, 0).weight.variants) == 2  # the base's and dora's
     assert len(model.module_of(Component.V, 0).weight.variants) == 1
 

@@ -218,7 +218,7 @@ def test_a_change_within_the_clock_s_resolution_is_seen(root: Path) -> None:
 
 def test_a_change_of_one_source_is_refused(root: Path) -> None:
     edit(root, lambda settings: settings.update(rms_norm_eps=0.05), "sft")
-    with pytest.raises(ValueError, match=r"architecture: eps \(0\.03 and 0\.05\)"):
+    with pytest.raises(ValueError, match=r"architecture: rms_norm_eps \(0\.03 and 0\.05\)"):
         go(root)
 
 

@@ -38,7 +38,12 @@ def appending(tokenizer: Any, token: str) -> Any:
 
 
 def shared(first: Any, second: Any) -> Any:
-    return shared_tokenizer([("pre", first), ("sft", second)], None)
+    return shared_tokenizer([("pre", first), ("sft", second)], None)[0]
+
+
+def told(first: Any, second: Any) -> dict[str, tuple[Any, Any]]:
+    _, differences = shared_tokenizer([("pre", first), ("sft", second)], None)
+    return {d.key: (d.base, d.value) for d in differences}
 
 
 @pytest.mark.parametrize("appends", ["pre", "sft", "both"])
@@ -50,13 +55,11 @@ def test_an_appended_end_is_no_difference(appends: str) -> None:
         for name in ("pre", "sft")
     }
     assert (pair["pre"]("a")["input_ids"] == pair["sft"]("a")["input_ids"]) == (appends == "both")
-    if appends == "both":
-        assert shared(*pair.values()) is pair["pre"]
-    else:
-        with pytest.warns(UserWarning, match="end texts differently") as told:
-            assert shared(*pair.values()) is pair["pre"]
-        assert len(told) == 1
-        assert f"'{end}' not appended" in str(told[0].message)
+    assert shared(*pair.values()) is pair["pre"]
+    said = told(*pair.values())
+    assert said.keys() == (set() if appends == "both" else {"end of texts"})
+    if said:
+        assert set(said["end of texts"]) == {f"'{end}' appended", f"'{end}' not appended"}
     for text in TEXTS:
         assert encode(text, pair["pre"])[0] == encode(text, pair["sft"])[0]
 
@@ -76,8 +79,11 @@ def test_another_end_token_is_told_and_no_difference() -> None:
     for tokenizer in (first, second):
         tokenizer.add_tokens(["<|im_end|>"], special_tokens=True)
     second.eos_token = "<|im_end|>"
-    with pytest.warns(UserWarning, match=r"'<\|end_of_text\|>' not.*'<\|im_end\|>' not"):
-        assert shared(first, second) is first
+    assert shared(first, second) is first
+    assert told(first, second)["end of texts"] == (
+        "'<|end_of_text|>' not appended",
+        "'<|im_end|>' not appended",
+    )
 
 
 def _pad(tokenizer: Any) -> None:
@@ -90,17 +96,19 @@ def _pad(tokenizer: Any) -> None:
     tokenizer.backend_tokenizer.enable_padding(length=30)
 
 
-def test_what_reaches_no_prompt_is_no_difference(recwarn: pytest.WarningsRecorder) -> None:
+def test_what_reaches_no_prompt_is_no_difference() -> None:
     first, second = llama3(), llama3()
     _pad(second)
     assert shared(first, second) is first
+    keys = {"pad_token", "padding_side", "model_max_length", "chat_template"}
+    assert told(first, second).keys() == keys
     as_other_class = type("ChatTokenizer", (PreTrainedTokenizerFast,), {})(
         tokenizer_object=llama3().backend_tokenizer,
         bos_token=first.bos_token,
         eos_token=first.eos_token,
     )
     assert shared(first, as_other_class) is first
-    assert not [w for w in recwarn if "end texts" in str(w.message)]
+    assert told(first, as_other_class)["tokenizer_class"][1] == "ChatTokenizer"
 
 
 def _other_merges(tokenizer: Any) -> None:
@@ -135,11 +143,10 @@ def test_a_pair_whose_finetune_appends_an_end_loads(tmp_path: Path) -> None:
         "pre": save_checkpoint(model, tmp_path / "pre", tokenizer),
         "sft": save_checkpoint(other, tmp_path / "sft", appending(llama3(), "<|end_of_text|>")),
     }
-    with pytest.warns(UserWarning, match="so their tokens are the same"):
-        loaded = load(folders, check=False, verbose=False)
+    loaded = load(folders, check=False, verbose=False)
     assert loaded.to_tokens("Who")[0].tolist() == tokenizer("Who")["input_ids"]
-    with pytest.warns(UserWarning, match="so their tokens are the same"):
-        preview(folders)
+    assert loaded.differences["key"].tolist() == ["end of texts"]
+    preview(folders)
 
 
 # -- damaged tokenizers ------------------------------------------------------------------------

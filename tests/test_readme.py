@@ -1,8 +1,10 @@
 """What the README says is there and runs."""
 
 import ast
+import json
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -145,10 +147,16 @@ def test_the_code_shown_runs_from_top_to_bottom(
     """In one namespace on a tiny pair, in a folder like the one where the demo ran."""
     # "Adding" shows parts of modules, which `test_extending.py` puts in their places.
     blocks = _blocks(README.split("<!-- extending -->")[0])
-    assert len(blocks) == 9
+    assert len(blocks) == 10
     sft = tmp_path / re.findall(r'^sft = "(.*)"$', blocks[0], flags=re.M)[0]
     pre = tiny_base(tmp_path / "pre")
     (pre / "chat_template.jinja").write_text(CHATML)
+    own = tmp_path / "Qwen"
+    shutil.copytree(pre, own / "Qwen3-0.6B-Base")
+    shutil.copytree(pre, own / "Qwen3-0.6B")
+    other = json.loads((own / "Qwen3-0.6B/config.json").read_text())
+    changed = {"max_position_embeddings": 40960, "eos_token_id": 5}
+    (own / "Qwen3-0.6B/config.json").write_text(json.dumps(other | changed))
     sft.parent.mkdir(parents=True)
     tiny_finetuned(pre, tmp_path / "finetuned").rename(sft)
     config = Path("experiments/sweeps/last_token.yaml")
@@ -163,6 +171,9 @@ def test_the_code_shown_runs_from_top_to_bottom(
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
     assert names["table"]["reason"].isna().all()
+    handled = names["own"].differences.set_index("key")["handling"]
+    assert handled["max_position_embeddings"] == "ignored"
+    assert handled["eos_token_id"] == "its own"
     assert (tmp_path / "last-token-recovery.html").is_file()
 
 

@@ -67,8 +67,9 @@ def direct_logit_attribution(
         by: `layer`; `component` (attention and MLP of each layer); `head`; or `src_pos`,
             what attention moved here by the position attended to.
         at: the positions at which the logit is read.
-        against: what is subtracted from the answer's logit: the `mean` logit over the vocabulary,
-            or the mean logit of the prompt's `distractors` (first tokens, other than the answer's).
+        against: what is subtracted from the answer's logit: the `mean` logit over the vocabulary
+            (over the tokens that all sources have, where these differ), or the mean logit of the
+            prompt's `distractors` (first tokens, other than the answer's).
             None is the logit itself.
         full: the run that counts as SFT, as in `logit_lens`.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
@@ -84,7 +85,8 @@ def direct_logit_attribution(
         (Gemma 2), `logit` is the one before the cap.
 
     Raises:
-        PromptError: a prompt without an answer, or without distractors if they are needed.
+        PromptError: a prompt without an answer, or without distractors if they are needed; a token
+            that a source lacks whose unembedding is used there, so that its logit is -inf.
         ValueError: a value of `by` or `against` that is not one of those above; a patch of
             `ln_final` or `unembed` in force, which reading the stream would ignore; or, with `head`
             and `src_pos`, a patch of `o` or `ln1_post`, after which what heads wrote is not what
@@ -110,7 +112,12 @@ def direct_logit_attribution(
     others = _others(model, whole.prompts, targets, against, prepend_bos)
     for places, caches in look_into(model, whole, runs, hooks, at):
         asked = places.table["prompt"]
-        wanted = _Wanted([targets[i] for i in asked], [others[i] for i in asked], against == "mean")
+        wanted = _Wanted(
+            [targets[i] for i in asked],
+            [others[i] for i in asked],
+            against == "mean",
+            model.vocabularies.common,
+        )
         for name, cache in caches.items():
             read = _Attribution(model, places, cache, wanted)
             said = {**runs.columns(name), "against": against}
@@ -126,11 +133,13 @@ def direct_logit_attribution(
 
 @dataclass(frozen=True)
 class _Wanted:
-    """Per place, the token whose logit is explained, and those that it is compared with."""
+    """Per place, the token whose logit is explained, and those that it is compared with; a mean is
+    over the `common` tokens that all sources have."""
 
     target: list[int]
     others: list[tuple[int, ...]]
     mean: bool
+    common: int
 
     def of_rows(
         self, table: Float[Tensor, "d_vocab *width"], rows: np.ndarray
@@ -138,7 +147,7 @@ class _Wanted:
         """Each place's row of a table over the vocabulary, minus what it is compared with."""
         found = table[torch.tensor([self.target[i] for i in rows], device=table.device)]
         if self.mean:
-            return found - table.mean(0)
+            return found - table[: self.common].mean(0)
         if not any(self.others):
             return found
         rest = [table[torch.tensor(self.others[i], device=table.device)].mean(0) for i in rows]
@@ -194,6 +203,7 @@ class _Attribution:
             target=[token_text(model, t) for t in wanted.target],
         )
         chosen = self.mask[C.UNEMBED, None]
+        self._refuse_lacking(chosen, wanted)
         weight, bias = model.weights_of(C.UNEMBED, None)
         direction = self._unembedded(weight, chosen, wanted)
         self.bias = torch.zeros(len(places.rows), device=self.device)
@@ -208,6 +218,21 @@ class _Attribution:
         self.direction = self._before(norm, C.LN_FINAL, None, direction)
         last = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
         self.about["logit"] = self._numbers(self._along(last, self.direction) + self.bias)
+
+    def _refuse_lacking(self, chosen: Choice, wanted: _Wanted) -> None:
+        """That the logits which are explained are numbers."""
+        known = self.model.vocabularies.of_rows(chosen)
+        pairs = zip(wanted.target, wanted.others, strict=True)
+        for place, (target, others) in enumerate(pairs):
+            if (token := max((target, *others))) >= known[place]:
+                about = self.places.table.iloc[place]
+                raise PromptError(
+                    f"prompt {about['prompt']}, position {about['position']}, graft "
+                    f"{str(self.cache.mask.graft)!r}: token {token} "
+                    f"({token_text(self.model, token)!r}) has no row in an unembedding that is "
+                    "used there, so that its logit is -inf and has no terms. Take unembed from a "
+                    "source that has the token, or another answer."
+                )
 
     def terms(self, by: By) -> Iterator[pd.DataFrame]:
         """Tables of contributions, the embeddings' first."""

@@ -1,6 +1,7 @@
 """The logit lens of grafted runs, and where an answer first appears in it."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -74,7 +75,9 @@ def logit_lens(
         exactly its logit, of which those with smaller ids rank before it), `prob` and `logprob`
         (nats), `entropy` (nats), `kl_base` and `kl_full` (KL of this distribution to that of PRE
         and of SFT at the same layer and position, nats), `top_tokens`, `top_probs`. If a
-        prompt has no answer, the columns about it are NA.
+        prompt has no answer, the columns about it are NA. Where sources have different
+        vocabularies, entropy and KL are those of the tokens that all have, renormalised
+        (`model.vocabularies.common` of them).
 
     Raises:
         PromptError: prompts that cannot be run, or without the positions `at`.
@@ -171,7 +174,8 @@ def kl_divergence(
         One row per prompt, graft and position: `prompt`, `graft`, `rule`, `position`, `token`, and
         in nats `kl_base` and `kl_full`, the Kullback-Leibler divergence KL(graft ‖ PRE) and
         KL(graft ‖ SFT); `kl_from_base` and `kl_from_full`, the other way round; `js_base` and
-        `js_full`, the Jensen-Shannon divergences.
+        `js_full`, the Jensen-Shannon divergences. Where sources have different vocabularies, all
+        are those of the tokens that all have, renormalised (`model.vocabularies.common` of them).
 
     Raises:
         PromptError, ValueError: as in `logit_lens`.
@@ -186,10 +190,14 @@ def kl_divergence(
         found: dict[str, list[pd.DataFrame]] = {name: [] for name in runs.grafts}
         for start in range(0, len(places.rows), ROWS):
             rows = slice(start, start + ROWS)
-            said = {n: Predictions(_read(model, places, c, hook, rows)) for n, c in caches.items()}
+            n_common = model.vocabularies.common
+            said = {
+                name: Predictions(_read(model, places, cache, hook, rows), n_common=n_common)
+                for name, cache in caches.items()
+            }
             base, full_run = said[runs.base], said[runs.full]
             for name, reading in said.items():
-                compared = Predictions(reading.logits, base=base, full=full_run)
+                compared = Predictions(reading.logits, base=base, full=full_run, n_common=n_common)
                 columns = columns_of(model, compared, measured)
                 found[name].append(places.table[rows].assign(**columns))
         for name, tables in found.items():
@@ -227,7 +235,7 @@ class _Reading:
         top_k: int,
     ) -> None:
         self.model, self.runs, self.places, self.caches = model, runs, places, caches
-        self.hook, self.top_k = hook, top_k
+        self.hook, self.top_k, self.n_common = hook, top_k, model.vocabularies.common
         self.targets = [targets[i] for i in places.table["prompt"]]
 
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -238,7 +246,10 @@ class _Reading:
                 name: _read(self.model, self.places, cache, self.hook, rows)
                 for name, cache in self.caches.items()
             }
-            base, full = (Predictions(said[n]) for n in (self.runs.base, self.runs.full))
+            base, full = (
+                Predictions(said[name], n_common=self.n_common)
+                for name in (self.runs.base, self.runs.full)
+            )
             for name, logits in said.items():
                 parts[name].append(self._table(logits, base, full, rows))
         return {name: pd.concat(tables) for name, tables in parts.items()}
@@ -252,7 +263,8 @@ class _Reading:
     ) -> pd.DataFrame:
         targets = self.targets[rows]
         ids = torch.tensor([t or 0 for t in targets], device=logits.device)
-        reading = Predictions(logits, answer=ids, base=base, full=full, top_k=self.top_k)
+        options: dict[str, Any] = {"top_k": self.top_k, "n_common": self.n_common}
+        reading = Predictions(logits, answer=ids, base=base, full=full, **options)
         columns = columns_of(self.model, reading, _measured())
         known = np.array([t is not None for t in targets])
         for m in _measured():

@@ -40,7 +40,8 @@ def weight_difference(
         distribution (Roy and Vetterli 2007); `stable_rank` ‖ΔW‖_F² / ‖ΔW‖₂²; and `share_changed`,
         the share of entries that differ. Norms are those of the tensors as stored (Gemma's norm
         weights are w - 1). A ΔW of zeros has ranks of 0. With tied embeddings `embed`
-        and `unembed` are two rows of one tensor.
+        and `unembed` are two rows of one tensor. Of tables over the vocabulary, the rows that both
+        sources have are compared.
 
     Raises:
         ValueError: a source that the model does not have, or several to choose from.
@@ -70,7 +71,11 @@ def weight_difference(
                 continue
             about: dict[str, object] = {"source": source, "base": base}
             about |= {"component": str(component), "layer": layer, "parameter": parameter}
-            rows.append(about | _measured(tensors[before], tensors[after], spectra))
+            old, new = tensors[before], tensors[after]
+            if tensors.sizes:
+                both = min(tensors.sizes[before], tensors.sizes[after])
+                old, new = old[:both], new[:both]
+            rows.append(about | _measured(old, new, spectra))
     table = pd.DataFrame(rows, columns=list(_COLUMNS))
     return table.astype({"layer": "Int64"})
 

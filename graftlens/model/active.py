@@ -230,7 +230,7 @@ class Active:
         whole = row.axis == 1 and parameter == "bias"
         used = self._used(component, layer, equal_sources(weight), whole)
         if len(used) == 1:
-            return weight.mixed(used.pop()).to(weight.like.dtype)
+            return weight.shown(used.pop()).to(weight.like.dtype)
         if row.view is not None:
             view = row.view if parameter == "weight" else f"b_{row.view.removeprefix('W_')}"
             way = f"{view}[source]" if layer is None else f"{view}[source, layer]"

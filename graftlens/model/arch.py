@@ -317,6 +317,50 @@ def _gpt_neox(config: Any) -> Architecture:
     )
 
 
+#: Facts -> the keys of configs that they are read from, for messages.
+_KEYS: Mapping[str, tuple[str, ...]] = {
+    "family": ("model_type",),
+    "n_layers": ("num_hidden_layers", "n_layer"),
+    "d_model": ("hidden_size", "n_embd"),
+    "embed_scale": ("hidden_size",),
+    "n_heads": ("num_attention_heads", "n_head"),
+    "n_kv_heads": ("num_key_value_heads", "num_attention_heads", "n_head"),
+    "d_head": ("head_dim", "hidden_size", "num_attention_heads", "n_embd", "n_head"),
+    "d_mlp": ("intermediate_size", "n_inner", "n_embd"),
+    "n_ctx": ("max_position_embeddings", "n_positions"),
+    "act_fn": ("hidden_act", "hidden_activation", "activation_function"),
+    "eps": ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"),
+    "attn_scales": (
+        *("query_pre_attn_scalar", "scale_attn_weights", "scale_attn_by_inverse_layer_idx"),
+        *("head_dim", "hidden_size", "num_attention_heads", "n_embd", "n_head"),
+    ),
+    "windows": ("sliding_window", "use_sliding_window", "layer_types", "max_window_layers"),
+    "parallel": ("use_parallel_residual",),
+    "rotary_dim": ("rope_parameters", "head_dim", "hidden_size"),
+    "attn_softcap": ("attn_logit_softcapping",),
+    "logit_softcap": ("final_logit_softcapping",),
+    "qkv_clip": ("clip_qkv",),
+}
+
+
+def named_facts(names: Sequence[str], first: Any, second: Any) -> list[str]:
+    """Facts in which two configs differ, as their keys with both values; a fact that no key
+    explains is left out.
+
+    Args:
+        names: the facts.
+        first, second: Hugging Face configs, or None.
+    """
+    found: dict[str, str] = {}
+    known = [{} if config is None else config.to_dict() for config in (first, second)]
+    for name in names:
+        for key in _KEYS.get(name, ()):
+            ours, theirs = (settings.get(key) for settings in known)
+            if ours != theirs:
+                found[key] = f"{key} ({brief(ours)} and {brief(theirs)})"
+    return list(found.values())
+
+
 _NEOX = "gpt_neox.layers.{l}."
 _GPT2 = "transformer.h.{l}."
 _QKV = (C.Q, C.K, C.V)
@@ -424,6 +468,7 @@ def architecture(config: Any) -> Architecture:
     """
     kind = getattr(config, "model_type", None)
     if kind not in FAMILIES:
+        refuse_multimodal(kind, config)
         raise UnsupportedArchitectureError(
             f"model_type {kind!r} is not supported. Supported: {' '.join(supported())}. "
             "A family is added by an entry in graftlens/model/arch.py (see the README)."
@@ -468,6 +513,8 @@ def refuse_quantised(config: Any) -> None:
     for part in (config, _setting(config, "text_config")):
         for key in ("quantization_config", "compression_config"):
             if found := _setting(part, key):
+                if isinstance(found, Mapping) and "quant_method" in found:
+                    found = {"quant_method": found["quant_method"]} | dict(found)
                 shown = repr(found) if len(repr(found)) <= 80 else f"{repr(found)[:80]}…"
                 kind = _setting(config, "model_type")
                 raise UnsupportedArchitectureError(
@@ -475,6 +522,27 @@ def refuse_quantised(config: Any) -> None:
                     "grafted exactly. Give the checkpoint that was quantised, or "
                     "one that was dequantised and saved (model.dequantize() in transformers)."
                 )
+
+
+#: Keys of configs of models that read more than text.
+_SENSES = (
+    *("vision_config", "audio_config", "speech_config", "image_config", "thinker_config"),
+    *("vision_tower", "mm_vision_tower", "img_processor", "audio_processor"),
+)
+
+
+def refuse_multimodal(kind: Any, config: Any) -> None:
+    """Refuse a config, or the content of its file, of a model that reads more than text.
+
+    Raises:
+        UnsupportedArchitectureError: it is one.
+    """
+    if found := next((key for key in _SENSES if _setting(config, key) is not None), None):
+        raise UnsupportedArchitectureError(
+            f"model_type {kind!r} is multimodal (its config has {found}). Of such checkpoints only "
+            "the text part of Gemma 3 is read. Give a text model, of these families: "
+            f"{' '.join(supported())}."
+        )
 
 
 def _is_number(given: Any, least: float = -math.inf) -> bool:
@@ -513,7 +581,7 @@ def _possible(arch: Architecture, name: str) -> bool:
 
 
 def brief(value: object) -> str:
-    """A fact for a message; of a tuple over layers, only enough to show what it is."""
-    if isinstance(value, tuple) and len(value) > 2:
+    """A fact for a message; of what there is per layer, only enough to show what it is."""
+    if isinstance(value, tuple | list) and len(value) > 2:
         return f"{value[0]!r}, … over {len(value)} layers"
     return repr(value)

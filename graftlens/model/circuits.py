@@ -92,7 +92,12 @@ class Circuits(WeightViews):
     ) -> Float[Tensor, "*places d_vocab"]:
         """The soft cap of the logits, where the architecture has one."""
         cap = self.arch.logit_softcap
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        if cap is None:
+            return logits
+        capped = torch.tanh(logits / cap) * cap
+        # A token that a source lacks has no logit to be capped.
+        lacks = self.unembed.vocabularies.differ
+        return capped.masked_fill(logits.isneginf(), -torch.inf) if lacks else capped
 
     def tl_parameters(self) -> "NamedWeights":
         """HookedTransformer's names for its parameters -> the tensors in force.

@@ -6,6 +6,7 @@ hook names and shapes are HookedTransformer's.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
 from graftlens.model.active import Active
-from graftlens.model.additions import Additions
+from graftlens.model.additions import Addition, Additions
 from graftlens.model.arch import Architecture, MlpKind
 from graftlens.model.choice import Choice, Equal, Selection
 from graftlens.model.linear import (
@@ -33,6 +34,7 @@ from graftlens.model.linear import (
 )
 from graftlens.model.mask import GraftMask
 from graftlens.model.points import FlaggedPoint
+from graftlens.model.rotary import Turning
 from graftlens.model.tree import TreeBatch, TreeGroup
 from graftlens.model.weights import Sourced, Weights, equal_sources
 
@@ -103,19 +105,17 @@ class Pass:
 
     Attributes:
         mask: which source every row uses at every site.
-        rotary: rotary kind -> (cos, sin), each [batch, pos, rotary_dim]; of a tree, tables that its
-            rows look their positions up in.
+        turning: the rotary tables of its rows; None with learned positions.
         order: which keys each query reads.
         cache: keys and values of earlier positions, or None.
         tree: the rows of each layer, where the batch is a token tree.
     """
 
     mask: GraftMask
-    rotary: dict[str | None, tuple[Tensor, Tensor]]
+    turning: Turning | None
     order: AttentionOrder | None = None
     cache: KeyValueCache | None = None
     tree: TreeBatch | None = None
-    _turned: dict[object, tuple[tuple[Tensor, Tensor], ...]] = field(default_factory=dict)
 
     def rows(self, layer: int, resid: Tensor) -> tuple[Tensor, Tensor]:
         """The residual rows that a layer goes on from, and those whose keys and values it makes.
@@ -125,28 +125,6 @@ class Pass:
         if self.tree is None:
             return resid, resid
         return self.tree[layer].split(resid)
-
-    def turned(self, layer: int, kind: str | None) -> tuple[tuple[Tensor, Tensor], ...]:
-        """(cos, sin) of a layer's queries, and of its keys."""
-        if self.tree is None:
-            return self.rotary[kind], self.rotary[kind]
-        rows = self.tree[layer]  # layers of equal rows are one object
-        if (rows, kind) not in self._turned:
-            self._turned[rows, kind] = rows.turned(*self.rotary[kind])
-        return self._turned[rows, kind]
-
-
-def rotate(
-    x: Float[Tensor, "batch pos head d_head"], cos: Tensor, sin: Tensor
-) -> Float[Tensor, "batch pos head d_head"]:
-    """Rotary embedding of the first `cos.shape[-1]` dimensions of each head."""
-    dim = cos.shape[-1]
-    turned, rest = (x, None) if dim == x.shape[-1] else (x[..., :dim], x[..., dim:])
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    half = torch.cat([-turned[..., dim // 2 :], turned[..., : dim // 2]], dim=-1)
-    # Tables may be wider than the model's dtype (OLMo rotates in float32).
-    out = (turned * cos + half * sin).to(x.dtype)
-    return out if rest is None else torch.cat([out, rest], dim=-1)
 
 
 class Attention(nn.Module):
@@ -213,10 +191,9 @@ class Attention(nn.Module):
             k = self._qk_norm(self.k_norm, k, mask[C.K_NORM, layer])
         if arch.qkv_clip is not None:
             q, k, v = (t.clamp(-arch.qkv_clip, arch.qkv_clip) for t in (q, k, v))
-        if arch.rotary_dim:
-            of_queries, of_keys = run.turned(layer, arch.rope_kinds[layer])
-            q = self.hook_rot_q(rotate(q, *of_queries))
-            k = self.hook_rot_k(rotate(k, *of_keys))
+        if run.turning is not None:
+            q = self.hook_rot_q(run.turning(q, layer, 0, mask[C.Q, layer]))
+            k = self.hook_rot_k(run.turning(k, layer, 1, mask[C.K, layer]))
         if run.cache is not None:
             k, v = run.cache.append(layer, k, v)
 
@@ -598,6 +575,7 @@ class Builder:
         self.additions = additions or [{}] * len(sources)
         self._known: dict[object, Sourced] = {}
         self._parameters: dict[object, nn.Parameter] = {}
+        self._padded: dict[object, Tensor] = {}
 
     def sourced(self, component: Component, layer: int | None, parameter: str) -> Sourced | None:
         tensors = [weights.get((component, layer, parameter)) for weights in self.sources]
@@ -611,11 +589,30 @@ class Builder:
         keys = [(t.data_ptr(), t.shape, t.stride()) for t in present]
         key = (*keys, *(tuple(map(id, own)) for own in added))
         if key not in self._known:
-            for place, tensor in zip(keys, present, strict=True):
-                if place not in self._parameters:
-                    self._parameters[place] = nn.Parameter(tensor)
-            self._known[key] = Sourced([self._parameters[place] for place in keys], added)
+            sizes = [len(t) for t in present] if component in (C.EMBED, C.UNEMBED) else []
+            if len(set(sizes)) > 1:
+                # Rows are added to tables that are whole.
+                tables = [
+                    self._with_all_tokens(reduce(_added, own, t))
+                    for own, t in zip(added, present, strict=True)
+                ]
+                self._known[key] = Sourced(tables, sizes=sizes)
+            else:
+                for place, tensor in zip(keys, present, strict=True):
+                    if place not in self._parameters:
+                        self._parameters[place] = nn.Parameter(tensor)
+                self._known[key] = Sourced([self._parameters[place] for place in keys], added)
         return self._known[key]
+
+    def _with_all_tokens(self, table: Float[Tensor, "tokens *width"]) -> Tensor:
+        """A table with zeros in the rows that its source lacks."""
+        missing = self.arch.d_vocab - len(table)
+        if not missing:
+            return table
+        key = (table.data_ptr(), table.shape)
+        if key not in self._padded:
+            self._padded[key] = torch.cat([table, table.new_zeros(missing, *table.shape[1:])])
+        return self._padded[key]
 
     def weight(self, component: Component, layer: int | None) -> Sourced:
         weight = self.sourced(component, layer, "weight")
@@ -630,3 +627,7 @@ class Builder:
             self.sourced(component, layer, parameter) for parameter in ("weight", "bias")
         )
         return Norm(self.arch, weight, bias, self.active, component, layer)
+
+
+def _added(table: Tensor, addition: Addition) -> Tensor:
+    return addition.added_to(table).detach()

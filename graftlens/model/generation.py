@@ -9,10 +9,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from graftlens.components import Component
 from graftlens.model.forward import KeyValueCache
 from graftlens.model.inputs import Batch, Input, collate
 from graftlens.model.mask import GraftLike, GraftMask
-from graftlens.model.reading import whole
+from graftlens.model.reading import tell, whole
 from graftlens.prompts import Prompt, Tokenized
 
 
@@ -42,7 +43,8 @@ class Generation:
 
         At every step `last` is the position generated from, as in the paper's token-by-token
         algorithm: keys and values of earlier positions stay as they were computed. Numbers such as
-        [-1] and fields always refer to the prompt.
+        [-1] and fields always refer to the prompt. A prompt whose next token has no row in the
+        embedding of a source that is used there ends with that token, with a warning.
 
         Args:
             input: anything that `forward` runs.
@@ -86,6 +88,7 @@ class Generation:
         input = list(input) if isinstance(input, Iterator) else input
         given = self.batch(input, attention_mask=attention_mask, prepend_bos=prepend_bos)
         batch = _left_padded(given, self._pad_id())
+        self._refuse_lacking(batch, self.resolve(graft, batch))
         longest = max(batch.totals)
         self.warn_beyond_context(longest)
 
@@ -106,6 +109,10 @@ class Generation:
         enders = sorted({end for row in ends for end in row})
         ended_by = torch.tensor([[e in row for row in ends] for e in enders], device=tokens.device)
         done = torch.zeros(len(tokens), dtype=torch.bool, device=tokens.device)
+        vocabularies = self.vocabularies
+        embed = step_mask[Component.EMBED, None]
+        readable = torch.from_numpy(vocabularies.of_rows(embed)).to(tokens.device)
+        lengths: dict[int, int] = {}  # of rows that end because a source cannot read the last token
         for step in range(max_new_tokens):
             new = _pick(logits[:, -1], do_sample, temperature, top_k, generator)
             new = torch.where(done, filler, new)
@@ -115,6 +122,15 @@ class Generation:
             past, real = real, np.pad(real, ((0, 0), (0, 1)), constant_values=True)
             if step == max_new_tokens - 1 or (enders and bool(done.all())):
                 break
+            if vocabularies.differ:
+                for row in torch.nonzero(~done & (new >= readable))[:, 0].tolist():
+                    sources = [s for s in embed.sources if embed.share(s)[row]]
+                    position = batch.totals[row] + step
+                    lacks = vocabularies.lacking(int(new[row]), sources, position)
+                    tell(f"prompt {row} ends with the token generated last: {lacks}")
+                    lengths[row], done[row] = step + 1, True
+                if done.all():
+                    break
             if longest + step == self.arch.n_ctx:
                 self.warn_beyond_context(longest + step + 1)
             if cache is None:
@@ -141,6 +157,7 @@ class Generation:
         for i, (item, prompt) in enumerate(zip(items, batch.prompts, strict=True)):
             ids = tokens[i, batch.starts[i] :].tolist()
             added = ids[len(prompt) :]
+            added = added[: lengths.get(i, len(added))]
             stop = next((n for n, token in enumerate(added) if token in ends[i]), len(added))
             new = self._added_text(ids[: len(prompt)], added[:stop])
             known = item if isinstance(item, str) else prompt.text

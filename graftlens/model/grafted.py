@@ -5,10 +5,10 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
@@ -23,6 +23,7 @@ from graftlens.model.arch import Architecture
 from graftlens.model.cache import GraftedCache, sliced
 from graftlens.model.circuits import Circuits
 from graftlens.model.config import Device, GraftedConfig, config_of
+from graftlens.model.differences import Difference, table
 from graftlens.model.forward import AttentionOrder, Builder, KeyValueCache, Pass, TransformerBlock
 from graftlens.model.generation import Generation
 from graftlens.model.hooks import Hooking, first_of
@@ -35,6 +36,8 @@ from graftlens.model.output import FinalNorm, Unembed
 from graftlens.model.points import FlaggedPoint
 from graftlens.model.probe import probe
 from graftlens.model.reading import Reading, tell, whole
+from graftlens.model.rotary import Rotary, Turning, turning_of_tree
+from graftlens.model.source import Source
 from graftlens.model.tree import TreeBatch, TreeShape
 from graftlens.model.weights import Sourced, Weights, equal_sources
 
@@ -60,43 +63,46 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         arch: Architecture,
         weights: Mapping[str, Weights],
         *,
-        rotary: nn.Module | None = None,
+        rotary: Rotary | None = None,
         activation: nn.Module,
         tokenizer: Any = None,
         model_name: str = "",
-        end_tokens: Mapping[str, Sequence[int]] = MappingProxyType({}),
-        pad_token: Mapping[str, int | None] = MappingProxyType({}),
-        hf_config: Any = None,
         additions: Mapping[str, Additions] = MappingProxyType({}),
+        read: Sequence[Source] = (),
+        differences: Sequence[Difference] = (),
     ) -> None:
         """Put a model together from checked parts; `from_pretrained` checks them.
 
         Args:
-            arch: the architecture's facts.
-            weights: source name -> its tensors, the base first.
-            rotary: the checkpoint's own rotary module; None with learned positions.
+            arch: the architecture's facts, with the largest vocabulary of all sources.
+            weights: source name -> its tensors, the base first; tables over the vocabulary have as
+                many rows as the source has tokens.
+            rotary: the rotary tables of all sources; None with learned positions.
             activation: the MLP's non-linearity.
             tokenizer: a Hugging Face fast tokenizer, or None for token tensors only. The model
                 pads on the right: one that pads on the left is copied. Set
                 `model.tokenizer.padding_side` for another side.
             model_name: what the config calls the model.
-            end_tokens, pad_token: source name -> token ids that end a generation, and the one that
-                fills up after its end, as the source's own settings name them.
-            hf_config: the base's Hugging Face config, for checks against Hugging Face's forward.
             additions: source name -> what it adds to its matrices, kept apart from them.
+            read: the sources as they were read: their configs, for checks against Hugging Face's
+                forward, and the tokens that end a generation and fill up behind its end.
+            differences: how they differ from the base, and what was done about it.
         """
         super().__init__()
-        self.hf_config = hf_config
-        self.end_tokens = {name: tuple(end_tokens.get(name, ())) for name in weights}
-        self.pad_token = {name: pad_token.get(name) for name in weights}
+        known = {source.name: source for source in read}
+        self.hf_configs = {name: known[name].config if name in known else None for name in weights}
+        self.hf_config = next(iter(self.hf_configs.values()))
+        self.end_tokens = {n: known[n].end_tokens if n in known else () for n in weights}
+        self.pad_token = {n: known[n].pad_token if n in known else None for n in weights}
+        self._facts = {s.name: facts_digest(s.arch, s.config, s.rotary) for s in read}
+        self.told_differences = tuple(differences)
         self.arch = arch
         self.sources = tuple(weights)
         if getattr(tokenizer, "padding_side", "right") != "right":
             tokenizer = copy.copy(tokenizer)
             tokenizer.padding_side = "right"
         self.tokenizer = tokenizer
-        # Its tables are float32 whatever the model's dtype is, so `.to` must not reach it.
-        object.__setattr__(self, "rotary", copy.deepcopy(rotary))
+        self.rotary = rotary
         self.active = Active(arch, self.sources)
         added = [additions.get(name, {}) for name in weights]
         build = Builder(arch, list(weights.values()), self.active, added)
@@ -144,10 +150,11 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
             chat_template: what writes conversations, as Jinja's text or a file that holds it, for
                 all sources alike; otherwise the base's, else that of the first source that has one.
             device: by default the GPU if there is one, else the CPU.
-            dtype: float32 on the CPU and the checkpoints' own dtype on a GPU, unless given.
+            dtype: float32 on the CPU and the checkpoints' widest dtype on a GPU, unless given.
             check: compare each source's tensors with its files, and its logits with its own
                 model's on a probe.
-            verbose: print one line about what was loaded and checked.
+            verbose: print one line about what was loaded and checked, and one about each
+                difference between the sources (`model.differences`).
 
         Raises:
             PairError: sources that cannot be grafted together (the message says what differs), or
@@ -171,10 +178,9 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
             activation=loaded.activation,
             tokenizer=loaded.tokenizer,
             model_name=read[0].origin,
-            end_tokens={source.name: source.end_tokens for source in read},
-            pad_token={source.name: source.pad_token for source in read},
-            hf_config=read[0].config,
             additions=loaded.additions,
+            read=read,
+            differences=loaded.differences,
         ).to(loaded.device)
 
         def alone(source: str, tokens: Tensor) -> Tensor:
@@ -187,13 +193,16 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         if verbose:
             told = f"; {loaded.chat_template}" if loaded.chat_template else ""
             print(f"graftlens: {model.summary()}; {checked}{told}")
-            for source in read:
-                if source.merged:
-                    print(
-                        f"graftlens: source {source.name!r}: an adapter of the kind "
-                        f"{source.merged}, merged in float32"
-                    )
+            for difference in loaded.differences:
+                print(f"graftlens: {difference.line(model.sources[0])}")
         return model
+
+    @property
+    def differences(self) -> pd.DataFrame:
+        """How the sources differ from the base, a row each: `source`, `key`, the `base`'s value and
+        the source's `value`, `handling` (`ignored`, `its own`, `carried` or `converted`), and what
+        was `done`, in words. A row about the base itself says how it was read."""
+        return table(self.told_differences)
 
     def summary(self) -> str:
         """The model in one line: architecture, sources, what they share, dtype and device."""
@@ -264,16 +273,21 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
                 the last layer, the number of layers or more the stream after the last.
 
         A prompt longer than the model's context runs with a warning where positions are rotary.
+        Where sources have different vocabularies, a token that a source lacks has the logit -inf
+        at each position whose `unembed` it has a share in.
 
         Raises:
-            PromptError: prompts that cannot be run, or a graft that selects nothing in one.
-            ValueError: a source, component, layer or head that the model lacks, or a prompt longer
-                than its learned positions.
+            PromptError: prompts that cannot be run, a graft that selects nothing in one, or a token
+                that a source lacks which has a share in `embed` there.
+            ValueError: a source, component, layer or head that the model lacks, a prompt longer
+                than its learned positions, or a strength other than 0 and 1 at q or k between
+                sources whose rotary tables differ.
         """
         batch = self.batch(
             input, attention_mask=attention_mask, prepend_bos=prepend_bos, padding_side=padding_side
         )
         mask = self.resolve(graft, batch)
+        self._refuse_lacking(batch, mask)
         self.warn_beyond_context(max(batch.totals))
         stop = None if stop_at_layer is None else whole(stop_at_layer, "stop_at_layer")
         resid = self._residual(batch, mask, stop)
@@ -324,7 +338,7 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         resid = self._embedded(tokens, positions, mask)
         keys = batch.real if past is None else np.concatenate([past, batch.real], axis=1)
         order = AttentionOrder(keys, counts.shape[1], tokens.device)
-        run = Pass(mask, self._rotary_tables(resid, positions, counts), order, cache)
+        run = Pass(mask, self._turning(resid, positions, counts), order, cache)
         for block in self.blocks[:stop_at_layer]:
             resid = block(resid, run)
         return resid
@@ -379,7 +393,10 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         shape = tree.shape
         with self.active.run(shape.mask):
             resid = self._embedded(tree.tokens, shape.positions, shape.mask)
-            run = Pass(shape.mask, self._tables_of_tree(resid, shape), tree=tree)
+            turning = None
+            if self.rotary is not None:
+                turning = turning_of_tree(self.rotary, self.arch, resid, tree)
+            run = Pass(shape.mask, turning, tree=tree)
             for block in self.blocks:
                 resid = block(resid, run)
         final = resid.index_select(1, shape.final_rows)
@@ -419,27 +436,6 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         order = np.argsort(np.argsort(~here, kind="stable"))
         return torch.cat(parts).index_select(0, there(order[place]))
 
-    def _tables_of_tree(
-        self, like: Tensor, shape: TreeShape
-    ) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """The rotary tables of every length that the tree has, one after another."""
-        if self.rotary is None:
-            return {}
-        found: dict[str | None, list[tuple[Tensor, Tensor]]] = {}
-        for total in shape.tables:
-            # 0 is shared by all texts, or by those within the limit if tables depend on the length.
-            length = total or min(shape.longest, self.arch.rope_limit or shape.longest)
-            counts = np.arange(length)[None]
-            positions = torch.from_numpy(counts).to(like.device, non_blocking=True)
-            for kind, tables in self._rotary_tables(like, positions, counts).items():
-                missing = (0, 0, 0, shape.longest - length)
-                cos, sin = (F.pad(table, missing) for table in tables)
-                found.setdefault(kind, []).append((cos, sin))
-        return {
-            kind: (torch.cat([c for c, _ in parts], 1), torch.cat([s for _, s in parts], 1))
-            for kind, parts in found.items()
-        }
-
     def logits_from(
         self, resid: Float[Tensor, "batch pos d_model"], mask: GraftMask
     ) -> Float[Tensor, "batch pos d_vocab"]:
@@ -468,6 +464,7 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         """
         batch = self.batch(prompts)
         mask = self.resolve(graft, batch)
+        self._refuse_lacking(batch, mask)
         self.warn_beyond_context(max(batch.totals))
         width = batch.real.shape[1]
         rows = np.array([[i * width + c for i, cs in enumerate(columns) for c in cs]])
@@ -478,25 +475,13 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         logits = self.logits_from(picked[None], mask.pick(rows))[0]
         return list(logits.split([len(cs) for cs in columns]))
 
-    def _rotary_tables(
+    def _turning(
         self, like: Tensor, positions: Int[Tensor, "batch pos"], counts: np.ndarray
-    ) -> dict[str | None, tuple[Tensor, Tensor]]:
-        """cos and sin of every kind of rotary embedding that the layers use."""
+    ) -> Turning | None:
+        """The rotary tables of all sources at these positions."""
         if self.rotary is None:
-            return {}
-        rows = [positions]
-        if self.arch.rope_limit is not None and len(set(counts.max(1).tolist())) > 1:
-            # These tables change with the longest position: each prompt gets those it would have
-            # alone.
-            rows = list(positions.split(1))
-        tables = {}
-        for kind in dict.fromkeys(self.arch.rope_kinds):
-            given = () if kind is None else (kind,)
-            # Dynamic tables remember the longest prompt so far: each piece uses a fresh module.
-            fresh = (lambda rotary: rotary) if self.arch.rope_limit is None else copy.deepcopy
-            pieces = [fresh(self.rotary)(like, r, *given) for r in rows]
-            tables[kind] = (torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces]))
-        return tables
+            return None
+        return Turning(self.rotary, self.rotary.made(like, positions, counts))
 
     def _loss(self, logits: Tensor, batch: Batch, per_token: bool) -> Tensor:
         tokens = batch.tokens.to(logits.device)
@@ -504,7 +489,7 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
             logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
         ).view(len(tokens), -1)
         weight = torch.from_numpy(batch.real[:, 1:] & batch.real[:, :-1]).to(losses)
-        losses = losses * weight
+        losses = losses.where(weight > 0, 0.0)  # padding may be a token that a source lacks
         return losses if per_token else losses.sum() / weight.sum()
 
     def run_with_cache(
@@ -576,11 +561,16 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
                     f"{batch.real.shape} with prompts at {_columns(batch.extents)}. "
                     "Resolve the graft again."
                 )
+            if self.rotary is not None:
+                self.rotary.check(graft)
             return graft
         graft = Graft.parse(graft) if isinstance(graft, str) else graft or Graft()
         if not isinstance(graft, Graft):
             raise ValueError(_no_graft(graft))
-        return resolve(graft, batch, self.arch, self.sources)
+        mask = resolve(graft, batch, self.arch, self.sources)
+        if self.rotary is not None:
+            self.rotary.check(mask)
+        return mask
 
     # -- weights ---------------------------------------------------------------------------------
 
@@ -606,8 +596,13 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         return owner.weight, getattr(owner, "bias", None)
 
     def equal_sources(self, component: Component, layer: int | None) -> tuple[int, ...]:
-        """For each source, the first source with the same tensors of a component in a layer."""
-        return equal_sources(*self.weights_of(component, layer))
+        """For each source, the first source with the same tensors of a component in a layer, and
+        at q and k with the same rotary table."""
+        equal = equal_sources(*self.weights_of(component, layer))
+        if component in (C.Q, C.K) and layer is not None and self.rotary is not None:
+            both = list(zip(equal, self.rotary.equal(layer), strict=True))
+            return tuple(both.index(pair) for pair in both)
+        return equal
 
     def stored(self) -> Iterator[Sourced]:
         """Every weight of the model once, with its sources."""
@@ -619,8 +614,7 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         These are its tensors, in the dtype they run in, what the forward pass takes from the
         config (norms' epsilon, rotary embedding, …), and the tokenizer.
         """
-        shared = [facts_digest(self.arch, self.hf_config, self.rotary)]
-        shared.append(str(tokenizer_digest(self.tokenizer)))
+        tokenizer = str(tokenizer_digest(self.tokenizer))
         names = [n for n, m in self.named_modules() if isinstance(m, Sourced)]
         prints = {}
         known: dict[int, bytes] = {}  # what sources share is read once
@@ -636,18 +630,29 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
             for name in names:
                 weight = self.get_submodule(name)
                 assert isinstance(weight, Sourced)
-                digest.update(name.encode() + of(weight.whole(index)))
+                tensor = weight.whole(index)
+                tensor = tensor[: weight.sizes[index]] if weight.sizes else tensor
+                digest.update(name.encode() + of(tensor))
                 for added in weight.additions(index):
                     digest.update(repr((type(added).__name__, added.scale)).encode())
                     digest.update(b"".join(map(of, added.tensors)))
-            digest.update(" ".join(shared).encode())
+            digest.update(f"{self._facts.get(source)} {tokenizer}".encode())
             prints[source] = digest.hexdigest()
         return prints
 
     def settings(self) -> dict[str, Any]:
         """What fingerprints cover besides tensors, in the config's own words, for messages."""
-        config = {} if self.hf_config is None else config_settings(self.hf_config)
-        return {"config": config, "tokenizer": tokenizer_digest(self.tokenizer)}
+        configs = {
+            name: {} if config is None else config_settings(config)
+            for name, config in self.hf_configs.items()
+        }
+        base, *others = configs
+        found: dict[str, Any] = {
+            "config": configs[base],
+            "tokenizer": tokenizer_digest(self.tokenizer),
+        }
+        own = {name: configs[name] for name in others if configs[name] != configs[base]}
+        return found | ({"configs": own} if own else {})
 
     def to(self, *args: Any, **kwargs: Any) -> "GraftedTransformer":
         """Move to a device or dtype, like any module; `cfg` follows."""

@@ -1,13 +1,11 @@
 """What decides a source's numbers: weights, the config's facts, rotary tables, the tokenizer."""
 
 import contextlib
-import copy
 import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from graftlens.folder import json_digest
@@ -17,6 +15,7 @@ from graftlens.model.arch import (
     UnsupportedArchitectureError,
     architecture,
 )
+from graftlens.model.rotary import LONGEST, Table, lengths_that_tell, samples
 
 #: What transformers keeps in a config although no number depends on it, or what is covered
 #: elsewhere.
@@ -88,7 +87,7 @@ def facts_digest(arch: Architecture, config: Any, rotary: nn.Module | None) -> s
     return json_digest(facts)
 
 
-def rotary_tables(arch: Architecture, rotary: nn.Module, longest: int = 1 << 17) -> list[Tensor]:
+def rotary_tables(arch: Architecture, rotary: nn.Module, longest: int = LONGEST) -> list[Tensor]:
     """cos and sin of every kind of table, at positions and in texts long enough to distinguish
     them.
 
@@ -97,19 +96,10 @@ def rotary_tables(arch: Architecture, rotary: nn.Module, longest: int = 1 << 17)
         rotary: its rotary module, which is left unchanged.
         longest: positions from this one on are left out if tables do not depend on the length.
     """
-    powers = [1 << i for i in range(18)]
-    totals = [longest]
-    if arch.rope_limit is not None:
-        totals = [arch.rope_limit * times + more for times, more in ((1, 0), (1, 1), (3, 0))]
-    found = []
-    for kind in dict.fromkeys(arch.rope_kinds):
-        for total in totals:
-            places = [0, *(p for p in powers if p < total - 1), total - 1]
-            positions = torch.tensor([places])
-            given = () if kind is None else (kind,)
-            # Dynamic tables remember the longest text so far.
-            found += copy.deepcopy(rotary)(torch.zeros(1), positions, *given)
-    return found
+    lengths = lengths_that_tell(arch.rope_limit, longest)
+    kinds = dict.fromkeys(arch.rope_kinds)
+    tables = [Table(rotary, kind, arch.rope_limit, arch.n_ctx) for kind in kinds]
+    return [sample for table in tables for sample in samples(table, lengths)]
 
 
 def _rotary_facts(arch: Architecture, config: Any, rotary: nn.Module | None) -> Any:

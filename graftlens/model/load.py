@@ -16,15 +16,12 @@ from graftlens.components import Component
 from graftlens.graft import Graft, Rule
 from graftlens.model.adapters import Base, preview_adapter, read_adapter, read_peft, refuse_as_base
 from graftlens.model.additions import Addition, Additions
-from graftlens.model.arch import (
-    Architecture,
-    PairError,
-    UnsupportedArchitectureError,
-    brief,
-)
+from graftlens.model.arch import Architecture, PairError
+from graftlens.model.differences import Difference, told
 from graftlens.model.hooked import read_hooked
-from graftlens.model.identity import rotary_tables
 from graftlens.model.locations import is_adapter
+from graftlens.model.pairing import activation, pair
+from graftlens.model.rotary import Rotary
 from graftlens.model.source import (
     Source,
     preview_checkpoint,
@@ -32,6 +29,7 @@ from graftlens.model.source import (
     read_checkpoint,
     read_transformers,
 )
+from graftlens.model.stored import widest
 from graftlens.model.tokenizers import shared_tokenizer, with_chat_template
 from graftlens.model.weights import Weights
 
@@ -47,23 +45,25 @@ class Loaded:
         sources: what was read of each, the base first, in their own dtypes.
         weights: source name -> its tensors, on the device and in the dtype to run in.
         additions: source name -> what it adds to its matrices, likewise.
-        rotary: the rotary module, None with learned positions.
+        rotary: the rotary tables of all sources, None with learned positions.
         activation: the MLP's non-linearity.
         tokenizer: the tokenizer that they share, None if no source has one.
         device, dtype: where and in what to run.
         chat_template: whose chat template the tokenizer has, in words; empty where it has none.
+        differences: how the sources differ from the base, and what was done about it.
     """
 
     arch: Architecture
     sources: tuple[Source, ...]
     weights: dict[str, Weights]
-    rotary: nn.Module | None
+    rotary: Rotary | None
     activation: nn.Module
     tokenizer: Any
     device: torch.device
     dtype: torch.dtype
     chat_template: str = ""
     additions: Mapping[str, Additions] = field(default_factory=dict)
+    differences: tuple[Difference, ...] = ()
 
 
 def load(
@@ -86,16 +86,14 @@ def load(
             the base's, else that of the first source that has one.
         device: where to put the weights; the GPU if there is one, else the CPU.
         dtype: the dtype to run in. Left out, it is float32 on the CPU (float64 for checkpoints in
-            float64) and the checkpoints' own on a GPU, and checkpoints of different dtypes are
-            refused. A checkpoint's own dtype is that of its files, regardless of its config.
+            float64), and on a GPU the narrowest that holds every number of all checkpoints. A
+            checkpoint's own dtype is that of its files, regardless of its config.
 
     Raises:
-        PairError: sources that differ in architecture, shapes, dtype or tokenizer, that are not
-            finite, or that were processed (folded); files that are missing, damaged or quantised;
-            float16 where a number overflows in it. A bias that only some sources have is not
-            a difference: it is zero in the others. Neither are contexts of different lengths with
-            rotary positions: the pair's is the longest. Rotary settings are compared by the tables
-                that they come to.
+        PairError: sources that differ in what no component carries (layers, heads, windows, norms'
+            epsilon, …) or of which none has all tokens of the others; that are not finite, or that
+            were processed (folded); files that are missing, damaged or quantised; float16 where a
+            number overflows in it. All other differences are in `Loaded.differences`.
         ValueError: a source's name that the text form of grafts could not hold, or a GPU that does
             not exist.
         UnsupportedArchitectureError: a family or option that is not exactly supported.
@@ -120,42 +118,35 @@ def load(
         )
 
     read = _read_all(sources)
-    _fill_biases(read)
-    for source in read:
-        _check_pair(read[0], source)
-        _check_additions(source)
-    arch = _pair_arch(read)
-    own = {name: _dtypes(source) for name, source in zip(sources, read, strict=True)}
+    arch, rotary, differences = pair(read)
+    own = {source.name: _dtypes(source) for source in read}
     if wanted is None:
-        distinct = {d for found in own.values() for d in found}
-        if len(distinct) > 1:
-            listed = ", ".join(f"{n}: {' '.join(map(short, f))}" for n, f in own.items())
-            raise PairError(
-                f"the sources' dtypes differ ({listed}). Name the one to run in, such as "
-                "dtype=torch.float32."
-            )
-        (wanted,) = distinct
+        wanted = widest(tuple(d for found in own.values() for d in found))
         if target.type == "cpu":
             wanted = torch.promote_types(wanted, torch.float32)
+    differences += _of_dtypes(own, wanted)
 
     found = [(s.name, s.tokenizer) for s in read]
-    shared, told = with_chat_template(shared_tokenizer(found, tokenizer), found, chat_template)
+    sizes = {s.name: s.arch.d_vocab for s in read}
+    shared, more = shared_tokenizer(found, tokenizer, sizes)
+    shared, template = with_chat_template(shared, found, chat_template)
     put = _Placing(target, wanted)
     prepared = {s.name: {site: put(t) for site, t in s.weights.items()} for s in read}
     if wanted is torch.float16:
         _refuse_overflow(prepared)
+    names = list(sources)
     return Loaded(
         arch,
         tuple(read),
         _share_tied(prepared),
-        # Tables that are kept, as a HookedTransformer's, end with the source's context.
-        max(read, key=lambda source: source.arch.n_ctx).rotary,
-        _activation(arch.act_fn),
+        rotary,
+        activation(arch.act_fn),
         shared,
         target,
         wanted,
-        told,
+        template,
         {s.name: {site: put.all(own) for site, own in s.additions.items()} for s in read},
+        tuple(sorted([*differences, *more], key=lambda row: names.index(row.source))),
     )
 
 
@@ -191,11 +182,11 @@ def preview(
             adapters.append((name, preview_adapter(name, folder)))
             continue
         read.append(preview_checkpoint(name, str(given)))
-    for source in read:
-        _check_pair(read[0], source)
+    arch, _, _ = pair(read)
     found = [(s.name, s.tokenizer) for s in read] + adapters
-    shared = shared_tokenizer(found, tokenizer)
-    return _pair_arch(read), with_chat_template(shared, found, chat_template)[0]
+    sizes = {s.name: s.arch.d_vocab for s in read}
+    shared, _ = shared_tokenizer(found, tokenizer, sizes)
+    return arch, with_chat_template(shared, found, chat_template)[0]
 
 
 def _check_names(sources: Mapping[str, Any]) -> None:
@@ -281,104 +272,6 @@ class _Placing:
 # -- checks ------------------------------------------------------------------------------------
 
 
-def _check_pair(base: Source, other: Source) -> None:
-    arch = _comparable(other.arch, base.arch)
-    if base.arch != arch:
-        ours, theirs = vars(base.arch), vars(arch)
-        differing = [
-            f"{k} ({brief(ours[k])} and {brief(theirs[k])})" for k in ours if ours[k] != theirs[k]
-        ]
-        hint = ""
-        if base.arch.d_vocab != other.arch.d_vocab:
-            hint = (
-                " Where finetuning added tokens, resize the base's embeddings to match: "
-                "base.resize_token_embeddings(n)."
-            )
-        raise PairError(
-            f"{base.name!r} ({base.origin}) and {other.name!r} ({other.origin}) differ in "
-            f"architecture: {', '.join(differing)}.{hint}"
-        )
-    if not _same_tables(base, other):
-        first, second = _rope_settings(base), _rope_settings(other)
-        if first == second:  # some kinds of tables depend on the context's length
-            first, second = base.arch.n_ctx, other.arch.n_ctx
-        raise PairError(
-            f"{base.name!r} and {other.name!r} differ in rope_parameters: {first} and {second}. "
-            "Positions must mean the same in both."
-        )
-    if base.weights.keys() != other.weights.keys():
-        odd = sorted(base.weights.keys() ^ other.weights.keys(), key=str)[0]
-        component, layer, parameter = odd
-        raise PairError(
-            f"only one of {base.name!r} and {other.name!r} has a {parameter} for {component}"
-            f"{'' if layer is None else f' in layer {layer}'}."
-        )
-    for (component, layer, parameter), tensor in other.weights.items():
-        if other is not base and tensor is base.weights[component, layer, parameter]:
-            continue
-        where = (
-            f"{other.name!r}: {component} {parameter}{'' if layer is None else f', layer {layer}'}"
-        )
-        if tensor.shape != base.weights[component, layer, parameter].shape:
-            raise PairError(
-                f"{where} has shape {tuple(tensor.shape)}; {base.name!r} has "
-                f"{tuple(base.weights[component, layer, parameter].shape)}."
-            )
-        if not tensor.is_floating_point() or torch.finfo(tensor.dtype).bits < 16:
-            raise PairError(
-                f"{where} is {tensor.dtype}: quantised weights cannot be grafted exactly."
-            )
-        if not bool(torch.isfinite(tensor).all()):
-            raise PairError(
-                f"{where} holds values that are not finite. Training diverged, or the file is "
-                "damaged; load an earlier checkpoint."
-            )
-
-
-def _check_additions(source: Source) -> None:
-    for (component, layer), own in source.additions.items():
-        where = f"{source.name!r}: {component} weight{'' if layer is None else f', layer {layer}'}"
-        if not all(bool(torch.isfinite(t).all()) for one in own for t in one.tensors):
-            raise PairError(
-                f"{where} holds values that are not finite. Training diverged, or the file is "
-                "damaged; load an earlier checkpoint."
-            )
-
-
-def _comparable(arch: Architecture, base: Architecture) -> Architecture:
-    """An architecture in which everything that changes no number is spelled as in the base's."""
-    if arch.rotary_dim and base.rotary_dim:
-        arch = replace(arch, n_ctx=base.n_ctx)
-    if arch.act_fn != base.act_fn:
-        x = torch.linspace(-8, 8, 257)
-        if torch.equal(_activation(arch.act_fn)(x), _activation(base.act_fn)(x)):
-            arch = replace(arch, act_fn=base.act_fn)
-    return arch
-
-
-def _pair_arch(read: list[Source]) -> Architecture:
-    """The architecture of sources that make a pair: with rotary positions, the longest context."""
-    return replace(read[0].arch, n_ctx=max(source.arch.n_ctx for source in read))
-
-
-def _same_tables(base: Source, other: Source) -> bool:
-    if base.rotary is None or other.rotary is None or base is other:
-        return True
-    # A HookedTransformer keeps its tables, which end with its context.
-    kept = [s.arch.n_ctx for s in (base, other) if s.config is None]
-    longest = min([1 << 17, *kept])
-    ours = rotary_tables(base.arch, base.rotary, longest)
-    theirs = rotary_tables(other.arch, other.rotary, longest)
-    if type(base.rotary) is type(other.rotary):
-        return all(map(torch.equal, ours, theirs))
-    # It also computes them in another way, with different last digits.
-    return all(torch.allclose(a, b, atol=1e-2) for a, b in zip(ours, theirs, strict=True))
-
-
-def _rope_settings(source: Source) -> Any:
-    return getattr(source.config, "rope_parameters", None)
-
-
 def _refuse_overflow(prepared: Mapping[str, Weights]) -> None:
     for name, weights in prepared.items():
         for (component, layer, parameter), tensor in weights.items():
@@ -390,18 +283,20 @@ def _refuse_overflow(prepared: Mapping[str, Weights]) -> None:
                 )
 
 
-def _fill_biases(read: list[Source]) -> None:
-    """A bias that only some sources have is zero in the others."""
-    sites = {site for source in read for site in source.weights if site[2] == "bias"}
-    for source in read:
-        for component, layer, parameter in sites - source.weights.keys():
-            weight = source.weights.get((component, layer, "weight"))
-            if weight is not None:
-                source.weights[component, layer, parameter] = weight.new_zeros(weight.shape[0])
-
-
 def _dtypes(source: Source) -> list[torch.dtype]:
     return sorted(source.dtypes or {t.dtype for t in source.weights.values()}, key=str)
+
+
+def _of_dtypes(own: Mapping[str, Sequence[torch.dtype]], wanted: torch.dtype) -> list[Difference]:
+    """The sources whose tensors are stored in other dtypes than the base's."""
+    base, *others = own
+    first = " ".join(map(short, own[base]))
+    found = []
+    for name in others:
+        if (stored := " ".join(map(short, own[name]))) != first:
+            done = f"all run in {short(wanted)}"
+            found.append(told("stored dtypes", name, first, stored, "converted", done))
+    return found
 
 
 def _own_storage(tensor: Tensor) -> Tensor:
@@ -423,14 +318,3 @@ def _share_tied(prepared: dict[str, Weights]) -> dict[str, Weights]:
         if weights[site].shape == embed.shape and torch.equal(weights[site], embed):
             weights[site] = embed
     return prepared
-
-
-def _activation(name: str) -> nn.Module:
-    from transformers.activations import ACT2FN
-
-    if name not in ACT2FN:
-        raise UnsupportedArchitectureError(
-            f"act_fn={name!r} is not supported. Supported are transformers' activations: "
-            f"{' '.join(sorted(ACT2FN))}."
-        )
-    return ACT2FN[name]

@@ -30,6 +30,8 @@ def location_of(what: str, given: str | Path, files: Sequence[str] = ("config.js
         PairError: neither a folder here nor a model of the hub.
     """
     name = str(given)
+    if (gguf := gguf_of(name)) is not None:
+        return _gguf_location(what, name, *gguf)
     here = os.path.expanduser(name)  # noqa: PTH111 (Path's raises where there is no such user)
     if os.path.isdir(here):  # noqa: PTH112 (Path's raises on names that are too long)
         return here
@@ -91,6 +93,21 @@ def location_of(what: str, given: str | Path, files: Sequence[str] = ("config.js
     return str(cached)  # downloaded before; asking for each of its files would take minutes
 
 
+def gguf_of(location: str | Path) -> tuple[str, str] | None:
+    """The folder (or hub id) and the name of a GGUF file; None if no such file is named."""
+    folder, _, file = str(location).rpartition("/")
+    return (folder or ".", file) if file.lower().endswith(".gguf") else None
+
+
+def _gguf_location(what: str, name: str, folder: str, file: str) -> str:
+    here = os.path.expanduser(name)  # noqa: PTH111
+    if os.path.isfile(here):  # noqa: PTH113
+        return here
+    if folder.startswith((".", "/", "~")) or folder.count("/") != 1:
+        raise PairError(f"{what}: there is no file {name}.")
+    return f"{location_of(what, folder, (file,))}/{file}"
+
+
 def is_adapter(given: str | Path) -> bool:
     """Whether this is a folder with a PEFT adapter in it."""
     return os.path.isfile(os.path.join(os.path.expanduser(given), "adapter_config.json"))  # noqa: PTH111, PTH113, PTH118
@@ -100,6 +117,8 @@ def folder_of(location: str | Path) -> Path | None:
     """The folder with the checkpoint's files: itself, or a hub model's snapshot in the local
     cache."""
     path = os.path.expanduser(location)  # noqa: PTH111
+    if (gguf := gguf_of(path)) is not None:
+        return Path(gguf[0]) if os.path.isfile(path) else None  # noqa: PTH113
     if os.path.isdir(path):  # noqa: PTH112
         return Path(path)
     try:

@@ -8,6 +8,7 @@ from graftlens.components import Component
 from graftlens.model.active import Active
 from graftlens.model.choice import Choice
 from graftlens.model.linear import Gathered, Linear, Norm
+from graftlens.model.vocabulary import Vocabularies
 from graftlens.model.weights import equal_sources
 
 C = Component
@@ -29,11 +30,16 @@ class FinalNorm(Norm):
 
 
 class Unembed(nn.Module):
-    """`unembed`: called directly, it uses the graft in force, else the base."""
+    """`unembed`: called directly, it uses the graft in force, else the base.
+
+    Logits of tokens that a source with a share in the row lacks are -inf.
+    """
 
     def __init__(self, linear: Linear, active: Active) -> None:
         super().__init__()
         self.linear, self.active = linear, active
+        sizes = linear.weight.sizes or (len(linear.weight.like),) * len(active.sources)
+        self.vocabularies = Vocabularies(active.sources, sizes)
         self.hook_in = HookPoint()
         self.hook_out = HookPoint()
 
@@ -43,7 +49,7 @@ class Unembed(nn.Module):
         places = x.shape[:-1]
         chosen = chosen or self.active.rows(C.UNEMBED, places, self.linear.equal)
         rows = Gathered(self.hook_in(x).reshape(-1, x.shape[-1]))
-        out = self.linear(rows, chosen)
+        out = self.vocabularies.limited(self.linear(rows, chosen), chosen)
         return self.hook_out(out.reshape(*places, out.shape[-1]))
 
     @property

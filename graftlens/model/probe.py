@@ -42,15 +42,16 @@ def probe(
     length = min(
         [*(s.arch.n_ctx for s in sources), max([24, *(w + 8 for w in windows if w <= 120)])]
     )
-    tokens = torch.randint(
-        arch.d_vocab, (2, length), generator=torch.Generator().manual_seed(0)
-    ).to(device)
+    common = min(s.arch.d_vocab for s in sources)
+    tokens = torch.randint(common, (2, length), generator=torch.Generator().manual_seed(0)).to(
+        device
+    )
     worst = 0.0
     for source in sources:
         if source.prove is not None:
             source.prove()
         with torch.no_grad():
-            ours = run(source.name, tokens).float()
+            ours = run(source.name, tokens).float()[..., : source.arch.d_vocab]
         theirs = source.logits(tokens, dtype).to(ours)
         order = torch.inf if exact else 2
         difference = float(

@@ -13,9 +13,20 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from graftlens.components import Component
 from graftlens.model.arch import Architecture
 from graftlens.model.inputs import Batch, Input, Padding, collate, from_tokens
-from graftlens.prompts import Prompt, Tokenized, dated, doubled_bos, encode, tokenize
+from graftlens.model.mask import GraftMask
+from graftlens.model.vocabulary import Vocabularies
+from graftlens.prompts import (
+    Prompt,
+    PromptError,
+    Tokenized,
+    dated,
+    doubled_bos,
+    encode,
+    tokenize,
+)
 
 #: Modules that a warning does not point at.
 _PASSED_ON = ("graftlens", "torch", "transformer_lens", "contextlib")
@@ -59,6 +70,8 @@ class Reading:
     tokenizer: Any
     end_tokens: Mapping[str, tuple[int, ...]]
     pad_token: Mapping[str, int | None]
+    sources: tuple[str, ...]
+    unembed: Any
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -132,6 +145,33 @@ class Reading:
                 "the tokenizer has tokens that the model lacks. Check tokenizer=…"
             )
         return collate(prompts, pad_id=self._pad_id(), side=side)
+
+    @property
+    def vocabularies(self) -> Vocabularies:
+        """How many tokens each source has rows for."""
+        sizes = self.unembed.vocabularies.sizes
+        return Vocabularies(self.sources, sizes, self.tokenizer)
+
+    def _refuse_lacking(self, batch: Batch, mask: GraftMask) -> None:
+        """That no token is read from the embedding of a source that lacks it.
+
+        Raises:
+            PromptError: one is, with its prompt, position and source.
+        """
+        vocabularies = self.vocabularies
+        if not vocabularies.differ:
+            return
+        tokens = batch.tokens.cpu().numpy()
+        chosen = mask[Component.EMBED, None]
+        known = vocabularies.of_rows(chosen).reshape(mask.shape)
+        lacks = np.argwhere((tokens >= known) & batch.real)
+        if len(lacks):
+            row, column = lacks[0].tolist()
+            here = row * mask.shape[1] + column
+            sources = [s for s in chosen.sources if chosen.share(s)[here]]
+            position = column - batch.starts[row]
+            why = vocabularies.lacking(int(tokens[row, column]), sources, position)
+            raise PromptError(f"prompt {row}: {why}")
 
     def tokenized(self, prompts: Any, prepend_bos: bool | None = None) -> tuple[Tokenized, ...]:
         """Prompts as tokens with spans; a single prompt counts as a list of one.

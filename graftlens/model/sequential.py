@@ -34,6 +34,9 @@ C = Component
 
 #: The rules that reach one position, in the graft's order.
 InForce = tuple[Rule, ...]
+#: Per layer, the sources whose rotary tables turn the heads of q and those of k; one where all
+#: agree.
+_Turned = tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
 #: Source -> its share, as strengths multiply out in decimals; none is 0, and one alone is 1.
 Mixed = dict[int, Decimal]
 #: What each head or neuron of a component is made of (one for all where no rule cuts it), and what
@@ -88,6 +91,9 @@ class Sequential:
         self._assembled = 0
         self._parameters: dict[tuple[int, tuple[bytes, ...]], nn.Parameter] = {}
         self._chosen: dict[InForce, tuple[nn.Parameter, ...]] = {}
+        self._turned: dict[InForce, _Turned] = {}
+        self._known: dict[InForce, int] = {}
+        self._vocabularies = model.vocabularies
         self._hf = _skeleton(model)
         try:
             self._targets = tuple(_targets(model, self._hf))
@@ -106,9 +112,12 @@ class Sequential:
             )
         self._hf.to(self.device)  # the buffers; the parameters are there
         self._tables: _WholePromptTables | None = None
-        if self.arch.rope_limit is not None:
-            self._tables = _WholePromptTables(self._hf.base_model.rotary_emb)
+        differ = model.rotary is not None and model.rotary.differ
+        if differ or self.arch.rope_limit is not None:
+            self._tables = _WholePromptTables(_rotary_modules(model, self._hf, differ))
             self._hf.base_model.rotary_emb = self._tables
+        if differ:
+            self._hand_out_tables()
 
     @torch.no_grad()
     def logits(
@@ -161,10 +170,11 @@ class Sequential:
             if not kept:
                 self._hf.base_model(**run)
             elif len(kept) == end - start:
-                rows.append(self._hf(**run).logits[0])
+                rows.append(self._limited(self._hf(**run).logits[0], in_force[start]))
             else:
                 keep = torch.tensor(kept, device=self.device)
-                rows.append(self._hf(**run, logits_to_keep=keep).logits[0])
+                read = self._hf(**run, logits_to_keep=keep).logits[0]
+                rows.append(self._limited(read, in_force[start]))
             start = end
         return torch.cat(rows)
 
@@ -178,9 +188,22 @@ class Sequential:
             ValueError: a source that the model lacks.
         """
         ids = self._ids(tokens, continuation)
-        self._put(Graft.rule(source).rules)
-        logits: Tensor = self._hf(input_ids=ids, use_cache=False).logits[0]
-        return logits
+        rules = Graft.rule(source).rules
+        self._put(rules)
+        return self._limited(self._hf(input_ids=ids, use_cache=False).logits[0], rules)
+
+    def _limited(
+        self, logits: Float[Tensor, "pos d_vocab"], rules: InForce
+    ) -> Float[Tensor, "pos d_vocab"]:
+        """Logits, -inf for tokens that a source lacks which has a share in the unembedding."""
+        if not self._vocabularies.differ:
+            return logits
+        if rules not in self._known:
+            (mixed,), _ = self._shares_under(rules)[C.UNEMBED, None]
+            self._known[rules] = min(self._vocabularies.sizes[source] for source in mixed)
+        known = self._known[rules]
+        lacked = logits.new_full((len(logits), logits.shape[1] - known), -torch.inf)
+        return torch.cat([logits[:, :known], lacked], dim=1)
 
     def _ids(self, tokens: Tokenized, continuation: Sequence[int]) -> Int[Tensor, "1 pos"]:
         """The token ids of a run that now begins."""
@@ -190,6 +213,7 @@ class Sequential:
         if self._assembled > self._limit:
             self._parameters.clear()
             self._chosen.clear()
+            self._turned.clear()
             self._assembled = 0
         return ids
 
@@ -200,13 +224,45 @@ class Sequential:
         parameters = self._chosen.get(rules)
         if parameters is None:
             chosen = self._shares_under(rules)
+            self._turned[rules] = self._tables_under(chosen)
             parameters = tuple(self._parameter(i, chosen) for i in range(len(self._targets)))
             self._chosen[rules] = parameters
+        self._rules = rules
         if parameters is not self._now:
             for target, new, old in zip(self._targets, parameters, self._now, strict=True):
                 if new is not old:
                     target.owner[target.name] = new
             self._now = parameters
+
+    # -- rotary tables ---------------------------------------------------------------------------
+
+    def _tables_under(self, chosen: dict[Site, Shares]) -> _Turned:
+        """Per layer, the source whose table turns each head of q, and each of k."""
+        if self.arch.rotary_dim == 0:
+            return ()
+
+        def sources(component: Component, layer: int) -> tuple[int, ...]:
+            # Sources that are mixed here have one table: others are refused.
+            return tuple(next(iter(mixed)) for mixed in chosen[component, layer][0])
+
+        return tuple((sources(C.Q, l), sources(C.K, l)) for l in range(self.arch.n_layers))
+
+    def _hand_out_tables(self) -> None:
+        """Give each attention the tables of the sources that its queries and its keys are from."""
+        tables = self._tables
+        assert tables is not None
+        name = FAMILIES[self.arch.family].layout.modules[C.O].rpartition(".")[0]
+
+        def turn(layer: int, given: dict[str, Any]) -> dict[str, Any]:
+            queries, keys = self._turned[self._rules][layer]
+            pairs = zip(tables.of(layer, queries), tables.of(layer, keys), strict=True)
+            return given | {"position_embeddings": tuple(_ForBoth(q, k) for q, k in pairs)}
+
+        for layer in range(self.arch.n_layers):
+            attention = self._hf.get_submodule(name.format(l=layer))
+            attention.register_forward_pre_hook(
+                lambda _, args, given, layer=layer: (args, turn(layer, given)), with_kwargs=True
+            )
 
     def _shares_under(self, rules: InForce) -> dict[Site, Shares]:
         """What every component is made of where these rules are in force."""
@@ -305,11 +361,13 @@ class _WholePromptTables(nn.Module):
     by token they would change on the way, whereas one forward pass uses one choice throughout.
     """
 
-    def __init__(self, rotary: nn.Module) -> None:
+    def __init__(self, rotary: Sequence[nn.Module]) -> None:
+        """`rotary` are the modules of all sources, the base's first."""
         super().__init__()
-        self.rotary = rotary
+        self.rotary = nn.ModuleList(rotary)
         self.total = 0
-        self.made: dict[str | None, tuple[Tensor, Tensor]] = {}
+        self.made: dict[tuple[int, str | None], tuple[Tensor, Tensor]] = {}
+        self.asked: tuple[Tensor, Tensor] | None = None
 
     def begin(self, total: int) -> None:
         """Another prompt, of `total` tokens."""
@@ -319,13 +377,54 @@ class _WholePromptTables(nn.Module):
     def forward(
         self, x: Tensor, position_ids: Int[Tensor, "batch pos"], layer_type: str | None = None
     ) -> tuple[Tensor, Tensor]:
-        if layer_type not in self.made:
+        self.asked = (x, position_ids)
+        return self._of_source(0, layer_type)
+
+    def of(self, layer: int, heads: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """cos and sin [1, head, pos, dim] of a layer, with the source of each head (or of all)."""
+        kinds = getattr(self.rotary[0].config, "layer_types", None)
+        typed = hasattr(self.rotary[0], "layer_types")  # one table for each type of layer
+        kind = kinds[layer] if kinds and typed else None
+        pairs = [self._of_source(source, kind) for source in heads]
+        cos, sin = (torch.stack([pair[i] for pair in pairs], dim=1) for i in range(2))
+        return cos, sin
+
+    def _of_source(self, source: int, layer_type: str | None) -> tuple[Tensor, Tensor]:
+        assert self.asked is not None
+        x, position_ids = self.asked
+        if (source, layer_type) not in self.made:
             # A copy each time: dynamic tables remember the longest prompt so far.
             named = {} if layer_type is None else {"layer_type": layer_type}
             every = torch.arange(self.total, device=x.device)[None]
-            self.made[layer_type] = copy.deepcopy(self.rotary)(x, every, **named)
-        cos, sin = self.made[layer_type]
+            self.made[source, layer_type] = copy.deepcopy(self.rotary[source])(x, every, **named)
+        cos, sin = self.made[source, layer_type]
         return cos[:, position_ids[0]], sin[:, position_ids[0]]
+
+
+class _ForBoth:
+    """cos or sin [1, head, pos, dim], by which Hugging Face multiplies the queries and then the
+    keys: each by its own."""
+
+    def __init__(self, queries: Tensor, keys: Tensor) -> None:
+        self._queries, self._keys = queries, keys
+        self._next = iter((queries, keys))
+        self.shape = queries.shape
+
+    def unsqueeze(self, dim: int) -> "_ForBoth":
+        """Made for [batch, head, pos, dim] already."""
+        return _ForBoth(self._queries, self._keys)
+
+    def __rmul__(self, x: Tensor) -> Tensor:
+        return x * next(self._next)
+
+
+def _rotary_modules(model: GraftedTransformer, skeleton: Any, differ: bool) -> Sequence[nn.Module]:
+    """Hugging Face's rotary module of each source's own config; where tables do not differ, of the
+    base's alone."""
+    own = skeleton.base_model.rotary_emb
+    configs = [model.hf_configs[name] or model.hf_config for name in model.sources]
+    others = [type(own)(config).to(model.cfg.device) for config in configs[1:]]
+    return [own, *(others if differ else [])]
 
 
 def _skeleton(model: GraftedTransformer) -> Any:

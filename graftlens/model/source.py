@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -27,10 +28,12 @@ from graftlens.model.arch import (
     PairError,
     UnsupportedArchitectureError,
     architecture,
+    refuse_multimodal,
     refuse_quantised,
 )
+from graftlens.model.differences import Difference, told
 from graftlens.model.identity import rotary_tables
-from graftlens.model.locations import folder_of, location_of, read_object, said
+from graftlens.model.locations import folder_of, gguf_of, location_of, read_object, said
 from graftlens.model.lora import Parts
 from graftlens.model.quiet import quiet
 from graftlens.model.stored import (
@@ -76,6 +79,8 @@ class Source:
         merged: the kind of adapter that was merged into its tensors; empty without.
         end_tokens, pad_token: token ids that end a generation and that fill up after its end, from
             the checkpoint's generation settings.
+        generation: the checkpoint's generation settings.
+        notes: what is read of it in another form, to be told.
     """
 
     name: str
@@ -94,6 +99,8 @@ class Source:
     additions: Additions = field(default_factory=dict)
     model: Any = None
     merged: str = ""
+    generation: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[Difference, ...] = ()
 
 
 def read_checkpoint(name: str, path: str) -> Source:
@@ -104,6 +111,7 @@ def read_checkpoint(name: str, path: str) -> Source:
     return replace(
         source,
         tokenizer=read_tokenizer(location),
+        notes=(*source.notes, *_of_gguf(name, location)),
         dtypes=stored_dtypes(f"source {name!r}", stored),
         prove=partial(
             check_loaded, f"source {name!r}", stored, state, getattr(model, "base_model_prefix", "")
@@ -126,7 +134,23 @@ def preview_checkpoint(name: str, path: str) -> Source:
     rotary = _check_tables(what, path, empty)
     tokenizer = read_tokenizer(path)
     origin = _origin(given, path)
-    return Source(name, origin, architecture(text), {}, rotary, tokenizer, _unread, config=text)
+    notes = (*_of_pictures(name, config), *_of_gguf(name, path))
+    arch = architecture(text)
+    return Source(name, origin, arch, {}, rotary, tokenizer, _unread, config=text, notes=notes)
+
+
+def _of_gguf(name: str, location: str) -> tuple[Difference, ...]:
+    if gguf_of(location) is None:
+        return ()
+    done = "its weights are dequantised to float32, as transformers does it"
+    return (told("format", name, None, "GGUF", "converted", done),)
+
+
+def _of_pictures(name: str, config: Any) -> tuple[Difference, ...]:
+    if config.model_type != "gemma3":
+        return ()
+    done = "its text part is read, which sees no pictures"
+    return (told("model_type", name, None, "gemma3", "converted", done),)
 
 
 def _blueprint(what: str, path: str, config: Any) -> Any:
@@ -240,6 +264,8 @@ def open_model(
 
     path = location_of(what, path)
     config = open_config(what, path, any_family)
+    if (gguf := gguf_of(path)) is not None:
+        return _dequantised(what, *gguf, dtype or torch.float32), {}
     folder = folder_of(path)
     local = folder is not None and str(folder) == path
     stored = stored_tensors(what, weight_files(what, path, folder, config))
@@ -277,6 +303,65 @@ def open_model(
     return model, stored
 
 
+def _dequantised(what: str, folder: str, file: str, dtype: torch.dtype) -> Any:
+    """The model in a GGUF file, as transformers dequantises it."""
+    from transformers import AutoModelForCausalLM, GgufConfig
+
+    with quiet():
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder,
+                gguf_file=file,
+                quantization_config=GgufConfig(dequantize=True),
+                dtype=dtype,
+                trust_remote_code=False,
+            )
+        except Exception as error:  # whatever a file can make transformers raise
+            raise _unread_gguf(what, folder, file, error) from error
+    _plain_settings(model.config)
+    for module in model.modules():
+        if isinstance(eps := getattr(module, "variance_epsilon", None), float):
+            module.variance_epsilon = _short_decimal(eps)
+    return model
+
+
+def _gguf_config(what: str, folder: str, file: str) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, gguf_file=file, trust_remote_code=False)
+    except Exception as error:  # whatever a file can make transformers raise
+        raise _unread_gguf(what, folder, file, error) from error
+    _plain_settings(config)
+    architecture(config)
+    return config
+
+
+def _unread_gguf(what: str, folder: str, file: str, error: Exception) -> PairError:
+    if isinstance(error, ImportError):
+        return PairError(f"{what}: {file} is a GGUF file, which needs: pip install gguf.")
+    return PairError(
+        f"{what}: {folder}/{file} could not be read ({said(error)}). The file may be incomplete, "
+        "or of a family that transformers does not read from GGUF: give the checkpoint that it was "
+        "made from."
+    )
+
+
+def _plain_settings(config: Any) -> None:
+    """A GGUF file's settings as its checkpoint has them: it keeps 1e-5 as the nearest float32."""
+    for key in ("quantization_config", "_pre_quantization_dtype"):
+        if hasattr(config, key):
+            delattr(config, key)
+    for key in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon"):
+        if isinstance(eps := getattr(config, key, None), float):
+            setattr(config, key, _short_decimal(eps))
+
+
+def _short_decimal(number: float) -> float:
+    """The shortest decimal that is the same number in float32."""
+    return float(str(np.float32(number)))
+
+
 def open_config(what: str, path: str, any_family: bool = False) -> Any:
     """A checkpoint's Hugging Face config, of a supported family or of any, without its weights.
 
@@ -291,6 +376,8 @@ def open_config(what: str, path: str, any_family: bool = False) -> Any:
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
+    if (gguf := gguf_of(path)) is not None:
+        return _gguf_config(what, *gguf)
     folder = Path(path)
     if folder.is_dir():
         if not (folder / "config.json").is_file():
@@ -321,6 +408,8 @@ def open_config(what: str, path: str, any_family: bool = False) -> Any:
     if not any_family:
         try:
             refuse_quantised(content)
+            if not native:
+                refuse_multimodal(kind, content)
         except UnsupportedArchitectureError as error:
             raise UnsupportedArchitectureError(f"{what}: {file}: {error}") from None
     for part in (content, content.get("text_config") or {}):
@@ -409,6 +498,7 @@ def read_transformers(
     A bridge wraps modules and adds split copies of fused ones, so its state is not read `strict`ly.
     A model into which PEFT has put its layers is read with its `parts`, and its own `logits`.
     """
+    notes = _of_pictures(name, model.config)
     whole, model = model, language_model(model)
     arch = architecture(model.config)
     if strict and model.get_output_embeddings() is None:
@@ -457,6 +547,7 @@ def read_transformers(
     ends = getattr(settings, "eos_token_id", None)
     ends = model.config.eos_token_id if ends is None else ends
     filler = getattr(settings, "pad_token_id", None)
+    generation = getattr(model, "generation_config", None)
     return Source(
         name,
         origin,
@@ -471,6 +562,8 @@ def read_transformers(
         pad_token=model.config.pad_token_id if filler is None else filler,
         additions=additions,
         model=whole,
+        generation={} if generation is None else generation.to_dict(),
+        notes=notes,
     )
 
 

@@ -84,6 +84,10 @@ class Choices:
             self._known.append(choice.copy())
         return self._numbers[key]
 
+    def choice(self, number: int) -> Int32[np.ndarray, " slot"]:
+        """The choice that a number names."""
+        return self._known[number]
+
     def selections(self, numbers: Int[np.ndarray, " row"]) -> dict[Component, Choice]:
         """Per component, what each row runs; components that agree share a selection."""
         used, of_row = np.unique(numbers, return_inverse=True)
@@ -361,7 +365,9 @@ class LayerRows:
         queries = taken(self.queries)
         return queries, queries if self.same else taken(self.keys)
 
-    def turned(self, cos: Tensor, sin: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    def turned(
+        self, cos: Tensor, sin: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """(cos, sin) of the query rows and of the key rows, looked up in [1, place, dim]."""
         queries = (cos[:, self.query_places], sin[:, self.query_places])
         if self.same:

@@ -120,7 +120,8 @@ class WeightViews(HookedRootModule):
 
     @property
     def W_E(self) -> Float[Tensor, "source d_vocab d_model"]:
-        """Token embeddings of every source, as stored (Gemma's before scaling)."""
+        """Token embeddings of every source, as stored (Gemma's before scaling); NaN in the rows of
+        tokens that a source lacks."""
         return self.embed.weight.stacked()
 
     @property
@@ -134,7 +135,7 @@ class WeightViews(HookedRootModule):
 
     @property
     def W_U(self) -> Float[Tensor, "source d_model d_vocab"]:
-        """Unembeddings of every source."""
+        """Unembeddings of every source; NaN in the columns of tokens that a source lacks."""
         return self.unembed.linear.weight.stacked().transpose(-1, -2)
 
     @property
@@ -169,7 +170,9 @@ class WeightViews(HookedRootModule):
 
     @property
     def b_U(self) -> Float[Tensor, "source d_vocab"]:
-        """Unembedding biases, zeros where there are none."""
+        """Unembedding biases, zeros where there are none; NaN for tokens that a source lacks."""
+        if self.unembed.linear.bias is not None:
+            return self.unembed.linear.bias.stacked()
         return torch.stack([self.unembed.linear.bias_or_zeros(s) for s in range(len(self.sources))])
 
     def _in_force(self, view: str) -> Tensor:

@@ -12,6 +12,7 @@ from graftlens.components import Component
 from graftlens.model.additions import Addition, LowRank
 from graftlens.model.arch import FAMILIES, Architecture, UnsupportedArchitectureError
 from graftlens.model.choice import Equal, Mixture, merged
+from graftlens.model.vocabulary import nan_below
 
 C = Component
 
@@ -140,22 +141,30 @@ class Sourced(nn.Module):
     Attributes:
         variants: the distinct whole tensors.
         slots: for each source, which combination of a variant and additions it has.
+        sizes: of tables over the vocabulary, how many of the rows each source has, where some lack
+            the last ones; these are 0 here, and NaN where they are shown. Else empty.
     """
 
     def __init__(
-        self, tensors: Sequence[Tensor], additions: Sequence[Sequence[Addition]] = ()
+        self,
+        tensors: Sequence[Tensor],
+        additions: Sequence[Sequence[Addition]] = (),
+        sizes: Sequence[int] = (),
     ) -> None:
         """Put the tensors of one weight together.
 
         Args:
             tensors: one per source, in the model's order of sources.
             additions: what each source adds to its tensor; none without.
+            sizes: as the attribute.
         """
         super().__init__()
+        self.sizes = tuple(sizes)
         distinct: list[Tensor] = []
         whole: list[int] = []
-        for tensor in tensors:
-            same = [i for i, d in enumerate(distinct) if d is tensor or torch.equal(d, tensor)]
+        for source, tensor in enumerate(tensors):
+            near = [w for w in whole if not sizes or sizes[whole.index(w)] == sizes[source]]
+            same = [i for i in near if distinct[i] is tensor or torch.equal(distinct[i], tensor)]
             if not same:
                 distinct.append(tensor)
             whole.append(same[0] if same else len(distinct) - 1)
@@ -236,10 +245,18 @@ class Sourced(nn.Module):
         first, *others = (float(share) * self[source].to(wide) for source, share in mixture)
         return sum(others, start=first)
 
+    def shown(self, mixture: Mixture) -> Tensor:
+        """As `mixed`, with NaN in rows that one of the sources lacks."""
+        found = self.mixed(mixture)
+        return nan_below(found, min(self.sizes[s] for s, _ in mixture)) if self.sizes else found
+
     def stacked(self) -> Float[Tensor, "source ..."]:
-        """[source, …]: one tensor per source, repeated where sources share it."""
+        """[source, …]: one tensor per source, repeated where sources share it; NaN in rows that a
+        source lacks."""
         if self.is_shared:
             return self[0].expand(len(self.slots), *self.like.shape)
+        if self.sizes:
+            return torch.stack([nan_below(t, n) for t, n in zip(self, self.sizes, strict=True)])
         return torch.stack(list(self))
 
 

@@ -69,6 +69,7 @@ class Measuring:
     ) -> None:
         """`runs` are the reference runs that trees have rows of."""
         self.model, self.top_k, self.runs = model, min(top_k, model.arch.d_vocab), tuple(runs)
+        self._n_common = model.vocabularies.common
         self._next = [m for m in measured if m.over == "next"]
         self._steps = [m for m in measured if m.over != "next"]
         self._needs = {need for m in self._next for need in m.needs}
@@ -95,8 +96,9 @@ class Measuring:
         found = self._empty(bounds[-1], width)
 
         def keep(logits: Tensor, which: slice, *others: Tensor) -> None:
-            here = Predictions(logits, top_k=self.top_k)
-            runs = dict(zip(self.runs, map(Predictions, others), strict=True))
+            here = Predictions(logits, top_k=self.top_k, n_common=self._n_common)
+            beside = [Predictions(other, n_common=self._n_common) for other in others]
+            runs = dict(zip(self.runs, beside, strict=True))
             for m in self._steps:
                 for column in range(width):
                     at = here.rows(None, answer=ids[which, column])

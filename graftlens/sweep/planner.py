@@ -21,6 +21,7 @@ from graftlens.graft import Graft, Rule
 from graftlens.model.arch import Architecture, Site
 from graftlens.model.choice import Equal, Mixtures, agreed, atoms
 from graftlens.model.mask import select, sites_of
+from graftlens.model.rotary import Rotary, mixed_tables
 from graftlens.model.tree import (
     INPUT_SIDE,
     KEY_SIDE,
@@ -32,6 +33,7 @@ from graftlens.model.tree import (
     TokenTree,
     TreeLayer,
 )
+from graftlens.model.vocabulary import Vocabularies
 from graftlens.positions import At
 from graftlens.prompts import PromptError, Tokenized
 
@@ -139,9 +141,13 @@ class Planner:
         grafts: Sequence[Graft],
         equal: EqualAt | None = None,
         references: Mapping[str, Graft] | None = None,
+        rotary: Rotary | None = None,
+        vocabularies: Vocabularies | None = None,
     ) -> None:
-        """`equal` says which sources share tensors; without it, all count as different. Every tree
-        has rows of the `references`, runs that the grafts are compared with.
+        """`equal` says which sources share tensors (at q and k also rotary tables); without it, all
+        count as different. Every tree has rows of the `references`, runs that the grafts are
+        compared with. `rotary` and `vocabularies` say in which tables and tokens sources differ;
+        without them, in none.
 
         Raises:
             ValueError: a graft that this architecture or these sources cannot run.
@@ -150,6 +156,8 @@ class Planner:
         self._asked = len(grafts)
         self.grafts = (*grafts, *(g for g in (references or {}).values() if g not in grafts))
         self.references = {run: self.grafts.index(g) for run, g in (references or {}).items()}
+        self._rotary = rotary if rotary is not None and rotary.differ else None
+        self._vocabularies = vocabularies if vocabularies and vocabularies.differ else None
         self._equal = equal or (lambda component, layer: tuple(range(len(self.sources))))
         first = {rule.at: rule for g in reversed(self.grafts) for rule in reversed(g.rules)}
         number: dict[At, int] = {at: i for i, at in enumerate(first)}
@@ -183,7 +191,7 @@ class Planner:
         self._sites = [sites_of(rule, arch, self.sources) for rule in self._shapes]
         self._masks = [self._mask_of(i) for i in range(len(self._shapes))]
         self._equals = self._equal_tables()
-        self._made: dict[tuple[int, tuple[_EqualEntries, ...], tuple[int, ...]], int] = {}
+        self._made: dict[tuple[object, ...], int] = {}
         self._numbered: dict[tuple[int, ...], tuple[np.ndarray, ...]] = {}
         self._columns: dict[bytes, tuple[np.ndarray, ...]] = {}
         self._trees: dict[tuple[Structure, int | None], tuple[Piece, ...]] = {}
@@ -206,16 +214,39 @@ class Planner:
             for index, graft in enumerate(self.grafts):
                 if wrong := [rule for rule in graft.rules if rule.at in bad]:
                     reasons[index] = _why(wrong[0], prompt)
+        columns = tuple(column.tobytes() for column in places.T)
+        if self._vocabularies is not None:
+            reasons = self._lacking(self._vocabularies, branches, columns) | reasons
         structure = Structure(
             branches.parents,
             branches.totals,
             branches.columns,
             tuple(sorted({node for path in branches.paths for node in path})),
-            tuple(column.tobytes() for column in places.T),
+            columns,
             tuple(i for i in range(self._asked) if i not in reasons),
             tuple((run, i) for run, i in self.references.items() if i not in reasons),
         )
         return structure, {i: reason for i, reason in reasons.items() if i < self._asked}
+
+    def _lacking(
+        self, vocabularies: Vocabularies, branches: Branches, columns: Sequence[bytes]
+    ) -> dict[int, str]:
+        """The grafts under which a source reads a token that it lacks, with the reason."""
+        found: dict[int, str] = {}
+        depths: list[int] = []
+        place = self.sides.input.places[Component.EMBED].start
+        for node, token in enumerate(branches.tokens):
+            parent = branches.parents[node]
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+            if token < vocabularies.common:
+                continue
+            numbers = self._choices_at(columns[branches.columns[node]])[0][:, 0]
+            for graft, number in enumerate(numbers.tolist()):
+                mixture = self.mixtures[int(self.sides.input.choice(number)[place])]
+                sources = [source for source, _ in mixture]
+                if why := vocabularies.lacking(token, sources, depths[node]):
+                    found.setdefault(graft, why)
+        return found
 
     def pieces(self, structure: Structure, peak: int | None = None) -> tuple["Piece", ...]:
         """The trees of a structure: one, or several of at most `peak` rows if it is too large.
@@ -329,9 +360,13 @@ class Planner:
             tables.append(tuple(of_side))
         return tables
 
-    def _number(self, side: int, equal: tuple[_EqualEntries, ...], shapes: tuple[int, ...]) -> int:
-        """The number of the choice that these rules make in a layer that they all reach."""
-        key = (side, equal, shapes)
+    def _number(self, side: int, index: int, shapes: tuple[int, ...]) -> int:
+        """The number of the choice that these rules make in a layer that they all reach; `index`
+        numbers the layers of the side."""
+        equal = self._equals[side][index]
+        layer = self._sides_and_layers[side][1][index]
+        tables = None if self._rotary is None or layer is None else self._rotary.equal(layer)
+        key = (side, equal, shapes, tables)
         if key not in self._made:
             choices, _ = self._sides_and_layers[side]
             choice = np.zeros(choices.width, dtype=np.int32)
@@ -343,10 +378,22 @@ class Planner:
                 choice[entries] = self.mixtures.blend(choice[entries], source, rule.strength)
                 for place, bias in reach.cut:
                     choice[bias] = agreed(choice[place, None])[0]
+            if tables is not None and layer is not None:
+                self._refuse_mixed_tables(choices, choice, tables, layer)
             for same, start, stop in equal:
                 choice[start:stop] = self.mixtures.merge(choice[start:stop], same)
             self._made[key] = choices.number(choice)
         return self._made[key]
+
+    def _refuse_mixed_tables(
+        self, choices: Choices, choice: Int[np.ndarray, " entry"], tables: Equal, layer: int
+    ) -> None:
+        for component in (Component.Q, Component.K):
+            place = choices.places.get(component, slice(0))
+            for code in set(choice[place].tolist()):
+                sources = [source for source, _ in self.mixtures[code]]
+                if why := mixed_tables(sources, tables, self.sources, component, layer):
+                    raise ValueError(why)
 
     def _numbers(self, shapes: tuple[int, ...]) -> tuple[np.ndarray, ...]:
         """Per side and layer, the number of the choice that these rules make, in this order."""
@@ -358,7 +405,7 @@ class Planner:
                 for layer in range(len(layers)):
                     pairs = zip(shapes, reached, strict=True)
                     here = tuple(shape for shape, there in pairs if there[layer])
-                    of_side.append(self._number(side, self._equals[side][layer], here))
+                    of_side.append(self._number(side, layer, here))
                 numbers.append(np.array(of_side, dtype=np.int32))
             self._numbered[shapes] = tuple(numbers)
         return self._numbered[shapes]

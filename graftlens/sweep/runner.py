@@ -649,6 +649,7 @@ def _record(
                 raise ValueError(refusal(f"{out} holds results of other weights", lines, advice))
             found = {name: there[name] for name in ("row_budget", "pair_check")}
         recorded = {"scheme": FINGERPRINTS, "settings": settings, "files": files}
+        recorded["differences"] = model.differences.to_dict("records")
         ours = replace(manifest, models=given | found | recorded)
         if ours != manifest:
             write(out, out / "sweep.json", ours.to_json().encode())

@@ -81,6 +81,8 @@ class Scorer:
             list(self.grafts.values()),
             model.equal_sources,
             references=compared,
+            rotary=model.rotary,
+            vocabularies=model.vocabularies,
         )
         self.rows = row_budget or affordable_rows(model.arch, model.cfg.device, model.cfg.dtype)
         self._shape: tuple[Any, TreeShape] | None = None
@@ -249,6 +251,9 @@ class Scorer:
 
         sums = {m.name: along(m, continuations[0]) for m in self.measured if m.over == "answer"}
         ran = np.isfinite(sums["answer_logprob"])
+        if max(wanted.scored.answer) >= self.model.vocabularies.common:
+            # A token that a source lacks has a probability of 0 where it unembeds.
+            ran |= np.isneginf(sums["answer_logprob"])
         if not ran.all():
             cells.reason[here, piece.grafts[~ran]] = (
                 f"the logits are not finite in {self.model.cfg.dtype}: weights or activations "

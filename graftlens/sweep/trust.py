@@ -18,6 +18,7 @@ from torch import Tensor
 
 from graftlens.graft import Graft
 from graftlens.metrics import Measure, Predictions, is_own, measures
+from graftlens.model.differences import Difference
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import collate
 from graftlens.model.sequential import Sequential, SequentialError
@@ -101,6 +102,7 @@ class TrustReport:
         refused: reasons for cells without numbers, the most common first.
         problems: everything that is wrong, each with a cell.
         unchecked: why no cell was recomputed; empty if they were.
+        differences: how the sources differ from the base, and what was done about it.
     """
 
     dtype: str
@@ -113,6 +115,7 @@ class TrustReport:
     refused: tuple[Refused, ...]
     problems: tuple[str, ...]
     unchecked: str
+    differences: tuple[Difference, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -146,6 +149,9 @@ class TrustReport:
         for c in self.cells:
             ranks = "" if c.ranks is None else ", rank {} and {}".format(*c.ranks)
             lines.append(f"    prompt {c.prompt} under {c.graft!r}: {_worst([c])}{ranks}")
+        if self.differences:
+            lines.append("  the sources differ in what no number comes from, or what is carried:")
+            lines += [f"    {d.source}: {d.key}: {d.handling}, {d.done}" for d in self.differences]
         lines.append(f"  could not be run: {sum(r.count for r in self.refused)} cells")
         lines += [
             f"    {r.count} x {r.reason} (prompt {r.prompt} under {r.graft!r})"
@@ -267,6 +273,7 @@ def trust_report(
         refused=_refused(results, reasons),
         problems=tuple(dict.fromkeys(problems)),
         unchecked=unchecked,
+        differences=model.told_differences,
     )
 
 
@@ -388,10 +395,10 @@ def _rounding(
         for s, source in [(s, source) for s in few for source in model.sources]:
             once = sequential.whole(s.tokens, source).float()
             again = sequential.logits(s.tokens, Graft.rule(source)).float()
-            both = [float(x[-1].log_softmax(-1)[s.answer[0]]) for x in (once, again)]
-            nats.append(abs(both[0] - both[1]))
-            largest.append(float(once.abs().max()))
-            logits.append(float((once - again).abs().max()) / largest[-1])
+            first, second = (x[-1].log_softmax(-1)[s.answer[0]] for x in (once, again))
+            nats.append(abs(float(_minus(first, second))))
+            largest.append(_size(once))
+            logits.append(float(_minus(once, again).abs().max()) / largest[-1])
     found = Rounding(
         groups.ngroups, _largest(spread[~np.isnan(spread)]), _largest(nats), _largest(logits)
     )
@@ -431,17 +438,18 @@ def _compared(
     batch = collate([s.tokens], continuations=[s.answer[:-1]], device=model.cfg.device)
     columns = range(first, first + len(s.answer))
     ours = model.logits_at(batch, [columns], graft)[0].float().cpu()
-    relative = float((ours - theirs).abs().max() / theirs.abs().max())
-    bound = rounding.nats_for(float(theirs.abs().max()))
+    relative = float(_minus(ours, theirs).abs().max()) / _size(theirs)
+    bound = rounding.nats_for(_size(theirs))
     differences, problems = {"logits": relative}, []
     if not relative <= rounding.bound_logits:
         problems.append(f"the plain forward differs by {relative:.1e} of the largest logit.")
 
-    first_only = _predictions(theirs[:1], s)
+    n_common = model.vocabularies.common
+    first_only = _predictions(theirs[:1], s, n_common)
     runs: dict[str, Predictions] = {}
     if any(m.references and not pd.isna(record.get(m.name)) for m in (*measures(), *own)):
-        runs = {run: _again(sequential, s, graft) for run, graft in references.items()}
-        first_only = _predictions(theirs[:1], s, runs)
+        runs = {run: _again(sequential, s, g, n_common) for run, g in references.items()}
+        first_only = _predictions(theirs[:1], s, n_common, runs)
 
     # measure -> what Hugging Face gives, what is recorded, how many tokens' rounding it may have
     found: dict[str, tuple[float, Any, float]] = {}
@@ -456,7 +464,9 @@ def _compared(
         elif m.holds == "number" and m.function and not m.log and first_only.has(m):
             value = float(first_only.column(m)[0])
             found[m.name] = (value, recorded, _roundings(m, value))
-    moved = [_rounded(first_only.logits, s, runs, rounding.bound_nats, i) for i in range(4)]
+    moved = [
+        _rounded(first_only.logits, s, runs, rounding.bound_nats, i, n_common) for i in range(4)
+    ]
     for m in own:
         if first_only.has(m):
             value, again = (float(first_only.column(m, np.float64)[0]) for _ in range(2))
@@ -468,14 +478,14 @@ def _compared(
     for name, (value, recorded, tokens) in found.items():
         if recorded is None or pd.isna(recorded):
             continue
-        differences[name] = abs(float(recorded) - value)
+        differences[name] = 0.0 if recorded == value else abs(float(recorded) - value)
         if not differences[name] <= tokens * bound:
             problems.append(f"{name} is {recorded:.6g}, Hugging Face gives {value:.6g}.")
 
     ranks, near = None, 2 * bound
     logprobs = first_only.logprobs[0]
     if not pd.isna(record.get("rank")):
-        others = torch.cat([logprobs[:target], logprobs[target + 1 :]]) - logprobs[target]
+        others = _minus(torch.cat([logprobs[:target], logprobs[target + 1 :]]), logprobs[target])
         # Tokens closer to the target than rounding may be on either side of it, or be tied.
         best, worst = 1 + int((others > near).sum()), 1 + int((others >= -near).sum())
         ranks = (int(record["rank"]), int(first_only.standing[0][0]))
@@ -489,7 +499,8 @@ def _compared(
         ordered = logprobs.sort(descending=True, stable=True)
         for i, (token, prob) in enumerate(zip(top, record["top_probs"], strict=True)):
             value = float(ordered.values[i])
-            close = ordered.indices[(ordered.values - value).abs() <= near].tolist()
+            near_it = _minus(ordered.values, ordered.values[i]).abs() <= near
+            close = ordered.indices[near_it].tolist()
             texts = [model.to_single_str_token(t) for t in close]
             # Beyond about -87 nats float32 keeps less of a probability, then nothing.
             tiny = abs(prob - math.exp(value)) < TINY
@@ -501,8 +512,21 @@ def _compared(
     return differences, ranks, tuple(problems)
 
 
+def _minus(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
+    """a - b, 0 where they are equal: both are -inf at tokens that a source lacks."""
+    return (a - b).masked_fill(a == b, 0.0)
+
+
+def _size(logits: Float[Tensor, "pos d_vocab"]) -> float:
+    """The largest logit, without regard to its sign or to tokens that a source lacks."""
+    return float(logits.masked_fill(logits.isneginf(), 0.0).abs().max())
+
+
 def _predictions(
-    logits: Float[Tensor, "1 d_vocab"], s: Scored, runs: Mapping[str, Predictions] | None = None
+    logits: Float[Tensor, "1 d_vocab"],
+    s: Scored,
+    n_common: int | None,
+    runs: Mapping[str, Predictions] | None = None,
 ) -> Predictions:
     """The distribution after a prompt, with the tokens that measures compare."""
 
@@ -516,14 +540,15 @@ def _predictions(
         answers=ids(s.answers),
         base=(runs or {}).get("base"),
         full=(runs or {}).get("full"),
+        n_common=n_common,
     )
 
 
-def _again(sequential: Sequential, s: Scored, graft: Graft) -> Predictions:
+def _again(sequential: Sequential, s: Scored, graft: Graft, n_common: int) -> Predictions:
     """A reference run's distribution after the prompt, by the sequential algorithm."""
     first = len(s.tokens) - 1
     logits = sequential.logits(s.tokens, graft, s.answer[:-1], at=[first])
-    return Predictions(logits.float().cpu())
+    return Predictions(logits.float().cpu(), n_common=n_common)
 
 
 def _rounded(
@@ -532,6 +557,7 @@ def _rounded(
     runs: Mapping[str, Predictions],
     bound: float,
     seed: int,
+    n_common: int | None,
 ) -> Predictions:
     """The same distribution with logits that differ by no more than rounding: how far does this
     move a user's own measure?"""
@@ -540,8 +566,8 @@ def _rounded(
     def moved(x: Float[Tensor, "1 d_vocab"]) -> Float[Tensor, "1 d_vocab"]:
         return x + bound * (2 * torch.rand(x.shape, generator=rng, dtype=x.dtype) - 1)
 
-    others = {run: Predictions(moved(p.logits)) for run, p in runs.items()}
-    return _predictions(moved(logits), s, others)
+    others = {run: Predictions(moved(p.logits), n_common=p.n_common) for run, p in runs.items()}
+    return _predictions(moved(logits), s, n_common, others)
 
 
 def _summed(m: Measure, logits: Float[Tensor, "token d_vocab"], ids: Sequence[int]) -> float:
