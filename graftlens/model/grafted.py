@@ -108,9 +108,8 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         added = [additions.get(name, {}) for name in weights]
         build = Builder(arch, list(weights.values()), self.active, added)
         sample = next(iter(next(iter(weights.values())).values()))
-        self.cfg = config_of(
-            arch, self.sources, model_name or arch.family, sample, hf_config, self.rotary
-        )
+        name, base = model_name or arch.family, None if rotary is None else rotary.of_base
+        self.cfg = config_of(arch, self.sources, name, sample, self.hf_config, base)
         self.cfg.reads(tokenizer)
 
         self.embed = TokenEmbed(build.weight(C.EMBED, None), self.active, arch.embed_scale)

@@ -128,6 +128,11 @@ class Rotary:
         return tuple(slots.index(slot) for slot in slots)
 
     @property
+    def of_base(self) -> nn.Module:
+        """The module of the base's last layer."""
+        return self.tables[self.slots[0][-1]].module
+
+    @property
     def differ(self) -> bool:
         """Whether sources have different tables in some layer."""
         return len(set(self.slots)) > 1
