@@ -234,7 +234,7 @@ class Planner:
         """The grafts under which a source reads a token that it lacks, with the reason."""
         found: dict[int, str] = {}
         depths: list[int] = []
-        place = self.sides.input.places[Component.EMBED].start
+        place = self.sides.input.slots[Component.EMBED].start
         for node, token in enumerate(branches.tokens):
             parent = branches.parents[node]
             depths.append(0 if parent < 0 else depths[parent] + 1)
@@ -389,7 +389,7 @@ class Planner:
         self, choices: Choices, choice: Int[np.ndarray, " entry"], tables: Equal, layer: int
     ) -> None:
         for component in (Component.Q, Component.K):
-            place = choices.places.get(component, slice(0))
+            place = choices.slots.get(component, slice(0))
             for code in set(choice[place].tolist()):
                 sources = [source for source, _ in self.mixtures[code]]
                 if why := mixed_tables(sources, tables, self.sources, component, layer):
