@@ -32,6 +32,17 @@ def make_table(columns, *, metric="logprob", template="headline", first=0):
     return pd.DataFrame(rows)
 
 
+def apart(tables):
+    """Tables in one, each a template of its own, so that one call makes the intervals of all."""
+    return pd.concat(
+        [
+            table.assign(template=f"t{i}", prompt=table["prompt"] + 1000 * i)
+            for i, table in enumerate(tables)
+        ],
+        ignore_index=True,
+    )
+
+
 def ranks(hits, n):
     """Ranks with `hits` of n in the top 1 and top 5, the others far below."""
     return [1.0] * hits + [100.0] * (n - hits)
@@ -176,28 +187,29 @@ def test_coverage_of_accuracy_intervals():
     """95% intervals hold the true accuracy about 95% of the time, also near 0 and 1."""
     rng = np.random.default_rng(0)
     for truth in (0.02, 0.1, 0.5, 0.97):
-        held = 0
-        for seed in range(150):
-            hits = int(rng.binomial(40, truth))
-            table = make_table({"PRE": ranks(hits, 40)}, metric="rank")
-            summary = stats.summarise(
-                table, ks=(5,), metrics=(), recovery=None, resamples=400, seed=seed
-            )
-            held += summary["top5_low"][0] <= truth <= summary["top5_high"][0]
+        table = apart(
+            make_table({"PRE": ranks(int(rng.binomial(40, truth)), 40)}, metric="rank")
+            for _ in range(150)
+        )
+        found = stats.summarise(table, ks=(5,), metrics=(), recovery=None, resamples=400)
+        assert len(found) == 150
+        held = ((found["top5_low"] <= truth) & (truth <= found["top5_high"])).sum()
         assert held / 150 >= 0.9, (truth, held)
 
 
 def test_coverage_of_mean_and_recovery_intervals():
     rng = np.random.default_rng(5)
-    held = {"logprob": 0, "recovery": 0}
-    for seed in range(200):
+    tables = []
+    for _ in range(200):
         base = rng.normal(-8, 1, 40)
         columns = {"PRE": base, "SFT": base + 6, "FE": base + 3 + rng.normal(0, 1, 40)}
-        table = make_table({graft: list(values) for graft, values in columns.items()})
-        row = row_of(stats.summarise(table, ks=(), resamples=500, seed=seed), "FE")
-        held["logprob"] += row["logprob_low"] <= -5 <= row["logprob_high"]
-        held["recovery"] += row["recovery_low"] <= 0.5 <= row["recovery_high"]
-    assert all(180 <= count <= 199 for count in held.values()), held
+        tables.append(make_table({graft: list(values) for graft, values in columns.items()}))
+    found = stats.summarise(apart(tables), ks=(), resamples=500)
+    found = found[found["graft"] == "FE"]
+    assert len(found) == 200
+    for metric, truth in {"logprob": -5, "recovery": 0.5}.items():
+        held = ((found[f"{metric}_low"] <= truth) & (truth <= found[f"{metric}_high"])).sum()
+        assert 180 <= held <= 199, (metric, held)
 
 
 # --- which prompts count ---------------------------------------------------------------------

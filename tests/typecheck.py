@@ -38,22 +38,27 @@ def checked(function: Any) -> Any:
         return function
     strict, names_axes = _strict(function)
     switch, own_axes = config, jaxtyped
+    if names_axes:
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        return (function if switch.jaxtyping_disable else strict)(*args, **kwargs)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if switch.jaxtyping_disable:
+                return function(*args, **kwargs)
+            with own_axes("context"):
+                return strict(*args, **kwargs)
 
-    def call_with_axes(*args: Any, **kwargs: Any) -> Any:
-        if switch.jaxtyping_disable:
-            return function(*args, **kwargs)
-        with own_axes("context"):
-            return strict(*args, **kwargs)
+    else:
 
-    chosen = call_with_axes if names_axes else call
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (function if switch.jaxtyping_disable else strict)(*args, **kwargs)
+
     # In the function's own module, so that a warning finds the line outside that it is about.
     made = FunctionType(
-        chosen.__code__, function.__globals__, function.__name__, None, chosen.__closure__
+        call.__code__, function.__globals__, function.__name__, None, call.__closure__
     )
-    return functools.update_wrapper(made, function)
+    if "<locals>" not in function.__qualname__:
+        return functools.update_wrapper(made, function)
+    made.__qualname__, made.__wrapped__ = function.__qualname__, function  # type: ignore[attr-defined]
+    return made
 
 
 _made: dict[tuple[Any, ...], tuple[FunctionType, bool]] = {}
