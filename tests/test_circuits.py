@@ -302,7 +302,7 @@ def test_the_logit_lens_of_transformerlens_reads_the_weights_in_force(
     last = logit_lens(cache)
     torch.testing.assert_close(last.values[-1], grafted[:, -1], atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(last.values, cache.logit_lens()[:, :, -1], atol=1e-4, rtol=1e-4)
-    with pytest.raises(ValueError, match=r"logit_readout of TransformerLens reads one W_U for all"):
+    with pytest.raises(ValueError, match="logit_lens of TransformerLens reads one W_U for all"):
         logit_lens(cache, positions=None)
 
 

@@ -243,11 +243,12 @@ class _View(property):
             try:
                 return model._in_force(view)
             except ValueError as error:
+                called = _outermost(reader).f_code.co_name
                 raise ValueError(
-                    f"{reader.f_code.co_name} of TransformerLens reads one {view} for all "
-                    f"positions, of which there is none under graft {said(graft)!r}. A cache's own "
-                    "methods (cache.logit_lens, cache.logit_attrs) and graftlens.lens use each "
-                    "row's weights."
+                    f"{called} of TransformerLens reads one {view} for all positions, of which "
+                    f"there is none under graft {said(graft)!r}. A cache's own methods "
+                    "(cache.logit_lens, cache.logit_attrs) and graftlens.lens use each row's "
+                    "weights."
                 ) from error
 
 
@@ -259,6 +260,13 @@ def _reader() -> FrameType | None:
     ):
         frame = frame.f_back
     return frame if frame is not None and _package(frame) == "transformer_lens" else None
+
+
+def _outermost(frame: FrameType) -> FrameType:
+    """The function of TransformerLens that was called, of those that call each other."""
+    while frame.f_back is not None and _package(frame.f_back) == "transformer_lens":
+        frame = frame.f_back
+    return frame
 
 
 def _package(frame: FrameType) -> str:
