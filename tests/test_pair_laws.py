@@ -308,6 +308,11 @@ def test_what_compares_runs_does_so_over_the_common_tokens() -> None:
         wanted = float(logits[target] - logits[:FEW].mean())
         assert rows["contribution"].sum() == pytest.approx(wanted, abs=1e-4)
 
+    with pytest.raises(
+        PromptError, match=r"prompt 0, position \d+, graft 'none': token 400 \(''\)"
+    ):
+        _attributed(t, FEW + 3)
+
     changes = weight_difference(t.model).set_index(["component", "parameter"])
     for component, module in (
         ("embed", "get_input_embeddings"),
@@ -317,6 +322,16 @@ def test_what_compares_runs_does_so_over_the_common_tokens() -> None:
         row = changes.loc[component, "weight"]
         assert row["entries"] == old.numel()
         assert row["frobenius"] == pytest.approx(float((new - old).norm()))
+
+
+def _attributed(t: Tiny, target: int) -> None:
+    """Attribution of a token that the larger source alone has."""
+    model = copy.copy(t.model)
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.add_tokens([f"<{i}>" for i in range(MANY - FEW)], special_tokens=True)
+    model.tokenizer = tokenizer
+    answer = tokenizer.convert_ids_to_tokens(target)
+    direct_logit_attribution(model, [Prompt("Anders acted", answer=answer)], {"g": "sft @ all"})
 
 
 # -- rotary tables that differ -----------------------------------------------------------------
@@ -376,3 +391,42 @@ def test_equal_weights_with_other_tables_are_not_equal_sources() -> None:
         assert row["logprob"] == pytest.approx(float(wanted), abs=2e-5)
         seen.add(round(row["logprob"], 4))
     assert len(seen) == 3
+
+
+# -- with adapters -----------------------------------------------------------------------------
+
+
+def test_an_adapter_beside_a_source_with_more_tokens_and_another_table() -> None:
+    """Its additions to q go with its base's table, those to the tables with its base's tokens."""
+    from peft import LoraConfig, get_peft_model
+
+    sources = dict(_tiny("all of these").sources)
+    untied = copy.deepcopy(_tiny("theta").sources["pre"])
+    targets = ["q_proj", "k_proj", "lm_head", "embed_tokens"]
+    lora = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    adapter = get_peft_model(copy.deepcopy(untied), lora).eval()
+    model = load(
+        {"pre": untied, "lora": adapter, "chat": sources["sft"]},
+        tokenizer=TOKENIZER,
+        verbose=False,
+    )
+    assert model.vocabularies.sizes == (FEW, FEW, MANY)
+    tokens = torch.tensor([_tokens(9, seed=3)])
+    with torch.no_grad():
+        theirs = adapter(input_ids=tokens).logits[0]
+    ours = _run_model(model, tokens, "lora @ all")
+    _close(ours[:, :FEW], theirs)
+    assert bool(ours[:, FEW:].isneginf().all())
+    merged = {"pre": untied, "lora": copy.deepcopy(adapter).merge_and_unload()}
+
+    def choose(component: str, layer: Any, position: int, unit: Any) -> str:
+        chat = component in ("q", "v", "mlp_in") and position == 8
+        return "chat" if chat else "lora" if component in ("k", "embed", "unembed") else "pre"
+
+    graft = "lora @ all : k + embed + unembed | chat @ last : q + v + mlp_in"
+    whole = merged | {"chat": sources["sft"]}
+    _same(_run_model(model, tokens, graft), sequential_graft(whole, tokens[0].tolist(), choose))
+
+
+def _run_model(model: GraftedTransformer, tokens: Tensor, graft: str) -> Tensor:
+    return model(tokens, graft=graft)[0].detach()

@@ -43,6 +43,8 @@ from graftlens.evaluation import evaluate
 from graftlens.model.arch import PairError, UnsupportedArchitectureError
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt
+from graftlens.sweep.results import read_results
+from graftlens.sweep.runner import run_sweep
 
 load = GraftedTransformer.from_pretrained
 
@@ -448,6 +450,34 @@ def test_the_larger_tokenizer_tokenizes(tmp_path: Path) -> None:
     assert table.loc[(0, "base"), "logprob"] == -float("inf")
     assert "has no row in the embedding of 'base'" in table.loc[(1, "base"), "reason"]
     assert pd.isna(table.loc[(1, "chat"), "reason"])
+
+
+def test_a_sweep_over_tokens_that_the_base_lacks(tmp_path: Path) -> None:
+    """Its folder says what differs; the trust report leaves out what cannot be run."""
+    folders = _folders(tmp_path, TOKENIZERS["gpt2"](), _chat_tokens("<|im_end|> <|im_start|>"))
+    prompts = [
+        {"template": "{a} acted", "fields": {"a": "Anders"}, "answer": "<|im_end|>"},
+        {"template": "{a} acted<|im_end|>", "fields": {"a": "Renée"}, "answer": " in"},
+        {"template": "{a} acted", "fields": {"a": "Chloë"}, "answer": " in"},
+    ]
+    config = {
+        "sources": {name: str(folder) for name, folder in folders.items()},
+        "prompts": prompts,
+        "grafts": {"PRE": "none", "CHAT": "chat @ all", "LT": "chat @ last", "FE": "chat @ a"},
+        "metrics": {"top_k": 3, "measures": ["kl_base", "js_full"]},
+    }
+    run_sweep(config, tmp_path / "out", say=lambda text: None)
+    kept = json.loads((tmp_path / "out" / "sweep.json").read_text())["models"]["differences"]
+    assert [row["key"] for row in kept] == ["vocab_size", "tokens of the tokenizer"]
+    report = json.loads((tmp_path / "out" / "trust.json").read_text())
+    assert report["ok"], report["problems"]
+    assert [row["key"] for row in report["differences"]] == [row["key"] for row in kept]
+    table = read_results(tmp_path / "out").set_index(["prompt", "graft"])
+    assert table.loc[(0, "PRE"), "prob"] == 0 < table.loc[(0, "CHAT"), "prob"]
+    assert table.loc[(1, "PRE"), "reason"] == table.loc[(1, "FE"), "reason"]
+    assert "has no row in the embedding of 'base'" in table.loc[(1, "PRE"), "reason"]
+    assert table.loc[(1, "CHAT"), "prob"] > 0
+    assert table.loc[(2, "LT"), "kl_base"] > 0
 
 
 def test_vocabularies_of_which_neither_has_the_other_s(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ class Generation:
         input = list(input) if isinstance(input, Iterator) else input
         given = self.batch(input, attention_mask=attention_mask, prepend_bos=prepend_bos)
         batch = _left_padded(given, self._pad_id())
-        self._refuse_lacking(batch, self.resolve(graft, batch))
+        self.refuse_lacking(batch, self.resolve(graft, batch))
         longest = max(batch.totals)
         self.warn_beyond_context(longest)
 

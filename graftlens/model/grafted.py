@@ -287,7 +287,7 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
             input, attention_mask=attention_mask, prepend_bos=prepend_bos, padding_side=padding_side
         )
         mask = self.resolve(graft, batch)
-        self._refuse_lacking(batch, mask)
+        self.refuse_lacking(batch, mask)
         self.warn_beyond_context(max(batch.totals))
         stop = None if stop_at_layer is None else whole(stop_at_layer, "stop_at_layer")
         resid = self._residual(batch, mask, stop)
@@ -464,7 +464,7 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         """
         batch = self.batch(prompts)
         mask = self.resolve(graft, batch)
-        self._refuse_lacking(batch, mask)
+        self.refuse_lacking(batch, mask)
         self.warn_beyond_context(max(batch.totals))
         width = batch.real.shape[1]
         rows = np.array([[i * width + c for i, cs in enumerate(columns) for c in cs]])

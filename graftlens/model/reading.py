@@ -152,7 +152,7 @@ class Reading:
         sizes = self.unembed.vocabularies.sizes
         return Vocabularies(self.sources, sizes, self.tokenizer)
 
-    def _refuse_lacking(self, batch: Batch, mask: GraftMask) -> None:
+    def refuse_lacking(self, batch: Batch, mask: GraftMask) -> None:
         """That no token is read from the embedding of a source that lacks it.
 
         Raises:

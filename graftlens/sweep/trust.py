@@ -257,7 +257,7 @@ def trust_report(
             same = (Graft.rule(source), *([Graft()] if i == 0 else []))
             throughout = {name: graft for name, graft in grafts.items() if graft in same}
             for name, graft in (throughout or {f"{source} @ all": same[0]}).items():
-                alone += [check(s, name, graft, source) for s in few]
+                alone += [check(s, name, graft, source) for s in few if _reads(model, s, graft)]
         again = [check(s, name, grafts[name]) for s, name in drawn]
     problems += [
         f"prompt {c.prompt} under {c.graft!r}: {p}" for c in alone + again for p in c.problems
@@ -510,6 +510,16 @@ def _compared(
                     f"{texts[0]!r} with {math.exp(value):.6g}."
                 )
     return differences, ranks, tuple(problems)
+
+
+def _reads(model: GraftedTransformer, s: Scored, graft: Graft) -> bool:
+    """Whether the sources of a graft have all tokens that they would read."""
+    batch = collate([s.tokens], continuations=[s.answer[:-1]], device=model.cfg.device)
+    try:
+        model.refuse_lacking(batch, model.resolve(graft, batch))
+    except PromptError:
+        return False
+    return True
 
 
 def _minus(a: Float[Tensor, "..."], b: Float[Tensor, "..."]) -> Float[Tensor, "..."]:
