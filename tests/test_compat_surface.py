@@ -88,6 +88,8 @@ CIRCUITS: Calls = {
 }
 
 CFG = (
+    *("relative_attention_max_distance", "relative_attention_num_buckets"),
+    *("decoder_start_token_id", "tie_word_embeddings"),
     *("n_layers", "d_model", "n_ctx", "d_head", "n_heads", "d_mlp", "act_fn", "d_vocab"),
     *("d_vocab_out", "eps", "use_attn_result", "use_attn_scale", "attn_scale"),
     *("use_split_qkv_input", "use_hook_mlp_in", "use_attn_in", "use_local_attn"),

@@ -86,6 +86,10 @@ class GraftedConfig:
     post_embedding_ln: bool = False
     num_experts: int | None = None
     experts_per_token: int | None = None
+    relative_attention_max_distance: int | None = None
+    relative_attention_num_buckets: int | None = None
+    decoder_start_token_id: int | None = None
+    tie_word_embeddings: bool = False  # as there: `embed` and `unembed` are two parts
     load_in_4bit: bool = False
     trust_remote_code: bool = False
     from_checkpoint: bool = False
