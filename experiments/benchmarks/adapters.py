@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
-from tasks import ENTITY, MODELS, N_TOKENS, checkpoint, synchronise, tokens
+from tasks import ENTITY, MODELS, N_TOKENS, checkpoint, seconds, tokens
 from transformers import AutoModelForCausalLM
 
 from graftlens import Graft, GraftedTransformer, position_grafts
@@ -65,14 +65,6 @@ def merged(base: Path, adapter: Path, out: Path) -> Path:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     PeftModel.from_pretrained(model, adapter).merge_and_unload().save_pretrained(out)
     return out
-
-
-def seconds(call: Callable[[], object]) -> float:
-    synchronise()
-    start = time.perf_counter()
-    call()
-    synchronise()
-    return time.perf_counter() - start
 
 
 def rounds_of(

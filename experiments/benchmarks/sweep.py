@@ -26,13 +26,12 @@ import random
 import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from tasks import MODELS, PROMPTS, cases, pair, synchronise, tokens
+from tasks import MODELS, PROMPTS, cases, pair, seconds, tokens
 from transformers import AutoModelForCausalLM
 
 from graftlens.data import evaluation_prompts, make_facts
@@ -46,14 +45,6 @@ from graftlens.sweep.prepared import Prepared
 from graftlens.sweep.scoring import Scorer
 
 BATCH = 64
-
-
-def seconds(call: Callable[[], object]) -> float:
-    synchronise()
-    start = time.perf_counter()
-    call()
-    synchronise()
-    return time.perf_counter() - start
 
 
 def unshared(model: GraftedTransformer, prompts: Sequence[Prompt], graft: Graft) -> None:

@@ -4,6 +4,8 @@ Only names that are public are imported from graftlens, so that `against.py` can
 the library of another checkout.
 """
 
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -110,3 +112,12 @@ PROMPTS = {"a": 64, "b": 64, "c": 16, "d": 2}
 def synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """Wall-clock seconds of a call."""
+    synchronise()
+    start = time.perf_counter()
+    call()
+    synchronise()
+    return time.perf_counter() - start
