@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from conftest import Tiny
 from families import save_checkpoint
-from loras import adapted, built, load, merged, moved, on
+from loras import adapted, built, everywhere, load, merged, moved, on
 from peft import IA3Config, LoraConfig, get_peft_model
 from test_laws import EACH_FAMILY, _close, _run_watched
 from test_strengths import _join, _oracle, _random_rules, _tokens
@@ -276,6 +276,23 @@ def test_an_adapter_of_a_model_that_says_its_name(tmp_path: Path) -> None:
         UserWarning, match=r"says that it was trained on org/one-model; here it is applied to org/a"
     ):
         load({"pre": base, "sft": tmp_path}, verbose=False)
+
+
+def test_adapters_of_the_smaller_of_two_vocabularies() -> None:
+    """Their tables stay in factors, and have no rows for the tokens that they lack."""
+    base, larger = built("llama", 4), built("llama", 5, vocab_size=105)
+    peft = on(base, **everywhere(base))
+    model = load({"pre": base, "sft": peft, "large": larger}, verbose=False)
+    whole = load({"pre": base, "sft": merged(peft), "large": larger}, verbose=False)
+    for name in ("embed", "unembed"):
+        weight = model.weights_of(Component(name), None)[0]
+        assert len(weight.variants) == 2
+        assert weight.adding == {1}
+    for graft in ("sft @ all", "sft @ [1] | large @ [2, 3]", "0.5*sft @ all"):
+        ours, theirs = model(IDS, graft=graft), whole(IDS, graft=graft)
+        assert torch.equal(ours.isfinite(), theirs.isfinite())
+        assert torch.allclose(ours, theirs, atol=1e-4)
+    assert torch.allclose(model.W_U, whole.W_U, atol=1e-5, equal_nan=True)
 
 
 def test_half_precision_files_below_a_float32_adapter(tmp_path: Path) -> None:

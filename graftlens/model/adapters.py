@@ -309,8 +309,8 @@ def _same(tensor: Tensor, other: Tensor | None) -> bool:
     """Whether two tensors are one, or hold the same."""
     if other is None or tensor.shape != other.shape or tensor.dtype != other.dtype:
         return False
-    places = [(t.data_ptr(), t.stride()) for t in (tensor, other)]
-    return places[0] == places[1] or torch.equal(tensor, other)
+    memory = [(t.data_ptr(), t.stride()) for t in (tensor, other)]
+    return memory[0] == memory[1] or torch.equal(tensor, other)
 
 
 def _merged(name: str, adapter: Any, origin: str) -> Source:
@@ -426,9 +426,9 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
 
 def _separate(adapter: Any, written: Iterable[Tensor]) -> None:
     """Give an adapter tensors of its own where the base's would be written to (biases, tables)."""
-    places = {tensor.data_ptr() for tensor in written}
+    targets = {tensor.data_ptr() for tensor in written}
     for parameter in adapter.parameters():
-        if parameter.data_ptr() in places:
+        if parameter.data_ptr() in targets:
             parameter.data = parameter.data.clone()
 
 

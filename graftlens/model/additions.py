@@ -60,6 +60,10 @@ class Addition(nn.Module):
         """The same kind of addition, of other `tensors`."""
         raise NotImplementedError
 
+    def with_rows(self, count: int) -> "Addition":
+        """The same for a matrix that has rows more, up to `count`, to which it adds nothing."""
+        raise NotImplementedError
+
     @property
     def adds(self) -> bool:
         """Whether it adds anything: no factor is zero."""
@@ -108,6 +112,10 @@ class LowRank(Addition):
     def tensors(self) -> tuple[Tensor, ...]:
         return self.a, self.b
 
+    def with_rows(self, count: int) -> "LowRank":
+        missing = count - len(self.b)
+        return LowRank(self.a, F.pad(self.b.detach(), (0, 0, 0, missing)), self.scale)
+
     def like(self, *tensors: Tensor) -> "LowRank":
         a, b = tensors
         return LowRank(a, b, self.scale)
@@ -150,6 +158,9 @@ class RowVectors(Addition):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.rows, self.vectors
+
+    def with_rows(self, count: int) -> "RowVectors":
+        return self
 
     def like(self, *tensors: Tensor) -> "RowVectors":
         rows, vectors = tensors

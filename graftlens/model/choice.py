@@ -165,8 +165,8 @@ class Arranged:
     """All rows in another order, in which those that run the same are neighbours.
 
     Attributes:
-        rows: the row in each place of that order.
-        back: the place of each row.
+        rows: the row that is first, second, … in that order.
+        back: where each row is in it.
         chosen: what they run, in that order.
     """
 
@@ -358,13 +358,13 @@ class Selection(Choice):
                 for stop, count, added in zip(stops, np.diff(stops, prepend=0), held, strict=True)
                 if count
             )
-            places: Tensor | slice
+            kept: Tensor | slice
             if len(rows) == 0 or np.array_equal(rows, np.arange(rows[0], rows[0] + len(rows))):
                 first = int(rows[0]) if len(rows) else 0
-                places = slice(first, first + len(rows))
+                kept = slice(first, first + len(rows))
             else:
-                places = torch.from_numpy(rows).to(device, non_blocking=True)
-            self._added_rows[key] = AddedRows(places, pieces)
+                kept = torch.from_numpy(rows).to(device, non_blocking=True)
+            self._added_rows[key] = AddedRows(kept, pieces)
         return self._added_rows[key]
 
     def arranged(self, equal: Equal, device: torch.device) -> Arranged | None:
@@ -377,8 +377,8 @@ class Selection(Choice):
             found = None
             if not np.array_equal(order, np.arange(len(order))):
                 rows, back = (
-                    torch.from_numpy(places).to(device, non_blocking=True)
-                    for places in (order, np.argsort(order))
+                    torch.from_numpy(index).to(device, non_blocking=True)
+                    for index in (order, np.argsort(order))
                 )
                 found = Arranged(rows, back, self.pick(order))
             self._arranged[key] = found

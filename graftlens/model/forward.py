@@ -6,7 +6,6 @@ hook names and shapes are HookedTransformer's.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
 from graftlens.model.active import Active
-from graftlens.model.additions import Addition, Additions
+from graftlens.model.additions import Additions
 from graftlens.model.arch import Architecture, MlpKind
 from graftlens.model.choice import Choice, Equal, Selection
 from graftlens.model.linear import (
@@ -586,30 +585,30 @@ class Builder:
         added = [own.get((component, layer), ()) if matrix else () for own in self.additions]
         # The same tensors used in two places (tied embeddings) become one module, or where only
         # additions differ, one parameter in two.
-        keys = [(t.data_ptr(), t.shape, t.stride()) for t in present]
-        key = (*keys, *(tuple(map(id, own)) for own in added))
+        key = (*map(_memory, present), *(tuple(map(id, own)) for own in added))
         if key not in self._known:
             sizes = [len(t) for t in present] if component in (C.EMBED, C.UNEMBED) else []
             if len(set(sizes)) > 1:
-                # Rows are added to tables that are whole.
-                tables = [
-                    self._with_all_tokens(reduce(_added, own, t))
-                    for own, t in zip(added, present, strict=True)
-                ]
-                self._known[key] = Sourced(tables, sizes=sizes)
+                n = self.arch.d_vocab
+                present = [*map(self._with_all_tokens, present)]
+                added = [tuple(one.with_rows(n) for one in own) for own in added]
             else:
-                for place, tensor in zip(keys, present, strict=True):
-                    if place not in self._parameters:
-                        self._parameters[place] = nn.Parameter(tensor)
-                self._known[key] = Sourced([self._parameters[place] for place in keys], added)
+                sizes = []
+            self._known[key] = Sourced([*map(self._parameter, present)], added, sizes)
         return self._known[key]
+
+    def _parameter(self, tensor: Tensor) -> nn.Parameter:
+        key = _memory(tensor)
+        if key not in self._parameters:
+            self._parameters[key] = nn.Parameter(tensor)
+        return self._parameters[key]
 
     def _with_all_tokens(self, table: Float[Tensor, "tokens *width"]) -> Tensor:
         """A table with zeros in the rows that its source lacks."""
         missing = self.arch.d_vocab - len(table)
         if not missing:
             return table
-        key = (table.data_ptr(), table.shape)
+        key = _memory(table)
         if key not in self._padded:
             self._padded[key] = torch.cat([table, table.new_zeros(missing, *table.shape[1:])])
         return self._padded[key]
@@ -629,5 +628,6 @@ class Builder:
         return Norm(self.arch, weight, bias, self.active, component, layer)
 
 
-def _added(table: Tensor, addition: Addition) -> Tensor:
-    return addition.added_to(table).detach()
+def _memory(tensor: Tensor) -> tuple[object, ...]:
+    """What tells two tensors apart that are not the same numbers in memory."""
+    return tensor.data_ptr(), tensor.shape, tensor.stride()

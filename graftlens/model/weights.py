@@ -176,7 +176,7 @@ class Sourced(nn.Module):
         # Only additions that look alike are compared number by number.
         similar: dict[object, list[int]] = {}
 
-        def place(addition: Addition) -> int:
+        def number_of(addition: Addition) -> int:
             near = similar.setdefault(addition.outline, [])
             for number in near:
                 if addition.same(known[number]):  # type: ignore[arg-type]
@@ -185,7 +185,7 @@ class Sourced(nn.Module):
             known.append(addition)
             return near[-1]
 
-        self._added = tuple(tuple(map(place, own)) for own in additions or [()] * len(tensors))
+        self._added = tuple(tuple(map(number_of, own)) for own in additions or [()] * len(tensors))
         self._additions = known
         self.slots = _numbered(zip(self._whole, self._added, strict=True))
 
@@ -266,9 +266,9 @@ def equal_sources(*weights: Sourced | None) -> Equal:
 
 
 def _first_of(values: Sequence[object]) -> tuple[int, ...]:
-    """For each value, the place of the first that equals it."""
+    """For each value, the number of the first that equals it."""
     first: dict[object, int] = {}
-    return tuple(first.setdefault(value, place) for place, value in enumerate(values))
+    return tuple(first.setdefault(value, number) for number, value in enumerate(values))
 
 
 def _numbered(values: Iterable[object]) -> tuple[int, ...]:
