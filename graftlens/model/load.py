@@ -185,6 +185,7 @@ def preview(
     arch, _, _ = pair(read)
     found = [(s.name, s.tokenizer) for s in read] + adapters
     sizes = {s.name: s.arch.d_vocab for s in read}
+    sizes |= {name: read[0].arch.d_vocab for name, _ in adapters}
     shared, _ = shared_tokenizer(found, tokenizer, sizes)
     return arch, with_chat_template(shared, found, chat_template)[0]
 
