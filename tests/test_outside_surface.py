@@ -585,9 +585,11 @@ def test_stacks_are_not_read_as_positions(tiny: MakeTiny, variant: str) -> None:
     stack = torch.cat([final[:, -1:]] * N, dim=0)  # [component, 1, d_model], N of them
     with model.grafted(mask):
         for module in (model.ln_final, model.unembed):
-            for wrong in (stack, stack[:, 0], final[0], final[None], torch.ones(N, 1, d)):
+            for wrong in (stack, stack[:, 0], final[0], torch.ones(N, 1, d)):
                 with pytest.raises(ValueError, match=r"\[1, 7\].*\[batch, pos, d_model\]"):
                     module(wrong)
+            # A stack of the batch's own streams is read entry by entry.
+            _close(module(torch.stack([final, 2 * final]))[1], module(2 * final))
         out = model.unembed(model.ln_final(final))
         cap = model.arch.logit_softcap
         _close(out if cap is None else torch.tanh(out / cap) * cap, logits)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from threading import RLock
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,10 +18,13 @@ from torch import Tensor
 
 from graftlens.components import COMPONENTS, Component
 from graftlens.graft import Graft
-from graftlens.model.arch import Architecture
+from graftlens.model.arch import Architecture, Site
 from graftlens.model.choice import Choice, Equal, Mixture, Selection, merged
-from graftlens.model.mask import GraftMask, uniform_mixture
+from graftlens.model.inputs import collate
+from graftlens.model.mask import GraftMask, resolve, sites_of, uniform_mixture
 from graftlens.model.weights import Sourced, equal_sources
+from graftlens.positions import Span
+from graftlens.prompts import Tokenized
 
 C = Component
 
@@ -53,11 +56,13 @@ class Active:
 
     def __init__(self, arch: Architecture, sources: tuple[str, ...]) -> None:
         self.arch, self.sources = arch, sources
+        #: For each source at a site, the first one with the same tensors.
+        self.equal: dict[Site, Equal] = {}
         self._live: set[_Held] = set()  # in all threads and tasks
 
-    def __reduce__(self) -> tuple[type["Active"], tuple[Architecture, tuple[str, ...]]]:
+    def __reduce__(self) -> tuple[Any, ...]:
         # A copy of the model is in no `with`.
-        return Active, (self.arch, self.sources)
+        return Active, (self.arch, self.sources), {"equal": self.equal}
 
     # -- what is in force here -------------------------------------------------------------------
 
@@ -250,37 +255,73 @@ class Active:
             f'`with model.grafted("{self.sources[-1]} @ all")`.'
         )
 
-    def rows(self, component: Component, shape: torch.Size, equal: Equal) -> Choice:
-        """What a module outside the layers uses when it is called directly.
+    def rows(self, component: Component, layer: int | None, places: torch.Size) -> Choice:
+        """What a module uses when it is called by itself.
 
         Args:
             component: what is called.
-            shape: of its input, but for the width: [batch, pos] where these differ.
-            equal: for each source, the first one with the same tensors.
+            layer: its layer; None outside the layers.
+            places: the shape of its input but for the width. Where positions differ: the mask's
+                [batch, pos], with heads after it inside the layers, and with the axes of a stack
+                before it outside of them.
 
         Raises:
             ValueError: places differ under the graft in force, and these are not its places.
             RuntimeError: as for `current` and `run`.
         """
         self.check("pass")
-        used, graft = self._used(component, None, equal, False), self.current
-        if len(used) == 1:
-            return Selection.uniform(used.pop(), int(np.prod(shape)))
-        if not isinstance(graft, GraftMask):
-            raise ValueError(
-                f"{component} was called directly under graft {str(graft)!r}, which needs a "
-                "prompt to be resolved. "
-                "Use `with model.grafted(model.resolve(graft, prompts))`."
+        graft, equal = self.current, self.equal[component, layer]
+        places = places if layer is None else places[:2]
+        count = int(np.prod(places))
+        if isinstance(graft, GraftMask):
+            chosen = graft[component, layer]
+            if tuple(places[-2:]) == graft.shape:
+                entries = count // (graft.shape[0] * graft.shape[1])
+                every = np.arange(graft.shape[0] * graft.shape[1])
+                return chosen if entries == 1 else chosen.pick(np.tile(every, entries))
+        else:
+            used = self._used(component, layer, equal, False)
+            if len(used) == 1:
+                return Selection.uniform(used.pop(), count)
+            rules = [r for r in (graft or Graft()).rules if r.strength != 0]
+            rules = [r for r in rules if (component, layer) in sites_of(r, self.arch, self.sources)]
+            where = "" if layer is None else f" in layer {layer}"
+            if any(rule.at != Span("all") for rule in rules):
+                raise ValueError(
+                    f"{component}{where} was called directly under graft {said(graft)!r}, which "
+                    "needs a prompt to be resolved. "
+                    "Use `with model.grafted(model.resolve(graft, prompts))`."
+                )
+            anywhere = collate([Tokenized.bare([0])])
+            chosen = resolve(Graft(tuple(rules)), anywhere, self.arch, self.sources)[
+                component, layer
+            ]
+        if chosen.blended is None and all(
+            len({merged(mixture, equal) for mixture in selection.mixtures}) == 1
+            for selection in (chosen.whole, *(selection for _, selection in chosen.parts()))
+        ):
+            return chosen.pick(np.zeros(count, dtype=np.int64))
+        raise ValueError(self._misplaced(component, layer, places))
+
+    def _misplaced(self, component: Component, layer: int | None, places: torch.Size) -> str:
+        """Why a module cannot be called by itself on these places."""
+        graft = self.current
+        assert isinstance(graft, GraftMask)
+        said_of = (
+            f"{component}{'' if layer is None else f' in layer {layer}'} was called directly on "
+            f"{list(places)} vectors under graft {said(graft)!r}, for which the positions of its "
+            f"batch of {list(graft.shape)} use different weights. "
+        )
+        if layer is not None:
+            return (
+                f"{said_of}Give it [batch, pos, …] of that batch, or choose one source for all: "
+                f'with model.grafted("{self.sources[-1]} @ all").'
             )
-        if tuple(shape) != graft.shape:
-            raise ValueError(
-                f"{component} was called directly on {list(shape)} vectors under graft "
-                f"{said(graft)!r}, for which the positions of its batch of {list(graft.shape)} "
-                "use different weights. Give it [batch, pos, d_model] of that batch, a stack entry "
-                "by entry; or use the cache's own methods (cache.logit_lens, "
-                "cache.accumulated_resid(apply_ln=True), cache.logit_attrs)."
-            )
-        return graft[component, None]
+        return (
+            f"{said_of}Give it [batch, pos, d_model] of that batch, or a stack of such; or use the "
+            "cache's own methods (cache.logit_lens, cache.accumulated_resid(apply_ln=True), "
+            "cache.logit_attrs)."
+        )
 
     def _used(
         self, component: Component, layer: int | None, equal: Equal, whole: bool
@@ -293,6 +334,17 @@ class Active:
             return {merged(m, equal) for m in (chosen.whole if whole else chosen).mixtures}
         only = uniform_mixture(graft or Graft(), (component, layer), self.arch, self.sources)
         return set() if only is None else {merged(only, equal)}
+
+
+class InForce:
+    """What the rows of a part run that is called by itself: the graft in force, site by site."""
+
+    def __init__(self, active: Active, places: torch.Size) -> None:
+        """`places` is the shape of what the part reads, but for its width."""
+        self.active, self.places = active, places
+
+    def __getitem__(self, site: Site) -> Choice:
+        return self.active.rows(*site, self.places)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 from transformer_lens import ActivationCache
 from transformer_lens.utilities import Slice
@@ -17,6 +17,7 @@ from graftlens.components import Component
 from graftlens.graft import Graft
 from graftlens.model.active import Active
 from graftlens.model.choice import Selection
+from graftlens.model.linear import UnitsIn
 from graftlens.model.mask import GraftMask
 from graftlens.model.reading import tell
 
@@ -80,6 +81,85 @@ class GraftedCache(ActivationCache):
             part.cache_dict, self.model, self.mask.take(kept, None), part.has_batch_dim
         )
 
+    def get_neuron_results(
+        self,
+        layer: int,
+        neuron_slice: Any = None,
+        pos_slice: Any = None,
+        project_output_onto: Tensor | None = None,
+    ) -> Float[Tensor, "*batch_pos_and_neuron width"]:
+        """As in TransformerLens, with each row's own W_out."""
+        onto = project_output_onto
+        one = onto is not None and onto.ndim == 1
+
+        def project(weight: Tensor) -> Tensor:
+            if onto is None:
+                return weight
+            return weight @ (onto[:, None] if one else onto)
+
+        found = self._neurons(layer, neuron_slice, pos_slice, project)
+        if _slice(neuron_slice).mode == "int":
+            found = found.squeeze(-2)
+        return found.squeeze(-1) if one else found
+
+    def _neurons(
+        self, layer: int, neuron_slice: Any, pos_slice: Any, project: Callable[[Tensor], Tensor]
+    ) -> Float[Tensor, "*batch_and_pos neuron width"]:
+        """What each neuron writes, by its rows' sources; `project` is applied to W_out [neuron,
+        d_model] first."""
+        layer = layer % self.model.cfg.n_layers
+        linear: UnitsIn = self.model.blocks[layer].mlp.mlp_out
+        kept = _kept(neuron_slice).apply(torch.arange(linear.n_units))
+        positions = _slice(pos_slice)
+        acts = positions.apply(self["post", layer, "mlp"], dim=-2)[..., kept]
+        chosen = self.mask[C.MLP_OUT, layer]
+        only = chosen.only(linear.equal)
+        total: Tensor | None = None
+        for source in sorted({linear.equal[source] for source in chosen.sources}):
+            part = acts
+            if only is None:
+                share = chosen.shares_on(source, linear.n_units, acts, linear.equal)
+                share = share.unflatten(0, self.mask.shape)
+                share = share if self.has_batch_dim else share[0]
+                part = acts * positions.apply(share, dim=-2)[..., kept]
+            weight = linear.weight[source]
+            part = part[..., None] * project(weight.T[kept.to(weight.device)]).to(acts.device)
+            total = part if total is None else total + part
+        assert total is not None, "every row runs some source"
+        return total
+
+    def _stack_neuron_results_apply_ln_projected(
+        self,
+        layer: int,
+        pos_slice: Slice,
+        neuron_slice: Slice,
+        project_2d: Float[Tensor, "d_model width"],
+        mlp_input: bool = False,
+    ) -> Float[Tensor, "neurons *batch_and_pos width"]:
+        """What TransformerLens asks for where a stack is normed and projected at once."""
+        if layer == 0:
+            options = {"mlp_input": True} if mlp_input else {}
+            return super()._stack_neuron_results_apply_ln_projected(
+                layer, pos_slice, neuron_slice, project_2d, **options
+            )
+        scale = self._get_cached_ln_scale(layer, mlp_input, pos_slice)
+
+        def project(weight: Tensor) -> Tensor:
+            if self.model.cfg.normalization_type == "LN":
+                weight = weight - weight.mean(-1, keepdim=True)
+            return weight @ project_2d
+
+        parts = [self._neurons(l, neuron_slice, pos_slice, project) for l in range(layer)]
+        return (torch.cat(parts, dim=-2) / scale[..., None]).movedim(-2, 0)
+
+    def tokens_to_residual_directions(
+        self, tokens: str | int | Int[Tensor, "*shape"]
+    ) -> Float[Tensor, "*places d_model"]:
+        """`model.tokens_to_residual_directions` with the unembedding that each row used."""
+        with self.model.active.under(self.mask):
+            found: Tensor = self.model.tokens_to_residual_directions(tokens)
+        return found[0] if found.ndim == 3 and not self.has_batch_dim else found
+
     def get_full_resid_decomposition(
         self,
         layer: int | None = None,
@@ -95,14 +175,13 @@ class GraftedCache(ActivationCache):
         Where a norm follows a sublayer (Gemma 2 and 3, OLMo 2), heads are given before
         it, as in TransformerLens, so the parts do not add up to the residual stream.
         """
-        kept = Slice.unwrap(pos_slice)  # one position stays an axis until the end
+        kept = _kept(pos_slice)  # one position stays an axis until the end
         columns = kept.apply(torch.arange(self.mask.shape[1]), dim=0).numpy()
         with self.model.active.under(self.mask.take(None, columns)):
             stack, labels = super().get_full_resid_decomposition(
                 layer, mlp_input, expand_neurons, apply_ln, kept, True, **options
             )
-        given = pos_slice if isinstance(pos_slice, Slice) else Slice(pos_slice)
-        if given.mode == "int":
+        if _slice(pos_slice).mode == "int":
             stack = stack.squeeze(2 if self.has_batch_dim else 1)
         return (stack, labels) if return_labels else stack
 
@@ -165,7 +244,17 @@ class GraftedCache(ActivationCache):
 
 def sliced(x: Tensor, given: Any, dim: int) -> Tensor:
     """`x` cut along one axis by anything that TransformerLens accepts as a slice."""
-    return (given if isinstance(given, Slice) else Slice(given)).apply(x, dim=dim)
+    return _slice(given).apply(x, dim=dim)
+
+
+def _slice(given: Any) -> Slice:
+    return given if isinstance(given, Slice) else Slice(given)
+
+
+def _kept(given: Any) -> Slice:
+    """The same, where one place stays an axis."""
+    wanted = _slice(given)
+    return Slice([int(wanted.slice)]) if wanted.mode == "int" else wanted
 
 
 def masked_at(cache: ActivationCache, positions: Any, prompts: Any) -> Graft | GraftMask | None:
@@ -230,7 +319,6 @@ _WEIGHTS = [
         "accumulated_resid",
         "apply_ln_to_stack",
         "decompose_resid",
-        "get_neuron_results",
         "stack_head_results",
         "stack_neuron_results",
     )
@@ -267,6 +355,7 @@ def _under_graft(name: str) -> Any:
 
 for _name in (
     *_WEIGHTS,
+    "get_neuron_results",
     *("apply_slice_to_batch_dim", "compute_head_results", "get_full_resid_decomposition"),
     *("logit_attrs", "logit_lens"),
 ):

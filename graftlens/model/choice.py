@@ -238,6 +238,30 @@ class Choice(ABC):
         """`share` as a tensor, which gradients reach where the strengths are tensors."""
         return torch.from_numpy(self.share(source)).to(like)
 
+    def shares_on(
+        self, source: int, n_units: int, like: Tensor, equal: Equal | None = None
+    ) -> Float[Tensor, "rows unit"]:
+        """A source's share of each unit of each row, which gradients reach where the strengths are
+        tensors."""
+
+        def of_rows(rows: "Selection") -> Tensor:
+            return torch.from_numpy(rows.share(source, equal)).to(like)[:, None]
+
+        def of_units(chosen: "UnitSelection") -> Tensor:
+            shares = like.new_empty(chosen.whole.n_rows, n_units)
+            for units, selection in chosen.groups:
+                shares[:, list(units)] = of_rows(selection)
+            return shares
+
+        def of_strengths(chosen: "Strengthened") -> Tensor:
+            mine = chosen.source if equal is None else equal[chosen.source]
+            strength = chosen.strength.to(like).reshape(len(chosen.strength), -1)
+            own = chosen.inner.shares_on(source, n_units, like, equal)
+            return (1 - strength) * own + strength * float(source == mine)
+
+        found = self.ask(rows=of_rows, units=of_units, strengths=of_strengths)
+        return found.expand(-1, n_units)
+
     @abstractmethod
     def rows_of(self, source: int, equal: Equal | None = None) -> Int[np.ndarray, " some_rows"]:
         """The rows in which a source has a share of some unit."""

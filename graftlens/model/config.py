@@ -207,7 +207,8 @@ def families_of_classes() -> dict[str, str]:
     """Hugging Face's class of a causal language model -> the family that reads it."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    return {MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[family]: family for family in supported()}
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return {names[family]: family for family in supported() if family in names}
 
 
 def _class_of(arch: Architecture, hf_config: Any) -> str | None:

@@ -5,19 +5,17 @@ hook names and shapes are HookedTransformer's.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor, nn
-from transformer_lens import FactoredMatrix
+from transformer_lens import FactoredMatrix, TransformerLensKeyValueCacheEntry
 from transformer_lens.hook_points import HookPoint
 
 from graftlens.components import Component
-from graftlens.model.active import Active
+from graftlens.model.active import Active, InForce
 from graftlens.model.additions import Additions
 from graftlens.model.arch import Architecture, MlpKind
 from graftlens.model.choice import Choice, Equal, Selection
@@ -31,99 +29,16 @@ from graftlens.model.linear import (
     per_head_in,
     per_head_out,
 )
-from graftlens.model.mask import GraftMask
+from graftlens.model.passes import Alone, AttentionOrder, Pass
 from graftlens.model.points import FlaggedPoint
-from graftlens.model.rotary import Turning
-from graftlens.model.tree import TreeBatch, TreeGroup
+from graftlens.model.rotary import Rotary
+from graftlens.model.tree import TreeGroup
 from graftlens.model.weights import Sourced, Weights, equal_sources
 
 C = Component
 
 #: A hook on rows [row, d_mlp], which it sees as [batch, pos, d_mlp].
 Hooked = Callable[[HookPoint, Tensor], Tensor]
-
-
-@dataclass
-class KeyValueCache:
-    """Keys and values of earlier positions, rotated already, per layer."""
-
-    entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self.entries:
-            past_k, past_v = self.entries[layer]
-            k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
-        self.entries[layer] = (k, v)
-        return k, v
-
-
-class AttentionOrder:
-    """Which keys each query reads: causal, within a window, never padding."""
-
-    def __init__(
-        self,
-        real: Bool[np.ndarray, "batch key"],
-        n_queries: int,
-        device: torch.device,
-    ) -> None:
-        """`real` says which keys are tokens; the queries are the last `n_queries` of them."""
-        self.real, self.n_queries, self.device = real, n_queries, device
-        self._masks: dict[int | None, Bool[Tensor, "batch_or_1 1 query key"]] = {}
-
-    def __getitem__(self, window: int | None) -> Bool[Tensor, "batch_or_1 1 query key"]:
-        """True where a query reads a key. Padding reads itself, so that no row is empty."""
-        if window not in self._masks:
-            keys = np.arange(self.real.shape[1])
-            behind = keys[-self.n_queries :, None] - keys[None, :]
-            reads = behind >= 0
-            if window is not None:
-                reads &= behind < window
-            reads = reads[None]
-            if not self.real.all():
-                reads = (reads & self.real[:, None, :]) | (behind == 0)
-            self._masks[window] = torch.from_numpy(reads[:, None]).to(
-                self.device, non_blocking=True
-            )
-        return self._masks[window]
-
-    def kernel(self, window: int | None) -> tuple[Tensor | None, bool]:
-        """(attn_mask, is_causal) for `scaled_dot_product_attention`: a mask only where needed."""
-        n_keys = self.real.shape[1]
-        if (window is None or window >= n_keys) and self.real[:, 0].all():
-            # Right padding comes after every token, so causal order hides it.
-            if self.n_queries == n_keys:
-                return None, True
-            if self.n_queries == 1 and self.real.all():
-                return None, False
-        return self[window], False
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What one forward pass shares between its layers.
-
-    Attributes:
-        mask: which source every row uses at every site.
-        turning: the rotary tables of its rows; None with learned positions.
-        order: which keys each query reads.
-        cache: keys and values of earlier positions, or None.
-        tree: the rows of each layer, where the batch is a token tree.
-    """
-
-    mask: GraftMask
-    turning: Turning | None
-    order: AttentionOrder | None = None
-    cache: KeyValueCache | None = None
-    tree: TreeBatch | None = None
-
-    def rows(self, layer: int, resid: Tensor) -> tuple[Tensor, Tensor]:
-        """The residual rows that a layer goes on from, and those whose keys and values it makes.
-
-        They are the same but in a tree, where one row may go on in several ways, or be read only.
-        """
-        if self.tree is None:
-            return resid, resid
-        return self.tree[layer].split(resid)
 
 
 class Attention(nn.Module):
@@ -134,6 +49,7 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         self.arch, self.layer, self.flags, self.active = arch, layer, flags, active
+        self.alone = build.alone
         self.q = UnitsOut(*build.linear(C.Q, layer), arch.n_heads)
         self.k = UnitsOut(*build.linear(C.K, layer), arch.n_kv_heads)
         self.v = UnitsOut(*build.linear(C.V, layer), arch.n_kv_heads)
@@ -141,9 +57,10 @@ class Attention(nn.Module):
         if arch.qk_norm != "none":
             self.q_norm = build.norm(C.Q_NORM, layer)
             self.k_norm = build.norm(C.K_NORM, layer)
-        self.hook_q = HookPoint()  # [batch, pos, head, d_head]
-        # [batch, pos, kv_head, d_head], or per query head: `ungrouped`
+        # In HookedTransformer's order, which is that of `hook_dict`; k and v are
+        # [batch, pos, kv_head, d_head], or per query head: `ungrouped`.
         self.hook_k = HookPoint()
+        self.hook_q = HookPoint()  # [batch, pos, head, d_head]
         self.hook_v = HookPoint()
         self.hook_z = HookPoint()  # [batch, pos, head, d_head]
         self.hook_attn_scores = HookPoint()  # [batch, head, query, key]
@@ -151,18 +68,32 @@ class Attention(nn.Module):
         # [batch, pos, head, d_model]
         self.hook_result = FlaggedPoint(flags, "use_attn_result")
         if arch.rotary_dim:
-            self.hook_rot_q = HookPoint()
             self.hook_rot_k = HookPoint()
+            self.hook_rot_q = HookPoint()
 
     def forward(
         self,
-        q_input: Float[Tensor, "batch pos *head d_model"],
-        k_input: Float[Tensor, "batch key_pos *kv_head d_model"],
-        v_input: Float[Tensor, "batch key_pos *kv_head d_model"],
-        run: Pass,
+        query_input: Float[Tensor, "batch pos *head d_model"],
+        key_input: Float[Tensor, "batch key_pos *kv_head d_model"],
+        value_input: Float[Tensor, "batch key_pos *kv_head d_model"],
+        past_kv_cache_entry: TransformerLensKeyValueCacheEntry | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        run: Pass | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
+        """What attention adds to the residual stream; called by itself, under the graft in force.
+
+        Args:
+            query_input, key_input, value_input: what q, k and v read, after the norm.
+            past_kv_cache_entry: keys and values of earlier positions, of this layer.
+            attention_mask: 1 for tokens and 0 for padding, earlier positions included.
+            run: the pass that this layer is part of.
+        """
+        run = run or self.alone(
+            query_input, past_kv_cache_entry, attention_mask, key_input, value_input
+        )
         arch, layer, mask = self.arch, self.layer, run.mask
-        places = q_input.shape[:2]
+        places = query_input.shape[:2]
         gathered: dict[int, Gathered] = {}
 
         def project(linear: UnitsOut, x: Tensor, component: Component) -> Tensor:
@@ -182,19 +113,19 @@ class Attention(nn.Module):
             each = x.unflatten(2, (arch.n_kv_heads, self.n_shared)).unbind(3)
             return torch.stack([project(linear, y, component) for y in each], 3).flatten(2, 3)
 
-        q = self.hook_q(project(self.q, q_input, C.Q))
-        k = self.hook_k(keyed(self.k, k_input, C.K))
-        v = self.hook_v(keyed(self.v, v_input, C.V))
+        q = self.hook_q(project(self.q, query_input, C.Q))
+        k = self.hook_k(keyed(self.k, key_input, C.K))
+        v = self.hook_v(keyed(self.v, value_input, C.V))
         if arch.qk_norm != "none":
             q = self._qk_norm(self.q_norm, q, mask[C.Q_NORM, layer])
             k = self._qk_norm(self.k_norm, k, mask[C.K_NORM, layer])
         if arch.qkv_clip is not None:
             q, k, v = (t.clamp(-arch.qkv_clip, arch.qkv_clip) for t in (q, k, v))
+        k, v = run.extended(layer, k, v, rotated=False)
         if run.turning is not None:
             q = self.hook_rot_q(run.turning(q, layer, 0, mask[C.Q, layer]))
             k = self.hook_rot_k(run.turning(k, layer, 1, mask[C.K, layer]))
-        if run.cache is not None:
-            k, v = run.cache.append(layer, k, v)
+        k, v = run.extended(layer, k, v, rotated=True)
 
         if run.tree is None:
             assert run.order is not None
@@ -334,6 +265,9 @@ def per_query_head(
 class MLP(nn.Module):
     """A plain MLP; `hook_pre` and `hook_post` are [batch, pos, d_mlp]."""
 
+    #: Names of the hook points, in HookedTransformer's order.
+    HOOKS: tuple[str, ...] = ("hook_pre", "hook_post")
+
     def __init__(
         self, arch: Architecture, layer: int, build: "Builder", act: nn.Module, active: Active
     ) -> None:
@@ -341,13 +275,17 @@ class MLP(nn.Module):
         self.layer, self.act, self.active = layer, act, active
         self.mlp_in = UnitsOut(*build.linear(C.MLP_IN, layer), arch.d_mlp)
         self.mlp_out = UnitsIn(*build.linear(C.MLP_OUT, layer), arch.d_mlp)
-        self.hook_pre = HookPoint()
-        self.hook_post = HookPoint()
+        for hook in self.HOOKS:
+            setattr(self, hook, HookPoint())
 
-    def forward(self, x: Float[Tensor, "batch pos d_model"], run: Pass) -> Tensor:
-        places, rows = x.shape[:2], Gathered(x.flatten(0, 1))
+    def forward(
+        self, x: Float[Tensor, "*batch_and_pos d_model"], run: Pass | None = None
+    ) -> Float[Tensor, "*batch_and_pos d_model"]:
+        """What the MLP makes of `x`; called by itself, under the graft in force."""
+        places, rows = x.shape[:-1], Gathered(x.reshape(-1, x.shape[-1]))
         linears = self._linears()
-        chosen = {c: run.mask[c, self.layer] for c in linears}
+        mask = InForce(self.active, places) if run is None else run.mask
+        chosen = {c: mask[c, self.layer] for c in linears}
         one = chosen[C.MLP_IN].alike
         watched = any(hook.has_hooks() for hook in self._inside()) or any(
             linear._forward_hooks for linear in linears.values()
@@ -362,7 +300,7 @@ class MLP(nn.Module):
                 return by_source(rows, one, equal, self._whole).unflatten(0, places)
 
         def hooked(hook: HookPoint, t: Tensor) -> Tensor:
-            return hook(t.unflatten(0, places)).flatten(0, 1)
+            return hook(t.unflatten(0, places)).reshape(t.shape)
 
         post = hooked(self.hook_post, self._hidden(rows, chosen, hooked))
         return self.mlp_out(Gathered(post), chosen[C.MLP_OUT]).unflatten(0, places)
@@ -393,7 +331,7 @@ class MLP(nn.Module):
         return {C.MLP_IN: self.mlp_in, C.MLP_OUT: self.mlp_out}
 
     def _inside(self) -> tuple[HookPoint, ...]:
-        return self.hook_pre, self.hook_post
+        return tuple(getattr(self, hook) for hook in self.HOOKS)
 
     @property
     def W_in(self) -> Float[Tensor, "d_model d_mlp"]:
@@ -421,12 +359,13 @@ class GatedMLP(MLP):
     `hook_pre_linear` [batch, pos, d_mlp] the input map's.
     """
 
+    HOOKS = ("hook_pre", "hook_pre_linear", "hook_post")
+
     def __init__(
         self, arch: Architecture, layer: int, build: "Builder", act: nn.Module, active: Active
     ) -> None:
         super().__init__(arch, layer, build, act, active)
         self.mlp_gate = UnitsOut(*build.linear(C.MLP_GATE, layer), arch.d_mlp)
-        self.hook_pre_linear = HookPoint()
 
     def _hidden(
         self, x: Gathered, chosen: Mapping[Component, Choice], hooked: Hooked
@@ -443,9 +382,6 @@ class GatedMLP(MLP):
     def _linears(self) -> dict[Component, Linear]:
         return super()._linears() | {C.MLP_GATE: self.mlp_gate}
 
-    def _inside(self) -> tuple[HookPoint, ...]:
-        return *super()._inside(), self.hook_pre_linear
-
     @property
     def W_gate(self) -> Float[Tensor, "d_model d_mlp"]:
         """The base's gate, or that of a graft in force that is uniform here."""
@@ -458,6 +394,11 @@ MLPS: dict[MlpKind, type[MLP]] = {"plain": MLP, "gated": GatedMLP}
 
 class TransformerBlock(nn.Module):
     """One layer: norms before or after its sublayers, sequential or parallel."""
+
+    ln1: Norm
+    ln1_post: Norm
+    ln2: Norm
+    ln2_post: Norm
 
     #: Asked by TransformerLens 4's readers of the residual stream, as are the properties below.
     hook_out_is_single_residual_stream = True
@@ -473,12 +414,11 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.arch, self.layer, self.flags = arch, layer, flags
-        if arch.pre_norms:
-            self.ln1 = build.norm(C.LN1, layer)
-            self.ln2 = build.norm(C.LN2, layer)
-        if arch.post_norms:
-            self.ln1_post = build.norm(C.LN1_POST, layer)
-            self.ln2_post = build.norm(C.LN2_POST, layer)
+        for before, after in ((C.LN1, C.LN1_POST), (C.LN2, C.LN2_POST)):
+            if arch.pre_norms:
+                setattr(self, before.value, build.norm(before, layer))
+            if arch.post_norms:
+                setattr(self, after.value, build.norm(after, layer))
         self.attn = Attention(arch, layer, build, flags, active)
         self.mlp = MLPS[arch.mlp](arch, layer, build, act, active)
         # [batch, pos, head, d_model], of k and v [batch, pos, kv_head, d_model]
@@ -496,10 +436,26 @@ class TransformerBlock(nn.Module):
         self.hook_resid_post = HookPoint()
 
     def forward(
-        self, resid_pre: Float[Tensor, "batch pos d_model"], run: Pass
+        self,
+        resid_pre: Float[Tensor, "batch pos d_model"],
+        shortformer_pos_embed: None = None,
+        past_kv_cache_entry: TransformerLensKeyValueCacheEntry | None = None,
+        attention_mask: Tensor | None = None,
+        *,
+        run: Pass | None = None,
     ) -> Float[Tensor, "batch pos_after d_model"]:
+        """The residual stream after the layer; called by itself, under the graft in force.
+
+        Args:
+            resid_pre: the stream before it.
+            shortformer_pos_embed: nothing; none of the families has such positions.
+            past_kv_cache_entry: keys and values of earlier positions, of this layer.
+            attention_mask: 1 for tokens and 0 for padding, earlier positions included.
+            run: the pass that this layer is part of.
+        """
+        run = run or self.attn.alone(resid_pre, past_kv_cache_entry, attention_mask)
         resid_pre, read = run.rows(self.layer, self.hook_resid_pre(resid_pre))
-        attn_out = self.attn(*self._attention_inputs(resid_pre, read, run), run)
+        attn_out = self.attn(*self._attention_inputs(resid_pre, read, run), run=run)
         if self.arch.post_norms:
             attn_out = self._norm("ln1_post", attn_out, run)
         attn_out = self.hook_attn_out(attn_out)
@@ -567,10 +523,12 @@ class Builder:
         arch: Architecture,
         sources: list[Weights],
         active: Active,
+        rotary: Rotary | None,
         additions: Sequence[Additions] = (),
     ) -> None:
         """`additions` are what each source adds to its matrices; without, nothing."""
         self.arch, self.sources, self.active = arch, sources, active
+        self.alone = Alone(arch, active, rotary)
         self.additions = additions or [{}] * len(sources)
         self._known: dict[object, Sourced] = {}
         self._parameters: dict[object, nn.Parameter] = {}
@@ -614,18 +572,30 @@ class Builder:
         return self._padded[key]
 
     def weight(self, component: Component, layer: int | None) -> Sourced:
-        weight = self.sourced(component, layer, "weight")
-        assert weight is not None, f"{component} {layer} was checked when it was read"
+        weight, _ = self.linear(component, layer)
         return weight
 
     def linear(self, component: Component, layer: int | None) -> tuple[Sourced, Sourced | None]:
-        return self.weight(component, layer), self.sourced(component, layer, "bias")
+        weight, bias = self._both(component, layer)
+        assert weight is not None, f"{component} {layer} was checked when it was read"
+        return weight, bias
 
     def norm(self, component: Component, layer: int | None) -> Norm:
-        weight, bias = (
-            self.sourced(component, layer, parameter) for parameter in ("weight", "bias")
-        )
+        weight, bias = self._both(component, layer)
         return Norm(self.arch, weight, bias, self.active, component, layer)
+
+    def _both(
+        self, component: Component, layer: int | None
+    ) -> tuple[Sourced | None, Sourced | None]:
+        """Weight and bias of a site, whose equal sources are noted for those who ask."""
+        weight = self.sourced(component, layer, "weight")
+        bias = self.sourced(component, layer, "bias")
+        equal = equal_sources(weight, bias)
+        if component in (C.Q, C.K) and layer is not None and self.alone.rotary is not None:
+            both = list(zip(equal, self.alone.rotary.equal(layer), strict=True))
+            equal = tuple(both.index(pair) for pair in both)
+        self.active.equal[component, layer] = equal
+        return weight, bias
 
 
 def _memory(tensor: Tensor) -> tuple[object, ...]:

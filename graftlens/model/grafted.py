@@ -2,8 +2,9 @@
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -11,8 +12,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import pandas as pd
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
@@ -22,24 +22,26 @@ from graftlens.model.active import Active, said
 from graftlens.model.additions import Additions
 from graftlens.model.arch import Architecture
 from graftlens.model.cache import GraftedCache, sliced
+from graftlens.model.calls import Calls, Output, Start
 from graftlens.model.circuits import Circuits
 from graftlens.model.config import Device, GraftedConfig, config_of
 from graftlens.model.differences import Difference, table
-from graftlens.model.forward import AttentionOrder, Builder, KeyValueCache, Pass, TransformerBlock
+from graftlens.model.embeddings import PosEmbed, TokenEmbed, Unembed
+from graftlens.model.forward import Builder, TransformerBlock
 from graftlens.model.generation import Generation
-from graftlens.model.hooks import Hooking, first_of
+from graftlens.model.hooks import Hooking
 from graftlens.model.identity import config_settings, facts_digest, tokenizer_digest
-from graftlens.model.inputs import Batch, Input, Padding
-from graftlens.model.linear import Linear, PosEmbed, TokenEmbed
+from graftlens.model.inputs import Input, Padding, positions_of
+from graftlens.model.linear import Linear
 from graftlens.model.load import load, short
 from graftlens.model.mask import GraftLike, GraftMask, resolve
-from graftlens.model.output import FinalNorm, Unembed
+from graftlens.model.passes import AttentionOrder, GivenCache, Pass
 from graftlens.model.points import FlaggedPoint
 from graftlens.model.probe import probe
 from graftlens.model.reading import Reading, tell, whole
-from graftlens.model.rotary import Rotary, Turning, turning_of_tree
+from graftlens.model.rotary import Rotary, turning_at
 from graftlens.model.source import Source
-from graftlens.model.tree import TreeBatch, TreeShape
+from graftlens.model.treeruns import TreeRuns
 from graftlens.model.weights import Sourced, Weights, equal_sources
 
 __all__ = ["GraftLike", "GraftedConfig", "GraftedTransformer", "Input"]
@@ -47,8 +49,11 @@ __all__ = ["GraftLike", "GraftedConfig", "GraftedTransformer", "Input"]
 C = Component
 T = TypeVar("T")
 
+#: The arguments of `forward` that say where a run begins.
+_START = tuple(signature(Calls._start).parameters)[1:]
 
-class GraftedTransformer(Reading, Generation, Circuits, Hooking):
+
+class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking):
     """A language model in several sources (PRE, SFT, …), run under a graft.
 
     Hooks, caches and shapes are HookedTransformer's; the weights have a leading source axis
@@ -106,7 +111,7 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         self.rotary = rotary
         self.active = Active(arch, self.sources)
         added = [additions.get(name, {}) for name in weights]
-        build = Builder(arch, list(weights.values()), self.active, added)
+        build = Builder(arch, list(weights.values()), self.active, self.rotary, added)
         sample = next(iter(next(iter(weights.values())).values()))
         name, base = model_name or arch.family, None if rotary is None else rotary.of_base
         self.cfg = config_of(arch, self.sources, name, sample, self.hf_config, base)
@@ -121,7 +126,7 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
             TransformerBlock(arch, layer, build, activation, self.cfg, self.active)
             for layer in range(arch.n_layers)
         )
-        self.ln_final = FinalNorm(build.norm(C.LN_FINAL, None))
+        self.ln_final = build.norm(C.LN_FINAL, None)
         self.unembed = Unembed(Linear(*build.linear(C.UNEMBED, None)), self.active)
         self.eval()
         self.setup()
@@ -243,34 +248,48 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
 
     def forward(
         self,
-        input: Input,
+        input: Input | Float[Tensor, "batch pos d_model"] | Start,
         return_type: Literal["logits", "loss", "both"] | None = "logits",
-        *,
-        graft: GraftLike = None,
-        attention_mask: Any = None,
+        loss_per_token: bool = False,
         prepend_bos: bool | None = None,
         padding_side: Padding | None = None,
-        loss_per_token: bool = False,
+        start_at_layer: Any = None,
+        tokens: Any = None,
+        shortformer_pos_embed: None = None,
+        attention_mask: Any = None,
         stop_at_layer: Any = None,
+        past_kv_cache: Any = None,
+        *,
+        graft: GraftLike = None,
     ) -> Any:
         """One forward pass under a graft.
 
         Args:
-            input: token ids [batch, pos], a text, a `Prompt`, or a list of texts or prompts.
+            input: token ids [batch, pos], a text, a `Prompt`, or a list of texts or prompts; with
+                `start_at_layer` the residual stream before that layer, [batch, pos, d_model].
             return_type: `logits` [batch, pos, d_vocab]; `loss`, the mean next-token cross-entropy
-                in nats; `both`; or None.
-            graft: a `Graft`, its one-line text, or a mask from `resolve`; None is the graft of the
-                surrounding `with model.grafted(…)`, else the base alone.
-            attention_mask: 1 for tokens, 0 for padding; only with token ids. Without one, token
-                ids that look padded are refused: see `batch`.
+                in nats; `both`, a pair that has them as `.logits` and `.loss`; or None.
+            loss_per_token: losses [batch, pos - 1] instead of their mean; padding gives 0.
             prepend_bos: for texts; None is `model.cfg.default_prepend_bos`, which leaves BOS to the
                 tokenizer unless it is set.
             padding_side: where texts of different lengths are padded; None is
                 `model.tokenizer.padding_side`, "right" unless it is set.
-            loss_per_token: losses [batch, pos - 1] instead of their mean; padding gives 0.
+            start_at_layer: an integer: run `model.blocks[start_at_layer:]` only, on the residual
+                stream that is given. Its rows are tokens without names, whose graft may speak of
+                numbers, `last` and `all`, unless `tokens` says what they are.
+            tokens: with `start_at_layer`, the prompts or tokens that the residual stream is of; a
+                loss needs them.
+            shortformer_pos_embed: nothing; none of the families has such positions.
+            attention_mask: 1 for tokens, 0 for padding; only with token ids or a residual stream.
+                Without one, token ids that look padded are refused: see `batch`.
             stop_at_layer: an integer: run `model.blocks[:stop_at_layer]` only and return the
                 residual stream [batch, pos, d_model]. 0 gives the embeddings, -1 the stream before
                 the last layer, the number of layers or more the stream after the last.
+            past_kv_cache: a `TransformerLensKeyValueCache` with keys and values of earlier
+                positions, to which those of this run are added unless it is frozen. A graft's
+                positions are those of this run's tokens; what is in the cache stays as it is.
+            graft: a `Graft`, its one-line text, or a mask from `resolve`; None is the graft of the
+                surrounding `with model.grafted(…)`, else the base alone.
 
         A prompt longer than the model's context runs with a warning where positions are rotary.
         Where sources have different vocabularies, a token that a source lacks has the logit -inf
@@ -283,64 +302,78 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
                 than its learned positions, or a strength other than 0 and 1 at q or k between
                 sources whose rotary tables differ.
         """
-        batch = self.batch(
-            input, attention_mask=attention_mask, prepend_bos=prepend_bos, padding_side=padding_side
-        )
-        mask = self.resolve(graft, batch)
-        self.refuse_lacking(batch, mask)
-        self.warn_beyond_context(max(batch.totals))
-        stop = None if stop_at_layer is None else whole(stop_at_layer, "stop_at_layer")
-        resid = self._residual(batch, mask, stop)
-        if stop is not None:
-            return resid
-        if return_type is None:
-            return None
-        logits = self.logits_from(resid, mask)
-        if return_type == "logits":
-            return logits
-        if return_type not in ("loss", "both"):
+        if return_type not in ("logits", "loss", "both", None):
             raise ValueError(
                 f'return_type={return_type!r}. Allowed: "logits", "loss", "both" or None. '
                 "A graft is given by name: graft=…"
             )
-        loss = self._loss(logits, batch, loss_per_token)
-        return loss if return_type == "loss" else (logits, loss)
+        start = self._start(
+            input,
+            start_at_layer,
+            tokens=tokens,
+            attention_mask=attention_mask,
+            prepend_bos=prepend_bos,
+            padding_side=padding_side,
+            past_kv_cache=past_kv_cache,
+        )
+        if return_type in ("loss", "both") and not start.has_tokens:
+            raise ValueError(
+                f"return_type={return_type!r} with start_at_layer needs to know the tokens. "
+                "Give them: tokens=…"
+            )
+        mask = self.resolve(graft, start.batch)
+        if start.resid is None:
+            self.refuse_lacking(start.batch, mask)
+        self.warn_beyond_context(start.longest)
+        stop = None if stop_at_layer is None else whole(stop_at_layer, "stop_at_layer")
+        resid = self.residual(start, mask, stop)
+        if isinstance(start.cache, GivenCache):
+            start.cache.remember(start.batch.real)
+        if stop is not None:
+            return resid
+        if return_type is None:
+            with self.active.run(mask):
+                self._normed(resid, mask)
+            return None
+        logits = self.logits_from(resid, mask)
+        if return_type == "logits":
+            return logits
+        batch = start.batch
+        real = torch.from_numpy(batch.real) if batch.padded else None
+        loss = self.loss_fn(logits, batch.tokens, real, loss_per_token)
+        return loss if return_type == "loss" else Output(logits, loss)
 
-    def _residual(
-        self,
-        batch: Batch,
-        mask: GraftMask,
-        stop_at_layer: int | None = None,
-        cache: KeyValueCache | None = None,
-        past: Bool[np.ndarray, "batch past"] | None = None,
+    def residual(
+        self, start: Start, mask: GraftMask, stop_at_layer: int | None = None
     ) -> Float[Tensor, "batch pos d_model"]:
-        """The residual stream after the last layer; `past` says which cached positions are real."""
+        """The residual stream after the last layer, or before `stop_at_layer`."""
         with self.active.run(mask):
             self._refuse_silent_hooks("run")
-            return self._run_layers(batch, mask, stop_at_layer, cache, past)
+            return self._run_layers(start, mask, stop_at_layer)
 
     def _run_layers(
-        self,
-        batch: Batch,
-        mask: GraftMask,
-        stop_at_layer: int | None,
-        cache: KeyValueCache | None,
-        past: Bool[np.ndarray, "batch past"] | None,
+        self, start: Start, mask: GraftMask, stop_at_layer: int | None
     ) -> Float[Tensor, "batch pos d_model"]:
-        tokens = batch.tokens.to(self.cfg.device, non_blocking=True)
-        counts = batch.position_ids() + (0 if past is None else past.sum(1, keepdims=True))
+        device, batch, keys, cache = self.cfg.device, start.batch, start.keys, start.cache
+        counts = batch.position_ids()
+        if start.past is not None:
+            counts = counts + start.past.sum(axis=1, keepdims=True)
         if counts.max() >= self.arch.n_ctx and self.arch.rotary_dim == 0:
             raise ValueError(
                 f"a prompt of {int(counts.max()) + 1} tokens is longer than the model's context of "
                 f"{self.arch.n_ctx}. Shorten it."
             )
-        positions = torch.from_numpy(counts).to(tokens.device, non_blocking=True)
-        resid = self._embedded(tokens, positions, mask)
-        keys = batch.real if past is None else np.concatenate([past, batch.real], axis=1)
-        order = AttentionOrder(keys, counts.shape[1], tokens.device)
-        run = Pass(mask, self._turning(resid, positions, counts), order, cache)
-        for block in self.blocks[:stop_at_layer]:
-            resid = block(resid, run)
+        if start.resid is None:
+            tokens = batch.tokens.to(device, non_blocking=True)
+            positions = torch.from_numpy(counts).to(device, non_blocking=True)
+            resid = self._embedded(tokens, positions, mask, start.embeds)
+        else:
+            resid = start.resid.to(device)
+        turned = counts if cache is None or cache.rotated else positions_of(keys)
+        order = AttentionOrder(keys, counts.shape[1], resid.device)
+        run = Pass(mask, turning_at(self.rotary, resid, turned), order, cache)
+        for block in self.blocks[start.layer : stop_at_layer]:
+            resid = block(resid, run=run)
         return resid
 
     def warn_beyond_context(self, longest: int) -> None:
@@ -352,89 +385,20 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
             )
 
     def _embedded(
-        self, tokens: Int[Tensor, "batch pos"], positions: Int[Tensor, "batch pos"], mask: GraftMask
+        self,
+        tokens: Int[Tensor, "batch pos"],
+        positions: Int[Tensor, "batch pos"],
+        mask: GraftMask,
+        embeds: Float[Tensor, "batch pos d_model"] | None = None,
     ) -> Float[Tensor, "batch pos d_model"]:
-        resid = self.hook_embed(self.embed(tokens, mask[C.EMBED, None]))
+        if embeds is None:
+            embeds = self.hook_embed(self.embed(tokens, mask[C.EMBED, None]))
+        resid: Tensor = embeds.to(self.cfg.device)
         if self.arch.rotary_dim:
             return resid
-        offsets = self.pos_embed(positions, mask[C.POS_EMBED, None])
+        chosen = mask[C.POS_EMBED, None]
+        offsets = self.pos_embed(tokens, positions=positions, chosen=chosen)
         return resid + self.hook_pos_embed(offsets)
-
-    @torch.no_grad()
-    def tree_logits(
-        self,
-        tree: TreeBatch,
-        keep: Callable[..., T],
-        rows: int = 256,
-        beside: Sequence[Int[np.ndarray, " final"]] = (),
-    ) -> list[T]:
-        """What `keep` makes of a token tree's logits, which never exist all at once.
-
-        Args:
-            tree: the trees to run.
-            keep: called with logits [row, d_vocab] and which of the final rows they are, in order;
-                then with the logits of those that `beside` names.
-            rows: how many rows are unembedded at a time.
-            beside: final rows to read with each final row, such as those of a reference run.
-
-        Raises:
-            ValueError: hooks are attached, which do not fit a tree's rows.
-            RuntimeError: they belong to a run of another thread or task.
-        """
-        self.active.check("pass")
-        hooked = [name for name, hook in self.hook_dict.items() if hook.has_hooks()]
-        if hooked:
-            raise ValueError(
-                f"hooks are attached at {first_of(hooked)}, "
-                "but a sweep's rows are not [batch, pos]: what a hook changed there would not mean "
-                "what it means in a run. Remove them (model.reset_hooks()), or run the grafts one "
-                "by one with model.run_with_hooks(…)."
-            )
-        shape = tree.shape
-        with self.active.run(shape.mask):
-            resid = self._embedded(tree.tokens, shape.positions, shape.mask)
-            turning = None
-            if self.rotary is not None:
-                turning = turning_of_tree(self.rotary, self.arch, resid, tree)
-            run = Pass(shape.mask, turning, tree=tree)
-            for block in self.blocks:
-                resid = block(resid, run)
-        final = resid.index_select(1, shape.final_rows)
-        kept = []
-        for start in range(0, final.shape[1], rows):
-            stop = min(start + rows, final.shape[1])
-            mask = shape.output_mask.pick(np.arange(start, stop)[None])
-            logits = self.logits_from(final[:, start:stop], mask)[0]
-            found = (
-                self._final_logits(final, shape, b[start:stop], (logits, start)) for b in beside
-            )
-            kept.append(keep(logits, slice(start, stop), *found))
-        return kept
-
-    def _final_logits(
-        self,
-        final: Float[Tensor, "1 final d_model"],
-        shape: TreeShape,
-        numbers: Int[np.ndarray, " row"],
-        known: tuple[Float[Tensor, "known d_vocab"], int],
-    ) -> Float[Tensor, "row d_vocab"]:
-        """Logits of final rows by number, each unembedded once.
-
-        `known` are logits that already exist, and the number of the first of them.
-        """
-        logits, first = known
-        wanted, place = np.unique(numbers, return_inverse=True)
-        here = (wanted >= first) & (wanted < first + len(logits))
-
-        def there(rows: Int[np.ndarray, " row"]) -> Tensor:
-            return torch.from_numpy(rows).to(final.device, non_blocking=True)
-
-        parts = [logits.index_select(0, there(wanted[here] - first))]
-        if not here.all():
-            mask = shape.output_mask.pick(wanted[~here][None])
-            parts.append(self.logits_from(final.index_select(1, there(wanted[~here])), mask)[0])
-        order = np.argsort(np.argsort(~here, kind="stable"))
-        return torch.cat(parts).index_select(0, there(order[place]))
 
     def logits_from(
         self, resid: Float[Tensor, "batch pos d_model"], mask: GraftMask
@@ -445,11 +409,15 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
             resid: rows of any layer.
             mask: what they ran under, cut to these rows (`mask.pick`).
         """
-        norm = mask.sites.get((C.LN_FINAL, None))
         with self.active.run(mask):
-            resid = self.ln_final(resid, norm)
-            logits = self.unembed(resid, mask[C.UNEMBED, None])
+            logits = self.unembed(self._normed(resid, mask), mask[C.UNEMBED, None])
         return self.apply_output_logits_transform(logits)
+
+    def _normed(
+        self, resid: Float[Tensor, "batch pos d_model"], mask: GraftMask
+    ) -> Float[Tensor, "batch pos d_model"]:
+        normed: Tensor = self.ln_final(resid, mask.sites.get((C.LN_FINAL, None)))
+        return normed
 
     @torch.no_grad()
     def logits_at(
@@ -468,29 +436,12 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         self.warn_beyond_context(max(batch.totals))
         width = batch.real.shape[1]
         rows = np.array([[i * width + c for i, cs in enumerate(columns) for c in cs]])
-        resid = self._residual(batch, mask).flatten(0, 1)
+        resid = self.residual(Start(batch), mask).flatten(0, 1)
         picked = resid.index_select(
             0, torch.from_numpy(rows[0]).to(resid.device, non_blocking=True)
         )
         logits = self.logits_from(picked[None], mask.pick(rows))[0]
         return list(logits.split([len(cs) for cs in columns]))
-
-    def _turning(
-        self, like: Tensor, positions: Int[Tensor, "batch pos"], counts: np.ndarray
-    ) -> Turning | None:
-        """The rotary tables of all sources at these positions."""
-        if self.rotary is None:
-            return None
-        return Turning(self.rotary, self.rotary.made(like, positions, counts))
-
-    def _loss(self, logits: Tensor, batch: Batch, per_token: bool) -> Tensor:
-        tokens = batch.tokens.to(logits.device)
-        losses = F.cross_entropy(
-            logits[:, :-1].flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="none"
-        ).view(len(tokens), -1)
-        weight = torch.from_numpy(batch.real[:, 1:] & batch.real[:, :-1]).to(losses)
-        losses = losses.where(weight > 0, 0.0)  # padding may be a token that a source lacks
-        return losses if per_token else losses.sum() / weight.sum()
 
     def run_with_cache(
         self,
@@ -508,19 +459,22 @@ class GraftedTransformer(Reading, Generation, Circuits, Hooking):
         Raises:
             RuntimeError: another thread or task runs the model, or has hooks on it.
         """
-        given = model_args[0] if model_args else kwargs.pop("input")
-        names = ("attention_mask", "prepend_bos", "padding_side")
-        batch = self.batch(given, **{n: kwargs.pop(n) for n in names if n in kwargs})
-        mask = self.resolve(graft, batch)
+        call = signature(self.forward)
+        rest = {name: kwargs.pop(name) for name in tuple(kwargs) if name not in call.parameters}
+        given = call.bind(*model_args, **kwargs).arguments
+        start = self._start(**{name: given.pop(name) for name in _START if name in given})
+        mask = self.resolve(graft, start.batch)
         if remove_batch_dim and mask.shape[0] != 1:
             raise ValueError(
                 f"remove_batch_dim=True with {mask.shape[0]} prompts: give one, or leave it out."
             )
         out, activations = super().run_with_cache(
-            batch, *model_args[1:], remove_batch_dim=remove_batch_dim, graft=mask, **kwargs
+            start, remove_batch_dim=remove_batch_dim, graft=mask, **given, **rest
         )
-        kept = np.atleast_1d(sliced(torch.arange(mask.shape[1]), kwargs.get("pos_slice"), 0))
-        activations.mask = mask = mask.take(None, kept)
+        if rest.get("pos_slice") is not None:
+            kept = np.atleast_1d(sliced(torch.arange(mask.shape[1]), rest["pos_slice"], 0))
+            mask = mask.take(None, kept)
+        activations.mask = mask
         if not return_cache_object:
             return out, activations
         return out, GraftedCache(activations, self, mask, has_batch_dim=not remove_batch_dim)

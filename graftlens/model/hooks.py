@@ -192,12 +192,13 @@ class Hooking(HookedRootModule):
         cache: dict[str, Tensor] | None = None,
         pos_slice: Any = None,
     ) -> Any:
-        """As in TransformerLens; a filter that matches no hook is an error.
+        """As in TransformerLens: a function that chooses no hook, or an empty list, caches nothing;
+        a name that does not exist is an error.
 
         Unless `cache` is given, the dictionary remembers the graft of the run that filled it, so
         that an `ActivationCache` made from it knows which weights to compute with.
         """
-        names = self._names(names_filter, "names_filter")
+        names = self._names(names_filter, "names_filter", may_be_none=True)
         cache = Activations() if cache is None else cache
         cached, *hooks = super().get_caching_hooks(names, incl_bwd, device, remove_batch_dim, cache)
         kept = None if pos_slice is None else Slice.unwrap(pos_slice)
@@ -214,19 +215,25 @@ class Hooking(HookedRootModule):
 
         return cached, *([(name, partial(keep, save=save)) for name, save in h] for h in hooks)
 
-    def _names(self, chosen: Any, what: str) -> list[str]:
+    def _names(self, chosen: Any, what: str, may_be_none: bool = False) -> list[str]:
         """The hook points' own names, of which TransformerLens 4 knows some by another one."""
         known = self.hook_dict
         silent = {n for n, p in known.items() if isinstance(p, FlaggedPoint) and not p.fires}
         if chosen is None or callable(chosen):
-            matching = [n for n in known if (chosen is None or chosen(n)) and n not in silent]
-            own = [n for n in matching if known[n].name == n]
-            if not matching:
+            matching = [n for n in known if chosen is None or chosen(n)]
+            firing = [n for n in matching if n not in silent]
+            own = [n for n in firing if known[n].name == n]
+            if not firing and may_be_none and matching:
+                first = matching[0]
+                raise SilentHookError(
+                    f"{what}: {first!r} does not fire, to save memory. {known[first].way}"
+                )
+            if not firing and not may_be_none:
                 raise ValueError(
                     f"{what} matches none of the {len(known)} hooks. Hook names look like "
                     '"blocks.0.hook_resid_post"; list(model.hook_dict) has them all.'
                 )
-            return own or [str(known[n].name) for n in matching]
+            return own or [str(known[n].name) for n in firing]
         names = [chosen] if isinstance(chosen, str) else list(chosen)
         for name in names:
             if name not in known:

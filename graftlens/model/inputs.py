@@ -58,11 +58,16 @@ class Batch:
 
     def position_ids(self) -> Int[np.ndarray, "batch pos"]:
         """Each row's own count from 0; padding gets 0."""
-        return np.where(self.real, np.cumsum(self.real, axis=1) - 1, 0)
+        return positions_of(self.real)
 
     def last_columns(self) -> tuple[int, ...]:
         """Per row, the column of the prompt's own last token."""
         return tuple(s + len(p) - 1 for s, p in zip(self.starts, self.prompts, strict=True))
+
+
+def positions_of(real: Bool[np.ndarray, "batch pos"]) -> Int[np.ndarray, "batch pos"]:
+    """Each row's own count of its tokens from 0; padding gets 0."""
+    return np.where(real, np.cumsum(real, axis=1) - 1, 0)
 
 
 #: What a run can be given: token tensors, texts, prompts, or a batch made of them.

@@ -485,9 +485,12 @@ class Norm(nn.Module):
         self.hook_normalized = HookPoint()
 
     def forward(
-        self, x: Float[Tensor, "*batch_pos_head width"], chosen: Choice | None
+        self, x: Float[Tensor, "*batch_pos_head width"], chosen: Choice | None = None
     ) -> Float[Tensor, "*batch_pos_head width"]:
-        dtype = x.dtype
+        """The norm of every row; called by itself, with the weights of the graft in force."""
+        dtype, places = x.dtype, x.shape[:-1]
+        if self.weight is not None and chosen is None:
+            chosen = self.active.rows(self.component, self.layer, places)
         x = x if dtype == torch.float64 else x.float()
         if self.arch.norm != "rms":
             x = x - x.mean(-1, keepdim=True)
@@ -497,8 +500,9 @@ class Norm(nn.Module):
             return x.to(dtype)
         keep = self.arch.norm_in_float32 or self.arch.norm == "layer"
         x = x if keep else x.to(dtype)
-        # RMSNorm over heads has one weight for all of a row's heads.
-        shape = (*x.shape[:2], *(1,) * (x.ndim - 3), x.shape[-1])
+        if self.layer is not None:  # a norm over heads has one weight for all of a row's heads
+            places = torch.Size((*places[:2], *(1,) * len(places[2:])))
+        shape = (*places, x.shape[-1])
         x = x * self._rows(self.weight, chosen, shape, self.arch.norm_offset, x.dtype)
         if self.bias is not None:
             x = x + self._rows(self.bias, chosen, shape, 0.0, x.dtype)
@@ -535,68 +539,6 @@ class Norm(nn.Module):
         vector = per_row(weight, chosen).to(dtype)
         vector = vector + offset if offset else vector
         return vector if vector.ndim == 1 else vector.reshape(shape)
-
-
-class Embed(nn.Module):
-    """Rows of an embedding table, each from the table of the source that the place uses."""
-
-    def __init__(self, weight: Sourced, scale: float = 1.0) -> None:
-        super().__init__()
-        self.weight = weight
-        self.scale = scale
-        self.equal = equal_sources(weight)
-
-    def forward(
-        self, ids: Int[Tensor, "batch pos"], chosen: Choice
-    ) -> Float[Tensor, "batch pos d_model"]:
-        out = self._looked_up(Gathered(ids.flatten()), chosen)
-        if self.scale != 1.0:
-            out = out * torch.tensor(self.scale, dtype=out.dtype)
-        return out.unflatten(0, ids.shape)
-
-    def _looked_up(self, ids: Gathered, chosen: Choice) -> Float[Tensor, "rows d_model"]:
-        def whole(rows: Tensor, source: int) -> Tensor:
-            return F.embedding(rows, self.weight.whole(source))
-
-        def adds(addition: Addition, out: Tensor, rows: Tensor, share: float) -> None:
-            out.add_(addition.looked_up(rows), alpha=share)
-
-        def by_row(chosen: Selection) -> Tensor:
-            out = by_source(ids, chosen, self.weight.alike, whole)
-            return with_additions(out, ids, chosen, self.weight, adds)
-
-        def blended(chosen: Strengthened) -> Tensor:
-            own = self._looked_up(ids, chosen.inner)
-            theirs = Selection.uniform(chosen.source, len(ids.x))
-            return mixed_with(chosen, own, lambda: by_row(theirs), self.equal)
-
-        return chosen.ask(rows=by_row, units=no_units, strengths=blended)
-
-
-class TokenEmbed(Embed):
-    """The token embedding, under HookedTransformer's name for its weight."""
-
-    def __init__(self, weight: Sourced, active: Active, scale: float) -> None:
-        super().__init__(weight, scale)
-        self.active = active
-
-    @property
-    def W_E(self) -> Float[Tensor, "d_vocab d_model"]:
-        """The base's table as stored, or that of a graft in force that is uniform here."""
-        return self.active.of(self.weight, C.EMBED, None)
-
-
-class PosEmbed(Embed):
-    """The position embedding, under HookedTransformer's name for its weight."""
-
-    def __init__(self, weight: Sourced, active: Active) -> None:
-        super().__init__(weight)
-        self.active = active
-
-    @property
-    def W_pos(self) -> Float[Tensor, "n_ctx d_model"]:
-        """The base's table, or that of a graft in force that is uniform here."""
-        return self.active.of(self.weight, C.POS_EMBED, None)
 
 
 def per_head_out(

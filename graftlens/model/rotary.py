@@ -229,8 +229,8 @@ class Turning:
     def __init__(
         self, rotary: Rotary, made: Sequence[CosSin], tree: TreeBatch | None = None
     ) -> None:
-        """`made` are cos and sin of every table, each [batch, pos, rotary_dim]; the rows of a
-        `tree` look their positions up in them."""
+        """`made` are cos and sin of every table, each [batch, pos, rotary_dim], of all keys, the
+        last of which are the queries' positions; the rows of a `tree` look theirs up in them."""
         self.rotary, self._made, self._tree = rotary, made, tree
         self._looked_up: dict[object, Sequence[CosSin]] = {}
         self._whose: dict[object, Bool[Tensor, "batch pos head_or_1 1"]] = {}
@@ -249,7 +249,7 @@ class Turning:
             needed = dict.fromkeys(slots[source] for source in chosen.sources)
         out: Tensor | None = None
         for slot in needed:
-            turned = rotate(x, *self._tables(layer, slot, side))
+            turned = rotate(x, *self._tables(layer, slot, side, x.shape[1]))
             if out is None:
                 out = turned
             else:
@@ -257,9 +257,10 @@ class Turning:
         assert out is not None, "every row runs some source"
         return out
 
-    def _tables(self, layer: int, slot: int, side: int) -> CosSin:
+    def _tables(self, layer: int, slot: int, side: int, n_rows: int) -> CosSin:
         if self._tree is None:
-            return self._made[slot]
+            cos, sin = self._made[slot]
+            return cos[:, -n_rows:], sin[:, -n_rows:]
         rows = self._tree[layer]  # layers of equal rows are one object
         if (rows, slot) not in self._looked_up:
             self._looked_up[rows, slot] = rows.turned(*self._made[slot])
@@ -283,6 +284,16 @@ class Turning:
             there = torch.from_numpy(has).to(x.device, non_blocking=True)
             self._whose[key] = there.reshape(*x.shape[:2], -1, 1)
         return self._whose[key]
+
+
+def turning_at(
+    rotary: Rotary | None, like: Tensor, counts: Int[np.ndarray, "batch pos"]
+) -> Turning | None:
+    """The tables of all sources at the positions `counts`; None with learned positions."""
+    if rotary is None:
+        return None
+    positions = torch.from_numpy(counts).to(like.device, non_blocking=True)
+    return Turning(rotary, rotary.made(like, positions, counts))
 
 
 def turning_of_tree(rotary: Rotary, arch: Architecture, like: Tensor, tree: TreeBatch) -> Turning:

@@ -18,6 +18,8 @@ from graftlens.graft import Graft
 from graftlens.model.active import Active, said
 from graftlens.model.arch import Architecture
 from graftlens.model.cache import masked_at
+from graftlens.model.choice import merged
+from graftlens.model.embeddings import looked_up
 from graftlens.model.forward import TransformerBlock, per_query_head
 from graftlens.model.linear import Linear, per_head_in, per_head_out, per_row
 from graftlens.model.mask import GraftMask
@@ -192,14 +194,41 @@ class WeightViews(HookedRootModule):
     def tokens_to_residual_directions(
         self, tokens: str | int | Int[Tensor, "*shape"]
     ) -> Float[Tensor, "*places d_model"]:
-        """The unembedding vectors of tokens: the base's, or those of a uniform graft in force.
+        """The unembedding vectors of tokens: the base's, or those of a graft in force.
+
+        Under a mask in force (`with model.grafted(cache.mask)`) that differs by position, each
+        place has its own: [batch, pos, d_model], of tokens [batch, pos], or of one token, one per
+        prompt [batch] or one per position [pos].
 
         As in TransformerLens, `ln_final`'s weight is not folded in: multiply by `ln_final.w` for
         the true direction of the logit.
+
+        Raises:
+            ValueError: positions differ under the graft in force, and it is not resolved, or these
+                are not tokens of its places.
         """
         ids = self.to_single_token(tokens) if isinstance(tokens, str) else tokens
         index = torch.as_tensor(ids, device=self.cfg.device)
-        return self.unembed.W_U.T[index.squeeze() if index.numel() == 1 else index]
+        index = index.squeeze() if index.numel() == 1 else index
+        mask, equal = self.active.current, self.unembed.linear.equal
+        if not isinstance(mask, GraftMask):
+            return self.unembed.W_U.T[index]
+        chosen = mask[C.UNEMBED, None]
+        if len({merged(mixture, equal) for mixture in chosen.mixtures}) == 1:
+            return self.unembed.W_U.T[index]
+        if index.ndim == 1 and len(index) == mask.shape[0]:
+            index = index[:, None]
+        try:
+            index = index.expand(mask.shape)
+        except RuntimeError:
+            raise ValueError(
+                f"tokens of shape {list(index.shape)} under graft {str(mask.graft)!r}, for which "
+                f"the positions of its batch of {list(mask.shape)} use different unembeddings. "
+                "Give one token, one per prompt, or one per position."
+            ) from None
+        return looked_up(self.unembed.linear.weight, index.flatten(), chosen).unflatten(
+            0, mask.shape
+        )
 
     def accumulated_bias(
         self, layer: int, mlp_input: bool = False, include_mlp_biases: bool = True
