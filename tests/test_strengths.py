@@ -921,6 +921,9 @@ def test_masks_with_tensors_of_strengths_say_what_runs(tiny: MakeTiny) -> None:
     assert by_head.shares("o", 1)[1].tolist() == [[0] * 7]
     assert by_head[site].rows_of(1).tolist() == [0, 2]
     assert by_head[site].only() is None
+    # Of strengths upon strengths, the rows that in the end have a share.
+    twice = by_head.strengthened("pre", {o: torch.tensor([0.0, 0.0, 1.0, *[0.5] * 4])})
+    assert [twice[site].rows_of(source).tolist() for source in (0, 1)] == [list(range(7)), [0]]
     whole = model.resolve("sft @ all", batch)
     again = whole.strengthened("sft", {o: torch.rand(LENGTH)})
     assert again[site].only() == 1

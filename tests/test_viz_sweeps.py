@@ -327,5 +327,36 @@ def test_what_a_plot_of_strengths_refuses():
         sweeps.dose_response(table.drop(columns="strength"))
     with pytest.raises(ValueError, match=r"2 rows for strength 2 of 'sft': pass the rows of one"):
         sweeps.dose_response(table, series="source")
-    with pytest.raises(ValueError, match="no graft has a value of 'recovery' and a value in"):
+    with pytest.raises(ValueError, match="no graft but the references has a value in 'strength'"):
         sweeps.dose_response(table.assign(strength=None))
+
+
+def test_the_full_run_is_a_point_of_its_own_graft_at_other_strengths():
+    """Regression: lines over a grid at all positions had no point at strength 1."""
+    names = {"none": "none", "SFT": "sft @ all", "0.5*sft @ last": "0.5*sft @ last"}
+    names |= {f"doses: {s}*sft @ all": f"{s}*sft @ all" for s in (0, 2)}
+    rows = [
+        {"prompt": n, "graft": name, "rule": rule, "base_run": "none", "full_run": "SFT"}
+        | {"logprob": -3.0 + value + n / 10, "reason": None}
+        for n in range(4)
+        for value, (name, rule) in enumerate(names.items())
+    ]
+    table = stats.summarise(pd.DataFrame(rows), by=(), ks=(), metrics=("logprob",), resamples=50)
+    for options in ({}, {"series": "span"}):
+        found = series(sweeps.dose_response(table, **options))
+        assert [list(line.x) for line in found.values()] == [[0.5], [0, 1, 2]]
+        assert list(found)[1] == ("all" if options else "doses: sft @ all")
+        assert found[list(found)[1]].y[1] == 1
+    # Beside its own strength 1 it is a reference, as everywhere.
+    twin = table[table["graft"] == "SFT"].assign(graft="doses: sft @ all")
+    (line,) = sweeps.dose_response(pd.concat([table[table["span"] != "last"], twin])).data
+    assert list(line.x) == [0, 1, 2]
+    assert sweeps.has_doses(table[table["graft"] != "doses: 0*sft @ all"], "recovery")
+
+
+def test_a_dose_response_of_prompts_that_did_not_run_is_empty():
+    """Regression: an experiment with a template that no graft could run failed while drawing."""
+    values = ["recovery", "recovery_low", "recovery_high"]
+    (one, two) = sweeps.dose_response(doses().assign(**dict.fromkeys(values, np.nan))).data
+    assert len(one.x) == len(two.x) == len(DOSES)
+    assert all(value is None or np.isnan(value) for value in one.y)

@@ -565,13 +565,9 @@ class Strengthened(Choice):
         return self._moved(inner, mine, source, equal)
 
     def rows_of(self, source: int, equal: Equal | None = None) -> Int[np.ndarray, " some_rows"]:
-        strength = _numbers(self.strength).reshape(len(self.strength), -1)
-        found = np.zeros(len(strength), dtype=bool)
-        for units, selection in self.inner.parts():
-            mine = strength if units is None or not self.by_unit else strength[:, list(units)]
-            share = selection.share(source, equal)[:, None]
-            found |= (self._moved(share, mine, source, equal) != 0).any(1)
-        return np.flatnonzero(found)
+        like = self.strength.new_empty(0, dtype=torch.float64)
+        shares = _numbers(self.shares_on(source, _n_units(self), like, equal))
+        return np.flatnonzero((shares != 0).any(1))
 
     def only(self, equal: Equal | None = None) -> int | None:
         only = self.inner.only(equal)
@@ -595,6 +591,15 @@ class Strengthened(Choice):
         index = torch.from_numpy(rows).to(self.strength.device)
         bias = None if self.bias is None else self.bias[index]
         return Strengthened(self.inner.pick(rows), self.source, self.strength[index], bias)
+
+
+def _n_units(chosen: Choice) -> int:
+    """How many units a choice tells apart; 1 where all of a row run the same."""
+    return chosen.ask(
+        rows=lambda _: 1,
+        units=lambda by_unit: sum(len(units) for units, _ in by_unit.groups),
+        strengths=lambda mixed: mixed.strength.shape[1] if mixed.by_unit else _n_units(mixed.inner),
+    )
 
 
 def _numbers(strength: Tensor) -> np.ndarray:

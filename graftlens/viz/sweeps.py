@@ -209,8 +209,9 @@ def dose_response(
     """`metric` of each graft against its strength, with intervals: how much of it is needed?
 
     A strength of 0 changes nothing, 1 takes the source's weights, and what lies beyond amplifies
-    the difference. Dotted lines are at the two runs between which recovery is measured. Grafts
-    without a value in `strength` are left out.
+    the difference. Dotted lines are at the two runs between which recovery is measured; such a run
+    is also a point of the line of its own rule at other strengths. Grafts without a value in
+    `strength` are left out.
 
     Args:
         summary: of one group of prompts, of a sweep's table or of `evaluate`'s. Grafts with several
@@ -226,14 +227,11 @@ def dose_response(
     for column in ("strength", *([series] if series is not None else [])):
         check_column(summary, column, _OF_GRIDS, kind="summary")
     ends = are_references(summary)
-    kept = summary[~ends & summary["strength"].notna() & summary[metric].notna()]
-    if series is not None:
-        kept = kept[kept[series].notna()]
-    if kept.empty:
-        raise ValueError(f"no graft has a value of {metric!r} and a value in 'strength'")
-    what = kept["graft"].astype(str) if series is None else kept[series].astype(str)
-    at = kept["strength"].astype(float)
-    kept = kept.assign(**{_LINE: [_FACTOR.sub("", name, 1) for name in what], _DOSE: at})
+    points = _points(summary, series)
+    if points.empty:
+        raise ValueError("no graft but the references has a value in 'strength'")
+    # Prompts of which none ran have no values: as in the other plots, axes without points.
+    kept = points[points[metric].notna()] if points[metric].notna().any() else points
     for (name, dose), count in kept.value_counts([_LINE, _DOSE], sort=False).items():
         if count > 1:
             raise ValueError(
@@ -277,15 +275,45 @@ def dose_response(
 
 _LINE, _DOSE = "__line", "__dose"
 
+#: What tells grafts apart but for their strengths, in the tables of sweeps and of experiments.
+_RULE = [
+    *("source", "span", "position", "component", "layer", "head", "neuron"),
+    *("grid", "rate", "draw"),
+]
+
 
 def has_doses(summary: pd.DataFrame, metric: str) -> bool:
     """Whether `dose_response` has a line to draw: some graft at several strengths, each once."""
     if "strength" not in summary:
         return False
-    kept = summary[~are_references(summary) & summary["strength"].notna() & summary[metric].notna()]
-    names = [_FACTOR.sub("", str(name), 1) for name in kept["graft"]]
-    doses = kept["strength"].astype(float).groupby(names)
+    points = _points(summary[summary[metric].notna()])
+    doses = points.groupby(_LINE)[_DOSE]
     return bool((doses.nunique() > 1).any() and (doses.nunique() == doses.size()).all())
+
+
+def _points(summary: pd.DataFrame, series: str | None = None) -> pd.DataFrame:
+    """The rows of a dose response, with the line and the strength of each.
+
+    A run that recovery is measured between is a point only where the same rule was run at other
+    strengths (`sft @ all` beside `0.5*sft @ all`).
+    """
+    rows = summary[summary["strength"].notna()]
+    rows = rows if series is None else rows[rows[series].notna()]
+    names = (rows["graft"] if series is None else rows[series]).astype(str)
+    lines: list[str | None] = [_FACTOR.sub("", name, 1) for name in names]
+    rules = list(rows.reindex(columns=_RULE).astype(str).itertuples(index=False, name=None))
+    ends, doses = are_references(rows).tolist(), rows["strength"].astype(float).tolist()
+    own = [i for i, end in enumerate(ends) if not end]
+    line_of = {rules[i]: lines[i] for i in own}
+    there = {(lines[i], doses[i]) for i in own}
+    known = "source" in rows and bool({"span", "position"} & {*rows})
+    for i, end in enumerate(ends):
+        if end:
+            line = line_of.get(rules[i]) if known else None
+            lines[i] = None if (line, doses[i]) in there else line
+    made = rows.assign(**{_LINE: lines, _DOSE: doses})
+    made = made.iloc[sorted(range(len(made)), key=ends.__getitem__)]  # lines in the grafts' order
+    return made[made[_LINE].notna()]
 
 
 def _line(series: str | None, name: object, index: int) -> theme.Line:
