@@ -44,6 +44,7 @@ app = typer.Typer(
     help="Find out where a language model keeps what it learned in finetuning.",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
 
@@ -85,7 +86,9 @@ def demo(
 
 @app.command()
 def finetune(
-    config: Annotated[Path, typer.Argument(help="YAML file: the recipe, and the data.")],
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="The recipe, and the data.")
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings that override those of the file."),
@@ -388,7 +391,9 @@ def report(
     typer.echo(str(compare_runs(runs, out, metric=metric).resolve()))
 
 
-data_app = typer.Typer(no_args_is_help=True, help="Make datasets of facts.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="Make datasets of facts.", rich_markup_mode="markdown"
+)
 app.add_typer(data_app, name="data")
 
 

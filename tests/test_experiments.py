@@ -1185,6 +1185,7 @@ def test_a_dry_run_says_what_would_be_trained(base, ran, place):
         )
         assert "part      positions" in text
         assert "part      title_and_preposition" in text
+        assert f"          sft = {store}/models/sft-" in text, "not the model that stands in"
     assert not (place / "dry" / "models").exists()
 
 

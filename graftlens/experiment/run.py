@@ -211,7 +211,9 @@ def describe_experiment(
         lines += [
             "",
             f"part      {name}",
-            describe(planned.checked(name, trained=False, measures=own)),
+            describe(
+                planned.checked(name, trained=False, measures=own), planned.sweeps[name].sources
+            ),
         ]
     return "\n".join(lines)
 

@@ -390,6 +390,8 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
         with warnings.catch_warnings():
             # Tied embeddings, which PEFT warns about, are untied before the merge.
             warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
+            # PEFT asks by a name that transformers has renamed.
+            warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")
             adapter = PeftModel(model, config)
         state = adapter.state_dict()
         wanted: dict[str, Tensor] = get_peft_model_state_dict(

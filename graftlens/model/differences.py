@@ -1,4 +1,4 @@
-"""How sources differ from the base in what no number comes from, or in what can be carried.
+"""How sources differ from the base in what affects no number, or in what can be carried.
 
 What differs and cannot be carried exactly is refused in `pairing.py`; all else is told, here.
 """
@@ -96,7 +96,7 @@ def lacking(common: int) -> str:
     """What is done about tokens that only some sources have."""
     return (
         "a token that a source lacks has the logit -inf where it unembeds; KL, JS, entropy and "
-        f"attribution are over the {common} tokens of all sources, renormalised"
+        f"attribution are over the {common} tokens that all sources have, renormalised"
     )
 
 

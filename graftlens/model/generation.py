@@ -210,10 +210,10 @@ class Generation:
         repetition_penalty: float = 1.0,
         stop_strings: str | Sequence[str] | None = None,
     ) -> Iterator[Any]:
-        """Continue prompts and hand out what there is while it goes on; the options of `generate`.
+        """Continue prompts and yield the new tokens in pieces; the options are those of `generate`.
 
         Args:
-            input: as in `generate`, but for embeddings.
+            input: as in `generate`, except embeddings.
             max_new_tokens: most tokens to add.
             max_tokens_per_yield: how many tokens (the prompt's among them, the first time) are
                 gathered before they are handed out.

@@ -558,12 +558,15 @@ def describe_sweep(
     return describe(checked_as_given(config, overrides, own_measures(measures))[0])
 
 
-def describe(checked: Checked) -> str:
-    """What a sweep would do, as text for people: sources, prompts, grafts, cells and the plan."""
+def describe(checked: Checked, sources: Mapping[str, str] | None = None) -> str:
+    """What a sweep would do, as text for people: sources, prompts, grafts, cells and the plan.
+
+    `sources` says where the models will be, if others stand in for them in `checked`."""
     config, arch = checked.config, checked.arch
+    located = sources or config.sources
     base, *others = config.sources
-    lines = [f"sources   {base} = {config.sources[base]} (the base)"]
-    lines += [f"          {name} = {config.sources[name]}" for name in others]
+    lines = [f"sources   {base} = {located[base]} (the base)"]
+    lines += [f"          {name} = {located[name]}" for name in others]
     heads = f"{arch.n_heads} heads" + (
         f" ({arch.n_kv_heads} key-value)" if arch.n_kv_heads != arch.n_heads else ""
     )

@@ -150,7 +150,7 @@ class TrustReport:
             ranks = "" if c.ranks is None else ", rank {} and {}".format(*c.ranks)
             lines.append(f"    prompt {c.prompt} under {c.graft!r}: {_worst([c])}{ranks}")
         if self.differences:
-            lines.append("  the sources differ in what no number comes from, or what is carried:")
+            lines.append("  how the sources differ, and what was done about it:")
             lines += [f"    {d.source}: {d.key}: {d.handling}, {d.done}" for d in self.differences]
         lines.append(f"  could not be run: {sum(r.count for r in self.refused)} cells")
         lines += [
