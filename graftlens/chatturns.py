@@ -130,7 +130,12 @@ class Turns:
             loops.append(None)
             return ""
 
-        def at(item: Any) -> str:
+        def at(item: Any, *lists: Any) -> str:
+            if isinstance(item, int):  # `messages[i]`
+                found = (
+                    one[item] for one in lists if isinstance(one, list) and 0 <= item < len(one)
+                )
+                item = next((message for message in found if isinstance(message, Mapping)), None)
             number = next((i for i, message in enumerate(given) if message is item), None)
             if number is None and isinstance(item, Mapping) and "role" in item:
                 number = FOREIGN
@@ -406,13 +411,25 @@ def reads(source: str) -> set[str]:
 
 
 class _Loops(NodeTransformer):
-    """Has a template say at each round of its loops which message it is at."""
+    """Has a template say at each round of its loops which message it is at.
+
+    A loop may go through the messages, or through their numbers.
+    """
 
     def visit_For(self, node: nodes.For) -> list[nodes.Node]:
         self.generic_visit(node)
         target = node.target
-        item = nodes.Name(target.name, "load") if isinstance(target, nodes.Name) else None
-        node.body.insert(0, _said(_AT, item or nodes.Const(None)))
+        at: list[nodes.Expr] = [nodes.Const(None)]
+        if isinstance(target, nodes.Name):
+            indexed = {
+                found.node.name
+                for found in node.find_all(nodes.Getitem)
+                if isinstance(found.node, nodes.Name)
+                and isinstance(found.arg, nodes.Name)
+                and found.arg.name == target.name
+            }
+            at = [nodes.Name(name, "load") for name in (target.name, *sorted(indexed))]
+        node.body.insert(0, _said(_AT, *at))
         return [_said(_ENTER), node, _said(_LEFT)]
 
 

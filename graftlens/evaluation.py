@@ -39,7 +39,7 @@ def position_grafts(
         kind: `fact`, or `chat` for prompts that are conversations (`Prompt.chat`): what the system
             and the user say, what the chat template writes, the last token, and the complements.
             `entity` plays no part there. Where a role says nothing, its complement is every token,
-            and a graft of it alone cannot be run.
+            and a graft of it alone has no numbers but a reason in tables.
         prompts: of kind `chat`, the conversations to graft: roles that say nothing in any of them
             are left out, with a warning.
 
@@ -148,7 +148,8 @@ def evaluate(
 
     Raises:
         ValueError: no prompts or grafts; a graft that the model cannot run; a graft that fails on
-            every prompt (such as a misspelt span).
+            every prompt (such as a misspelt span). One of a role that speaks in none of the
+            conversations gives rows with that reason, and a warning, unless it is a reference.
     """
     if isinstance(prompts, Prompt | str):
         prompts = [prompts]

@@ -137,6 +137,8 @@ class Prompt:
             )
         if not isinstance(self.template, str):
             raise ValueError(f"template={self.template!r}: write a text.")
+        if not isinstance(self.name, str | None):
+            raise ValueError(f"name={self.name!r}: write a text, or leave it out.")
         if not isinstance(self.fields, Mapping):
             raise ValueError(
                 f"fields={self.fields!r}: write a mapping, such as {{'first_entity': 'Ann'}}."
@@ -520,10 +522,10 @@ def _tokenize_chat(prompt: Prompt, tokenizer: Any, prepend_bos: bool | None) -> 
                     )
                 found_at = there[0][0], there[-1][1]
                 spans.setdefault(name, []).append(_occurrence(text, covered, name, *found_at))
-    added = offsets[0] == (0, 0)  # a BOS token that the template did not write
+    added = offsets[0] == covered[0] == (0, 0)  # a BOS token that the template did not write
     named = {**spans, **_roles(rendered, covered)}
     if rendered.turns is not None:
-        named["turn"] = _turns(rendered.turns, offsets, int(added))
+        named["turn"] = _turns(rendered.turns, offsets, covered, int(added))
     return Tokenized(
         tuple(ids), {**{n: tuple(r) for n, r in named.items()}, **standard}, prompt, text
     )
@@ -560,11 +562,16 @@ def _roles(
 
 
 def _turns(
-    turns: Sequence[tuple[int, int]], offsets: Sequence[tuple[int, int]], first: int
+    turns: Sequence[tuple[int, int]],
+    offsets: Sequence[tuple[int, int]],
+    covered: Sequence[tuple[int, int]],
+    first: int,
 ) -> list[tuple[int, ...]]:
     """The tokens that begin in each turn, from the position `first` on."""
     starts, done = [], 0
-    for a, _ in offsets:
+    for (a, b), (low, high) in zip(offsets, covered, strict=True):
+        if a == b and low < high:
+            a = low  # white space that the tokenizer leaves out of offsets
         done = max(done, a)  # a token without a width is where the one before it is
         starts.append(done)
     return [

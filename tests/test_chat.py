@@ -42,7 +42,8 @@ from graftlens.model.identity import tokenizer_digest
 from graftlens.model.tokenizers import with_chat_template
 from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, Tokenized, _covered, tokenize
-from graftlens.sweep.config import SweepConfig, check, load_config
+from graftlens.stats import summarise
+from graftlens.sweep.config import ConfigError, SweepConfig, check, load_config
 from graftlens.sweep.promptsets import ChatFormat, PromptColumn, PromptSection
 from graftlens.sweep.results import as_given, read_manifest, read_results, revived
 from graftlens.sweep.runner import prepare_sweep, run_sweep, work
@@ -816,6 +817,51 @@ def test_position_grafts_of_a_chat(chatty: Tiny) -> None:
         assert row["logprob"] == pytest.approx(float(logits[row["target_id"]]), abs=1e-4)
 
 
+def test_position_grafts_run_on_chats_without_a_system_message(chatty: Tiny) -> None:
+    talks = [Prompt.chat([USER], answer=answer) for answer in (" Bo", " Mara")]
+    grafts = position_grafts("sft", kind="chat")
+    with pytest.warns(UserWarning, match="2 of 20 rows .* as system says nothing in this conv"):
+        table = evaluate(chatty.model, talks, grafts, progress=False)
+    silent = table[table["graft"] == "system"]
+    assert silent["reason"].str.contains("system selects no position, as system says").all()
+    assert silent[["rank", "logprob", "answer_logprob"]].isna().all().all()
+    ran = table[table["graft"] != "system"]
+    assert ran["reason"].isna().all()
+    assert len(ran) == 18
+    others = {name: graft for name, graft in grafts.items() if name != "system"}
+    alone = evaluate(chatty.model, talks, others, progress=False)
+    assert [*ran["answer_logprob"]] == [*alone["answer_logprob"]]
+    # Every prompt counts, as the graft that ran on none is left out.
+    with pytest.warns(UserWarning, match="graft 'system' ran on no prompt and is left out"):
+        summary = summarise(table)
+    pd.testing.assert_frame_equal(summary, summarise(alone))
+    assert {*summary["n"]} == {2}
+    assert {*summarise(table, grafts=["PRE", "system", "SFT"])["n"]} == {0}
+
+
+@pytest.mark.parametrize(
+    "graft", ["sft @ sytem", "sft @ system#2", "sft @ system & [99]", "sft @ user & last"]
+)
+def test_only_silence_excuses_a_graft_that_no_prompt_can_run(chatty: Tiny, graft: str) -> None:
+    with pytest.raises(ValueError, match="can be run on none of 1 prompts"):
+        evaluate(
+            chatty.model,
+            Prompt.chat([USER], answer="!"),
+            {"a": graft, "b": "sft @ all"},
+            progress=False,
+        )
+
+
+def test_a_reference_has_to_run(chatty: Tiny) -> None:
+    talk = Prompt.chat([USER], answer="!")
+    with pytest.raises(ValueError, match="graft 'a' can be run on none of 1 prompts"):
+        evaluate(
+            chatty.model, talk, {"a": "sft @ system", "b": "sft @ all"}, full="a", progress=False
+        )
+    with pytest.warns(UserWarning, match="1 of 3 rows"):
+        evaluate(chatty.model, talk, {"a": "sft @ system#1 | sft @ last"}, progress=False)
+
+
 def test_the_readmes_conversation_is_evaluated(chatty: Tiny) -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     block = readme.split("<!-- chat -->\n```python\n")[1].split("```\n<!-- /chat -->")[0]
@@ -982,6 +1028,29 @@ def test_a_sweep_of_conversations_equals_them_one_by_one(
     # The same command again: nothing is left to run, and nothing is another sweep.
     run_sweep(config, tmp_path / "out", progress=False, say=lambda line: None)
     pd.testing.assert_frame_equal(read_results(tmp_path / "out"), table)
+
+
+def test_a_sweep_of_chats_without_a_system_message(places: dict[str, str], tmp_path: Path) -> None:
+    config = {
+        "sources": places,
+        "prompts": [{"messages": [USER], "answer": " Mara"}],
+        "grafts": {str(name): graft for name, graft in position_grafts(kind="chat").items()},
+    }
+    with pytest.warns(
+        UserWarning, match=r"grafts\.system: none of 1 prompts can run it.*says noth"
+    ):
+        run_sweep(
+            SweepConfig.model_validate(config),
+            tmp_path / "out",
+            progress=False,
+            say=lambda line: None,
+        )
+    table = read_results(tmp_path / "out")
+    assert [*table.loc[table["reason"].notna(), "graft"]] == ["system"]
+    assert len(table) == 10
+    for wrong in ({"full": "system"}, {"grafts": {"a": "sft @ sytem"}}):
+        with pytest.raises(ConfigError, match="none of 1 prompts can run it"):
+            check(SweepConfig.model_validate(config | wrong))
 
 
 def test_a_dataset_s_column_is_drawn_by_the_seed(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from graftlens.graft import Graft
 from graftlens.model.mask import select
 from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, dated, tokenize
+from graftlens.sweep.prepared import joined_answers
 
 SYSTEM = {"role": "system", "content": "Be."}
 A, B, C = (
@@ -283,9 +284,34 @@ def test_turns(number: int) -> None:
     assert list(tokenize(prompt, tokenizer).ids) == theirs["input_ids"]
 
 
-def test_messages_that_are_written_by_index_have_no_turns() -> None:
+@pytest.mark.parametrize("start", [0, 1])
+def test_turns_of_messages_that_are_written_by_index(start: int) -> None:
     template = (
-        "{% for i in range(messages|length) %}{% set m = messages[i] %}<s>{{ m.role }}<p>"
+        "{% for t in range(2) %}{{ t }}{% endfor %}{% set rest = messages[START:] %}"
+        "{% for i in range(rest|length) %}<s>{{ rest[i].role }}<p>{% set before = rest[i - 1] %}"
+        "{% for k in range(2) %}{{ k }}{% endfor %}{{ rest[i]['content'] }}<e>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant<p>{% endif %}"
+    ).replace("START", str(start))
+    conversation = Prompt.chat([A, *MANY[1:]] if start else MANY).conversation
+    assert conversation is not None
+    if start:
+        template = "{{ messages[0].content }}" + template
+    rendered = render(conversation, tokenizer_with(template))
+    assert rendered.turns is not None
+    turns = [rendered.text[a:b] for a, b in rendered.turns]
+    first = "a01" if start else "<s>system<p>01Be.<e>"
+    assert turns == [
+        first,
+        "<s>user<p>01a<e>",
+        "<s>assistant<p>01b<e>",
+        "<s>user<p>01c<e>",
+        "<s>assistant<p>",
+    ]
+
+
+def test_messages_that_are_written_by_a_reckoned_index_have_no_turns() -> None:
+    template = (
+        "{% for i in range(messages|length) %}{% set m = messages[i + 0] %}<s>{{ m.role }}<p>"
         "{{ m.content }}<e>{% endfor %}{% if add_generation_prompt %}<s>assistant<p>{% endif %}"
     )
     tokens = tokenize(Prompt.chat(MANY), tokenizer_with(template))
@@ -474,3 +500,25 @@ def test_of_several_templates_the_one_for_tools_is_followed() -> None:
     assert dated([Prompt.chat([A])], tokenizer) is None
     with pytest.raises(PromptError, match=r"refuses this conversation: .*multiple chat templates"):
         tokenize(Prompt.chat([A]), tokenizer)
+
+
+# -- white space that a tokenizer leaves out of its tokens' offsets --------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama3", "gpt2", "gemma"])
+def test_white_space_at_a_conversations_ends_is_in_a_turn(name: str) -> None:
+    tokenizer = TOKENIZERS[name]()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }};{% endfor %}"
+    prompt = Prompt.chat([{**A, "content": " q"}], prefill="The end ")
+    tokens = tokenize(prompt, tokenizer)
+    assert tokens.text == " q;The end "
+    runs = tokens.spans["turn"]
+    assert sorted(i for run in runs for i in run) == [*range(len(tokens))]
+    assert [tokenizer.decode([tokens.ids[i] for i in run]) for run in runs] == [" q;", "The end "]
+
+
+def test_only_an_answer_that_goes_on_after_a_prefill_may_continue_its_word() -> None:
+    ended = Prompt.chat([A, B], answer="c")
+    begun = Prompt.chat([A], prefill="b", answer="c")
+    assert joined_answers([ended, Prompt.chat([A], answer="c")]) is None
+    assert "the answer 'c' continues the prompt's last word" in str(joined_answers([begun]))

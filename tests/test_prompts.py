@@ -541,6 +541,13 @@ def test_malformed_answers_are_refused(arguments: dict[str, Any], message: str) 
         Prompt("a", **arguments)
 
 
+def test_a_name_is_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    wrong: Any = 3
+    with pytest.raises(ValueError, match=r"^name=3: write a text, or leave it out"):
+        Prompt("a", name=wrong)
+
+
 @pytest.mark.parametrize("what", ["answers", "distractors"])
 @pytest.mark.parametrize("texts", [None, {" Bo", " Cy"}, {" Bo": 1}, 3])
 def test_lists_of_texts_have_an_order(

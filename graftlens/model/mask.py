@@ -383,12 +383,38 @@ def select(rule: Rule, prompt: Tokenized, total: int | None = None) -> Bool[np.n
     except ValueError as error:
         raise PromptError(f"rule {str(rule)!r}: {error}") from None
     if not chosen.any():
-        silent = [r for r in ROLES if r in rule.at.names() and not any(spans.get(r, [()]))]
         none = f"none of the {total} positions"
-        if silent:  # without numbers, so that all such prompts have one reason
+        if silent := _silent(rule, prompt):  # without numbers, so that such prompts have one reason
             none = f"no position, as {' and '.join(silent)} says nothing in this conversation"
         raise PromptError(
             f"rule {str(rule)!r}: {rule.at} selects {none}. Change the positions, or leave the "
             "rule out."
         )
     return chosen
+
+
+def _silent(rule: Rule, prompt: Tokenized) -> list[str]:
+    """The roles that a rule names and that say nothing in a conversation."""
+    return [
+        role for role in ROLES if role in rule.at.names() and not any(prompt.spans.get(role, [()]))
+    ]
+
+
+def silenced(graft: Graft, prompt: Tokenized) -> bool:
+    """Whether a conversation cannot run a graft for no other reason than that a role says nothing.
+
+    Such a graft is as it should be; one that names an unknown span is not.
+    """
+    failing = []
+    for rule in graft.rules:
+        try:
+            select(rule, prompt)
+        except PromptError:
+            failing.append(rule)
+    for rule in failing:
+        speaking = dict.fromkeys(_silent(rule, prompt), prompt.spans["all"])
+        try:
+            select(rule, replace(prompt, spans={**prompt.spans, **speaking}))
+        except PromptError:
+            return False
+    return bool(failing)

@@ -16,7 +16,7 @@ from graftlens.stats.table import (
     check_metrics,
     check_units,
     checked_table,
-    choose_grafts,
+    choose_run,
     column_of,
     end_places,
     graft_facts,
@@ -78,6 +78,7 @@ def summarise(
     an error, because its mean would be over other prompts.
 
     Args:
+        grafts: the grafts to summarise; by default all but those that ran on no prompt at all.
         base, full: the grafts between which recovery is measured; by default those that the table
             names (`evaluate` and `read_results` do), else PRE and SFT.
 
@@ -99,7 +100,7 @@ def summarise(
     table = checked_table(table, (*by, *draw.columns, *map(column_of, wanted)))
     check_groups(table, by)
     check_units(table, unit)
-    chosen = choose_grafts(table, grafts)
+    chosen = choose_run(table, grafts, (base, full))
     ends = None
     if base is not None and full is not None and recovery is not None:
         ends = end_places(chosen, base, full, "recovery=None")

@@ -1,5 +1,6 @@
 """The results table, checked, and its numbers as an array: prompts × grafts."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -158,6 +159,7 @@ def _parts(rule: object) -> dict[str, object]:
 
 
 def choose_grafts(table: pd.DataFrame, grafts: Sequence[str] | None) -> list[str]:
+    """The names asked for, which the table must have; by default all."""
     known = list(pd.unique(table["graft"]))
     if grafts is None:
         return known
@@ -167,6 +169,29 @@ def choose_grafts(table: pd.DataFrame, grafts: Sequence[str] | None) -> list[str
     if len(set(grafts)) < len(grafts) or not grafts:
         raise ValueError(f"grafts {listed(list(grafts))}: name at least one graft, and each once")
     return list(grafts)
+
+
+def choose_run(
+    table: pd.DataFrame, grafts: Sequence[str] | None, ends: Sequence[str | None]
+) -> list[str]:
+    """As `choose_grafts`; by default without those that ran on no prompt at all, with a warning.
+
+    Else no prompt would count, as each has to have run under every graft.
+
+    Args:
+        ends: the references, which are kept.
+    """
+    chosen = choose_grafts(table, grafts)
+    if grafts is not None:
+        return chosen
+    ran = set(table.loc[table["reason"].isna(), "graft"])
+    idle = [name for name in chosen if name not in ran and name not in ends]
+    if not ran or not idle:
+        return chosen
+    why = table.loc[table["graft"] == idle[0], "reason"].iloc[0]
+    more = f" (And {len(idle) - 1} more.)" if idle[1:] else ""
+    warnings.warn(f"graft {idle[0]!r} ran on no prompt and is left out: {why}{more}", stacklevel=4)
+    return [name for name in chosen if name not in idle]
 
 
 def check_by(name: str) -> None:

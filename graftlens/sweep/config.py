@@ -24,7 +24,7 @@ from graftlens.metrics import Measure
 from graftlens.model.arch import Architecture
 from graftlens.model.inputs import collate
 from graftlens.model.load import preview
-from graftlens.model.mask import multiplies_far, resolve, select, sites_of
+from graftlens.model.mask import multiplies_far, resolve, select, silenced, sites_of
 from graftlens.model.smollm2 import located
 from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, Tokenized, dated, doubled_bos
@@ -316,8 +316,9 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
 
     Reads the sources' configs and tokenizer, never their weights. The graft without rules and the
     second source everywhere are added where they are missing: recovery is measured between them.
-    A graft that fails on some prompts only is kept; its cells there get a reason. `measures` are
-    the user's own, which the config may name.
+    A graft that fails on some prompts only is kept; its cells there get a reason. So is one of a
+    role that speaks in none of the conversations, with a warning. `measures` are the user's own,
+    which the config may name.
 
     Raises:
         ConfigError: everything that is wrong, at once.
@@ -377,7 +378,8 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
         first = next(iter(unready.values()))
         problems.append(("", f"none of the {len(prompts)} prompts can be run. The first: {first}"))
     tokens = [scored.tokens for scored in ready]
-    problems += _unfit(where_given, tuple(config.sources), arch, tokens)
+    needed = [grafts[name] for name in chosen.values() if name in grafts]
+    problems += _unfit(where_given, tuple(config.sources), arch, tokens, needed)
     if problems:
         raise ConfigError(*problems)
     return Checked(
@@ -472,11 +474,16 @@ def _unfit(
     sources: Sequence[str],
     arch: Architecture,
     prompts: Sequence[Tokenized],
+    needed: Collection[Graft],
 ) -> _Problems:
-    """Grafts that this architecture cannot run, or that no prompt can; the first of each place."""
+    """Grafts that this architecture cannot run, or that no prompt can; the first of each place.
+
+    A graft of a role that speaks in none of the conversations is told only, unless it is `needed`.
+    """
     able: dict[At, Bool[np.ndarray, " prompts"]] = {}
     fit: set[Rule] = set()
     found: dict[str, list[str]] = {}
+    silent: list[str] = []
     for graft, where in where_given.items():
         try:
             for rule in graft.rules:
@@ -496,9 +503,15 @@ def _unfit(
                     select(rule, prompts[0])  # one of them says what the first prompt lacks
         except PromptError as error:
             what = f"none of {len(prompts)} prompts can run it. The first: {error}"
-            found.setdefault(where, []).append(what)
+            if graft not in needed and all(silenced(graft, prompt) for prompt in prompts):
+                silent.append(f"{where}: {what}")
+            else:
+                found.setdefault(where, []).append(what)
         except ValueError as error:
             found.setdefault(where, []).append(str(error))
+    if silent:
+        more = f" (And {len(silent) - 1} more grafts like it.)" if silent[1:] else ""
+        warnings.warn(silent[0] + more, stacklevel=3)
     return [
         (where, first + (f" (And {len(rest)} more grafts like it.)" if rest else ""))
         for where, (first, *rest) in found.items()

@@ -159,7 +159,12 @@ def refuse_another_day(folder: Path, known: Mapping[str, Any]) -> None:
 
 def joined_answers(prompts: Sequence[Prompt]) -> str | None:
     """A note on answers that continue the prompt's last word, which is rarely intended."""
-    edges = [prompt.text[-1] + (prompt.answer or " ")[0] for prompt in prompts]
+    edges = [
+        prompt.text[-1] + (prompt.answer or " ")[0]
+        if prompt.conversation is None or prompt.conversation.begun
+        else ""  # the chat template ends the last message
+        for prompt in prompts
+    ]
     numbers = [i for i, edge in enumerate(edges) if edge.isascii() and edge.isalnum()]
     if not numbers:
         return None

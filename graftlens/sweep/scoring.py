@@ -14,6 +14,7 @@ from graftlens.graft import Graft
 from graftlens.metrics import Measure, always_measured
 from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.mask import silenced
 from graftlens.model.tree import TreeBatch, TreeShape
 from graftlens.prompts import Prompt
 from graftlens.sweep.cells import Cells, asked_for
@@ -68,6 +69,7 @@ class Scorer:
                 f"top_k={top_k}: write a number from 1 to the vocabulary's {model.arch.d_vocab}."
             )
         self.model, self.grafts, self.say = model, dict(grafts), say
+        self.needed = [*(references or {}).values()]
         self.prepared = prepared or Prepared(
             model.tokenizer, model.arch, model.prepends_bos(prepend_bos), answers, distractors
         )
@@ -105,7 +107,8 @@ class Scorer:
         """One row per (prompt, graft), in their order, with `columns`.
 
         Raises:
-            ValueError: with `strict`, a graft that no prompt can run; nothing has run then.
+            ValueError: with `strict`, a graft that no prompt can run, unless what is missing is
+                only a role that speaks in none of the conversations; nothing has run then.
         """
         ready, unready = self._ready(prompts)
         names = list(self.grafts)
@@ -155,7 +158,10 @@ class Scorer:
     def _refuse_idle(self, ready: Sequence[Scored], cells: Cells) -> None:
         reasons = cells.reason[[cells.of[scored.number] for scored in ready]]
         for name, column in zip(self.grafts, reasons.T, strict=True):
-            if all(reason is not None for reason in column):
+            if any(reason is None for reason in column):
+                continue
+            graft = self.grafts[name]
+            if graft in self.needed or not all(silenced(graft, s.tokens) for s in ready):
                 raise ValueError(
                     f"graft {name!r} can be run on none of {len(ready)} prompts: {column[0]}"
                 )
