@@ -145,6 +145,52 @@ def test_a_cache_of_keys_and_values_is_continued(
         _close(found, sequential_graft(t.sources, row, choose))
 
 
+def test_a_cache_of_keys_and_values_outlives_runs_that_fail(tiny: MakeTiny) -> None:
+    """Entries of the layers that had run kept what a failed run had added."""
+    model = tiny("llama").model
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, 2)
+    model(TOKENS[:, :5], past_kv_cache=cache, graft="sft @ [1]")
+
+    def fail(value: Tensor, hook: Any) -> None:
+        raise KeyError(hook.name)
+
+    for name in ("blocks.1.hook_mlp_out", "unembed.hook_out"):
+        with pytest.raises(KeyError, match=name), model.hooks([(name, fail)]):
+            model(TOKENS[:, 5:], past_kv_cache=cache)
+        assert {e.past_values.shape[1] for e in cache.entries} == {5}
+        assert cache.previous_attention_mask.shape == (2, 5)
+    found = model(TOKENS[:, 5:], past_kv_cache=cache, graft="sft @ last")
+    _close(found, model(TOKENS, graft="sft @ [1] + last")[:, 5:])
+
+
+def test_a_cache_that_layers_do_not_share_is_refused(tiny: MakeTiny) -> None:
+    model = tiny("llama").model
+    cache = TransformerLensKeyValueCache.init_cache(model.cfg, model.cfg.device, 2)
+    model(TOKENS[:, :5], past_kv_cache=cache, stop_at_layer=2)
+    with pytest.raises(ValueError, match="0 earlier positions in layer 2, but 5 in the first"):
+        model(TOKENS[:, 5:], past_kv_cache=cache)
+    model.set_ungroup_grouped_query_attention(True)
+    try:
+        with pytest.raises(ValueError, match="2 key-value heads, but 4 are hooked separately"):
+            model(TOKENS[:, 5:], past_kv_cache=cache)
+    finally:
+        model.set_ungroup_grouped_query_attention(False)
+
+
+@SHAPES
+def test_the_residual_made_by_hand_has_each_places_embeddings(tiny: MakeTiny, variant: str) -> None:
+    model = tiny(variant).model
+    graft = _fit(GRAFT, model)
+    with model.grafted(model.resolve(graft, TOKENS)):
+        found, none = model.get_residual(model.embed(TOKENS), model.get_pos_offset(None, 2))
+        assert none is None
+        _close(found, model(TOKENS, stop_at_layer=0))
+    wanted = _rows("embed", lambda p, weight: weight[TOKENS[1, p]], model.W_E)
+    if variant == "gpt2":
+        wanted = wanted + _rows("pos_embed", lambda p, weight: weight[p], model.W_pos)
+    _close(found[1], wanted)
+
+
 def test_what_a_run_cannot_start_from_is_refused(tiny: MakeTiny) -> None:
     model = tiny("llama").model
     x = torch.zeros(2, N, model.cfg.d_model)
@@ -558,6 +604,24 @@ def test_pieces_add_up_to_what_is_generated(tiny: MakeTiny) -> None:
             t.model.generate_stream(prompts, 3, **wrong)
     with pytest.raises(ValueError, match="which embeddings do not have"):
         t.model.generate_stream(torch.zeros(1, 2, 24))
+
+
+def test_transformerlens_assertions_are_refusals_here(tiny: MakeTiny) -> None:
+    """Code that catches its AssertionError goes on working."""
+    model = tiny("llama").model
+    x = torch.zeros(2, N, model.cfg.d_model)
+    for wrong in (
+        lambda: model.generate(TOKENS, do_sample=True, top_k=0),
+        lambda: model(x, "loss", start_at_layer=1),
+        lambda: model.set_use_attn_in(True),
+        lambda: model.set_tokenizer("gpt2"),
+        lambda: model.to_string([5]),
+    ):
+        with pytest.raises(AssertionError) as caught:
+            wrong()
+        assert isinstance(caught.value, ValueError)
+    both = model.generate(TOKENS, 2, output_logits=True, return_dict_in_generate=True)
+    assert torch.equal(both.sequences, model.generate(TOKENS, 2, return_dict_in_generate=True))
 
 
 def test_a_bar_is_shown_only_where_it_is_asked_for(

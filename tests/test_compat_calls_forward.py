@@ -125,6 +125,8 @@ FORWARD: dict[str, Call] = {
     "in two, padded": lambda m, g: _padded_twice(m, g),
     "in two, hooks": lambda m, g: _second_cached(m, g),
     "in two, from a layer": lambda m, g: _from_a_layer(m, g),
+    "in two, upper half after lower": lambda m, g: _in_halves(m, g),
+    "residual": lambda m, g: _residual_by_hand(m, g),
     "loss_fn": lambda m, g: [
         m.loss_fn(m(TOKENS, **g), TOKENS),
         m.loss_fn(m(TOKENS, **g), TOKENS, per_token=True),
@@ -184,6 +186,32 @@ def _from_a_layer(model: Any, g: dict[str, Any]) -> list[Tensor]:
         model(x[:, :6], start_at_layer=0, past_kv_cache=cache, attention_mask=ones[:, :6], **g),
         model(x[:, 6:], start_at_layer=0, past_kv_cache=cache, attention_mask=ones, **g),
     ]
+
+
+def _in_halves(model: Any, g: dict[str, Any]) -> list[Any]:
+    """Each piece first through the lower layers, then through the upper ones, with one cache."""
+    cache, outs = _cache_of(model), []
+    for piece in (TOKENS[:, :6], TOKENS[:, 6:]):
+        given = {"past_kv_cache": cache, **g}
+        ones = torch.ones_like(piece)
+        middle = model(piece, stop_at_layer=2, attention_mask=ones, **given)
+        before = cache.previous_attention_mask.long()
+        outs.append(model(middle, start_at_layer=2, attention_mask=before, **given))
+    return [*outs, [e.past_keys for e in cache.entries], cache.previous_attention_mask.long()]
+
+
+def _residual_by_hand(model: Any, g: dict[str, Any]) -> list[Any]:
+    cache, ones = _cache_of(model), torch.ones_like(TOKENS)
+    model(TOKENS[:, :7], past_kv_cache=cache, attention_mask=ones[:, :7], **g)
+    with under(model, g.get("graft")):
+        embed = model.embed(TOKENS)
+        return [
+            model.get_pos_offset(None, 2),
+            model.get_pos_offset(cache, 2),
+            model.get_residual(embed, 0),
+            model.get_residual(embed, 3, tokens=TOKENS, return_shortformer_pos_embed=False),
+            model.get_residual(embed, 0, attention_mask=_padded())[0][_padded().bool()],
+        ]
 
 
 @pytest.mark.parametrize("call", FORWARD)

@@ -130,7 +130,9 @@ class Calls:
         """A start that goes on from TransformerLens's own cache, if there is one."""
         if given is None:
             return start
-        cache = GivenCache.of(self.arch, given, len(start.batch.real), self.rotary, before)
+        cache = GivenCache.of(
+            self.arch, given, len(start.batch.real), self.rotary, before, start.layer
+        )
         return Start(
             start.batch,
             start.layer,
@@ -186,6 +188,47 @@ class Calls:
         elif attention_mask is None and not start.batch.padded and not left:
             return resid, tokens, None, None
         return resid, tokens, None, torch.from_numpy(start.keys).to(tokens)
+
+    def get_pos_offset(self: Any, past_kv_cache: Any, batch_size: int) -> int:
+        """How many positions a cache of keys and values has, 0 where there is none.
+
+        Raises:
+            ValueError: something else, or the cache of another batch or model.
+        """
+        if past_kv_cache is None:
+            return 0
+        return int(GivenCache.of(self.arch, past_kv_cache, batch_size, None).past.shape[1])
+
+    def get_residual(
+        self: Any,
+        embed: Float[Tensor, "batch pos d_model"],
+        pos_offset: int,
+        prepend_bos: bool | None = None,
+        attention_mask: Tensor | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+        return_shortformer_pos_embed: bool = True,
+        device: Any = None,
+    ) -> Float[Tensor, "batch pos d_model"] | tuple[Float[Tensor, "batch pos d_model"], None]:
+        """The residual stream before the first layer: token embeddings, and those of positions
+        where they are learned, of the graft in force.
+
+        Args:
+            embed: what `model.embed(tokens)` gives.
+            pos_offset: how many positions came before, as `get_pos_offset` says.
+            prepend_bos, device: nothing, as in HookedTransformer 3.9.
+            attention_mask: 1 for tokens, 0 for padding, earlier positions included.
+            tokens: nothing that `embed` does not say.
+            return_shortformer_pos_embed: return a pair; its second is None, as none of the families
+                has such positions.
+
+        Raises:
+            ValueError: as `model.pos_embed`, called by itself.
+        """
+        resid = embed
+        if self.arch.rotary_dim == 0:
+            places = torch.zeros(embed.shape[:2], dtype=torch.long, device=embed.device)
+            resid = embed + self.hook_pos_embed(self.pos_embed(places, pos_offset, attention_mask))
+        return (resid, None) if return_shortformer_pos_embed else resid
 
     def loss_fn(
         self,

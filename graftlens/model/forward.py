@@ -182,6 +182,11 @@ class Attention(nn.Module):
         return self.layer
 
     @property
+    def attn_type(self) -> str:
+        """`local` where this layer's attention has a window, else `global`."""
+        return "global" if self.arch.windows[self.layer] is None else "local"
+
+    @property
     def attn_scale(self) -> float:
         """What this layer's attention scores are divided by."""
         return 1 / self.arch.attn_scales[self.layer]
@@ -329,6 +334,11 @@ class MLP(nn.Module):
 
     def _linears(self) -> dict[Component, Linear]:
         return {C.MLP_IN: self.mlp_in, C.MLP_OUT: self.mlp_out}
+
+    @property
+    def act_fn(self) -> nn.Module:
+        """The non-linearity, under HookedTransformer's name."""
+        return self.act
 
     def _inside(self) -> tuple[HookPoint, ...]:
         return tuple(getattr(self, hook) for hook in self.HOOKS)

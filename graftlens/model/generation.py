@@ -14,7 +14,7 @@ from graftlens.components import Component
 from graftlens.model.decoding import Decoder, left_padded
 from graftlens.model.inputs import Batch, Input, Padding
 from graftlens.model.mask import GraftLike, GraftMask
-from graftlens.model.reading import tell, whole
+from graftlens.model.reading import AssertedError, tell, whole
 from graftlens.model.sampling import Sampling, StopStrings, count_tokens
 from graftlens.prompts import Prompt, Tokenized
 
@@ -54,7 +54,7 @@ class Generation:
     @torch.no_grad()
     def generate(
         self: Any,
-        input: Input | Float[Tensor, "batch pos d_model"],
+        input: Input | Float[Tensor, "batch pos d_model"] = "",
         max_new_tokens: int = 10,
         stop_at_eos: bool = True,
         eos_token_id: int | Sequence[Any] | Tensor | None = None,
@@ -76,6 +76,7 @@ class Generation:
         stop_strings: str | Sequence[str] | None = None,
         new_only: bool = False,
         output_logits: bool = False,
+        return_dict_in_generate: bool | None = None,
         return_cache: bool = False,
         names_filter: Any = None,
     ) -> Any:
@@ -117,6 +118,7 @@ class Generation:
             new_only: leave out the prompt and return only what was added.
             output_logits: return transformers' `GenerateDecoderOnlyOutput` instead: `sequences`
                 are the tokens, `logits` one [batch, d_vocab] per new token, before any penalty.
+            return_dict_in_generate: nothing, as in HookedTransformer 3.9: `output_logits` decides.
             return_cache: return a pair, the second the `ActivationCache` of one more run of
                 everything, new tokens included, under what ran at each position.
             names_filter: which activations it has, as in `run_with_cache`.
@@ -133,7 +135,7 @@ class Generation:
             PromptError, ValueError: as `forward`, or an option outside its range.
         """
         if return_type not in ("input", "str", "tokens", "embeds"):
-            raise ValueError(
+            raise AssertedError(
                 f'return_type={return_type!r}. Allowed: "input", "str", "tokens" or "embeds".'
             )
         input = list(input) if isinstance(input, Iterator) else input
@@ -188,7 +190,7 @@ class Generation:
 
     def generate_stream(
         self: Any,
-        input: Input | Float[Tensor, "batch pos d_model"],
+        input: Input | Float[Tensor, "batch pos d_model"] = "",
         max_new_tokens: int = 10,
         max_tokens_per_yield: int = 25,
         stop_at_eos: bool = True,
@@ -231,7 +233,9 @@ class Generation:
             PromptError, ValueError: as `generate`, before the first piece is asked for.
         """
         if return_type not in ("input", "str", "tokens"):
-            raise ValueError(f'return_type={return_type!r}. Allowed: "input", "str" or "tokens".')
+            raise AssertedError(
+                f'return_type={return_type!r}. Allowed: "input", "str" or "tokens".'
+            )
         if whole(max_tokens_per_yield, "max_tokens_per_yield") < 1:
             raise ValueError(f"max_tokens_per_yield={max_tokens_per_yield}: write a number from 1.")
         if isinstance(input, Tensor) and input.ndim == 3:

@@ -38,7 +38,7 @@ from graftlens.model.mask import GraftLike, GraftMask, resolve
 from graftlens.model.passes import AttentionOrder, GivenCache, Pass
 from graftlens.model.points import FlaggedPoint
 from graftlens.model.probe import probe
-from graftlens.model.reading import Reading, tell, whole
+from graftlens.model.reading import AssertedError, Reading, tell, whole
 from graftlens.model.rotary import Rotary, turning_at
 from graftlens.model.source import Source
 from graftlens.model.treeruns import TreeRuns
@@ -317,7 +317,7 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
             past_kv_cache=past_kv_cache,
         )
         if return_type in ("loss", "both") and not start.has_tokens:
-            raise ValueError(
+            raise AssertedError(
                 f"return_type={return_type!r} with start_at_layer needs to know the tokens. "
                 "Give them: tokens=…"
             )
@@ -326,9 +326,26 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
             self.refuse_lacking(start.batch, mask)
         self.warn_beyond_context(start.longest)
         stop = None if stop_at_layer is None else whole(stop_at_layer, "stop_at_layer")
+        if not isinstance(start.cache, GivenCache):
+            return self._output(start, mask, stop, return_type, loss_per_token)
+        try:
+            out = self._output(start, mask, stop, return_type, loss_per_token)
+        except BaseException:
+            start.cache.restore()
+            raise
+        start.cache.remember(start.batch.real)
+        return out
+
+    def _output(
+        self,
+        start: Start,
+        mask: GraftMask,
+        stop: int | None,
+        return_type: Literal["logits", "loss", "both"] | None,
+        loss_per_token: bool,
+    ) -> Any:
+        """What `forward` returns of a run whose arguments are resolved."""
         resid = self.residual(start, mask, stop)
-        if isinstance(start.cache, GivenCache):
-            start.cache.remember(start.batch.real)
         if stop is not None:
             return resid
         if return_type is None:
@@ -632,6 +649,10 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
     def cpu(self) -> "GraftedTransformer":
         """Move to the CPU."""
         return self.to("cpu")
+
+    def mps(self) -> "GraftedTransformer":
+        """Move to Apple's GPU."""
+        return self.to("mps")
 
 
 def _no_graft(value: object) -> str:

@@ -16,6 +16,7 @@ from graftlens.model.active import Active
 from graftlens.model.arch import Architecture
 from graftlens.model.cache import Activations
 from graftlens.model.points import FlaggedPoint, SilentHookError
+from graftlens.model.reading import AssertedError
 
 #: Hooks of a layer that TransformerLens 4 looks up at its attention, as its own models have them.
 _AT_ATTENTION = ("hook_attn_in", "hook_q_input", "hook_k_input", "hook_v_input")
@@ -66,7 +67,7 @@ class Hooking(HookedRootModule):
         """
         grouped = self.arch.n_heads != self.arch.n_kv_heads
         if use_attn_in and grouped and not self.cfg.ungroup_grouped_query_attention:
-            raise ValueError(
+            raise AssertedError(
                 f"hook_attn_in needs as many key-value heads as heads; here they are "
                 f"{self.arch.n_kv_heads} and {self.arch.n_heads}. Use set_use_split_qkv_input, or "
                 "set_ungroup_grouped_query_attention first."

@@ -46,6 +46,7 @@ class GivenCache:
         batch_size: int,
         rotary: Rotary | None,
         past: Tensor | None = None,
+        first: int = 0,
     ) -> None:
         """Check that the cache fits.
 
@@ -55,6 +56,8 @@ class GivenCache:
             batch_size: of what runs now.
             rotary: the tables of all sources.
             past: which earlier positions are tokens, [batch, past]; None is all.
+            first: the entry of the first layer that runs, which says how many positions came
+                before.
 
         Raises:
             ValueError: a cache of another batch, or of a model of another shape, or sources whose
@@ -67,7 +70,7 @@ class GivenCache:
                 "model.generate(…)."
             )
         self.entries = entries
-        keys = entries[0].past_keys
+        keys = entries[first].past_keys
         wanted = (batch_size, arch.n_kv_heads, arch.d_head)
         if (keys.shape[0], *keys.shape[2:]) != wanted:
             raise ValueError(
@@ -80,6 +83,7 @@ class GivenCache:
         if past is not None and len(past) == batch_size and past.shape[1] >= keys.shape[1]:
             known = past[:, : keys.shape[1]].detach().cpu().numpy() != 0
         self._of: TransformerLensKeyValueCache | None = None
+        self._before = [(entry.past_keys, entry.past_values) for entry in entries]
         #: Which earlier positions are tokens.
         self.past: Bool[np.ndarray, "batch past"] = known
 
@@ -91,8 +95,10 @@ class GivenCache:
         batch_size: int,
         rotary: Rotary | None,
         past: Tensor | None = None,
+        layer: int | None = None,
     ) -> "GivenCache":
-        """The cache of a whole model; `past` overrides what it knows of padding.
+        """The cache of a whole model, for a run that begins at `layer`; `past` overrides what it
+        knows of padding.
 
         Raises:
             ValueError: something else, or a cache that does not fit.
@@ -108,14 +114,39 @@ class GivenCache:
                 "Make one with TransformerLensKeyValueCache.init_cache(model.cfg, …)."
             )
         known = cache.previous_attention_mask if past is None else past
-        made = cls(arch, cache.entries, batch_size, rotary, known)
+        first = min(slice(layer, None).indices(arch.n_layers)[0], arch.n_layers - 1)
+        made = cls(arch, cache.entries, batch_size, rotary, known, first)
         made._of = cache
         return made
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all positions, `k` and `v` being the new ones'."""
-        found = self.entries[layer if self._of is not None else 0].append(k, v)
+        """Keys and values of all positions, `k` and `v` being the new ones'.
+
+        Raises:
+            ValueError: a layer that has others than the layers before it, or heads in another
+                number, as with `ungroup_grouped_query_attention`.
+        """
+        entry = self.entries[layer if self._of is not None else 0]
+        n_past, n_heads = entry.past_keys.shape[1:3]
+        if n_heads != k.shape[2]:
+            raise ValueError(
+                f"the cache has {n_heads} key-value heads, but {k.shape[2]} are hooked separately. "
+                "Turn that off: model.set_ungroup_grouped_query_attention(False)."
+            )
+        if n_past != self.past.shape[1]:
+            raise ValueError(
+                f"the cache has {n_past} earlier positions in layer {layer}, but "
+                f"{self.past.shape[1]} in the first layer of this run: a run that left layers out "
+                "(stop_at_layer, start_at_layer) has filled only some. Run those layers, too, or "
+                "make a new cache."
+            )
+        found = entry.append(k, v)
         return found[0], found[1]
+
+    def restore(self) -> None:
+        """Take out what a run has added, which did not come to its end."""
+        for entry, (keys, values) in zip(self.entries, self._before, strict=True):
+            entry.past_keys, entry.past_values = keys, values
 
     def remember(self, real: Bool[np.ndarray, "batch pos"]) -> None:
         """Which of the new positions are tokens, for the runs to come."""

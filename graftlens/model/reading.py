@@ -50,8 +50,8 @@ def whole(value: Any, what: str) -> int:
         raise ValueError(f"{what}={value!r}: write a whole number, or leave it out.") from None
 
 
-class NoTokenError(ValueError, AssertionError):
-    """A token that there is not; TransformerLens's own models raise an AssertionError."""
+class AssertedError(ValueError, AssertionError):
+    """What is refused where TransformerLens's own models raise an AssertionError."""
 
 
 def _listed(tokens: Any) -> Any:
@@ -209,7 +209,7 @@ class Reading:
 
     def _tokenizer(self) -> Any:
         if self.tokenizer is None:
-            raise ValueError(
+            raise AssertedError(
                 "this model was loaded without a tokenizer, so it runs token tensors only. "
                 "Load it with tokenizer=…, or set model.tokenizer."
             )
@@ -346,12 +346,12 @@ class Reading:
         tokens = self.to_tokens(input, prepend_bos, padding_side) if texts else input
         rows = np.atleast_2d(np.array(_listed(tokens)))
         if len(rows) != 1:
-            raise NoTokenError(f"{len(rows)} prompts: a position is that of one prompt.")
+            raise AssertedError(f"{len(rows)} prompts: a position is that of one prompt.")
         if isinstance(single_token, str):
             single_token = self.to_single_token(single_token)
         found = np.flatnonzero(rows[0] == int(single_token))
         if not len(found):
-            raise NoTokenError(
+            raise AssertedError(
                 f"The token does not occur in the prompt: {int(single_token)} is none of "
                 f"{rows[0].tolist()}."
             )
@@ -364,7 +364,7 @@ class Reading:
             ValueError: something that is not a Hugging Face tokenizer, or another side.
         """
         if not hasattr(tokenizer, "padding_side") or not callable(tokenizer):
-            raise ValueError(
+            raise AssertedError(
                 f"{type(tokenizer).__name__} is not a tokenizer. Give one of transformers' fast "
                 "tokenizers."
             )
@@ -383,14 +383,18 @@ class Reading:
         """
         ids, _ = encode(string, self._tokenizer(), prepend_bos=False)
         if len(ids) != 1:
-            raise NoTokenError(
+            raise AssertedError(
                 f"{string!r} is {len(ids)} tokens ({ids}), not one. "
                 "Check the leading space, or take one of model.to_tokens(…, prepend_bos=False)."
             )
         return ids[0]
 
     def to_single_str_token(self, token: int) -> str:
-        """The text of one token id."""
-        text = self.to_string([token])
+        """The text of one token id.
+
+        Raises:
+            ValueError: something that is not a whole number.
+        """
+        text = self.to_string([whole(token, "token")])
         assert isinstance(text, str)
         return text

@@ -8,6 +8,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from graftlens.model.reading import AssertedError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -46,9 +48,11 @@ class Sampling:
             if not (_is_number(value) and low <= value < math.inf):
                 raise ValueError(f"{name}={value!r}: write {allowed}.")
         if self.top_k is not None and (not _is_whole(self.top_k) or self.top_k < 1):
-            raise ValueError(f"top_k={self.top_k!r}: write a whole number from 1, or None.")
+            raise AssertedError(f"top_k={self.top_k!r}: write a whole number from 1, or None.")
         if self.top_p is not None and not (_is_number(self.top_p) and 0 < self.top_p <= 1):
-            raise ValueError(f"top_p={self.top_p!r}: write a number above 0 and up to 1, or None.")
+            raise AssertedError(
+                f"top_p={self.top_p!r}: write a number above 0 and up to 1, or None."
+            )
         if self.top_k is not None and self.top_p is not None:
             raise ValueError(
                 f"top_k={self.top_k} and top_p={self.top_p}: give one of them. (TransformerLens "
