@@ -147,8 +147,9 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
         """Load two or more sources of one architecture, and check each against its own model.
 
         Args:
-            sources: name -> hub id, checkpoint folder, PEFT adapter folder, transformers model,
-                `TransformerBridge` or (TransformerLens 3.9) `HookedTransformer`, the base first.
+            sources: name -> hub id, checkpoint folder, GGUF file, PEFT adapter folder, transformers
+                model, `PeftModel`, `TransformerBridge` or (TransformerLens 3.9)
+                `HookedTransformer`, the base first.
             tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own. The
                 model's pads on the right, however it was saved; set
                 `model.tokenizer.padding_side` to pad elsewhere.

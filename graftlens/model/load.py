@@ -77,9 +77,9 @@ def load(
     """Read two or more sources of one architecture, and check that they make a pair.
 
     Args:
-        sources: name -> source, the base first. A source is a hub id, a checkpoint folder, a
-            PEFT/LoRA adapter folder (applied to the base), a transformers model, a
-            `TransformerBridge` without compatibility mode, or with TransformerLens 3.9 a
+        sources: name -> source, the base first. A source is a hub id, a checkpoint folder, a GGUF
+            file, a PEFT adapter folder (applied to the base), a transformers model, a `PeftModel`,
+            a `TransformerBridge` without compatibility mode, or with TransformerLens 3.9 a
             `HookedTransformer` whose weights were not processed.
         tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own.
         chat_template: what writes conversations, as Jinja's text or a file that holds it; otherwise
@@ -91,9 +91,9 @@ def load(
 
     Raises:
         PairError: sources that differ in what no component carries (layers, heads, windows, norms'
-            epsilon, …) or of which none has all tokens of the others; that are not finite, or that
-            were processed (folded); files that are missing, damaged or quantised; float16 where a
-            number overflows in it. All other differences are in `Loaded.differences`.
+            epsilon, …), or of which none has all tokens of the others; weights that are not finite
+            or were processed (folded); files that are missing, damaged or quantised; float16 where
+            a number overflows in it. All other differences are in `Loaded.differences`.
         ValueError: a source's name that the text form of grafts could not hold, or a GPU that does
             not exist.
         UnsupportedArchitectureError: a family or option that is not exactly supported.
