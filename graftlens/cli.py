@@ -287,7 +287,19 @@ def dashboard(
             "demo's. Grafts call them pre and sft.",
         ),
     ],
-    prompt: Annotated[str, typer.Option(help="The text, with {NAME} in place of each field.")],
+    prompt: Annotated[
+        str | None, typer.Option(help="The text, with {NAME} in place of each field.")
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a text, a file of prompts or conversations, as in a sweep's prompts: "
+            "JSON lines, JSON or YAML."
+        ),
+    ] = None,
+    number: Annotated[
+        int, typer.Option(min=0, help="Which prompt of the file, from 0 (with --file).")
+    ] = 0,
     graft: Annotated[
         list[str] | None,
         typer.Option(
@@ -335,9 +347,18 @@ def dashboard(
     named = _all_named("--graft", (g if "=" in g else f"{g}={g}" for g in graft or ()))
     fields = _all_named("--field", field or ())
     more = _all_named("--source", source or ())
+    if (prompt is None) == (file is None):
+        given = "neither is" if prompt is None else "both are"
+        raise typer.BadParameter(f"{given} given. Give exactly one of --prompt and --file.")
+    own = {"--field": field, "--answer": answer, "--chat": chat, "--system": system}
+    if file is not None and (name := next((n for n in own if own[n]), None)):
+        raise typer.BadParameter(f"{name} goes with --prompt; a file's prompts have their own.")
+    if file is None and number:
+        raise typer.BadParameter("--number works only with --file. Leave it out.")
+    text = prompt or ""
     for name in fields:
-        if f"{{{name}}}" not in prompt:
-            near = suggest(name, re.findall(r"{(\w+)}", prompt))
+        if f"{{{name}}}" not in text:
+            near = suggest(name, re.findall(r"{(\w+)}", text))
             raise typer.BadParameter(f"--field {name}: the prompt has no {{{name}}}.{near}")
     if system is not None and not chat:
         raise typer.BadParameter("--system works only with --chat. Add --chat, or leave it out.")
@@ -354,9 +375,17 @@ def dashboard(
     sources = dict(zip(("pre", "sft"), pair, strict=True)) | more
     from graftlens.dashboards import write_dashboard
     from graftlens.prompts import Prompt
-    from graftlens.sweep.promptsets import ChatFormat
+    from graftlens.sweep.promptsets import ChatFormat, PromptFile
 
-    asked = Prompt(prompt, fields, answer=answer)
+    if file is not None:
+        prompts = PromptFile(file=str(file)).prompts()
+        if number >= len(prompts):
+            raise typer.BadParameter(
+                f"--number {number}: {file} holds {len(prompts)} prompts, 0 to {len(prompts) - 1}."
+            )
+        asked = prompts[number]
+    else:
+        asked = Prompt(text, fields, answer=answer)
     if chat:
         asked = ChatFormat(system=system).asked(asked)
     page = write_dashboard(

@@ -1258,3 +1258,34 @@ def test_the_dashboard_command_asks_in_a_chat(monkeypatch: pytest.MonkeyPatch) -
     ]
     with pytest.raises(BadParameter, match="--system works only with --chat"):
         cli.dashboard(**given, system="Be brief.")
+
+
+def test_the_dashboard_command_takes_a_file_of_conversations(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[Prompt] = []
+    monkeypatch.setattr(
+        "graftlens.dashboards.write_dashboard",
+        lambda sources, prompt, *_, **__: asked.append(prompt) or Path("page.html"),
+    )
+    file = tmp_path / "talks.jsonl"
+    lines = [
+        {"template": "Ann met", "answer": " Bo"},
+        {"messages": ASKED, "fields": {"first_entity": "Ann"}, "answer": "Bo", "prefill": "It is "},
+    ]
+    file.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    cli.dashboard(pair=("a", "b"), file=file)
+    cli.dashboard(pair=("a", "b"), file=file, number=1)
+    talk = Prompt.chat(ASKED, fields={"first_entity": "Ann"}, answer="Bo", prefill="It is ")
+    assert asked == [Prompt("Ann met", answer=" Bo"), talk]
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"file": file, "number": 2}, "holds 2 prompts, 0 to 1"),
+        ({"file": file, "answer": " Bo"}, "--answer goes with --prompt"),
+        ({"file": file, "chat": True}, "--chat goes with --prompt"),
+        ({"file": file, "prompt": "Hm"}, "both are given"),
+        ({}, "neither is given"),
+        ({"prompt": "Hm", "number": 1}, "--number works only with --file"),
+    ]
+    for given, said in refused:
+        with pytest.raises(BadParameter, match=said):
+            cli.dashboard(pair=("a", "b"), **given)
