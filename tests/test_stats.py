@@ -472,12 +472,46 @@ def test_errors_of_tables():
         stats.summarise(table.assign(logprob=table["logprob"].where(table.index != 2)))
     with pytest.raises(ValueError, match=r"'answer_logprob' has no value .* leave the metric out"):
         stats.summarise(table.assign(answer_logprob=table["logprob"].where(table.index != 2)))
-    with pytest.raises(ValueError, match="'logprob' is infinite for prompt 2"):
-        stats.summarise(table.assign(logprob=table["logprob"].where(table.index != 2, -np.inf)))
     with pytest.raises(ValueError, match="no graft named 'LT' in the table"):
         stats.compare(table, "LT", "PRE", "logprob")
     with pytest.raises(ValueError, match="41 successes of 40"):
         stats.wilson(41, 40)
+
+
+def test_infinite_values_leave_all_else_as_it_is():
+    """An answer that a graft's source has no row for has the log-probability -inf."""
+    table = random_table()
+    graft, prompt = "SFT", 2
+    others = sorted(set(table["graft"]) - {graft, "PRE"})
+    where = (table["graft"] == graft) & (table["prompt"] == prompt)
+    odd = table.assign(logprob=table["logprob"].mask(where, -np.inf))
+    said = f"logprob is infinite for prompt {prompt}, so that it has no mean"
+    ways = {"by": (), "base": "PRE", "full": others[0], "metrics": ["logprob"]}
+    plain, found = (stats.summarise(t, **ways).set_index("graft") for t in (table, odd))
+    pd.testing.assert_frame_equal(plain.drop(graft), found.drop(graft))
+    row = found.loc[graft]
+    assert row["note"] == row["recovery_note"] == said
+    assert row[["logprob", "logprob_low", "recovery", "recovery_high"]].isna().all()
+    assert row["top5"] == plain.loc[graft, "top5"], "ranks are not infinite"
+    ended = stats.summarise(odd, **ways | {"full": graft})
+    assert ended["recovery"].isna().all()
+    assert set(ended["recovery_note"]) == {said}
+    assert ended.set_index("graft")["logprob"].drop(graft).notna().all()
+
+    for metric in ("logprob", "recovery"):
+        ends = {"base": "PRE", "full": others[0]} if metric == "recovery" else {}
+        plain, found = (
+            stats.compare_all(t, against="PRE", metric=metric, **ends).set_index("a")
+            for t in (table, odd)
+        )
+        kept = [c for c in plain if c not in ("p_adjusted", "compared")]
+        pd.testing.assert_frame_equal(plain[kept].drop(graft), found[kept].drop(graft))
+        assert found.loc[graft, "note"] == said
+        assert pd.isna(found.loc[graft, ["difference", "p_value", "p_adjusted"]]).all()
+        assert (found["compared"] == len(found) - 1).all()
+    levels = stats.stability(odd, metric="logprob")
+    level = table.loc[where, "template"].iloc[0]
+    assert all(note.endswith(f"template={level} is not counted: {said}") for note in levels["note"])
 
 
 # --- units other than prompts ----------------------------------------------------------------

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Bool, Float
 
 from graftlens.references import named_in
 from graftlens.stats.intervals import difference_intervals
@@ -22,6 +23,7 @@ from graftlens.stats.table import (
     choose_grafts,
     column_of,
     end_places,
+    endless,
     groups_of,
     listed,
     with_notes,
@@ -75,7 +77,8 @@ def compare(
     this is McNemar's exact test). Otherwise it is estimated from `permutations` random sign vectors
     as (hits + 1) / (permutations + 1), which is never 0 (Phipson & Smyth 2010).
 
-    For the optional metrics, a prompt without a value counts as not run.
+    For the optional metrics, a prompt without a value counts as not run. Where a value is infinite
+    (the log-probability of a token that a source lacks) there is no mean: all numbers are NaN.
 
     For more than one comparison use `compare_all`, which corrects the p-values for their number.
 
@@ -260,6 +263,8 @@ def _compare_pairs(
     used &= present[:, first] & present[:, second]
     if ends is not None:
         used &= present[:, ends].all(axis=1, keepdims=True)
+    infinite = _infinite(metric, pivot, values, used, pairs, ends)
+    values = np.where(np.isinf(values), 0.0, values)  # these pairs have no numbers
     labels = pivot.units(draw.unit)
     rows: list[dict[str, Any]] = [{} for _ in pairs]
     everywhere = numbered(labels)
@@ -306,4 +311,28 @@ def _compare_pairs(
                 "note": notes[i] if len(units) else "no prompt ran under every graft",
                 "units": unit_count(units),
             }
+    for row, why in zip(rows, infinite, strict=True):
+        if why is not None:
+            numbers = ("mean_a", "mean_b", "difference", "low", "high", "p_value")
+            row |= dict.fromkeys(numbers, math.nan)
+            row |= {"interval": "none", "p_method": "none", "note": why}
     return rows
+
+
+def _infinite(
+    metric: str,
+    pivot: "Pivot",
+    values: Float[np.ndarray, "prompt graft"],
+    used: Bool[np.ndarray, "prompt pair"],
+    pairs: Sequence[tuple[int, int]],
+    ends: tuple[int, int] | None,
+) -> list[str | None]:
+    """For each pair, why it has no means: a value that is infinite."""
+    if not np.isinf(values).any():
+        return [None] * len(pairs)
+    found = []
+    for pair, kept in zip(pairs, used.T, strict=True):
+        columns = [*pair, *(ends or ())]
+        notes = endless(metric, values[kept][:, columns], pivot.prompts[kept])
+        found.append(next(filter(None, notes), None))
+    return found

@@ -32,6 +32,7 @@ from graftlens.stats.table import (
     column_of,
     depth_of,
     end_places,
+    endless,
     graft_facts,
     groups_of,
     with_notes,
@@ -111,7 +112,10 @@ def stability(
         not_run += int((~used).sum())
         values = pivot.values(measured, np.broadcast_to(used[:, None], pivot.ran.shape))[used]
         label = pivot.units(draw.unit)[used]
-        if ends is not None:
+        infinite = [note for note in endless(measured, values, pivot.prompts[used]) if note]
+        if infinite:
+            why: str | None = infinite[0]
+        elif ends is not None:
             gap = gap_of(values[:, ends], numbered(label), draw)
             why = gap.note
             share[:] = ratios_of(values, ends, gap)

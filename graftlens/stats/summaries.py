@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float, Int
 
 from graftlens.references import named_in
 from graftlens.stats.intervals import mean_intervals
@@ -19,6 +20,7 @@ from graftlens.stats.table import (
     choose_run,
     column_of,
     end_places,
+    endless,
     graft_facts,
     groups_of,
     with_notes,
@@ -51,6 +53,8 @@ def summarise(
     - `recovery` = (mean(graft) − mean(base)) / (mean(full) − mean(base)) of the metric named by the
       argument, with `recovery_low`, `recovery_high`, and `recovery_note`: None, or why a value or
       its interval is NaN;
+    - `note`: None, or which metrics have no mean (NaN) because they are infinite for some prompt, as
+      the log-probability of a token that a source lacks is; ranks and probabilities are not;
     - `source`, `span`, `component`, `layer`, `head`, `neuron` and `strength` of a graft with one
       rule, if the table has these columns or the column `rule`;
     - `recovery_of`, `base_run`, `full_run`, `level`, `resamples`, `seed`, `unit`: how the row was
@@ -83,8 +87,8 @@ def summarise(
             names (`evaluate` and `read_results` do), else PRE and SFT.
 
     Raises:
-        ValueError: unknown metrics, grafts or columns, a table with missing, duplicated or
-            infinite values, or prompts that belong to several groups or units.
+        ValueError: unknown metrics, grafts or columns, a table with missing or duplicated
+            values, or prompts that belong to several groups or units.
     """
     about = graft_facts(table)
     if recovery is not None:
@@ -113,10 +117,13 @@ def summarise(
         units = numbered(pivot.units(unit)[used])
         n = int(used.sum())
         found: dict[str, tuple[Sequence[object] | np.ndarray, ...]] = {}
+        notes = {name: endless(name, values[name], pivot.prompts[used]) for name in values}
         for name in names:
-            found[name] = (means_of(values[name]), *mean_intervals(name, values[name], units, draw))
+            found[name] = _means(name, values[name], units, draw)
         if recovery is not None and ends is not None:
-            found["recovery"] = recoveries(values[recovery], ends, units, draw)
+            found["recovery"] = _recoveries(
+                values[recovery], notes[recovery], ends, units, draw
+            )
         elif recovery is not None:
             nothing = np.full(len(chosen), np.nan)
             found["recovery"] = (nothing, nothing, nothing, [NO_FULL_RUN] * len(chosen))
@@ -127,8 +134,48 @@ def summarise(
             for name, parts in found.items():
                 kinds = zip(("", "_low", "_high", "_note"), parts, strict=False)
                 row |= {f"{name}{kind}": part[column] for kind, part in kinds}
+            row["note"] = "; ".join(filter(None, (notes[name][column] for name in names))) or None
             if recovery is not None:
                 row |= {"recovery_of": recovery, "base_run": base, "full_run": full}
             row |= {"level": level, "resamples": resamples, "seed": seed}
             rows.append(row | {"unit": unit, "units": unit_count(units)})
-    return with_notes(pd.DataFrame(rows), "recovery_note")
+    return with_notes(with_notes(pd.DataFrame(rows), "recovery_note"), "note")
+
+
+def _means(
+    name: str,
+    values: Float[np.ndarray, "prompt graft"],
+    units: Int[np.ndarray, " prompt"],
+    draw: Draw,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean and interval of each column; NaN where a value is infinite."""
+    means, low, high = np.full((3, values.shape[1]), np.nan)
+    finite = ~np.isinf(values).any(axis=0)
+    means[finite] = means_of(values[:, finite])
+    low[finite], high[finite] = mean_intervals(name, values[:, finite], units, draw)
+    return means, low, high
+
+
+def _recoveries(
+    values: Float[np.ndarray, "prompt graft"],
+    notes: Sequence[str | None],
+    ends: tuple[int, int],
+    units: Int[np.ndarray, " prompt"],
+    draw: Draw,
+) -> tuple[Sequence[object] | np.ndarray, ...]:
+    """As `recoveries`, with the `notes` of columns that have infinite values."""
+    # Without a base or full run there is no recovery of any other graft either.
+    why = next((notes[end] for end in ends if notes[end] is not None), None)
+    if why is not None:
+        nothing = np.full(len(notes), np.nan)
+        return nothing, nothing, nothing, [note or why for note in notes]
+    kept = [column for column, note in enumerate(notes) if note is None]
+    within = (kept.index(ends[0]), kept.index(ends[1]))
+    ratios, low, high = np.full((3, len(notes)), np.nan)
+    said = list(notes)
+    *numbers, more = recoveries(values[:, kept], within, units, draw)
+    for out, found in zip((ratios, low, high), numbers, strict=True):
+        out[kept] = found
+    for column, note in zip(kept, more, strict=True):
+        said[column] = note
+    return ratios, low, high, said

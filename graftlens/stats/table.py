@@ -55,6 +55,8 @@ class Pivot:
         """One metric in the cells needed, NaN in the others and where an optional one is missing.
 
         An optional metric must be missing in all the cells needed or in none, unless `partial`.
+        Values may be infinite: an answer with a token that a graft's source lacks has the
+        log-probability -inf.
         """
         name = column_of(metric)
         values = np.full(needed.shape, np.nan)
@@ -76,16 +78,26 @@ class Pivot:
                 f"column {name!r} has no value for {len(where)} of {int(needed.any(axis=1).sum())} "
                 f"prompts that ran (prompt {listed(where[:5].tolist())}); {fix}"
             )
-        if np.isinf(values).any():
-            where = self.prompts[np.isinf(values).any(axis=1)]
-            raise ValueError(
-                f"column {name!r} is infinite for prompt {listed(where[:5].tolist())}; "
-                "its mean would be too: leave the metric out, or fix the run"
-            )
         depth = depth_of(metric)
         if depth is None:
             return values
         return np.where(np.isnan(values), np.nan, (values <= depth).astype(float))
+
+
+def endless(
+    metric: str, values: Float[np.ndarray, "prompt graft"], prompts: Int[np.ndarray, " prompt"]
+) -> list[str | None]:
+    """For each column, why it has no mean if a value is infinite."""
+    infinite = np.isinf(values)
+    notes: list[str | None] = [None] * values.shape[1]
+    for column in np.flatnonzero(infinite.any(axis=0)):
+        where = prompts[infinite[:, column]].tolist()
+        more = f" and {len(where) - 5} more" if len(where) > 5 else ""
+        notes[column] = (
+            f"{column_of(metric)} is infinite for prompt {listed(where[:5])}{more}, so that it has "
+            "no mean"
+        )
+    return notes
 
 
 def checked_table(

@@ -80,7 +80,7 @@ def text_table(summary: pd.DataFrame, *, show: Sequence[str] | None = None) -> s
     lines.append(f"[low, high]: {level(summary)} intervals over {resampled(summary)}.")
     if "recovery" in [fact.name for fact in facts]:
         lines.append(f"recovery: {of_summary(summary, 'recovery').title}.")
-    notes = recovery_notes(summary)
+    notes = summary_notes(summary)
     return "\n".join([*lines, *(f"{where}: {note}." for where, note in notes)]) + "\n"
 
 
@@ -111,16 +111,18 @@ def resampled(summary: pd.DataFrame) -> str:
     return "prompts" if unit == "prompt" else f"prompts grouped by {unit}"
 
 
-def recovery_notes(summary: pd.DataFrame) -> list[tuple[str, str]]:
-    """Which rows have no recovery or no interval of it, and why: (where, why), merged by group."""
-    if "recovery_note" not in summary:
-        return []
+def summary_notes(summary: pd.DataFrame) -> list[tuple[str, str]]:
+    """Which rows have no mean, no recovery or no interval of it, and why: (where, why), merged by
+    group."""
     notes: list[tuple[str, str]] = []
-    for name, part in groups(summary).items():
-        for why in dict.fromkeys(part["recovery_note"].dropna()):
-            named = part.loc[part["recovery_note"] == why, "graft"]
-            where = "every graft" if len(named) == len(part) else ", ".join(named)
-            notes.append((f"recovery, {name}, {where}", str(why)))
+    for column, what in (("note", ""), ("recovery_note", "recovery, ")):
+        if column not in summary:
+            continue
+        for name, part in groups(summary).items():
+            for why in dict.fromkeys(part[column].dropna()):
+                named = part.loc[part[column] == why, "graft"]
+                where = "every graft" if len(named) == len(part) else ", ".join(named)
+                notes.append((f"{what}{name}, {where}", str(why)))
     return notes
 
 
