@@ -503,7 +503,10 @@ def test_a_tokenizer_in_the_adapter_s_folder_is_compared(texts: dict[str, Path])
     for find in (load, preview):
         with pytest.raises(PairError, match="the tokenizer of 'sft' contradicts its embedding of"):
             find(texts)
-    assert load(texts, tokenizer=tokenizer, verbose=False).tokenizer is tokenizer
+    with pytest.raises(
+        PairError, match="the tokenizer given contradicts the embedding of 'pre' of"
+    ):
+        load(texts, tokenizer=tokenizer)
 
 
 def test_the_adapter_s_tokenizer_serves_where_the_base_has_none(texts: dict[str, Path]) -> None:

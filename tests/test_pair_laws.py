@@ -75,6 +75,12 @@ CONFIGS: dict[str, Callable[[], tuple[Any, Any]]] = {
             vocab_size=FEW, rope_parameters=families._rope(11.0, partial_rotary_factor=0.5)
         ),
     ),
+    "how much of each head is turned": lambda: (
+        families._neox(vocab_size=FEW, rope_parameters=families._rope(partial_rotary_factor=0.25)),
+        families._neox(
+            vocab_size=FEW, rope_parameters=families._rope(11.0, partial_rotary_factor=0.75)
+        ),
+    ),
     "theta, turned in float32": lambda: (
         families._olmo(vocab_size=FEW),
         families._olmo(vocab_size=FEW, rope_parameters=THETA),
@@ -91,7 +97,10 @@ CONFIGS: dict[str, Callable[[], tuple[Any, Any]]] = {
 }
 TOKENS = ("tokens", "fewer tokens", "theta of some layers", "all of these")
 ROTARY = ("theta", "theta of some layers", "longrope", "all of these")
-SOME = ("fewer tokens", "theta of some layers", "longrope", "all of these")
+SOME = (
+    *("fewer tokens", "theta of some layers", "longrope", "all of these"),
+    "how much of each head is turned",
+)
 EACH = pytest.mark.parametrize("what", CONFIGS)
 load = GraftedTransformer.from_pretrained
 

@@ -513,6 +513,13 @@ def test_a_tokenizer_that_contradicts_the_embedding(tmp_path: Path) -> None:
     model = load(folders, verbose=False)
     with pytest.raises(ValueError, match=f"token id {len(base)} is outside the vocabulary"):
         model("a <picture>")
+    chat.add_tokens(["new"])
+    with pytest.raises(PairError) as caught:
+        load(folders, tokenizer=chat)
+    assert str(caught.value) == (
+        f"the tokenizer given contradicts the embedding of 'base' of {len(base)} rows: there is "
+        f"none for token {len(base) + 1} ('new'). Give the one that it was trained with."
+    )
 
 
 # -- other forms -------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ GENERATION = "generation "
 _ROPE = (
     *("rope_parameters", "rope_scaling", "rope_theta", "rope_local_base_freq"),
     *("original_max_position_embeddings", "rotary_emb_base", "rope_interleaved"),
+    *("partial_rotary_factor", "rotary_pct"),
 )
 _OWN_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
 

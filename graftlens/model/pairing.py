@@ -137,8 +137,8 @@ def comparable(arch: Architecture, base: Architecture) -> Architecture:
     """An architecture in which all that changes no number, or that can be carried, is as in the
     base's."""
     arch = replace(arch, **{name: getattr(base, name) for name in _CARRIED})
-    if arch.rotary_dim and base.rotary_dim:
-        arch = replace(arch, n_ctx=base.n_ctx)
+    if arch.rotary_dim and base.rotary_dim:  # tables turn as much of a head as they are wide
+        arch = replace(arch, n_ctx=base.n_ctx, rotary_dim=base.rotary_dim)
     if arch.act_fn != base.act_fn:
         x = torch.linspace(-8, 8, 257)
         if torch.equal(activation(arch.act_fn)(x), activation(base.act_fn)(x)):

@@ -6,6 +6,7 @@ used, so that sweeps can be checked against it; benchmarks also compare with it.
 """
 
 import copy
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Context, Decimal
@@ -252,11 +253,17 @@ class Sequential:
         tables = self._tables
         assert tables is not None
         name = FAMILIES[self.arch.family].layout.modules[C.O].rpartition(".")[0]
+        function = sys.modules[type(self._hf).__module__].apply_rotary_pos_emb
 
         def turn(layer: int, given: dict[str, Any]) -> dict[str, Any]:
-            queries, keys = self._turned[self._rules][layer]
-            pairs = zip(tables.of(layer, queries), tables.of(layer, keys), strict=True)
-            return given | {"position_embeddings": tuple(_ForBoth(q, k) for q, k in pairs)}
+            queries, keys = (tables.of(layer, heads) for heads in self._turned[self._rules][layer])
+            if len({cos.shape[-1] for cos, _ in (*queries, *keys)}) > 1:
+                pair: tuple[Any, Any] = (_Turns(function, queries, keys, self.arch.d_head), _Zero())
+            else:
+                stacks = zip(_stacked(queries), _stacked(keys), strict=True)
+                cos, sin = (_ForBoth(q, k) for q, k in stacks)
+                pair = (cos, sin)
+            return given | {"position_embeddings": pair}
 
         for layer in range(self.arch.n_layers):
             attention = self._hf.get_submodule(name.format(l=layer))
@@ -380,14 +387,12 @@ class _WholePromptTables(nn.Module):
         self.asked = (x, position_ids)
         return self._of_source(0, layer_type)
 
-    def of(self, layer: int, heads: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """cos and sin [1, head, pos, dim] of a layer, with the source of each head (or of all)."""
+    def of(self, layer: int, heads: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """cos and sin [1, pos, dim] of a layer, for the source of each head (or of all)."""
         kinds = getattr(self.rotary[0].config, "layer_types", None)
         typed = hasattr(self.rotary[0], "layer_types")  # one table for each type of layer
         kind = kinds[layer] if kinds and typed else None
-        pairs = [self._of_source(source, kind) for source in heads]
-        cos, sin = (torch.stack([pair[i] for pair in pairs], dim=1) for i in range(2))
-        return cos, sin
+        return [self._of_source(source, kind) for source in heads]
 
     def _of_source(self, source: int, layer_type: str | None) -> tuple[Tensor, Tensor]:
         assert self.asked is not None
@@ -399,6 +404,12 @@ class _WholePromptTables(nn.Module):
             self.made[source, layer_type] = copy.deepcopy(self.rotary[source])(x, every, **named)
         cos, sin = self.made[source, layer_type]
         return cos[:, position_ids[0]], sin[:, position_ids[0]]
+
+
+def _stacked(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """cos and sin [1, head, pos, dim]."""
+    cos, sin = (torch.stack([pair[i] for pair in pairs], dim=1) for i in range(2))
+    return cos, sin
 
 
 class _ForBoth:
@@ -416,6 +427,38 @@ class _ForBoth:
 
     def __rmul__(self, x: Tensor) -> Tensor:
         return x * next(self._next)
+
+
+class _Turns:
+    """In the place of cos, where tables differ in how much of a head they turn.
+
+    Hugging Face multiplies the queries by it, and then the keys: each head comes out turned, by
+    Hugging Face's own function with the tables of its own source. `_Zero` stands for sin.
+    """
+
+    def __init__(self, function: Any, queries: Any, keys: Any, d_head: int) -> None:
+        self._function, self._pairs = function, (queries, keys)
+        self._next = iter(self._pairs)
+        self.shape = (d_head,)
+
+    def unsqueeze(self, dim: int) -> "_Turns":
+        return _Turns(self._function, *self._pairs, self.shape[0])
+
+    def __rmul__(self, x: Tensor) -> Tensor:
+        pairs = next(self._next)
+        heads = x.split(1 if len(pairs) > 1 else x.shape[1], dim=1)
+        turned = [self._function(h, h, *pair)[0] for h, pair in zip(heads, pairs, strict=True)]
+        return torch.cat(turned, dim=1)
+
+
+class _Zero:
+    """In the place of sin beside `_Turns`, which leaves nothing for it to add."""
+
+    def unsqueeze(self, dim: int) -> "_Zero":
+        return self
+
+    def __rmul__(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
 
 
 def _rotary_modules(model: GraftedTransformer, skeleton: Any, differ: bool) -> Sequence[nn.Module]:

@@ -27,6 +27,13 @@ _IDLE = ("version", "truncation", "padding", "decoder")
 _AROUND = ("added_tokens", "post_processor")
 
 
+#: What to do about a checkpoint whose tokenizer has more tokens than its embedding has rows.
+_RESIZE = (
+    "Resize the embedding (model.resize_token_embeddings(n)) and save the model, or pass the "
+    "tokenizer that it was trained with as tokenizer=…"
+)
+
+
 def read_tokenizer(path: str) -> Any:
     """The tokenizer of a checkpoint or an adapter, or None if a local folder has none.
 
@@ -124,7 +131,7 @@ def shared_tokenizer(
 
     Raises:
         PairError: tokenizers that give different tokens, one that gives tokens that its own model
-            has no row for, or one that cannot be read.
+            (or, of one that is given, every model) has no row for, or one that cannot be read.
     """
     if given is not None:
         if isinstance(given, str | Path):
@@ -132,7 +139,11 @@ def shared_tokenizer(
             loaded = read_tokenizer(location_of(f"tokenizer={str(given)!r}", given, files))
             if loaded is None:
                 raise PairError(f"tokenizer={str(given)!r}: this folder does not hold a tokenizer.")
-            return loaded, []
+            given = loaded
+        if sizes:
+            largest, size = max(sizes.items(), key=lambda item: item[1])
+            rows, advice = f"the embedding of {largest!r}", "Give the one that it was trained with."
+            _refuse_beyond("the tokenizer given", _Words.of(given), rows, size, advice)
         return given, []
     named = [(name, tokenizer) for name, tokenizer in found if tokenizer is not None]
     if not named:
@@ -140,7 +151,8 @@ def shared_tokenizer(
     words = {name: _Words.of(tokenizer) for name, tokenizer in named}
     for name in words:
         if name in sizes:
-            _refuse_beyond(name, words[name], sizes[name])
+            whose = f"the tokenizer of {name!r}"
+            _refuse_beyond(whose, words[name], "its embedding", sizes[name], _RESIZE)
     most = max(len(w.by_id) for w in words.values())
     owner, chosen = next((n, t) for n, t in named if len(words[n].by_id) == most)
     base_name, base = named[0]
@@ -218,8 +230,8 @@ def _odd_tokens(ours: _Words, theirs: _Words, first: str, second: str) -> str:
     return f"{'; '.join(said)}{f' (and {len(found) - 3} more)' if len(found) > 3 else ''}"
 
 
-def _refuse_beyond(name: str, words: _Words, size: int) -> None:
-    """Refuse a tokenizer whose own model has no rows for its ordinary tokens.
+def _refuse_beyond(whose: str, words: _Words, rows: str, size: int, advice: str) -> None:
+    """Refuse a tokenizer with ordinary tokens that an embedding has no rows for.
 
     Special ones beyond the last row are those of another form of the model, such as the pictures
     of a multimodal Gemma 3: a prompt with one of them is refused when it is run.
@@ -228,10 +240,8 @@ def _refuse_beyond(name: str, words: _Words, size: int) -> None:
     if beyond:
         more = f" and {len(beyond) - 1} more" if len(beyond) > 1 else ""
         raise PairError(
-            f"the tokenizer of {name!r} contradicts its embedding of {size} rows: there is none "
-            f"for token {beyond[0]} ({words.by_id[beyond[0]]!r}){more}. Resize the embedding "
-            "(model.resize_token_embeddings(n)) and save the model, or pass the tokenizer that it "
-            "was trained with as tokenizer=…"
+            f"{whose} contradicts {rows} of {size} rows: there is none for token {beyond[0]} "
+            f"({words.by_id[beyond[0]]!r}){more}. {advice}"
         )
 
 

@@ -53,8 +53,8 @@ def summarise(
     - `recovery` = (mean(graft) − mean(base)) / (mean(full) − mean(base)) of the metric named by the
       argument, with `recovery_low`, `recovery_high`, and `recovery_note`: None, or why a value or
       its interval is NaN;
-    - `note`: None, or which metrics have no mean (NaN) because they are infinite for some prompt, as
-      the log-probability of a token that a source lacks is; ranks and probabilities are not;
+    - `note`: None, or which metrics have no mean (NaN) because they are infinite for some prompt,
+      as the log-probability of a token that a source lacks is; ranks and probabilities are not;
     - `source`, `span`, `component`, `layer`, `head`, `neuron` and `strength` of a graft with one
       rule, if the table has these columns or the column `rule`;
     - `recovery_of`, `base_run`, `full_run`, `level`, `resamples`, `seed`, `unit`: how the row was
@@ -121,9 +121,7 @@ def summarise(
         for name in names:
             found[name] = _means(name, values[name], units, draw)
         if recovery is not None and ends is not None:
-            found["recovery"] = _recoveries(
-                values[recovery], notes[recovery], ends, units, draw
-            )
+            found["recovery"] = _recoveries(values[recovery], notes[recovery], ends, units, draw)
         elif recovery is not None:
             nothing = np.full(len(chosen), np.nan)
             found["recovery"] = (nothing, nothing, nothing, [NO_FULL_RUN] * len(chosen))
