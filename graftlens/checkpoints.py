@@ -72,11 +72,11 @@ def recorded(folder: Path) -> Mapping[str, Any] | None:
         except (OSError, ValueError) as error:
             problem = str(error).rstrip(".")
     checkpoints = sorted(_numbered(folder / "checkpoints", "checkpoint").items(), reverse=True)
-    for place in (folder / "model", *(path for _, path in checkpoints)):
+    for saved in (folder / "model", *(path for _, path in checkpoints)):
         with contextlib.suppress(OSError, ValueError):
-            if is_identity(said := _marker(place).get("run")):
+            if is_identity(said := _marker(saved).get("run")):
                 if problem:
-                    logger.warning("%s: rebuilt from %s", problem, place / MARKER)
+                    logger.warning("%s: rebuilt from %s", problem, saved / MARKER)
                 return said
     if problem:
         raise ValueError(

@@ -248,7 +248,7 @@ def _shares(model: GraftedTransformer, mask: GraftMask) -> dict[str, np.ndarray]
     shares = {source: np.zeros((len(rows), mask.shape[1])) for source in model.sources}
     for (component, _), chosen in mask.sites.items():
         layers = len(model.arch.layers_of(component))
-        groups = [(group or (0,), selection) for group, selection in chosen.parts()]
+        groups = [(group or (0,), selection) for group, selection in chosen.selections()]
         units = sum(len(group) for group, _ in groups)
         for group, selection in groups:
             for number, source in enumerate(model.sources):
@@ -276,14 +276,14 @@ def _components_from(arch: Architecture, mask: GraftMask, position: int, source:
     """The components of one source at a position, those of the same layers and units together."""
     found: dict[tuple[Component, tuple[int, ...] | None, float], list[int | None]] = {}
     for (component, layer), chosen in mask.sites.items():
-        parts = list(chosen.parts())
+        selections = list(chosen.selections())
         of_share: dict[float, list[tuple[int, ...] | None]] = {}
-        for units, selection in parts:
+        for units, selection in selections:
             if share := selection.share(source).reshape(mask.shape)[0, position]:
                 of_share.setdefault(float(share), []).append(units)
         for share, groups in of_share.items():
             which = None
-            if len(groups) < len(parts):
+            if len(groups) < len(selections):
                 which = tuple(sorted(unit for units in groups for unit in units or ()))
             found.setdefault((component, which, share), []).append(layer)
     everything = {(c, None, 1.0): list(arch.layers_of(c)) for c in arch.components}

@@ -364,7 +364,8 @@ def kl(p: Float[Any, "row d_vocab"], q: Float[Any, "row d_vocab"]) -> Float[Any,
     different vocabularies it is that of the tokens that all have, renormalised, as are `js` and the
     entropy.
     """
-    return (p.exp() * (p - q).masked_fill(p.isneginf(), 0.0)).sum(-1).clamp_min(0.0)
+    share = p.exp().clamp_min(1e-37)  # what is not 0, rounded to it, times inf is still inf
+    return (share * (p - q).masked_fill(p.isneginf(), 0.0)).sum(-1).clamp_min(0.0)
 
 
 def js(p: Float[Any, "row d_vocab"], q: Float[Any, "row d_vocab"]) -> Float[Any, " row"]:

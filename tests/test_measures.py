@@ -454,6 +454,9 @@ def test_a_token_without_probability_counts_nothing() -> None:
     entropy = Predictions(p).of(METRICS["entropy"])
     assert entropy.tolist()[0] == pytest.approx(np.log(2))
     assert js(p, p).tolist() == kl(p, p).tolist() == [0, 0]
+    # Also of one that is too small for float32, but not 0 (0 · inf is NaN).
+    small, none = torch.tensor([[0.0, -150.0]]), torch.tensor([[0.0, -torch.inf]])
+    assert (kl(small, none).tolist(), kl(none, small).tolist()) == ([np.inf], [0])
     p.requires_grad_()
     entropy = Predictions(p).of(METRICS["entropy"])
     for value in (kl(p, q), js(p, q), js(p, p), entropy):

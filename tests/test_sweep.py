@@ -135,7 +135,7 @@ def rows_by_brute_force(
         def shares(component: Component, layer: int | None, mask=mask) -> np.ndarray:  # type: ignore[no-untyped-def]
             """[source, unit, column]"""
             found = np.empty((len(SOURCES), arch.n_units_of(component), mask.shape[1]))
-            for units, selection in mask[component, layer].parts():
+            for units, selection in mask[component, layer].selections():
                 for source in range(len(SOURCES)):
                     found[source, slice(None) if units is None else list(units)] = selection.share(
                         source

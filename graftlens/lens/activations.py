@@ -47,7 +47,7 @@ def activation_difference(
                 f"{name!r} is over pairs of positions. Use pattern_difference for attention."
             )
     runs = Runs.of(model.sources, grafts, full)
-    parts = []
+    tables = []
     batch = model.batch(prompts, prepend_bos=prepend_bos)
     for places, caches in look_into(model, batch, runs, names, at):
         for hook in names:
@@ -55,9 +55,9 @@ def activation_difference(
             base, full_run = taken[runs.base], taken[runs.full]
             for name, x in taken.items():
                 about = {**runs.columns(name), "hook": hook, "layer": layer_of(hook)}
-                parts.append(_distances(places, x, base, full_run).assign(**about))
+                tables.append(_distances(places, x, base, full_run).assign(**about))
     first = ("prompt", "graft", "rule", "hook", "layer", "head", "position", "token")
-    return tidy(parts, first, whole=("layer", "head"))
+    return tidy(tables, first, whole=("layer", "head"))
 
 
 @torch.no_grad()
@@ -86,7 +86,7 @@ def pattern_difference(
     """
     runs = Runs.of(model.sources, grafts, full)
     names = hook_names(model, "hook_pattern")
-    parts = []
+    tables = []
     batch = model.batch(prompts, prepend_bos=prepend_bos)
     for places, caches in look_into(model, batch, runs, names, at):
         starts = np.array(places.batch.starts)[places.prompt]
@@ -103,8 +103,8 @@ def pattern_difference(
                     for what, other in (("base", runs.base), ("full", runs.full))
                 }
                 table = _by_head(places, heads).assign(**about, **distances)
-                parts.append(table)
-    return tidy(parts, ("prompt", "graft", "rule", "layer", "head", "position", "token"))
+                tables.append(table)
+    return tidy(tables, ("prompt", "graft", "rule", "layer", "head", "position", "token"))
 
 
 def _distances(

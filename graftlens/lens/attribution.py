@@ -319,11 +319,11 @@ class _Attribution:
         made: Tensor | None = None
         for source in chosen.sources:
             rows = chosen.rows_of(source)
-            part = wanted.of_rows(tables[source].float(), rows)
-            index = torch.from_numpy(rows).to(part.device)
-            share = chosen.share_on(source, part)[index]
-            made = part.new_zeros(len(self.about), *part.shape[1:]) if made is None else made
-            made[index] += part * share.reshape(-1, *(1,) * (part.ndim - 1))
+            found = wanted.of_rows(tables[source].float(), rows)
+            index = torch.from_numpy(rows).to(found.device)
+            share = chosen.share_on(source, found)[index]
+            made = found.new_zeros(len(self.about), *found.shape[1:]) if made is None else made
+            made[index] += found * share.reshape(-1, *(1,) * (found.ndim - 1))
         assert made is not None
         return made
 

@@ -90,7 +90,7 @@ def logit_lens(
     runs = Runs.of(model.sources, grafts, full)
     streams = _streams(model, incl_mid)
     hooks = [hook for _, _, hook in streams]
-    parts = []
+    tables = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
     targets = target_ids(model, whole.prompts, prepend_bos)
     for places, caches in look_into(model, whole, runs, hooks, at):
@@ -100,9 +100,9 @@ def logit_lens(
             for name, table in read.tables().items():
                 columns = {**runs.columns(name), "layer": layer, "stream": stream}
                 found[name].append(table.assign(**columns))
-        parts += [table for tables in found.values() for table in tables]
+        tables += [table for several in found.values() for table in several]
     first = ("prompt", "graft", "rule", "layer", "stream", "position", "token")
-    table = tidy(parts, first, whole=("target_id", "rank", "ties"))
+    table = tidy(tables, first, whole=("target_id", "rank", "ties"))
     return table if incl_mid else table.astype({"layer": int})
 
 
@@ -184,7 +184,7 @@ def kl_divergence(
     runs = Runs.of(model.sources, grafts, full)
     hook = f"blocks.{model.cfg.n_layers - 1}.hook_resid_post"
     measured = [measure(name) for name in DIVERGENCES]
-    parts: list[pd.DataFrame] = []
+    tables: list[pd.DataFrame] = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
     for places, caches in look_into(model, whole, runs, [hook], at):
         found: dict[str, list[pd.DataFrame]] = {name: [] for name in runs.grafts}
@@ -200,9 +200,9 @@ def kl_divergence(
                 compared = Predictions(reading.logits, base=base, full=full_run, n_common=n_common)
                 columns = columns_of(model, compared, measured)
                 found[name].append(places.table[rows].assign(**columns))
-        for name, tables in found.items():
-            parts += [table.assign(**runs.columns(name)) for table in tables]
-    return tidy(parts, ("prompt", "graft", "rule", "position", "token"))
+        for name, several in found.items():
+            tables += [table.assign(**runs.columns(name)) for table in several]
+    return tidy(tables, ("prompt", "graft", "rule", "position", "token"))
 
 
 def _streams(model: GraftedTransformer, incl_mid: bool) -> list[tuple[float, str, str]]:
@@ -239,7 +239,7 @@ class _Reading:
         self.targets = [targets[i] for i in places.table["prompt"]]
 
     def tables(self) -> dict[str, pd.DataFrame]:
-        parts: dict[str, list[pd.DataFrame]] = {name: [] for name in self.runs.grafts}
+        tables: dict[str, list[pd.DataFrame]] = {name: [] for name in self.runs.grafts}
         for start in range(0, len(self.places.rows), ROWS):
             rows = slice(start, start + ROWS)
             said = {
@@ -251,8 +251,8 @@ class _Reading:
                 for name in (self.runs.base, self.runs.full)
             )
             for name, logits in said.items():
-                parts[name].append(self._table(logits, base, full, rows))
-        return {name: pd.concat(tables) for name, tables in parts.items()}
+                tables[name].append(self._table(logits, base, full, rows))
+        return {name: pd.concat(several) for name, several in tables.items()}
 
     def _table(
         self,

@@ -180,7 +180,7 @@ def patching(
                 f"a graft is called {PATCHED.format(name)!r}, which is the name of the patch of "
                 f"{name!r}. Give it another name."
             )
-    parts = []
+    tables = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
     targets = needed_target_ids(model, whole.prompts, prepend_bos, "score")
     for places in chunks(model, whole, runs, "last"):
@@ -188,7 +188,7 @@ def patching(
         for name, graft in runs.grafts.items():
             said = runs.columns(name) | {"how": "graft"}
             scored = _scored(model, places, model(batch, graft=graft), ids, top_k, said)
-            parts.append(scored)
+            tables.append(scored)
             if name in (runs.base, runs.full):
                 continue
             said |= {"graft": PATCHED.format(name), "how": "patch"}
@@ -205,8 +205,8 @@ def patching(
                 reason = [None if k else str(w) for k, w in zip(kept, why, strict=True)]
                 none["reason"] = pd.Series(reason, scored.index, dtype=object)  # None stays None
                 scored = scored.assign(**none)
-            parts.append(scored.assign(**said))
-    return marked(tidy(parts, ("prompt", "graft", "rule", "how")), runs.base, runs.full)
+            tables.append(scored.assign(**said))
+    return marked(tidy(tables, ("prompt", "graft", "rule", "how")), runs.base, runs.full)
 
 
 _OUTPUT_ONLY = "the graft covers only ln_final and unembed, whose output is the answer itself"
@@ -227,7 +227,7 @@ def _prompts_of(mask: GraftMask, batch: Batch) -> Bool[np.ndarray, " batch"]:
     """Which prompts have a site that is not the base's."""
     found = np.zeros(batch.real.shape, dtype=bool)
     for chosen in mask.sites.values():
-        for _, selection in chosen.parts():
+        for _, selection in chosen.selections():
             found |= selection.share(0).reshape(found.shape) != 1
     return (found & batch.real).any(1)
 
@@ -287,7 +287,7 @@ class _Site:
         self.kept: list[_Kept] = []
         #: Everything that is not the base's.
         self.wanted: list[_Wanted] = []
-        groups = [units for units, _ in chosen.parts() if units is not None]
+        groups = [units for units, _ in chosen.selections() if units is not None]
         # What belongs to no unit comes with the whole output, and units that run something else
         # are then changed; a map onto units has nothing that belongs to none.
         apart = bool(groups) and not isinstance(module, UnitsIn)

@@ -301,10 +301,12 @@ def needed_target_ids(
 def cached(
     model: GraftedTransformer, batch: Batch, graft: Graft, names: Sequence[str]
 ) -> GraftedCache:
-    """The named activations of one run; it is unembedded only if they need it."""
+    """The named activations of one run, which ends with the layers unless they need more."""
     after = any(name.startswith(("ln_final", "unembed")) for name in names)
-    kind = "logits" if after else None
-    _, cache = model.run_with_cache(batch, graft=graft, return_type=kind, names_filter=list(names))
+    stop = None if after else model.cfg.n_layers
+    _, cache = model.run_with_cache(
+        batch, graft=graft, stop_at_layer=stop, names_filter=list(names)
+    )
     assert isinstance(cache, GraftedCache)
     return cache
 
@@ -379,16 +381,16 @@ def _cache_bytes(model: GraftedTransformer, whole: Batch, hooks: Sequence[str]) 
 
 
 def tidy(
-    parts: Sequence[pd.DataFrame], first: Sequence[str], whole: Sequence[str] = ()
+    tables: Sequence[pd.DataFrame], first: Sequence[str], whole: Sequence[str] = ()
 ) -> pd.DataFrame:
     """One table from several, prompt by prompt.
 
     Args:
-        parts: tables with a column `prompt`, each in its final order.
+        tables: with a column `prompt`, each in its final order.
         first: the columns that come first; the others follow in their order.
         whole: columns of whole numbers that may be NA.
     """
-    table = pd.concat(parts, ignore_index=True)
+    table = pd.concat(tables, ignore_index=True)
     table = table.astype(dict.fromkeys([c for c in whole if c in table], "Int64"))
     table = table[[*first, *(c for c in table if c not in first)]]
     return table.sort_values("prompt", kind="stable", ignore_index=True)

@@ -298,7 +298,7 @@ class Active:
             ]
         if chosen.blended is None and all(
             len({merged(mixture, equal) for mixture in selection.mixtures}) == 1
-            for selection in (chosen.whole, *(selection for _, selection in chosen.parts()))
+            for selection in (chosen.whole, *(selection for _, selection in chosen.selections()))
         ):
             return chosen.pick(np.zeros(count, dtype=np.int64))
         raise ValueError(self._misplaced(component, layer, places))

@@ -196,7 +196,7 @@ class Choice(ABC):
     @property
     @abstractmethod
     def whole(self) -> "Choice":
-        """What a part runs that belongs to no unit."""
+        """Where a bias comes from that belongs to no unit."""
 
     @property
     @abstractmethod
@@ -224,7 +224,7 @@ class Choice(ABC):
         return units(self.apart)
 
     @abstractmethod
-    def parts(self) -> Iterator[tuple[tuple[int, ...] | None, "Selection"]]:
+    def selections(self) -> Iterator[tuple[tuple[int, ...] | None, "Selection"]]:
         """Each group of units with its selection; None is all units."""
 
     @abstractmethod
@@ -314,7 +314,7 @@ class Selection(Choice):
     def whole(self) -> "Selection":
         return self
 
-    def parts(self) -> Iterator[tuple[tuple[int, ...] | None, "Selection"]]:
+    def selections(self) -> Iterator[tuple[tuple[int, ...] | None, "Selection"]]:
         yield None, self
 
     @cached_property
@@ -358,8 +358,8 @@ class Selection(Choice):
                 share = self._mixtures.shares(source)[codes]
                 rows = np.flatnonzero(share)
                 there = torch.from_numpy(rows).to(device, non_blocking=True)
-                part = share[rows]
-                made.append(SourceRows(source, there, None if (part == 1).all() else part))
+                own = share[rows]
+                made.append(SourceRows(source, there, None if (own == 1).all() else own))
             self._source_rows[key] = tuple(made)
         return self._source_rows[key]
 
@@ -428,7 +428,7 @@ class Selection(Choice):
 class UnitSelection(Choice):
     """A site whose units (heads, neurons) differ: groups of them, each with its own selection.
 
-    `of_no_unit` says where a part comes from that belongs to none (the bias of o and of mlp_out).
+    `of_no_unit` says where a bias comes from that belongs to none (o's and mlp_out's).
     """
 
     groups: tuple[tuple[tuple[int, ...], Selection], ...]
@@ -446,7 +446,7 @@ class UnitSelection(Choice):
     def whole(self) -> Selection:
         return self.of_no_unit
 
-    def parts(self) -> Iterator[tuple[tuple[int, ...] | None, Selection]]:
+    def selections(self) -> Iterator[tuple[tuple[int, ...] | None, Selection]]:
         yield from self.groups
 
     @cached_property
@@ -539,20 +539,20 @@ class Strengthened(Choice):
             return self.inner.whole
         return Strengthened(self.inner.whole, self.source, strength)
 
-    def parts(self) -> Iterator[tuple[tuple[int, ...] | None, Selection]]:
+    def selections(self) -> Iterator[tuple[tuple[int, ...] | None, Selection]]:
         """What the rows may run: what they run without it, and the source."""
-        yield from self.inner.parts()
+        yield from self.inner.selections()
         yield None, Selection.uniform(self.source, len(self.strength))
 
     @property
     def mixtures(self) -> tuple[Mixture, ...]:
-        """As `parts`."""
-        return tuple(dict.fromkeys(m for _, s in self.parts() for m in s.mixtures))
+        """As `selections`."""
+        return tuple(dict.fromkeys(m for _, s in self.selections() for m in s.mixtures))
 
     @property
     def sources(self) -> tuple[int, ...]:
-        """As `parts`."""
-        return tuple(sorted({source for _, s in self.parts() for source in s.sources}))
+        """As `selections`."""
+        return tuple(sorted({source for _, s in self.selections() for source in s.sources}))
 
     def share(
         self, source: int, equal: Equal | None = None, unit: int | None = None

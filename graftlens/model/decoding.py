@@ -129,7 +129,7 @@ class Decoder:
             row[start : start + total] = True
         used = np.zeros((mask.shape[0], len(mask.sources)), dtype=bool)
         for chosen in {id(chosen): chosen for chosen in mask.sites.values()}.values():
-            for _, selection in chosen.parts():
+            for _, selection in chosen.selections():
                 for source in selection.sources:
                     has = selection.share(source).reshape(mask.shape) != 0
                     used[:, source] |= (has & real).any(1)

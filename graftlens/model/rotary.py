@@ -272,14 +272,14 @@ class Turning:
         """The rows, or the heads of rows, whose source has a table."""
         key = (chosen, slots, slot)
         if key not in self._whose:
-            parts = list(chosen.parts())
-            whole = any(units is None for units, _ in parts)
+            selections = list(chosen.selections())
+            whole = any(units is None for units, _ in selections)
             has = np.zeros((x.shape[0] * x.shape[1], 1 if whole else x.shape[2]), dtype=bool)
-            for units, part in parts:
+            for units, selection in selections:
                 mine = np.zeros(len(has), dtype=bool)
-                for source in part.sources:
+                for source in selection.sources:
                     if slots[source] == slot:
-                        mine |= part.share(source) != 0
+                        mine |= selection.share(source) != 0
                 has[:, slice(None) if units is None else list(units)] |= mine[:, None]
             there = torch.from_numpy(has).to(x.device, non_blocking=True)
             self._whose[key] = there.reshape(*x.shape[:2], -1, 1)
