@@ -435,6 +435,19 @@ class _Rendering:
                 )
             if not missing:
                 continue
+            content = self.messages[number].get("content")
+            if leaf[1] == "content" and isinstance(content, list) and str(content) in self.plain:
+                raise ValueError(
+                    f"the chat template writes the content of messages[{number}] ({role}) as a "
+                    "list, as it knows no contents in parts. Give the content as one text."
+                )
+            thought = all(lost[i] for i in range(answer) if not text[i].isspace())
+            if answer and thought and not any(lost[answer : len(text.rstrip())]):
+                raise ValueError(
+                    f"the chat template leaves out what messages[{number}] ({role}) thinks before "
+                    f"its answer: {brief(text[:answer].strip())}. Leave that out, or use a "
+                    "template that writes it."
+                )
             marks = [self.known.get((leaf, j), 0) for j in range(len(text) + 1)]
             if marks.count(None) == len(marks) or not (any(found) or text.strip() in self.plain):
                 what = "" if leaf[1] == "content" else f"{leaf[1]} of "

@@ -469,7 +469,7 @@ def test_what_a_template_writes_inside_of_a_content_is_not_the_contents(
         (
             "{{ m.content }}",
             [USER, {"role": "assistant", "content": [{"type": "text", "text": "content"}]}],
-            r"by the text of messages\[1\] \(assistant\)",
+            r"writes the content of messages\[1\] \(assistant\) as a list",
         ),
         (
             "{{ m.tool_calls[0].name if m.tool_calls else m.content }}",

@@ -415,6 +415,29 @@ def test_refusals_say_what_is_wrong(template: str, more: dict[str, Any], said: s
         tokenize(Prompt.chat([A], **more), tokenizer_with(template))
 
 
+@pytest.mark.parametrize("parts", [["a"], ["a", "b c"]])
+def test_contents_in_parts_that_a_template_takes_for_a_text_are_refused(parts: list[str]) -> None:
+    content = [{"type": "text", "text": text} for text in parts]
+    template = "{% for m in messages %}[{{ m['content'] | trim }}]{% endfor %}"
+    with pytest.raises(
+        PromptError, match=r"writes the content of messages\[1\] \(user\) as a list"
+    ):
+        tokenize(
+            Prompt.chat([SYSTEM, {"role": "user", "content": content}]), tokenizer_with(template)
+        )
+
+
+def test_a_last_thought_that_is_left_out_is_refused() -> None:
+    said = "<think>\nHm\n</think>\n\nb"
+    with pytest.raises(
+        PromptError, match=r"leaves out what messages\[1\] .* thinks before its ans"
+    ):
+        tokenize(Prompt.chat([A, {**B, "content": said}]), tokenizer_with(SEEK))
+    # An earlier one may be left out.
+    tokens = tokenize(Prompt.chat([A, {**B, "content": said}, C]), tokenizer_with(SEEK))
+    assert tokens.text == f"{BOS}<u>a<bot>\n\nb</bot><u>c<bot>"
+
+
 # -- roles that say nothing ------------------------------------------------------------------------
 
 
