@@ -1,6 +1,6 @@
 """What a run can be given under HookedTransformer's names, and where it begins."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -109,8 +109,8 @@ class Calls:
         if isinstance(attention_mask, Tensor) and past_kv_cache is not None:
             before, attention_mask = attention_mask[:, :-width], attention_mask[:, -width:]
         if tokens is None:
-            places = torch.zeros(input.shape[:2], dtype=torch.long)
-            batch = from_tokens(places, attention_mask)
+            placeholders = torch.zeros(input.shape[:2], dtype=torch.long)
+            batch = from_tokens(placeholders, attention_mask)
         else:
             batch = self.batch(
                 tokens,
@@ -133,14 +133,7 @@ class Calls:
         cache = GivenCache.of(
             self.arch, given, len(start.batch.real), self.rotary, before, start.layer
         )
-        return Start(
-            start.batch,
-            start.layer,
-            start.resid,
-            cache=cache,
-            past=cache.past,
-            has_tokens=start.has_tokens,
-        )
+        return replace(start, cache=cache, past=cache.past)
 
     def input_to_embed(
         self: Any,

@@ -54,6 +54,7 @@ class Decoder:
         kept = cached and (limit is None or self.longest + room <= limit)
         self._cache = KeyValueCache() if kept else None
         self.tokens, self.real = batch.tokens.to(model.cfg.device), batch.real
+        self._past = self.real  # before the token that was added last
         resid = model.residual(Start(batch, embeds=embeds, cache=self._cache), mask)
         self.logits = model.logits_from(resid[:, -1:], _last(mask))[:, -1]
         self.graft = mask.graft
