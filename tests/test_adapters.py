@@ -298,6 +298,28 @@ def test_adapters_of_the_smaller_of_two_vocabularies() -> None:
     assert torch.allclose(model.W_U, whole.W_U, atol=1e-5, equal_nan=True)
 
 
+@pytest.mark.parametrize("kind", ["saved whole", "with adapters", "tied"])
+def test_a_folder_with_tables_of_more_tokens(kind: str, tmp_path: Path) -> None:
+    """As finetuning with added tokens saves it: its tables are the larger."""
+    base = built("llama3-rope-tied" if kind == "tied" else "llama", 4)
+    few = base.config.vocab_size
+    own = copy.deepcopy(base)
+    own.resize_token_embeddings(few + 5, mean_resizing=False)
+    tables = ["embed_tokens", "lm_head"]
+    options: dict[str, Any] = {"target_modules": ["q_proj"], "modules_to_save": tables}
+    if kind == "with adapters":
+        options = {"target_modules": ["q_proj", *tables]}
+    peft = on(own, **options)
+    peft.save_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    model = load({"pre": base, "sft": tmp_path}, verbose=False)
+    assert model.vocabularies.sizes == (few, few + 5)
+    assert off(model, peft) < 1e-5
+    assert bool(model(IDS)[..., few:].isneginf().all())
+    assert base.config.vocab_size == few
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+
+
 def test_half_precision_files_below_a_float32_adapter(tmp_path: Path) -> None:
     base = copy.deepcopy(built("llama3-rope-tied", 4))
     with torch.no_grad():

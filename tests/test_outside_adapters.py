@@ -311,7 +311,7 @@ def test_adapters_of_another_architecture(plain: Path) -> None:
 
 
 def test_adapters_with_added_tokens(tmp_path: Path) -> None:
-    """Regression: torch's "size mismatch"; with a base of the same size it runs."""
+    """Regression: torch's "size mismatch"; it runs with both tables, or on a base of the size."""
     base = copy.deepcopy(base_of())
     base.resize_token_embeddings(VOCAB + 3, mean_resizing=False)
     model = get_peft_model(copy.deepcopy(base), lora(modules_to_save=["embed_tokens", "lm_head"]))
@@ -319,14 +319,18 @@ def test_adapters_with_added_tokens(tmp_path: Path) -> None:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path / "whole")
+    folders = {"pre": save_checkpoint(base_of(), tmp_path / "base"), "sft": tmp_path / "whole"}
+    assert load(folders, verbose=False).arch == preview(folders)[0]
+    alone = get_peft_model(copy.deepcopy(base), lora(modules_to_save=["embed_tokens"]))
+    alone.save_pretrained(tmp_path, save_embedding_layers=False)
     message = refusal(tmp_path)
     assert f"has shape ({VOCAB + 3}, 24)" in message
     assert message.endswith(
         "Where finetuning added tokens, resize the base's embeddings to match: "
         f"base.resize_token_embeddings({VOCAB + 3})."
     )
-    loaded = load({"pre": base, "sft": tmp_path}, verbose=False)
+    loaded = load({"pre": base, "sft": tmp_path / "whole"}, verbose=False)
     new = torch.tensor([[5, VOCAB + 1, 7, VOCAB + 2]])
     with torch.no_grad():
         wanted = model.eval()(input_ids=new, use_cache=False).logits

@@ -42,6 +42,9 @@ _STARTS = (True, False, "gaussian", "eva", "orthogonal", "mica", "pissa", "olora
 #: Those of them that change the base, as PEFT does again whenever it makes such an adapter.
 _CHANGING_STARTS = ("pissa", "olora")
 
+#: An embedding or a head that an adapter's file holds whole.
+_TABLE = re.compile(r"\.(wte|embed_tokens|embed_in|lm_head|embed_out)\.(base_layer\.)?weight$")
+
 #: What PEFT puts into a pattern literally: a name, or the end of a name, without repetition.
 _PLAIN = re.compile(r"[\w.^$\\-]+")
 
@@ -162,9 +165,9 @@ def read_adapter(name: str, folder: Path, base: Base) -> Source:
     return replace(source, dtypes=dtypes, tokenizer=tokenizer)
 
 
-def preview_adapter(name: str, folder: Path) -> Any:
-    """An adapter's tokenizer, or None; its settings and, if there are any, the headers of its
-    weights are checked.
+def preview_adapter(name: str, folder: Path) -> tuple[Any, int]:
+    """An adapter's tokenizer, or None, and how many rows the tables have that it brings whole (0
+    without any); its settings and, if there are any, the headers of its weights are checked.
 
     Raises:
         PairError: as `read_adapter`, as far as that is possible without the base and the weights.
@@ -172,7 +175,12 @@ def preview_adapter(name: str, folder: Path) -> Any:
     """
     read_settings(name, folder)
     _check_weights(name, folder, needed=False)
-    return read_tokenizer(str(folder))
+    rows = 0
+    if (safe := folder / "adapter_model.safetensors").is_file():
+        with safe_open(safe, framework="pt") as file:
+            tables = [file.get_slice(key).get_shape() for key in filter(_TABLE.search, file.keys())]
+        rows = max((shape[0] for shape in tables if len(shape) == 2), default=0)
+    return read_tokenizer(str(folder)), rows
 
 
 def read_settings(name: str, folder: Path) -> Any:
@@ -384,6 +392,8 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
     renamed = getattr(model, "_checkpoint_conversion_mapping", None)
     with _told(name, f"the weights in {folder} are damaged; save or download them again"):
         tensors = load_peft_weights(str(folder), device="cpu", key_mapping=renamed)
+    if isinstance(tensors, dict):
+        _resize(model, tensors)
     with _told(name, f"the adapter {folder} does not fit the base"):
         _bound_patterns(name, folder, config, [key for key, _ in model.named_modules() if key])
         config.inference_mode = True
@@ -424,6 +434,25 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
                 "save the adapter with the save_pretrained of PEFT's model, without wrappers."
             )
     return adapter
+
+
+def _resize(model: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model's tables as many rows as those that an adapter brings whole; the base's own keep
+    their rows. Without all of them there is none for the tokens that were added."""
+    tables = {model.get_input_embeddings(), model.get_output_embeddings()}
+    names = [name for name, module in model.named_modules() if module in tables]
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    ends = ("weight", "base_layer.weight")
+    rows = [
+        {len(tensors[key]) for end in ends if (key := f"base_model.model.{name}.{end}") in tensors}
+        for name in names
+    ]
+    counts = set().union(*rows)
+    if len(counts) == 1 and (tied or all(rows)):
+        (count,) = counts
+        if count > model.get_input_embeddings().num_embeddings:
+            with torch.random.fork_rng(devices=[]):
+                model.resize_token_embeddings(count, mean_resizing=False)
 
 
 def _separate(adapter: Any, written: Iterable[Tensor]) -> None:

@@ -174,18 +174,21 @@ def preview(
     _check_names(sources)
     read: list[Source] = []
     adapters: list[tuple[str, Any]] = []
+    rows: dict[str, int] = {}
     for name, given in sources.items():
         if is_adapter(given):
             folder = Path(given).expanduser()
             if not read:
                 refuse_as_base(name)
-            adapters.append((name, preview_adapter(name, folder)))
+            own, rows[name] = preview_adapter(name, folder)
+            adapters.append((name, own))
             continue
         read.append(preview_checkpoint(name, str(given)))
     arch, _, _ = pair(read)
     found = [(s.name, s.tokenizer) for s in read] + adapters
     sizes = {s.name: s.arch.d_vocab for s in read}
-    sizes |= {name: read[0].arch.d_vocab for name, _ in adapters}
+    sizes |= {name: max(read[0].arch.d_vocab, rows[name]) for name, _ in adapters}
+    arch = replace(arch, d_vocab=max(sizes.values()))
     shared, _ = shared_tokenizer(found, tokenizer, sizes)
     return arch, with_chat_template(shared, found, chat_template)[0]
 
