@@ -639,7 +639,7 @@ def _write_gguf(model: Any, path: Path) -> None:
 def test_a_gguf_file_is_dequantised_as_transformers_does_it(tmp_path: Path) -> None:
     pytest.importorskip("gguf")
     config = LlamaConfig(
-        vocab_size=96,
+        vocab_size=400,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,

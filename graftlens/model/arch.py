@@ -227,6 +227,11 @@ def _rotary_facts(config: Any, d_head: int, n_layers: int, per_type: bool) -> di
     }
 
 
+def _power(value: int | float, exponent: float) -> float:
+    """NaN, which is refused, where the power is not a real number."""
+    return value**exponent if value >= 0 else math.nan
+
+
 def _decoder(config: Any, **facts: Any) -> Architecture:
     """Llama and its relatives; `facts` says how one differs."""
     n_layers, n_heads = config.num_hidden_layers, config.num_attention_heads
@@ -244,7 +249,7 @@ def _decoder(config: Any, **facts: Any) -> Architecture:
             "n_ctx": config.max_position_embeddings,
             "act_fn": getattr(config, "hidden_act", None),
             "eps": getattr(config, "rms_norm_eps", 1e-5),
-            "attn_scales": (d_head**-0.5,) * n_layers,
+            "attn_scales": (_power(d_head, -0.5),) * n_layers,
             "windows": _windows(config, n_layers),
         }
         | _rotary_facts(config, d_head, n_layers, per_type=False)
@@ -258,7 +263,7 @@ def _gemma(config: Any, **facts: Any) -> Architecture:
         **{
             "norm_offset": 1.0,
             "norm_in_float32": True,
-            "embed_scale": config.hidden_size**0.5,
+            "embed_scale": _power(config.hidden_size, 0.5),
         }
         | facts,
     )
@@ -270,7 +275,7 @@ def _gemma2(config: Any, **facts: Any) -> Architecture:
         **{
             "act_fn": config.hidden_activation,
             "post_norms": True,
-            "attn_scales": (config.query_pre_attn_scalar**-0.5,) * config.num_hidden_layers,
+            "attn_scales": (_power(config.query_pre_attn_scalar, -0.5),) * config.num_hidden_layers,
             "attn_softcap": config.attn_logit_softcapping,
             "logit_softcap": config.final_logit_softcapping,
         }
@@ -286,7 +291,7 @@ def _gemma3(config: Any) -> Architecture:
 
 def _gpt2(config: Any) -> Architecture:
     d_head = config.n_embd // config.n_head
-    scale = d_head**-0.5 if config.scale_attn_weights else 1.0
+    scale = _power(d_head, -0.5) if config.scale_attn_weights else 1.0
     by_layer = config.scale_attn_by_inverse_layer_idx
     return Architecture(
         family="gpt2",
