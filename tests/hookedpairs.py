@@ -170,7 +170,7 @@ def hooked_model(
         fold_value_biases=False,
     )
     if tokenizer is not None:
-        # As `set_tokenizer`, which would load it anew from a folder, to begin texts with BOS.
+        # As `set_tokenizer`, which would load it from its folder again, to begin texts with BOS.
         hooked.tokenizer = copy.deepcopy(tokenizer)
         hooked.cfg.tokenizer_prepends_bos = len(tokenizer.encode("")) > 0
     return hooked.eval().requires_grad_(False)

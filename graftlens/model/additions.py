@@ -5,6 +5,7 @@ all adapters, and each of them adds A and B. Every addition is linear in its own
 of a source is that share of its additions.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from graftlens.model.arch import Site
 
 
-class Addition(nn.Module):
+class Addition(nn.Module, ABC):
     """Something added to a matrix W [d_out, d_in], without W.
 
     Attributes:
@@ -24,6 +25,7 @@ class Addition(nn.Module):
 
     scale: float
 
+    @abstractmethod
     def onto(
         self,
         out: Float[Tensor, "rows d_out"],
@@ -41,28 +43,27 @@ class Addition(nn.Module):
             share: a factor.
             outs, ins: the rows and columns of W that `out` and `x` are of; None is all.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def looked_up(self, ids: Int[Tensor, " rows"]) -> Float[Tensor, "rows d_in"]:
         """What it adds to these rows of W."""
-        raise NotImplementedError
 
+    @abstractmethod
     def added_to(self, matrix: Float[Tensor, "d_out d_in"]) -> Float[Tensor, "d_out d_in"]:
         """A new matrix, with it multiplied out."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """All of its numbers but the scale."""
-        raise NotImplementedError
 
+    @abstractmethod
     def like(self, *tensors: Tensor) -> "Addition":
         """The same kind of addition, of other `tensors`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def with_rows(self, count: int) -> "Addition":
         """The same for a matrix that has rows more, up to `count`, to which it adds nothing."""
-        raise NotImplementedError
 
     @property
     def adds(self) -> bool:

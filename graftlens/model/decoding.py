@@ -41,9 +41,9 @@ class Decoder:
         Args:
             model: a GraftedTransformer.
             batch: prompts that end in one column.
-            mask: what the prompts run; its graft is applied anew to what follows.
+            mask: what the prompts run; its graft is applied again to what follows.
             room: how many tokens will be added at most.
-            cached: keep keys and values; otherwise every step computes all positions anew.
+            cached: keep keys and values; otherwise every step recomputes all positions.
             embeds: the prompts' embeddings, where there are no tokens.
         """
         self.model, self.batch, self.embeds = model, batch, embeds

@@ -136,7 +136,7 @@ class Sourced(nn.Module):
     """One weight of the model in all its sources; what is bit-identical is kept once.
 
     A source's weight is one of the `variants`, plus additions that are kept in their factors (the
-    LoRA adapters of one matrix). `weight[source]` multiplies them out, anew at each access.
+    LoRA adapters of one matrix). `weight[source]` multiplies them out at each access.
 
     Attributes:
         variants: the distinct whole tensors.
