@@ -381,12 +381,14 @@ class Array:
         outcome = _outcome(job)
         if outcome == "":
             return Task(name, "done")
-        if outcome is not None:
-            return Task(name, "failed", self._problem(job, "ended with an error", outcome))
+        # An error counts only when Slurm runs the task no more: a task that has itself requeued is
+        # killed by that, often before it knows that it succeeded.
         state, reason = self._states.get(name, ("", ""))
         if state in _WAITING | _RUNNING:
             self._since.pop(name, None)
             return Task(name, "waiting" if state in _WAITING else "running")
+        if outcome is not None:
+            return Task(name, "failed", self._problem(job, "ended with an error", outcome))
         if time.monotonic() - self._since.setdefault(name, time.monotonic()) < LATE:
             return Task(name, "running")
         said = ", ".join(filter(None, (state, reason))) or "nothing about it any more"
@@ -534,6 +536,7 @@ class _Resubmitted:
         self.minutes = minutes
 
     def __call__(self) -> None:
+        _forget()
         try:
             self.began = time.monotonic()
             self.before = self.saved() if self.saved is not None else None
@@ -631,6 +634,14 @@ def _note(problem: str | None) -> None:
     except RuntimeError:
         return
     write_whole(_noted(paths), json.dumps({"problem": problem}))
+
+
+def _forget() -> None:
+    """In a task, remove the record of an earlier turn, which was cut short by being requeued."""
+    try:
+        _noted(_submitit().JobEnvironment().paths).unlink(missing_ok=True)
+    except RuntimeError:
+        return
 
 
 def _noted(paths: Any) -> Path:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from slurm import Slurm, UnavailableError, slurm
 from sweeps import assert_equal_tables, checkpoints, read_whole, unfinished_files
 from sweeps import config as sweep_config
-from toytasks import die, need_turns, threads
+from toytasks import die, fail_when_ended, need_turns, threads
 from waiting import HANG, until
 
 from graftlens.engines import Array, EngineError, Task, submit
@@ -245,6 +245,32 @@ def test_a_task_preempted_before_it_began_is_requeued(cluster: Slurm, tmp_path: 
     task = ended(array)
     assert task.state == "done", task.problem
     assert turns.read_text() == "turn\n"
+
+
+@pytest.mark.parametrize("then", ["end", "die"])
+def test_the_error_of_a_task_that_slurm_requeues_is_not_its_end(
+    cluster: Slurm, tmp_path: Path, then: str
+) -> None:
+    """Slurm ended a task that had asked to be requeued before it knew so, and the launcher took the
+    error that came of it for the end of the task, which waited to go on."""
+    turns = tmp_path / "turns"
+    array = submit(
+        partial(fail_when_ended, turns, then), tasks=1, folder=tmp_path / "slurm", resources=BRIEF
+    )
+    job = array.job_id
+    until(turns.with_name("ready").exists, cluster.logs)
+    cluster.run("scontrol", "requeue", job)
+    until(lambda: cluster.tasks(job) == {job: "PENDING"}, cluster.logs)
+    (noted,) = (tmp_path / "slurm").glob("*_result.json")
+    assert "RuntimeError: ended by Slurm" in noted.read_text()
+    assert array.poll() == (Task(job, "waiting"),)
+    task = ended(array)
+    assert turns.read_text() == "turn\nturn\n"
+    if then == "end":
+        assert task == Task(job, "done")
+    else:
+        assert task.state == "failed"
+        assert (task.problem or "").startswith("died without a result (the queue says FAILED")
 
 
 def test_what_tasks_get(cluster: Slurm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

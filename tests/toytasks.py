@@ -46,6 +46,21 @@ def need_turns(path: Path, turns: int) -> None:
         time.sleep(HANG)
 
 
+def fail_when_ended(path: Path, then: str) -> None:
+    """In the first turn, fail as soon as Slurm ends the task; in the second, end well or die."""
+    with path.open("a") as file:
+        file.write("turn\n")
+    if path.read_text() != "turn\n":
+        return os.kill(os.getpid(), signal.SIGKILL) if then == "die" else None
+
+    def failed(*_: object) -> None:
+        raise RuntimeError("ended by Slurm")
+
+    signal.signal(signal.SIGTERM, failed)
+    path.with_name("ready").touch()
+    time.sleep(HANG)
+
+
 def threads(path: Path) -> None:
     names = ("OMP_NUM_THREADS", "SLURM_CPUS_PER_TASK")
     path.write_text(" ".join(os.environ.get(name, "none") for name in names))
