@@ -1,4 +1,5 @@
 from . import data as data
+from . import find as find
 from . import lens as lens
 from . import stats as stats
 from . import viz as viz

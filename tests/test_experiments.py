@@ -6,9 +6,9 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -114,7 +114,7 @@ def links(page: Path) -> set[Path]:
 def test_there_are_experiments():
     assert {path.stem for path in SHIPPED} >= {
         *("positions", "components", "hybrid", "directions", "layer_groups", "unembedding"),
-        *("layer_dropout", "counterfact", "articles", "site_map"),
+        *("layer_dropout", "counterfact", "articles", "site_map", "interactions"),
     }
 
 
@@ -172,6 +172,10 @@ def check_part(
     # there may be nothing sure to recover between them on three prompts.
     taught = "base" in part.get("sources", {"pre": "base"}).values()
     listed = {*ran_as, *(set(part.get("grafts", {})) & set(manifest.duplicates))}
+    coalitions = coalitions_of(part.get("interactions", {}).get("players", {}))
+    assert coalitions <= named
+    alone = coalitions - {*part.get("grafts", {}), ends["base"], ends["full"]}
+    listed -= alone
     for kind, by in (("by-template", [*apart, "template"]), ("pooled", apart)):
         table = read_csv(result.folder / "tables" / f"{name}-{kind}.csv")
         groups = [tuple(map(str, key)) for key in results[by].drop_duplicates().to_numpy()]
@@ -181,7 +185,9 @@ def check_part(
         assert set(rows) == wanted
         assert set(table["unit"]) == {"prompt" if kind == "by-template" else "fact"}
         check_numbers(table, ends, taught)
-    others = named - set(part.get("grafts", {})) - {ends["base"], ends["full"]}
+    others = named - set(part.get("grafts", {})) - {ends["base"], ends["full"]} - alone
+    if coalitions:
+        check_interactions(name, part["interactions"], result, results, manifest.duplicates)
     grids = result.folder / "tables" / f"{name}-grids.csv"
     if "grids" not in part:
         assert not others
@@ -197,6 +203,42 @@ def check_part(
         assert csv.with_suffix(".md").stat().st_size > 100
     drawn = [p.name for p in (result.folder / "figures").iterdir() if p.name.startswith(name)]
     assert len(drawn) >= sum(len(f.get("metrics", ["top5"])) for f in part.get("figures", []))
+
+
+def coalitions_of(players: dict[str, Any]) -> set[str]:
+    """The names of all coalitions."""
+    sizes = range(1, len(players) + 1)
+    joined = (" + ".join(chosen) for size in sizes for chosen in combinations(players, size))
+    return {*joined, "none"} if players else set()
+
+
+def check_interactions(
+    name: str,
+    asked: dict[str, Any],
+    result: ExperimentResult,
+    results: pd.DataFrame,
+    duplicates: Mapping[str, str],
+) -> None:
+    """The tables of a part's players against means of its sweep's results."""
+    stem = result.folder / "tables" / f"{name}-interactions"
+    value = read_csv(Path(f"{stem}-values.csv")).set_index(["metric", "coalition"])["value"]
+    names = coalitions_of(asked["players"])
+    assert set(value["logprob"].index) == set(value["top1"].index) == names
+    ran = results[results["reason"].isna()]
+    assert ran.groupby("prompt", observed=True)["graft"].nunique().nunique() == 1
+    for coalition in names:
+        rows = ran[ran["graft"] == duplicates.get(coalition, coalition)]
+        assert value["logprob", coalition] == pytest.approx(rows["logprob"].mean())
+        assert value["top1", coalition] == pytest.approx((rows["rank"] == 1).mean())
+    everybody = " + ".join(asked["players"])
+    players = read_csv(Path(f"{stem}-table.csv"))
+    for metric in ("logprob", "top1"):
+        added = players.loc[players["metric"] == metric, "shapley"].sum()
+        assert added == pytest.approx(value[metric, everybody] - value[metric, "none"], abs=1e-9)
+    pairs = read_csv(Path(f"{stem}-pairs.csv"))
+    assert len(pairs) == 2 * len(list(combinations(asked["players"], 2)))
+    assert set(pairs["call"]) <= {"AND", "OR", "additive", "undecided"}
+    assert list((result.folder / "figures").glob(f"{name}-interactions*"))
 
 
 def as_list(value: Any) -> list[Any]:

@@ -20,6 +20,7 @@ LAYERS = (
     "lens",
     "sweep",
     "evaluation",
+    "find",
     "dashboards",
     "demo",
     "experiment",

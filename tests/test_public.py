@@ -15,7 +15,9 @@ import pytest
 import graftlens
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = tuple(f"graftlens{part}" for part in ("", ".data", ".lens", ".viz", ".stats", ".model"))
+PUBLIC = tuple(
+    f"graftlens{part}" for part in ("", ".data", ".find", ".lens", ".viz", ".stats", ".model")
+)
 
 
 def code() -> dict[str, str]:

@@ -9,9 +9,11 @@ import pandas as pd
 
 from graftlens.configfile import ConfigError
 from graftlens.experiment.config import ExperimentConfig, PartConfig
+from graftlens.find.interactions import Interactions, measured_interactions
 from graftlens.metrics import always_measured
 from graftlens.references import COLUMNS as REFERENCES
 from graftlens.stats import GRAFT_COLUMNS, summarise
+from graftlens.stats.resampling import Draw
 from graftlens.sweep.config import Checked
 from graftlens.sweep.results import read_prompts, read_results
 
@@ -40,6 +42,7 @@ class PartTables:
             entries as columns (`TAGS`). Equal grafts each have their own row.
         cells: number of (prompt, graft).
         failed: number of cells that could not be run.
+        interactions: how the part's players work together.
     """
 
     template: pd.DataFrame
@@ -48,6 +51,7 @@ class PartTables:
     pooled_grids: pd.DataFrame
     cells: int
     failed: int
+    interactions: Interactions | None = None
 
 
 def part_tables(
@@ -66,6 +70,7 @@ def part_tables(
     table = read_results(folder, columns=[*_NEEDED, *measured])
     assert isinstance(table, pd.DataFrame)
     table = table.assign(fact=_facts(folder).reindex(table["prompt"]).to_numpy())
+    cells, failed = len(table), int(table["reason"].notna().sum())
     metrics = ["logprob"]
     if checked.config.metrics.answers == "whole":
         metrics.append("answer_logprob")
@@ -74,6 +79,9 @@ def part_tables(
         metrics.append("logit_diff")
     asked = [*own, *(metric for figure in part.shown for metric in figure.metrics)]
     metrics += [m for m in dict.fromkeys(asked) if m in measured and m not in metrics]
+    interactions = _interactions(part, checked, table)
+    if interactions is not None:
+        table = table[~table["graft"].isin(_coalitions_alone(part, checked))]
     apart = ("dataset",) if table["dataset"].nunique() > 1 else ()
     frames = {}
     for name, by, unit in (("template", (*apart, "template"), "prompt"), ("pooled", apart, "fact")):
@@ -86,9 +94,55 @@ def part_tables(
         pooled=_with_twins(frames["pooled"], part, checked),
         template_grids=_tagged(frames["template"], tags),
         pooled_grids=_tagged(frames["pooled"], tags),
-        cells=len(table),
-        failed=int(table["reason"].notna().sum()),
+        cells=cells,
+        failed=failed,
+        interactions=interactions,
     )
+
+
+def _interactions(part: PartConfig, checked: Checked, table: pd.DataFrame) -> Interactions | None:
+    """How the part's players work together, if it has any."""
+    if part.interactions is None:
+        return None
+    seed = checked.config.seed
+    return measured_interactions(
+        part.interactions.coalitions(seed),
+        table,
+        part.interactions.metrics,
+        Draw("fact", 0.95, 10_000, seed),
+        margin=part.interactions.margin,
+        ran=checked.duplicates,
+    )
+
+
+def _coalitions_alone(part: PartConfig, checked: Checked) -> set[str]:
+    """The grafts that are only coalitions: none of the part's own, and no reference."""
+    assert part.interactions is not None
+    kept = {*part.grafts, checked.base, checked.full, *_tags(part, checked)["graft"]}
+    kept |= {checked.duplicates.get(name, name) for name in part.grafts}
+    return {*part.interactions.coalitions(checked.config.seed).grafts} - kept
+
+
+def check_players(part: PartConfig, checked: Checked) -> None:
+    """Find players that overlap, before anything is trained.
+
+    Raises:
+        ConfigError: they do, or no prompt can run them all.
+    """
+    if part.interactions is None:
+        return
+    planned = part.interactions.coalitions(checked.config.seed)
+    ready, _ = checked.prepared.all(dict(enumerate(checked.prompts)))
+    tokens = {scored.number: scored.tokens for scored in ready}
+    left = planned.left_out(tokens)
+    try:
+        if len(left) == len(tokens):
+            why = next(iter(left.values()), "none can be run")
+            raise ValueError(f"none of {len(tokens)} prompts can run every player: {why}")
+        fit = {number: those for number, those in tokens.items() if number not in left}
+        planned.refuse_overlaps(fit, checked.arch, tuple(checked.config.sources))
+    except ValueError as error:
+        raise ConfigError(("interactions.players", str(error))) from None
 
 
 def _facts(folder: Path) -> "pd.Series[Any]":

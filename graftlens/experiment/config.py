@@ -1,7 +1,7 @@
 """The config of an experiment: one YAML file says everything, from the facts to the figures."""
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,14 +12,15 @@ from graftlens.components import suggest
 from graftlens.configfile import ConfigError, read_settings, settings_from
 from graftlens.data import AnyDataset, DatasetSpec, spec_of
 from graftlens.data.rewriting import told_on_command_line
+from graftlens.find.coalitions import Coalitions
 from graftlens.finetune import FinetuneConfig
 from graftlens.folder import at_home, name_problems, read_text
 from graftlens.graft import Rule
 from graftlens.metrics import always_measured, averaged, known
 from graftlens.positions import At
 from graftlens.presets import PRESETS
-from graftlens.sweep.config import GraftSettings, RunSettings
-from graftlens.sweep.grid import Grid
+from graftlens.sweep.config import GraftSettings, RunSettings, unknown_sources
+from graftlens.sweep.grid import GraftField, Grid
 from graftlens.sweep.promptsets import (
     PromptColumn,
     PromptFile,
@@ -151,6 +152,32 @@ class Finding(Section):
     """The metric by which it is judged."""
 
 
+class InteractionsConfig(Section):
+    """Players whose coalitions are all run: how they work together
+    (`graftlens.find.interactions`)."""
+
+    players: Mapping[str, GraftField]
+    """Name -> graft, two or more, which do not overlap."""
+
+    metrics: tuple[str, ...] = Field(default=("logprob", "top1"), min_length=1)
+    """The measures in which they are compared."""
+
+    margin: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    """What counts as no interaction, as a share of what all players add."""
+
+    permutations: Annotated[int, Field(ge=2)] = 100
+    """Orders that are drawn where there are more than 12 players."""
+
+    @model_validator(mode="after")
+    def _can_play(self) -> "InteractionsConfig":
+        self.coalitions(0)
+        return self
+
+    def coalitions(self, seed: int) -> Coalitions:
+        """The coalitions to run; `seed` is of the orders that are drawn."""
+        return Coalitions.of(self.players, self.permutations, seed)
+
+
 class PartConfig(RunSettings, GraftSettings):
     """One sweep of an experiment: some sources, prompts and grafts, and what to show of them.
 
@@ -185,6 +212,9 @@ class PartConfig(RunSettings, GraftSettings):
     finding: Finding | None = None
     """A claim to check, template by template."""
 
+    interactions: InteractionsConfig | None = None
+    """Grafts that are run in all coalitions, besides those of `grafts` and `grids`."""
+
     @property
     def questions(self) -> dict[int, PromptsConfig]:
         """The prompts about facts, by their numbers among the prompts."""
@@ -211,6 +241,15 @@ class PartConfig(RunSettings, GraftSettings):
                 FigureConfig(kind="lines", x="strength", metrics=("recovery",), grids=left)
             )
         return tuple(found)
+
+    def graft_problems(self, sources: Collection[str]) -> list[tuple[str, str]]:
+        """As of every sweep; players are grafts, too."""
+        if self.interactions is None:
+            return super().graft_problems(sources)
+        players = self.interactions.players
+        named = [(f"interactions.players.{n}", graft.sources) for n, graft in players.items()]
+        given = super().graft_problems(sources) if self.grafts or self.grids else []
+        return given + unknown_sources(named, sources)
 
     def problems(self) -> list[tuple[str, str]]:
         """(where, what) of every name here that does not exist."""
@@ -244,6 +283,13 @@ class PartConfig(RunSettings, GraftSettings):
             for name in self.where_possible
             if name not in self.grafts
         ]
+        if self.interactions is not None:
+            made = self.interactions.coalitions(0).grafts
+            problems += [
+                (f"grafts.{name}", "a coalition of the players has this name. Rename the graft.")
+                for name, graft in self.grafts.items()
+                if made.get(name, graft) != graft
+            ]
         if self.finding:
             for role in ("enough", "rest"):
                 name = getattr(self.finding, role)
@@ -359,9 +405,20 @@ class ExperimentConfig(RunSettings):
             for metric in figure.metrics:
                 if what := self._no_metric(metric, part):
                     problems.append((f"figures.{i}.metrics", what))
+        for metric in part.interactions.metrics if part.interactions else ():
+            if what := self._no_game(metric, part):
+                problems.append(("interactions.metrics", what))
         if part.finding and (what := self._no_metric(part.finding.metric, part)):
             problems.append(("finding.metric", what))
         return problems
+
+    def _no_game(self, name: str, part: PartConfig) -> str:
+        """Why players cannot be compared in a metric; empty if they can."""
+        row = known(name)
+        if row is not None and row.summary == "recovery":
+            return f"{name} has no value in single prompts. Write logprob."
+        every_k = row is not None and row.summary == "share"
+        return "" if every_k else self._no_metric(name, part)
 
     def _no_metric(self, name: str, part: PartConfig) -> str:
         """Why a part's tables will not have a metric; empty if they will."""
@@ -409,11 +466,16 @@ class ExperimentConfig(RunSettings):
 
     def settings(self, part: PartConfig) -> dict[str, Any]:
         """What a part's sweep has in its config besides sources and prompts, by key: run settings
-        from the part, or else from the experiment, and its grafts."""
-        return {
+        from the part, or else from the experiment, and its grafts with the coalitions of its
+        players."""
+        found = {
             name: getattr(part if name in part.model_fields_set else self, name)
             for name in RunSettings.model_fields
         } | {name: getattr(part, name) for name in GraftSettings.model_fields}
+        if part.interactions is not None:
+            coalitions = part.interactions.coalitions(found["seed"]).grafts
+            found["grafts"] = {**part.grafts, **coalitions}
+        return found
 
     def order(self) -> tuple[str, ...]:
         """The models, each after the one that its training starts from.

@@ -22,7 +22,7 @@ from graftlens.configfile import ConfigError, settings_from
 from graftlens.data import DatasetSpec, load_dataset, make_dataset, save_dataset
 from graftlens.data.dataset import read_provenance
 from graftlens.data.settings import Settings, within
-from graftlens.experiment.analysis import check_figures
+from graftlens.experiment.analysis import check_figures, check_players
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig, PromptsConfig
 from graftlens.finetune import FinetuneRun, TrainingData
 from graftlens.folder import (
@@ -237,6 +237,7 @@ class Plan:
             checked = self.checked(name, trained=False, measures=measures)
             try:
                 check_figures(self.config.parts[name], checked)
+                check_players(self.config.parts[name], checked)
             except ConfigError as error:
                 raise error.under(f"parts.{name}") from None
 

@@ -14,7 +14,8 @@ from graftlens.folder import inside
 from graftlens.sweep.config import Checked
 from graftlens.viz import text
 from graftlens.viz.export import write_figure
-from graftlens.viz.figures import bar_chart, dose_chart, heat_map, line_chart
+from graftlens.viz.figures import bar_chart, dose_chart, heat_map, interaction_chart, line_chart
+from graftlens.viz.interactions import sentences
 from graftlens.viz.page import Figure, Part, Table
 from graftlens.viz.tables import write_table
 
@@ -66,13 +67,25 @@ def show_part(
                 shown.append(replace(figure, caption=caption + why, files=written.paths))
         except ValueError as error:
             raise ValueError(f"parts.{name}.figures.{number}: {error}") from None
+    players = tables.interactions
+    if players is not None:
+        drawn = interaction_chart(players.table, players.pairs)
+        file = inside(out, "figures") / _unlike(plain(f"{name}-interactions"), stems)
+        written = write_figure(drawn.figure, file, title=f"{part.title}: interactions")
+        why = "".join(f" (No {kind}: {why}.)" for kind, why in written.skipped.items())
+        shown.append(replace(drawn, caption=drawn.caption + why, files=written.paths))
     rules = {named.name: str(named.graft) for named in checked.grafts}
     more = len(rules) - LISTED
     headline, verdicts = _finding(part, tables)
     return Part(
         title=part.title,
         text=part.text,
-        findings=[*filter(None, [headline]), *verdicts, *_notes(part, checked, tables)],
+        findings=[
+            *filter(None, [headline]),
+            *verdicts,
+            *(sentences(players.pairs) if players is not None else ()),
+            *_notes(part, checked, tables),
+        ],
         figures=shown,
         tables=list(_tables(name, tables, out)),
         rules={
@@ -116,6 +129,18 @@ def _tables(name: str, tables: PartTables, out: Path) -> Iterator[Table]:
         if len(frame):
             files = write_table(frame, inside(out, "tables") / f"{name}-{kind}", caption=caption)
             yield Table(caption, frame, files)
+    if tables.interactions is None:
+        return
+    for kind, caption in (
+        ("table", "Players: what each brings"),
+        ("pairs", "Pairs of players: how they interact"),
+        ("dividends", "Coalitions: what each adds beyond those within it (Harsanyi dividends)"),
+        ("values", "Coalitions: the measures under each"),
+    ):
+        frame = getattr(tables.interactions, kind)
+        if len(frame):
+            stem = inside(out, "tables") / f"{name}-interactions-{kind}"
+            yield Table(caption, frame, write_table(frame, stem, caption=caption))
 
 
 def _finding(part: PartConfig, tables: PartTables) -> tuple[str, list[str]]:

@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -114,12 +114,19 @@ class GraftSettings(Section):
         for i, grid in enumerate(self.grids):
             named += [(f"grids.{i}.source", grid.source or ())]
             named += [(f"grids.{i}.base", grid.base.sources)]
-        for where, names in named:
-            for name in names:
-                if name not in sources:
-                    what = f"no source {name!r}. There are: {' '.join(sources)}."
-                    problems.append((where, what + suggest(name, sources)))
-        return problems
+        return problems + unknown_sources(named, sources)
+
+
+def unknown_sources(
+    named: Iterable[tuple[str, Iterable[str]]], sources: Collection[str]
+) -> list[tuple[str, str]]:
+    """(where, what) of every source that is named but does not exist."""
+    return [
+        (where, f"no source {name!r}. There are: {' '.join(sources)}.{suggest(name, sources)}")
+        for where, names in named
+        for name in names
+        if name not in sources
+    ]
 
 
 class RunSettings(Section):

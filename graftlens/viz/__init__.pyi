@@ -4,9 +4,13 @@ from .attribution import logit_attribution_heatmap as logit_attribution_heatmap
 from .bars import grouped_bars as grouped_bars
 from .differences import difference_heatmap as difference_heatmap
 from .differences import weight_heatmap as weight_heatmap
+from .effects import effect_bars as effect_bars
+from .effects import effect_head_map as effect_head_map
+from .effects import effect_heatmap as effect_heatmap
 from .export import exporter as exporter
 from .export import write_figure as write_figure
 from .heatmaps import heatmap as heatmap
+from .interactions import interaction_matrix as interaction_matrix
 from .lens import answer_by_layer as answer_by_layer
 from .lens import kl_divergence_lines as kl_divergence_lines
 from .lens import lens_heatmap as lens_heatmap

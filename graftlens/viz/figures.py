@@ -10,6 +10,7 @@ import pandas as pd
 from graftlens.viz import text
 from graftlens.viz.bars import grouped_bars
 from graftlens.viz.heatmaps import cells, heatmap
+from graftlens.viz.interactions import interaction_matrix, sentences
 from graftlens.viz.linecharts import lines
 from graftlens.viz.page import Figure
 from graftlens.viz.quantities import Quantity, of_summary
@@ -123,6 +124,21 @@ def dose_chart(
         said.append(f"{name}: from {first} at {line.x[0]:g} to {last} at {line.x[-1]:g}")
     alt = f"Line chart of {facts.label} against strength. {'. '.join(said)}."
     return Figure(caption, alt, figure, dict(files or {}))
+
+
+def interaction_chart(
+    table: pd.DataFrame, pairs: pd.DataFrame, *, files: Mapping[str, Path] | None = None
+) -> Figure:
+    """`interaction_matrix(table, pairs)` with its caption and description."""
+    names = [Quantity.of(str(name)).short for name in dict.fromkeys(table["metric"])]
+    caption = (
+        f"Interactions of players in {' and in '.join(names)}: AND, each needs the other; OR, "
+        "either is enough; +, additive; ?, undecided. Bars: Shapley and Banzhaf values, with "
+        f"{100 * float(table['level'].iloc[0]):g}% intervals over facts."
+    )
+    found = sentences(pairs) or ["No pair is an AND or an OR."]
+    alt = f"Matrix of pairs and bars of players. {' '.join(found[:LISTED])}"
+    return Figure(caption, alt, interaction_matrix(table, pairs), dict(files or {}))
 
 
 def _ends(facts: Quantity, rows: pd.DataFrame, names: Sequence[str]) -> str:
