@@ -31,7 +31,7 @@ from graftlens.model.forward import Builder, TransformerBlock
 from graftlens.model.generation import Generation
 from graftlens.model.hooks import Hooking
 from graftlens.model.identity import config_settings, facts_digest, tokenizer_digest
-from graftlens.model.inputs import Input, Padding, positions_of
+from graftlens.model.inputs import Batch, Input, Padding, positions_of
 from graftlens.model.linear import Linear
 from graftlens.model.load import load, short
 from graftlens.model.mask import GraftLike, GraftMask, resolve
@@ -454,12 +454,21 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
         self.warn_beyond_context(max(batch.totals))
         width = batch.real.shape[1]
         rows = np.array([[i * width + c for i, cs in enumerate(columns) for c in cs]])
+        return list(self.logits_of_rows(batch, mask, rows).split([len(cs) for cs in columns]))
+
+    def logits_of_rows(
+        self, batch: Batch, mask: GraftMask, rows: Int[np.ndarray, "1 row"]
+    ) -> Float[Tensor, "row d_vocab"]:
+        """Next-token logits of rows of the batch, by number; gradients reach them.
+
+        Args:
+            batch: the prompts.
+            mask: what they run, resolved for this batch.
+            rows: numbers through `[batch · pos]`.
+        """
         resid = self.residual(Start(batch), mask).flatten(0, 1)
-        picked = resid.index_select(
-            0, torch.from_numpy(rows[0]).to(resid.device, non_blocking=True)
-        )
-        logits = self.logits_from(picked[None], mask.pick(rows))[0]
-        return list(logits.split([len(cs) for cs in columns]))
+        index = torch.from_numpy(rows[0]).to(resid.device, non_blocking=True)
+        return self.logits_from(resid.index_select(0, index)[None], mask.pick(rows))[0]
 
     def run_with_cache(
         self,

@@ -133,13 +133,14 @@ def mixed_with(
     equal: tuple[int, ...],
     strength: Float[Tensor, "rows _out"] | None = None,
 ) -> Float[Tensor, "rows *out"]:
-    """(1 - s) * own + s * theirs, where s is `strength` or, without it, the choice's own."""
-    strength = (chosen.strength if strength is None else strength).to(own.dtype)
+    """(1 - s) * own + s * theirs, where s is `strength` or, without it, the choice's own; in no
+    less than float32, in which strengths are not rounded. At 0 and 1 it is `own` and `theirs`."""
+    dtype, wide = own.dtype, torch.promote_types(own.dtype, torch.float32)
+    strength = (chosen.strength if strength is None else strength).to(wide)
     if runs_already(chosen, equal):
-        return own + 0 * strength.sum()
-    return own + strength.reshape(*strength.shape, *(1,) * (own.ndim - strength.ndim)) * (
-        theirs() - own
-    )
+        return own + 0 * strength.sum().to(dtype)
+    strength = strength.reshape(*strength.shape, *(1,) * (own.ndim - strength.ndim))
+    return torch.lerp(own.to(wide), theirs().to(wide), strength).to(dtype)
 
 
 def runs_already(chosen: Strengthened, equal: tuple[int, ...]) -> bool:
@@ -371,7 +372,7 @@ class UnitsIn(Linear):
         if not chosen.by_unit or runs_already(chosen, self.equal):
             own = self.product(x, chosen.inner)
             return mixed_with(chosen, own, lambda: self._weigh(x.x, chosen.source), self.equal)
-        theirs = x.x * self._spread(chosen.strength, x.x.shape[1]).to(x.x.dtype)
+        theirs = (x.x * self._spread(chosen.strength, x.x.shape[1])).to(x.x.dtype)
         own = self.product(Gathered(x.x - theirs), chosen.inner)
         return own + self._weigh(theirs, chosen.source)
 

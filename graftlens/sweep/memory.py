@@ -1,6 +1,7 @@
 """How much memory a sweep may use, and what to do when it runs out."""
 
 import gc
+from collections.abc import Callable, Sequence
 
 import psutil
 import torch
@@ -14,15 +15,22 @@ ENOUGH_ROWS = {"cpu": 4096, "cuda": 65536}
 SHARE = 0.5
 
 
-def affordable_rows(arch: Architecture, device: torch.device | str, dtype: torch.dtype) -> int:
-    """Token rows that a forward pass may hold, given the memory that is free now."""
+def affordable_rows(
+    arch: Architecture, device: torch.device | str, dtype: torch.dtype, row: int | None = None
+) -> int:
+    """Token rows that a pass may hold, given the memory that is free now.
+
+    Args:
+        arch, device, dtype: the model's.
+        row: bytes that a row takes; None is what it takes in a forward pass.
+    """
     device = torch.device(device)
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
     else:
         free = psutil.virtual_memory().available
     enough = ENOUGH_ROWS.get(device.type, ENOUGH_ROWS["cpu"])
-    return max(1, min(enough, int(SHARE * free / row_bytes(arch, dtype.itemsize))))
+    return max(1, min(enough, int(SHARE * free / (row or row_bytes(arch, dtype.itemsize)))))
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -38,3 +46,33 @@ def free_memory(device: torch.device | str) -> None:
     gc.collect()
     if torch.device(device).type == "cuda":
         torch.cuda.empty_cache()
+
+
+def halving(
+    batches: Sequence[Sequence[int]],
+    run: Callable[[Sequence[int]], object],
+    device: torch.device | str,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Run batches of numbered items one after another; one that memory runs out on in two halves,
+    and no later one larger than these.
+
+    Raises:
+        RuntimeError: memory runs out on a single item. So does any other error of `run`.
+    """
+    waiting = [list(batch) for batch in batches]
+    while waiting:
+        batch = waiting[0]
+        try:
+            run(batch)
+        except (RuntimeError, MemoryError) as error:
+            if len(batch) == 1 or not out_of_memory(error):
+                raise
+        else:
+            waiting.pop(0)
+            continue
+        # Outside the handler, so that the error's frames no longer hold the tensors.
+        free_memory(device)
+        most = len(batch) // 2
+        waiting = [b[i : i + most] for b in waiting for i in range(0, len(b), most)]
+        say(f"Memory ran out: continuing with at most {most} prompts per pass.")

@@ -285,8 +285,10 @@ class Scorer:
         cells.target_id[here] = wanted.scored.answer[0]
 
     def _text(self, token: int) -> str:
+        """A token as text; its id if the model has no tokenizer."""
         if token not in self._texts:
-            self._texts[token] = self.model.to_single_str_token(token)
+            known = self.model.tokenizer is not None
+            self._texts[token] = self.model.to_single_str_token(token) if known else str(token)
         return self._texts[token]
 
 
