@@ -212,7 +212,7 @@ def _facts(table: pd.DataFrame, value: str, metric: str) -> Quantity:
 
 
 def _by_prompt(table: pd.DataFrame, value: str, by: Sequence[str]) -> pd.DataFrame:
-    """[prompt, place]: sums of a column, in the order of first appearance; outside the layers, the layer is -1."""
+    """[prompt, place]: sums of a column, in their order; the layer is -1 outside the layers."""
     rows = table.assign(
         layer=pd.to_numeric(table["layer"].astype(object), errors="coerce").fillna(-1).astype(int),
         value=pd.to_numeric(table[value].astype(object), errors="coerce"),
