@@ -22,6 +22,7 @@ from .positions import At as At
 from .prompts import Prompt as Prompt
 from .prompts import PromptError as PromptError
 from .recipes import FinetuneRun as FinetuneRun
+from .reports import sweep_report as sweep_report
 from .runfolder import InUseError as InUseError
 from .stats import compare as compare
 from .stats import compare_all as compare_all
@@ -30,6 +31,7 @@ from .stats import summarise as summarise
 from .sweep.config import SweepConfig as SweepConfig
 from .sweep.config import describe_sweep as describe_sweep
 from .sweep.disk import FolderError as FolderError
+from .sweep.paper import paper_grafts as paper_grafts
 from .sweep.results import read_results as read_results
 from .sweep.runner import run_sweep as run_sweep
 from .sweep.scoring import Scorer as Scorer

@@ -169,7 +169,8 @@ def sweep(
 
     If interrupted, killed or requeued, running it again computes only what is missing and gives
     the same rows. A folder that holds another sweep is left untouched. The exit code is 3 if the
-    trust report found something wrong.
+    trust report found something wrong. The folder gets a page, report.html, with charts, tables and
+    every graft's prompts.
     """
     resources = _resources(launcher, slurm, wait)
     names = _devices(devices)
@@ -195,9 +196,7 @@ def sweep(
 
     if launcher is Launcher.local and len(names) < 2:
         device = names[0] if names else None
-        result = run_sweep(config, folder, overrides=given, measures=own, device=device)
-        if not result.ok:
-            raise typer.Exit(UNTRUSTED)
+        _end_of_sweep(run_sweep(config, folder, overrides=given, measures=own, device=device))
         return
     from graftlens.engines import check_submission
     from graftlens.sweep.devices import check_devices
@@ -216,8 +215,7 @@ def sweep(
     if wait:
         result = sweep_result(folder)
         typer.echo(result.line())
-        if not result.ok:
-            raise typer.Exit(UNTRUSTED)
+        _end_of_sweep(result)
 
 
 @app.command()
@@ -280,13 +278,20 @@ def run(
 @app.command()
 def dashboard(
     pair: Annotated[
-        tuple[str, str],
+        tuple[str, str] | None,
         typer.Option(
             metavar="PRE SFT",
             help="Hub ids or folders of the pretrained and the finetuned model; smollm2 is the "
             "demo's. Grafts call them pre and sft.",
         ),
-    ],
+    ] = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(
+            help="Instead of a pair, a sweep's folder: its models, its prompts (--number) and its "
+            "grafts, by name.",
+        ),
+    ] = None,
     prompt: Annotated[
         str | None, typer.Option(help="The text, with {NAME} in place of each field.")
     ] = None,
@@ -298,7 +303,7 @@ def dashboard(
         ),
     ] = None,
     number: Annotated[
-        int, typer.Option(min=0, help="Which prompt of the file, from 0 (with --file).")
+        int, typer.Option(min=0, help="Which prompt of the file or the sweep, from 0.")
     ] = 0,
     graft: Annotated[
         list[str] | None,
@@ -344,17 +349,26 @@ def dashboard(
     Example: graftlens dashboard --pair smollm2 my-model --prompt "{first_entity} starred with"
     --field "first_entity=Ann Lee" --answer " Bo" --graft "FE=sft @ first_entity"
     """
-    named = _all_named("--graft", (g if "=" in g else f"{g}={g}" for g in graft or ()))
+    named = {}
+    if sweep is None:
+        named = _all_named("--graft", (g if "=" in g else f"{g}={g}" for g in graft or ()))
     fields = _all_named("--field", field or ())
     more = _all_named("--source", source or ())
-    if (prompt is None) == (file is None):
+    if (pair is None) == (sweep is None):
+        given = "neither is" if pair is None else "both are"
+        raise typer.BadParameter(f"{given} given. Give exactly one of --pair and --sweep.")
+    own = {"--field": field, "--answer": answer, "--chat": chat, "--system": system}
+    if sweep is not None:
+        own |= {"--prompt": prompt, "--file": file, "--source": source, "--full": full}
+        if name := next((n for n in own if own[n]), None):
+            raise typer.BadParameter(f"{name} goes with --pair; a sweep's folder has its own.")
+    elif (prompt is None) == (file is None):
         given = "neither is" if prompt is None else "both are"
         raise typer.BadParameter(f"{given} given. Give exactly one of --prompt and --file.")
-    own = {"--field": field, "--answer": answer, "--chat": chat, "--system": system}
     if file is not None and (name := next((n for n in own if own[n]), None)):
         raise typer.BadParameter(f"{name} goes with --prompt; a file's prompts have their own.")
-    if file is None and number:
-        raise typer.BadParameter("--number works only with --file. Leave it out.")
+    if file is None and sweep is None and number:
+        raise typer.BadParameter("--number works only with --file or --sweep. Leave it out.")
     text = prompt or ""
     for name in fields:
         if f"{{{name}}}" not in text:
@@ -372,11 +386,17 @@ def dashboard(
     for path in (out, image):
         if path is not None and path.is_dir():
             raise typer.BadParameter(f"{path} is a folder. Name a file in it.")
-    sources = dict(zip(("pre", "sft"), pair, strict=True)) | more
-    from graftlens.dashboards import write_dashboard
+    from graftlens.dashboards import write_dashboard, write_sweep_dashboard
     from graftlens.prompts import Prompt
     from graftlens.sweep.promptsets import ChatFormat, PromptFile
 
+    shown: dict[str, Any] = {"image": image, "title": title, "top_k": top_k, "device": device}
+    if sweep is not None:
+        page = write_sweep_dashboard(sweep, number, graft or (), out, **shown)
+        typer.echo(str(page.resolve()))
+        return
+    assert pair is not None
+    sources = dict(zip(("pre", "sft"), pair, strict=True)) | more
     if file is not None:
         prompts = PromptFile(file=str(file)).prompts()
         if number >= len(prompts):
@@ -388,36 +408,45 @@ def dashboard(
         asked = Prompt(text, fields, answer=answer)
     if chat:
         asked = ChatFormat(system=system).asked(asked)
-    page = write_dashboard(
-        sources,
-        asked,
-        named,
-        out,
-        image=image,
-        full=full,
-        title=title,
-        top_k=top_k,
-        device=device,
-    )
+    page = write_dashboard(sources, asked, named, out, full=full, **shown)
     typer.echo(str(page.resolve()))
 
 
 @app.command()
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN…", help="Folders of experiments to compare.")
+        list[Path],
+        typer.Argument(
+            metavar="RUN…", help="Folders of experiments and sweeps to compare, or one sweep."
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path(
-        "graftlens-runs/report.html"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The page to write; graftlens-runs/report.html by default, of one sweep report.html "
+            "in its folder."
+        ),
+    ] = None,
     metric: Annotated[
         str, typer.Option(help="The measure to compare: top1, top5, recovery, …")
     ] = "top5",
 ) -> None:
-    """Compare finished experiments (other models, other datasets) on one page."""
-    from graftlens.experiment.compare import compare_runs
+    """Compare finished experiments and sweeps (other models, other datasets) on one page.
 
-    typer.echo(str(compare_runs(runs, out, metric=metric).resolve()))
+    Of one sweep alone, it writes that sweep's page again.
+    """
+    from graftlens.experiment.compare import report_of
+
+    typer.echo(str(report_of(runs, out, metric=metric).resolve()))
+
+
+def _end_of_sweep(result: Any) -> None:
+    """Write the sweep's page; the exit code says whether its trust report found something wrong."""
+    from graftlens.reports import ensure_report
+
+    typer.echo(str(ensure_report(result.folder).resolve()))
+    if not result.ok:
+        raise typer.Exit(UNTRUSTED)
 
 
 data_app = typer.Typer(

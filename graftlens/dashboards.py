@@ -6,13 +6,14 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
 
 from graftlens import __version__
-from graftlens.components import COMPONENTS, Component, format_numbers
+from graftlens.components import COMPONENTS, Component, format_numbers, suggest
 from graftlens.folder import writable
 from graftlens.graft import Graft, Grafts
 from graftlens.lens import direct_logit_attribution, kl_divergence, logit_lens
@@ -26,6 +27,8 @@ from graftlens.model.smollm2 import located
 from graftlens.prompts import Prompt, Tokenized, tokenize
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.prepared import joined_answers
+from graftlens.sweep.results import read_manifest
+from graftlens.sweep.runner import config_of, content_of
 from graftlens.viz.dashboard import Dashboard
 from graftlens.viz.dashboarddata import DashboardData, Run
 from graftlens.viz.page import is_page
@@ -154,6 +157,7 @@ def write_dashboard(
     title: str = "",
     top_k: int = 5,
     device: str | None = None,
+    loading: Mapping[str, Any] | None = None,
 ) -> Path:
     """Load a model, make a dashboard of one prompt, and write its page and optionally a picture of
     it.
@@ -164,6 +168,7 @@ def write_dashboard(
         image: a PNG of the whole page.
         prompt, grafts, full, title, top_k: as in `dashboard`.
         device: as in `GraftedTransformer.from_pretrained`.
+        loading: what else that takes: `tokenizer`, `chat_template`, `dtype`; and `prepend_bos`.
 
     Raises:
         ValueError, RuntimeError: as `dashboard` and `Dashboard.save_image`.
@@ -184,21 +189,88 @@ def write_dashboard(
     if device is not None:
         check_devices([device])
     locations = {name: located(location) for name, location in sources.items()}
-    _check(locations, prompt, _runs(list(locations), grafts, full))
-    model = GraftedTransformer.from_pretrained(locations, device=device)
-    view = dashboard(model, prompt, grafts, full=full, title=title, top_k=top_k)
+    loading = dict(loading or {})
+    prepend_bos = loading.pop("prepend_bos", None)
+    _check(locations, prompt, _runs(list(locations), grafts, full), loading, prepend_bos)
+    model = GraftedTransformer.from_pretrained(locations, device=device, **loading)
+    view = dashboard(
+        model, prompt, grafts, full=full, title=title, top_k=top_k, prepend_bos=prepend_bos
+    )
     page = view.save(path)
     if image is not None:
         view.save_image(image)
     return page
 
 
-def _check(locations: Mapping[str, str], prompt: Prompt, runs: Runs) -> None:
+def write_sweep_dashboard(
+    folder: str | Path, number: int, grafts: Sequence[str], path: str | Path, **options: Any
+) -> Path:
+    """Make a dashboard of one prompt of a sweep, with the sweep's sources, tokens and dtype.
+
+    Args:
+        folder: the sweep's.
+        number: the prompt's, as in the sweep's results.
+        grafts: names of the sweep's grafts; or others, as `NAME=GRAFT` or `GRAFT`.
+        path: the page.
+        options: `image`, `title`, `top_k` and `device`, as in `write_dashboard`.
+
+    Raises:
+        ValueError: a folder without a sweep, a prompt or a graft that the sweep does not have; and
+            as `write_dashboard`.
+        OSError: as `write_dashboard`.
+    """
+    manifest = read_manifest(Path(folder))
+    config = config_of(Path(folder), manifest)
+    prompts, known, _ = content_of(Path(folder), manifest)
+    if number not in prompts:
+        raise ValueError(
+            f"--number {number}: the sweep {folder} has {len(prompts)} prompts, 0 to "
+            f"{len(prompts) - 1}."
+        )
+    chosen = {}
+    for text in grafts:
+        name, separator, rule = text.partition("=")
+        if text in known:
+            chosen[text] = known[text]
+        elif "@" in text:
+            chosen[name.strip() if separator else text] = Graft.parse(rule if separator else text)
+        else:
+            raise ValueError(
+                f"--graft {text!r}: the sweep {folder} has no graft of that name.{suggest(text, known)}"
+                " Name one of its grafts, or write [NAME=]GRAFT."
+            )
+    first, whole = (known[manifest.recovery[role]] for role in ("base", "full"))
+    if first != Graft():
+        chosen[manifest.recovery["base"]] = first
+    # On a dashboard PRE is the run without grafts, and SFT the full one.
+    named = {
+        f"graft {name}" if name in ("PRE", "SFT") else name: graft
+        for name, graft in chosen.items()
+        if graft not in (Graft(), whole)
+    }
+    return write_dashboard(
+        config.sources,
+        prompts[number],
+        named,
+        path,
+        full=str(whole),
+        loading=config.loading() | {"prepend_bos": config.prepend_bos},
+        **options,
+    )
+
+
+def _check(
+    locations: Mapping[str, str],
+    prompt: Prompt,
+    runs: Runs,
+    loading: Mapping[str, Any],
+    prepend_bos: bool | None,
+) -> None:
     """Refuse what cannot run before any weight is read."""
-    arch, tokenizer = preview(locations)
+    arch, tokenizer = preview(locations, loading.get("tokenizer"), loading.get("chat_template"))
     if tokenizer is None:
         raise ValueError("no source has a tokenizer. Save one in the folder of the base's weights.")
-    item = tokenize(prompt, tokenizer)
+    item = tokenize(prompt, tokenizer, prepend_bos)
     for graft in runs.grafts.values():
         for rule in graft.rules:
             sites_of(rule, arch, list(locations))

@@ -32,9 +32,9 @@ from graftlens.folder import (
 )
 from graftlens.graft import Graft
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.model.mask import select
 from graftlens.model.smollm2 import smollm2
 from graftlens.prompts import Prompt
+from graftlens.reports import example
 from graftlens.stats import summarise
 from graftlens.viz.text import headline, text_table
 
@@ -271,37 +271,13 @@ def _examples(
     table: pd.DataFrame,
 ) -> list[Any]:
     """The first prompt of each template, with the tokens that each graft touches."""
-    from graftlens.viz.report import Example
-
     first: dict[str | None, int] = {}
     for index, prompt in enumerate(prompts):
         first.setdefault(prompt.name, index)
     examples = []
     for name, index in first.items():
-        rows = table[(table["prompt"] == index) & table["reason"].isna()].set_index("graft")
         (tokens,) = model.tokenized(prompts[index])
-        examples.append(
-            Example(
-                title=str(name),
-                tokens=tuple(model.to_single_str_token(t) for t in tokens.ids),
-                grafted={
-                    graft_name: tuple(
-                        any(marks)
-                        for marks in zip(
-                            *(select(rule, tokens).tolist() for rule in graft.rules), strict=True
-                        )
-                    )
-                    or (False,) * len(tokens)
-                    for graft_name, graft in grafts.items()
-                },
-                answer=str(prompts[index].answer),
-                target=str(rows["target"].iloc[0]),
-                predictions={
-                    graft_name: tuple(
-                        zip(row["top_tokens"][:5], map(float, row["top_probs"][:5]), strict=True)
-                    )
-                    for graft_name, row in rows.iterrows()
-                },
-            )
-        )
+        texts = [model.to_single_str_token(token) for token in tokens.ids]
+        rows = table[table["prompt"] == index]
+        examples.append(example(str(name), prompts[index], tokens, texts, grafts, rows))
     return examples

@@ -1,6 +1,5 @@
 """From a part's results to the tables that its figures draw."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,11 @@ from graftlens.experiment.config import ExperimentConfig, PartConfig
 from graftlens.find.interactions import Interactions, measured_interactions
 from graftlens.metrics import always_measured
 from graftlens.references import COLUMNS as REFERENCES
+from graftlens.reports import facts_of, measured_in
 from graftlens.stats import GRAFT_COLUMNS, summarise
 from graftlens.stats.resampling import Draw
 from graftlens.sweep.config import Checked
-from graftlens.sweep.results import read_prompts, read_results
+from graftlens.sweep.results import read_results
 
 #: The axes of a grid's grafts, as columns.
 TAGS = (
@@ -69,16 +69,11 @@ def part_tables(
     measured = [*(m.name for m in always_measured() if m.summary == "mean"), *own]
     table = read_results(folder, columns=[*_NEEDED, *measured])
     assert isinstance(table, pd.DataFrame)
-    table = table.assign(fact=_facts(folder).reindex(table["prompt"]).to_numpy())
+    table = table.assign(fact=facts_of(folder).reindex(table["prompt"]).to_numpy())
     cells, failed = len(table), int(table["reason"].notna().sum())
-    metrics = ["logprob"]
-    if checked.config.metrics.answers == "whole":
-        metrics.append("answer_logprob")
-    # A prompt without distractors has none; a cell that could not be run is not such a prompt.
-    if table.loc[table["reason"].isna(), "logit_diff"].notna().all():
-        metrics.append("logit_diff")
-    asked = [*own, *(metric for figure in part.shown for metric in figure.metrics)]
-    metrics += [m for m in dict.fromkeys(asked) if m in measured and m not in metrics]
+    drawn = (metric for figure in part.shown for metric in figure.metrics)
+    asked = [metric for metric in (*own, *drawn) if metric in measured]
+    metrics = measured_in(table, asked, checked.config.metrics.answers)
     interactions = _interactions(part, checked, table)
     if interactions is not None:
         table = table[~table["graft"].isin(_coalitions_alone(part, checked))]
@@ -118,8 +113,8 @@ def _interactions(part: PartConfig, checked: Checked, table: pd.DataFrame) -> In
 def _coalitions_alone(part: PartConfig, checked: Checked) -> set[str]:
     """The grafts that are only coalitions: none of the part's own, and no reference."""
     assert part.interactions is not None
-    kept = {*part.grafts, checked.base, checked.full, *_tags(part, checked)["graft"]}
-    kept |= {checked.duplicates.get(name, name) for name in part.grafts}
+    kept = {*part.named_grafts(), checked.base, checked.full, *_tags(part, checked)["graft"]}
+    kept |= {checked.duplicates.get(name, name) for name in part.named_grafts()}
     return {*part.interactions.coalitions(checked.config.seed).grafts} - kept
 
 
@@ -145,22 +140,10 @@ def check_players(part: PartConfig, checked: Checked) -> None:
         raise ConfigError(("interactions.players", str(error))) from None
 
 
-def _facts(folder: Path) -> "pd.Series[Any]":
-    """Prompt's number -> the fact it asks for: its dataset, the entity it names (or else the whole
-    prompt), the answer."""
-    prompts = read_prompts(folder, ["prompt", "dataset", "as_given"]).to_pydict()
-    names = []
-    for dataset, text in zip(prompts["dataset"], prompts["as_given"], strict=True):
-        given = json.loads(text)
-        entity = given["fields"].get("first_entity", text)
-        names.append(json.dumps([dataset, entity, given["answer"]], ensure_ascii=False))
-    return pd.Series(names, index=prompts["prompt"])
-
-
 def _with_twins(summary: pd.DataFrame, part: PartConfig, checked: Checked) -> pd.DataFrame:
     """The summary with a row for each named graft, also for one that equals another and was run
     under the other's name."""
-    twins = {name: ran for name, ran in checked.duplicates.items() if name in part.grafts}
+    twins = {name: ran for name, ran in checked.duplicates.items() if name in part.named_grafts()}
     rows = [summary[summary["graft"] == ran].assign(graft=name) for name, ran in twins.items()]
     return pd.concat([summary, *rows], ignore_index=True) if rows else summary
 

@@ -1,28 +1,63 @@
-"""Several finished experiments (other models, other datasets) side by side on one page."""
+"""Several finished folders (experiments, sweeps; other models, other datasets) side by side on one
+page."""
 
-import os
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from graftlens.experiment.analysis import TAGS
-from graftlens.folder import at_home, inside, name_problems, read_json, writable
+from graftlens.folder import at_home, inside, name_problems, read_json
+from graftlens.references import are_references
+from graftlens.reports import sweep_report, sweep_summary
 from graftlens.stats import GRAFT_COLUMNS
+from graftlens.sweep.results import read_manifest
+from graftlens.sweep.runner import sweep_result
 from graftlens.viz.compare import compare_page
-from graftlens.viz.page import is_page
+from graftlens.viz.page import page_at
 from graftlens.viz.tables import read_table
 
 #: What to do about a run whose files are damaged.
 AGAIN = "Run the experiment again into the same folder: graftlens run rewrites the file."
+
+#: The page, where none is named.
+PAGE = Path("graftlens-runs") / "report.html"
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A folder's results, as the page compares them.
+
+    Attributes:
+        labels: what it may be called, the shortest first; the first that tells all apart is taken.
+        parts: part -> its summary by template. The part "" has no name of its own: it is compared
+            with every part of the others that has a graft of it.
+        titles: part -> its title.
+        about: what the page says of it.
+    """
+
+    labels: tuple[str, ...]
+    parts: Mapping[str, pd.DataFrame]
+    titles: Mapping[str, str]
+    about: Mapping[str, Any]
+
+
+def report_of(runs: Sequence[Path], out: Path | None = None, *, metric: str = "top5") -> Path:
+    """The page of one sweep, or one that compares several runs; see `compare_runs`."""
+    if len(runs) == 1 and (at_home(runs[0]) / "sweep.json").is_file():
+        return sweep_report(runs[0], out)
+    return compare_runs(runs, PAGE if out is None else out, metric=metric)
 
 
 def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Path:
     """Write a page that compares the parts that the runs share.
 
     Args:
-        runs: two or more folders of experiments that `graftlens run` finished.
+        runs: two or more folders of experiments that `graftlens run` finished, or of sweeps that
+            `graftlens sweep` finished, in any mixture. A sweep is compared with every part of an
+            experiment that has one of its grafts by name, and with the other sweeps.
         out: the page to write.
         metric: what is compared.
 
@@ -34,48 +69,77 @@ def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Pa
             common, a metric that they lack; a file at `out` that is not a page of graftlens.
         OSError: a page that cannot be written.
     """
-    out = writable(at_home(out))
-    if os.path.lexists(out) and not is_page(out):
-        raise ValueError(
-            f"{out} exists and is not a page that graftlens wrote, so it is left untouched. Name "
-            "another file with --out."
-        )
+    out = page_at(at_home(out), "Name another file with --out.")
     if len(runs) < 2:
-        raise ValueError(f"{len(runs)} given: name two or more folders that graftlens run wrote.")
-    folders = [at_home(run) for run in runs]
-    records = {run: _record(run) for run in folders}
-    if len({run.resolve() for run in records}) < len(runs):
-        raise ValueError("a folder is named twice. Name each run once.")
-    labels = _labels(records)
-    tables = {labels[run]: _tables(run, record) for run, record in records.items()}
-    names = [name for found in tables.values() for name in found]
-    shared = [name for name in names if names.count(name) > 1]
-    if not shared:
-        parts = "; ".join(f"{label}: {', '.join(found)}" for label, found in tables.items())
         raise ValueError(
-            f"these runs have no part in common ({parts}). Compare runs of one experiment, or give "
-            "parts with the same grafts the same name."
+            f"{len(runs)} given: name two or more folders that graftlens run or graftlens sweep "
+            "wrote."
         )
-    titles = {
-        name: str(part["title"])
-        for record in records.values()
-        for name, part in record["parts"].items()
-    }
-    titles |= {f"{name}, grids": f"{title}: grids" for name, title in titles.items()}
-    provenance = {
-        labels[run]: {key: record[key] for key in ("name", "model", "datasets", "finished")}
-        for run, record in records.items()
-    }
+    found = {run: _read_run(run) for run in map(at_home, runs)}
+    if len({run.resolve() for run in found}) < len(runs):
+        raise ValueError("a folder is named twice. Name each run once.")
+    labels = _labels(found)
+    tables = _parts({labels[run]: one.parts for run, one in found.items()})
+    names = [name for parts in tables.values() for name in parts]
+    if not any(names.count(name) > 1 for name in names):
+        parts = "; ".join(
+            f"{label}: {', '.join(name or 'one without a name' for name in found)}"
+            for label, found in tables.items()
+        )
+        raise ValueError(
+            f"these runs have no part in common ({parts}). Compare runs of one experiment, sweeps "
+            "of the same grafts, or give parts with the same grafts the same name."
+        )
+    titles = {name: title for one in found.values() for name, title in one.titles.items()}
+    provenance = {labels[run]: dict(one.about) for run, one in found.items()}
     return compare_page(out, tables, titles=titles, provenance=provenance, metric=metric)
 
 
-def _record(run: Path) -> dict[str, Any]:
-    path = run / "experiment.json"
-    if not path.is_file():
-        raise ValueError(
-            f"{run} holds no finished experiment: there is no {path.name}. Name a folder that "
-            "graftlens run wrote, and finish it first."
-        )
+def _read_run(run: Path) -> Compared:
+    for marker, read in KINDS.items():
+        if (run / marker).is_file():
+            return read(run)
+    named = " or ".join(KINDS)
+    raise ValueError(
+        f"{run} holds no finished experiment or sweep: there is no {named} in it. Name a folder "
+        "that graftlens run or graftlens sweep wrote, and finish it first."
+    )
+
+
+def _experiment(run: Path) -> Compared:
+    record = _record(run / "experiment.json")
+    titles = {name: str(part["title"]) for name, part in record["parts"].items()}
+    return Compared(
+        labels=(str(record["model"]), f"{record['name']}, {record['model']}", run.name),
+        parts=_tables(run, record),
+        titles=titles | {f"{name}, grids": f"{title}: grids" for name, title in titles.items()},
+        about={key: record[key] for key in ("name", "model", "datasets", "finished")},
+    )
+
+
+def _sweep(run: Path) -> Compared:
+    sweep_result(run)  # that it is finished
+    manifest = read_manifest(run)
+    places = {
+        name: Path(place).name if Path(place).exists() else place
+        for name, place in manifest.config["sources"].items()
+    }
+    return Compared(
+        labels=(run.resolve().name, str(run)),
+        parts={"": sweep_summary(run)},
+        titles={"": "The sweeps' grafts"},
+        about={"sources": places, "cells": manifest.cells, "versions": dict(manifest.versions)},
+    )
+
+
+#: Which file marks a kind of folder -> what reads it. A new kind of folder is a row here.
+KINDS: Mapping[str, Callable[[Path], Compared]] = {
+    "experiment.json": _experiment,
+    "sweep.json": _sweep,
+}
+
+
+def _record(path: Path) -> dict[str, Any]:
     record = read_json(path, AGAIN)
     if (
         not isinstance(record, dict)
@@ -89,20 +153,44 @@ def _record(run: Path) -> dict[str, Any]:
     return record
 
 
-def _labels(records: dict[Path, dict[str, Any]]) -> dict[Path, str]:
+def _labels(found: Mapping[Path, Compared]) -> dict[Path, str]:
     """A name for each run: its model if that distinguishes the runs, else its folder."""
-    for label in (
-        lambda run, record: str(record["model"]),
-        lambda run, record: f"{record['name']}, {record['model']}",
-        lambda run, record: run.name,
-    ):
-        found = {run: label(run, record) for run, record in records.items()}
-        if len(set(found.values())) == len(found):
-            return found
-    return {run: str(run) for run in records}
+    for which in range(max(len(one.labels) for one in found.values())):
+        named = {run: one.labels[min(which, len(one.labels) - 1)] for run, one in found.items()}
+        if len(set(named.values())) == len(named):
+            return named
+    return {run: str(run) for run in found}
 
 
-def _tables(run: Path, record: dict[str, Any]) -> dict[str, pd.DataFrame]:
+def _parts(
+    runs: Mapping[str, Mapping[str, pd.DataFrame]],
+) -> dict[str, dict[str, pd.DataFrame]]:
+    """Run -> part -> its summary, where a part without a name is also each that shares a graft."""
+    named: dict[str, set[str]] = {}
+    for parts in runs.values():
+        for name, frame in parts.items():
+            if name:
+                named.setdefault(name, set()).update(_grafts(frame))
+    found: dict[str, dict[str, pd.DataFrame]] = {}
+    for run, parts in runs.items():
+        found[run] = dict(parts)
+        for nameless in [frame for name, frame in parts.items() if not name]:
+            own = _grafts(nameless)
+            shared = {name: nameless for name, grafts in named.items() if own & grafts}
+            found[run] |= shared
+    if sum("" in parts for parts in found.values()) == 1:  # nothing to compare it with
+        for parts in found.values():
+            if len(parts) > 1:
+                parts.pop("", None)
+    return found
+
+
+def _grafts(frame: pd.DataFrame) -> set[str]:
+    """The names of a summary's grafts, without the ends of recovery."""
+    return set(frame.loc[~are_references(frame), "graft"].astype(str))
+
+
+def _tables(run: Path, record: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """Part -> its table by template, and `PART, grids` -> that of its grids, templates pooled."""
     found = {}
     for name in record["parts"]:

@@ -19,7 +19,8 @@ from graftlens.graft import Rule
 from graftlens.metrics import always_measured, averaged, known
 from graftlens.positions import At
 from graftlens.presets import PRESETS
-from graftlens.sweep.config import GraftSettings, RunSettings, unknown_sources
+from graftlens.sweep.config import RunSettings
+from graftlens.sweep.graftsettings import GraftSettings, unknown_sources
 from graftlens.sweep.grid import GraftField, Grid
 from graftlens.sweep.promptsets import (
     PromptColumn,
@@ -254,7 +255,7 @@ class PartConfig(RunSettings, GraftSettings):
     def problems(self) -> list[tuple[str, str]]:
         """(where, what) of every name here that does not exist."""
         problems = []
-        named = self.named_grids
+        named, grafts = self.named_grids, self.named_grafts()
         if len(named) < len(self.grids):
             problems.append(("grids", "two grids have the same name. Give each its own name."))
         for i, figure in enumerate(self.shown):
@@ -262,7 +263,7 @@ class PartConfig(RunSettings, GraftSettings):
             of_grids = figure.of_grids
             if of_grids and not self.grids:
                 problems.append((where, f"kind {figure.kind} shows grids, but there are none."))
-            elif not of_grids and not self.grafts:
+            elif not of_grids and not grafts:
                 what = "bars show named grafts, but there are none. Name grids instead."
                 problems.append((where, what))
             for name in figure.grids or ():
@@ -275,13 +276,13 @@ class PartConfig(RunSettings, GraftSettings):
                 what = "rate and draw apply to grids with dropout, and a grid here has none."
                 problems.append((where, what))
             for name in figure.grafts or ():
-                if name not in self.grafts:
-                    what = f"no graft is called {name!r}.{suggest(name, self.grafts)}"
+                if name not in grafts:
+                    what = f"no graft is called {name!r}.{suggest(name, grafts)}"
                     problems.append((f"{where}.grafts", what))
         problems += [
-            ("where_possible", f"no graft is called {name!r}.{suggest(name, self.grafts)}")
+            ("where_possible", f"no graft is called {name!r}.{suggest(name, grafts)}")
             for name in self.where_possible
-            if name not in self.grafts
+            if name not in grafts
         ]
         if self.interactions is not None:
             made = self.interactions.coalitions(0).grafts
@@ -293,8 +294,8 @@ class PartConfig(RunSettings, GraftSettings):
         if self.finding:
             for role in ("enough", "rest"):
                 name = getattr(self.finding, role)
-                if name not in self.grafts:
-                    what = f"no graft is called {name!r}.{suggest(name, self.grafts)}"
+                if name not in grafts:
+                    what = f"no graft is called {name!r}.{suggest(name, grafts)}"
                     problems.append((f"finding.{role}", what))
         return problems
 

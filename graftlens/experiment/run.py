@@ -8,7 +8,7 @@ experiment's folder::
     OUT/experiment.json        what was run, of which data and with which models
     OUT/experiment.yaml        the config as it was given
     OUT/.graftlens             marks the folder as ours: without it, no file there is touched
-    OUT/sweeps/PART/           a sweep's folder, with its trust report
+    OUT/sweeps/PART/           a sweep's folder, with its trust report and its own page
     OUT/tables/, OUT/figures/
 """
 
@@ -30,6 +30,7 @@ from graftlens.experiment.plan import Plan, Store, plan
 from graftlens.experiment.show import plain, show_part
 from graftlens.finetune import FinetuneResult, FinetuneRun, InUseError, finetune_run
 from graftlens.folder import at_home, claim, inside, read_json, writable, write_whole
+from graftlens.reports import PAGE, ensure_report
 from graftlens.sweep.cells import Measures, own_measures
 from graftlens.sweep.config import describe
 from graftlens.sweep.devices import check_devices
@@ -150,6 +151,7 @@ def run_experiment(
                     progress=progress,
                     say=lambda s: say(f"  {s}"),
                 )
+            ensure_report(place)
             tables = part_tables(config, part, checked, place)
             shown, headline = show_part(name, config, checked, tables, folder, stems)
             parts.append(shown)
@@ -161,6 +163,7 @@ def run_experiment(
     lead = " ".join([*said, *([f"The paper: {config.expected}"] if config.expected else [])])
     links = {"the config": folder / "experiment.yaml", "what was run": folder / "experiment.json"}
     for name in sweeps:
+        links[f"the prompts of {name}, graft by graft"] = folder / "sweeps" / name / PAGE
         links[f"trust report of {name}"] = folder / "sweeps" / name / "trust.txt"
     page = experiment_page(
         folder / "index.html",

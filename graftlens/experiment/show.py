@@ -103,7 +103,7 @@ def _notes(part: PartConfig, checked: Checked, tables: PartTables) -> Iterator[s
             f"Left out, because {checked.arch.family} lacks a component that they name: "
             f"{'; '.join(lacking)}."
         )
-    for name in part.grafts:
+    for name in part.named_grafts():
         if name in checked.duplicates:
             yield f"{name} is the same graft as {checked.duplicates[name]} and was run once."
     if tables.failed:
@@ -166,7 +166,7 @@ def _figures(
     pooled = wanted.by == "pooled"
     if not wanted.of_grids:
         frame = tables.pooled if pooled else tables.template
-        kept = wanted.grafts or tuple(part.grafts)
+        kept = wanted.grafts or tuple(part.named_grafts())
         frame = _in_order(frame, kept)
         for metric in wanted.metrics:
             yield metric, bar_chart(frame, metric)

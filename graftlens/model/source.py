@@ -447,6 +447,17 @@ def text_config(config: Any) -> Any:
     return config.get_text_config() if config.model_type == "gemma3" else config
 
 
+def ties_embeddings(source: str) -> bool:
+    """Whether the Hugging Face model of a checkpoint has one tensor as embedding and unembedding.
+
+    Raises:
+        PairError, UnsupportedArchitectureError: a config that is missing, damaged or not supported.
+    """
+    what = f"source {source!r}"
+    config = text_config(open_config(what, location_of(what, source)))
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
 def _check_settings(what: str, folder: Path | None) -> None:
     """Refuse generation settings that transformers would silently ignore."""
     from transformers import GenerationConfig

@@ -3,7 +3,7 @@
 import itertools
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,12 +26,13 @@ from graftlens.model.inputs import collate
 from graftlens.model.load import preview
 from graftlens.model.mask import multiplies_far, resolve, select, silenced, sites_of
 from graftlens.model.smollm2 import located
+from graftlens.model.source import ties_embeddings
 from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, Tokenized, dated, doubled_bos
 from graftlens.references import References
 from graftlens.sweep.cells import Measures, asked_for, own_measures
 from graftlens.sweep.counts import blocks_of
-from graftlens.sweep.grid import GraftField, Grid
+from graftlens.sweep.graftsettings import GraftSettings
 from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.prepared import Extent, Prepared, joined_answers
 from graftlens.sweep.promptsets import (
@@ -78,55 +79,6 @@ class Metrics(Section):
     measures: tuple[str, ...] = ()
     """Further measures, by name, a column each: kl_base, kl_full, kl_from_base, kl_from_full,
     js_base, js_full, entropy, margin, answer_set_prob, or one of your own (`--measure`)."""
-
-
-class GraftSettings(Section):
-    """What is grafted, in a sweep or in a part of an experiment, which is a sweep."""
-
-    sources: Mapping[str, str] = {}
-    """Name -> location of the weights."""
-
-    grafts: Mapping[str, GraftField] = {}
-    """Name -> graft, as one line of text in quotes or a list of rules."""
-
-    grids: Annotated[tuple[Grid, ...], BeforeValidator(listed)] = ()
-    """Families of grafts."""
-
-    base: str | None = None
-    """The graft that recovery is measured from, by name; by default the one without rules."""
-
-    full: str | None = None
-    """The graft that recovery is measured to; by default the second source everywhere."""
-
-    @field_validator("grafts")
-    @classmethod
-    def _one_line_names(cls, grafts: Mapping[str, Graft]) -> Mapping[str, Graft]:
-        for name in grafts:
-            check_name(name)
-        return grafts
-
-    def graft_problems(self, sources: Collection[str]) -> list[tuple[str, str]]:
-        """(where, what): no grafts, and every source that grafts name but that does not exist."""
-        problems = []
-        if not self.grafts and not self.grids:
-            problems.append(("", "no grafts: give grafts or grids."))
-        named = [(f"grafts.{name}", graft.sources) for name, graft in self.grafts.items()]
-        for i, grid in enumerate(self.grids):
-            named += [(f"grids.{i}.source", grid.source or ())]
-            named += [(f"grids.{i}.base", grid.base.sources)]
-        return problems + unknown_sources(named, sources)
-
-
-def unknown_sources(
-    named: Iterable[tuple[str, Iterable[str]]], sources: Collection[str]
-) -> list[tuple[str, str]]:
-    """(where, what) of every source that is named but does not exist."""
-    return [
-        (where, f"no source {name!r}. There are: {' '.join(sources)}.{suggest(name, sources)}")
-        for where, names in named
-        for name in names
-        if name not in sources
-    ]
 
 
 class RunSettings(Section):
@@ -347,6 +299,10 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     if config.metrics.top_k > arch.d_vocab:
         what = f"{config.metrics.top_k} is more than the vocabulary's {arch.d_vocab}."
         problems.append(("metrics.top_k", what))
+    if config.paper is not None:
+        tied = ties_embeddings(next(iter(config.locations().values())))
+        given = config.named_grafts(tuple(config.sources), arch, tied)
+        config = config.model_copy(update={"grafts": given, "paper": None})
     sets, failed = _prompts(config)
     problems += failed
     prompts = tuple(prompt for made in sets.values() for prompt in made)

@@ -40,6 +40,7 @@ FILES = (
     "trust.txt",
     "trust.json",
     "done.json",
+    "report.html",
 )
 
 _SHARD = r"[0-9]{5,}\.parquet"

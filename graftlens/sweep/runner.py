@@ -211,7 +211,7 @@ def is_finished(out: Path) -> bool:
     manifest = read_manifest(out)
     if manifest.models is None or not is_done(out) or _missing(out, manifest):
         return False
-    locations = _config(out, manifest).locations()
+    locations = config_of(out, manifest).locations()
     there, here = manifest.models.get("files"), _files(locations)
     # Earlier releases recorded less about each file.
     return bool(there == here or there == _files(locations, digests=False))
@@ -418,7 +418,7 @@ def work(
     """
     out = Path(out).expanduser()
     manifest = read_manifest(out)
-    config = _config(out, manifest)
+    config = config_of(out, manifest)
     if is_finished(out):
         say(f"{out} is finished: nothing to run.")
         return
@@ -440,7 +440,7 @@ def work(
     say(loaded.getvalue().strip())
     manifest = _record(out, model, config, loaded.getvalue().strip(), files, say)
     missing = _missing(out, manifest)
-    _, grafts, blocks = _given(out, manifest)
+    _, grafts, blocks = content_of(out, manifest)
     prepared = Prepared(
         model.tokenizer,
         model.arch,
@@ -527,8 +527,8 @@ def finish(
             return
         say("all shards are done; recomputing some cells for the trust report")
         manifest = read_manifest(out)
-        config = _config(out, manifest)
-        prompts, grafts, _ = _given(out, manifest)
+        config = config_of(out, manifest)
+        prompts, grafts, _ = content_of(out, manifest)
         # The lists are most of a table's memory.
         lists = [f.name for f in manifest.schema if pa.types.is_list(f.type)]
         lists = [] if manifest.cells <= LISTED else lists
@@ -594,7 +594,12 @@ def _lock_name(shard: int) -> str:
     return f"{shard:05d}"
 
 
-def _config(out: Path, manifest: Manifest) -> SweepConfig:
+def config_of(out: Path, manifest: Manifest) -> SweepConfig:
+    """The config of a sweep's folder.
+
+    Raises:
+        ValueError: a manifest whose config is not one.
+    """
     try:
         return SweepConfig.model_validate(manifest.config)
     except ValueError as error:
@@ -602,7 +607,9 @@ def _config(out: Path, manifest: Manifest) -> SweepConfig:
         raise damaged(out / "sweep.json", "config: " + " ".join(said[1:3])) from None
 
 
-def _given(out: Path, manifest: Manifest) -> tuple[dict[int, Prompt], dict[str, Graft], list[Any]]:
+def content_of(
+    out: Path, manifest: Manifest
+) -> tuple[dict[int, Prompt], dict[str, Graft], list[Any]]:
     """The prompts and grafts of a prepared sweep, and each block's prompts."""
     table = read_prompts(out)
     prompts = dict(enumerate(revived(t) for t in table["as_given"].to_pylist()))

@@ -23,7 +23,8 @@ def grouped_bars(
     """`metric` of every graft (x axis), one bar per group (template), with its interval.
 
     Several groups differ in colour and hatch; with one group each graft has its own fixed fill.
-    A bar without a value is left out and named as "n/a" in the legend or under the axis.
+    A bar without a value is left out and named as "n/a" in the legend or under the axis. Each
+    trace's `meta` has its bars' grafts.
 
     Args:
         order: the groups in the order wanted; those left out come after them as in the summary.
@@ -65,6 +66,7 @@ def grouped_bars(
                 "pattern": {"shape": pattern, "size": 7, **hatch},
             },
             customdata=[[said] for said in text.written_all(facts, part)],
+            meta=grafts,
             hovertemplate=f"%{{x}}, {escaped(name)}<br>%{{customdata[0]}}<extra></extra>",
         )
     rows = _legend_rows(list(parts), legend_title) if len(parts) > 1 else 0

@@ -49,7 +49,8 @@ def heatmap(
     Recovery and logit differences have a scale that is symmetric around 0 and as wide as the
     largest value; accuracies one from 0 to 1; other metrics one over their own range. A dot marks
     a signed metric whose interval excludes 0, a cross a cell without a value
-    (without `cross_not_run`, cells that were not run are blank).
+    (without `cross_not_run`, cells that were not run are blank). Each map's `meta` has the graft of
+    each cell.
 
     Grafts without a value in one of the columns are left out; so are the two grafts between which
     recovery is measured, where x or y says what was grafted.
@@ -78,6 +79,7 @@ def heatmap(
     # The notes are recovery's; joined tables have NaN where there is none.
     noted = metric == "recovery" and "recovery_note" in kept
     notes = kept["recovery_note"].tolist() if noted else []
+    named = kept["graft"].astype(str).tolist()
     values, low, high = (
         kept[f"{metric}{end}"].to_numpy(dtype=float).tolist() for end in ("", "_low", "_high")
     )
@@ -85,13 +87,16 @@ def heatmap(
         columns, rows = found.x[name], found.y[name]
         z: list[list[float | None]] = []
         hover: list[list[str]] = []
+        grafts: list[list[str]] = []
         sure: list[tuple[str, str]] = []
         gaps: list[tuple[str, str, str]] = []
         for down in rows:
             z.append([])
             hover.append([])
+            grafts.append([])
             for across in columns:
                 at = found.row.get((name, down, across))
+                grafts[-1].append("" if at is None else named[at])
                 where = f"{x} {escaped(across)}, {y} {escaped(down)}"
                 if at is None or math.isnan(values[at]):
                     why = "not run" if at is None else _no_value(notes[at] if notes else None)
@@ -105,7 +110,7 @@ def heatmap(
                 z[-1].append(values[at])
                 hover[-1].append(
                     f"{where}<br>{said[at]}<br>{int(kept['n'].iloc[at])} prompts"
-                    f"<br>{escaped(str(kept['graft'].iloc[at]))}"
+                    f"<br>{escaped(named[at])}"
                 )
         figure.add_trace(
             go.Heatmap(
@@ -113,6 +118,7 @@ def heatmap(
                 y=[escaped(value) for value in rows],
                 z=z,
                 customdata=hover,
+                meta=grafts,
                 hovertemplate="%{customdata}<extra></extra>",
                 hoverongaps=False,
                 xgap=1,

@@ -4,6 +4,7 @@ A page is one file that opens without a network and loads nothing: styles, scrip
 JavaScript (once) are inside, and its content policy forbids the rest. Its HTML is in `templates`.
 """
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
-from graftlens.folder import at_home, write_whole
+from graftlens.folder import at_home, writable, write_whole
 from graftlens.viz import tables
 from graftlens.viz.render import GENERATOR, render
 
@@ -128,6 +129,22 @@ def is_page(path: Path) -> bool:
     except OSError:
         return False
     return GENERATOR in beginning or _BEFORE in beginning
+
+
+def page_at(path: Path, advice: str = "Name another file.") -> Path:
+    """The path, where a page may be written: it is writable, and holds nothing or a page.
+
+    Raises:
+        UnwritableError: it cannot be written.
+        ValueError: it holds something else, which is left untouched; `advice` ends the message.
+    """
+    path = writable(path)
+    if os.path.lexists(path) and not is_page(path):
+        raise ValueError(
+            f"{path} exists and is not a page that graftlens wrote, so it is left untouched. "
+            f"{advice}"
+        )
+    return path
 
 
 def _split(said: str, words: bool) -> tuple[str, str]:

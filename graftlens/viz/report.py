@@ -102,7 +102,7 @@ def write_report(
         lead=lead,
         findings=findings,
         charts=charts,
-        numbers=_numbers(summary, table),
+        numbers=numbers(summary, table),
         examples=examples,
         ranks=_ranks(table, max_prompts),
         rules=_rules(table),
@@ -112,8 +112,8 @@ def write_report(
     return write_whole(path, html)
 
 
-def _numbers(summary: pd.DataFrame, table: pd.DataFrame) -> dict[str, object]:
-    """The tables of numbers, a group each, and the notes below them."""
+def numbers(summary: pd.DataFrame, table: pd.DataFrame) -> dict[str, object]:
+    """What the template shows of a summary: its tables, a group each, and the notes below them."""
     facts = [of_summary(summary, name) for name in measured(summary)]
     first = summary.iloc[0]
     groups = []

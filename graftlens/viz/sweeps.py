@@ -253,6 +253,7 @@ def dose_response(
             line,
             name=escaped(entries[name]),
             error_y=theme.whiskers(value, low, high, color=line.color),
+            meta=part["graft"].astype(str).tolist(),
             customdata=[
                 f"{drawing.wrapped(name, 70)}<br>strength {dose:g}<br>{number}"
                 for dose, number in said

@@ -31,6 +31,7 @@ function draw(chart) {
   drawn.add(chart);
   const figure = JSON.parse(document.getElementById(chart.id + "-figure").textContent);
   Plotly.newPlot(chart, figure.data, figure.layout, settings).then(() => dress(chart, false));
+  chart.dispatchEvent(new Event("drawn"));
 }
 // One chart a turn, so that a page of many can be read and scrolled at once.
 function drawNext() {

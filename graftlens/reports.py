@@ -1,0 +1,357 @@
+"""The page of a sweep, made from its folder alone, and the examples that pages show."""
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from graftlens.folder import at_home
+from graftlens.graft import Graft
+from graftlens.model.load import preview
+from graftlens.model.mask import select
+from graftlens.prompts import Prompt, PromptError, Tokenized
+from graftlens.stats import summarise
+from graftlens.sweep.prepared import Extent, Prepared
+from graftlens.sweep.results import Manifest, read_end, read_manifest, read_prompts, read_results
+from graftlens.sweep.runner import SweepResult, config_of, content_of, sweep_result
+from graftlens.viz.page import page_at
+from graftlens.viz.report import Example
+from graftlens.viz.sweepcharts import effects
+from graftlens.viz.sweeppage import TOKENS, Sweep, sweep_page
+
+#: The page in a sweep's folder.
+PAGE = "report.html"
+
+#: Most cells (a prompt under a graft) whose prompts a page holds.
+CELLS = 100_000
+#: How many grafts a page has at least, however many prompts there are.
+GRAFTS = 12
+#: Most groups of prompts (templates of a dataset) that are shown one by one.
+GROUPS = 8
+#: How many rows are read at a time of a sweep whose cells are too many for a page.
+BATCH = 500_000
+#: Most examples, and grafts of each.
+EXAMPLES, SHOWN = 4, 8
+
+
+def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
+    """Write the page of a finished sweep and return it; no weights are read.
+
+    It has charts by what the grafts vary, tables, the trust report and examples; a click on a graft
+    shows its prompts with rank, probability, likeliest tokens and the command that opens their
+    dashboard. It is one file that needs no network. Of a sweep of more than `CELLS` cells it shows
+    the grafts whose mean log-probability differs most from the base's, and says so.
+
+    Args:
+        folder: the sweep's.
+        path: the page; by default `report.html` in the folder.
+
+    Raises:
+        ValueError: a folder that holds no finished sweep, or a file at `path` that is not a page of
+            graftlens.
+        OSError: a page that cannot be written.
+    """
+    folder = at_home(folder)
+    path = page_at(folder / PAGE if path is None else at_home(path))
+    result = sweep_result(folder)
+    manifest = read_manifest(folder)
+    names = [str(graft["name"]) for graft in manifest.grafts]
+    ends = tuple(manifest.recovery.values())
+    prompts = sum(manifest.prompt_blocks)
+    notes = [f"{count} cells could not be run: {why}" for why, count in result.not_run.items()]
+    chosen: Collection[str] = names
+    if manifest.cells > CELLS:
+        most = max(GRAFTS, CELLS // prompts)
+        chosen = _largest(folder, manifest, most)
+        notes.append(
+            f"The sweep has {manifest.cells:,} cells, more than a page holds ({CELLS:,}): of "
+            f"{len(names):,} grafts, it shows the {len(chosen):,} whose mean log-probability "
+            "differs most from the base's, and the ends of recovery."
+        )
+    shown = range(min(prompts, max(1, CELLS // len(chosen))))
+    table = _cells(folder, manifest, chosen, shown)
+    summary, pooled = _summary(folder, manifest, table)
+    notes += pooled
+    few = list(effects(summary).drop(list(ends)).sort_values(ascending=False).index)
+    grafts = content_of(folder, manifest)[1]
+    marked = {name: grafts[name] for name in (*ends, *few[: SHOWN - len(ends)])}
+    examples, unshown = _examples(folder, manifest, marked, table)
+    notes += unshown
+    behind = f"All {prompts:,} prompts are here."
+    if len(shown) < prompts:
+        behind = f"The first {len(shown):,} of {prompts:,} prompts are here."
+    return sweep_page(
+        path,
+        Sweep(
+            title=f"Sweep {folder.resolve().name}",
+            lead=_lead(manifest, result),
+            summary=summary,
+            table=table,
+            shown=shown,
+            notes=notes,
+            said=behind,
+            examples=examples,
+            trust=str(result.trust["text"]),
+            trusted=result.ok,
+            command=("graftlens", "dashboard", "--sweep", str(folder)),
+            provenance=_provenance(folder, manifest),
+        ),
+    )
+
+
+def ensure_report(folder: str | Path) -> Path:
+    """The page of a finished sweep, written unless it is there and newer than the sweep's end.
+
+    Raises:
+        ValueError, OSError: as `sweep_report`.
+    """
+    page, done = at_home(folder) / PAGE, at_home(folder) / "done.json"
+    if page.is_file() and page.stat().st_mtime_ns >= done.stat().st_mtime_ns:
+        return page_at(page)
+    return sweep_report(folder)
+
+
+def measured_in(table: pd.DataFrame, asked: Sequence[str], answers: Extent) -> list[str]:
+    """The measures that a summary of a sweep's table has besides accuracies, those `asked` last."""
+    metrics = ["logprob"]
+    if answers == "whole":
+        metrics.append("answer_logprob")
+    # A prompt without distractors has none; a cell that could not be run is not such a prompt.
+    if table.loc[table["reason"].isna(), "logit_diff"].notna().all():
+        metrics.append("logit_diff")
+    return metrics + [m for m in dict.fromkeys(asked) if m not in metrics]
+
+
+def facts_of(folder: Path) -> "pd.Series[Any]":
+    """Prompt's number -> the fact it asks for: its dataset, the entity it names (or else the whole
+    prompt), the answer."""
+    prompts = read_prompts(folder, ["prompt", "dataset", "as_given"]).to_pydict()
+    names = []
+    for dataset, text in zip(prompts["dataset"], prompts["as_given"], strict=True):
+        given = json.loads(text)
+        entity = given["fields"].get("first_entity", text)
+        names.append(json.dumps([dataset, entity, given["answer"]], ensure_ascii=False))
+    return pd.Series(names, index=prompts["prompt"])
+
+
+def sweep_summary(folder: str | Path) -> pd.DataFrame:
+    """The summary of a finished sweep by template (and dataset, where there are several).
+
+    Raises:
+        ValueError: a folder that holds no finished sweep.
+    """
+    folder = at_home(folder)
+    sweep_result(folder)
+    manifest = read_manifest(folder)
+    names = [str(graft["name"]) for graft in manifest.grafts]
+    table = _cells(folder, manifest, names, range(0))
+    return _summarised(table, manifest, _groups(table))
+
+
+def example(
+    title: str,
+    prompt: Prompt,
+    tokens: Tokenized,
+    texts: Sequence[str],
+    grafts: Mapping[str, Graft],
+    rows: pd.DataFrame,
+) -> Example:
+    """One prompt with the tokens that each graft touches and the likeliest next tokens.
+
+    Args:
+        title: its heading.
+        prompt, tokens, texts: the prompt, its tokens, and each token's text.
+        grafts: name -> graft, each of which can run on the prompt.
+        rows: the prompt's rows of a results table.
+    """
+    rows = rows[rows["reason"].isna()].assign(graft=rows["graft"].astype(str)).set_index("graft")
+    marks = {
+        name: tuple(
+            any(marked)
+            for marked in zip(*(select(r, tokens).tolist() for r in graft.rules), strict=True)
+        )
+        or (False,) * len(tokens)
+        for name, graft in grafts.items()
+    }
+    return Example(
+        title=title,
+        tokens=tuple(texts),
+        grafted=marks,
+        answer=str(prompt.answer),
+        target=str(rows["target"].iloc[0]),
+        predictions={
+            name: tuple(
+                zip(
+                    list(rows.at[name, "top_tokens"])[:TOKENS],
+                    map(float, list(rows.at[name, "top_probs"])[:TOKENS]),
+                    strict=True,
+                )
+            )
+            for name in grafts
+            if name in rows.index
+        },
+    )
+
+
+def _lead(manifest: Manifest, result: SweepResult) -> str:
+    base, full = manifest.recovery["base"], manifest.recovery["full"]
+    sources = ", ".join(manifest.config["sources"])
+    trust = "passed" if result.ok else "FAILED: do not rely on these numbers before reading it"
+    return (
+        f"{len(manifest.grafts):,} grafts of {sources} on {sum(manifest.prompt_blocks):,} prompts; "
+        f"recovery runs from {base} (0) to {full} (1). The trust report {trust}."
+    )
+
+
+def _largest(folder: Path, manifest: Manifest, most: int) -> list[str]:
+    """The grafts whose mean log-probability is furthest from the base's, and the ends of recovery,
+    in the sweep's order."""
+    names = [str(graft["name"]) for graft in manifest.grafts]
+    sums, counts = np.zeros(len(names)), np.zeros(len(names))
+    for batch in read_results(folder, columns=["graft", "logprob"], batch_rows=BATCH):
+        assert isinstance(batch, pd.DataFrame)
+        batch = batch[batch["logprob"].notna()]
+        codes = batch["graft"].cat.codes.to_numpy()
+        values = batch["logprob"].to_numpy(dtype=float)
+        sums += np.bincount(codes, weights=values, minlength=len(names))
+        counts += np.bincount(codes, minlength=len(names))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        means = sums / counts
+        far = np.abs(means - means[names.index(manifest.recovery["base"])])
+    far[counts == 0] = -1.0  # it ran on no prompt
+    far = np.nan_to_num(far, nan=np.inf)
+    ends = {names.index(name) for name in manifest.recovery.values()}
+    order = [int(i) for i in np.argsort(-far, kind="stable") if int(i) not in ends]
+    kept = ends | set(order[: most - len(ends)])
+    return [name for i, name in enumerate(names) if i in kept]
+
+
+def _cells(
+    folder: Path, manifest: Manifest, grafts: Collection[str], shown: Collection[int]
+) -> pd.DataFrame:
+    """The rows of some grafts, with the likeliest tokens of the prompts that are shown."""
+    kept = set(grafts)
+    lists = ["top_tokens", "top_probs"]
+    dropped = ("distractor_logprobs", "model")
+    columns = [column for column in manifest.columns if column not in dropped]
+    if len(kept) == len(manifest.grafts):
+        table = read_results(folder, columns=columns if shown else _without(columns, lists))
+        assert isinstance(table, pd.DataFrame)
+        return table
+    parts = []
+    for batch in read_results(folder, columns=columns, batch_rows=BATCH):
+        assert isinstance(batch, pd.DataFrame)
+        part = batch[batch["graft"].isin(kept)].copy()
+        part.loc[~part["prompt"].isin(shown), lists] = None
+        parts.append(part)
+    table = pd.concat(parts, ignore_index=True)
+    place = table["graft"].cat.codes
+    return table.assign(_place=place).sort_values(["prompt", "_place"]).drop(columns="_place")
+
+
+def _without(columns: Sequence[str], others: Collection[str]) -> list[str]:
+    return [column for column in columns if column not in others]
+
+
+def _groups(table: pd.DataFrame) -> list[str]:
+    apart = ["dataset"] if table["dataset"].nunique() > 1 else []
+    return [*apart, "template"]
+
+
+def _summary(
+    folder: Path, manifest: Manifest, table: pd.DataFrame
+) -> tuple[pd.DataFrame, list[str]]:
+    """The summary by group of prompts, or of all together where the groups are many."""
+    by = _groups(table)
+    count = len(table[by].drop_duplicates())
+    if count <= GROUPS:
+        return _summarised(table, manifest, by), []
+    table = table.assign(fact=facts_of(folder).reindex(table["prompt"]).to_numpy())
+    note = (
+        f"The {count} groups of prompts (by {' and '.join(by)}) are shown together, with facts as "
+        "resampling units. `graftlens.summarise` gives them one by one."
+    )
+    return _summarised(table, manifest, [], unit="fact"), [note]
+
+
+def _summarised(
+    table: pd.DataFrame, manifest: Manifest, by: Sequence[str], unit: str = "prompt"
+) -> pd.DataFrame:
+    settings = manifest.config["metrics"]
+    return summarise(
+        table,
+        by=by,
+        metrics=measured_in(table, manifest.asked, settings["answers"]),
+        unit=unit,
+        seed=manifest.config["seed"],
+    )
+
+
+def _examples(
+    folder: Path, manifest: Manifest, grafts: Mapping[str, Graft], table: pd.DataFrame
+) -> tuple[list[Example], list[str]]:
+    """The first prompt of each template that ran, and why there is none."""
+    config = config_of(folder, manifest)
+    try:
+        arch, tokenizer = preview(config.locations(), config.tokenizer, config.chat_template)
+    except (ValueError, OSError, RuntimeError) as error:
+        return [], [f"There are no example prompts, as the models cannot be read here: {error}"]
+    prepared = Prepared(
+        tokenizer, arch, config.prepend_bos, config.metrics.answers, config.metrics.distractors
+    )
+    prompts = content_of(folder, manifest)[0]
+    ran = table[table["reason"].isna() & table["top_tokens"].notna()]
+    made = []
+    groups = ran.drop_duplicates("template")["template"].astype(str).tolist()
+    for template in islice(groups, EXAMPLES):
+        rows = ran[ran["template"].astype(str) == template]
+        number = int(rows["prompt"].iloc[0])
+        tokens = prepared(number, prompts[number]).tokens
+        able = {name: graft for name, graft in grafts.items() if _reads(graft, tokens)}
+        decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+        texts = [decode([token]) for token in tokens.ids]
+        rows = rows[rows["prompt"] == number]
+        made.append(example(template, prompts[number], tokens, texts, able, rows))
+    return made, []
+
+
+def _reads(graft: Graft, tokens: Tokenized) -> bool:
+    try:
+        for rule in graft.rules:
+            select(rule, tokens)
+    except PromptError:
+        return False
+    return True
+
+
+def _provenance(folder: Path, manifest: Manifest) -> dict[str, object]:
+    """What was run and how; of a source's folder only the name, as in other pages."""
+    done, _ = read_end(folder)
+    models = manifest.models or {}
+    sources = {
+        name: {
+            "from": Path(place).name if Path(place).exists() else place,
+            "SHA-256": (models.get("fingerprints") or {}).get(name),
+        }
+        for name, place in manifest.config["sources"].items()
+    }
+    config = {
+        key: value
+        for key, value in manifest.config.items()
+        if key not in ("sources", "prompts", "grafts") and value not in (None, [], {}, ())
+    }
+    finished = {key: done[key] for key in ("finished", "machine", "device") if key in done}
+    return {
+        "sources": sources,
+        "dtype": models.get("dtype"),
+        "cells": manifest.cells,
+        "config": config,
+        "on the command line": list(manifest.overrides),
+        "versions": dict(manifest.versions),
+        **finished,
+    }
