@@ -357,7 +357,8 @@ def dashboard(
     if (pair is None) == (sweep is None):
         given = "neither is" if pair is None else "both are"
         raise typer.BadParameter(f"{given} given. Give exactly one of --pair and --sweep.")
-    own = {"--field": field, "--answer": answer, "--chat": chat, "--system": system}
+    own: dict[str, object] = {"--field": field, "--answer": answer, "--chat": chat}
+    own |= {"--system": system}
     if sweep is not None:
         own |= {"--prompt": prompt, "--file": file, "--source": source, "--full": full}
         if name := next((n for n in own if own[n]), None):
@@ -423,8 +424,8 @@ def report(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The page to write; graftlens-runs/report.html by default, of one sweep report.html "
-            "in its folder."
+            help="The page to write; by default graftlens-runs/report.html, of one sweep "
+            "report.html in its folder."
         ),
     ] = None,
     metric: Annotated[

@@ -236,8 +236,8 @@ def write_sweep_dashboard(
             chosen[name.strip() if separator else text] = Graft.parse(rule if separator else text)
         else:
             raise ValueError(
-                f"--graft {text!r}: the sweep {folder} has no graft of that name.{suggest(text, known)}"
-                " Name one of its grafts, or write [NAME=]GRAFT."
+                f"--graft {text!r}: the sweep {folder} has no graft of that name."
+                f"{suggest(text, known)} Name one of its grafts, or write [NAME=]GRAFT."
             )
     first, whole = (known[manifest.recovery[role]] for role in ("base", "full"))
     if first != Graft():

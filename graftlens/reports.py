@@ -75,7 +75,13 @@ def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
         )
     shown = range(min(prompts, max(1, CELLS // len(chosen))))
     table = _cells(folder, manifest, chosen, shown)
-    summary, pooled = _summary(folder, manifest, table)
+    rare = _rare(table, ends)
+    notes += [
+        f"{name} ran on {ran} of {prompts} prompts. It is left out of charts and tables, in "
+        "which a prompt counts only if it ran under every graft."
+        for name, ran in rare.items()
+    ]
+    summary, pooled = _summary(folder, manifest, table[~table["graft"].isin(rare)])
     notes += pooled
     few = list(effects(summary).drop(list(ends)).sort_values(ascending=False).index)
     grafts = content_of(folder, manifest)[1]
@@ -150,6 +156,7 @@ def sweep_summary(folder: str | Path) -> pd.DataFrame:
     manifest = read_manifest(folder)
     names = [str(graft["name"]) for graft in manifest.grafts]
     table = _cells(folder, manifest, names, range(0))
+    table = table[~table["graft"].isin(_rare(table, tuple(manifest.recovery.values())))]
     return _summarised(table, manifest, _groups(table))
 
 
@@ -254,6 +261,14 @@ def _cells(
     return table.assign(_place=place).sort_values(["prompt", "_place"]).drop(columns="_place")
 
 
+def _rare(table: pd.DataFrame, ends: Collection[str]) -> dict[str, int]:
+    """Grafts that ran on fewer than half of the prompts of the ends of recovery, and on how many:
+    with them, few prompts would count."""
+    ran = table["reason"].isna().groupby(table["graft"].astype(str), sort=False).sum()
+    least = min(int(ran[end]) for end in ends) / 2
+    return {name: int(n) for name, n in ran.items() if n < least and name not in ends}
+
+
 def _without(columns: Sequence[str], others: Collection[str]) -> list[str]:
     return [column for column in columns if column not in others]
 
@@ -345,13 +360,13 @@ def _provenance(folder: Path, manifest: Manifest) -> dict[str, object]:
         for key, value in manifest.config.items()
         if key not in ("sources", "prompts", "grafts") and value not in (None, [], {}, ())
     }
-    finished = {key: done[key] for key in ("finished", "machine", "device") if key in done}
-    return {
+    ended = ("finished", "machine", "device")
+    found: dict[str, object] = {
         "sources": sources,
         "dtype": models.get("dtype"),
         "cells": manifest.cells,
         "config": config,
         "on the command line": list(manifest.overrides),
         "versions": dict(manifest.versions),
-        **finished,
     }
+    return found | {key: done[key] for key in ended if key in done}

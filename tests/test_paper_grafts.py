@@ -9,11 +9,13 @@ import torch
 from conftest import MakeTiny
 from families import save_checkpoint, tiny_model
 from toytokenizers import llama3_style
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaConfig
 
-from graftlens import ConfigError, Graft, SweepConfig, paper_grafts
+from graftlens import ConfigError, Graft, Prompt, SweepConfig, paper_grafts
 from graftlens.configfile import settings_from
-from graftlens.sweep.config import check
+from graftlens.model.arch import architecture
+from graftlens.sweep import paper
+from graftlens.sweep.config import check, load_config
 from graftlens.sweep.paper import published
 
 TEXT = "News: Ann Lee stars with"
@@ -48,8 +50,6 @@ def by_copies(base: Any, donor: Any, ids: list[int], wanted: dict[int, list[int]
 @pytest.mark.parametrize("variant", ["llama3-rope-tied", "llama"])
 @pytest.mark.parametrize("kind", ["positions", "quarters", "eighths"])
 def test_they_equal_copies_with_modules_loaded(variant: str, kind: str, tiny: MakeTiny) -> None:
-    from graftlens import Prompt
-
     t = tiny(variant, tokenizer="llama3")
     prompt = Prompt(PROMPT["template"], PROMPT["fields"])
     (tokens,) = t.model.tokenized(prompt)
@@ -74,7 +74,7 @@ def test_they_equal_copies_with_modules_loaded(variant: str, kind: str, tiny: Ma
             continue
         where, _, which = name.partition(", ")
         chosen = list(layers[which]) if which else list(range(n))
-        theirs = by_copies(*t.sources.values(), ids, {place: chosen for place in places[where]})
+        theirs = by_copies(*t.sources.values(), ids, dict.fromkeys(places[where], chosen))
         ours = t.model(prompt, graft=graft)[0, -1]
         torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
         seen += 1
@@ -86,12 +86,7 @@ def test_what_they_are_by_depth_and_tying() -> None:
     assert str(lt) == "sft @ last : embed + unembed + block"
     assert str(published("positions", None, False, "sft")["LT"]) == "sft @ last : embed + block"
 
-    class Deep:
-        n_layers = 30
-
-    deep: Any = Deep()
-    from graftlens.sweep import paper
-
+    deep = architecture(LlamaConfig(num_hidden_layers=30))
     assert [list(r) for r in paper._quarters(30)][3] == [*range(21, 30)]
     assert [len(r) for r in paper._eighths(30)] == [3, 4, 0, 4, 3, 4]
     eighth = published("eighths", deep, False, "sft")["LT, third eighth"]
@@ -150,8 +145,6 @@ def test_an_unknown_kind_is_refused(tiny: MakeTiny) -> None:
 
 
 def test_a_config_file_may_say_it(pair: dict[str, str], tmp_path: Path) -> None:
-    from graftlens.sweep.config import load_config
-
     file = tmp_path / "s.yaml"
     file.write_text(
         f"sources: {{pre: {pair['pre']}, sft: {pair['sft']}}}\ngrafts: paper\n"

@@ -62,7 +62,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "br", "img", "link"):
+        if tag not in ("meta", "br", "img", "link", "input"):
             self.stack.append(tag)
         if tag == "script":
             self.scripts.append("")

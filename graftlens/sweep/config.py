@@ -15,7 +15,7 @@ import yaml
 from jaxtyping import Bool
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
-from graftlens.components import check_name, suggest
+from graftlens.components import suggest
 from graftlens.configfile import ConfigError, noted, read_settings, settings_from
 from graftlens.data import template_names
 from graftlens.data.rewriting import told_on_command_line

@@ -4,9 +4,9 @@ They differ from what the paper's words, and `graftlens.position_grafts`, say:
 
 - Grafting a token replaces its embedding and the parts of all layers, and neither the final norm
   nor learned positions. A Hugging Face model with tied embeddings has one tensor as embedding and
-  unembedding, so that the token is read out with the finetuned unembedding, too; without, it is the
-  pretrained one. So LT is `embed + unembed + block` where embeddings are tied, `embed + block` where
-  not.
+  unembedding, so that the token is read out with the finetuned unembedding, too; without, it is
+  the pretrained one. So LT is `embed + unembed + block` where embeddings are tied, else
+  `embed + block`.
 - The embedding goes along whatever the layers are.
 - Quarters are `n // 4` layers long, and the last one takes what is left. Of the eighths, the third
   is empty, so that nothing at all is grafted, and the seventh and eighth have no name. The upper
@@ -131,13 +131,13 @@ def _hybrid(n_layers: int, entity: str) -> dict[str, Graft]:
 
 def _quarters(n: int) -> list[range]:
     q = n // 4
-    return [range(0, q), range(q, 2 * q), range(2 * q, 3 * q), range(3 * q, n)]
+    return [range(q), range(q, 2 * q), range(2 * q, 3 * q), range(3 * q, n)]
 
 
 def _eighths(n: int) -> list[range]:
     q = n // 4
     return [
-        range(0, q // 2),
+        range(q // 2),
         range(q // 2, q),
         range(0),  # its bounds are the wrong way round there: it begins at 2 q
         range(3 * q // 2, 2 * q),

@@ -108,10 +108,10 @@ def _findings(summary: pd.DataFrame) -> list[str]:
             f"{row['graft']} ({text.written(facts, row)})"
             for _, row in ordered.iloc[[0, -1]].iterrows()
         )
+        count = text.prompts(int(part["n"].iloc[0]))
         said.append(
-            f"{name} ({int(part['n'].iloc[0])} prompts): by {facts.label}, most is {most}, least "
-            f"{least}, of {len(rows)} grafts. The best of many looks better than it would on other "
-            "prompts."
+            f"{name} ({count}): by {facts.label}, most is {most}, least {least}, of "
+            f"{len(rows)} grafts. The best of many looks better than it would on other prompts."
         )
     return said
 

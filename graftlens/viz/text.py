@@ -65,7 +65,7 @@ def text_table(summary: pd.DataFrame, *, show: Sequence[str] | None = None) -> s
     lines = []
     for name, part in groups(summary).items():
         first = part.iloc[0]
-        lines.append(f"{name}: {_prompts(int(first['n']))}{_left_out(int(first['not_run']))}")
+        lines.append(f"{name}: {prompts(int(first['n']))}{_left_out(int(first['not_run']))}")
         head = ["graft", *(fact.name for fact in facts)]
         rows = [
             [str(row["graft"]), *(written(fact, row) for fact in facts)]
@@ -155,7 +155,7 @@ def verdicts(
         else:
             numbers = "; ".join(said[graft] for graft in (base, full, sufficient, complement))
             outcome, why = _judge(facts, *(rows[g] for g in (base, full, sufficient, complement)))
-        n = _prompts(int(part["n"].iloc[0]))
+        n = prompts(int(part["n"].iloc[0]))
         found.append(Verdict(name, outcome, f"{name} ({n}): {numbers}. {why}."))
     return tuple(found)
 
@@ -267,7 +267,8 @@ def _joined(key: Hashable) -> str:
     return " · ".join(map(str, key)) if isinstance(key, tuple) else str(key)
 
 
-def _prompts(n: int) -> str:
+def prompts(n: int) -> str:
+    """A number of prompts in words."""
     return f"{n} prompt" if n == 1 else f"{n} prompts"
 
 
