@@ -315,7 +315,9 @@ def _examples(
     try:
         arch, tokenizer = preview(config.locations(), config.tokenizer, config.chat_template)
     except (ValueError, OSError, RuntimeError) as error:
-        return [], [f"There are no example prompts, as the models cannot be read here: {error}"]
+        return [], [
+            f"Example prompts are left out, because the models cannot be read here: {error}"
+        ]
     prepared = Prepared(
         tokenizer, arch, config.prepend_bos, config.metrics.answers, config.metrics.distractors
     )

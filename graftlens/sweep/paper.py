@@ -13,7 +13,7 @@ They differ from what the paper's words, and `graftlens.position_grafts`, say:
   half begins where the third quarter does.
 - The hybrid's feed-forward network lacks the gate.
 - `patch_lm_head: last_token` does nothing: it is the same as `never`. (`always` applies the
-  finetuned final norm to a residual stream that was already normed, which is no graft.)
+  finetuned final norm to a residual stream that was already normed; that is not a graft.)
 """
 
 from collections.abc import Mapping
