@@ -127,6 +127,8 @@ class Directions:
             from_input = known.writes[ids.flatten()]
             to_output = known.reads
             scale = module.scale if isinstance(module, TokenEmbed) else 1.0
+        elif args[1].blended is None:
+            return  # the map calls itself for what runs without the strengths
         else:
             from_input = args[0].x.detach().to(known.reads.dtype) @ known.reads
             to_output = known.writes
