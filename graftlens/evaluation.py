@@ -143,7 +143,8 @@ def evaluate(
         (nats, whole answer), `distractor_logprobs`, `logit_diff`
         (target minus the best distractor's first token; one that begins with the target itself is
         left out, NA where none is left), and `reason`: why the prompt could not be run, where all
-        numbers are NA.
+        numbers are NA. Where sources have different vocabularies and a measure is KL, JS or
+        entropy, `common_tokens` says how many tokens it is over: those that all sources have.
         `graftlens.stats.summarise` turns it into accuracies.
 
     Raises:
@@ -193,4 +194,5 @@ def evaluate(
             f"{table.loc[missing, 'reason'].iloc[0]}",
             stacklevel=2,
         )
-    return marked(table, runs.base, runs.full)
+    table = marked(table, runs.base, runs.full)
+    return model.vocabularies.marked(table) if any(m.over_common for m in scorer.measured) else table

@@ -382,6 +382,12 @@ class Graft:
         """The sources that the rules name, in order of first use."""
         return tuple(dict.fromkeys(rule.source for rule in self.rules))
 
+    @property
+    def extrapolates(self) -> bool:
+        """Whether some rule goes beyond its source, or away from it: its strength is not from 0 to
+        1."""
+        return not all(0 <= rule.strength <= 1 for rule in self.rules)
+
     @classmethod
     def parse(cls, text: str) -> "Graft":
         """Read the one-line form (see the module's docstring).

@@ -153,6 +153,11 @@ class Measure:
         return self.over != "next" or bool(lists) or bool(self.references)
 
     @property
+    def over_common(self) -> bool:
+        """Whether it is over the tokens that all sources have."""
+        return any(need.endswith("common") for need in self.needs)
+
+    @property
     def share(self) -> bool:
         """Whether it lies in [0, 1] and is written in percent."""
         return self.bounds == (0.0, 1.0)

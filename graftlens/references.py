@@ -16,6 +16,10 @@ from graftlens.graft import Graft, as_graft
 #: A table's columns that name the two runs; without a full run the second one is empty.
 COLUMNS = ("base_run", "full_run")
 
+#: The column of tables whose sources have different vocabularies: how many tokens all of them have.
+#: KL, JS, entropy and mean logits are over these, renormalised.
+COMMON_TOKENS = "common_tokens"
+
 
 @dataclass(frozen=True)
 class References:
@@ -160,3 +164,18 @@ def are_references(table: pd.DataFrame) -> "pd.Series[bool]":
         if column in table:
             found |= table["graft"].astype(object) == table[column].astype(object)
     return found
+
+
+def common_tokens(table: pd.DataFrame) -> int | None:
+    """How many tokens measures are over, where sources have different vocabularies; else None.
+
+    Raises:
+        ValueError: a table joined from several, of which this differs.
+    """
+    found = [] if COMMON_TOKENS not in table else table[COMMON_TOKENS].dropna().unique().tolist()
+    if len(found) > 1:
+        raise ValueError(
+            f"column {COMMON_TOKENS!r} has {' and '.join(map(str, found))}: the rows are over "
+            "different tokens. Split the table by it"
+        )
+    return int(found[0]) if found else None

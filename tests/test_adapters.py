@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from conftest import Tiny
 from families import save_checkpoint
 from loras import adapted, built, everywhere, load, merged, moved, on
-from peft import IA3Config, LoraConfig, get_peft_model
+from peft import IA3Config, LoraConfig, TrainableTokensConfig, get_peft_model
 from test_laws import EACH_FAMILY, _close, _run_watched
 from test_strengths import _join, _oracle, _random_rules, _tokens
 from torch import Tensor
@@ -26,7 +26,7 @@ from graftlens.graft import Graft
 from graftlens.lens import direct_logit_attribution, weight_difference
 from graftlens.model import linear
 from graftlens.model.additions import LowRank, RowVectors
-from graftlens.model.arch import UnsupportedArchitectureError
+from graftlens.model.arch import PairError, UnsupportedArchitectureError
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.sequential import Sequential
 from graftlens.model.weights import Sourced
@@ -550,3 +550,48 @@ def test_sourced_weights_know_who_shares_what() -> None:
     assert weight.adding == frozenset({1, 2, 3, 4})
     assert [float(weight[s][0, 0]) for s in range(5)] == [1.0, 3.0, 3.0, 5.0, 4.0]
     assert math.prod(weight.stacked().shape) == 30
+
+
+@pytest.mark.parametrize("kind", ["lora", "tokens"])
+def test_tokens_beyond_the_bases_rows(kind: str, tmp_path: Path) -> None:
+    """PEFT's own words were those of an index error."""
+    base = built("llama", 4)
+    rows = base.config.vocab_size
+    larger = copy.deepcopy(base)
+    larger.resize_token_embeddings(rows + 3, mean_resizing=False)
+    tokens = [2, rows + 2, rows]
+    if kind == "lora":
+        settings: Any = LoraConfig(target_modules=["q_proj"], trainable_token_indices=tokens)
+    else:
+        settings = TrainableTokensConfig(token_indices=tokens)
+    moved(get_peft_model(copy.deepcopy(larger), settings), 1).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(PairError) as caught:
+        load({"pre": base, "sft": tmp_path / "adapter"})
+    option = "trainable_token_indices" if kind == "lora" else "token_indices"
+    assert str(caught.value) == (
+        f"source 'sft': the adapter {tmp_path / 'adapter'} has {option} with {rows + 2}, but the "
+        f"base has the tokens 0 to {rows - 1}. Where finetuning added tokens, give a base that has "
+        f"rows for them: base.resize_token_embeddings({rows + 3})."
+    )
+    model = load({"pre": larger, "sft": tmp_path / "adapter"}, verbose=False)
+    assert in_factors(model)
+
+
+@pytest.mark.parametrize("factor", ["lora_A", "lora_B"])
+def test_factors_that_overflow_float16_are_refused_by_name(factor: str) -> None:
+    """Also unchecked, where the comparison of logits would not have found the infinite numbers."""
+    base = built("llama", 4)
+    adapter = on(base, target_modules=["v_proj"])
+    with torch.no_grad():
+        for name, parameter in adapter.named_parameters():
+            if factor in name and ".1." in name:
+                parameter[0, 0] = 7e4
+    said = (
+        "source 'sft': what its adapter adds to v, layer 1 has numbers beyond float16's 65504. "
+        'float16 overflows: load with dtype="bfloat16" or dtype="float32".'
+    )
+    for check in (False, True):
+        with pytest.raises(PairError, match=re.escape(said)):
+            load({"pre": base, "sft": adapter}, dtype="float16", check=check, verbose=False)
+    wide = load({"pre": base, "sft": adapter}, dtype="bfloat16", check=False, verbose=False)
+    assert bool(wide(IDS, graft="sft @ all").isfinite().all())

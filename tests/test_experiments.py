@@ -698,7 +698,7 @@ def test_grafts_that_would_be_drawn_as_one_are_told_before_training(base, tmp_pa
         ([{"kind": "lines", "grids": ["layers"]}], ("doses",)),
         ([{"kind": "heatmap", "grids": ["doses"], "x": "strength", "y": "position"}], None),
         ([{"kind": "bars", "grids": ["doses"], "x": "strength"}], None),
-        ([{"kind": "lines"}], None),
+        ([{"kind": "lines", "grids": ["doses"]}], None),
     ],
 )
 def test_grids_with_several_strengths_are_drawn_as_a_dose_response(base, figures, added):
@@ -1337,3 +1337,16 @@ def test_runs_are_compared_part_by_part(ran, tmp_path):
         compare_runs([], tmp_path / "none.html")
     with pytest.raises(ValueError, match=r"a folder is named twice"):
         compare_runs([one.folder, one.folder], tmp_path / "none.html")
+
+
+def test_lines_over_grids_with_and_without_strengths_need_an_axis(base):
+    """They were drawn along strength, where a grid without several is a dot."""
+    grids = [
+        {"name": "layers", "positions": "last", "layers": "each"},
+        {"name": "doses", "positions": ["last", "bos"], "strengths": [0.5, 2]},
+    ]
+    assert refused(base, grids=grids, figures=[{"kind": "lines"}]) == [
+        "parts.one.figures.0: lines along which axis? Grid doses has several strengths, grid "
+        "layers has not. Name x, or in grids those of one kind."
+    ]
+    own(base, grids=grids, figures=[{"kind": "lines", "x": "layer"}])

@@ -91,6 +91,7 @@ class Row:
         ends: end tokens of the second one's generation settings, if it has its own.
         told: key -> how its difference is handled.
         refused: the sentence with which the pair is refused.
+        seen: whose config was compared with a public copy of it; the rest is from memory.
     """
 
     kind: Callable[..., Any]
@@ -100,7 +101,14 @@ class Row:
     ends: int | list[int] | None = None
     told: Mapping[str, str] = field(default_factory=dict)
     refused: str = ""
+    seen: str = ""
 
+
+OLMO = SIZES | {
+    "max_position_embeddings": 4096,
+    "rope_parameters": _rope(500000.0),
+    "rms_norm_eps": 1e-6,
+}
 
 CONTEXT = {"max_position_embeddings": "ignored"}
 ENDS = {"generation eos_token_id": "its own"}
@@ -113,14 +121,18 @@ PAIRS: dict[str, Row] = {
         {"max_position_embeddings": 32768, "eos_token_id": 3},
         {"max_position_embeddings": 40960, "eos_token_id": 5},
         told=CONTEXT | EOS,
+        seen="the second",
     ),
     "Qwen2.5-0.5B and -Instruct": Row(
         Qwen2Config,
-        GROUPED | {"max_position_embeddings": 32768, "rope_parameters": _rope(1e6)},
-        {"eos_token_id": 3},
-        {"eos_token_id": 5},
+        GROUPED
+        | {"max_position_embeddings": 32768, "rope_parameters": _rope(1e6)}
+        | {"tie_word_embeddings": True, "use_sliding_window": False},
+        {"eos_token_id": 3, "max_window_layers": 24},
+        {"eos_token_id": 5, "max_window_layers": 21},
         ends=[5, 3],
-        told=EOS | ENDS,
+        told=EOS | ENDS | {"max_window_layers": "ignored"},
+        seen="the first; of the second, its family's generation settings",
     ),
     "Qwen2.5-7B and -Instruct": Row(
         Qwen2Config,
@@ -128,6 +140,7 @@ PAIRS: dict[str, Row] = {
         {"max_position_embeddings": 131072, "sliding_window": 131072, "eos_token_id": 3},
         {"max_position_embeddings": 32768, "sliding_window": 32768, "eos_token_id": 5},
         told=CONTEXT | EOS,
+        seen="both",
     ),
     "Llama-3.2-1B and -Instruct": Row(
         LlamaConfig,
@@ -141,6 +154,7 @@ PAIRS: dict[str, Row] = {
         {"eos_token_id": 3},
         {"eos_token_id": [3, 8, 9]},
         told=EOS,
+        seen="the first; of the second, the end tokens of Llama-3.1-8B-Instruct",
     ),
     "Llama-3-8B and Llama-3.1-8B": Row(
         LlamaConfig,
@@ -148,6 +162,7 @@ PAIRS: dict[str, Row] = {
         {"max_position_embeddings": 8192, "rope_parameters": _rope(500000.0)},
         {"max_position_embeddings": 131072, "rope_parameters": LLAMA3},
         told=CONTEXT | {"rope_parameters": "carried"},
+        seen="the second",
     ),
     "gemma-2b and -it": Row(
         GemmaConfig,
@@ -156,6 +171,7 @@ PAIRS: dict[str, Row] = {
         {"eos_token_id": 1},
         ends=[1, 7],
         told=ENDS,
+        seen="both, without the second one's generation settings",
     ),
     "gemma-2-2b and -it": Row(
         Gemma2Config,
@@ -163,6 +179,7 @@ PAIRS: dict[str, Row] = {
         {"eos_token_id": 1},
         {"eos_token_id": [1, 7]},
         told=EOS,
+        seen="both",
     ),
     "gemma-3-270m and -it": Row(
         Gemma3TextConfig,
@@ -171,13 +188,15 @@ PAIRS: dict[str, Row] = {
         {"eos_token_id": 1, "use_bidirectional_attention": False},
         ends=[1, 6],
         told=ENDS,
+        seen="the first",
     ),
     "gemma-3-1b-pt and -it": Row(
         Gemma3TextConfig,
         GROUPED | {"head_dim": 10, "sliding_window": 512, "max_position_embeddings": 32768},
-        {"eos_token_id": 1, "cache_implementation": None},
+        {"eos_token_id": 1, "cache_implementation": "hybrid"},
         {"eos_token_id": [1, 6], "cache_implementation": "hybrid"},
-        told=EOS | {"cache_implementation": "ignored"},
+        told=EOS,
+        seen="the second",
     ),
     "SmolLM2-135M and -Instruct": Row(
         LlamaConfig,
@@ -185,27 +204,31 @@ PAIRS: dict[str, Row] = {
         {"bos_token_id": 0, "eos_token_id": 0},
         {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2},
         told=EOS | {"bos_token_id": "its own", "pad_token_id": "its own"},
+        seen="the first",
     ),
     "OLMo-2-0425-1B and -SFT": Row(
         Olmo2Config,
-        SIZES | {"max_position_embeddings": 4096, "rope_parameters": _rope(500000.0)},
+        OLMO,
         {"eos_token_id": 5, "pad_token_id": 7, "use_cache": True},
         {"eos_token_id": 5, "pad_token_id": 7, "use_cache": False},
         told={"use_cache": "ignored"},
+        seen="the first",
     ),
     "OLMo-2-0425-1B and -DPO": Row(
         Olmo2Config,
-        SIZES | {"max_position_embeddings": 4096, "rope_parameters": _rope(500000.0)},
+        OLMO,
         {"eos_token_id": 5, "pad_token_id": 7},
         {"eos_token_id": 5, "pad_token_id": 7, "bos_token_id": 5},
         told={"bos_token_id": "its own"},
+        seen="the first",
     ),
     "OLMo-2-0425-1B and -Instruct": Row(
         Olmo2Config,
-        SIZES | {"max_position_embeddings": 4096, "rope_parameters": _rope(500000.0)},
+        OLMO,
         {"eos_token_id": 5, "pad_token_id": 7},
         {"eos_token_id": 5, "pad_token_id": 7, "attention_dropout": 0.1},
         told={"attention_dropout": "ignored"},
+        seen="the first",
     ),
     "Phi-3-mini-4k and -128k": Row(
         Phi3Config,
@@ -213,6 +236,7 @@ PAIRS: dict[str, Row] = {
         {"max_position_embeddings": 4096, "sliding_window": 2047, "rope_parameters": _rope(1e4)},
         {"max_position_embeddings": 131072, "sliding_window": 262144, "rope_parameters": LONG},
         refused="differ in architecture: sliding_window (2047 and 262144). No component carries",
+        seen="both",
     ),
     "Phi-3 without windows, 4k and 128k": Row(
         Phi3Config,
@@ -224,16 +248,18 @@ PAIRS: dict[str, Row] = {
     "Mistral-7B-v0.1 and Zephyr": Row(
         MistralConfig,
         GROUPED | {"max_position_embeddings": 32768, "sliding_window": 4096},
-        {"rope_parameters": _rope(10000.0), "use_cache": True},
-        {"rope_parameters": _rope(10000.0), "use_cache": False, "pad_token_id": 2},
-        told={"use_cache": "ignored", "pad_token_id": "its own"},
+        {"rope_parameters": _rope(10000.0)},
+        {"rope_parameters": _rope(10000.0), "pad_token_id": 2},
+        told={"pad_token_id": "its own"},
+        seen="the first",
     ),
     "Mistral-7B-v0.1 and OpenHermes-2.5": Row(
         MistralConfig,
         GROUPED | {"max_position_embeddings": 32768, "sliding_window": 4096},
-        {"eos_token_id": 2},
-        {"eos_token_id": FEW, "vocab_size": FEW + 2},
-        told=EOS | {"vocab_size": "carried"},
+        {"eos_token_id": 2, "use_cache": True},
+        {"eos_token_id": FEW, "vocab_size": FEW + 2, "use_cache": False},
+        told=EOS | {"vocab_size": "carried", "use_cache": "ignored"},
+        seen="the first",
     ),
     "Mistral-7B-v0.1 and -v0.2": Row(
         MistralConfig,
@@ -241,6 +267,7 @@ PAIRS: dict[str, Row] = {
         {"sliding_window": 4096, "rope_parameters": _rope(1e4)},
         {"sliding_window": None, "rope_parameters": _rope(1e6)},
         refused="differ in architecture: sliding_window (4096 and None). No component carries",
+        seen="the first",
     ),
     "Llama-2-7b and CodeLlama-7b": Row(
         LlamaConfig,
@@ -252,6 +279,7 @@ PAIRS: dict[str, Row] = {
             "vocab_size": FEW + 16,
         },
         told=CONTEXT | {"rope_parameters": "carried", "vocab_size": "carried"},
+        seen="both",
     ),
     "Llama-2-7b and Vicuna-7b-v1.5": Row(
         LlamaConfig,
@@ -259,6 +287,7 @@ PAIRS: dict[str, Row] = {
         {"pad_token_id": None},
         {"pad_token_id": 0},
         told={"pad_token_id": "its own"},
+        seen="the second",
     ),
     "pythia-1.4b and a finetune": Row(
         GPTNeoXConfig,
@@ -272,6 +301,7 @@ PAIRS: dict[str, Row] = {
             "attention_dropout": "ignored",
             "vocab_size": "carried",
         },
+        seen="those of its family",
     ),
     "gpt2 and DialoGPT-small": Row(
         GPT2Config,
@@ -286,6 +316,7 @@ PAIRS: dict[str, Row] = {
         {"n_layer": 4},
         {"n_layer": 2},
         refused="differ in architecture: n_layer (4 and 2). No component carries that",
+        seen="the second",
     ),
     "Qwen2.5-1.5B and -3B": Row(
         Qwen2Config,

@@ -1228,3 +1228,15 @@ def test_a_sweep_is_summarised_without_drawing_every_cell():
 def test_errors_of_units_pairs_and_levels(call, message):
     with pytest.raises(ValueError, match=message):
         call(two_templates())
+
+
+def test_many_prompts_are_named_as_one_reads_them():
+    table = random_table()
+    for hit, said in (
+        ([0, 5], "prompts 0 and 5"),
+        ([0, 1, 2, 3, 4, 5, 6], "prompts 0, 1, 2, 3, 4 and 2 more"),
+    ):
+        where = (table["graft"] == "SFT") & table["prompt"].isin(hit)
+        odd = table.assign(logprob=table["logprob"].mask(where, -np.inf))
+        found = stats.summarise(odd, by=(), base="PRE", full="SFT", metrics=["logprob"])
+        assert f"logprob is infinite for {said}, so that it has no mean" in set(found["note"])

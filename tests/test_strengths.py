@@ -36,7 +36,7 @@ from test_sweep import tree_logits
 
 from graftlens.components import Component
 from graftlens.graft import Graft
-from graftlens.lens import direct_logit_attribution, patched
+from graftlens.lens import direct_logit_attribution, logit_lens, patched
 from graftlens.model.choice import Mixtures, UnitSelection, atoms
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.mask import GraftMask
@@ -1041,3 +1041,24 @@ def test_scaled_on_a_base_of_another_name_says_how(tiny: MakeTiny) -> None:
     )
     with pytest.raises(ValueError, match=re.escape(f'{known} the base: base="v0".')):
         model.resolve(Graft.rule("sft").scaled(0.5), torch.tensor([_tokens(1)]))
+
+
+def test_logits_that_overflow_are_not_given(tiny: MakeTiny) -> None:
+    """NaN was what a graft far beyond its source gave, without a word."""
+    model = tiny("llama", tokenizer="llama3").model
+    far, text = "1e30*sft @ all", "Ann plays"
+    said = re.escape(
+        "graft '1e+30*sft @ all': its logits are not finite in float32: strengths as large as "
+        'these overflow. Lower them, or load the model with dtype="float64".'
+    )
+    for run in (
+        lambda: model(text, graft=far),
+        lambda: model.generate(text, graft=far, max_new_tokens=2, verbose=False),
+        lambda: model.run_with_cache(text, graft=far),
+        lambda: logit_lens(model, text, {"far": far}),
+    ):
+        with pytest.raises(ValueError, match=said):
+            run()
+    table = score(model, {0: Prompt(text, answer=" Mara")}, {"far": Graft.parse(far)})
+    assert "the logits are not finite in torch.float32" in table["reason"].iloc[0]
+    assert bool(model(text, graft="1e3*sft @ all").isfinite().all())

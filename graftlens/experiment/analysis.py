@@ -10,11 +10,12 @@ from graftlens.experiment.config import ExperimentConfig, PartConfig
 from graftlens.find.interactions import Interactions, measured_interactions
 from graftlens.metrics import always_measured
 from graftlens.references import COLUMNS as REFERENCES
+from graftlens.references import COMMON_TOKENS
 from graftlens.reports import facts_of, measured_in
 from graftlens.stats import GRAFT_COLUMNS, summarise
 from graftlens.stats.resampling import Draw
 from graftlens.sweep.config import Checked
-from graftlens.sweep.results import read_results
+from graftlens.sweep.results import read_manifest, read_results
 
 #: The axes of a grid's grafts, as columns.
 TAGS = (
@@ -66,7 +67,9 @@ def part_tables(
     """
     own = checked.config.metrics.measures
     measured = [*(m.name for m in always_measured() if m.summary == "mean"), *own]
-    table = read_results(folder, columns=[*_NEEDED, *measured])
+    there = read_manifest(folder).columns
+    more = [COMMON_TOKENS] if COMMON_TOKENS in there else []
+    table = read_results(folder, columns=[*_NEEDED, *measured, *more])
     assert isinstance(table, pd.DataFrame)
     table = table.assign(fact=facts_of(folder).reindex(table["prompt"]).to_numpy())
     cells, failed = len(table), int(table["reason"].notna().sum())

@@ -227,9 +227,14 @@ class PartConfig(RunSettings, GraftSettings):
         return {grid.name or str(number): grid for number, grid in enumerate(self.grids)}
 
     @property
+    def dosed(self) -> frozenset[str]:
+        """The names of the grids that have several strengths."""
+        return frozenset(n for n, g in self.named_grids.items() if len(set(g.strengths)) > 1)
+
+    @property
     def shown(self) -> tuple[FigureConfig, ...]:
         """The figures with their `x`, then what is drawn of strengths that they leave out."""
-        dosed = {name for name, grid in self.named_grids.items() if len(set(grid.strengths)) > 1}
+        dosed = self.dosed
         found = []
         for figure in self.figures:
             left_out = figure.kind == "lines" and "x" not in figure.model_fields_set
@@ -271,6 +276,15 @@ class PartConfig(RunSettings, GraftSettings):
                     what = f"no grid is called {name!r}. Available: {' '.join(named) or 'none'}."
                     problems.append((f"{where}.grids", what + suggest(name, named)))
             drawn = [named[name] for name in figure.grids or named if name in named]
+            left_out = i < len(self.figures) and "x" not in self.figures[i].model_fields_set
+            dosed = [name for name in figure.grids or named if name in self.dosed]
+            if figure.kind == "lines" and left_out and 0 < len(dosed) < len(drawn):
+                others = [name for name in figure.grids or named if name in named.keys() - dosed]
+                what = (
+                    f"lines along which axis? Grid {dosed[0]} has several strengths, grid "
+                    f"{others[0]} has not. Name x, or in grids those of one kind."
+                )
+                problems.append((where, what))
             axes = {figure.x, figure.panel} | ({figure.y} if figure.kind == "heatmap" else set())
             if of_grids and axes & {"rate", "draw"} and any(g.dropout is None for g in drawn):
                 what = "rate and draw apply to grids with dropout, and a grid here has none."

@@ -103,6 +103,8 @@ def _notes(part: PartConfig, checked: Checked, tables: PartTables) -> Iterator[s
             f"Left out, because {checked.arch.family} lacks a component that they name: "
             f"{'; '.join(lacking)}."
         )
+    if note := text.common_note(tables.template):
+        yield note
     for name in part.named_grafts():
         if name in checked.duplicates:
             yield f"{name} is the same graft as {checked.duplicates[name]} and was run once."

@@ -68,8 +68,9 @@ def direct_logit_attribution(
             what attention moved here by the position attended to.
         at: the positions at which the logit is read.
         against: what is subtracted from the answer's logit: the `mean` logit over the vocabulary
-            (over the tokens that all sources have, where these differ), or the mean logit of the
-            prompt's `distractors` (first tokens, other than the answer's).
+            (over the tokens that all sources have, where these differ; the column `common_tokens`
+            says how many), or the mean logit of the prompt's `distractors` (first tokens, other
+            than the answer's).
             None is the logit itself.
         full: the run that counts as SFT, as in `logit_lens`.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
@@ -128,7 +129,8 @@ def direct_logit_attribution(
         *("contribution", "logit"),
     )
     terms = [term.reindex(columns=columns) for term in terms]
-    return tidy(terms, columns, whole=("layer", "head", "src_pos"))
+    table = tidy(terms, columns, whole=("layer", "head", "src_pos"))
+    return model.vocabularies.marked(table) if against == "mean" else table
 
 
 @dataclass(frozen=True)

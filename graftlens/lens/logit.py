@@ -77,7 +77,7 @@ def logit_lens(
         and of SFT at the same layer and position, nats), `top_tokens`, `top_probs`. If a
         prompt has no answer, the columns about it are NA. Where sources have different
         vocabularies, entropy and KL are those of the tokens that all have, renormalised
-        (`model.vocabularies.common` of them).
+        (the column `common_tokens` says how many).
 
     Raises:
         PromptError: prompts that cannot be run, or without the positions `at`.
@@ -103,6 +103,7 @@ def logit_lens(
         tables += [table for several in found.values() for table in several]
     first = ("prompt", "graft", "rule", "layer", "stream", "position", "token")
     table = tidy(tables, first, whole=("target_id", "rank", "ties"))
+    table = model.vocabularies.marked(table)
     return table if incl_mid else table.astype({"layer": int})
 
 
@@ -175,7 +176,8 @@ def kl_divergence(
         in nats `kl_base` and `kl_full`, the Kullback-Leibler divergence KL(graft ‖ PRE) and
         KL(graft ‖ SFT); `kl_from_base` and `kl_from_full`, the other way round; `js_base` and
         `js_full`, the Jensen-Shannon divergences. Where sources have different vocabularies, all
-        are those of the tokens that all have, renormalised (`model.vocabularies.common` of them).
+        are those of the tokens that all have, renormalised (the column `common_tokens` says how
+        many).
 
     Raises:
         PromptError, ValueError: as in `logit_lens`.
@@ -202,7 +204,9 @@ def kl_divergence(
                 found[name].append(places.table[rows].assign(**columns))
         for name, several in found.items():
             tables += [table.assign(**runs.columns(name)) for table in several]
-    return tidy(tables, ("prompt", "graft", "rule", "position", "token"))
+    return model.vocabularies.marked(
+        tidy(tables, ("prompt", "graft", "rule", "position", "token"))
+    )
 
 
 def _streams(model: GraftedTransformer, incl_mid: bool) -> list[tuple[float, str, str]]:

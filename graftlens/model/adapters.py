@@ -394,6 +394,7 @@ def _put_on(name: str, folder: Path, config: Any, model: Any) -> Any:
         tensors = load_peft_weights(str(folder), device="cpu", key_mapping=renamed)
     if isinstance(tensors, dict):
         _resize(model, tensors)
+    _check_token_indices(name, folder, config, model)
     with _told(name, f"the adapter {folder} does not fit the base"):
         _bound_patterns(name, folder, config, [key for key, _ in model.named_modules() if key])
         config.inference_mode = True
@@ -453,6 +454,24 @@ def _resize(model: Any, tensors: Mapping[str, Tensor]) -> None:
         if count > model.get_input_embeddings().num_embeddings:
             with torch.random.fork_rng(devices=[]):
                 model.resize_token_embeddings(count, mean_resizing=False)
+
+
+def _check_token_indices(name: str, folder: Path, config: Any, model: Any) -> None:
+    """Refuse single trained tokens for which the base has no row."""
+    rows = model.get_input_embeddings().num_embeddings
+    for option in ("trainable_token_indices", "token_indices"):
+        given = getattr(config, option, None) or []
+        listed = given.values() if isinstance(given, Mapping) else [given]
+        odd = [token for tokens in listed for token in tokens if token not in range(rows)]
+        if odd:
+            here = f"source {name!r}: the adapter {folder} has {option} with {odd[0]!r}"
+            advice = "Ids count from 0: write them so."
+            if all(isinstance(token, int) and token >= rows for token in odd):
+                advice = (
+                    "Where finetuning added tokens, give a base that has rows for them: "
+                    f"base.resize_token_embeddings({max(odd) + 1})."
+                )
+            raise PairError(f"{here}, but the base has the tokens 0 to {rows - 1}. {advice}")
 
 
 def _separate(adapter: Any, written: Iterable[Tensor]) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformer_lens.hook_points import HookPoint
 
-from graftlens.components import COMPONENTS, Component
+from graftlens.components import COMPONENTS, Component, brief
 from graftlens.graft import Graft
 from graftlens.model.active import Active, said
 from graftlens.model.additions import Additions
@@ -426,10 +426,27 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
         Args:
             resid: rows of any layer.
             mask: what they ran under, cut to these rows (`mask.pick`).
+
+        Raises:
+            ValueError: strengths so large that the logits overflow.
         """
+        logits = self._read_out(resid, mask)
+        if mask.graft.extrapolates and not bool(logits.amax(-1).isfinite().all()):
+            raise ValueError(
+                f"graft {brief(str(mask.graft))}: its logits are not finite in "
+                f"{str(self.cfg.dtype).removeprefix('torch.')}: strengths as large as these "
+                'overflow. Lower them, or load the model with dtype="float64".'
+            )
+        return logits
+
+    def _read_out(
+        self, resid: Float[Tensor, "batch pos d_model"], mask: GraftMask
+    ) -> Float[Tensor, "batch pos d_vocab"]:
+        """`logits_from`, whatever numbers come out."""
         with self.active.run(mask):
             logits = self.unembed(self._normed(resid, mask), mask[C.UNEMBED, None])
-        return self.apply_output_logits_transform(logits)
+        transformed: Tensor = self.apply_output_logits_transform(logits)
+        return transformed
 
     def _normed(
         self, resid: Float[Tensor, "batch pos d_model"], mask: GraftMask
@@ -659,6 +676,10 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
     def cpu(self) -> "GraftedTransformer":
         """Move to the CPU."""
         return self.to("cpu")
+
+    def move_model_modules_to_device(self) -> None:
+        """Put all parts where `cfg.device` says, as HookedTransformer's method does."""
+        self.to(self.cfg.device)
 
     def mps(self) -> "GraftedTransformer":
         """Move to Apple's GPU."""

@@ -15,7 +15,7 @@ from graftlens.components import suggest
 from graftlens.model.active import Active
 from graftlens.model.arch import Architecture
 from graftlens.model.cache import Activations
-from graftlens.model.points import FlaggedPoint, SilentHookError
+from graftlens.model.points import FlaggedPoint, SilentHookError, UnknownHookError
 from graftlens.model.reading import AssertedError
 
 #: Hooks of a layer that TransformerLens 4 looks up at its attention, as its own models have them.
@@ -238,7 +238,7 @@ class Hooking(HookedRootModule):
         names = [chosen] if isinstance(chosen, str) else list(chosen)
         for name in names:
             if name not in known:
-                raise ValueError(
+                raise UnknownHookError(
                     f"{what}: no hook {name!r}. list(model.hook_dict) has all names."
                     f"{suggest(str(name), known)}"
                 )

@@ -495,7 +495,9 @@ class Norm(nn.Module):
         x = x if dtype == torch.float64 else x.float()
         if self.arch.norm != "rms":
             x = x - x.mean(-1, keepdim=True)
-        scale = self.hook_scale((x.pow(2).mean(-1, keepdim=True) + self.arch.eps).sqrt())
+        scale = (x.pow(2).mean(-1, keepdim=True) + self.arch.eps).sqrt()
+        # Where squares overflow, x / inf would be 0, as if there were nothing.
+        scale = self.hook_scale(scale.nan_to_num(nan=torch.nan, posinf=torch.nan))
         x = self.hook_normalized(x / scale)
         if self.weight is None or chosen is None:
             return x.to(dtype)

@@ -132,8 +132,9 @@ def load(
     shared, template = with_chat_template(shared, found, chat_template)
     put = _Placing(target, wanted)
     prepared = {s.name: {site: put(t) for site, t in s.weights.items()} for s in read}
+    additions = {s.name: {site: put.all(own) for site, own in s.additions.items()} for s in read}
     if wanted is torch.float16:
-        _refuse_overflow(prepared)
+        _refuse_overflow(prepared, additions)
     names = list(sources)
     return Loaded(
         arch,
@@ -145,7 +146,7 @@ def load(
         target,
         wanted,
         template,
-        {s.name: {site: put.all(own) for site, own in s.additions.items()} for s in read},
+        additions,
         tuple(sorted([*differences, *more], key=lambda row: names.index(row.source))),
     )
 
@@ -276,14 +277,26 @@ class _Placing:
 # -- checks ------------------------------------------------------------------------------------
 
 
-def _refuse_overflow(prepared: Mapping[str, Weights]) -> None:
+def _refuse_overflow(
+    prepared: Mapping[str, Weights], additions: Mapping[str, Additions]
+) -> None:
+    """Refuse numbers that float16 cannot hold, of tensors and of adapters' factors.
+
+    What factors multiply out to is not looked at: the forward never does it."""
     for name, weights in prepared.items():
-        for (component, layer, parameter), tensor in weights.items():
+        held = [(f"{component} {what}", layer, t) for (component, layer, what), t in weights.items()]
+        held += [
+            (f"what its adapter adds to {component}", layer, tensor)
+            for (component, layer), own in additions[name].items()
+            for one in own
+            for tensor in one.tensors
+            if tensor.is_floating_point()
+        ]
+        for what, layer, tensor in held:
             if not bool(torch.isfinite(tensor).all()):
                 where = "" if layer is None else f", layer {layer}"
                 raise PairError(
-                    f"source {name!r}: {component} {parameter}{where} has numbers beyond float16's "
-                    "65504. " + WIDER
+                    f"source {name!r}: {what}{where} has numbers beyond float16's 65504. {WIDER}"
                 )
 
 

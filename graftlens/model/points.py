@@ -10,6 +10,13 @@ class SilentHookError(ValueError, AssertionError):
     """A hook where nothing fires; TransformerLens's own models raise an AssertionError."""
 
 
+class UnknownHookError(ValueError, KeyError):
+    """A hook that does not exist; TransformerLens's own models raise a KeyError."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # and not what a KeyError shows, its repr
+
+
 class FlaggedPoint(HookPoint):
     """A hook point that fires while a flag of the config is on; otherwise hooks are refused."""
 

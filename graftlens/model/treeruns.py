@@ -63,7 +63,7 @@ class TreeRuns:
         for start in range(0, final.shape[1], rows):
             stop = min(start + rows, final.shape[1])
             mask = shape.output_mask.pick(np.arange(start, stop)[None])
-            logits = self.logits_from(final[:, start:stop], mask)[0]
+            logits = self._read_out(final[:, start:stop], mask)[0]
             found = (
                 self._final_logits(final, shape, b[start:stop], (logits, start)) for b in beside
             )
@@ -91,6 +91,6 @@ class TreeRuns:
         parts = [logits.index_select(0, there(wanted[here] - first))]
         if not here.all():
             mask = shape.output_mask.pick(wanted[~here][None])
-            parts.append(self.logits_from(final.index_select(1, there(wanted[~here])), mask)[0])
+            parts.append(self._read_out(final.index_select(1, there(wanted[~here])), mask)[0])
         order = np.argsort(np.argsort(~here, kind="stable"))
         return torch.cat(parts).index_select(0, there(order[place]))

@@ -9,11 +9,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from graftlens.model.choice import Choice
+from graftlens.references import COMMON_TOKENS
 
 _ADVICE = "Take embed there from a source that has the token."
 
@@ -46,6 +48,10 @@ class Vocabularies:
     def differ(self) -> bool:
         """Whether some source lacks tokens that another one has."""
         return self.common < self.whole
+
+    def marked(self, table: pd.DataFrame) -> pd.DataFrame:
+        """A table of measures with the column `common_tokens`, where vocabularies differ."""
+        return table.assign(**{COMMON_TOKENS: self.common}) if self.differ else table
 
     def of_rows(self, chosen: Choice) -> Int[np.ndarray, " rows"]:
         """Per row, how many tokens all of the sources have that have a share in it."""

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from graftlens.references import named_in
+from graftlens.metrics import known
+from graftlens.references import COMMON_TOKENS, common_tokens, named_in
 from graftlens.stats.intervals import mean_intervals
 from graftlens.stats.recovery import recoveries
 from graftlens.stats.resampling import Draw, means_of, numbered, unit_count
@@ -58,7 +59,8 @@ def summarise(
     - `source`, `span`, `component`, `layer`, `head`, `neuron` and `strength` of a graft with one
       rule, if the table has these columns or the column `rule`;
     - `recovery_of`, `base_run`, `full_run`, `level`, `resamples`, `seed`, `unit`: how the row was
-      computed; `units`: how many units the prompts used belong to.
+      computed; `units`: how many units the prompts used belong to; `common_tokens`: how many tokens
+      KL, JS and entropy are over, where sources have different vocabularies.
 
     Intervals are percentile intervals of a paired bootstrap over units (Efron & Tibshirani 1993,
     chapter 13). Two cases in which that would claim more than the data support:
@@ -97,6 +99,8 @@ def summarise(
     names = (*(f"top{k}" for k in ks), *metrics)
     wanted = names if recovery is None else (*names, recovery)
     check_metrics(table, wanted)
+    over_common = any((row := known(name)) and row.over_common for name in wanted)
+    common = common_tokens(table) if over_common else None
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"metric {name!r} is requested twice; name each metric once")
@@ -136,7 +140,8 @@ def summarise(
             if recovery is not None:
                 row |= {"recovery_of": recovery, "base_run": base, "full_run": full}
             row |= {"level": level, "resamples": resamples, "seed": seed}
-            rows.append(row | {"unit": unit, "units": unit_count(units)})
+            row |= {"unit": unit, "units": unit_count(units)}
+            rows.append(row if common is None else row | {COMMON_TOKENS: common})
     return with_notes(with_notes(pd.DataFrame(rows), "recovery_note"), "note")
 
 

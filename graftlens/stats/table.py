@@ -76,7 +76,7 @@ class Pivot:
             )
             raise ValueError(
                 f"column {name!r} has no value for {len(where)} of {int(needed.any(axis=1).sum())} "
-                f"prompts that ran (prompt {listed(where[:5].tolist())}); {fix}"
+                f"prompts that ran ({prompts_said(where.tolist())}); {fix}"
             )
         depth = depth_of(metric)
         if depth is None:
@@ -92,10 +92,8 @@ def endless(
     notes: list[str | None] = [None] * values.shape[1]
     for column in np.flatnonzero(infinite.any(axis=0)):
         where = prompts[infinite[:, column]].tolist()
-        more = f" and {len(where) - 5} more" if len(where) > 5 else ""
         notes[column] = (
-            f"{column_of(metric)} is infinite for prompt {listed(where[:5])}{more}, so that it has "
-            "no mean"
+            f"{column_of(metric)} is infinite for {prompts_said(where)}, so that it has no mean"
         )
     return notes
 
@@ -294,3 +292,13 @@ def column_of(metric: str) -> str:
 
 def listed(names: Sequence[object]) -> str:
     return ", ".join(repr(name) for name in names)
+
+
+def prompts_said(numbers: Sequence[object]) -> str:
+    """`prompt 3`, `prompts 0 and 5`; of many the first five, and how many more."""
+    said = [str(number) for number in numbers[:5]]
+    if len(numbers) > 5:
+        said.append(f"{len(numbers) - 5} more")
+    if len(said) == 1:
+        return f"prompt {said[0]}"
+    return f"prompts {', '.join(said[:-1])} and {said[-1]}"

@@ -32,9 +32,10 @@ from pydantic import TypeAdapter, ValidationError
 from graftlens.chat import Conversation
 from graftlens.folder import json_digest, parse_json, read_text
 from graftlens.graft import PARTS
-from graftlens.metrics import always_measured, measure
+from graftlens.metrics import always_measured, known, measure
 from graftlens.prompts import Prompt
 from graftlens.references import COLUMNS as REFERENCES
+from graftlens.references import COMMON_TOKENS
 from graftlens.sweep.disk import DamagedError, check_json, sealed, sealed_json, unsealed
 
 _TYPES = {
@@ -168,9 +169,17 @@ class Manifest:
         return shard_schema(self.asked)
 
     @property
+    def common_tokens(self) -> int | None:
+        """How many tokens measures are over that the sweep asks for; None where it is all."""
+        if not any((row := known(name)) and row.over_common for name in self.asked):
+            return None
+        return (self.models or {}).get(COMMON_TOKENS)
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns of this sweep's results, in their order."""
-        return (*RESULT_COLUMNS[:-1], *self.asked, RESULT_COLUMNS[-1])
+        last = () if self.common_tokens is None else (COMMON_TOKENS,)
+        return (*RESULT_COLUMNS[:-1], *self.asked, RESULT_COLUMNS[-1], *last)
 
     @cached_property
     def key(self) -> str:
@@ -431,9 +440,10 @@ def read_results(
         of the grafts that recovery is measured between), `template`, `dataset`, `model` (the
         sources), `text`, `answer`, then the measures of `graftlens.evaluate` (`ties` is NA in
         folders of version 0.1.0, which did not count them), those that the sweep asks for, and
-        `reason`: why a cell could not be run, in which case all numbers are NA. Repeated texts are
-        categoricals. One
-        table is sorted by prompt, then by graft as in the config; batches come shard by shard.
+        `reason`: why a cell could not be run, in which case all numbers are NA. Where sources have
+        different vocabularies and the sweep asks for KL, JS or entropy, `common_tokens` is how many
+        tokens these are over. Repeated texts are categoricals. One table is sorted by prompt, then
+        by graft as in the config; batches come shard by shard.
 
     Raises:
         ValueError: a folder without a sweep, an unknown column, batches without rows.
@@ -503,6 +513,7 @@ class _Joined:
             for column in GRAFT_COLUMNS
             if column in wanted
         }
+        self.common_tokens = manifest.common_tokens
         #: Columns that have one value in all rows.
         ends = map(manifest.recovery.get, ("base", "full"))
         self.constant = dict(zip(REFERENCES, ends, strict=True))
@@ -521,6 +532,8 @@ class _Joined:
                 return numbers
             if name == "graft":
                 return pd.Categorical.from_codes(places, self.names)
+            if name == COMMON_TOKENS:
+                return np.full(len(places), self.common_tokens)
             if name in self.constant:
                 codes, values = _codes([self.constant[name]])
                 return pd.Categorical.from_codes(codes[np.zeros(len(places), dtype=int)], values)

@@ -34,6 +34,7 @@ from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.locations import folder_of
 from graftlens.prompts import Prompt, PromptError
+from graftlens.references import COMMON_TOKENS
 from graftlens.sweep.cells import Measures, asked_for, fingerprints, own_measures
 from graftlens.sweep.config import Checked, SweepConfig, as_yaml, checked_as_given
 from graftlens.sweep.counts import blocks_of
@@ -657,6 +658,8 @@ def _record(
             found = {name: there[name] for name in ("row_budget", "pair_check")}
         recorded = {"scheme": FINGERPRINTS, "settings": settings, "files": files}
         recorded["differences"] = model.differences.to_dict("records")
+        if model.vocabularies.differ:
+            recorded[COMMON_TOKENS] = model.vocabularies.common
         ours = replace(manifest, models=given | found | recorded)
         if ours != manifest:
             write(out, out / "sweep.json", ours.to_json().encode())

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from graftlens.references import common_tokens
 from graftlens.viz import drawing, theme
 from graftlens.viz.lenstables import (
     as_floats,
@@ -231,7 +232,9 @@ def _answer(table: pd.DataFrame) -> str:
         for column in ("target", "against")
     )
     said = visible(targets[0]) if len(targets) == 1 else "the answer"
-    minus = {"mean": "the mean logit", "distractors": "its distractors"}
+    count = common_tokens(table)
+    over = "" if count is None else f" of the {count:,} tokens that all sources have"
+    minus = {"mean": f"the mean logit{over}", "distractors": "its distractors"}
     return " minus ".join([said, *(minus.get(str(o), visible(o)) for o in others)])
 
 

@@ -23,6 +23,7 @@ from graftlens.viz.quantities import Quantity
 from graftlens.viz.render import render
 from graftlens.viz.screenshot import screenshot
 from graftlens.viz.spelling import inline, spanned
+from graftlens.viz.text import common_note
 
 #: The narrowest that two charts side by side come to, pixels.
 NARROW = 416
@@ -91,6 +92,7 @@ def dashboard_page(data: DashboardData) -> str:
         measures=dashboardscript.measures(data),
         kinds=dashboardscript.kinds(lens),
         first_kind="kl_base" if lens.target is None else "logprob",
+        common=common_note(data.lens),
         rise=_rise(data, lens),
         layers=[(str(layer), str(layer), False) for layer in range(layers)],
         start=start,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from graftlens.viz import attention, theme
+from graftlens.viz import attention, text, theme
 from graftlens.viz.attribution import CONTRIBUTION
 from graftlens.viz.dashboarddata import DashboardData, LensArrays
 from graftlens.viz.quantities import Quantity, scale
@@ -91,6 +91,7 @@ def kinds(lens: LensArrays) -> list[tuple[str, str, bool]]:
 def facts(data: DashboardData, lens: LensArrays) -> dict[str, object]:
     """All that the page's script needs, save the attention patterns."""
     measures = {name: _measured(data, name) for name in TOKENS}
+    common = text.common_note(data.kl_divergence)
     words: dict[str, int] = {}
     lenses = []
     for run in data.runs:
@@ -112,7 +113,11 @@ def facts(data: DashboardData, lens: LensArrays) -> dict[str, object]:
         "tokens": [inline(token) for token in data.tokens],
         "runs": list(data.runs),
         "measures": {
-            name: {"title": quantity.short or quantity.label, "unit": quantity.unit, "note": note}
+            name: {
+                "title": quantity.short or quantity.label,
+                "unit": quantity.unit,
+                "note": f"{note} {common}".strip() if quantity.over_common else note,
+            }
             | _ends(quantity, list(measures[name].values()), quantity.signed)
             for name, (quantity, note) in TOKENS.items()
         },

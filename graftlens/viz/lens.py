@@ -71,7 +71,7 @@ def lens_heatmap(
     Raises:
         ValueError: an unknown value, run or prompt, or a value of the answer without an answer.
     """
-    facts = known(LENS_VALUES, value)
+    facts = known(LENS_VALUES, value).within(table)
     check_columns(table, "logit_lens", "prompt", "graft", "layer", "position", "token", value)
     rows = of_prompt(table, prompt)
     key = ["layer", "position"]
@@ -157,7 +157,7 @@ def answer_by_layer(
     Raises:
         ValueError: an unknown value, prompt or position, or no prompt with that value.
     """
-    facts = known(LENS_VALUES, value)
+    facts = known(LENS_VALUES, value).within(table)
     check_columns(table, "logit_lens", "prompt", "graft", "layer", "position", value)
     have = prompts_of(table)
     for number in prompts or ():
@@ -253,7 +253,7 @@ def kl_divergence_lines(
         ValueError: an unknown value or prompt.
     """
     panels = list(dict.fromkeys(values))
-    shown = [known(DIVERGENCES, name) for name in panels]
+    shown = [known(DIVERGENCES, name).within(table) for name in panels]
     if not panels:
         raise ValueError(f"values is empty; name one or more of {listed(DIVERGENCES)}")
     check_columns(table, "kl_divergence", "prompt", "graft", "position", "token", *panels)
@@ -307,7 +307,8 @@ def kl_divergence_lines(
         short_name = panel_names[other]
         shown_as = Quantity.of(facts.name, base=short_name, full=short_name)
         figure.update_yaxes(
-            title_text=drawing.wrapped(shown_as.label, 24) + f"<br>({facts.unit})",
+            title_text=drawing.wrapped(shown_as.label, 24)
+            + f"<br>{drawing.wrapped(f'({facts.unit})', 28)}",
             rangemode="tozero",
             row=number,
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from graftlens import metrics
+from graftlens.references import common_tokens
 from graftlens.viz import theme
 from graftlens.viz.lenstables import listed
 from graftlens.viz.spelling import escaped
@@ -36,6 +37,8 @@ class Quantity:
     signed: bool = False
     """Zero means something, so that signs are told apart by hue."""
     of_answer: bool = False
+    over_common: bool = False
+    """It is over the tokens that all sources have."""
 
     @classmethod
     def of(cls, name: str, *, base: str = "base", full: str = "full") -> "Quantity":
@@ -58,7 +61,15 @@ class Quantity:
             lower_is_better=row.better == "lower",
             signed=row.signed,
             of_answer=bool({"answer", "standing"} & {*row.needs}),
+            over_common=row.over_common,
         )
+
+    def within(self, table: pd.DataFrame) -> "Quantity":
+        """The same with, in its unit, how many tokens a table has it over, if these are not all."""
+        count = common_tokens(table) if self.over_common else None
+        if count is None:
+            return self
+        return replace(self, unit=f"{self.unit}, over {count:,} common tokens")
 
     @property
     def title(self) -> str:
@@ -136,10 +147,11 @@ def of_summary(summary: pd.DataFrame, name: str) -> Quantity:
     }
     found = Quantity.of(name, **runs)
     if name != "recovery":
-        return found
-    what = Quantity.of(str(summary["recovery_of"].iloc[0]), **runs).short
+        return found.within(summary)
+    what = Quantity.of(str(summary["recovery_of"].iloc[0]), **runs)
     unit = f"0 = {runs.get('base')}, 1 = {runs.get('full')}"
-    return replace(found, label=f"recovery of {what}", unit=unit)
+    found = replace(found, label=f"recovery of {what.short}", unit=unit)
+    return replace(found, over_common=what.over_common).within(summary)
 
 
 @dataclass(frozen=True)

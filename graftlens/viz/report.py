@@ -138,6 +138,7 @@ def numbers(summary: pd.DataFrame, table: pd.DataFrame) -> dict[str, object]:
     ]
     if "recovery_of" in summary:
         notes.append(f"Recovery: {of_summary(summary, 'recovery').title}.")
+    notes += filter(None, [text.common_note(summary)])
     notes += [f"{where}: {why}." for where, why in text.summary_notes(summary)]
     failed = table.loc[table["reason"].notna(), ["graft", "reason"]]
     for (graft, reason), rows_left in failed.groupby(

@@ -58,6 +58,7 @@ def write_table(
         about = f"[low, high]: {text.level(frame)} intervals over {text.resampled(frame)}."
         if "recovery" in measured:
             about += f" Recovery: {of_summary(frame, 'recovery').title}."
+        about += "".join(f" {note}" for note in [text.common_note(frame)] if note)
         lines += ["", _markdown(about)]
     return {
         "csv": write_whole(_with(stem, "csv"), _csv(_inert(frame))),

@@ -7,7 +7,7 @@ from typing import Literal
 
 import pandas as pd
 
-from graftlens.references import are_references
+from graftlens.references import are_references, common_tokens
 from graftlens.viz.quantities import Quantity, measured, of_summary
 
 Outcome = Literal["reproduced", "not reproduced", "untestable", "not checked"]
@@ -80,6 +80,7 @@ def text_table(summary: pd.DataFrame, *, show: Sequence[str] | None = None) -> s
     lines.append(f"[low, high]: {level(summary)} intervals over {resampled(summary)}.")
     if "recovery" in [fact.name for fact in facts]:
         lines.append(f"recovery: {of_summary(summary, 'recovery').title}.")
+    lines += filter(None, [common_note(summary)])
     notes = summary_notes(summary)
     return "\n".join([*lines, *(f"{where}: {note}." for where, note in notes)]) + "\n"
 
@@ -109,6 +110,17 @@ def resampled(summary: pd.DataFrame) -> str:
     """What the intervals are over: prompts, or prompts grouped by a unit such as the fact."""
     unit = str(summary["unit"].iloc[0]) if "unit" in summary else "prompt"
     return "prompts" if unit == "prompt" else f"prompts grouped by {unit}"
+
+
+def common_note(table: pd.DataFrame) -> str:
+    """What is said of KL, JS and entropy in a table that has them over some tokens only; else
+    nothing."""
+    count = common_tokens(table)
+    if count is None:
+        return ""
+    return (
+        f"KL, JS and entropy are over the {count:,} tokens that all sources have, renormalised."
+    )
 
 
 def summary_notes(summary: pd.DataFrame) -> list[tuple[str, str]]:

@@ -1,0 +1,206 @@
+"""Measures over the tokens that all sources have say so: in tables, beside plots and on pages."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import plotly.graph_objects as go
+import pytest
+import torch
+from families import model_of, save_checkpoint
+from toytokenizers import TOKENIZERS
+from transformers import LlamaConfig
+
+from graftlens import GraftedTransformer, Prompt, dashboard, evaluate, lens, summarise, viz
+from graftlens.experiment.analysis import PartTables
+from graftlens.references import common_tokens
+from graftlens.sweep.results import read_results
+from graftlens.sweep.runner import run_sweep
+from graftlens.viz.report import write_report
+from graftlens.viz.text import text_table
+
+PROMPTS = [Prompt("{a} acted", {"a": name}, answer=" in") for name in ("Anders", "Chloë")]
+SIZES: dict[str, Any] = {
+    "hidden_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+    "intermediate_size": 40,
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A base, and a chat model with two tokens more."""
+    root = tmp_path_factory.mktemp("pair")
+    base, chat = TOKENIZERS["gpt2"](), TOKENIZERS["gpt2"]()
+    chat.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+    return {
+        name: save_checkpoint(
+            model_of(LlamaConfig(**SIZES, vocab_size=len(tokenizer)), seed),
+            root / name,
+            tokenizer,
+        )
+        for seed, (name, tokenizer) in enumerate((("base", base), ("chat", chat)), start=1)
+    }
+
+
+@pytest.fixture(scope="module")
+def model(folders: dict[str, Path]) -> GraftedTransformer:
+    return GraftedTransformer.from_pretrained(folders, verbose=False)
+
+
+@pytest.fixture(scope="module")
+def common(folders: dict[str, Path]) -> int:
+    """The base's own count of rows."""
+    return int(json.loads((folders["base"] / "config.json").read_text())["vocab_size"])
+
+
+@pytest.fixture(scope="module")
+def summary(model: GraftedTransformer) -> pd.DataFrame:
+    grafts = {"PRE": "none", "CHAT": "chat @ all", "LT": "chat @ last"}
+    measures = ["kl_full", "entropy"]
+    table = evaluate(model, PROMPTS, grafts, measures=measures, progress=False)
+    return summarise(table, metrics=measures, recovery="kl_full", resamples=50)
+
+
+def words(figure: go.Figure) -> str:
+    return json.dumps(json.loads(figure.to_json()), ensure_ascii=False)
+
+
+def test_the_lens_has_the_count_and_its_plots_say_it(
+    model: GraftedTransformer, common: int
+) -> None:
+    read = lens.logit_lens(model, PROMPTS[0], {"LT": "chat @ last"})
+    far = lens.kl_divergence(model, PROMPTS[0], {"LT": "chat @ last"})
+    assert common_tokens(read) == common_tokens(far) == common
+    # What the column says is what was computed: the first token's own distribution.
+    logits = model(PROMPTS[0], graft="chat @ all")[0, -1]
+    p = logits[:common].log_softmax(-1)
+    last = read[(read["graft"] == "SFT") & (read["stream"] == "final_post")].iloc[-1]
+    assert last["entropy"] == pytest.approx(float(-(p.exp() * p).sum()), abs=1e-4)
+    said = f"over {common:,} common tokens"
+    assert said in words(viz.lens_heatmap(read, "LT", value="kl_base"))
+    assert said in words(viz.lens_heatmap(read, "LT", value="entropy"))
+    assert "common" not in words(viz.lens_heatmap(read, "LT", value="logprob"))
+    assert "common" in words(viz.kl_divergence_lines(far))
+    assert f"{common:,}" in words(viz.kl_divergence_lines(far))
+    assert said in words(viz.answer_by_layer(read, "kl_full")).replace("<br>", " ")
+
+
+def test_attribution_against_the_mean_says_whose_mean_it_is(
+    model: GraftedTransformer, common: int
+) -> None:
+    against = lens.direct_logit_attribution(model, PROMPTS[0], against="mean")
+    alone = lens.direct_logit_attribution(model, PROMPTS[0])
+    assert common_tokens(against) == common
+    assert "common_tokens" not in alone
+    said = f"minus the mean logit of the {common:,} tokens that all sources have"
+    for figure in (
+        viz.logit_attribution_heatmap(against, "PRE"),
+        viz.logit_attribution_bars(against),
+    ):
+        assert said in words(figure).replace("<br>", " ")
+    assert "mean logit" not in words(viz.logit_attribution_bars(alone))
+
+
+def test_summaries_carry_it_to_axes_captions_and_tables(
+    summary: pd.DataFrame, common: int, tmp_path: Path
+) -> None:
+    assert set(summary["common_tokens"]) == {common}
+    said, note = (
+        f"over {common:,} common tokens",
+        f"KL, JS and entropy are over the {common:,} tokens that all sources have, renormalised.",
+    )
+    for metric in ("kl_full", "entropy", "recovery"):
+        assert said in words(viz.grouped_bars(summary, metric)).replace("<br>", " ")
+    assert "common" not in words(viz.grouped_bars(summary, "top1"))
+    assert note in text_table(summary)
+    written = viz.write_table(summary, tmp_path / "table")
+    assert note in written["md"].read_text()
+    assert "common_tokens" in written["csv"].read_text().splitlines()[0]
+
+
+def test_a_report_says_it(model: GraftedTransformer, common: int, tmp_path: Path) -> None:
+    table = evaluate(
+        model, PROMPTS, {"LT": "chat @ last"}, measures=["kl_full"], progress=False
+    )
+    summary = summarise(table, metrics=["kl_full"], recovery="kl_full", resamples=50)
+    page = write_report(
+        tmp_path / "report.html",
+        title="t",
+        summary=summary,
+        table=table,
+        metric="kl_full",
+        provenance={},
+    ).read_text()
+    assert f"over the {common:,} tokens that all sources have, renormalised." in page
+    assert f"over {common:,} common tokens" in page
+
+
+def test_nothing_is_said_where_no_such_measure_is_asked_for(model: GraftedTransformer) -> None:
+    table = evaluate(model, PROMPTS, {"LT": "chat @ last"}, progress=False)
+    assert "common_tokens" not in table
+    assert "common_tokens" not in summarise(table, resamples=50)
+
+
+def test_a_sweeps_results_carry_it(
+    folders: dict[str, Path], common: int, tmp_path: Path
+) -> None:
+    config = {
+        "sources": {name: str(folder) for name, folder in folders.items()},
+        "prompts": [
+            {"template": p.template, "fields": dict(p.fields), "answer": p.answer} for p in PROMPTS
+        ],
+        "grafts": {"PRE": "none", "CHAT": "chat @ all", "LT": "chat @ last"},
+        "metrics": {"measures": ["js_full"]},
+    }
+    run_sweep(config, tmp_path / "asked", say=lambda text: None)
+    table = read_results(tmp_path / "asked")
+    assert isinstance(table, pd.DataFrame)
+    assert table["common_tokens"].tolist() == [common] * len(table)
+    summary = summarise(table, metrics=["js_full"], recovery=None, resamples=50)
+    assert set(summary["common_tokens"]) == {common}
+    chosen = read_results(tmp_path / "asked", columns=["prompt", "graft", "common_tokens"])
+    assert isinstance(chosen, pd.DataFrame)
+    assert chosen.columns.tolist() == ["prompt", "graft", "common_tokens"]
+    config["metrics"] = {}
+    run_sweep(config, tmp_path / "plain", say=lambda text: None)
+    assert "common_tokens" not in read_results(tmp_path / "plain")
+
+
+def test_an_experiments_page_says_it(summary: pd.DataFrame, common: int) -> None:
+    from graftlens.experiment.show import _notes
+
+    empty = summary.iloc[:0]
+    tables = PartTables(summary, summary, empty, empty, cells=6, failed=0)
+
+    class Part:
+        where_possible: tuple[str, ...] = ()
+        grafts: tuple[str, ...] = ()
+
+    notes = list(_notes(Part(), None, tables))  # type: ignore[arg-type]
+    assert notes == [
+        f"KL, JS and entropy are over the {common:,} tokens that all sources have, renormalised."
+    ]
+
+
+def test_a_dashboard_says_it(model: GraftedTransformer, common: int) -> None:
+    page = dashboard(model, PROMPTS[0], {"LT": "chat @ last"}).html
+    note = f"KL, JS and entropy are over the {common:,} tokens that all sources have, renormalised."
+    assert page.count(note) == 3, "at the lens, and with both KL measures of the tokens"
+
+
+def test_tables_of_different_tokens_are_not_summarised_as_one(summary: pd.DataFrame) -> None:
+    joined = pd.concat([summary, summary.assign(common_tokens=7)])
+    with pytest.raises(ValueError, match=r"column 'common_tokens' has \d+ and 7: the rows are over"):
+        common_tokens(joined)
+
+
+def test_equal_vocabularies_are_not_mentioned(folders: dict[str, Path]) -> None:
+    twins = {"base": folders["chat"], "chat": folders["chat"]}
+    model = GraftedTransformer.from_pretrained(twins, verbose=False)
+    assert "common_tokens" not in lens.kl_divergence(model, PROMPTS[0])
+    assert "renormalised" not in dashboard(model, PROMPTS[0]).html
+    assert torch.isfinite(model(PROMPTS[0])).all()
