@@ -13,6 +13,7 @@ import typer
 
 from graftlens import __version__
 from graftlens.components import suggest
+from graftlens.folder import RUNS
 
 #: The exit code of a command that Ctrl-C ended.
 INTERRUPTED = 130
@@ -66,7 +67,7 @@ def _root(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = Path("graftlens-demo"),
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = RUNS / "demo",
     facts: Annotated[
         int, typer.Option(min=6, help="Invented films; run time is proportional.")
     ] = 40,
@@ -87,7 +88,10 @@ def demo(
 @app.command()
 def finetune(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG.yaml", help="The recipe, and the data.")
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="The recipe, and the data: a file, or a name of graftlens list."
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -113,9 +117,11 @@ def finetune(
     from graftlens.data.rewriting import told_on_command_line
     from graftlens.finetune import FinetuneRun, finetune_run, launch_finetune
     from graftlens.processes import is_first
+    from graftlens.shipped import Kind, config_file
 
     given = overrides or []
-    run = told_on_command_line(read_settings(FinetuneRun, config, given), given)
+    path = config_file(Kind.FINETUNE, config)
+    run = told_on_command_line(read_settings(FinetuneRun, path, given), given)
     resources = _resources(launcher, slurm, wait)
     if launcher is Launcher.slurm:
         result = launch_finetune(run, resources, wait=wait)
@@ -127,7 +133,12 @@ def finetune(
 
 @app.command()
 def sweep(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="The sweep's config.")],
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="The sweep's config: a file, or a name of graftlens list."
+        ),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -139,7 +150,7 @@ def sweep(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the results; for NAME.yaml the default is graftlens-sweep/NAME."
+            help="Folder for the results; for NAME.yaml the default is graftlens-runs/sweeps/NAME."
         ),
     ] = None,
     dry_run: Annotated[
@@ -182,21 +193,23 @@ def sweep(
         raise typer.BadParameter(
             "--tasks works only with --launcher slurm. Use --devices with local."
         )
-    folder = out or Path("graftlens-sweep") / config.stem
-    given = overrides or []
+    from graftlens.shipped import Kind, config_file
 
+    path = config_file(Kind.SWEEP, config)
+    folder = out or RUNS / "sweeps" / path.stem
+    given = overrides or []
     own = measure or []
 
     if dry_run:
         from graftlens.sweep.config import describe_sweep
 
-        typer.echo(describe_sweep(config, overrides=given, measures=own))
+        typer.echo(describe_sweep(path, overrides=given, measures=own))
         return
     from graftlens.sweep.runner import prepare_sweep, run_sweep, sweep_result
 
     if launcher is Launcher.local and len(names) < 2:
         device = names[0] if names else None
-        _end_of_sweep(run_sweep(config, folder, overrides=given, measures=own, device=device))
+        _end_of_sweep(run_sweep(path, folder, overrides=given, measures=own, device=device))
         return
     from graftlens.engines import check_submission
     from graftlens.sweep.devices import check_devices
@@ -207,7 +220,7 @@ def sweep(
         check_devices(names)
     else:
         check_submission(tasks or 1, resources)
-    prepare_sweep(config, folder, overrides=given, measures=own)
+    prepare_sweep(path, folder, overrides=given, measures=own)
     if launcher is Launcher.local:
         launch_local(folder, names, measures=own)
     else:
@@ -223,7 +236,7 @@ def run(
     experiment: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="An experiment in experiments/, or the path of a config."
+            metavar="CONFIG", help="An experiment's config: a file, or a name of graftlens list."
         ),
     ],
     overrides: Annotated[
@@ -281,8 +294,8 @@ def dashboard(
         tuple[str, str] | None,
         typer.Option(
             metavar="PRE SFT",
-            help="Hub ids or folders of the pretrained and the finetuned model; smollm2 is the "
-            "demo's. Grafts call them pre and sft.",
+            help="Hub ids or folders of the pretrained and the finetuned model; smollm2-135m is "
+            "the demo's. Grafts call them pre and sft.",
         ),
     ] = None,
     sweep: Annotated[
@@ -334,7 +347,7 @@ def dashboard(
             metavar="GRAFT", help="The graft to use as SFT, if not the pair's sft, such as task."
         ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("dashboard.html"),
+    out: Annotated[Path, typer.Option(help="The page to write.")] = RUNS / "dashboard.html",
     image: Annotated[
         Path | None, typer.Option(help="Also save a picture of the whole page (PNG).")
     ] = None,
@@ -346,7 +359,7 @@ def dashboard(
 ) -> None:
     """Look inside one prompt under grafts: attention, logit lens, tokens, on one offline page.
 
-    Example: graftlens dashboard --pair smollm2 my-model --prompt "{first_entity} starred with"
+    Example: graftlens dashboard --pair smollm2-135m my-model --prompt "{first_entity} starred with"
     --field "first_entity=Ann Lee" --answer " Bo" --graft "FE=sft @ first_entity"
     """
     named = {}
@@ -450,6 +463,34 @@ def _end_of_sweep(result: Any) -> None:
         raise typer.Exit(UNTRUSTED)
 
 
+@app.command("list")
+def list_configs() -> None:
+    """Show the configs that come with graftlens: experiments, sweeps, finetuning, data."""
+    from graftlens.shipped import listing
+
+    typer.echo(listing())
+
+
+@app.command("copy")
+def copy_config(
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="A name of graftlens list; with its kind (data/counterfact) where two have it.",
+        ),
+    ],
+    target: Annotated[
+        Path | None,
+        typer.Argument(metavar="FILE.yaml", help="The new file; NAME.yaml by default."),
+    ] = None,
+) -> None:
+    """Copy a config that comes with graftlens, to make it your own."""
+    from graftlens.shipped import copy
+
+    typer.echo(str(copy(name, target)))
+
+
 data_app = typer.Typer(
     no_args_is_help=True, help="Make datasets of facts.", rich_markup_mode="markdown"
 )
@@ -458,7 +499,10 @@ app.add_typer(data_app, name="data")
 
 @data_app.command("make")
 def data_make(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.yaml", help="What to make.")],
+    config: Annotated[
+        str,
+        typer.Argument(metavar="CONFIG", help="What to make: a file, or a name of graftlens list."),
+    ],
     overrides: Annotated[
         list[str] | None,
         typer.Argument(metavar="KEY=VALUE", help="Settings that override those of the file."),
@@ -466,7 +510,7 @@ def data_make(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the dataset; for NAME.yaml the default is graftlens-data/NAME."
+            help="Folder for the dataset; for NAME.yaml the default is graftlens-runs/data/NAME."
         ),
     ] = None,
 ) -> None:
@@ -476,15 +520,17 @@ def data_make(
     from graftlens.data.dataset import refuse_existing
     from graftlens.data.rewriting import told_on_command_line
     from graftlens.folder import at_home, inside, writable
+    from graftlens.shipped import Kind, config_file
 
-    folder = at_home(out) if out else inside(Path("graftlens-data"), config.stem)
+    path = config_file(Kind.DATA, config)
+    folder = at_home(out) if out else inside(RUNS, "data", path.stem)
     refuse_existing(folder)  # before doing the work
     writable(folder)
     given = overrides or []
     try:
-        spec = spec_of(overridden(read_mapping(at_home(config)), given))
+        spec = spec_of(overridden(read_mapping(path), given))
     except ConfigError as error:
-        raise error.under(str(config), ": ") from None
+        raise error.under(str(path), ": ") from None
     spec = told_on_command_line(spec, given)
     made = make_dataset(spec)
     save_dataset(made, folder)
@@ -495,7 +541,7 @@ def data_make(
 @data_app.command("wikipedia")
 def data_wikipedia(
     titles: Annotated[list[str], typer.Argument(metavar="TITLE…", help="Titles of articles.")],
-    out: Annotated[Path, typer.Option(help="Folder for the articles.")] = Path("articles"),
+    out: Annotated[Path, typer.Option(help="Folder for the articles.")] = RUNS / "articles",
     language: Annotated[str, typer.Option(help="The Wikipedia's language code.")] = "en",
     user_agent: Annotated[
         str | None, typer.Option(help='Who is asking, such as "my-study/1.0 (me@example.org)".')

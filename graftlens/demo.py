@@ -23,6 +23,7 @@ from graftlens.data import evaluation_prompts, make_dataset, make_facts, trainin
 from graftlens.evaluation import evaluate, position_grafts
 from graftlens.finetune import FinetuneConfig, demo_configs, finetune
 from graftlens.folder import (
+    RUNS,
     claim,
     parse_json,
     read_json,
@@ -45,7 +46,7 @@ LEGEND = (
     "PRE: the pretrained model; SFT: the finetuned one; FE: finetuned weights at the tokens of the "
     "actor whom the prompt names; LT: at the last token; ^C and not-: at all other positions."
 )
-DEFAULT_OUT = Path("graftlens-demo")
+DEFAULT_OUT = RUNS / "demo"
 
 #: The page, in the given folder; the results and what they describe, in their own folder.
 PAGE, TABLE, KEY = "report.html", "results.parquet", "results.json"

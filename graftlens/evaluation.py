@@ -195,4 +195,6 @@ def evaluate(
             stacklevel=2,
         )
     table = marked(table, runs.base, runs.full)
-    return model.vocabularies.marked(table) if any(m.over_common for m in scorer.measured) else table
+    return (
+        model.vocabularies.marked(table) if any(m.over_common for m in scorer.measured) else table
+    )

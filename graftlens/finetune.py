@@ -60,7 +60,7 @@ from graftlens.finetuned import FinetuneResult, earlier_result, read_result, rep
 from graftlens.folder import refuse_differences, write_whole
 from graftlens.model.identity import config_settings, tokenizer_digest
 from graftlens.model.quiet import quiet
-from graftlens.model.smollm2 import smollm2
+from graftlens.model.smollm2 import located
 from graftlens.model.start import (
     check_targets,
     check_tokens,
@@ -189,7 +189,7 @@ def _processes(config: FinetuneConfig) -> Processes:
 def finetune_run(run: FinetuneRun, *, progress: bool = True) -> FinetuneResult:
     """Read or make the training texts, and `finetune` on them.
 
-    The model "smollm2" is the demo's. The finished run's folder records its settings in
+    The model "smollm2-135m" is the demo's. The finished run's folder records its settings in
     ``config.yaml``. A dataset that is made is kept in the folder ``data``, from where a later call
     reads it.
 
@@ -204,12 +204,12 @@ def finetune_run(run: FinetuneRun, *, progress: bool = True) -> FinetuneResult:
     if not place.exists() and (recipe.model.startswith((".", "/", "~")) or len(place.parts) > 2):
         raise FileNotFoundError(
             f"model={recipe.model!r}: there is no such folder. Write a checkpoint's folder, a hub "
-            'id, or "smollm2".'
+            'id, or "smollm2-135m".'
         )
     processes = _processes(recipe)
     processes.from_first(partial(check_run, run))
-    if recipe.model == "smollm2":
-        recipe = recipe.model_copy(update={"model": str(processes.from_first(smollm2))})
+    found = processes.from_first(partial(located, recipe.model))
+    recipe = recipe.model_copy(update={"model": found})
     train = processes.from_first(partial(_texts_of_run, run))
     result = finetune(recipe, train, progress=progress)
     if processes.is_first:

@@ -25,6 +25,9 @@ _DEVICES = frozenset(
     {"con", "prn", "aux", "nul", *(f"{d}{n}" for d in ("com", "lpt") for n in "0123456789¹²³")}
 )
 
+#: Where commands write what nobody named a folder for.
+RUNS = Path("graftlens-runs")
+
 #: Most UTF-8 bytes of a name; suffixes, digests and marks of unfinished files come on top.
 LONGEST_NAME = 120
 

@@ -19,7 +19,7 @@ class Preset:
 
     Attributes:
         name: its name here.
-        model: hub id, or a special name that `graftlens.finetune.finetune_run` knows.
+        model: hub id, or a name that `graftlens.model.smollm2.located` knows.
         family: Hugging Face's `model_type` of it.
         recipe: fields of `graftlens.finetune.FinetuneConfig`; the others have their defaults.
         source: where the settings come from.
@@ -80,7 +80,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             ("gpt2-large", "openai-community/gpt2-large", "gpt2", PAPER, _CARRIED_OVER),
             ("gpt2-xl", "openai-community/gpt2-xl", "gpt2", PAPER, _TRAINED),
             ("olmo-1b", "allenai/OLMo-1B-hf", "olmo", PAPER, _CARRIED_OVER),
-            ("smollm2-135m", "smollm2", "llama", LAPTOP, _OWN),
+            ("smollm2-135m", "smollm2-135m", "llama", LAPTOP, _OWN),
         )
     }
 )

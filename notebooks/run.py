@@ -24,8 +24,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import nbformat
-from nbclient import NotebookClient
+try:
+    import nbformat
+    from nbclient import NotebookClient
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"{error.name} is not installed: running the notebooks needs the extra `notebooks`. "
+        "In a clone: .venv/bin/pip install -c constraints.txt -e '.[notebooks]'"
+    )
 
 FOLDER = Path(__file__).parent
 PLOTLY = "application/vnd.plotly.v1+json"

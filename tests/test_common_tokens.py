@@ -13,11 +13,16 @@ from toytokenizers import TOKENIZERS
 from transformers import LlamaConfig
 
 from graftlens import GraftedTransformer, Prompt, dashboard, evaluate, lens, summarise, viz
+from graftlens.configfile import settings_from
 from graftlens.experiment.analysis import PartTables
+from graftlens.experiment.config import ExperimentConfig, PartConfig
+from graftlens.experiment.show import show_part
 from graftlens.references import common_tokens
+from graftlens.sweep.config import SweepConfig, check
 from graftlens.sweep.results import read_results
 from graftlens.sweep.runner import run_sweep
 from graftlens.viz.report import write_report
+from graftlens.viz.tables import write_table
 from graftlens.viz.text import text_table
 
 PROMPTS = [Prompt("{a} acted", {"a": name}, answer=" in") for name in ("Anders", "Chloë")]
@@ -65,6 +70,18 @@ def summary(model: GraftedTransformer) -> pd.DataFrame:
     return summarise(table, metrics=measures, recovery="kl_full", resamples=50)
 
 
+def _asked(folders: dict[str, Path], measures: list[str]) -> dict[str, Any]:
+    """A sweep's config."""
+    return {
+        "sources": {name: str(folder) for name, folder in folders.items()},
+        "prompts": [
+            {"template": p.template, "fields": dict(p.fields), "answer": p.answer} for p in PROMPTS
+        ],
+        "grafts": {"PRE": "none", "CHAT": "chat @ all", "LT": "chat @ last"},
+        "metrics": {"measures": measures},
+    }
+
+
 def words(figure: go.Figure) -> str:
     return json.dumps(json.loads(figure.to_json()), ensure_ascii=False)
 
@@ -76,7 +93,7 @@ def test_the_lens_has_the_count_and_its_plots_say_it(
     far = lens.kl_divergence(model, PROMPTS[0], {"LT": "chat @ last"})
     assert common_tokens(read) == common_tokens(far) == common
     # What the column says is what was computed: the first token's own distribution.
-    logits = model(PROMPTS[0], graft="chat @ all")[0, -1]
+    logits = model(PROMPTS[0], graft="chat @ all").detach()[0, -1]
     p = logits[:common].log_softmax(-1)
     last = read[(read["graft"] == "SFT") & (read["stream"] == "final_post")].iloc[-1]
     assert last["entropy"] == pytest.approx(float(-(p.exp() * p).sum()), abs=1e-4)
@@ -117,15 +134,13 @@ def test_summaries_carry_it_to_axes_captions_and_tables(
         assert said in words(viz.grouped_bars(summary, metric)).replace("<br>", " ")
     assert "common" not in words(viz.grouped_bars(summary, "top1"))
     assert note in text_table(summary)
-    written = viz.write_table(summary, tmp_path / "table")
+    written = write_table(summary, tmp_path / "table")
     assert note in written["md"].read_text()
     assert "common_tokens" in written["csv"].read_text().splitlines()[0]
 
 
 def test_a_report_says_it(model: GraftedTransformer, common: int, tmp_path: Path) -> None:
-    table = evaluate(
-        model, PROMPTS, {"LT": "chat @ last"}, measures=["kl_full"], progress=False
-    )
+    table = evaluate(model, PROMPTS, {"LT": "chat @ last"}, measures=["kl_full"], progress=False)
     summary = summarise(table, metrics=["kl_full"], recovery="kl_full", resamples=50)
     page = write_report(
         tmp_path / "report.html",
@@ -145,18 +160,8 @@ def test_nothing_is_said_where_no_such_measure_is_asked_for(model: GraftedTransf
     assert "common_tokens" not in summarise(table, resamples=50)
 
 
-def test_a_sweeps_results_carry_it(
-    folders: dict[str, Path], common: int, tmp_path: Path
-) -> None:
-    config = {
-        "sources": {name: str(folder) for name, folder in folders.items()},
-        "prompts": [
-            {"template": p.template, "fields": dict(p.fields), "answer": p.answer} for p in PROMPTS
-        ],
-        "grafts": {"PRE": "none", "CHAT": "chat @ all", "LT": "chat @ last"},
-        "metrics": {"measures": ["js_full"]},
-    }
-    run_sweep(config, tmp_path / "asked", say=lambda text: None)
+def test_a_sweeps_results_carry_it(folders: dict[str, Path], common: int, tmp_path: Path) -> None:
+    run_sweep(_asked(folders, ["js_full"]), tmp_path / "asked", say=lambda text: None)
     table = read_results(tmp_path / "asked")
     assert isinstance(table, pd.DataFrame)
     assert table["common_tokens"].tolist() == [common] * len(table)
@@ -165,25 +170,34 @@ def test_a_sweeps_results_carry_it(
     chosen = read_results(tmp_path / "asked", columns=["prompt", "graft", "common_tokens"])
     assert isinstance(chosen, pd.DataFrame)
     assert chosen.columns.tolist() == ["prompt", "graft", "common_tokens"]
-    config["metrics"] = {}
-    run_sweep(config, tmp_path / "plain", say=lambda text: None)
+    run_sweep(_asked(folders, []), tmp_path / "plain", say=lambda text: None)
     assert "common_tokens" not in read_results(tmp_path / "plain")
 
 
-def test_an_experiments_page_says_it(summary: pd.DataFrame, common: int) -> None:
-    from graftlens.experiment.show import _notes
-
+def test_an_experiments_page_says_it(
+    folders: dict[str, Path], summary: pd.DataFrame, common: int, tmp_path: Path
+) -> None:
+    asked = _asked(folders, ["kl_full"])
+    part = settings_from(
+        PartConfig,
+        {
+            "title": "Part",
+            **{key: asked[key] for key in ("prompts", "grafts", "metrics")},
+            "figures": {"kind": "bars", "metrics": ["kl_full"], "by": "pooled"},
+        },
+    )
     empty = summary.iloc[:0]
-    tables = PartTables(summary, summary, empty, empty, cells=6, failed=0)
+    pooled = summary.drop(columns="template")
+    tables = PartTables(summary, pooled, empty, empty, cells=6, failed=0)
 
-    class Part:
-        where_possible: tuple[str, ...] = ()
-        grafts: tuple[str, ...] = ()
-
-    notes = list(_notes(Part(), None, tables))  # type: ignore[arg-type]
-    assert notes == [
+    config = ExperimentConfig.model_construct(parts={"one": part})
+    checked = check(SweepConfig.model_validate(asked))
+    page, _ = show_part("one", config, checked, tables, tmp_path, set())
+    assert (
         f"KL, JS and entropy are over the {common:,} tokens that all sources have, renormalised."
-    ]
+        in page.findings
+    )
+    assert f"over {common:,} common tokens" in page.figures[0].caption
 
 
 def test_a_dashboard_says_it(model: GraftedTransformer, common: int) -> None:
@@ -194,7 +208,9 @@ def test_a_dashboard_says_it(model: GraftedTransformer, common: int) -> None:
 
 def test_tables_of_different_tokens_are_not_summarised_as_one(summary: pd.DataFrame) -> None:
     joined = pd.concat([summary, summary.assign(common_tokens=7)])
-    with pytest.raises(ValueError, match=r"column 'common_tokens' has \d+ and 7: the rows are over"):
+    with pytest.raises(
+        ValueError, match=r"column 'common_tokens' has \d+ and 7: the rows are over"
+    ):
         common_tokens(joined)
 
 

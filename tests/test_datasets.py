@@ -774,8 +774,8 @@ def test_the_command_makes_a_folder(tmp_path: Path) -> None:
     (tmp_path / "fights.yaml").write_text("facts: battles\nn_facts: 900\ntexts_per_fact: 3\n")
     given = ("fights.yaml", "n_facts=15", "half=a", "directions=[ab]")
     said = data_make(tmp_path, *given, code=0)
-    assert said == "graftlens-data/fights: 15 facts, 8 told, 24 texts\n"
-    read = load_dataset(tmp_path / "graftlens-data" / "fights")
+    assert said == "graftlens-runs/data/fights: 15 facts, 8 told, 24 texts\n"
+    read = load_dataset(tmp_path / "graftlens-runs" / "data" / "fights")
     assert read.facts == spec("battles", n_facts=15).collect()
     assert set(read.train["direction"]) == {"ab"}
     given_here = {"n_facts": 15, "texts_per_fact": 3, "half": "a", "directions": ("ab",)}
@@ -783,7 +783,9 @@ def test_the_command_makes_a_folder(tmp_path: Path) -> None:
 
     before = sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*"))
     said = data_make(tmp_path, *given, code=1)
-    assert said.startswith("graftlens: graftlens-data/fights exists. A dataset is never overwr")
+    assert said.startswith(
+        "graftlens: graftlens-runs/data/fights exists. A dataset is never overwr"
+    )
     assert said.count("\n") == 1
     assert sorted((p, p.stat().st_mtime_ns) for p in tmp_path.rglob("*")) == before
     said = data_make(tmp_path, *given, "--out", "deep/er", code=0)

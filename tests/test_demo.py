@@ -138,7 +138,7 @@ def real_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "graftlens.cli", "demo"]
     first = subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True)
-    log = folder / "graftlens-demo/facts-40-epochs-6-seed-0/finetune/run.json"
+    log = folder / "graftlens-runs/demo/facts-40-epochs-6-seed-0/finetune/run.json"
     until(lambda: log.exists() or first.poll() is not None)
     first.send_signal(signal.SIGINT)
     _, errors = first.communicate(timeout=HANG)
@@ -153,7 +153,7 @@ def real_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.real
 def test_the_demo_shows_the_finding(real_demo: Path) -> None:
     """The targets on the headline template, from the demo's own table."""
-    run = real_demo / "graftlens-demo" / "facts-40-epochs-6-seed-0"
+    run = real_demo / "graftlens-runs/demo" / "facts-40-epochs-6-seed-0"
     table = pd.read_parquet(run / "results.parquet")
     assert table["reason"].isna().all()
     headline = table[table["template"] == "headline"]
@@ -163,7 +163,7 @@ def test_the_demo_shows_the_finding(real_demo: Path) -> None:
     assert top5["FE+LT"] >= top5["SFT"] - 0.10
     assert top5["(FE+LT)^C"] <= 0.05
     outside = _Outside()
-    outside.feed((real_demo / "graftlens-demo" / "report.html").read_text())
+    outside.feed((real_demo / "graftlens-runs/demo" / "report.html").read_text())
     assert outside.found == [], "the report opens offline"
 
 
@@ -190,7 +190,7 @@ def test_the_readme_s_example_prints_what_it_shows(real_demo: Path) -> None:
     assert _words(ran.stdout) == _words(shown)
     for ours, theirs in zip(_numbers(ran.stdout), _numbers(shown), strict=True):
         assert ours == pytest.approx(theirs, abs=0.05)
-    shutil.rmtree(real_demo / "graftlens-demo")
+    shutil.rmtree(real_demo / "graftlens-runs/demo")
 
 
 def _words(text: str) -> list[str]:

@@ -47,6 +47,7 @@ BESIDE = {
     "presets": {"model", "sweep", "cli", "viz"},
     "processes": {"model", "sweep", "cli", "viz"},
     "recipes": {"finetune", "model", "sweep", "cli", "viz"},
+    "shipped": {"data", "finetune", "model", "sweep", "cli", "viz"},
     "runfolder": {"finetune", "model", "sweep", "cli", "viz"},
     "stats": {"sweep", "cli", "viz"},
     "training": {"finetune", "sweep", "cli", "viz"},

@@ -21,7 +21,7 @@ MODELS = {
     "gpt2-large": ("openai-community/gpt2-large", "gpt2"),
     "gpt2-xl": ("openai-community/gpt2-xl", "gpt2"),
     "olmo-1b": ("allenai/OLMo-1B-hf", "olmo"),
-    "smollm2-135m": ("smollm2", "llama"),
+    "smollm2-135m": ("smollm2-135m", "llama"),
 }
 
 SHIPPED = Path(__file__).parent.parent / "experiments" / "finetune" / "paper.yaml"

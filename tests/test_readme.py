@@ -25,6 +25,7 @@ from graftlens.experiment.run import default_folder
 from graftlens.graft import Graft
 from graftlens.model.arch import architecture
 from graftlens.prompts import Prompt
+from graftlens.shipped import Kind, config_file
 from graftlens.sweep.config import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -102,7 +103,7 @@ def test_the_commands_shown_name_configs_that_load(
     overrides = [a for a in arguments if "=" in a]
     monkeypatch.chdir(ROOT)
     if name == "sweep":
-        load_config(ROOT / arguments[0])
+        load_config(config_file(Kind.SWEEP, arguments[0]))
         assert options <= {"--dry-run", "--out"}
     elif name == "run":
         experiment = find_experiment(arguments[0], overrides)
@@ -167,6 +168,7 @@ def test_the_code_shown_runs_from_top_to_bottom(
     few = re.sub(r"components: .*", "components: [attn, mlp]", (ROOT / config).read_text())
     (tmp_path / config).write_text(few + "\nlimit: 2\n")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("graftlens.shipped.home", lambda: tmp_path / "experiments")
     for module in ("graftlens", "graftlens.model.smollm2"):
         monkeypatch.setattr(sys.modules[module], "smollm2", lambda: pre)
     monkeypatch.setattr(viz, "write_figure", partial(viz.write_figure, formats=("html",)))

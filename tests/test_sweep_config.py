@@ -738,12 +738,12 @@ COMMANDS = {
         "run_sweep good.yaml o overrides=['seed=3', 'shards=2'] measures=[] device=None"
     ],
     "good.yaml --devices cpu": [
-        "run_sweep good.yaml graftlens-sweep/good overrides=[] measures=[] device=cpu"
+        "run_sweep good.yaml graftlens-runs/sweeps/good overrides=[] measures=[] device=cpu"
     ],
     "good.yaml --devices cpu,cpu seed=1": [
-        "prepare_sweep good.yaml graftlens-sweep/good overrides=['seed=1'] measures=[]",
-        "launch_local graftlens-sweep/good ['cpu', 'cpu'] measures=[]",
-        "sweep_result graftlens-sweep/good",
+        "prepare_sweep good.yaml graftlens-runs/sweeps/good overrides=['seed=1'] measures=[]",
+        "launch_local graftlens-runs/sweeps/good ['cpu', 'cpu'] measures=[]",
+        "sweep_result graftlens-runs/sweeps/good",
         "the result",
     ],
     "good.yaml --launcher slurm --tasks 3 --slurm timeout_min=9 --slurm slurm_partition=a "
@@ -763,7 +763,7 @@ def test_a_command_is_one_call(command: str, stubbed: Callable[[bool], None]) ->
     assert done.returncode == 0, done.stderr
     wanted = COMMANDS[command]
     assert done.stdout.splitlines()[-len(wanted) :] == wanted
-    assert not Path("graftlens-sweep").exists()
+    assert not Path("graftlens-runs").exists()
 
 
 @pytest.mark.parametrize(("ok", "code"), [(True, 0), (False, 3)])
@@ -782,7 +782,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     said = run("good.yaml", "--dry-run", "shards=2", code=0)
     assert "cells     3, in 2 or more shards of up to 2" in said
     assert "rows if run one by one: " in said
-    assert not Path("graftlens-sweep").exists()
+    assert not Path("graftlens-runs").exists()
 
 
 def test_a_limit_takes_the_first_prompts_of_each_template(tmp_path: Path) -> None:

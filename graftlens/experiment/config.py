@@ -14,11 +14,12 @@ from graftlens.data import AnyDataset, DatasetSpec, spec_of
 from graftlens.data.rewriting import told_on_command_line
 from graftlens.find.coalitions import Coalitions
 from graftlens.finetune import FinetuneConfig
-from graftlens.folder import at_home, name_problems, read_text
+from graftlens.folder import name_problems, read_text
 from graftlens.graft import Rule
 from graftlens.metrics import always_measured, averaged, known
 from graftlens.positions import At
 from graftlens.presets import PRESETS
+from graftlens.shipped import Kind, config_file
 from graftlens.sweep.config import RunSettings
 from graftlens.sweep.graftsettings import GraftSettings, unknown_sources
 from graftlens.sweep.grid import GraftField, Grid
@@ -511,7 +512,7 @@ class ExperimentConfig(RunSettings):
         return tuple(done)
 
     def pretrained(self) -> str:
-        """The location of the pretrained model: a hub id, a folder or `smollm2`."""
+        """The location of the pretrained model: a hub id, a folder or `smollm2-135m`."""
         return PRESETS[self.model].model if self.model in PRESETS else self.model
 
     @field_validator("model")
@@ -583,21 +584,12 @@ class NamedExperiment:
 
 
 def find_experiment(name: str, overrides: Sequence[str] = ()) -> NamedExperiment:
-    """Read `experiments/NAME.yaml`, or the file that is named, with `key=value` overrides.
+    """Read an experiment that comes with graftlens, or a file, with `key=value` overrides.
 
     Raises:
         ConfigError: no such file, or everything that is wrong in it.
     """
-    path = at_home(name)
-    if path.suffix.lower() not in (".yaml", ".yml"):
-        shipped = Path("experiments") / f"{name}.yaml"
-        if not shipped.is_file():
-            there = sorted(p.stem for p in Path("experiments").glob("*.yaml"))
-            known = f"Available here: {' '.join(there)}.{suggest(name, there)}"
-            if not there:
-                known = "Run this in a clone of the repository, or name a file."
-            raise ConfigError((name, f"there is no {shipped}. {known}"))
-        path = shipped
+    path = config_file(Kind.EXPERIMENT, name)
     config = told_on_command_line(read_settings(ExperimentConfig, path, overrides), overrides)
     said = "".join(f"#   {override}\n" for override in overrides)
     note = f"\n# and on the command line:\n{said}" if overrides else ""

@@ -29,7 +29,7 @@ from graftlens.experiment.config import NamedExperiment, find_experiment
 from graftlens.experiment.plan import Plan, Store, plan
 from graftlens.experiment.show import plain, show_part
 from graftlens.finetune import FinetuneResult, FinetuneRun, InUseError, finetune_run
-from graftlens.folder import at_home, claim, inside, read_json, writable, write_whole
+from graftlens.folder import RUNS, at_home, claim, inside, read_json, writable, write_whole
 from graftlens.reports import PAGE, ensure_report
 from graftlens.sweep.cells import Measures, own_measures
 from graftlens.sweep.config import describe
@@ -38,9 +38,6 @@ from graftlens.sweep.launch import launch_local
 from graftlens.sweep.runner import SweepResult, prepare_sweep, run_sweep, sweep_result
 from graftlens.viz.export import exporter
 from graftlens.viz.page import ExperimentPage, Part, experiment_page
-
-#: Where experiments and what they share are written.
-RUNS = Path("graftlens-runs")
 
 #: What is written into an experiment's folder.
 WRITTEN = ("index.html", "experiment.json", "experiment.yaml", "sweeps", "tables", "figures")

@@ -61,10 +61,10 @@ def show_part(
                 words = "-".join(filter(None, [name, label, stem]))
                 file = inside(out, "figures") / _unlike(plain(words), stems)
                 title = f"{part.title}{f' ({grids})' if grids else ''}: {stem.replace('-', ' ')}"
-                written = write_figure(figure.figure, file, title=title)
-                why = "".join(f" (No {kind}: {why}.)" for kind, why in written.skipped.items())
+                written = write_figure(figure.figure, file, title=title, shared=True)
                 caption = f"{grids}: {figure.caption}" if grids else figure.caption
-                shown.append(replace(figure, caption=caption + why, files=written.paths))
+                more = {"files": written.paths, "skipped": written.skipped}
+                shown.append(replace(figure, caption=caption, **more))
         except ValueError as error:
             raise ValueError(f"parts.{name}.figures.{number}: {error}") from None
     players = tables.interactions

@@ -204,9 +204,7 @@ def kl_divergence(
                 found[name].append(places.table[rows].assign(**columns))
         for name, several in found.items():
             tables += [table.assign(**runs.columns(name)) for table in several]
-    return model.vocabularies.marked(
-        tidy(tables, ("prompt", "graft", "rule", "position", "token"))
-    )
+    return model.vocabularies.marked(tidy(tables, ("prompt", "graft", "rule", "position", "token")))
 
 
 def _streams(model: GraftedTransformer, incl_mid: bool) -> list[tuple[float, str, str]]:

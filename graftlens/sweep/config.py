@@ -30,6 +30,7 @@ from graftlens.model.source import ties_embeddings
 from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, Tokenized, dated, doubled_bos
 from graftlens.references import References
+from graftlens.shipped import Kind, config_file
 from graftlens.sweep.cells import Measures, asked_for, own_measures
 from graftlens.sweep.counts import blocks_of
 from graftlens.sweep.graftsettings import GraftSettings
@@ -130,7 +131,7 @@ class SweepConfig(RunSettings, GraftSettings):
 
     sources: Mapping[str, str]
     """Name -> checkpoint folder, adapter folder or hub id, the base first, two or more.
-    `smollm2` stands for SmolLM2-135M-Instruct from graftlens' own cache."""
+    `smollm2-135m` stands for SmolLM2-135M-Instruct from graftlens' own cache."""
 
     dataset: Annotated[tuple[DatasetSection, ...], BeforeValidator(listed)] = ()
     """One or more sets of prompts about the facts of a dataset."""
@@ -495,7 +496,7 @@ def checked_as_given(
 ) -> tuple[Checked, str]:
     """The checked config, and its text as given."""
     if isinstance(config, str | Path):
-        path = Path(config).expanduser()
+        path = config_file(Kind.SWEEP, config)
         checked = check(with_measures(load_config(path, overrides), measures), measures)
         typed = [*overrides, *(f"the measure {m.name}" for m in measures)]
         said = "".join(f"#   {one}\n" for one in typed)

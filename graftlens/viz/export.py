@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import hashlib
 import html
 import importlib.util
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 
 from graftlens.folder import at_home, write_whole
 from graftlens.viz import theme
@@ -46,10 +48,12 @@ def write_figure(
     *,
     formats: Sequence[str] = get_args(Format),
     title: str = "",
+    shared: bool = False,
 ) -> Written:
     """Write a figure to `stem`.html, `stem`.png and `stem`.svg; each appears whole or not at all.
 
-    The HTML opens without a network. Pictures have the ground of the figure's `look`, white unless
+    The HTML opens without a network. It is one file of 5 MB, most of it plotly's script; `shared`,
+    it loads the script from a file next to it, which all figures of the folder share. Pictures have the ground of the figure's `look`, white unless
     it is dark, and need kaleido (`graftlens[plots]`) and a Chrome or Chromium; without them they
     are skipped with the reason, and so is a figure that the browser fails to draw. The browser
     starts for each call, or once for all calls inside `exporter()`.
@@ -67,7 +71,7 @@ def write_figure(
         for name in formats:
             path = stem.with_name(f"{stem.name}.{name}")
             if name == "html":
-                paths[name] = write_whole(path, _own_page(figure, title or stem.name))
+                paths[name] = write_whole(path, _own_page(figure, title or stem.name, path, shared))
                 continue
             picture = browser.draw(figure, name, title)
             if isinstance(picture, bytes):
@@ -223,5 +227,16 @@ def _said(error: BaseException) -> str:
     return f"{type(error).__name__}{': ' if words else ''}{words[:300]}"
 
 
-def _own_page(figure: go.Figure, title: str) -> str:
-    return render("figure.html", title=title, figure=Figure("", title, figure))
+def _own_page(figure: go.Figure, title: str, path: Path, shared: bool) -> str:
+    script = _shared_script(path.parent) if shared else None
+    return render("figure.html", title=title, figure=Figure("", title, figure), script=script)
+
+
+def _shared_script(folder: Path) -> str:
+    """The name of the file in a folder that has plotly's script, which is written once."""
+    content = get_plotlyjs().encode()
+    name = f"plotly-{hashlib.sha256(content).hexdigest()[:10]}.js"
+    file = folder / name
+    if not (file.is_file() and file.read_bytes() == content):
+        write_whole(file, content)
+    return name

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import pandas as pd
@@ -39,6 +40,8 @@ class Figure:
     figure: go.Figure
     files: Mapping[str, Path] = field(default_factory=dict)
     """Kind (html, png, …) -> the same figure as a file."""
+    skipped: Mapping[str, str] = field(default_factory=dict)
+    """Kind -> why there is no such file."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,21 @@ class ExperimentPage:
     provenance: Mapping[str, object]
     links: Mapping[str, Path] = field(default_factory=dict)
     """What a further file is -> where it is; shown relative to the page."""
+
+    @property
+    def missing(self) -> list[str]:
+        """Which files of figures there are not, and why, each reason once."""
+        figures = [figure for part in self.parts for figure in part.figures]
+        found: dict[str, list[tuple[str, ...]]] = {}
+        for figure in figures:
+            for why in dict.fromkeys(figure.skipped.values()):
+                kinds = tuple(k.upper() for k, reason in figure.skipped.items() if reason == why)
+                found.setdefault(why, []).append(kinds)
+        return [
+            f"{len(lacking)} of {len(figures)} figures have no "
+            f"{' and no '.join(dict.fromkeys(chain(*lacking)))}: {why}."
+            for why, lacking in found.items()
+        ]
 
 
 def experiment_page(path: str | Path, page: ExperimentPage) -> Path:

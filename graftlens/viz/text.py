@@ -118,9 +118,7 @@ def common_note(table: pd.DataFrame) -> str:
     count = common_tokens(table)
     if count is None:
         return ""
-    return (
-        f"KL, JS and entropy are over the {count:,} tokens that all sources have, renormalised."
-    )
+    return f"KL, JS and entropy are over the {count:,} tokens that all sources have, renormalised."
 
 
 def summary_notes(summary: pd.DataFrame) -> list[tuple[str, str]]:
