@@ -9,7 +9,7 @@ the table too, do not wait for torch.
 import importlib
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -634,6 +634,11 @@ def always_measured() -> tuple[Measure, ...]:
 def averaged() -> tuple[str, ...]:
     """The names of the measures whose means statistics give."""
     return tuple(m.name for m in measures() if m.summary == "mean")
+
+
+def some_over_common(names: Iterable[str]) -> bool:
+    """Whether one of these measures is over the tokens that all sources have."""
+    return any(row is not None and row.over_common for row in map(known, names))
 
 
 def known(name: str) -> Measure | None:

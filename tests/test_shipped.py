@@ -233,7 +233,7 @@ def test_an_installed_wheel_works_outside_of_the_clone(
     assert "--facts" in installed("graftlens", "demo", "--help", cwd=tmp_path)
     assert installed("graftlens", "list", cwd=tmp_path) == f"{listing()}\n"
     base = tiny_base(tmp_path / "base")
-    tiny_finetuned(base, tmp_path / "sft")
+    tiny_finetuned(base, tmp_path / "trained").rename(tmp_path / "sft")
     few = ["model=./base", "datasets.films.n_facts=6", "datasets.films.texts_per_fact=2"]
     said = installed("graftlens", "run", "positions", "--dry-run", *few, cwd=tmp_path)
     assert "pre = ./base" in said

@@ -63,8 +63,8 @@ def show_part(
                 title = f"{part.title}{f' ({grids})' if grids else ''}: {stem.replace('-', ' ')}"
                 written = write_figure(figure.figure, file, title=title, shared=True)
                 caption = f"{grids}: {figure.caption}" if grids else figure.caption
-                more = {"files": written.paths, "skipped": written.skipped}
-                shown.append(replace(figure, caption=caption, **more))
+                figure = replace(figure, files=written.paths, skipped=written.skipped)
+                shown.append(replace(figure, caption=caption))
         except ValueError as error:
             raise ValueError(f"parts.{name}.figures.{number}: {error}") from None
     players = tables.interactions

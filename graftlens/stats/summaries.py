@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
-from graftlens.metrics import known
+from graftlens.metrics import some_over_common
 from graftlens.references import COMMON_TOKENS, common_tokens, named_in
 from graftlens.stats.intervals import mean_intervals
 from graftlens.stats.recovery import recoveries
@@ -99,8 +99,7 @@ def summarise(
     names = (*(f"top{k}" for k in ks), *metrics)
     wanted = names if recovery is None else (*names, recovery)
     check_metrics(table, wanted)
-    over_common = any((row := known(name)) and row.over_common for name in wanted)
-    common = common_tokens(table) if over_common else None
+    common = common_tokens(table) if some_over_common(wanted) else None
     for name in names:
         if names.count(name) > 1:
             raise ValueError(f"metric {name!r} is requested twice; name each metric once")

@@ -32,7 +32,7 @@ from pydantic import TypeAdapter, ValidationError
 from graftlens.chat import Conversation
 from graftlens.folder import json_digest, parse_json, read_text
 from graftlens.graft import PARTS
-from graftlens.metrics import always_measured, known, measure
+from graftlens.metrics import always_measured, measure, some_over_common
 from graftlens.prompts import Prompt
 from graftlens.references import COLUMNS as REFERENCES
 from graftlens.references import COMMON_TOKENS
@@ -171,9 +171,7 @@ class Manifest:
     @property
     def common_tokens(self) -> int | None:
         """How many tokens measures are over that the sweep asks for; None where it is all."""
-        if not any((row := known(name)) and row.over_common for name in self.asked):
-            return None
-        return (self.models or {}).get(COMMON_TOKENS)
+        return (self.models or {}).get(COMMON_TOKENS) if some_over_common(self.asked) else None
 
     @property
     def columns(self) -> tuple[str, ...]:

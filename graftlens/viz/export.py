@@ -53,10 +53,12 @@ def write_figure(
     """Write a figure to `stem`.html, `stem`.png and `stem`.svg; each appears whole or not at all.
 
     The HTML opens without a network. It is one file of 5 MB, most of it plotly's script; `shared`,
-    it loads the script from a file next to it, which all figures of the folder share. Pictures have the ground of the figure's `look`, white unless
-    it is dark, and need kaleido (`graftlens[plots]`) and a Chrome or Chromium; without them they
-    are skipped with the reason, and so is a figure that the browser fails to draw. The browser
-    starts for each call, or once for all calls inside `exporter()`.
+    it loads the script from a file next to it, which all figures of the folder share.
+
+    Pictures have the ground of the figure's `look`, white unless it is dark, and need kaleido
+    (`graftlens[plots]`) and a Chrome or Chromium; without them they are skipped with the reason,
+    and so is a figure that the browser fails to draw. The browser starts for each call, or once for
+    all calls inside `exporter()`.
 
     Raises:
         ValueError: an unknown format.
