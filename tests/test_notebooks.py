@@ -150,7 +150,12 @@ def test_what_is_committed(path: Path) -> None:
     assert path.stat().st_size < run.FILE_LIMIT
     assert run.failures(notebook) + run.excesses(notebook) == []
     assert notebook.cells[0].cell_type == "markdown"
-    assert _tagged(notebook) == [notebook.cells[1]], "the second cell has the parameters"
+    install, parameters = notebook.cells[1:3]
+    assert 'if importlib.util.find_spec("graftlens") is None:' in install.source
+    assert '"pip", "install", "-q", "graftlens"' in install.source
+    needs_demo = "graftlens-runs/demo" in parameters.source
+    assert ('"-m", "graftlens", "demo"' in install.source) == needs_demo
+    assert _tagged(notebook) == [parameters], "the next cell has the parameters"
     counts = [cell.execution_count for cell in _code(notebook)]
     assert counts == list(range(1, len(counts) + 1)), "run once, from top to bottom"
     assert sum(len(cell.outputs) for cell in _code(notebook)) >= 5

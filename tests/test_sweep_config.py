@@ -650,13 +650,13 @@ def run(*arguments: str, code: int) -> str:
 
 def test_help_names_every_option() -> None:
     said = run("--help", code=0)
-    for word in ("CONFIG.yaml", "KEY=VALUE", "--out", "--dry-run", "--launcher", "--devices",
+    for word in ("CONFIG", "graftlens list", "KEY=VALUE", "--out", "--dry-run", "--launcher", "--devices",
                  "--tasks", "--slurm", "only what is missing"):  # fmt: skip
         assert word in said
 
 
 BAD_COMMANDS = {
-    "": (2, "Missing argument 'CONFIG.yaml'"),
+    "": (2, "Missing argument 'CONFIG'"),
     "away.yaml": (1, "graftlens: away.yaml: there is no such file"),
     "good.yaml sed=3 --dry-run": (1, "graftlens: good.yaml: unknown key 'sed'"),
     "good.yaml --launcher pbs": (2, "'pbs' is not one of 'local', 'slurm'"),
