@@ -650,8 +650,8 @@ def run(*arguments: str, code: int) -> str:
 
 def test_help_names_every_option() -> None:
     said = run("--help", code=0)
-    for word in ("CONFIG", "graftlens list", "KEY=VALUE", "--out", "--dry-run", "--launcher", "--devices",
-                 "--tasks", "--slurm", "only what is missing"):  # fmt: skip
+    for word in ("CONFIG", "graftlens list", "KEY=VALUE", "--out", "--dry-run", "--launcher",
+                 "--devices", "--tasks", "--slurm", "only what is missing"):  # fmt: skip
         assert word in said
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from graftlens.experiment.analysis import TAGS
-from graftlens.folder import at_home, inside, name_problems, read_json
+from graftlens.folder import RUNS, at_home, inside, name_problems, read_json
 from graftlens.references import are_references
 from graftlens.reports import sweep_report, sweep_summary
 from graftlens.stats import GRAFT_COLUMNS
@@ -23,7 +23,7 @@ from graftlens.viz.tables import read_table
 AGAIN = "Run the experiment again into the same folder: graftlens run rewrites the file."
 
 #: The page, where none is named.
-PAGE = Path("graftlens-runs") / "report.html"
+PAGE = RUNS / "report.html"
 
 
 @dataclass(frozen=True)
