@@ -9,6 +9,7 @@ from .configfile import ConfigError as ConfigError
 from .dashboards import dashboard as dashboard
 from .evaluation import evaluate as evaluate
 from .evaluation import position_grafts as position_grafts
+from .experiment.localising import run_localise as run_localise
 from .experiment.run import run_experiment as run_experiment
 from .finetune import finetune_run as finetune_run
 from .graft import Graft as Graft

@@ -289,6 +289,50 @@ def run(
 
 
 @app.command()
+def localise(
+    config: Annotated[
+        Path, typer.Argument(metavar="CONFIG.yaml", help="The prompts, and what is searched.")
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="KEY=VALUE",
+            help="Settings that override those of the file, such as search.target=0.9.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder for the results; for NAME.yaml the default is graftlens-runs/localise/NAME."
+        ),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, print the plan, run nothing.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="Device to run on, such as cuda:0.")] = None,
+    measure: OwnMeasures = None,
+) -> None:
+    """Find the smallest set of places that does what a source does, judged on unseen facts.
+
+    Writes the found graft, its tables and a page. If interrupted, running it again continues where
+    it stopped and gives the same numbers. The exit code is 3 if the trust report on the found set
+    found something wrong.
+    """
+    from graftlens.experiment.localising import describe_localise, run_localise
+    from graftlens.shipped import Kind, config_file
+
+    path = config_file(Kind.LOCALISE, config)
+    given: dict[str, Any] = {"overrides": overrides or [], "measures": measure or []}
+    if dry_run:
+        typer.echo(describe_localise(path, **given))
+        return
+    folder = out or RUNS / "localise" / path.stem
+    result = run_localise(path, folder, device=device, **given)
+    if not result.ok:
+        raise typer.Exit(UNTRUSTED)
+
+
+@app.command()
 def dashboard(
     pair: Annotated[
         tuple[str, str] | None,

@@ -1,4 +1,5 @@
-"""The configs that come with graftlens, by name: experiments, sweeps, finetuning and data.
+"""The configs that come with graftlens, by name: experiments, sweeps, localisations, finetuning
+and data.
 
 Their home is the folder `experiments` of the repository, to which `configs` is a link; a wheel has
 them there as files.
@@ -23,6 +24,7 @@ class Kind(Enum):
 
     EXPERIMENT = ("", "experiments", "an experiment", "graftlens run")
     SWEEP = ("sweeps", "sweeps", "a sweep", "graftlens sweep")
+    LOCALISE = ("localise", "localise", "a localisation", "graftlens localise")
     FINETUNE = ("finetune", "finetune", "a finetuning run", "graftlens finetune")
     DATA = ("data", "data", "a dataset", "graftlens data make")
 

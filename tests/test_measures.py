@@ -238,7 +238,7 @@ def test_a_sweep_with_measures_is_one_by_one_and_resumes(
         run_sweep(given, out, progress=False, say=lambda line: None)
     monkeypatch.setattr("graftlens.sweep.runner.trust_report", lambda *given, **more: NoReport())
     assert_equal_tables(sweep(given, out, measures=[own]), whole)
-    monkeypatch.setattr("graftlens.sweep.runner.GraftedTransformer", None)  # nothing to run
+    monkeypatch.setattr("graftlens.sweep.models.GraftedTransformer", None)  # nothing to run
     other = small(sources, shards=2, metrics={"top_k": 3})
     with pytest.raises(
         ValueError, match=r"metrics\.measures: \['kl_base', .* there, nothing given"

@@ -22,6 +22,7 @@ from graftlens import viz
 from graftlens.data import evaluation_prompts, make_facts
 from graftlens.experiment.config import find_experiment
 from graftlens.experiment.run import default_folder
+from graftlens.find.config import load_localise
 from graftlens.graft import Graft
 from graftlens.model.arch import architecture
 from graftlens.prompts import Prompt
@@ -105,6 +106,9 @@ def test_the_commands_shown_name_configs_that_load(
     if name == "sweep":
         load_config(config_file(Kind.SWEEP, arguments[0]))
         assert options <= {"--dry-run", "--out"}
+    elif name == "localise":
+        load_localise(config_file(Kind.LOCALISE, arguments[0]))
+        assert options <= {"--dry-run"}
     elif name == "run":
         experiment = find_experiment(arguments[0], overrides)
         assert options <= {"--dry-run"}
@@ -151,7 +155,7 @@ def test_the_code_shown_runs_from_top_to_bottom(
     """In one namespace on a tiny pair, in a folder like the one where the demo ran."""
     # "Adding" shows parts of modules, which `test_extending.py` puts in their places.
     blocks = _blocks(README.split("<!-- extending -->")[0])
-    assert len(blocks) == 12
+    assert len(blocks) == 13
     sft = tmp_path / re.findall(r'^sft = "(.*)"$', blocks[0], flags=re.M)[0]
     pre = tiny_base(tmp_path / "pre")
     (pre / "chat_template.jinja").write_text(CHATML)

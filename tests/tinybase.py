@@ -117,7 +117,10 @@ def small(config: Path, folder: Path) -> list[str]:
         folder: where a file of rows is written for CounterFact.
     """
     said: dict[str, Any] = yaml.safe_load(config.read_text(encoding="utf-8"))
-    overrides = [*RECIPE, "limit=3"]
+    searched = [name for name, part in said["parts"].items() if "localise" in part]
+    overrides = [*RECIPE, "limit=8" if searched else "limit=3"]
+    few = ("random=5", "rounds=1", "resamples=3", "steps=4")
+    overrides += [f"parts.{name}.localise.{key}" for name in searched for key in few]
     for name, dataset in said["datasets"].items():
         overrides.append(f"datasets.{name}.n_facts={FACTS}")
         if dataset.get("texts_per_fact", 4) > 4:

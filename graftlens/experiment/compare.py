@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from graftlens.experiment.analysis import TAGS
+from graftlens.experiment.show import FOUND
 from graftlens.folder import RUNS, at_home, inside, name_problems, read_json
 from graftlens.references import are_references
 from graftlens.reports import sweep_report, sweep_summary
@@ -194,6 +195,10 @@ def _tables(run: Path, record: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """Part -> its table by template, and `PART, grids` -> that of its grids, templates pooled."""
     found = {}
     for name in record["parts"]:
+        localised = inside(run, "tables", f"{name}-{FOUND}.csv")
+        if localised.is_file():
+            found[name] = _read(localised)
+            continue
         frame = _read(inside(run, "tables", f"{name}-by-template.csv"))
         grids = inside(run, "tables", f"{name}-grids.csv")
         if grids.is_file():

@@ -13,6 +13,7 @@ from graftlens.configfile import ConfigError, read_settings, settings_from
 from graftlens.data import AnyDataset, DatasetSpec, spec_of
 from graftlens.data.rewriting import told_on_command_line
 from graftlens.find.coalitions import Coalitions
+from graftlens.find.config import Search
 from graftlens.finetune import FinetuneConfig
 from graftlens.folder import name_problems, read_text
 from graftlens.graft import Rule
@@ -217,6 +218,10 @@ class PartConfig(RunSettings, GraftSettings):
     interactions: InteractionsConfig | None = None
     """Grafts that are run in all coalitions, besides those of `grafts` and `grids`."""
 
+    localise: Search | None = None
+    """Instead of a sweep: search the smallest set of places that does it. `grafts` are reported
+    beside it."""
+
     @property
     def questions(self) -> dict[int, PromptsConfig]:
         """The prompts about facts, by their numbers among the prompts."""
@@ -260,6 +265,10 @@ class PartConfig(RunSettings, GraftSettings):
 
     def problems(self) -> list[tuple[str, str]]:
         """(where, what) of every name here that does not exist."""
+        if self.localise is not None:
+            what = "a part that localises has none: its page shows what was found. Leave it out."
+            others = ("grids", "figures", "finding", "interactions", "where_possible")
+            return [(key, what) for key in (*others, "base", "full") if getattr(self, key)]
         problems = []
         named, grafts = self.named_grids, self.named_grafts()
         if len(named) < len(self.grids):
@@ -414,7 +423,8 @@ class ExperimentConfig(RunSettings):
         if len(there) < 2:
             what = "a graft needs two sources or more. Name models, or give sources."
             problems.append(("sources", what))
-        problems += part.graft_problems(there)
+        if part.localise is None or part.grafts:
+            problems += part.graft_problems(there)
         for i, prompts in part.questions.items():
             problems += self._no_dataset(f"prompts.{i}", prompts.dataset, prompts.change)
         for i, figure in enumerate(part.shown):

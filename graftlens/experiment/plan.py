@@ -24,6 +24,7 @@ from graftlens.data.dataset import read_provenance
 from graftlens.data.settings import Settings, within
 from graftlens.experiment.analysis import check_figures, check_players
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig, PromptsConfig
+from graftlens.find.config import LocaliseConfig
 from graftlens.finetune import FinetuneRun, TrainingData
 from graftlens.folder import (
     file_digest,
@@ -360,19 +361,25 @@ def _sweep(
     config: ExperimentConfig, part: PartConfig, locations: Mapping[str, str], folders: list[Path]
 ) -> SweepConfig:
     own = tuple(prompts for prompts in part.prompts if not isinstance(prompts, PromptsConfig))
-    return settings_from(
-        SweepConfig,
-        {
-            **config.settings(part),
-            **({"prompts": own} if own else {}),
-            "sources": {name: locations[model] for name, model in config.sources(part).items()},
-            "dataset": tuple(
-                DatasetSection(
-                    path=str(folder),
-                    **{key: getattr(asked, key) for key in Questions.model_fields}
-                    | {"name": asked.titled(asked.dataset)},
-                )
-                for asked, folder in zip(part.questions.values(), folders, strict=True)
-            ),
-        },
-    )
+    values = {
+        **config.settings(part),
+        **({"prompts": own} if own else {}),
+        "sources": {name: locations[model] for name, model in config.sources(part).items()},
+        "dataset": tuple(
+            DatasetSection(
+                path=str(folder),
+                **{key: getattr(asked, key) for key in Questions.model_fields}
+                | {"name": asked.titled(asked.dataset)},
+            )
+            for asked, folder in zip(part.questions.values(), folders, strict=True)
+        ),
+    }
+    if part.localise is None:
+        return settings_from(SweepConfig, values)
+    given = part.model_fields_set | config.model_fields_set
+    kept = {
+        k: v for k, v in values.items() if k in LocaliseConfig.model_fields and (k in given or v)
+    }
+    # What a localisation keeps of a cell, and how many make a shard, has defaults of its own.
+    kept = {k: v for k, v in kept.items() if k not in ("metrics", "shards") or k in given}
+    return settings_from(LocaliseConfig, {**kept, "search": part.localise}).sweep()

@@ -25,9 +25,15 @@ from typing import Any
 
 from graftlens.data.dataset import read_provenance
 from graftlens.experiment.analysis import part_tables
-from graftlens.experiment.config import NamedExperiment, find_experiment
+from graftlens.experiment.config import (
+    ExperimentConfig,
+    NamedExperiment,
+    PartConfig,
+    find_experiment,
+)
+from graftlens.experiment.localising import localise_checked, searched
 from graftlens.experiment.plan import Plan, Store, plan
-from graftlens.experiment.show import plain, show_part
+from graftlens.experiment.show import plain, show_found, show_part
 from graftlens.finetune import FinetuneResult, FinetuneRun, InUseError, finetune_run
 from graftlens.folder import RUNS, at_home, claim, inside, read_json, writable, write_whole
 from graftlens.reports import PAGE, ensure_report
@@ -133,6 +139,24 @@ def run_experiment(
             say(f"part {number}/{len(config.parts)}: {name}, {part.title}")
             checked = planned.checked(name, trained=True, measures=own)
             place = inside(folder, "sweeps", name)
+            if part.localise is not None:
+                result = localise_checked(
+                    checked,
+                    part.localise,
+                    _searched_source(config, part),
+                    part.grafts or None,
+                    place,
+                    text=named.text,
+                    own=own,
+                    device=devices[0] if devices else None,
+                    progress=progress,
+                    say=lambda s: say(f"  {s}"),
+                )
+                forwards = int(result.found.costs["forwards"].sum())
+                sweeps[name] = SweepResult(place, forwards, {}, result.trust)
+                parts.append(show_found(name, part, result.found, folder, stems))
+                said.append(result.found.sentence)
+                continue
             if len(devices) > 1:
                 prepare_sweep(checked, place)
                 launch_local(place, list(devices), measures=places)
@@ -162,6 +186,8 @@ def run_experiment(
     for name in sweeps:
         links[f"the prompts of {name}, graft by graft"] = folder / "sweeps" / name / PAGE
         links[f"trust report of {name}"] = folder / "sweeps" / name / "trust.txt"
+        if config.parts[name].localise is not None:
+            links[f"localisation of {name}"] = folder / "sweeps" / name / "index.html"
     page = experiment_page(
         folder / "index.html",
         ExperimentPage(
@@ -215,7 +241,17 @@ def describe_experiment(
                 planned.checked(name, trained=False, measures=own), planned.sweeps[name].sources
             ),
         ]
+        if (search := named.config.parts[name].localise) is not None:
+            source = _searched_source(named.config, named.config.parts[name])
+            checked = planned.checked(name, trained=False, measures=own)
+            lines += ["", searched(checked, search, source)]
     return "\n".join(lines)
+
+
+def _searched_source(config: ExperimentConfig, part: PartConfig) -> str:
+    """The source that a part that localises searches."""
+    assert part.localise is not None
+    return part.localise.source or list(config.sources(part))[1]
 
 
 def default_folder(named: NamedExperiment) -> Path:

@@ -10,17 +10,22 @@ import pandas as pd
 
 from graftlens.experiment.analysis import PartTables, as_bars
 from graftlens.experiment.config import ExperimentConfig, FigureConfig, PartConfig
+from graftlens.find.found import Found
 from graftlens.folder import inside
 from graftlens.sweep.config import Checked
 from graftlens.viz import text
 from graftlens.viz.export import write_figure
 from graftlens.viz.figures import bar_chart, dose_chart, heat_map, interaction_chart, line_chart
 from graftlens.viz.interactions import sentences
+from graftlens.viz.localisation import found_figures
 from graftlens.viz.page import Figure, Part, Table
 from graftlens.viz.tables import write_table
 
 #: Most grafts whose rules a page lists; most grafts that a note names.
 LISTED, SHOWN = 60, 5
+
+#: Of a localisation's table, what its file's name ends in.
+FOUND = "found"
 
 #: The longest name of a figure's file, without its suffix, in UTF-8 bytes.
 LONGEST_STEM = 160
@@ -93,6 +98,42 @@ def show_part(
             **({"…": f"{more} more: see grafts.yaml in the sweep's folder"} if more > 0 else {}),
         },
     ), headline
+
+
+def show_found(name: str, part: PartConfig, found: Found, out: Path, stems: set[str]) -> Part:
+    """Write a localisation's tables and figures as `show_part` does a sweep's.
+
+    Args:
+        name: the part's.
+        part: the part.
+        found: what it found.
+        out: the experiment's folder.
+        stems: names of the figures that earlier parts wrote; this part's are added.
+
+    Returns:
+        The part for the page.
+    """
+    figures = []
+    for stem, figure in found_figures(found).items():
+        file = inside(out, "figures") / _unlike(plain(f"{name}-{stem}"), stems)
+        written = write_figure(figure.figure, file, title=f"{part.title}: {stem}")
+        why = "".join(f" (No {kind}: {why}.)" for kind, why in written.skipped.items())
+        figures.append(replace(figure, caption=figure.caption + why, files=written.paths))
+    shown = []
+    for kind, caption, frame in (
+        (FOUND, "On held-out prompts, with facts as resampling units", found.summary),
+        ("sites", "Every searched site", found.table),
+    ):
+        files = write_table(frame, inside(out, "tables") / f"{name}-{kind}", caption=caption)
+        shown.append(Table(caption, frame, files))
+    return Part(
+        title=part.title,
+        text=part.text,
+        findings=[found.sentence, *found.notes],
+        figures=figures,
+        tables=shown,
+        rules={"found": found.text, **{n: str(g) for n, g in part.grafts.items()}},
+    )
 
 
 def _notes(part: PartConfig, checked: Checked, tables: PartTables) -> Iterator[str]:

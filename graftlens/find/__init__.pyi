@@ -1,6 +1,8 @@
 from .attribution import attribute as attribute
 from .exact import exact_effects as exact_effects
+from .found import Found as Found
 from .interactions import interactions as interactions
+from .localisation import localise as localise
 from .places import Place as Place
 from .places import places_of as places_of
 from .places import ranking as ranking

@@ -90,7 +90,8 @@ def attribute(
         value first; NA for a whole site); `ig`, `at_base` and `at_full`, in units of the measure;
         `value_base` and `value_full`, the measure at strengths 0 and 1; `completeness`, the share
         of their difference that `ig` leaves unexplained, NA where it is below 0.001. Sites whose
-        tensors are equal in both sources have the score 0.
+        tensors are equal in both sources have the score 0. `attrs["passes"]` counts the forward
+        and backward passes, one for each prompt at each strength.
 
     Raises:
         PromptError: prompts that cannot be run or lack what the measure needs, positions that
@@ -149,6 +150,7 @@ class _Integrals:
         self.rows: dict[str, list[Any]] = {n: [None] * count for n in ("ig", "at_base", "at_full")}
         self.values = {n: np.full(count, np.nan) for n in ("value_base", "value_full")}
         self.completeness = np.full(count, np.nan)
+        self.passes = 0
 
     def run(self) -> None:
         """All prompts, those of similar lengths together, as many as the memory holds."""
@@ -178,9 +180,11 @@ class _Integrals:
             found = passes.at(strength)
             self._keep(f"at_{what}", numbers, found.scores)
             self.values[f"value_{what}"][list(numbers)] = found.values
+            self.passes += len(numbers)
         nodes, rest = self.nodes or FIRST, list(numbers)
         while rest:
             self._keep("ig", rest, integral(passes, nodes))
+            self.passes += nodes * len(rest)
             nodes *= 2
             if self.nodes is not None or nodes > MOST:
                 break
@@ -198,7 +202,9 @@ class _Integrals:
 
     def table(self) -> pd.DataFrame:
         """All prompts' rows."""
-        return self.layout.frame(self.rows, {**self.values, "completeness": self.completeness})
+        found = self.layout.frame(self.rows, {**self.values, "completeness": self.completeness})
+        found.attrs["passes"] = self.passes
+        return found
 
 
 def integral(passes: Passes, nodes: int) -> Scores:

@@ -10,7 +10,6 @@ done.
 
 import contextlib
 import hashlib
-import io
 import json
 import os
 import platform
@@ -27,14 +26,12 @@ import pyarrow as pa
 import torch
 from tqdm.auto import tqdm
 
-from graftlens.folder import differences, file_digest, json_digest, probe, refusal
+from graftlens.folder import differences, json_digest, probe, refusal
 from graftlens.graft import Graft
 from graftlens.locks import holder
 from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.model.locations import folder_of
 from graftlens.prompts import Prompt, PromptError
-from graftlens.references import COMMON_TOKENS
 from graftlens.sweep.cells import Measures, asked_for, fingerprints, own_measures
 from graftlens.sweep.config import Checked, SweepConfig, as_yaml, checked_as_given
 from graftlens.sweep.counts import blocks_of
@@ -50,7 +47,7 @@ from graftlens.sweep.disk import (
     write,
     writing,
 )
-from graftlens.sweep.memory import affordable_rows
+from graftlens.sweep.models import FINGERPRINTS, Loaded, files_of, recorded
 from graftlens.sweep.prepared import Prepared, day_of, refuse_another_day
 from graftlens.sweep.results import (
     GRAFT_COLUMNS,
@@ -82,9 +79,6 @@ BAR = (
 
 #: Number of graft blocks whose plans a worker keeps.
 PLANNERS = 4
-
-#: How models' fingerprints are made; the number changes with what they cover.
-FINGERPRINTS = 2
 
 #: The identity's key for the functions of the user's own measures.
 OWN = "own measures"
@@ -213,9 +207,9 @@ def is_finished(out: Path) -> bool:
     if manifest.models is None or not is_done(out) or _missing(out, manifest):
         return False
     locations = config_of(out, manifest).locations()
-    there, here = manifest.models.get("files"), _files(locations)
+    there, here = manifest.models.get("files"), files_of(locations)
     # Earlier releases recorded less about each file.
-    return bool(there == here or there == _files(locations, digests=False))
+    return bool(there == here or there == files_of(locations, digests=False))
 
 
 def _refuse_unfinished_earlier(out: Path) -> None:
@@ -432,14 +426,31 @@ def work(
     if (lines := differences(manifest.versions, _versions())) and (manifest.models is not None):
         say("\n".join(["this sweep was started with other versions:", *lines]))
         say("New results may differ from the existing ones in the last digits.")
-    files = _files(config.locations())
-    loaded = io.StringIO()
-    with contextlib.redirect_stdout(loaded):
-        model = GraftedTransformer.from_pretrained(
-            config.locations(), device=device, **config.loading()
-        )
-    say(loaded.getvalue().strip())
-    manifest = _record(out, model, config, loaded.getvalue().strip(), files, say)
+    loaded = Loaded.of(config, device)
+    say(loaded.said)
+    prepared = fill(out, loaded, asked, progress=progress, say=say)
+    finish(out, loaded.model, prepared, say, asked)
+
+
+def fill(
+    out: Path,
+    loaded: Loaded,
+    asked: Sequence[Measure] = (),
+    *,
+    progress: bool = True,
+    say: Say = print,
+) -> Prepared:
+    """Compute what is missing of a prepared sweep, or wait for those that do.
+
+    Returns:
+        The prompts' tokens.
+
+    Raises:
+        ValueError: other weights than the sweep was started with.
+        FolderError: a folder that cannot be written, or a full disk.
+    """
+    model, config = loaded.model, config_of(out, read_manifest(out))
+    manifest = recorded(out, loaded, config, say)
     missing = _missing(out, manifest)
     _, grafts, blocks = content_of(out, manifest)
     prepared = Prepared(
@@ -506,7 +517,7 @@ def work(
                     )
                 waiting = True
                 time.sleep(POLL)
-    finish(out, model, prepared, say, asked)
+    return prepared
 
 
 def finish(
@@ -619,70 +630,3 @@ def content_of(
         blocks[block][number] = prompts[number]
     grafts = {str(g["name"]): Graft.parse(str(g["rule"])) for g in manifest.grafts}
     return prompts, grafts, blocks
-
-
-# -- the models --------------------------------------------------------------------------------
-
-
-def _record(
-    out: Path,
-    model: GraftedTransformer,
-    config: SweepConfig,
-    pair_check: str,
-    files: Any,
-    say: Say,
-) -> Manifest:
-    """Record which models run, or check that they are those that the folder was started with."""
-    with lock(out, "claim", say=say):
-        manifest = read_manifest(out)
-        given = {
-            "dtype": str(model.cfg.dtype).removeprefix("torch."),
-            "fingerprints": model.fingerprints(),
-        }
-        settings = model.settings()
-        there = manifest.models
-        if there is None:
-            # Batches are divided in the same way in every worker and after every kill: they decide
-            # the last bits.
-            budget = config.row_budget or affordable_rows(
-                model.arch, model.cfg.device, model.cfg.dtype
-            )
-            found = {"row_budget": budget, "pair_check": pair_check}
-        else:
-            known = {name: there[name] for name in given}
-            if lines := differences(known, given):
-                # The config's own settings say more than hashes that follow from them.
-                lines = differences(there["settings"], settings) or lines
-                advice = "Restore the weights that it was started with, or choose another folder."
-                raise ValueError(refusal(f"{out} holds results of other weights", lines, advice))
-            found = {name: there[name] for name in ("row_budget", "pair_check")}
-        recorded = {"scheme": FINGERPRINTS, "settings": settings, "files": files}
-        recorded["differences"] = model.differences.to_dict("records")
-        if model.vocabularies.differ:
-            recorded[COMMON_TOKENS] = model.vocabularies.common
-        ours = replace(manifest, models=given | found | recorded)
-        if ours != manifest:
-            write(out, out / "sweep.json", ours.to_json().encode())
-        return ours
-
-
-def _files(
-    sources: Mapping[str, Any], *, digests: bool = True
-) -> dict[str, dict[str, list[int | str]]]:
-    """Source -> size in bytes and time of change (ns) of each file of its folder, if it has one.
-
-    For small files, which may be edited within the clock's resolution, also the SHA-256.
-    """
-    folders = {name: folder_of(str(source)) for name, source in sources.items()}
-    return {
-        name: {
-            path.name: [
-                *(path.stat().st_size, path.stat().st_mtime_ns),
-                *([file_digest(path)] if digests and path.stat().st_size < 1 << 16 else []),
-            ]
-            for path in sorted(folder.iterdir())
-            if path.is_file()
-        }
-        for name, folder in folders.items()
-        if folder is not None
-    }

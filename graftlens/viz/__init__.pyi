@@ -15,6 +15,9 @@ from .lens import answer_by_layer as answer_by_layer
 from .lens import kl_divergence_lines as kl_divergence_lines
 from .lens import lens_heatmap as lens_heatmap
 from .linecharts import lines as lines
+from .localisation import localisation_page as localisation_page
+from .localisation import recovery_curve as recovery_curve
+from .localisation import site_map as site_map
 from .patching import patching_scatter as patching_scatter
 from .sweeps import dose_response as dose_response
 from .sweeps import size_curve as size_curve
