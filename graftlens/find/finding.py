@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from graftlens.components import COMPONENTS, Component, format_numbers
+from graftlens.find.attribution import CLOSED
 from graftlens.find.evidence import Evidence, evidence
 from graftlens.find.found import Found, in_set
 from graftlens.find.judging import Exact, Goal, Judge, Judged
@@ -184,7 +185,7 @@ def found_in(
         metric=question.metric,
         source=question.source,
         reached=chosen.reached,
-        notes=tuple(_notes(question, first, sites, chosen, units, shown)),
+        notes=tuple(_notes(question, attributed, first, sites, chosen, units, shown)),
     )
 
 
@@ -289,6 +290,7 @@ def _parts(split: Split) -> pd.DataFrame:
 
 def _notes(
     question: Question,
+    attributed: pd.DataFrame,
     first: Nested,
     sites: Judged,
     chosen: Judged,
@@ -297,6 +299,12 @@ def _notes(
 ) -> list[str]:
     """What a reader must know that no number says."""
     notes = []
+    far = attributed.drop_duplicates("prompt")["completeness"] > CLOSED
+    if far.any():
+        notes.append(
+            f"The scores of {int(far.sum())} of {len(far)} searched prompts do not add up to 1 %: "
+            "the order rests on rough scores, though what is reported does not. Take more steps."
+        )
     if question.split.nothing_held_out:
         notes.append(
             "Nothing is held out: one prompt was searched on and is reported on, so these numbers "

@@ -10,6 +10,7 @@ it again: what the folder has is read, not computed. Several processes on one fo
 """
 
 import json
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -213,7 +214,10 @@ class Attributions:
                     if stored is None:
                         self.say(f"{compute.__name__}: prompts {some[0]} to {some[-1]}")
                         chosen = [prompts[n] for n in some]
-                        made = compute(self.loaded.model, chosen, self.asked.source, **options)
+                        with warnings.catch_warnings():
+                            # Of all prompts together, what was found says it (`Found.notes`).
+                            warnings.filterwarnings("ignore", message="the scores of")
+                            made = compute(self.loaded.model, chosen, self.asked.source, **options)
                         write(self.out, path, _to_bytes(made, self.key))
                         stored = _read(path, self.key)
             assert stored is not None
