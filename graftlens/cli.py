@@ -291,7 +291,11 @@ def run(
 @app.command()
 def localise(
     config: Annotated[
-        Path, typer.Argument(metavar="CONFIG.yaml", help="The prompts, and what is searched.")
+        str,
+        typer.Argument(
+            metavar="CONFIG",
+            help="The prompts, and what is searched: a file, or a name of graftlens list.",
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -303,7 +307,8 @@ def localise(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for the results; for NAME.yaml the default is graftlens-runs/localise/NAME."
+            help="Folder for the results; for NAME.yaml the default is "
+            "graftlens-runs/localise/NAME."
         ),
     ] = None,
     dry_run: Annotated[

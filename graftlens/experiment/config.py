@@ -267,8 +267,8 @@ class PartConfig(RunSettings, GraftSettings):
         """(where, what) of every name here that does not exist."""
         if self.localise is not None:
             what = "a part that localises has none: its page shows what was found. Leave it out."
-            others = ("grids", "figures", "finding", "interactions", "where_possible")
-            return [(key, what) for key in (*others, "base", "full") if getattr(self, key)]
+            never = ("grids", "figures", "finding", "interactions", "where_possible", "paper")
+            return [(key, what) for key in (*never, "base", "full") if getattr(self, key)]
         problems = []
         named, grafts = self.named_grids, self.named_grafts()
         if len(named) < len(self.grids):
