@@ -303,10 +303,13 @@ def check_page(result: ExperimentResult) -> None:
         path.resolve()
         for folder in ("tables", "figures")
         for path in (result.folder / folder).iterdir()
+        if path.suffix != ".js"  # which the figures load
     }
     written |= {result.folder.resolve() / "experiment.json"}
     written |= {result.folder.resolve() / "experiment.yaml"}
-    written |= {result.folder.resolve() / "sweeps" / n / "trust.txt" for n in result.sweeps}
+    for name in result.sweeps:
+        sweep = result.folder.resolve() / "sweeps" / name
+        written |= {sweep / "trust.txt", sweep / "report.html"}
     assert found == written
     assert not list(result.folder.rglob("*.tmp"))
 
@@ -330,8 +333,9 @@ def test_pictures_are_drawn_where_there_is_a_browser(base, place, monkeypatch):
     monkeypatch.setattr("graftlens.experiment.show.write_figure", write_figure)
     named = own(base, figures=[{"kind": "bars", "metrics": ["top5"]}])
     result = run_experiment(named, place / "pictures", store=place / "store", progress=False)
-    names = sorted(path.name for path in (result.folder / "figures").iterdir())
+    *names, script = sorted(path.name for path in (result.folder / "figures").iterdir())
     assert names == [f"one-top5.{kind}" for kind in ("html", "png", "svg")]
+    assert script.startswith("plotly-"), "of all figures one copy"
     assert (result.folder / "figures" / "one-top5.png").read_bytes().startswith(b"\x89PNG\r\n")
     assert b"<svg" in (result.folder / "figures" / "one-top5.svg").read_bytes()[:500]
     check_page(result)

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from needs import needs
 from summaries import positions, site_map
 
 from graftlens.folder import write_whole
-from graftlens.viz import bars, export, heatmaps, quantities, tables, text, theme
+from graftlens.viz import bars, export, heatmaps, page, quantities, tables, text, theme
 
 # --- files appear whole ----------------------------------------------------------------------
 
@@ -129,6 +130,63 @@ def test_a_figures_page_is_alone_and_draws(tmp_path):
     assert "24 prompts" in found["hover"]
     assert found["buttons"]
     assert not [b for b in found["buttons"] if re.search("share|cloud|chart studio", b, re.I)]
+
+
+def test_figures_of_a_folder_share_one_script(tmp_path):
+    """Each was 4.8 MB."""
+    pages = [
+        export.write_figure(figure, tmp_path / "f" / name, formats=["html"], shared=True).paths[
+            "html"
+        ]
+        for name, figure in (
+            ("bars", bars.grouped_bars(positions())),
+            ("map", heatmaps.heatmap(site_map())),
+        )
+    ]
+    (script,) = (tmp_path / "f").glob("*.js")
+    assert {path.name for path in (tmp_path / "f").iterdir()} == {
+        "bars.html",
+        "map.html",
+        script.name,
+    }
+    assert script.stat().st_size > 1_000_000
+    for file, kind in zip(pages, ("bar", "heatmap"), strict=True):
+        assert file.stat().st_size < 200_000
+        assert re.findall(r'<script src="([^"]+)"', file.read_text()) == [script.name]
+        found, complaints = ask(
+            file, 'return document.querySelector(".chart").data[0].type;', file.parent
+        )
+        assert (found, complaints) == (kind, [])
+    whole = export.write_figure(heatmaps.heatmap(site_map()), tmp_path / "alone", formats=["html"])
+    assert "file:" not in whole.paths["html"].read_text()[:2000]
+    before = script.stat().st_mtime_ns
+    export.write_figure(
+        bars.grouped_bars(positions()), tmp_path / "f" / "bars", formats=["html"], shared=True
+    )
+    assert script.stat().st_mtime_ns == before
+    script.write_text("damaged")
+    export.write_figure(
+        bars.grouped_bars(positions()), tmp_path / "f" / "bars", formats=["html"], shared=True
+    )
+    assert script.stat().st_size > 1_000_000
+
+
+def test_a_page_says_once_why_pictures_are_missing(tmp_path):
+    figure = page.Figure("Caption.", "alt", bars.grouped_bars(positions()))
+    why = "kaleido is not installed: pip install 'graftlens[plots]'"
+    lacking = replace(figure, skipped={"png": why, "svg": why})
+    odd = replace(figure, skipped={"svg": "the browser did not draw it: Oops"})
+    shown = page.ExperimentPage(
+        "t", "q", "l", [page.Part("p", figures=[lacking, lacking, odd])], {}
+    )
+    assert shown.missing == [
+        f"2 of 3 figures have no PNG and no SVG: {why}.",
+        "1 of 3 figures have no SVG: the browser did not draw it: Oops.",
+    ]
+    links = {"a file": tmp_path / "file"}
+    written = page.experiment_page(tmp_path / "index.html", replace(shown, links=links)).read_text()
+    assert written.count("kaleido is not installed") == 1
+    assert "(No png" not in written
 
 
 @pytest.fixture(scope="module")
