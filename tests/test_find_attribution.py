@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import torch
 from conftest import MakeTiny, Tiny
-from families import tiny_model, tiny_sources
+from families import VARIANTS, tiny_model, tiny_sources
 from loras import adapted
 from reference import components_of, sequential_graft
-from test_laws import EACH_FAMILY
+from test_laws import EACH_FAMILY, ONE_OF_EACH_FAMILY
 from toytokenizers import TOKENIZERS
 
 from graftlens import Graft, Prompt, evaluate, find
@@ -130,7 +130,13 @@ def check_slopes(
         assert abs(ours - oracle.slope(strength, change)) < 1e-5 * np.abs(found).max(), group
 
 
-@EACH_FAMILY
+@pytest.mark.parametrize(
+    "variant",
+    [
+        variant if variant in ONE_OF_EACH_FAMILY else pytest.param(variant, marks=pytest.mark.slow)
+        for variant in VARIANTS
+    ],
+)
 def test_gradients_at_both_ends_are_central_differences(exact: None, variant: str) -> None:
     """All places at once, and some by themselves; the values are the sources' own."""
     oracle = Oracle(variant)
@@ -433,6 +439,18 @@ def test_a_pair_with_two_vocabularies_adds_up_in_what_both_have(tiny: MakeTiny) 
         p, q = (sources[n](tokens).logits[0, -1, :90].log_softmax(-1) for n in ("sft", "pre"))
     assert abs(table["value_full"][0] - float((p.exp() * (p - q)).sum())) < 1e-4
     assert table["completeness"][0] < 0.01
+
+
+def test_half_precision_has_its_own_rounding_only(llama: Tiny) -> None:
+    """Strengths are not rounded with it."""
+    given: dict[str, Any] = {"positions": POSITIONS, "steps": 4}
+    expected = _quietly(llama.model, asking(2), "sft", **given)
+    half = copy.deepcopy(llama.model).to(torch.bfloat16)
+    for by in ("site", "neuron", "direction"):
+        found = _quietly(half, asking(2), "sft", by=by, **given)
+        added = _added(found)
+        difference = added["ig"].to_numpy() - expected["ig"].to_numpy()
+        assert np.abs(difference).max() < 0.06 * expected["ig"].abs().max(), by
 
 
 # -- batches -----------------------------------------------------------------------------------

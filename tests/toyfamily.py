@@ -15,7 +15,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from transformers.utils import logging
 
 import graftlens
-from graftlens import GraftedTransformer, Prompt, summarise, viz
+from graftlens import GraftedTransformer, Prompt, find, summarise, viz
 from graftlens.components import GROUPS, Component
 from graftlens.graft import Graft
 from graftlens.lens.weights import weight_difference
@@ -145,6 +145,20 @@ def main() -> None:
     # What a map after attention does at the title in the last layer, no later position reads.
     assert table["logprob"].nunique() == len(grafts) - 1
     assert table["logprob"][f"title {LAYERS - 1}"] == table["logprob"]["PRE"]
+
+    # Attribution and exact effects, by the same measure.
+    given = {"positions": ["title", "rest"], "metric": "confidence"}
+    effects = find.exact_effects(model, prompt, "sft", within="sft @ all : mix", **given)
+    alone = effects.set_index(["position", "layer"])["alone"]
+    for layer in range(LAYERS):
+        gained = table["confidence"][f"title {layer}"] - table["confidence"]["PRE"]
+        assert abs(alone["title", layer] - gained) < 1e-4
+    scores = find.attribute(model, prompt, "sft", steps=1, **given)
+    first = scores[(scores["component"] == "mix") & (scores["position"] == "title")]["at_base"]
+    for layer in range(LAYERS):
+        around = (f"{s}*sft @ title : mix : {layer}" for s in (1e-2, -1e-2))
+        ends = [float(model(prompt, graft=g)[0, -1].log_softmax(-1).max()) for g in around]
+        assert abs(first.iloc[layer] - (ends[0] - ends[1]) / 2e-2) < 1e-2 * first.abs().max()
 
     # The measure in statistics and plots.
     summary = summarise(

@@ -81,20 +81,20 @@ class Directions:
     def _decomposed(self, site: Site) -> Decomposed:
         weight, bias = self.model.weights_of(*site)
         like = weight.like
-        difference = _difference(weight, self.number)
+        difference = _difference(weight, self.number)  # in float64, which not every device has
         # By way of the smaller Gram matrix; what is asked is exact for any orthonormal basis.
         tall = difference.shape[0] >= difference.shape[1]
         gram = difference.T @ difference if tall else difference @ difference.T
         squares, vectors = torch.linalg.eigh(gram.cpu())
         squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
         kept = squares.sqrt() > NEGLIGIBLE * squares[:1].sqrt()
-        basis = vectors[:, kept].to(difference.device)
+        basis = vectors[:, kept].to(difference)
         # Of a wide matrix u is known: then v σ, in which the roles are the same.
         other = difference @ basis if tall else difference.T @ basis
         reads, writes = (basis, other) if tall else (other, basis)
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        own = None if bias is None else (bias[self.number].double() - bias[0].double()).to(dtype)
-        return Decomposed(reads.to(dtype), writes.to(dtype), own)
+        kind = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
+        own = None if bias is None else _difference(bias, self.number).to(**kind)
+        return Decomposed(reads.to(**kind), writes.to(**kind), own)
 
     @contextmanager
     def noted(self, sites: Any, add: Add) -> Iterator[None]:
@@ -144,11 +144,17 @@ class Directions:
             out.register_hook(take)
 
 
-def _difference(weight: Sourced, number: int) -> Float[Tensor, "d_out d_in"]:
-    """A source's matrix minus the base's, in float64; of an adapter, its own factors alone."""
-    made = weight.whole(number).double() - weight.whole(0).double()
+def _difference(weight: Sourced, number: int) -> Float[Tensor, "*shape"]:
+    """A source's tensor minus the base's, in float64; of an adapter, its own factors alone."""
+
+    def wide(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        tensor = tensor.cpu() if tensor.device.type == "mps" else tensor
+        return tensor.double() if tensor.is_floating_point() else tensor
+
+    made = wide(weight.whole(number)) - wide(weight.whole(0))
     for source, sign in ((number, 1.0), (0, -1.0)):
         for addition in weight.additions(source):
-            tensors = [t.double() if t.is_floating_point() else t for t in addition.tensors]
-            made = made + sign * addition.like(*tensors).added_to(torch.zeros_like(made))
+            factors = addition.like(*map(wide, addition.tensors))
+            made = made + sign * factors.added_to(torch.zeros_like(made))
     return made

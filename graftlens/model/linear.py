@@ -237,7 +237,20 @@ class Linear(nn.Module):
         """The map where a tensor of strengths mixes a source in."""
         own = self(x, chosen.inner)
         strength = self._spread(chosen.strength, own.shape[1]) if chosen.by_unit else None
-        return mixed_with(chosen, own, lambda: self.plain(x.x, chosen.source), self.equal, strength)
+        return mixed_with(chosen, own, lambda: self._mixed_in(x, chosen, own), self.equal, strength)
+
+    def _mixed_in(
+        self, x: Gathered, chosen: Strengthened, own: Float[Tensor, "rows d_out"]
+    ) -> Float[Tensor, "rows d_out"]:
+        """What the source gives that is mixed in; of an adapter, what runs without it and more."""
+        alike, inner = self.weight.alike, chosen.inner
+        plain = inner.alike is not None and self.weight.adding.isdisjoint(inner.sources)
+        if self._bias_apart or not plain or inner.only(alike) != alike[chosen.source]:
+            return self.plain(x.x, chosen.source)
+        out = own.clone()
+        for addition in self.weight.additions(chosen.source):
+            addition.onto(out, x.x)
+        return out
 
     def columns(self, units: Int[Tensor, " units"], width: int) -> Int[Tensor, " columns"]:
         """The columns of `width` that belong to some units."""
