@@ -92,9 +92,9 @@ class Directions:
         # Of a wide matrix u is known: then v σ, in which the roles are the same.
         other = difference @ basis if tall else difference.T @ basis
         reads, writes = (basis, other) if tall else (other, basis)
-        kind = {"device": like.device, "dtype": torch.promote_types(like.dtype, torch.float32)}
-        own = None if bias is None else _difference(bias, self.number).to(**kind)
-        return Decomposed(reads.to(**kind), writes.to(**kind), own)
+        device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
+        own = None if bias is None else _difference(bias, self.number).to(device, dtype)
+        return Decomposed(reads.to(device, dtype), writes.to(device, dtype), own)
 
     @contextmanager
     def noted(self, sites: Any, add: Add) -> Iterator[None]:
