@@ -1,8 +1,8 @@
 """Token positions as expressions over the spans of a prompt: the `at` of a rule.
 
 ``+`` is union, ``&`` intersection, ``~`` complement, ``(…)`` groups, ``[0, -1]`` names token
-positions of the prompt. ``name#2`` is the second occurrence of a span that occurs more than
-once, ``name#-1`` the last.
+positions of the prompt, ``[3 % 64]`` those that are 3 modulo 64 (a short prompt may have none).
+``name#2`` is the second occurrence of a span that occurs more than once, ``name#-1`` the last.
 """
 
 import re
@@ -29,6 +29,9 @@ MAX_DEPTH = 50
 _TOKEN = re.compile(
     r"\s*(?:(?P<span>[^\s+&~()\[\]#]+)(?:#(?P<number>-?[0-9]{1,9}))?|(?P<list>\[[^\]]*\])|(?P<op>[+&~()]))"
 )
+
+
+_MODULO = re.compile(r"\[\s*([0-9]{1,9})\s*%\s*([0-9]{1,9})\s*\]")
 
 
 class At(ABC):
@@ -74,6 +77,10 @@ class At(ABC):
     @abstractmethod
     def counts_from_the_end(self) -> bool:
         """Whether the selection depends on where the prompt ends."""
+
+    def may_be_empty(self) -> bool:
+        """Whether it is meant to select nothing in some prompts; all others are refused there."""
+        return False
 
 
 @dataclass(frozen=True)
@@ -164,6 +171,38 @@ class Positions(At):
 
 
 @dataclass(frozen=True)
+class Modulo(At):
+    """The positions p with p % divisor = remainder; a short prompt may have none."""
+
+    remainder: int
+    divisor: int
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.remainder < self.divisor:
+            raise ValueError(
+                f"at={self}: no position is {self.remainder} modulo {self.divisor}. Write a number "
+                f"from 0 to {self.divisor - 1} before the %."
+            )
+
+    def __str__(self) -> str:
+        return f"[{self.remainder} % {self.divisor}]"
+
+    def select(
+        self, spans: Spans, length: int, total: int | None = None
+    ) -> Bool[np.ndarray, "pos"]:
+        return np.arange(total or length) % self.divisor == self.remainder
+
+    def names(self) -> frozenset[str]:
+        return frozenset()
+
+    def counts_from_the_end(self) -> bool:
+        return False
+
+    def may_be_empty(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
 class Several(At):
     """Union (`+`) or intersection (`&`) of two or more expressions."""
 
@@ -201,6 +240,9 @@ class Several(At):
     def counts_from_the_end(self) -> bool:
         return any(t.counts_from_the_end() for t in self.terms)
 
+    def may_be_empty(self) -> bool:
+        return any(t.may_be_empty() for t in self.terms)
+
 
 @dataclass(frozen=True)
 class Complement(At):
@@ -221,6 +263,9 @@ class Complement(At):
 
     def counts_from_the_end(self) -> bool:
         return self.term.counts_from_the_end()
+
+    def may_be_empty(self) -> bool:
+        return self.term.may_be_empty()
 
 
 def integers(values: Any, what: str) -> tuple[int, ...]:
@@ -252,6 +297,8 @@ def _parse_expression(text: str) -> At:
             tokens.append(
                 ("term", Span(match["span"], int(match["number"]) if match["number"] else None))
             )
+        elif match["list"] and (numbers := _MODULO.fullmatch(match["list"])):
+            tokens.append(("term", Modulo(int(numbers[1]), int(numbers[2]))))
         elif match["list"]:
             pieces = [piece.strip() for piece in match["list"][1:-1].split(",")]
             if not all(re.fullmatch(r"-?[0-9]{1,9}", piece) for piece in pieces):

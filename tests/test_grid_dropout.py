@@ -5,10 +5,12 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+import torch
+from conftest import MakeTiny
 from families import VARIANTS
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import MODEL_COMPONENTS
+from reference import MODEL_COMPONENTS, sequential_graft
 
 from graftlens.components import GROUPS, Component
 from graftlens.configfile import ConfigError, settings_from
@@ -16,6 +18,8 @@ from graftlens.data.settings import Settings
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture, architecture
 from graftlens.model.mask import sites_of
+from graftlens.positions import At
+from graftlens.prompts import Prompt
 from graftlens.sweep.grid import CumulativeEntry, Grid
 from graftlens.sweep.planner import Planner
 
@@ -301,3 +305,55 @@ def test_each_component_that_the_architecture_has_in_its_layers(variant):
     assert {e.tags["component"] for e in mixed} == {*EACH[variant], "attn", "unembed"}
     # And a planner takes them.
     Planner(arch, SOURCES, [e.graft for e in entries])
+
+
+# -- a draw for each token ---------------------------------------------------------------------
+
+
+def test_every_token_has_a_draw_of_its_own() -> None:
+    drop = {"rates": [0.5], "draws": 2, "per": "token"}
+    one, two = made(deep(8), positions="all", components="block", dropout=drop)
+    assert one.name == "sft @ all : block - 0.5 per token (0)"
+    for entry in (one, two):
+        by_token = defaultdict(set)
+        for rule in entry.graft.rules:
+            by_token[str(rule.at)] |= layers(Graft((rule,)), deep(8))
+        assert len(by_token) == 64
+        assert {len(kept) for kept in by_token.values()} == {4}, "half of eight layers"
+        assert len({frozenset(kept) for kept in by_token.values()}) > 20
+    assert one.graft != two.graft
+    again, _ = made(deep(8), positions="all", components="block", dropout=drop)
+    assert again.graft == one.graft
+    assert Graft.parse(str(one.graft)) == one.graft
+
+
+def test_a_draw_per_token_is_the_sequential_algorithms(tiny: MakeTiny) -> None:
+    t = tiny("llama", tokenizer="llama3")
+    prompt = Prompt("News: {first_entity} stars with", {"first_entity": "Ann Lee"})
+    (tokens,) = t.model.tokenized(prompt)
+    drop = {"rates": [0.5], "draws": 1, "per": "token", "seed": 3}
+    entry, *_ = made(t.model.arch, positions="first_entity + last", dropout=drop)
+    spans = {i for run in tokens.spans["first_entity"] for i in run} | {len(tokens) - 1}
+
+    def choose(component: str, layer: int | None, position: int, unit: int | None) -> str:
+        if position not in spans or layer is None:
+            return "pre"
+        mine = [r for r in entry.graft.rules if str(r.at).endswith(f"[{position % 64} % 64]")]
+        return "sft" if any(layer in layers(Graft((r,)), t.model.arch) for r in mine) else "pre"
+
+    theirs = sequential_graft(t.sources, list(tokens.ids), choose)
+    ours = t.model(prompt, graft=entry.graft)[0]
+    torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+
+
+def test_positions_modulo_a_number_may_be_none() -> None:
+    at = At.parse("first_entity & [1 % 3]")
+    assert str(at) == "first_entity & [1 % 3]"
+    assert At.parse(str(at)) == at
+    spans = {"first_entity": ((1, 2, 3, 4),), "last": ((5,),)}
+    assert np.flatnonzero(at.select(spans, 6)).tolist() == [1, 4]
+    assert not At.parse("last & [1 % 3]").select(spans, 6).any()
+    assert At.parse("~[0 % 2]").may_be_empty()
+    assert not At.parse("first_entity").may_be_empty()
+    with pytest.raises(ValueError, match=r"at=\[3 % 3\]: no position is 3 modulo 3"):
+        At.parse("[3 % 3]")

@@ -382,7 +382,7 @@ def select(rule: Rule, prompt: Tokenized, total: int | None = None) -> Bool[np.n
         chosen = rule.at.select(spans, length, total)
     except ValueError as error:
         raise PromptError(f"rule {str(rule)!r}: {error}") from None
-    if not chosen.any():
+    if not chosen.any() and not rule.at.may_be_empty():
         none = f"none of the {total} positions"
         if silent := _silent(rule, prompt):  # without numbers, so that such prompts have one reason
             none = f"no position, as {' and '.join(silent)} says nothing in this conversation"

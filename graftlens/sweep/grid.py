@@ -4,7 +4,7 @@ compactly."""
 import random
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from typing import Annotated, Any, Literal
@@ -28,6 +28,9 @@ from graftlens.model.mask import sites_of
 from graftlens.positions import At
 
 _SIZES = re.compile(r"(?:([0-9]{1,9})\s*\.\.\s*)?([0-9]{1,9}|n)")
+
+#: Tokens that have a choice of their own where dropout is drawn per token.
+TOKENS = 64
 
 #: How many grafts one grid may make. They are all written into the sweep's folder.
 MAX_GRAFTS = 100_000
@@ -128,6 +131,10 @@ class Dropout(Settings):
     unit: Literal["layer", "matrix"] = "layer"
     """Leave out whole layers, or components of single layers."""
 
+    per: Literal["graft", "token"] | None = None
+    """`graft`, as by default: one choice for all tokens; `token`: a choice for each token, as the
+    paper's published code draws it (tokens that are a multiple of 64 positions apart share one)."""
+
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the choices; draw i of a rate does not depend on the other rates and draws."""
 
@@ -149,42 +156,44 @@ class Dropout(Settings):
         )
         if not sites:
             raise ValueError(f"dropout of {str(rule)!r}: it reaches no layer. Leave dropout out.")
-        units = sorted({l for _, l in sites}) if self.unit == "layer" else sites
         for rate in self.rates:
             for draw in range(self.draws if 0 < rate < 1 else 1):
-                rng = random.Random(f"dropout {self.seed} {rate} {draw} {self.by} {self.unit}")
-                if self.by == "count":
-                    count = round(rate * len(units))
-                    out = {units[i] for i in rng.sample(range(len(units)), count)}
-                else:
-                    out = {unit for unit in units if rng.random() < rate}
-                kept: dict[tuple[int, ...], list[str]] = {}
-                for component in dict.fromkeys(c for c, _ in sites):
-                    layers = tuple(
-                        l
-                        for c, l in sites
-                        if c == component and (l if self.unit == "layer" else (c, l)) not in out
-                    )
-                    if layers:
-                        kept.setdefault(layers, []).append(str(component))
-                names = [str(c) for c in dict.fromkeys(c for c, _ in sites)]
-                # What keeps all of the rule's components is written as the rule writes them.
-                yield (
-                    rate,
-                    draw,
-                    tuple(
-                        Rule(
-                            rule.source,
-                            rule.at,
-                            rule.components if components == names else tuple(components),
-                            layers,
-                            rule.heads,
-                            rule.units,
-                            rule.strength,
-                        )
-                        for layers, components in kept.items()
-                    ),
-                )
+                seed = f"dropout {self.seed} {rate} {draw} {self.by} {self.unit}"
+                if self.per != "token" or not 0 < rate < 1:
+                    yield rate, draw, tuple(self._left(rule, sites, rate, seed))
+                    continue
+                rules: list[Rule] = []
+                for place in range(TOKENS):
+                    at = At.parse(f"({rule.at}) & [{place} % {TOKENS}]")
+                    one = replace(rule, at=at)
+                    rules += self._left(one, sites, rate, f"{seed} {place}")
+                yield rate, draw, tuple(rules)
+
+    def _left(
+        self, rule: Rule, sites: Sequence[tuple[Component, int]], rate: float | int, seed: str
+    ) -> Iterator[Rule]:
+        """The rules that are left of one rule after one choice."""
+        units: list[Any] = sorted({l for _, l in sites}) if self.unit == "layer" else list(sites)
+        rng = random.Random(seed)
+        if self.by == "count":
+            count = round(rate * len(units))
+            out = {units[i] for i in rng.sample(range(len(units)), count)}
+        else:
+            out = {unit for unit in units if rng.random() < rate}
+        kept: dict[tuple[int, ...], list[str]] = {}
+        for component in dict.fromkeys(c for c, _ in sites):
+            layers = tuple(
+                l
+                for c, l in sites
+                if c == component and (l if self.unit == "layer" else (c, l)) not in out
+            )
+            if layers:
+                kept.setdefault(layers, []).append(str(component))
+        names = [str(c) for c in dict.fromkeys(c for c, _ in sites)]
+        for layers, components in kept.items():
+            # What keeps all of the rule's components is written as the rule writes them.
+            own = rule.components if components == names else tuple(components)
+            yield replace(rule, components=own, layers=layers)
 
 
 @dataclass(frozen=True)
@@ -382,7 +391,8 @@ class Grid(Settings):
                 written.pop()
             place = " : ".join(written)
             factor = "" if tags["strength"] == 1 else f"{format_number(tags['strength'])}*"
-            name = f"{factor}{tags['source']} @ {place} - {tags['rate']:g} ({tags['draw']})"
+            each = " per token" if self.dropout is not None and self.dropout.per == "token" else ""
+            name = f"{factor}{tags['source']} @ {place} - {tags['rate']:g}{each} ({tags['draw']})"
         return GridGraft(name if self.name is None else f"{self.name}: {name}", graft, tags)
 
 
