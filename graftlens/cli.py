@@ -265,15 +265,31 @@ def run(
         str | None,
         typer.Option(help="Devices for the sweeps, one worker on each, such as cuda:0,cuda:1."),
     ] = None,
+    launcher: Annotated[
+        Launcher, typer.Option(help="Run here, or the whole experiment as a job.")
+    ] = Launcher.local,
+    slurm: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Resources of the job, such as slurm_partition=gpu."
+        ),
+    ] = None,
+    wait: Annotated[bool, typer.Option(help="Wait for the job, or leave it running.")] = True,
     measure: OwnMeasures = None,
 ) -> None:
     """Run an experiment: make its data, train its models, graft, and write tables and figures.
+
+    Where model, or an entry of datasets, is a list (model=[smollm2-135m,gpt2]), every combination
+    is run, and one page compares them.
 
     If interrupted, running it again continues where it stopped. Experiments share datasets and
     trained models. The exit code is 3 if a trust report found something wrong.
     """
     names = _devices(devices)
-    from graftlens.experiment.run import describe_experiment, run_experiment
+    resources = _resources(launcher, slurm, wait)
+    if launcher is Launcher.slurm and names:
+        raise typer.BadParameter("--devices works only with --launcher local.")
+    from graftlens.experiment.variants import describe_variants, launch_variants, run_variants
 
     given: dict[str, Any] = {
         "overrides": overrides or (),
@@ -281,10 +297,13 @@ def run(
         "measures": measure or (),
     }
     if dry_run:
-        typer.echo(describe_experiment(experiment, **given))
+        typer.echo(describe_variants(experiment, **given))
         return
-    result = run_experiment(experiment, out, devices=names, **given)
-    if not result.ok:
+    if launcher is Launcher.slurm:
+        ok = launch_variants(experiment, out, resources=resources, wait=wait, **given)
+    else:
+        ok = all(result.ok for result in run_variants(experiment, out, devices=names, **given))
+    if not ok:
         raise typer.Exit(UNTRUSTED)
 
 
