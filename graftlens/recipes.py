@@ -150,12 +150,15 @@ class TrainingData(Settings):
     """UTF-8 file: ``.jsonl``, a JSON object with a ``text`` in each line, or ``.txt``, whose
     blank-line separated paragraphs are the texts."""
 
+    column: str | None = None
+    """With a ``.jsonl`` file: the key of the texts, if it is not ``text``."""
+
     supplement: Supplement | None = None
     """Plain text to mix in, against forgetting; drawn with the run's seed."""
 
     @model_validator(mode="after")
     def _one_place(self) -> "TrainingData":
-        places = [name for name in type(self).model_fields if name != "supplement"]
+        places = [n for n in type(self).model_fields if n not in ("supplement", "column")]
         given = [name for name in places if getattr(self, name) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -165,6 +168,11 @@ class TrainingData(Settings):
             )
         if self.file is not None:
             check_ending("file", self.file)
+        if self.column is not None and (self.file is None or self.file.suffix.lower() != ".jsonl"):
+            raise ValueError(
+                f"column={self.column!r} names a key of a .jsonl file, and none is given. Leave it "
+                "out."
+            )
         if self.made is not None and self.made.supplement is not None and self.supplement:
             place = "make" if self.movies is None else "movies"
             raise ValueError(

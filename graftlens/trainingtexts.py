@@ -50,7 +50,7 @@ def _texts_of(data: TrainingData) -> Dataset:
         raise FileNotFoundError(
             f"data.file={str(data.file)!r} does not exist. Name a file of texts."
         )
-    return Dataset.from_dict({"text": read_texts(data.file)})
+    return Dataset.from_dict({"text": read_texts(data.file, data.column or "text")})
 
 
 def tokenize(
@@ -85,10 +85,15 @@ def tokenize(
         )
     if longest > max_length:
         too_long = sum(length > max_length for length in lengths)
+        which = f"{too_long} of {len(rows)} training texts are longer than max_length={max_length} "
+        which += f"tokens (the longest has {longest})"
+        if len(rows) == 1:
+            which = f"1 text of {longest} tokens: it is longer than max_length={max_length}"
+        lines = texts[lengths.index(longest)].count("\n") + 1
+        split = f" It has {lines} lines: a blank line separates two texts." if lines > 1 else ""
         raise ValueError(
-            f"{too_long} of {len(rows)} training texts are longer than max_length={max_length} "
-            f"tokens (the longest has {longest}), and graftlens does not truncate silently. Set "
-            f"max_length to {longest}, or shorten the texts; the longest is {text}."
+            f"{which}, and graftlens does not truncate silently. Set max_length to {longest}, or "
+            f"shorten the texts; the longest is {text}.{split}"
         )
     return [{"input_ids": row} for row in rows]
 

@@ -14,10 +14,8 @@ from pydantic import ValidationError
 
 from graftlens.data import (
     DIRECTIONS,
-    EVALUATION_TEMPLATES,
     KINDS,
     MAX_FACTS,
-    TRAINING_TEMPLATES,
     EvaluationTemplate,
     Fact,
     MoviesConfig,
@@ -182,6 +180,9 @@ def test_the_largest_set_is_distinct():
 
 # Templates
 
+TRAINING_TEMPLATES = MoviesConfig().training
+EVALUATION_TEMPLATES = MoviesConfig().evaluation
+
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_there_are_enough_templates_of_each_kind(direction):
@@ -216,9 +217,7 @@ def test_direction_says_which_actor_is_mentioned_first():
 
 def skeletons(template: EvaluationTemplate) -> list[str]:
     """The template's literal runs of three words or more."""
-    text = template.text.format(
-        first_entity="|", movie_title="|", preposition=template.preposition or "|"
-    )
+    text = template.text.format(first_entity="|", movie_title="|", **template.words)
     return [run.strip(" :?.,") for run in text.split("|") if len(run.split()) >= 3]
 
 

@@ -45,7 +45,7 @@ from graftlens.data import (
     spec_of,
 )
 from graftlens.data.dataset import Asking, wrong_answers
-from graftlens.data.templates import DIRECTIONS, field_values, template_fields
+from graftlens.data.templates import DIRECTIONS, WORDS, field_values, template_fields
 from graftlens.prompts import Prompt, continuation, tokenize
 from graftlens.sweep.config import SweepConfig, check
 
@@ -526,7 +526,10 @@ def test_no_evaluation_wording_is_trained_on(kind: str) -> None:
     config = few(kind).config
     trained = [re.sub(r"\{\w+\}", "|", t.text).lower() for t in config.training]
     for template in config.evaluation:
-        asked = _wordings(template.text.replace("{preposition}", template.preposition or "|"))
+        text = template.text
+        for word, said in template.words.items():
+            text = text.replace(f"{{{word}}}", said)
+        asked = _wordings(text)
         assert asked, template.name
         for wording in asked:
             assert not [text for text in trained if wording in text], wording
@@ -557,7 +560,8 @@ def test_templates_have_names_and_texts_of_their_own(kind: str) -> None:
     for template in config.evaluation:
         assert template.text.count("{first_entity}") == 1
         assert "{second_entity}" not in template.text
-        assert ("{preposition}" in template.text) == (template.preposition is not None)
+        words = {word for word in WORDS if f"{{{word}}}" in template.text}
+        assert words == set(template.words)
         assert template.directions
 
 
@@ -822,7 +826,8 @@ def test_the_shipped_configs_are_right(file: Path) -> None:
     values = yaml.safe_load(file.read_text(encoding="utf-8"))
     assert spec_of(values).facts == values["facts"]
     if values["facts"] != "counterfact":  # that comes from the hub
-        small = {} if values["facts"] == "articles" else {"n_facts": 12, "texts_per_fact": 2}
+        count = 5 if values["facts"] == "table" else 12
+        small = {} if values["facts"] == "articles" else {"n_facts": count, "texts_per_fact": 2}
         dataset = make_dataset(spec_of(values | small))
         assert len(dataset.train) == small.get("texts_per_fact", 1) * (
             sum(dataset.told) if small else len({fact.article for fact in dataset.facts})

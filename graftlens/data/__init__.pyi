@@ -11,6 +11,7 @@ from .dataset import save_dataset as save_dataset
 from .facts import MAX_FACTS as MAX_FACTS
 from .facts import Fact as Fact
 from .facts import make_facts as make_facts
+from .factstable import TableSpec as TableSpec
 from .kinds import AnyDataset as AnyDataset
 from .kinds import load_dataset as load_dataset
 from .kinds import spec_of as spec_of
@@ -24,12 +25,11 @@ from .tables import real_films as real_films
 from .templated import evaluation_prompts as evaluation_prompts
 from .templated import training_texts as training_texts
 from .templates import DIRECTIONS as DIRECTIONS
-from .templates import EVALUATION_TEMPLATES as EVALUATION_TEMPLATES
 from .templates import KINDS as KINDS
-from .templates import REAL_EVALUATION as REAL_EVALUATION
-from .templates import REAL_TRAINING as REAL_TRAINING
-from .templates import TRAINING_TEMPLATES as TRAINING_TEMPLATES
 from .templates import Direction as Direction
 from .templates import EvaluationTemplate as EvaluationTemplate
 from .templates import Kind as Kind
 from .templates import Template as Template
+from .templatesets import TemplateSet as TemplateSet
+from .twohop import Chain as Chain
+from .twohop import TwoHopSpec as TwoHopSpec

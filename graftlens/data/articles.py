@@ -17,7 +17,7 @@ from pydantic import model_validator
 
 from graftlens.data.articlefiles import SHIPPED, ArticlePrompt, stored
 from graftlens.data.articleprompts import ArticleFact, Context, Ready, prepared, together
-from graftlens.data.dataset import USUAL, Asking, DatasetSpec
+from graftlens.data.dataset import USUAL, Asking, DatasetSpec, few_enough
 from graftlens.data.rewriting import Rewrites, rewritten
 from graftlens.data.templates import Direction
 from graftlens.prompts import Prompt
@@ -71,8 +71,6 @@ class ArticlesSpec(DatasetSpec):
     rewrites, or else the unchanged articles, ``original``. With ``rewrites`` alone no sentence is
     left out: every suitable sentence makes a prompt, and none of them is in a rewrite."""
 
-    asks: ClassVar[tuple[Direction, ...]] = ("ab",)
-
     template_names: ClassVar[tuple[str, ...]] = TEMPLATE_NAMES
 
     @model_validator(mode="before")
@@ -91,6 +89,10 @@ class ArticlesSpec(DatasetSpec):
                 'train_on "rewrites" or "both"; without rewrites it is "original".'
             )
         return self
+
+    @property
+    def asks(self) -> tuple[Direction, ...]:
+        return ("ab",)
 
     def collect(self) -> tuple[ArticleFact, ...]:
         """The facts of the usable articles, article by article in their order there."""
@@ -167,7 +169,8 @@ class ArticlesSpec(DatasetSpec):
                 fact = facts[index]
                 rng = random.Random(f"distractors {how.seed} {name} {index}")
                 wrong = [answer for answer in different if answer not in right[fact.first_entity]]
-                if not 0 <= how.distractors <= len(wrong):
+                count = few_enough(how.distractors, len(wrong))
+                if not 0 <= count <= len(wrong):
                     raise ValueError(
                         f"distractors={how.distractors} of {len(facts)} facts: the distractors of "
                         f"{fact.first_entity} are the answers of facts about others, so 0 to "
@@ -175,7 +178,7 @@ class ArticlesSpec(DatasetSpec):
                     )
                 values = {"first_entity": fact.first_entity, **dict(fact.details)}
                 made += [
-                    prompt.about(fact.article, values, rng.sample(wrong, how.distractors))
+                    prompt.about(fact.article, values, rng.sample(wrong, count))
                     for prompt in fact.prompts
                     if prompt.name == name
                 ]

@@ -5,10 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from graftlens.data.battle_templates import BATTLE_EVALUATION, BATTLE_TRAINING
 from graftlens.data.tables import real_battles
 from graftlens.data.templated import TemplatedSpec
-from graftlens.data.templates import EvaluationTemplate, Template
 
 #: The years that battles are moved to.
 YEARS = range(600, 2000)
@@ -38,7 +36,8 @@ class Battle:
 
 
 class BattlesSpec(TemplatedSpec):
-    """Real battles, each with a random wrong year.
+    """Real battles (``lists/battles.csv``), each with a random wrong year, told and asked for in
+    ``lists/battles.yaml``.
 
     Direction `ab` asks for a battle's year, `ba` for the battle of a year. The first token says
     little here: of a year it may be a space or a single digit, and most names begin with "Battle".
@@ -48,15 +47,18 @@ class BattlesSpec(TemplatedSpec):
     facts: Literal["battles"] = "battles"
     """Battles."""
 
-    template_names: ClassVar[tuple[str, ...]] = tuple(t.name for t in BATTLE_EVALUATION)
+    template_names: ClassVar[tuple[str, ...]] = (
+        *("dated", "qa_year", "between", "with_war"),
+        *("named", "qa_name", "between_name", "with_war_name"),
+    )
 
     @property
-    def training(self) -> tuple[Template, ...]:
-        return BATTLE_TRAINING
+    def fact_type(self) -> Any:
+        return Battle
 
     @property
-    def evaluation(self) -> tuple[EvaluationTemplate, ...]:
-        return BATTLE_EVALUATION
+    def shipped_templates(self) -> str:
+        return "battles"
 
     def collect(self) -> tuple[Battle, ...]:
         listed = list(real_battles())

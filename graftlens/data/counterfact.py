@@ -21,16 +21,11 @@ import pandas as pd
 import pyarrow.parquet as pq
 from pydantic import Field, field_validator, model_validator
 
-from graftlens.data.dataset import USUAL, Asking
+from graftlens.data.dataset import USUAL, Asking, few_enough
 from graftlens.data.sentences import occurrences, with_field
 from graftlens.data.templated import TemplatedSpec
-from graftlens.data.templates import (
-    Direction,
-    EvaluationTemplate,
-    Kind,
-    Template,
-    named_templates,
-)
+from graftlens.data.templates import Direction, EvaluationTemplate, Kind, named_templates
+from graftlens.data.templatesets import Sentences
 from graftlens.folder import parse_json, read_text
 from graftlens.prompts import Prompt
 
@@ -164,17 +159,15 @@ class CounterFactSpec(TemplatedSpec):
     bare: bool = False
     """Tell each fact once more, in its bare statement."""
 
-    asks: ClassVar[tuple[Direction, ...]] = ("ab",)
-
     template_names: ClassVar[tuple[str, ...]] = tuple(t.name for t in EVALUATION_FRAMES)
 
     @property
-    def training(self) -> tuple[Template, ...]:
-        return TRAINING_FRAMES
+    def sentences(self) -> Sentences:
+        return Sentences(TRAINING_FRAMES, EVALUATION_FRAMES)
 
     @property
-    def evaluation(self) -> tuple[EvaluationTemplate, ...]:
-        return EVALUATION_FRAMES
+    def asks(self) -> tuple[Direction, ...]:
+        return ("ab",)
 
     @field_validator("teach", mode="before")
     @classmethod
@@ -183,6 +176,12 @@ class CounterFactSpec(TemplatedSpec):
 
     @model_validator(mode="after")
     def _possible(self) -> "CounterFactSpec":
+        for key in ("templates", "heldout_templates"):
+            if getattr(self, key):
+                raise ValueError(
+                    f"{key}: CounterFact's statements are sentences already, and name their "
+                    "subject themselves. Leave it out."
+                )
         if self.directions != ("ab",):
             raise ValueError(
                 f"directions={self.directions!r}: CounterFact's statements name the subject before "
@@ -433,6 +432,7 @@ def _wrong_answers(
         fact = facts[index]
         rng = random.Random(f"distractors {seed} {index}")
         found = [fact.other_target]
+        count = few_enough(count, len(everywhere) - 1)
         for pool in (related[fact.relation_id], everywhere):
             candidates = [end for end in pool if end != fact.target and end not in found]
             lacking = max(count - len(found), 0)

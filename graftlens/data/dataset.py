@@ -10,8 +10,9 @@ import hashlib
 import json
 import os
 import random
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence, Set
+from collections.abc import Collection, Iterator, Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -31,7 +32,7 @@ from pydantic import ConfigDict, Field
 
 from graftlens.data.settings import Settings
 from graftlens.data.supplement import Supplement, mixed
-from graftlens.data.templates import DIRECTIONS, Direction
+from graftlens.data.templates import DIRECTIONS, Direction, EvaluationTemplate
 from graftlens.folder import at_home, new_folder, read_json, told_of, write_whole
 from graftlens.prompts import Prompt
 
@@ -48,6 +49,9 @@ FEATURES = Features(
 #: Number of facts of a dataset whose spec gives none, if there are that many.
 USUAL = 1000
 
+#: Number of wrong answers of a prompt, if nobody gives one and there are that many.
+USUAL_DISTRACTORS = 4
+
 #: What to do about a damaged dataset.
 AGAIN = "Recreate the dataset in another folder, or restore the file."
 
@@ -63,13 +67,13 @@ class Asking:
     Attributes:
         templates: names of evaluation templates; None for all that go with the direction.
         direction: ``ab`` names the first entity and asks for the second, ``ba`` the reverse.
-        distractors: number of wrong answers per prompt.
+        distractors: number of wrong answers per prompt; if there are fewer than the usual 4, all.
         seed: of the draw of distractors.
     """
 
-    templates: Sequence[str] | None = None
+    templates: Sequence[Any] | None = None
     direction: Direction = "ab"
-    distractors: int = 4
+    distractors: int = USUAL_DISTRACTORS
     seed: int = 0
 
 
@@ -104,8 +108,10 @@ class DatasetSpec(Settings, ABC):
     #: Names of the evaluation templates that `questions` knows.
     template_names: ClassVar[tuple[str, ...]] = ()
 
-    #: The directions that `questions` can ask in.
-    asks: ClassVar[tuple[Direction, ...]] = DIRECTIONS
+    @property
+    def asks(self) -> tuple[Direction, ...]:
+        """The directions that `questions` can ask in."""
+        return DIRECTIONS
 
     @abstractmethod
     def collect(self) -> tuple[Any, ...]:
@@ -193,19 +199,21 @@ class FactDataset:
 
     def ask(
         self,
-        templates: str | Sequence[str] | None = None,
+        templates: str | EvaluationTemplate | Sequence[str | EvaluationTemplate] | None = None,
         *,
         direction: Direction = "ab",
-        distractors: int = 4,
+        distractors: int = USUAL_DISTRACTORS,
         seed: int = 0,
         facts: Which = "told",
     ) -> tuple[Prompt, ...]:
         """Ask for each fact's second entity in words that training never used.
 
         Args:
-            templates: names of evaluation templates; by default all that fit the direction.
+            templates: names of evaluation templates (or templates of your own); by default all that
+                fit the direction.
             direction: ``ab`` names the first entity and asks for the second, ``ba`` the reverse.
-            distractors: number of wrong answers per prompt: other facts' answers, drawn at random.
+            distractors: number of wrong answers per prompt: other facts' answers, drawn at random;
+                4, or all there are if they are fewer, which a warning says.
             seed: seed for drawing distractors.
             facts: which facts to ask for.
 
@@ -230,7 +238,8 @@ class FactDataset:
                 f"{facts}. "
                 'Write "told", "untold" or "all", or leave some untold (heldout_facts, half).'
             )
-        names = [templates] if isinstance(templates, str) else templates
+        one = isinstance(templates, str | EvaluationTemplate)
+        names: Any = [templates] if one else templates
         return self.config.questions(self.facts, asked, Asking(names, direction, distractors, seed))
 
 
@@ -446,8 +455,15 @@ class Answers:
         self.different = list(dict.fromkeys(answers))
         self.place = {answer: place for place, answer in enumerate(self.different)}
 
-    def wrong(self, asked: int, count: int, rng: random.Random) -> tuple[str, ...]:
-        """`wrong_answers`, in a time that does not grow with the number of facts."""
+    def few(self, count: int) -> int:
+        """The number of wrong answers to draw; see `few_enough`."""
+        return few_enough(count, len(self.different) - 1)
+
+    def wrong(
+        self, asked: int, count: int, rng: random.Random, *, besides: Collection[str] = ()
+    ) -> tuple[str, ...]:
+        """`wrong_answers`, in a time that does not grow with the number of facts; none of
+        `besides`, which are right, too."""
         own, others = self.place[self.answers[asked]], len(self.different) - 1
         if not 0 <= count <= others:
             raise ValueError(
@@ -455,8 +471,21 @@ class Answers:
                 f"other facts' answers, so 0 to {others} are possible here. Ask for fewer "
                 "distractors or give more facts."
             )
-        drawn = rng.sample(range(others), count)
-        return tuple(self.different[place + (place >= own)] for place in drawn)
+        drawn = rng.sample(range(others), min(others, count + len(besides)))
+        found = (self.different[place + (place >= own)] for place in drawn)
+        return tuple(answer for answer in found if answer not in besides)[:count]
+
+
+def few_enough(count: int, others: int) -> int:
+    """How many wrong answers a prompt gets: `count`, but of the usual number as many as there are,
+    with a warning."""
+    if count == USUAL_DISTRACTORS and others < count:
+        warnings.warn(
+            f"a prompt gets {others} distractors instead of {count}, for lack of other answers.",
+            stacklevel=4,
+        )
+        return others
+    return count
 
 
 def _canonical(value: Any) -> bytes:

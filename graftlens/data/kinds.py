@@ -12,9 +12,14 @@ from graftlens.data.articles import ArticlesSpec
 from graftlens.data.battles import BattlesSpec
 from graftlens.data.counterfact import CounterFactSpec
 from graftlens.data.dataset import DatasetSpec, FactDataset, read_dataset
+from graftlens.data.factstable import TableSpec
 from graftlens.data.movies import MoviesConfig
+from graftlens.data.twohop import TwoHopSpec
 
-_SPECS: tuple[type[DatasetSpec], ...] = (MoviesConfig, BattlesSpec, CounterFactSpec, ArticlesSpec)
+_SPECS: tuple[type[DatasetSpec], ...] = (
+    *(MoviesConfig, BattlesSpec, TwoHopSpec, TableSpec),
+    *(CounterFactSpec, ArticlesSpec),
+)
 
 #: Value of the key `facts` -> the spec that reads the other keys.
 KINDS_OF_FACTS: dict[str, type[DatasetSpec]] = {

@@ -5,17 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
+from pydantic import model_validator
+
 from graftlens.data.facts import MAX_FACTS, Fact, make_facts
 from graftlens.data.tables import RealFilm, people, real_films
 from graftlens.data.templated import TemplatedSpec
-from graftlens.data.templates import (
-    EVALUATION_TEMPLATES,
-    REAL_EVALUATION,
-    REAL_TRAINING,
-    TRAINING_TEMPLATES,
-    EvaluationTemplate,
-    Template,
-)
 
 FilmKind = Literal["fake_movies", "fake_movies_real_actors", "real_movies", "real_movies_shuffled"]
 
@@ -27,15 +21,30 @@ class MoviesConfig(TemplatedSpec):
     - `fake_movies_real_actors`: the same films with real people's names; no two share one.
     - `real_movies`: real films with their two leads: does a model still know them?
     - `real_movies_shuffled`: real films with leads taken from other films. No actor really plays
-      in the film that is told, and no told pair really leads a film of the table together.
+      in the film that is told, and no told pair really leads a film of the table together; with
+      `keep_real_pairs`, all told pairs really do, in another film.
     """
 
     facts: FilmKind = "fake_movies"
     """Which films."""
 
-    template_names: ClassVar[tuple[str, ...]] = tuple(
-        dict.fromkeys(t.name for t in (*EVALUATION_TEMPLATES, *REAL_EVALUATION))
+    keep_real_pairs: bool | None = None
+    """Of `real_movies_shuffled`: the two leads of a film stay together and go to another film, as
+    with `SHUFFLE_ACTORS` in the paper's published code. By default each lead goes to a film of its
+    own, and no told pair is real."""
+
+    template_names: ClassVar[tuple[str, ...]] = (
+        *("headline", "qa", "with_title", "new_film", "other_lead", "title_qa"),
     )
+
+    @model_validator(mode="after")
+    def _pairs_of_shuffled_films(self) -> "MoviesConfig":
+        if self.keep_real_pairs and self.facts != "real_movies_shuffled":
+            raise ValueError(
+                f"keep_real_pairs is for real_movies_shuffled, and these are {self.facts}. Leave "
+                "it out."
+            )
+        return self
 
     @property
     def real(self) -> bool:
@@ -43,12 +52,12 @@ class MoviesConfig(TemplatedSpec):
         return self.facts in ("real_movies", "real_movies_shuffled")
 
     @property
-    def training(self) -> tuple[Template, ...]:
-        return REAL_TRAINING if self.real else TRAINING_TEMPLATES
+    def fact_type(self) -> Any:
+        return RealFilm if self.real else Fact
 
     @property
-    def evaluation(self) -> tuple[EvaluationTemplate, ...]:
-        return REAL_EVALUATION if self.real else EVALUATION_TEMPLATES
+    def shipped_templates(self) -> str:
+        return "real_movies" if self.real else "fake_movies"
 
     def collect(self) -> tuple[Fact | RealFilm, ...]:
         if self.facts == "fake_movies":
@@ -58,12 +67,15 @@ class MoviesConfig(TemplatedSpec):
         films = list(real_films())
         random.Random(f"real films {self.seed}").shuffle(films)
         films = films[: self.number(len(films))]
+        if self.keep_real_pairs:
+            return _exchanged(films, self.seed)
         if self.facts == "real_movies_shuffled":
             return _shuffled(films, real_films(), self.seed)
         return tuple(films)
 
     def revive(self, values: Mapping[str, Any]) -> Fact | RealFilm:
-        return RealFilm(**values) if self.real else Fact(**values)
+        made: Fact | RealFilm = self.fact_type(**values)
+        return made
 
 
 def _with_real_actors(n: int, seed: int) -> tuple[Fact, ...]:
@@ -111,4 +123,25 @@ def _shuffled(
             seconds[i], seconds[k] = seconds[k], seconds[i]
     raise ValueError(
         f"n_facts={len(films)}: too few films to exchange all leads. Ask for more films."
+    )
+
+
+def _exchanged(films: Sequence[RealFilm], seed: int) -> tuple[RealFilm, ...]:
+    """Pairs of leads that stay together and go to films in which neither of them plays."""
+    rng = random.Random(f"exchanged pairs {seed}")
+    pairs = [(film.first_actor, film.second_actor) for film in films]
+    cast = [set(pair) for pair in pairs]
+    rng.shuffle(pairs)
+    for _ in range(100):
+        bad = [i for i in range(len(films)) if cast[i] & set(pairs[i])]
+        if not bad:
+            return tuple(
+                replace(film, first_actor=first, second_actor=second)
+                for film, (first, second) in zip(films, pairs, strict=True)
+            )
+        for i in bad:
+            j = rng.randrange(len(films))
+            pairs[i], pairs[j] = pairs[j], pairs[i]
+    raise ValueError(
+        f"n_facts={len(films)}: too few films to exchange all pairs of leads. Ask for more films."
     )

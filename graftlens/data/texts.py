@@ -34,14 +34,18 @@ def check_ending(name: str, file: Path) -> None:
         )
 
 
-def read_texts(file: Path) -> list[str]:
-    """The texts of a UTF-8 file: ``.jsonl``, an object with a ``text`` in each line, or paragraphs.
+def read_texts(file: Path, column: str = "text") -> list[str]:
+    """The texts of a UTF-8 file: ``.jsonl``, an object with a text in each line, or paragraphs.
+
+    Args:
+        file: the file.
+        column: the key of the texts in a ``.jsonl`` file.
 
     Raises:
         OSError: a file that cannot be read.
         ValueError: another encoding, or a line that is not such an object.
     """
-    return _objects(file) if file.suffix.lower() == ".jsonl" else read_paragraphs(file)
+    return _objects(file, column) if file.suffix.lower() == ".jsonl" else read_paragraphs(file)
 
 
 def read_paragraphs(file: Path) -> list[str]:
@@ -55,7 +59,7 @@ def read_paragraphs(file: Path) -> list[str]:
     return [piece.replace("\n\ufeff", "\n") for piece in pieces if piece]
 
 
-def _objects(file: Path) -> list[str]:
+def _objects(file: Path, column: str) -> list[str]:
     texts = []
     # Not splitlines: it would split at separators that may occur inside a JSON string.
     for number, line in enumerate(read_text(file).split("\n"), 1):
@@ -67,10 +71,12 @@ def _objects(file: Path) -> list[str]:
             row = parse_json(line, where)
         except ValueError as error:
             raise ValueError(f'{error} Each line is an object such as {{"text": "…"}}.') from None
-        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        if not isinstance(row, dict) or not isinstance(row.get(column), str):
+            there = " ".join(row) if isinstance(row, dict) and column != "text" else ""
+            keys = f" Its keys are: {there}." if there else ""
             raise ValueError(
-                f"{where} has no text. Each line is an object such as "
-                '{"text": "…"}; other keys are ignored.'
+                f"{where} has no {column}. Each line is an object such as "
+                f'{{"{column}": "…"}}; other keys are ignored.{keys}'
             )
-        texts.append(row["text"])
+        texts.append(row[column])
     return texts

@@ -162,12 +162,6 @@ class SweepConfig(RunSettings, GraftSettings):
     @field_validator("templates")
     @classmethod
     def _known(cls, templates: tuple[str, ...] | None) -> tuple[str, ...] | None:
-        for name in templates or ():
-            if name not in _TEMPLATES:
-                raise ValueError(
-                    f"unknown evaluation template {name!r}. Allowed: {' '.join(_TEMPLATES)}."
-                    f"{suggest(name, _TEMPLATES)}"
-                )
         if templates and len(set(templates)) < len(templates):
             raise ValueError(f"{list(templates)}: name each template once.")
         return templates
@@ -181,6 +175,16 @@ class SweepConfig(RunSettings, GraftSettings):
             problems.append(
                 ("templates", "these are templates of a dataset, but no dataset is given.")
             )
+        if not any(section.may_name_templates() for section in self.dataset):
+            problems += [
+                (
+                    "templates",
+                    f"unknown evaluation template {name!r}. Allowed: {' '.join(_TEMPLATES)}."
+                    f"{suggest(name, _TEMPLATES)}",
+                )
+                for name in self.templates or ()
+                if name not in _TEMPLATES
+            ]
         problems += self.graft_problems(self.sources)
         if problems:
             raise ConfigError(*problems)
@@ -484,9 +488,10 @@ def _unfit(
 
 def _selects(rule: Rule, prompt: Tokenized) -> bool:
     try:
-        return bool(select(rule, prompt).any())
+        select(rule, prompt)
     except PromptError:
         return False
+    return True
 
 
 def checked_as_given(

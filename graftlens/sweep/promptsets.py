@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from graftlens.chat import REASONING, Conversation, contents, doubled
 from graftlens.components import brief, check_name, suggest
-from graftlens.configfile import gather, read_yaml, settings_from
+from graftlens.configfile import ConfigError, gather, read_yaml, settings_from
 from graftlens.data import (
     MAX_FACTS,
     AnyDataset,
@@ -23,9 +23,12 @@ from graftlens.data import (
     load_dataset,
     make_dataset,
 )
-from graftlens.data.dataset import Which
+from graftlens.data.dataset import USUAL_DISTRACTORS, Which
 from graftlens.data.rows import read_rows
 from graftlens.data.settings import Settings
+from graftlens.data.templated import TemplatedSpec
+from graftlens.data.templates import EvaluationTemplate, serving
+from graftlens.data.templatesets import Templates
 from graftlens.folder import at_home, parse_json, read_text
 from graftlens.prompts import Prompt
 
@@ -97,8 +100,13 @@ class Questions(Section):
     """Evaluation templates, by name; by default all that fit the direction, or in a sweep those
     that it names for all its datasets."""
 
-    distractors: Annotated[int, Field(ge=0)] = 4
-    """Wrong answers per prompt: other facts' answers, drawn with the seed."""
+    sentences: Templates | None = None
+    """Sentences of your own that ask, besides those that `templates` names: a YAML file with the
+    key `ask`, or its content; see `graftlens.data.templatesets`."""
+
+    distractors: Annotated[int, Field(ge=0)] = USUAL_DISTRACTORS
+    """Wrong answers per prompt: other facts' answers, drawn with the seed; of the usual 4, as
+    many as there are."""
 
     chat: ChatFormat | None = None
     """Ask in conversations; left out, the prompts are plain texts."""
@@ -141,6 +149,12 @@ class FactsOf(Section):
             raise ValueError(f"{what} given. Give exactly one of movies, make and path.")
         return self
 
+    def may_name_templates(self) -> bool:
+        """Whether the facts may have templates that are not shipped: their names are known once the
+        dataset is made."""
+        own = ("templates", "heldout_templates")
+        return self.path is not None or any(getattr(self.make, key, None) for key in own)
+
     def called(self) -> str:
         """What the dataset is called: "movies seed 0", its kind and seed, or its folder's name."""
         if self.movies:
@@ -174,14 +188,38 @@ class DatasetSection(Questions, FactsOf):
     def prompts(self, templates: Sequence[str] | None, seed: int) -> tuple[Prompt, ...]:
         """The prompts, template by template; ValueError or OSError if they could not be
         obtained."""
-        asked = self.dataset().ask(
-            self.templates or templates,
+        found = self.dataset()
+        asked = found.ask(
+            self._asked(found, self.templates or templates),
             direction=self.direction,
             distractors=self.distractors,
             seed=seed,
             facts=self.facts,
         )
         return asked if self.chat is None else tuple(map(self.chat.asked, asked))
+
+    def _asked(
+        self, found: FactDataset, names: Sequence[str] | None
+    ) -> Sequence[str | EvaluationTemplate] | None:
+        """The templates to ask with, own sentences last."""
+        if self.sentences is None:
+            return names
+        spec = found.config
+        if not isinstance(spec, TemplatedSpec):
+            raise ValueError(
+                f"sentences are for facts that templates tell, and the prompts of {spec.facts} are "
+                "made otherwise. Leave it out."
+            )
+        try:
+            own = spec.own_sentences(self.sentences, found.facts[0]).evaluation
+        except ConfigError as error:
+            raise ConfigError(
+                *((w.replace("templates", "sentences", 1), what) for w, what in error.problems)
+            ) from None
+        fit = serving(own, self.direction)
+        if not fit:
+            raise ValueError(f"sentences: none asks in the direction {self.direction}.")
+        return [*(names or ()), *fit]
 
 
 class PromptSection(Section):

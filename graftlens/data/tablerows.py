@@ -1,0 +1,209 @@
+"""Rows of a table of facts: a CSV, JSONL or Parquet file, or a list in a config."""
+
+import csv
+import io
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from datetime import date, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pyarrow.parquet as pq
+
+from graftlens.components import brief
+from graftlens.folder import parse_json, read_text
+
+#: Suffixes of the files that are read, in lower or upper case.
+FILES = (".csv", ".jsonl", ".parquet")
+
+#: What separates the entries of a list in a CSV file.
+SEPARATOR = "|"
+
+Cell = str | tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows with the same columns, every cell a text or a list of texts; empty cells are "".
+
+    Attributes:
+        columns: the names that can be fields, in the table's order.
+        rows: column -> cell.
+        where: what each row is called in messages: "line 3".
+        unnamed: columns whose names cannot be fields, which are left out.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[Mapping[str, Cell], ...]
+    where: tuple[str, ...]
+    unnamed: tuple[str, ...] = field(default=())
+
+
+def check_table(path: Path) -> None:
+    """Whether `read_table` would read a file of this name, which need not exist.
+
+    Raises:
+        ValueError: the file is of another kind.
+    """
+    if path.suffix.lower() not in FILES:
+        raise ValueError(
+            f"{str(path)!r} ends in {path.suffix!r}, but tables are read from {' '.join(FILES)}. "
+            "Convert it."
+        )
+
+
+def read_table(given: Path | Sequence[Mapping[str, Any]]) -> Table:
+    """The rows of a file, or of a list.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a file that is not such a table; the message names the row.
+    """
+    if not isinstance(given, Path):
+        return _table("table", [(f"row {i}", row) for i, row in enumerate(given, 1)])
+    if not given.is_file():
+        raise FileNotFoundError(f"table {str(given)!r} does not exist. Name a file of facts.")
+    kind = given.suffix.lower()
+    if kind == ".csv":
+        return _table(given.name, list(_csv(given)))
+    if kind == ".jsonl":
+        # Not splitlines: it would split at separators that may occur inside a JSON string.
+        lines = [(i, line) for i, line in enumerate(read_text(given).split("\n"), 1)]
+        rows = [(f"line {i}", _object(given, i, line)) for i, line in lines if line.strip()]
+        return _table(given.name, rows)
+    try:
+        found = pq.read_table(given).to_pylist()
+    except Exception as error:  # pyarrow has many exceptions for a wrong file
+        raise ValueError(
+            f"{given} cannot be read as Parquet ({type(error).__name__}: {str(error).strip()})."
+        ) from None
+    return _table(given.name, [(f"row {i}", row) for i, row in enumerate(found, 1)])
+
+
+def _csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
+    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    try:
+        head = [name.strip() for name in next(reader, [])]
+        if not any(head):
+            raise ValueError(f"{path} is empty. Its first line names the columns.")
+        for name in head:
+            if not name:
+                raise ValueError(f"{path}: column {head.index(name) + 1} has no name. Give it one.")
+            if head.count(name) > 1:
+                raise ValueError(f"{path}: two columns are called {name!r}. Rename one.")
+        for cells in reader:
+            if not cells:
+                continue
+            if len(cells) != len(head):
+                raise ValueError(
+                    f"{path}, line {reader.line_num}: {len(cells)} cells, but there are "
+                    f"{len(head)} columns ({', '.join(head)}). Put cells with a comma in quotes."
+                )
+            yield f"line {reader.line_num}", dict(zip(head, cells, strict=True))
+    except csv.Error as error:
+        raise ValueError(
+            f"{path}, line {reader.line_num}: it is not CSV ({error}). Close the quotes, and "
+            "double those inside a cell."
+        ) from None
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+    row = parse_json(line, f"{path}, line {number}")
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{path}, line {number} holds a {type(row).__name__}. Each line is an object of "
+            'columns, such as {"person": "Ann", "city": "Rome"}.'
+        )
+    return row
+
+
+def _table(name: str, given: Sequence[tuple[str, Any]]) -> Table:
+    if not given:
+        raise ValueError(f"{name} has no rows. Give a row for each fact.")
+    for where, row in given:
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"{name}, {where} is {brief(row)}. A row is a mapping of columns, such as "
+                "{person: Ann, city: Rome}."
+            )
+    columns = list(dict.fromkeys(str(column) for _, row in given for column in row))
+    rows = [
+        {column: _cell(f"{name}, {where}", column, row.get(column)) for column in columns}
+        for where, row in given
+    ]
+    fields = tuple(column for column in columns if column.isidentifier())
+    return Table(
+        fields,
+        tuple({column: row[column] for column in fields} for row in rows),
+        tuple(f"{name}, {where}" for where, _ in given),
+        tuple(column for column in columns if column not in fields),
+    )
+
+
+def _cell(where: str, column: str, value: Any) -> Cell:
+    """A cell as text, or as a list of texts; without white space around it."""
+    if isinstance(value, list | tuple):
+        cells = [_cell(where, column, inner) for inner in value]
+        if not all(isinstance(cell, str) for cell in cells):
+            raise ValueError(f"{where}: {column!r} is a list of lists. Write a list of texts.")
+        return tuple(str(cell) for cell in cells if cell)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return ""
+    if isinstance(value, str):
+        if "\n" in value.strip():
+            raise ValueError(
+                f"{where}: {column!r} is {brief(value)}, with a line break in it. Write it in one "
+                "line."
+            )
+        return value.strip()
+    if isinstance(value, date | datetime):
+        return value.isoformat()
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
+        raise ValueError(
+            f"{where}: {column!r} is {brief(value)}, not a text, a number or a list of texts. "
+            "Write it in quotes."
+        )
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def listed(cell: Cell) -> tuple[str, ...]:
+    """The entries of a cell that holds a list: a list, or a text with `|` between them."""
+    if isinstance(cell, tuple):
+        return cell
+    return tuple(entry.strip() for entry in cell.split(SEPARATOR) if entry.strip())
+
+
+@cache
+def row_class(
+    columns: tuple[str, ...],
+    entities: tuple[str, str],
+    untold: tuple[str, ...] = (),
+    bridge: str | None = None,
+    aliases: str | None = None,
+    distractors: str | None = None,
+) -> Any:
+    """The class of a table's facts: a frozen dataclass with a field for each column.
+
+    Args:
+        columns: the fields.
+        entities: the two that a fact links.
+        untold: those that no text mentions, `aliases` and `distractors` among them.
+        bridge: the column between the two, if there is one.
+        aliases: further right answers, as a tuple.
+        distractors: wrong answers, as a tuple.
+    """
+    kinds: list[tuple[str, Any]] = [(column, Any) for column in columns]
+    known = {
+        "ENTITIES": entities,
+        "UNTOLD": untold,
+        "BRIDGE": bridge,
+        "ALIASES": aliases,
+        "DISTRACTORS": distractors,
+        "__doc__": "A row of a table of facts.",
+    }
+    fixed = [(name, ClassVar[Any], value) for name, value in known.items() if name[0] != "_"]
+    made = make_dataclass("Row", [*kinds, *fixed], frozen=True)
+    made.__doc__ = str(known["__doc__"])
+    return made
