@@ -1,16 +1,20 @@
 """Lists in an experiment's config: every combination, in its own folder, on one page."""
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from command import graftlens
+from needs import needs
 from tinybase import tiny_base
 
 from graftlens import ConfigError, read_results
-from graftlens.experiment.variants import folder_of, variants
+from graftlens.engines import submit
+from graftlens.experiment import variants as module
+from graftlens.experiment.variants import folder_of, launch_variants, variants
 
 EXPERIMENT: dict[str, Any] = {
     "title": "T",
@@ -84,3 +88,19 @@ def test_the_command_runs_all_and_compares_them(tmp_path: Path) -> None:
         assert (tmp_path / "out" / label / "sweeps" / "p" / "report.html").is_file()
         assert label in page
     assert means[0] != means[1]
+
+
+@pytest.mark.slow
+def test_whole_experiments_run_as_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By submitit's rehearsal of Slurm on this machine."""
+    needs("submitit")
+    bases = [str(tiny_base(tmp_path / f"base{seed}", seed=seed)) for seed in (0, 1)]
+    path = written(tmp_path, model=bases)
+    monkeypatch.setattr(module, "submit", partial(submit, cluster="local"))
+    said: list[str] = []
+    ok = launch_variants(str(path), tmp_path / "out", store=tmp_path / "store", say=said.append)
+    assert ok
+    assert said[-1] == str(tmp_path / "out" / "compared.html")
+    for label in ("base0", "base1"):
+        assert (tmp_path / "out" / label / "slurm").is_dir()
+        assert read_results(tmp_path / "out" / label / "sweeps" / "p")["reason"].isna().all()

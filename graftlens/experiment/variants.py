@@ -15,14 +15,13 @@ from graftlens.engines import EngineError, SlurmResources, submit
 from graftlens.experiment.compare import compare_runs
 from graftlens.experiment.config import ExperimentConfig, NamedExperiment
 from graftlens.experiment.run import (
-    RUNS,
     ExperimentResult,
     default_folder,
     describe_experiment,
     run_experiment,
 )
 from graftlens.experiment.show import plain
-from graftlens.folder import at_home, inside, read_text
+from graftlens.folder import RUNS, at_home, inside, read_text
 from graftlens.shipped import Kind, config_file
 from graftlens.sweep.cells import Measures
 
