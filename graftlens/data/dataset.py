@@ -477,8 +477,8 @@ class Answers:
 
 
 def few_enough(count: int, others: int) -> int:
-    """How many wrong answers a prompt gets: `count`, but of the usual number as many as there are,
-    with a warning."""
+    """The number of wrong answers for a prompt: `count`, but of the usual number as many as there
+    are, with a warning."""
     if count == USUAL_DISTRACTORS and others < count:
         warnings.warn(
             f"a prompt gets {others} distractors instead of {count}, for lack of other answers.",
