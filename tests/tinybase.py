@@ -122,7 +122,8 @@ def small(config: Path, folder: Path) -> list[str]:
     few = ("random=5", "rounds=1", "resamples=3", "steps=4")
     overrides += [f"parts.{name}.localise.{key}" for name in searched for key in few]
     for name, dataset in said["datasets"].items():
-        if dataset["facts"] == "table":  # it is small, and says so itself
+        if dataset["facts"] == "table":  # it has few facts, which must be learned all the same
+            overrides.append("recipe.epochs=40")
             continue
         overrides.append(f"datasets.{name}.n_facts={FACTS}")
         if dataset.get("texts_per_fact", 4) > 4:
