@@ -310,7 +310,8 @@ def check_page(result: ExperimentResult) -> None:
     written |= {result.folder.resolve() / "experiment.yaml"}
     for name in result.sweeps:
         sweep = result.folder.resolve() / "sweeps" / name
-        written |= {sweep / "trust.txt", sweep / "report.html"}
+        page = sweep / ("index.html" if (sweep / "localise.json").is_file() else "report.html")
+        written |= {sweep / "trust.txt", page}
     assert found == written
     assert not list(result.folder.rglob("*.tmp"))
 

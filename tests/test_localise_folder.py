@@ -13,8 +13,9 @@ import yaml
 from command import graftlens
 from sweeps import checkpoints
 
-from graftlens.configfile import ConfigError
+from graftlens.configfile import ConfigError, settings_from
 from graftlens.experiment import localising
+from graftlens.experiment.config import ExperimentConfig
 from graftlens.experiment.localising import TABLES, describe_localise, run_localise
 from graftlens.find.config import LocaliseConfig
 from graftlens.graft import Graft
@@ -247,3 +248,32 @@ def test_tables_are_written_as_they_are(whole: Path, sources: dict[str, str]) ->
     pd.testing.assert_series_equal(
         kept["score"], result.found.table["score"].astype(float), check_exact=True
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"grids": [{"layers": "each"}]}, r"parts\.one\.grids: a part that localises has none"),
+        ({"figures": [{"kind": "bars"}]}, r"parts\.one\.figures: a part that localises has none"),
+        ({"finding": {"enough": "a", "rest": "b"}}, r"parts\.one\.finding: a part that localises"),
+        ({"localise": {"positions": []}, "grafts": {"a": "task @ last"}}, "no source 'task'"),
+        ({"localise": {"position": ["last"]}}, r"parts\.one\.localise: unknown key 'position'"),
+    ],
+    ids=str,
+)
+def test_a_part_that_localises_has_nothing_else(changes: dict[str, Any], said: str) -> None:
+    part = {
+        "title": "One",
+        "prompts": {"dataset": "films"},
+        "localise": {"positions": ["last", "rest"]},
+    }
+    films = {"facts": "fake_movies", "n_facts": 8}
+    whole = {
+        "title": "T",
+        "question": "?",
+        "datasets": {"films": films},
+        "models": {"sft": {"data": "films"}},
+    }
+    with pytest.raises(ConfigError, match=said):
+        settings_from(ExperimentConfig, {**whole, "parts": {"one": {**part, **changes}}})
+    assert settings_from(ExperimentConfig, {**whole, "parts": {"one": part}}).parts["one"].localise

@@ -184,10 +184,12 @@ def run_experiment(
     lead = " ".join([*said, *([f"The paper: {config.expected}"] if config.expected else [])])
     links = {"the config": folder / "experiment.yaml", "what was run": folder / "experiment.json"}
     for name in sweeps:
-        links[f"the prompts of {name}, graft by graft"] = folder / "sweeps" / name / PAGE
-        links[f"trust report of {name}"] = folder / "sweeps" / name / "trust.txt"
+        place = folder / "sweeps" / name
         if config.parts[name].localise is not None:
-            links[f"localisation of {name}"] = folder / "sweeps" / name / "index.html"
+            links[f"the localisation of {name}"] = place / "index.html"
+        else:
+            links[f"the prompts of {name}, graft by graft"] = place / PAGE
+        links[f"trust report of {name}"] = place / "trust.txt"
     page = experiment_page(
         folder / "index.html",
         ExperimentPage(

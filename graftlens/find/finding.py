@@ -18,7 +18,7 @@ from graftlens.find.sets import Size, lengths_of, site_of
 from graftlens.find.splitting import Split
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture
-from graftlens.prompts import Prompt, Tokenized
+from graftlens.prompts import Tokenized
 
 Say = Callable[[str], object]
 
@@ -28,7 +28,7 @@ class Question:
     """Everything that decides a localisation, besides the models themselves.
 
     Attributes:
-        prompts, tokens: the prompts with answers, and their tokens.
+        tokens: the prompts' tokens.
         token_text: a token's id -> its text.
         arch: the architecture.
         biases: components that have a bias.
@@ -44,7 +44,6 @@ class Question:
         seed: of everything that is drawn.
     """
 
-    prompts: tuple[Prompt, ...]
     tokens: tuple[Tokenized, ...]
     token_text: Callable[[int], str]
     arch: Architecture

@@ -234,7 +234,6 @@ def question_of(
     searched = places_of(sites)
     base = Graft() if asked.outside == "base" else without(searched, full, asked.base, model.arch)
     return Question(
-        prompts=tuple(one.scored.prompt for one in asked.prompts),
         tokens=tuple(one.scored.tokens for one in asked.prompts),
         token_text=model.to_single_str_token,
         arch=model.arch,

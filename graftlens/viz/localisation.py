@@ -105,7 +105,7 @@ def site_map(
         have = [name for name in VIEWS if name in table]
         raise ValueError(f"value={value!r} is not in the table. It has: {' '.join(have)}.")
     positions = list(dict.fromkeys(table["position"]))
-    components = list(dict.fromkeys(table.sort_values("layer", na_position="first")["component"]))
+    components = list(dict.fromkeys(table["component"]))
     layers = [NO_LAYER] if table["layer"].isna().any() else []
     layers += [str(n) for n in sorted(table["layer"].dropna().astype(int).unique())]
     across = {layer: i for i, layer in enumerate(layers)}
@@ -345,7 +345,7 @@ _CAPTIONS = {
     "search": "What was judged on the search side",
     "rounds": "Rounds of refinement",
     "costs": "How many runs it took, before rows are shared",
-    "table": "Every searched site",
+    "table": "Every searched site, the largest score first",
 }
 
 
@@ -373,7 +373,7 @@ def localisation_page(
     own, rest = (float(rows.at[name, "recovery"]) for name in ("found", "complement"))
     views = [(name, said, name not in found.table) for name, said in VIEWS.items()]
     tables = {
-        name: Table(caption, _plain(getattr(found, name)), dict((files or {}).get(name, {})))
+        name: Table(caption, _ordered(getattr(found, name)), dict((files or {}).get(name, {})))
         for name, caption in _CAPTIONS.items()
         if len(getattr(found, name))
     }
@@ -394,7 +394,7 @@ def localisation_page(
         )
     html = render(
         "localisation.html",
-        title=title or f"Where {found.source} does it",
+        title=title or f"The places that do what {found.source} does",
         found=found,
         measured=_measured(found),
         views=views,
@@ -418,9 +418,9 @@ def localisation_page(
     return write_whole(path, html)
 
 
-def _plain(frame: pd.DataFrame) -> pd.DataFrame:
-    """A table of which none but a summary has columns with intervals."""
-    return frame.reset_index(drop=True)
+def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
+    """A table as the page shows it: sites in the order of their scores."""
+    return frame.sort_values("order", ignore_index=True) if "order" in frame else frame
 
 
 def found_figures(found: Localised) -> dict[str, Figure]:
