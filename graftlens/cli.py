@@ -499,7 +499,8 @@ def report(
     runs: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN…", help="Folders of experiments and sweeps to compare, or one sweep."
+            metavar="RUN…",
+            help="Folders of experiments, sweeps and localisations, or one sweep.",
         ),
     ],
     out: Annotated[
@@ -513,7 +514,7 @@ def report(
         str, typer.Option(help="The measure to compare: top1, top5, recovery, …")
     ] = "top5",
 ) -> None:
-    """Compare finished experiments and sweeps (other models, other datasets) on one page.
+    """Compare finished experiments, sweeps and localisations (other models, other datasets) on one page.
 
     Of one sweep alone, it writes that sweep's page again.
     """

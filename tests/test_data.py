@@ -359,8 +359,8 @@ def test_a_single_template_is_a_list_of_one():
 
 def test_prompt_errors_say_what_is_allowed():
     facts = make_facts(3, seed=0)
-    with pytest.raises(ValueError, match=r"distractors=4 of 3 facts.*0 to 2 are possible"):
-        evaluation_prompts(facts)
+    with pytest.raises(ValueError, match=r"distractors=3 of 3 facts.*0 to 2 are possible"):
+        evaluation_prompts(facts, distractors=3)
     with pytest.raises(ValueError, match=r"'banner' is unknown. Use one of headline, qa, with_t"):
         evaluation_prompts(facts, templates=["banner"], distractors=0)
     with pytest.raises(ValueError, match=r"is empty. Name one or more of headline"):

@@ -1330,8 +1330,11 @@ def test_a_report_of_runs(ran, tmp_path):
     assert complaints == []
     assert drawn > 0
     for words, problem in (
-        ([runs[0]], "1 given: name two or more folders that graftlens run or graftlens sweep"),
-        ([runs[0], tmp_path], "holds no finished experiment or sweep: there is no experiment.json"),
+        ([runs[0]], "1 given: name two or more folders that graftlens run, sweep or localise"),
+        (
+            [runs[0], tmp_path],
+            "holds no finished experiment, sweep or localisation: there is no exp",
+        ),
         ([*runs, "--metric", "top7"], "has no metric 'top7'"),
     ):
         said = graftlens("report", *words, "--out", "none.html", cwd=tmp_path)

@@ -172,7 +172,7 @@ BAD_VALUES = {
     "dataset: {movies: {}, path: films}": r"dataset.0: movies and path are given",
     "dataset: {path: ./empty}": r"dataset.0: empty is not a dataset of facts: it has no tr",
     "dataset: {movies: {n_facts: 0}}": r"dataset.0.movies.n_facts: 0 should be greater than or eq",
-    "dataset: {movies: {n_facts: 3}}": r"dataset.0: distractors=4 of 3 facts",
+    "dataset: {movies: {n_facts: 3}, distractors: 5}": r"dataset.0: distractors=5 of 3 facts",
     "dataset: {movies: {n_facts: 9}, direction: up}": r"dataset.0.direction: 'up' should be 'ab' o",
     "dataset: [{movies: {n_facts: 9}}, {movies: {n_facts: 8}}]": r"dataset.1: two sets of prompts "
     r"are called 'movies seed 0'. Rename one",
@@ -338,7 +338,8 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         made(
             "{grafts: {a: 'sft @ last : o : 9', b: sft @ x, c: sft @ last}, base: d,"
-            " grids: {layers: {windows: {size: 5}}}, dataset: {movies: {n_facts: 2}}}",
+            " grids: {layers: {windows: {size: 5}}},"
+            " dataset: {movies: {n_facts: 2}, distractors: 9}}",
             tmp_path / "sweep.yaml",
         )
     assert [where for where, _ in caught.value.problems] == [

@@ -357,12 +357,12 @@ def test_sweeps_and_experiments_are_compared_in_any_mixture(
     run = experiment(tmp_path / "run", swept)
     two = compare_runs([swept, other], tmp_path / "two.html", metric="logprob")
     headings = [said for tag, said in Page(two).headings if tag == "h2"]
-    assert headings[0] == "The sweeps' grafts"
+    assert headings[0] == "Grafts without a part"
     mixed = report_of([run, swept, other], tmp_path / "mixed.html", metric="logprob")
     found = Page(mixed)
     assert [said for tag, said in found.headings if tag == "h2"][:2] == [
         "Positions",
-        "The sweeps' grafts",
+        "Grafts without a part",
     ]
     words = " ".join("".join(found.words).split())
     assert "In tiny, my sweep, other." in words
@@ -370,11 +370,21 @@ def test_sweeps_and_experiments_are_compared_in_any_mixture(
     assert f"{numbers['logprob'].iloc[0]:.2f}" in words
     one = compare_runs([run, swept], tmp_path / "one.html", metric="logprob")
     assert next(said for tag, said in Page(one).headings if tag == "h2") == "Positions"
-    assert list(KINDS) == ["experiment.json", "sweep.json"]
+    assert list(KINDS) == ["experiment.json", "sweep.json", "localise.json"]
+    found = tmp_path / "found"
+    found.mkdir()
+    (found / "localise.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds a localisation that is not finished"):
+        compare_runs([swept, found], tmp_path / "no.html")
+    rows = reports.sweep_summary(other)
+    tables.write_table(rows, found / "tables" / "summary")
+    all_kinds = compare_runs([run, swept, found], tmp_path / "all.html", metric="logprob")
+    words = " ".join("".join(Page(all_kinds).words).split())
+    assert "In tiny, my sweep, found." in words
 
 
 def test_what_is_neither_is_named(swept: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"no finished experiment or sweep: there is no experi"):
+    with pytest.raises(ValueError, match=r"no finished experiment, sweep or localisation: there"):
         compare_runs([swept, tmp_path], tmp_path / "r.html")
     with pytest.raises(ValueError, match="a folder is named twice"):
         compare_runs([swept, swept], tmp_path / "r.html")

@@ -56,9 +56,10 @@ def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Pa
     """Write a page that compares the parts that the runs share.
 
     Args:
-        runs: two or more folders of experiments that `graftlens run` finished, or of sweeps that
-            `graftlens sweep` finished, in any mixture. A sweep is compared with every part of an
-            experiment that has one of its grafts by name, and with the other sweeps.
+        runs: two or more folders of experiments that `graftlens run` finished, of sweeps and of
+            localisations, in any mixture. A sweep or a localisation is compared with every part of
+            an experiment that has one of its grafts by name, and with the other sweeps and
+            localisations.
         out: the page to write.
         metric: what is compared.
 
@@ -73,7 +74,7 @@ def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Pa
     out = page_at(at_home(out), "Name another file with --out.")
     if len(runs) < 2:
         raise ValueError(
-            f"{len(runs)} given: name two or more folders that graftlens run or graftlens sweep "
+            f"{len(runs)} given: name two or more folders that graftlens run, sweep or localise "
             "wrote."
         )
     found = {run: _read_run(run) for run in map(at_home, runs)}
@@ -102,8 +103,8 @@ def _read_run(run: Path) -> Compared:
             return read(run)
     named = " or ".join(KINDS)
     raise ValueError(
-        f"{run} holds no finished experiment or sweep: there is no {named} in it. Name a folder "
-        "that graftlens run or graftlens sweep wrote, and finish it first."
+        f"{run} holds no finished experiment, sweep or localisation: there is no {named} in it. "
+        "Name a folder that graftlens run, sweep or localise wrote, and finish it first."
     )
 
 
@@ -128,8 +129,22 @@ def _sweep(run: Path) -> Compared:
     return Compared(
         labels=(run.resolve().name, str(run)),
         parts={"": sweep_summary(run)},
-        titles={"": "The sweeps' grafts"},
+        titles={"": "Grafts without a part"},
         about={"sources": places, "cells": manifest.cells, "versions": dict(manifest.versions)},
+    )
+
+
+def _localisation(run: Path) -> Compared:
+    path = inside(run, "tables", "summary.csv")
+    if not path.is_file():
+        raise ValueError(
+            f"{run} holds a localisation that is not finished. Run its command again to continue."
+        )
+    return Compared(
+        labels=(run.resolve().name, str(run)),
+        parts={"": _read(path)},
+        titles={"": "Grafts without a part"},
+        about={"localisation": run.resolve().name},
     )
 
 
@@ -137,6 +152,7 @@ def _sweep(run: Path) -> Compared:
 KINDS: Mapping[str, Callable[[Path], Compared]] = {
     "experiment.json": _experiment,
     "sweep.json": _sweep,
+    "localise.json": _localisation,
 }
 
 
