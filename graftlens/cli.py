@@ -514,9 +514,10 @@ def report(
         str, typer.Option(help="The measure to compare: top1, top5, recovery, …")
     ] = "top5",
 ) -> None:
-    """Compare finished experiments, sweeps and localisations (other models, other datasets) on one page.
+    """Compare finished experiments, sweeps and localisations on one page.
 
-    Of one sweep alone, it writes that sweep's page again.
+    They may be of other models or other datasets. Of one sweep alone, it writes that sweep's page
+    again.
     """
     from graftlens.experiment.compare import report_of
 
