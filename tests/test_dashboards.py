@@ -12,7 +12,10 @@ from transformers import AutoModelForCausalLM
 
 from graftlens import Graft, GraftedTransformer, Prompt, dashboard, evaluate, lens
 from graftlens.dashboards import write_dashboard
+from graftlens.model.locations import location_of
 from graftlens.model.smollm2 import located
+from graftlens.model.start import load_tokenizer
+from graftlens.presets import PRESETS
 from graftlens.prompts import Tokenized
 
 PROMPT = Prompt(
@@ -218,6 +221,19 @@ def test_a_near_miss_of_smollm2_is_not_asked_of_the_hub() -> None:
         located("smolm2")
     assert located("gpt2") == "gpt2"
     assert located("me/smollm2") == "me/smollm2"
+
+
+def test_one_name_for_one_model_wherever_a_model_is_named(
+    pair: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sources in Python, configs, finetuning, writers: all find it by `location_of`."""
+    monkeypatch.setattr("graftlens.model.smollm2.smollm2", lambda: Path(pair["pre"]))
+    for name in ("smollm2-135m", "smollm2"):
+        assert located(name) == location_of("it", name) == pair["pre"]
+        model = GraftedTransformer.from_pretrained({"pre": name, "sft": pair["sft"]}, verbose=False)
+        assert load_tokenizer(name).get_vocab() == model.tokenizer.get_vocab()
+    assert PRESETS["smollm2-135m"].model == "smollm2-135m"
+    assert located("llama-3.2-1b") == "meta-llama/Llama-3.2-1B"
 
 
 def test_an_answer_that_goes_on_with_a_word_is_told_of(model: GraftedTransformer) -> None:
