@@ -59,6 +59,7 @@ def fail_when_ended(path: Path, then: str) -> None:
     signal.signal(signal.SIGTERM, failed)
     path.with_name("ready").touch()
     time.sleep(HANG)
+    return None
 
 
 def threads(path: Path) -> None:
