@@ -7,13 +7,13 @@ medians over rounds.
 - a step: one forward and backward pass at one strength, by site, head, neuron and direction.
 - each, 8 steps: `find.attribute` of every site at every token, ends included.
 - sweep: each of these sites by itself in the base, by one sweep whose rows are shared, planning
-  included. The prompts of both are the same.
+  included. Both have the same few prompts: a single one is too few rows for its weights.
 - neurons: `find.attribute` by neuron at the first entity, the last token and the rest, against
   single neurons by a sweep: 1,000 drawn at random, and extrapolated to all of them by number (in a
   sweep of all, neighbours would share more).
 
-    python experiments/benchmarks/attribution.py [--model smollm2|llama-1b|tiny] [--rounds 5]
-        [--prompts 16] [--swept 1] [--neurons 1000]
+    python experiments/benchmarks/attribution.py [--model smollm2|llama-1b|tiny] [--rounds 3]
+        [--prompts 16] [--swept 4] [--neurons 1000]
 """
 
 import argparse
@@ -139,9 +139,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", choices=MODELS, default="smollm2")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=16, help="prompts of a step")
-    parser.add_argument("--swept", type=int, default=1, help="prompts of the sweep of all sites")
+    parser.add_argument("--swept", type=int, default=4, help="prompts of the sweep of all sites")
     parser.add_argument("--neurons", type=int, default=1000, help="neurons drawn for the sweep")
     options = parser.parse_args()
     if min(options.rounds, options.prompts, options.swept, options.neurons) < 1:
@@ -161,7 +161,8 @@ def main() -> None:
         hf = AutoModelForCausalLM.from_pretrained(folders["pre"], dtype=dtype).to(device).eval()
         asked = evaluation_prompts(make_facts(64, seed=0), templates=["headline"])
         contest = Contest(model, hf, asked[: options.prompts], options.swept, options.neurons)
-        contest.round()  # warm
+        contest.plain()
+        contest.step("site")  # warm
         print(report(contest, [contest.round() for _ in range(options.rounds)]))
 
 
