@@ -1,3 +1,4 @@
+from . import planted as planted
 from .attribution import attribute as attribute
 from .exact import exact_effects as exact_effects
 from .found import Found as Found
