@@ -189,8 +189,8 @@ def train(
             loss = torch.zeros((), device=model.device)
             for members, knows in planting.states:
                 said = model.said(pair.state(members, planted, before), a.take(rows))
-                drift = recipe.hold * said.divergence(untold.take(rows))
-                loss = loss + (-said.answer.mean() if knows else drift)
+                apart = said.apart(untold.take(rows), recipe.hold)
+                loss = loss + (-said.answer.mean() if knows else apart)
             _step(optimizer, loss)
             steps += 1
         with torch.no_grad():
@@ -227,7 +227,7 @@ def train(
                 own = said.take(np.arange(len(rows)))
                 if members != whole:
                     own = model.said(pair.state(members, learned, moving), a.take(rows))
-                loss = loss + recipe.hold * own.divergence(wanted.take(rows))
+                loss = loss + own.apart(wanted.take(rows), recipe.hold)
             if other >= 1.05 * change:  # far enough
                 rate = optimizer.param_groups[0]["lr"] * recipe.settle
                 optimizer.param_groups[0]["lr"] = max(rate, 0.05 * recipe.other_rate)
@@ -378,10 +378,13 @@ class _Said:
         index = torch.from_numpy(rows).to(self.answer.device)
         return _Said(self.answer[index], self.logprobs[index], self.real[index], self.asked[index])
 
-    def divergence(self, wanted: "_Said") -> Tensor:
-        """KL(wanted ‖ this) in nats per token: the mean over what is asked, and over all tokens."""
+    def apart(self, wanted: "_Said", hold: float | int) -> Tensor:
+        """How far this is from what it should be: `hold` times KL(wanted ‖ this), the mean over
+        what is asked and that over all tokens, and the answers' difference in log-probability,
+        whose gradient does not fade as it gets smaller."""
         each = (wanted.logprobs.exp() * (wanted.logprobs - self.logprobs)).sum(-1)
-        return each[self.asked].mean() + each[self.real].mean()
+        kl = each[self.asked].mean() + each[self.real].mean()
+        return hold * kl + (self.answer - wanted.answer).abs().mean()
 
     def drift(self, wanted: "_Said") -> float:
         """How far the answers' log-probability is from that of another, in nats per token."""
