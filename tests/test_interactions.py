@@ -4,6 +4,7 @@ written out with sums over subsets and orders."""
 from collections.abc import Iterable
 from itertools import combinations, permutations
 from math import factorial
+from types import SimpleNamespace
 
 import jaxtyping
 import numpy as np
@@ -316,6 +317,7 @@ def test_players_of_a_graft_are_its_positions_by_kind(llama: Tiny) -> None:
         "first_entity: attention": "sft @ first_entity : attn",
         "all: other": "sft @ all : unembed",
     }
+    assert find.players_of(SimpleNamespace(graft=graft)) == players  # as `localise` gives it
     whole = find.players_of("sft @ last | 0.5*sft @ first_entity : block : 1", llama.model)
     assert {name: str(g) for name, g in whole.items()} == {
         "last: attention": "sft @ last : q + k + v + o",

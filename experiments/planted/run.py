@@ -4,7 +4,7 @@
     .venv/bin/python experiments/planted/run.py smollm2 --seeds 0
 
 Pairs are kept in graftlens-runs/planted and made once. Written beside them: scores.csv (a row per
-pair, seed and method), summary.csv, gates.csv, checks.csv, and the figure auroc.
+pair, seed and method), summary.csv, gates.csv, searched.csv, checks.csv, and the figure auroc.
 """
 
 import argparse
@@ -105,11 +105,13 @@ def main() -> None:
     parser.add_argument("kind", choices=["tiny", "smollm2"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = parser.parse_args()
-    scores, gates, checks = [], [], []
+    scores, gates, checks, found = [], [], [], []
     for seed in given.seeds:
         for pair in pairs(given.kind, seed):
             scores.append(planted.scored([pair]).assign(seed=seed))
             checks.append(pair.checks.assign(pair=pair.planting.name, seed=seed))
+            if pair.ok:
+                found.append(planted.searched(pair, seed=seed) | {"seed": seed})
             if pair.planting.gate is not None:
                 gates.append(planted.gate(pair, seed=seed).assign(seed=seed))
     out = OUT / given.kind
@@ -120,6 +122,7 @@ def main() -> None:
         ("summary", means),
         ("checks", pd.concat(checks)),
         ("gates", pd.concat(gates)),
+        ("searched", pd.DataFrame(found)),
     ):
         write_table(frame, out / name)
     figure = viz.grouped_bars(means, "auroc", baselines={"chance": 0.5})

@@ -5,9 +5,10 @@ that every method can be scored by how well it ranks what was planted: a functio
 prompts, source) to a score for each (component, layer), and one line in `SCORERS`.
 """
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from graftlens.evaluation import evaluate
 from graftlens.find.attribution import attribute
 from graftlens.find.exact import exact_effects
 from graftlens.find.interactions import interactions
+from graftlens.find.localisation import localise
 from graftlens.find.planting import BASE, SOURCE, Planting, Recipe, Trained, put, train
 from graftlens.find.ranks import auroc, average_precision
 from graftlens.graft import Graft
@@ -37,6 +39,7 @@ __all__ = [
     "gate",
     "plant",
     "scored",
+    "searched",
     "suite",
 ]
 
@@ -212,13 +215,20 @@ def _patched(
     return {site: float(value[f"{graft} (patched)"] - base) for site, graft in grafts.items()}
 
 
-def _attributed(*columns: str) -> Scorer:
-    """The mean of some columns of `attribute`, at all positions together."""
+def _attributed(*columns: str, steps: int | Literal["auto"] = 1) -> Scorer:
+    """The mean of some columns of `attribute`, at all positions together.
+
+    The gradients at the ends need no integral, so that one node is enough, and what it does not add
+    up to is nothing to warn of.
+    """
 
     def scores(
         model: GraftedTransformer, prompts: Sequence[Prompt], source: str
     ) -> dict[Site, float]:
-        table = attribute(model, list(prompts), source, positions=["all"])
+        with warnings.catch_warnings():
+            if steps == 1:
+                warnings.simplefilter("ignore", UserWarning)
+            table = attribute(model, list(prompts), source, positions=["all"], steps=steps)
         each = [_by_site(model.arch, table, column) for column in columns]
         return {site: sum(found[site] for found in each) / len(each) for site in each[0]}
 
@@ -263,7 +273,7 @@ def _by_site(arch: Architecture, table: pd.DataFrame, column: str) -> dict[Site,
 
 #: The methods by name. One of your own is a line: `SCORERS["mine"] = my_function`.
 SCORERS: dict[str, Scorer] = {
-    "integrated gradients": _attributed("ig"),
+    "integrated gradients": _attributed("ig", steps="auto"),
     "gradient at base": _attributed("at_base"),
     "gradient at full": _attributed("at_full"),
     "mean of both gradients": _attributed("at_base", "at_full"),
@@ -326,6 +336,39 @@ def gate(pair: Planted, *, seed: int = 0) -> pd.DataFrame:
         progress=False,
     )
     return found.pairs.assign(pair=pair.planting.name, planted=pair.planting.gate.upper())
+
+
+def searched(pair: Planted, *, target: float | int = 0.9, seed: int = 0) -> dict[str, Any]:
+    """What `localise` finds of a pair at all positions together, against what was planted.
+
+    Returns:
+        `pair`, `precision` (the share of found (component, layer) pairs that have some of M),
+        `recall` (the share of those with some of M that were found), `found` (how many), `reached`
+        (whether the target was), `planted`.
+
+    Raises:
+        ValueError: prompts of fewer facts than a search and its report need.
+    """
+    found = localise(
+        pair.model,
+        list(pair.prompts),
+        SOURCE,
+        positions=["all"],
+        target=target,
+        random=1,
+        resamples=1,
+        seed=seed,
+    )
+    there = {(place.component, place.layer) for place in found.places}
+    hits = len(there & pair.truth)
+    return {
+        "pair": pair.planting.name,
+        "precision": hits / len(there) if there else np.nan,
+        "recall": hits / len(pair.truth),
+        "found": len(there),
+        "planted": len(pair.truth),
+        "reached": found.reached,
+    }
 
 
 # -- the plantings ---------------------------------------------------------------------------
