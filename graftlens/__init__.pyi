@@ -30,7 +30,7 @@ from .stats import compare_all as compare_all
 from .stats import stability as stability
 from .stats import summarise as summarise
 from .sweep.config import SweepConfig as SweepConfig
-from .sweep.config import describe_sweep as describe_sweep
+from .sweep.description import describe_sweep as describe_sweep
 from .sweep.disk import FolderError as FolderError
 from .sweep.paper import paper_grafts as paper_grafts
 from .sweep.results import read_results as read_results

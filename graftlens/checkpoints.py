@@ -123,7 +123,7 @@ def refuse_foreign(
         path = output / name
         if os.path.lexists(path) and not (ours and path.is_file() and not path.is_symlink()):
             raise _in_the_way(path)
-    for path in (output / "checkpoints", output / "epochs"):
+    for path in (output / "checkpoints", output / "epochs", output / "kept"):
         # The target of a link belongs to somebody else.
         if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
             raise _in_the_way(path)

@@ -201,7 +201,7 @@ def sweep(
     own = measure or []
 
     if dry_run:
-        from graftlens.sweep.config import describe_sweep
+        from graftlens.sweep.description import describe_sweep
 
         typer.echo(describe_sweep(path, overrides=given, measures=own))
         return
@@ -407,7 +407,11 @@ def dashboard(
     system: Annotated[str | None, typer.Option(help="What the system says (with --chat).")] = None,
     source: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=MODEL", help="A further source that grafts can name."),
+        typer.Option(
+            metavar="NAME=MODEL",
+            help="A further source that grafts can name: a model, or what it is made of, such as "
+            '"half={of: sft, strength: 0.5}" or "rank8={of: sft, rank: 8}".',
+        ),
     ] = None,
     full: Annotated[
         str | None,
@@ -469,6 +473,7 @@ def dashboard(
         if path is not None and path.is_dir():
             raise typer.BadParameter(f"{path} is a folder. Name a file in it.")
     from graftlens.dashboards import write_dashboard, write_sweep_dashboard
+    from graftlens.model.made import sources_as_text
     from graftlens.prompts import Prompt
     from graftlens.sweep.promptsets import ChatFormat, PromptFile
 
@@ -478,7 +483,7 @@ def dashboard(
         typer.echo(str(page.resolve()))
         return
     assert pair is not None
-    sources = dict(zip(("pre", "sft"), pair, strict=True)) | more
+    sources = dict(zip(("pre", "sft"), pair, strict=True)) | sources_as_text(more)
     if file is not None:
         prompts = PromptFile(file=str(file)).prompts()
         if number >= len(prompts):

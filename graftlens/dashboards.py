@@ -147,7 +147,7 @@ def _warn_of_size(model: GraftedTransformer, length: int, runs: int) -> None:
 
 
 def write_dashboard(
-    sources: Mapping[str, str],
+    sources: Mapping[str, Any],
     prompt: Prompt,
     grafts: Grafts,
     path: str | Path,
@@ -163,7 +163,7 @@ def write_dashboard(
     it.
 
     Args:
-        sources: name -> hub id, folder, or `smollm2`; the base first.
+        sources: name -> hub id, folder, `smollm2`, or what the source is made of; the base first.
         path: the page.
         image: a PNG of the whole page.
         prompt, grafts, full, title, top_k: as in `dashboard`.
@@ -188,7 +188,9 @@ def write_dashboard(
             )
     if device is not None:
         check_devices([device])
-    locations = {name: located(location) for name, location in sources.items()}
+    locations = {
+        name: located(given) if isinstance(given, str) else given for name, given in sources.items()
+    }
     loading = dict(loading or {})
     prepend_bos = loading.pop("prepend_bos", None)
     _check(locations, prompt, _runs(list(locations), grafts, full), loading, prepend_bos)

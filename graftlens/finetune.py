@@ -9,15 +9,15 @@ The folder of a run holds
   again: a language model's rewrites, and what a hub holds, may differ the next time;
 - ``log.jsonl``: loss of every step, held-out perplexity of every epoch;
 - ``checkpoints/``: the newest complete state to resume from, removed when the run is finished;
-- ``epochs/``: with ``keep_epochs`` the weights after each epoch, else the best ones so far, removed
-  when the run is finished;
+- ``kept/``: with ``keep_checkpoints`` weights on the way, by their steps;
+- ``epochs/``: with ``keep: best`` the best weights so far, removed when the run is finished;
 - ``model/``: the finetuned checkpoint, or with LoRA the adapter (float32, with tokenizer and
   ``finetune.json``), which appears in one rename;
 - ``config.yaml``: the settings of `finetune_run`.
 
-Checkpoints, epochs and model have a ``complete.json`` with the SHA-256 of every file: damaged
-files are found, named, and not used. Other files in the folder are never replaced or removed: if
-one has a name that the run needs, the run is refused before the model is loaded.
+Checkpoints, kept weights, epochs and model have a ``complete.json`` with the SHA-256 of every file:
+damaged files are found, named, and not used. Other files in the folder are never replaced or
+removed: if one has a name that the run needs, the run is refused before the model is loaded.
 `graftlens.checkpoints` explains how, and how a half-written checkpoint, from which the Trainer
 would resume with fresh optimizer state, is ruled out.
 
@@ -337,14 +337,22 @@ def _finetune(
     checkpoints = config.output / "checkpoints"
     identity: dict[str, Any] = {}
 
+    def kept_epochs() -> Any:
+        """`keep_epochs` of a run that an earlier release recorded; None in any other."""
+        return ((recorded(config.output) or {}).get("config") or {}).get("keep_epochs")
+
     def clear() -> None:
         remove_all(checkpoints, "checkpoint")
-        if not config.keep_epochs:
+        if not kept_epochs():
             remove_all(epochs, "epoch")
 
     def already() -> FinetuneResult | None:
         """The result if there is one already."""
         settings = config.model_dump(mode="json", exclude={"output"})
+        earlier = kept_epochs()
+        # What it kept changes no result; but a run that kept epochs cannot go on to keep them.
+        if earlier is False or (earlier and final.exists()):
+            settings["keep_epochs"] = earlier
         identity.update(
             config=settings | {"precision": precision},
             data={
@@ -417,6 +425,10 @@ def _finetune(
     def save_epoch(number: int) -> None:
         write_folder(epochs / f"epoch-{number}", partial(save, result=trained), run=identity)
 
+    def save_step(step: int) -> None:
+        place = config.output / "kept" / f"checkpoint-{step}"
+        write_folder(place, partial(save, result=trained), run=identity, step=step)
+
     trainer, seconds, losses, perplexities = train(
         config,
         trained,
@@ -427,6 +439,7 @@ def _finetune(
         progress,
         processes,
         save_epoch,
+        save_step,
         identity,
     )
 

@@ -132,15 +132,15 @@ def repaired(config: FinetuneConfig, identity: Mapping[str, Any]) -> FinetuneRes
     Raises:
         DamagedError: there is nothing to rebuild it from.
     """
-    final, epochs = config.output / "model", config.output / "epochs"
+    final = config.output / "model"
     try:
         result = read_result(final)
     except DamagedError as error:
         if (found := foreign(final)) is not None:
             raise DamagedError(f"{error}. {found} is next to it: move it away first.") from None
         record = final / "finetune.json"
-        kept = epochs / f"epoch-{_result_of(record).epoch}" if is_intact(record) else None
-        if kept is not None and is_ours(kept):
+        kept = _weights_of(config, _result_of(record)) if is_intact(record) else None
+        if kept is not None:
             logger.warning("%s: rebuilt from %s", error, kept)
 
             def write(folder: Path) -> None:
@@ -157,19 +157,28 @@ def repaired(config: FinetuneConfig, identity: Mapping[str, Any]) -> FinetuneRes
             ) from None
         logger.warning("%s: rebuilt from the last checkpoint", error)
         return None
-    if config.keep_epochs:
-        check_epochs(config, config.epochs)
+    check_kept(config, result.steps)
     return result
 
 
-def check_epochs(config: FinetuneConfig, last: int) -> None:
-    """Check that the epochs that are kept are unchanged.
+def _weights_of(config: FinetuneConfig, result: FinetuneResult) -> Path | None:
+    """A folder with the weights that are the result, besides the result's own."""
+    step = result.steps * result.epoch // config.epochs
+    places = (
+        config.output / "epochs" / f"epoch-{result.epoch}",
+        config.output / "kept" / f"checkpoint-{step}",
+    )
+    return next((place for place in places if is_ours(place)), None)
+
+
+def check_kept(config: FinetuneConfig, last: int) -> None:
+    """Check that the weights that were kept up to a step are unchanged.
 
     Raises:
-        DamagedError: one is not.
+        DamagedError: some are not.
     """
-    for number, path in numbered(config.output / "epochs", "epoch").items():
-        if number <= last and (path / MARKER).is_file():  # an earlier release wrote none
+    for number, path in numbered(config.output / "kept", "checkpoint").items():
+        if number <= last and (path / MARKER).is_file():
             try:
                 verify(path)
             except DamagedError as error:

@@ -4,8 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from graftlens.components import brief
 from graftlens.data import AnyDataset, DatasetSpec, MoviesConfig
 from graftlens.data.settings import Settings, at_home
 from graftlens.data.supplement import Supplement
@@ -32,6 +33,24 @@ class LoraSettings(Settings):
     merge: bool = False
     """Save the result merged, as a checkpoint of its own (as large as the model), instead of as an
     adapter."""
+
+
+class Every(Settings):
+    """Which steps' weights are kept."""
+
+    every: Annotated[int, Field(ge=1)]
+    """Optimizer steps from one to the next."""
+
+
+def _kept(value: Any) -> Any:
+    if value is None or value == "all" or isinstance(value, Every):
+        return value
+    if not (isinstance(value, Mapping) and {*value} == {"every"}):
+        raise ValueError(
+            f"{brief(value)} does not say which checkpoints are kept. Write all, which keeps one "
+            "after each epoch, or {every: 100}, for steps."
+        )
+    return value
 
 
 class FinetuneConfig(Settings):
@@ -105,9 +124,17 @@ class FinetuneConfig(Settings):
     """Which epoch's weights are the result. ``best``: those with the lowest held-out perplexity,
     the earlier of equals; this needs held-out texts."""
 
-    keep_epochs: bool = False
-    """Leave the weights after each epoch in ``epochs/epoch-N``: checkpoints or adapters to load,
-    not to resume from (each checkpoint as large as the model)."""
+    keep_checkpoints: Annotated[Literal["all"] | Every | None, BeforeValidator(_kept)] = None
+    """Leave weights on the way in ``kept/checkpoint-STEP``: ``all``, after each epoch; ``{every:
+    n}``, after every n optimizer steps and the last one. Checkpoints or adapters to load (a sweep's
+    ``each`` runs them one after another), not to resume from; each checkpoint is as large as the
+    model."""
+
+    def keeps(self, step: int, *, ends_epoch: bool) -> bool:
+        """Whether the weights after a step are left, other than the last one's."""
+        if isinstance(self.keep_checkpoints, Every):
+            return step % self.keep_checkpoints.every == 0
+        return ends_epoch and self.keep_checkpoints == "all"
 
     @field_validator("model")
     @classmethod

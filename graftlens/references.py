@@ -20,6 +20,9 @@ COLUMNS = ("base_run", "full_run")
 #: KL, JS, entropy and mean logits are over these, renormalised.
 COMMON_TOKENS = "common_tokens"
 
+#: A table's columns that say which of several models, run one after another, a row is of.
+MEMBERS = ("member", "step")
+
 
 @dataclass(frozen=True)
 class References:

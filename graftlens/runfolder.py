@@ -1,6 +1,7 @@
 """The output folder of a finetuning run, before and after the work: locked, checked, labelled."""
 
 import contextlib
+import glob
 import logging
 import math
 import os
@@ -75,10 +76,19 @@ def check_output(config: FinetuneConfig, texts: int, processes: int) -> None:
     steps = math.ceil(batches / config.gradient_accumulation)
     saved = range(config.save_epochs, config.epochs, config.save_epochs)
     folders = ["model", ".model", *(f"checkpoints/checkpoint-{steps * epoch}" for epoch in saved)]
-    if config.keep_epochs or config.keep == "best":
+    if config.keep == "best":
         numbers = range(1, config.epochs + 1)
         folders += [f"epochs/{dot}epoch-{number}" for dot in ("", ".") for number in numbers]
+    last = steps * config.epochs
+    for step in range(1, last + 1) if config.keep_checkpoints is not None else ():
+        if step == last or config.keeps(step, ends_epoch=step % steps == 0):
+            folders += [f"kept/{dot}checkpoint-{step}" for dot in ("", ".")]
     refuse_foreign(config.output, ["log.jsonl"], folders)
+
+
+def kept_checkpoints(output: Path) -> str:
+    """The pattern of the folders in which `keep_checkpoints` leaves weights on the way."""
+    return f"{glob.escape(str(output))}/kept/checkpoint-*"
 
 
 def check_run(run: FinetuneRun) -> None:

@@ -20,7 +20,7 @@ from graftlens.checkpoints import (
     seconds_of,
     verify,
 )
-from graftlens.finetuned import check_epochs
+from graftlens.finetuned import check_kept
 from graftlens.folder import write_whole
 from graftlens.model.quiet import quiet
 from graftlens.perplexity import Padding, has_accelerator, padding_id, perplexity
@@ -38,6 +38,7 @@ def train(
     progress: bool,
     processes: Processes,
     save_epoch: Callable[[int], None],
+    save_step: Callable[[int], None],
     identity: Mapping[str, Any],
 ) -> tuple[Any, float, tuple[float, ...], tuple[float, ...]]:
     """Train to the end, from the newest checkpoint if there is one.
@@ -51,7 +52,8 @@ def train(
         precision: of matrix products.
         progress: whether to show a bar.
         processes: those that train together.
-        save_epoch: writes the weights after an epoch of this number.
+        save_epoch: writes the weights after an epoch of this number, if they are the best.
+        save_step: leaves the weights after this step.
         identity: what determines the result, for checkpoints' markers.
 
     Returns:
@@ -99,8 +101,8 @@ def train(
             elif config.keep == "best":
                 self.checkbest_epoch(state)
             if processes.is_first:
-                if config.keep_epochs and state.global_step:
-                    check_epochs(config, round(state.epoch))
+                if state.global_step:
+                    check_kept(config, state.global_step)
                 # Also drops the lines of steps that a killed process took after the checkpoint.
                 lines = "".join(json.dumps(line) + "\n" for line in _log_lines(state))
                 with saving(log):
@@ -121,8 +123,13 @@ def train(
         def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             epoch = round(state.epoch)
             self.measure(state)
-            if processes.is_first and (config.keep_epochs or self.best(state) == epoch):
+            if processes.is_first and self.best(state) == epoch:
                 save_epoch(epoch)
+            step = state.global_step
+            last = step == state.max_steps and config.keep_checkpoints is not None
+            left = config.keeps(step, ends_epoch=False)  # when the step ended
+            if processes.is_first and not left and (last or config.keeps(step, ends_epoch=True)):
+                save_step(step)
             control.should_save = epoch % config.save_epochs == 0 and epoch < config.epochs
             if control.should_save:
                 if processes.is_first:
@@ -138,12 +145,15 @@ def train(
             with saving(newest):
                 mark_complete(newest, seconds=spent + time.monotonic() - started, run=identity)
             remove_others(checkpoints, "checkpoint", state.global_step)
-            if not config.keep_epochs:
-                # Not before: an older checkpoint may still need the best one until then.
-                remove_others(epochs, "epoch", self.best(state))
+            # Not before: an older checkpoint may still need the best one until then.
+            remove_others(epochs, "epoch", self.best(state))
 
         def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             self.bar.close()
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if processes.is_first and config.keeps(state.global_step, ends_epoch=False):
+                save_step(state.global_step)
 
         def best(self, state: Any) -> int | None:
             return best_epoch(_perplexities(state)) if config.keep == "best" else None

@@ -116,6 +116,7 @@ def test_there_are_experiments():
     assert {path.stem for path in SHIPPED} >= {
         *("positions", "components", "hybrid", "directions", "layer_groups", "unembedding"),
         *("layer_dropout", "counterfact", "articles", "site_map", "interactions"),
+        *("ranks", "training_time"),
     }
 
 
@@ -172,10 +173,12 @@ def check_part(
     possible = set(part.get("where_possible", ()))
     assert set(part.get("grafts", {})) - possible <= named
     ends = manifest.recovery
-    apart = ["dataset"] if results["dataset"].nunique() > 1 else []
+    members = [column for column in ("member", "step") if column in results]
+    apart = [*members, *(["dataset"] if results["dataset"].nunique() > 1 else [])]
     # What finetuning teaches the pretrained model is always clear, but for two finetuned models
     # there may be nothing sure to recover between them on three prompts.
-    taught = "base" in part.get("sources", {"pre": "base"}).values()
+    # Nor of the first steps of a training.
+    taught = "base" in part.get("sources", {"pre": "base"}).values() and not members
     listed = {*ran_as, *(set(part.get("grafts", {})) & set(manifest.duplicates))}
     coalitions = coalitions_of(part.get("interactions", {}).get("players", {}))
     assert coalitions <= named

@@ -365,7 +365,7 @@ def best_recipe(tiny: Path, output: Path, **changes) -> FinetuneConfig:
 def best(tiny, tmp_path_factory) -> FinetuneResult:
     """With every epoch kept, to compare with."""
     output = tmp_path_factory.mktemp("best") / "run"
-    return run(best_recipe(tiny, output, keep_epochs=True))
+    return run(best_recipe(tiny, output, keep_checkpoints="all"))
 
 
 @pytest.fixture(scope="module")
@@ -377,8 +377,15 @@ def epochs(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "epochs").glob("*"))
 
 
+def kept(folder: Path) -> dict[int, Path]:
+    """Step -> the weights that a run left on the way."""
+    found = {int(path.name.removeprefix("checkpoint-")): path for path in folder.glob("kept/*")}
+    return dict(sorted(found.items()))
+
+
 def epoch_weights(folder: Path, number: int) -> dict[str, torch.Tensor]:
-    return saved_in(folder / "epochs" / f"epoch-{number}")
+    """Those that a run which keeps all checkpoints left after an epoch."""
+    return saved_in(list(kept(folder).values())[number - 1])
 
 
 def are_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -413,15 +420,20 @@ def trained_texts(folder: Path) -> list[str]:
 
 def test_each_epoch_is_kept_as_a_checkpoint_to_load(best, tiny, tmp_path):
     folder = best.folder.parent
-    assert epochs(folder) == [f"epoch-{number}" for number in (1, 2, 3, 4)]
+    assert not (folder / "epochs").exists()
+    each = best.steps // 4
+    assert list(kept(folder)) == [each, 2 * each, 3 * each, 4 * each]
+    for step, path in kept(folder).items():
+        assert json.loads((path / "complete.json").read_text())["step"] == step
     assert not (folder / "checkpoints").exists()
     last = run(best_recipe(tiny, tmp_path / "run", keep="last"))
     assert last.epoch == 4
     assert are_equal(weights(last), epoch_weights(folder, 4))
     assert last.heldout_perplexity == best.perplexities[4]
-    files = {path.name for path in (folder / "epochs" / "epoch-3").iterdir()}
+    third = list(kept(folder).values())[2]
+    files = {path.name for path in third.iterdir()}
     assert files == {path.name for path in best.folder.iterdir()} - {"finetune.json"}
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "epochs" / "epoch-3")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(third)
     assert tokenizer.eos_token == "<end>"
 
 
@@ -957,7 +969,7 @@ def test_adapters_of_each_kept_epoch_and_go_on_as_they_were(merge, tiny, tmp_pat
     lora = LoraSettings(rank=2, dropout=0.2, target_modules=("c_attn",), merge=merge)
     settings = {"lora": lora, "learning_rate": 2e-2}
     plain = run(recipe(tiny, tmp_path / "plain", **settings))
-    kept = run(recipe(tiny, tmp_path / "kept", keep_epochs=True, **settings))
+    kept = run(recipe(tiny, tmp_path / "kept", keep_checkpoints="all", **settings))
     assert_same(kept, plain)
     assert are_equal(epoch_weights(tmp_path / "kept", 3), weights(plain))
     assert not are_equal(epoch_weights(tmp_path / "kept", 2), weights(plain))
@@ -968,7 +980,7 @@ def test_a_run_of_an_earlier_release_is_recognised(tiny, tmp_path):
     config = recipe(tiny, tmp_path / "run", epochs=1)
     result = run(config)
     for path, gone in (
-        (tmp_path / "run" / "run.json", ("freeze", "keep", "keep_epochs")),
+        (tmp_path / "run" / "run.json", ("freeze", "keep", "keep_checkpoints")),
         (result.folder / "finetune.json", ()),
     ):
         record = json.loads(path.read_text())
@@ -985,10 +997,10 @@ def test_a_run_of_an_earlier_release_is_recognised(tiny, tmp_path):
 
 
 def test_recomputed_activations_change_nothing(tiny, tmp_path, uninterrupted):
-    config = recipe(tiny, tmp_path / "run", gradient_checkpointing=True, keep_epochs=True)
+    config = recipe(tiny, tmp_path / "run", gradient_checkpointing=True, keep_checkpoints="all")
     result = run(config)
     assert result.losses == pytest.approx(uninterrupted.losses, rel=1e-5)
-    for folder in (result.folder, tmp_path / "run" / "epochs" / "epoch-1"):
+    for folder in (result.folder, *kept(tmp_path / "run").values()):
         assert json.loads((folder / "config.json").read_text())["use_cache"] is True
 
 

@@ -261,19 +261,20 @@ def test_a_damaged_result_is_made_again_from_the_checkpoint(cut, whole, start, t
     assert "rebuilt from the last checkpoint" in caplog.text
 
 
-def test_epochs_that_are_kept_are_checked_and_mend_the_result(start, whole, tmp_path, caplog):
-    config = recipe(start, tmp_path / "run", keep_epochs=True)
+def test_weights_that_are_kept_are_checked_and_mend_the_result(start, whole, tmp_path, caplog):
+    config = recipe(start, tmp_path / "run", keep_checkpoints="all")
     result = run(config)
     flip(result.folder / "model.safetensors")
     assert run(config) == result
     assert are_equal(weights(result.folder), weights(whole.folder))
     assert "rebuilt from" in caplog.text
-    flip(tmp_path / "run" / "epochs" / "epoch-2" / "model.safetensors")
+    (_, middle, *_) = sorted((tmp_path / "run" / "kept").iterdir())
+    flip(middle / "model.safetensors")
     with pytest.raises(
-        DamagedError, match=r"epoch-2/model\.safetensors has changed since it was written"
+        DamagedError, match=rf"{middle.name}/model\.safetensors has changed since it was written"
     ):
         run(config)
-    shutil.rmtree(tmp_path / "run" / "epochs" / "epoch-2")
+    shutil.rmtree(middle)
     assert run(config) == result
 
 
@@ -344,8 +345,8 @@ THEIRS = {
     ".lock": ".lock",
     "checkpoints/checkpoint-2": "checkpoints/checkpoint-2/mine.pt",
     "checkpoints": "checkpoints",
-    "epochs/epoch-1": "epochs/epoch-1/mine",
-    "epochs/.epoch-1": "epochs/.epoch-1/mine",
+    "kept/checkpoint-2": "kept/checkpoint-2/mine",
+    "kept/.checkpoint-2": "kept/.checkpoint-2/mine",
 }
 
 
@@ -358,7 +359,7 @@ def test_what_is_in_the_way_is_named_before_a_model_is_loaded(way, tmp_path):
     (tmp_path / "run" / "model.tmp").write_text("mine")
     before = content_of(tmp_path)
     with pytest.raises(FileExistsError, match=rf"run/{way} is in the way"):
-        run(recipe(tmp_path / "no-model", tmp_path / "run", keep_epochs=True))
+        run(recipe(tmp_path / "no-model", tmp_path / "run", keep_checkpoints="all"))
     assert content_of(tmp_path) == before
 
 

@@ -25,6 +25,7 @@ from graftlens.experiment.run import default_folder
 from graftlens.find.config import load_localise
 from graftlens.graft import Graft
 from graftlens.model.arch import architecture
+from graftlens.model.made import Made
 from graftlens.prompts import Prompt
 from graftlens.shipped import Kind, config_file
 from graftlens.sweep.config import load_config
@@ -81,7 +82,7 @@ def test_every_module_named_is_there(document: str) -> None:
 
 
 def test_the_sweep_shown_is_a_config(tmp_path: Path) -> None:
-    whole, own = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
+    made, whole, own = re.findall(r"```yaml\n(.*?)```", README, flags=re.S)
     (tmp_path / "sweep.yaml").write_text(whole + own)
     overrides = re.findall(r"`(metrics\.top_k=5) (grids\.0\.layers=\S+)`", README)[0]
     config = load_config(tmp_path / "sweep.yaml", overrides)
@@ -93,6 +94,10 @@ def test_the_sweep_shown_is_a_config(tmp_path: Path) -> None:
     grafts = [entry.graft for entry in grid.grafts(arch, ("pre", "sft"))]
     assert len(grafts) == 3 * 6, "the override left one group of layers"
     assert Graft.parse("sft @ first_entity + last : attn : 3-4") in grafts
+    (tmp_path / "made.yaml").write_text(made + whole[whole.index("dataset:") :] + own)
+    sources = load_config(tmp_path / "made.yaml").sources
+    assert list(sources) == ["pre", "sft", "half", "rank8", "rest8", "two", "sum"]
+    assert sources["rest8"] == Made(of="sft", rank="8:")
 
 
 @pytest.mark.parametrize("command", re.findall(r"^\.venv/bin/graftlens (.*)$", README, flags=re.M))

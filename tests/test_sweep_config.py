@@ -22,7 +22,8 @@ from graftlens.data import MoviesConfig, evaluation_prompts, make_dataset, make_
 from graftlens.graft import Graft
 from graftlens.model.load import preview
 from graftlens.sweep import launch, runner
-from graftlens.sweep.config import Checked, ConfigError, SweepConfig, check, describe, load_config
+from graftlens.sweep.config import Checked, ConfigError, SweepConfig, check, load_config
+from graftlens.sweep.description import describe
 
 EXAMPLES = sorted((Path(__file__).parent.parent / "experiments" / "sweeps").glob("*.yaml"))
 

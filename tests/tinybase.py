@@ -136,4 +136,8 @@ def small(config: Path, folder: Path) -> list[str]:
     for name, model in said.get("models", {}).items():
         if "texts_per_fact" in model.get("change", {}):
             overrides.append(f"models.{name}.change.texts_per_fact=8")
+    for name, part in said["parts"].items():
+        for number, grid in enumerate(part.get("grids", [])):
+            if "ranks" in grid:  # as far as its small matrices go
+                overrides.append(f"parts.{name}.grids.{number}.ranks=[1, 4, all]")
     return overrides

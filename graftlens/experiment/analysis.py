@@ -10,7 +10,7 @@ from graftlens.experiment.config import ExperimentConfig, PartConfig
 from graftlens.find.interactions import Interactions, measured_interactions
 from graftlens.metrics import always_measured
 from graftlens.references import COLUMNS as REFERENCES
-from graftlens.references import COMMON_TOKENS
+from graftlens.references import COMMON_TOKENS, MEMBERS
 from graftlens.reports import facts_of, measured_in
 from graftlens.stats import GRAFT_COLUMNS, summarise
 from graftlens.stats.resampling import Draw
@@ -19,9 +19,12 @@ from graftlens.sweep.results import read_manifest, read_results
 
 #: The axes of a grid's grafts, as columns.
 TAGS = (
-    *("grid", "position", "component", "layer", "head", "neuron", "strength"),
+    *("grid", "position", "component", "layer", "head", "neuron", "strength", "source_rank"),
     *("source", "layers", "rate", "draw"),
 )
+
+#: The columns that say which prompts, and which model, a row is of.
+GROUPS = (*MEMBERS, "dataset", "template")
 
 #: What one graft is in a figure.
 _MARKS = {"bars": "bar", "heatmap": "cell", "lines": "point"}
@@ -67,9 +70,10 @@ def part_tables(
     """
     own = checked.config.metrics.measures
     measured = [*(m.name for m in always_measured() if m.summary == "mean"), *own]
+    members = MEMBERS if checked.members else ()
     there = read_manifest(folder).columns
     more = [COMMON_TOKENS] if COMMON_TOKENS in there else []
-    table = read_results(folder, columns=[*_NEEDED, *measured, *more])
+    table = read_results(folder, columns=[*members, *_NEEDED, *measured, *more])
     assert isinstance(table, pd.DataFrame)
     table = table.assign(fact=facts_of(folder).reindex(table["prompt"]).to_numpy())
     cells, failed = len(table), int(table["reason"].notna().sum())
@@ -79,7 +83,7 @@ def part_tables(
     interactions = _interactions(part, checked, table)
     if interactions is not None:
         table = table[~table["graft"].isin(_coalitions_alone(part, checked))]
-    apart = ("dataset",) if table["dataset"].nunique() > 1 else ()
+    apart = (*members, *(("dataset",) if table["dataset"].nunique() > 1 else ()))
     frames = {}
     for name, by, unit in (("template", (*apart, "template"), "prompt"), ("pooled", apart, "fact")):
         frames[name] = summarise(
@@ -190,10 +194,10 @@ def check_figures(part: PartConfig, checked: Checked) -> None:
 
 
 def _tagged(summary: pd.DataFrame, tags: pd.DataFrame) -> pd.DataFrame:
-    plain = summary.drop(columns=[c for c in GRAFT_COLUMNS if c in summary])
+    plain = summary.drop(columns=[c for c in (*GRAFT_COLUMNS, "source_rank") if c in summary])
     joined = tags.merge(plain.astype({"graft": str}), on="graft", how="inner")
     joined = joined.drop(columns="graft").rename(columns={"named": "graft"})
-    lead = [c for c in ("dataset", "template") if c in joined]
+    lead = [c for c in GROUPS if c in joined]
     rest = [c for c in joined if c not in (*lead, "graft", *TAGS)]
     return joined[[*lead, "graft", *TAGS, *rest]]
 

@@ -216,6 +216,8 @@ def _tables(run: Path, record: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
             found[name] = _read(localised)
             continue
         frame = _read(inside(run, "tables", f"{name}-by-template.csv"))
+        if "member" in frame:
+            continue  # one graft has a row for each step of a training
         grids = inside(run, "tables", f"{name}-grids.csv")
         if grids.is_file():
             tagged = _read(grids)
@@ -230,7 +232,7 @@ def _read(path: Path) -> pd.DataFrame:
     types: dict[Hashable, Any] = dict.fromkeys(
         (*GRAFT_COLUMNS, *TAGS, "graft", "template", "dataset"), str
     )
-    types |= dict.fromkeys(("layers", "rate", "draw"), float)
+    types |= dict.fromkeys(("layers", "rate", "draw", "source_rank", "step"), float)
     try:
         frame = read_table(path, dtype=types)
     except (ValueError, OSError) as error:

@@ -1,7 +1,7 @@
 """The config of an experiment: one YAML file says everything, from the facts to the figures."""
 
 import contextlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -18,6 +18,7 @@ from graftlens.finetune import FinetuneConfig
 from graftlens.folder import name_problems, read_text
 from graftlens.graft import Rule
 from graftlens.metrics import always_measured, averaged, known
+from graftlens.model.made import Each, SourceField, made_problems
 from graftlens.positions import At
 from graftlens.presets import PRESETS
 from graftlens.shipped import Kind, config_file
@@ -48,10 +49,12 @@ Axis = Literal[
     "head",
     "neuron",
     "strength",
+    "source_rank",
     "source",
     "layers",
     "rate",
     "draw",
+    "step",
 ]
 
 
@@ -124,7 +127,8 @@ class FigureConfig(Section):
 
     x: Axis = "layer"
     """For grids: what runs from left to right. Where it is left out, lines of grids that have
-    several strengths run along `strength`: a dose response."""
+    several strengths run along `strength`: a dose response. With `step`, lines are the named grafts
+    over the checkpoints of `each`."""
 
     y: Axis = "component"
     """For heat maps: what runs from top to bottom."""
@@ -139,7 +143,7 @@ class FigureConfig(Section):
     @property
     def of_grids(self) -> bool:
         """Whether it draws grids, and not the named grafts."""
-        return self.kind != "bars" or self.grids is not None
+        return (self.kind != "bars" and self.x != "step") or self.grids is not None
 
 
 class Finding(Section):
@@ -193,9 +197,11 @@ class PartConfig(RunSettings, GraftSettings):
     text: str = ""
     """What it asks, for the reader of the page."""
 
-    sources: Mapping[str, str] = {}
+    sources: Mapping[str, SourceField] = {}
     """Source's name in grafts -> `base` or a model of the experiment, the sweep's base first; by
-    default pre (the pretrained model), then each model under its own name."""
+    default pre (the pretrained model), then each model under its own name. Also what a source is
+    made of, as in a sweep: {of: sft, rank: 8}; {each: sft} are the checkpoints that the model's
+    training keeps (`keep_checkpoints`)."""
 
     prompts: Annotated[
         tuple[PromptsConfig | PromptSection | PromptFile | PromptColumn, ...],
@@ -239,14 +245,30 @@ class PartConfig(RunSettings, GraftSettings):
 
     @property
     def shown(self) -> tuple[FigureConfig, ...]:
-        """The figures with their `x`, then what is drawn of strengths that they leave out."""
+        """The figures with their `x`, then what is drawn of ranks and strengths that they leave
+        out."""
         dosed = self.dosed
         found = []
+        ranked = {name for name, grid in self.named_grids.items() if len(grid.ranks or ()) > 1}
         for figure in self.figures:
             left_out = figure.kind == "lines" and "x" not in figure.model_fields_set
             along = left_out and bool(dosed.intersection(figure.grids or self.named_grids))
             found.append(figure.model_copy(update={"x": "strength"}) if along else figure)
         drawn = {g for f in found if f.of_grids for g in f.grids or self.named_grids}
+        if self.each is not None:  # its figures are lines over steps
+            return tuple(found)
+        curves = tuple(name for name in self.named_grids if name in ranked - drawn)
+        if curves:
+            found.append(
+                FigureConfig(
+                    kind="lines",
+                    x="source_rank",
+                    panel="position",
+                    metrics=("recovery",),
+                    grids=curves,
+                )
+            )
+            drawn |= {*curves}
         left = tuple(name for name in self.named_grids if name in dosed - drawn)
         if left:
             found.append(
@@ -254,14 +276,33 @@ class PartConfig(RunSettings, GraftSettings):
             )
         return tuple(found)
 
-    def graft_problems(self, sources: Collection[str]) -> list[tuple[str, str]]:
+    def graft_problems(self, given: Mapping[str, Any]) -> list[tuple[str, str]]:
         """As of every sweep; players are grafts, too."""
         if self.interactions is None:
-            return super().graft_problems(sources)
+            return super().graft_problems(given)
         players = self.interactions.players
         named = [(f"interactions.players.{n}", graft.sources) for n, graft in players.items()]
-        given = super().graft_problems(sources) if self.grafts or self.grids else []
-        return given + unknown_sources(named, sources)
+        found = [(f"sources.{name}", what) for name, what in made_problems(given)]
+        if self.grafts or self.grids:
+            found = super().graft_problems(given)
+        return found + unknown_sources(named, self.with_ranks(given)[0])
+
+    @property
+    def each(self) -> str | None:
+        """The source that stands for several models."""
+        return next((name for name, one in self.sources.items() if isinstance(one, Each)), None)
+
+    def _unlike_members(self, figure: FigureConfig, axes: Collection[str | None]) -> Iterator[str]:
+        """What is wrong with a figure of a part whose models are run one after another, or not."""
+        if self.each is None and "step" in axes:
+            yield "step is the training step of models of one source, and none has each."
+        if self.each is not None and (
+            figure.kind != "lines" or figure.x != "step" or figure.panel or figure.grids
+        ):
+            yield (
+                f"{self.each} stands for several models: a figure shows lines of named grafts over "
+                "x: step, without panel and grids."
+            )
 
     def problems(self) -> list[tuple[str, str]]:
         """(where, what) of every name here that does not exist."""
@@ -279,7 +320,7 @@ class PartConfig(RunSettings, GraftSettings):
             if of_grids and not self.grids:
                 problems.append((where, f"kind {figure.kind} shows grids, but there are none."))
             elif not of_grids and not grafts:
-                what = "bars show named grafts, but there are none. Name grids instead."
+                what = f"{figure.kind} show named grafts, but there are none. Name grids instead."
                 problems.append((where, what))
             for name in figure.grids or ():
                 if name not in named:
@@ -296,6 +337,11 @@ class PartConfig(RunSettings, GraftSettings):
                 )
                 problems.append((where, what))
             axes = {figure.x, figure.panel} | ({figure.y} if figure.kind == "heatmap" else set())
+            problems += [(where, what) for what in self._unlike_members(figure, axes)]
+            if of_grids and "source_rank" in axes and any(g.ranks is None for g in drawn):
+                problems.append(
+                    (where, "source_rank applies to grids with ranks, and one has none.")
+                )
             if of_grids and axes & {"rate", "draw"} and any(g.dropout is None for g in drawn):
                 what = "rate and draw apply to grids with dropout, and a grid here has none."
                 problems.append((where, what))
@@ -315,6 +361,10 @@ class PartConfig(RunSettings, GraftSettings):
                 for name, graft in self.grafts.items()
                 if made.get(name, graft) != graft
             ]
+        for key in ("finding", "interactions", "localise") if self.each is not None else ():
+            if getattr(self, key) is not None:
+                what = f"of one model, but {self.each} stands for several. Leave it out."
+                problems.append((key, what))
         if self.finding:
             for role in ("enough", "rest"):
                 name = getattr(self.finding, role)
@@ -416,7 +466,9 @@ class ExperimentConfig(RunSettings):
         problems = part.problems()
         known = [BASE, *self.models]
         for name, source in part.sources.items():
-            if source not in known:
+            if isinstance(source, Each):
+                problems += [(f"sources.{name}", what) for what in self._no_checkpoints(source)]
+            elif isinstance(source, str) and source not in known:
                 what = f"no model {source!r}. Available: {' '.join(known)}."
                 problems.append((f"sources.{name}", what + suggest(source, known)))
         there = self.sources(part)
@@ -445,6 +497,22 @@ class ExperimentConfig(RunSettings):
             return f"{name} has no value in single prompts. Write logprob."
         every_k = row is not None and row.summary == "share"
         return "" if every_k else self._no_metric(name, part)
+
+    def _no_checkpoints(self, source: Each) -> Iterator[str]:
+        """Why the checkpoints of a model of the experiment cannot be run."""
+        name = source.each
+        if not isinstance(name, str) or name not in self.models:
+            return
+        if self.models[name].path is not None:
+            yield (
+                f"{name!r} is not trained here, so it has no checkpoints. Write where they are: "
+                "{each: runs/checkpoint-*}."
+            )
+        elif self.recipe_of(name).get("keep_checkpoints") is None:
+            yield (
+                f"the training of {name!r} keeps no checkpoints. Write in its recipe "
+                "keep_checkpoints: all, or {every: 100}."
+            )
 
     def _no_metric(self, name: str, part: PartConfig) -> str:
         """Why a part's tables will not have a metric; empty if they will."""
@@ -486,8 +554,8 @@ class ExperimentConfig(RunSettings):
         values = {key: getattr(spec, key) for key in type(spec).model_fields}
         return spec_of(values | dict(change)) if change else spec
 
-    def sources(self, part: PartConfig) -> dict[str, str]:
-        """Source's name -> `base` or a model, the sweep's base first."""
+    def sources(self, part: PartConfig) -> dict[str, Any]:
+        """Source's name -> `base`, a model, or what it is made of, the sweep's base first."""
         return dict(part.sources) or {"pre": BASE} | {name: name for name in self.models}
 
     def settings(self, part: PartConfig) -> dict[str, Any]:
@@ -551,7 +619,8 @@ class ExperimentConfig(RunSettings):
         if self.models[name].start != BASE or name in {m.start for m in self.models.values()}:
             return True
         beside = [list(self.sources(part).values()) for part in self.parts.values()]
-        return any(name in sources and sources[0] != BASE for sources in beside)
+        every = [[s.each if isinstance(s, Each) else s for s in sources] for sources in beside]
+        return any(name in sources and sources[0] != BASE for sources in every)
 
 
 def _with_distractors(prompts: Section) -> bool:

@@ -30,7 +30,8 @@ from graftlens.folder import at_home, claim, inside, json_digest, write_whole
 from graftlens.graft import Graft
 from graftlens.metrics import Measure
 from graftlens.sweep.cells import Measures, fingerprints, own_measures
-from graftlens.sweep.config import Checked, as_yaml, check, describe
+from graftlens.sweep.config import Checked, as_yaml, check
+from graftlens.sweep.description import describe
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.disk import lock, writing
 from graftlens.sweep.models import Loaded
@@ -226,6 +227,11 @@ def localise_checked(
         text: the config as it was given, for ``config.yaml``.
         own, device, progress, say: as in `run_localise`.
     """
+    if checked.config.each is not None:
+        raise ValueError(
+            f"sources.{checked.config.each[0]}: each stands for several models, and a search is "
+            "about one. Name one of them."
+        )
     parts = _parts(checked, search)
     claim(out, "localisation", taken=WRITTEN)
     loaded = Loaded.of(checked.config, device)

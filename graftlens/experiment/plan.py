@@ -37,6 +37,8 @@ from graftlens.folder import (
 )
 from graftlens.metrics import Measure
 from graftlens.model.load import preview
+from graftlens.model.made import Each
+from graftlens.runfolder import kept_checkpoints
 from graftlens.sweep.config import Checked, SweepConfig, check, with_measures
 from graftlens.sweep.promptsets import DatasetSection, Questions
 from graftlens.sweep.results import read_manifest
@@ -208,7 +210,15 @@ class Plan:
         if not trained:
             stand_in = self.config.pretrained()
             made = {str(run.output / "model") for run in self.runs.values()}
-            sources = {n: stand_in if p in made else p for n, p in sweep.sources.items()}
+            kept = {kept_checkpoints(run.output) for run in self.runs.values()}
+            sources: dict[str, Any] = {
+                name: stand_in
+                if isinstance(one, str) and one in made
+                else Each(each=(stand_in,))
+                if isinstance(one, Each) and one.each in kept
+                else one
+                for name, one in sweep.sources.items()
+            }
             sweep = sweep.model_copy(update={"sources": sources})
         try:
             possible = _possible(sweep, self.config.parts[part].where_possible)
@@ -260,7 +270,7 @@ class Plan:
             refuse_differences(
                 f"{folder} holds this experiment with other models (part {name})",
                 read_manifest(place).config.get("sources") or {},
-                sweep.sources,
+                sweep.model_dump(mode="json")["sources"],
                 "Choose another folder with --out, use the settings that are there, or remove the "
                 "folder.",
             )
@@ -357,6 +367,14 @@ def plan(config: ExperimentConfig, store: Store) -> Plan:
     return Plan(config, data, runs, locations, dict(zip(names, sweeps, strict=True)))
 
 
+def _located(source: Any, locations: Mapping[str, str]) -> Any:
+    """A part's source as its sweep has it: models of the experiment by where they are."""
+    if isinstance(source, Each) and isinstance(source.each, str) and source.each in locations:
+        output = Path(locations[source.each]).parent
+        return source.model_copy(update={"each": kept_checkpoints(output)})
+    return locations[source] if isinstance(source, str) else source
+
+
 def _sweep(
     config: ExperimentConfig, part: PartConfig, locations: Mapping[str, str], folders: list[Path]
 ) -> SweepConfig:
@@ -364,7 +382,9 @@ def _sweep(
     values = {
         **config.settings(part),
         **({"prompts": own} if own else {}),
-        "sources": {name: locations[model] for name, model in config.sources(part).items()},
+        "sources": {
+            name: _located(model, locations) for name, model in config.sources(part).items()
+        },
         "dataset": tuple(
             DatasetSection(
                 path=str(folder),

@@ -38,7 +38,7 @@ from graftlens.finetune import FinetuneResult, FinetuneRun, InUseError, finetune
 from graftlens.folder import RUNS, at_home, claim, inside, read_json, writable, write_whole
 from graftlens.reports import PAGE, ensure_report
 from graftlens.sweep.cells import Measures, own_measures
-from graftlens.sweep.config import describe
+from graftlens.sweep.description import describe
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.launch import launch_local
 from graftlens.sweep.runner import SweepResult, prepare_sweep, run_sweep, sweep_result

@@ -210,6 +210,12 @@ def _figures(
     if not wanted.of_grids:
         frame = tables.pooled if pooled else tables.template
         kept = wanted.grafts or tuple(part.named_grafts())
+        if wanted.x == "step":
+            for label, group in _apart(frame[frame["graft"].isin(kept)]):
+                for metric in wanted.metrics:
+                    stem = f"{metric}-{label}" if label else metric
+                    yield stem, line_chart(group, "step", metric, series="graft")
+            return
         frame = _in_order(frame, kept)
         for metric in wanted.metrics:
             yield metric, bar_chart(frame, metric)
@@ -217,11 +223,7 @@ def _figures(
     frame = tables.pooled_grids if pooled else tables.template_grids
     grids = wanted.grids or tuple(dict.fromkeys(frame["grid"]))
     frame = frame[frame["grid"].isin(grids)]
-    apart = [c for c in ("dataset", "template") if c in frame]
-    split = frame.groupby(apart, sort=False, observed=True) if apart else [((), frame)]
-    for key, group in split:
-        label = "-".join(map(str, key))
-        drawn = group.drop(columns=apart)
+    for label, drawn in _apart(frame):
         for metric in wanted.metrics:
             stem = f"{metric}-{label}" if label else metric
             if wanted.kind == "bars":
@@ -233,6 +235,14 @@ def _figures(
             else:
                 figure = line_chart(drawn, wanted.x, metric, series=wanted.panel)
             yield stem, figure
+
+
+def _apart(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The rows of each dataset and template, and their names."""
+    apart = [c for c in ("dataset", "template") if c in frame]
+    split = frame.groupby(apart, sort=False, observed=True) if apart else [((), frame)]
+    for key, group in split:
+        yield "-".join(map(str, key)), group.drop(columns=apart)
 
 
 def _in_order(frame: pd.DataFrame, grafts: tuple[str, ...]) -> pd.DataFrame:

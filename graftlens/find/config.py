@@ -13,6 +13,7 @@ from graftlens.find.judging import BASE, FULL, Goal
 from graftlens.find.localisation import compared
 from graftlens.graft import Graft
 from graftlens.metrics import known
+from graftlens.model.made import SourceField
 from graftlens.sweep.config import Metrics, RunSettings, SweepConfig
 from graftlens.sweep.grid import GraftField
 from graftlens.sweep.promptsets import (
@@ -104,8 +105,9 @@ class LocaliseConfig(RunSettings):
     Paths are relative to the working directory.
     """
 
-    sources: Mapping[str, str]
-    """Name -> checkpoint folder, adapter folder or hub id, the base first, two or more."""
+    sources: Mapping[str, SourceField]
+    """Name -> checkpoint folder, adapter folder, hub id or what the source is made of, the base
+    first, two or more."""
 
     search: Search
     """What is searched, and how it is reported."""

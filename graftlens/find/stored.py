@@ -44,7 +44,7 @@ from graftlens.sweep.disk import (
     writing,
 )
 from graftlens.sweep.memory import affordable_rows
-from graftlens.sweep.models import Loaded
+from graftlens.sweep.models import Loaded, Models
 from graftlens.sweep.results import read_results, to_bytes
 from graftlens.sweep.runner import fill, finish, prepare_sweep
 
@@ -157,9 +157,10 @@ class InFolder:
         )
         measures = self.checked.asked
         prepare_sweep(checked, folder, measures=measures, say=self.say)
-        prepared = fill(folder, self.loaded, measures, progress=self.progress, say=self.say)
+        models = Models(folder, config, say=self.say, held=self.loaded)
+        fill(folder, models, measures, progress=self.progress, say=self.say)
         if step == TRUSTED:
-            finish(folder, self.loaded.model, prepared, self.say, measures)
+            finish(folder, models, self.say, measures)
         table = read_results(folder)
         assert isinstance(table, pd.DataFrame)
         return table.assign(prompt=[numbers[n] for n in table["prompt"].tolist()])

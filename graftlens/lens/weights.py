@@ -1,5 +1,7 @@
 """How finetuning changed the weights: one row per weight, without running anything."""
 
+from collections.abc import Sequence
+
 import pandas as pd
 import torch
 from jaxtyping import Float
@@ -22,6 +24,7 @@ def weight_difference(
     base: str | None = None,
     *,
     spectra: bool = True,
+    ranks: Sequence[int] = (),
 ) -> pd.DataFrame:
     """The difference ΔW between two sources, weight by weight.
 
@@ -31,6 +34,8 @@ def weight_difference(
         base: the source it is compared with; the model's base unless given.
         spectra: whether to compute what needs singular values (the slow part of large models);
             if not, those columns are NA.
+        ranks: how much of each matrix's ΔW a source `{of: …, rank: r}` holds: a column
+            `share_of_rank_r` for each r.
 
     Returns:
         One row per component, layer (NA outside the layers) and parameter (`weight`, `bias`):
@@ -38,13 +43,16 @@ def weight_difference(
         largest singular value of ΔW, and `relative_spectral`, the same divided by that of W;
         `effective_rank` of ΔW, the exponential of the entropy of its singular values as a
         distribution (Roy and Vetterli 2007); `stable_rank` ‖ΔW‖_F² / ‖ΔW‖₂²; and `share_changed`,
-        the share of entries that differ. Norms are those of the tensors as stored (Gemma's norm
+        the share of entries that differ. `share_of_rank_r` is σ₁² + … + σ_r² over the sum of all
+        σ², which is the share of ‖ΔW‖_F² in the best rank-r part (Eckart and Young 1936); NA for
+        vectors, 0 where ΔW is 0. Norms are those of the tensors as stored (Gemma's norm
         weights are w - 1). A ΔW of zeros has ranks of 0. With tied embeddings `embed`
         and `unembed` are two rows of one tensor. Of tables over the vocabulary, the rows that both
         sources have are compared.
 
     Raises:
-        ValueError: a source that the model does not have, or several to choose from.
+        ValueError: a source that the model does not have, or several to choose from; ranks below 1,
+            or without `spectra`.
     """
     base = model.sources[0] if base is None else base
     if source is None:
@@ -62,6 +70,10 @@ def weight_difference(
             )
     if source == base:
         raise ValueError(f"source={source!r} is the base itself. Name another source or base.")
+    for rank in ranks:
+        if type(rank) is not int or rank < 1 or not spectra:
+            what = "needs spectra=True" if spectra is False else "is not a rank: ranks count from 1"
+            raise ValueError(f"ranks: {rank!r} {what}.")
     after, before = model.sources.index(source), model.sources.index(base)
     rows = []
     for component, layer in model.arch.sites:
@@ -75,12 +87,18 @@ def weight_difference(
             if tensors.sizes:
                 both = min(tensors.sizes[before], tensors.sizes[after])
                 old, new = old[:both], new[:both]
-            rows.append(about | _measured(old, new, spectra))
-    table = pd.DataFrame(rows, columns=list(_COLUMNS))
+            rows.append(about | _measured(old, new, spectra, ranks))
+    table = pd.DataFrame(rows, columns=[*_COLUMNS, *map(_share, ranks)])
     return table.astype({"layer": "Int64"})
 
 
-def _measured(before: Tensor, after: Tensor, spectra: bool) -> dict[str, float | int | None]:
+def _share(rank: int) -> str:
+    return f"share_of_rank_{rank}"
+
+
+def _measured(
+    before: Tensor, after: Tensor, spectra: bool, ranks: Sequence[int]
+) -> dict[str, float | int | None]:
     old, delta = before.double(), after.double() - before.double()
     frobenius, whole = float(delta.norm()), float(old.norm())
     found: dict[str, float | int | None] = {
@@ -94,6 +112,10 @@ def _measured(before: Tensor, after: Tensor, spectra: bool) -> dict[str, float |
     values = _singular_values(delta)
     spectral = float(values.max())
     shares = values / values.sum() if spectral else values
+    if delta.ndim == 2:
+        squares = values.sort(descending=True).values.square()
+        total = float(squares.sum())
+        found |= {_share(rank): _ratio(float(squares[:rank].sum()), total) for rank in ranks}
     entropy = -torch.special.xlogy(shares, shares).sum()
     return found | {
         "spectral": spectral,

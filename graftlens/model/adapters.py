@@ -337,6 +337,7 @@ def _merged(name: str, adapter: Any, origin: str) -> Source:
     dtype = next(merged.parameters()).dtype
     with _told(name, f"PEFT could not run {origin}"):
         theirs = unmerged(tokens, dtype)
+    assert source.logits is not None
     ours = source.logits(tokens, dtype)
     off = float((ours - theirs).abs().max() / theirs.abs().max().clamp_min(1e-9))
     # Values that are not finite are reported by name when the pair is checked.

@@ -65,6 +65,12 @@ class Addition(nn.Module, ABC):
     def with_rows(self, count: int) -> "Addition":
         """The same for a matrix that has rows more, up to `count`, to which it adds nothing."""
 
+    def times(self, factor: float) -> "Addition":
+        """The same, `factor` times as strong; the numbers are shared."""
+        made = self.like(*self.tensors)
+        made.scale = self.scale * factor
+        return made
+
     @property
     def adds(self) -> bool:
         """Whether it adds anything: no factor is zero."""

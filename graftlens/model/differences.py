@@ -16,6 +16,9 @@ Handling = Literal["ignored", "its own", "carried", "converted"]
 
 COLUMNS = ("source", "key", "base", "value", "handling", "done")
 
+#: The key of what a source is made of.
+MADE_OF = "made of"
+
 #: Keys that name a place or a version, and no property of the checkpoint.
 _PLACES = ("_name_or_path", "name_or_path", "_commit_hash", "transformers_version")
 

@@ -1,7 +1,6 @@
 """`GraftedTransformer`: a HookedTransformer whose weights are chosen per position by a graft."""
 
 import copy
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
@@ -30,7 +29,13 @@ from graftlens.model.embeddings import PosEmbed, TokenEmbed, Unembed
 from graftlens.model.forward import Builder, TransformerBlock
 from graftlens.model.generation import Generation
 from graftlens.model.hooks import Hooking
-from graftlens.model.identity import config_settings, facts_digest, tokenizer_digest
+from graftlens.model.identity import (
+    config_settings,
+    facts_digest,
+    fingerprint,
+    prints_of_made,
+    tokenizer_digest,
+)
 from graftlens.model.inputs import Batch, Input, Padding, positions_of
 from graftlens.model.linear import Linear
 from graftlens.model.load import load, short
@@ -101,6 +106,7 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
         self.end_tokens = {n: known[n].end_tokens if n in known else () for n in weights}
         self.pad_token = {n: known[n].pad_token if n in known else None for n in weights}
         self._facts = {s.name: facts_digest(s.arch, s.config, s.rotary) for s in read}
+        self.made = {s.name: s.made for s in read if s.made is not None}
         self.told_differences = tuple(differences)
         self.arch = arch
         self.sources = tuple(weights)
@@ -149,7 +155,8 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
         Args:
             sources: name -> hub id, checkpoint folder, GGUF file, PEFT adapter folder, transformers
                 model, `PeftModel`, `TransformerBridge` or (TransformerLens 3.9)
-                `HookedTransformer`, the base first.
+                `HookedTransformer`, the base first. A mapping is a source made of others:
+                `{"of": "sft", "strength": 0.5}`, `{"of": "sft", "rank": 8}`.
             tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own. The
                 model's pads on the right, however it was saved; set
                 `model.tokenizer.padding_side` to pad elsewhere.
@@ -610,33 +617,19 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
         """Source name -> SHA-256 of what decides its numbers.
 
         These are its tensors, in the dtype they run in, what the forward pass takes from the
-        config (norms' epsilon, rotary embedding, …), and the tokenizer.
+        config (norms' epsilon, rotary embedding, …), and the tokenizer. A source made of others
+        has theirs, the base's, and how it is made of them.
         """
-        tokenizer = str(tokenizer_digest(self.tokenizer))
-        names = [n for n, m in self.named_modules() if isinstance(m, Sourced)]
-        prints = {}
+        tokenizer = tokenizer_digest(self.tokenizer)
+        weights = [(n, m) for n, m in self.named_modules() if isinstance(m, Sourced)]
         known: dict[int, bytes] = {}  # what sources share is read once
-
-        def of(tensor: Tensor) -> bytes:
-            if id(tensor) not in known:
-                raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-                known[id(tensor)] = hashlib.sha256(raw.data).digest()
-            return known[id(tensor)]
-
-        for index, source in enumerate(self.sources):
-            digest = hashlib.sha256()
-            for name in names:
-                weight = self.get_submodule(name)
-                assert isinstance(weight, Sourced)
-                tensor = weight.whole(index)
-                tensor = tensor[: weight.sizes[index]] if weight.sizes else tensor
-                digest.update(name.encode() + of(tensor))
-                for added in weight.additions(index):
-                    digest.update(repr((type(added).__name__, added.scale)).encode())
-                    digest.update(b"".join(map(of, added.tensors)))
-            digest.update(f"{self._facts.get(source)} {tokenizer}".encode())
-            prints[source] = digest.hexdigest()
-        return prints
+        prints = {
+            source: fingerprint(weights, index, f"{self._facts.get(source)} {tokenizer}", known)
+            for index, source in enumerate(self.sources)
+            if source not in self.made
+        }
+        prints |= prints_of_made(self.made, prints, self.sources[0])
+        return {source: prints[source] for source in self.sources}
 
     def settings(self) -> dict[str, Any]:
         """What fingerprints cover besides tensors, in the config's own words, for messages."""
@@ -650,7 +643,8 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
             "tokenizer": tokenizer_digest(self.tokenizer),
         }
         own = {name: configs[name] for name in others if configs[name] != configs[base]}
-        return found | ({"configs": own} if own else {})
+        made = {name: value.model_dump(mode="json") for name, value in self.made.items()}
+        return found | ({"configs": own} if own else {}) | ({"made": made} if made else {})
 
     def to(self, *args: Any, **kwargs: Any) -> "GraftedTransformer":
         """Move to a device or dtype, like any module; `cfg` follows."""

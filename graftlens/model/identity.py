@@ -3,9 +3,10 @@
 import contextlib
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from graftlens.folder import json_digest
@@ -15,7 +16,9 @@ from graftlens.model.arch import (
     UnsupportedArchitectureError,
     architecture,
 )
+from graftlens.model.made import Made, in_order
 from graftlens.model.rotary import LONGEST, Table, lengths_that_tell, samples
+from graftlens.model.weights import Sourced
 
 #: What transformers keeps in a config although no number depends on it, or what is covered
 #: elsewhere.
@@ -76,6 +79,53 @@ def config_settings(config: Any) -> dict[str, Any]:
         and value is not None
         and (not known or name in asked.names or "drop" in name)
     }
+
+
+def fingerprint(
+    weights: Sequence[tuple[str, Sourced]], index: int, facts: str, known: dict[int, bytes]
+) -> str:
+    """SHA-256 of one source's tensors and of the facts about it.
+
+    Args:
+        weights: the model's weights by name.
+        index: the source's number.
+        facts: what else decides its numbers.
+        known: digests of tensors by their identity, to which those read now are added.
+    """
+
+    def of(tensor: Tensor) -> bytes:
+        if id(tensor) not in known:
+            raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
+            known[id(tensor)] = hashlib.sha256(raw.data).digest()
+        return known[id(tensor)]
+
+    digest = hashlib.sha256()
+    for name, weight in weights:
+        tensor = weight.whole(index)
+        tensor = tensor[: weight.sizes[index]] if weight.sizes else tensor
+        digest.update(name.encode() + of(tensor))
+        for added in weight.additions(index):
+            digest.update(repr((type(added).__name__, added.scale)).encode())
+            digest.update(b"".join(map(of, added.tensors)))
+    digest.update(facts.encode())
+    return digest.hexdigest()
+
+
+def prints_of_made(
+    made: Mapping[str, Made], prints: Mapping[str, str], base: str
+) -> dict[str, str]:
+    """The fingerprints of sources that are made of others: the parts', the base's, and how.
+
+    Args:
+        made: name -> what the source is made of.
+        prints: the fingerprints of all other sources.
+        base: the base's name.
+    """
+    found = dict(prints)
+    for name in in_order(made):
+        parts = [found[part] for part in (base, *made[name].parts)]
+        found[name] = json_digest([parts, made[name].model_dump(mode="json", exclude={"of"})])
+    return {name: found[name] for name in made}
 
 
 def facts_digest(arch: Architecture, config: Any, rotary: nn.Module | None) -> str:

@@ -13,13 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from graftlens.components import Component
+from graftlens.configfile import ConfigError
 from graftlens.graft import Graft, Rule
 from graftlens.model.adapters import Base, preview_adapter, read_adapter, read_peft, refuse_as_base
 from graftlens.model.additions import Addition, Additions
 from graftlens.model.arch import Architecture, PairError
-from graftlens.model.differences import Difference, told
+from graftlens.model.differences import MADE_OF, Difference, told
 from graftlens.model.hooked import read_hooked
 from graftlens.model.locations import is_adapter
+from graftlens.model.made import Each, Made, made_problems, source_given
+from graftlens.model.making import refuse_unlike, with_made
 from graftlens.model.pairing import activation, pair
 from graftlens.model.rotary import Rotary
 from graftlens.model.source import (
@@ -80,7 +83,8 @@ def load(
         sources: name -> source, the base first. A source is a hub id, a checkpoint folder, a GGUF
             file, a PEFT adapter folder (applied to the base), a transformers model, a `PeftModel`,
             a `TransformerBridge` without compatibility mode, or with TransformerLens 3.9 a
-            `HookedTransformer` whose weights were not processed.
+            `HookedTransformer` whose weights were not processed; or a mapping such as
+            `{"of": "sft", "rank": 8}`, which makes it of other sources (`graftlens.model.made`).
         tokenizer: a fast tokenizer, or where to load one from; otherwise the sources' own.
         chat_template: what writes conversations, as Jinja's text or a file that holds it; otherwise
             the base's, else that of the first source that has one.
@@ -98,7 +102,7 @@ def load(
             not exist.
         UnsupportedArchitectureError: a family or option that is not exactly supported.
     """
-    _check_names(sources)
+    sources = _checked(sources)
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if target.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
@@ -117,8 +121,12 @@ def load(
             "of them."
         )
 
-    read = _read_all(sources)
+    read = _read_all({name: g for name, g in sources.items() if not isinstance(g, Made)})
     arch, rotary, differences = pair(read)
+    if len(read) < len(sources):
+        read = with_made(read, sources)
+        arch, rotary, more = pair(read)
+        differences += [row for row in more if row.key == MADE_OF]
     own = {source.name: _dtypes(source) for source in read}
     if wanted is None:
         wanted = widest(tuple(d for found in own.values() for d in found))
@@ -128,7 +136,7 @@ def load(
 
     found = [(s.name, s.tokenizer) for s in read]
     sizes = {s.name: s.arch.d_vocab for s in read}
-    shared, more = shared_tokenizer(found, tokenizer, sizes)
+    shared, of_tokenizers = shared_tokenizer(found, tokenizer, sizes)
     shared, template = with_chat_template(shared, found, chat_template)
     put = _Placing(target, wanted)
     prepared = {s.name: {site: put(t) for site, t in s.weights.items()} for s in read}
@@ -147,19 +155,20 @@ def load(
         wanted,
         template,
         additions,
-        tuple(sorted([*differences, *more], key=lambda row: names.index(row.source))),
+        tuple(sorted([*differences, *of_tokenizers], key=lambda row: names.index(row.source))),
     )
 
 
 def preview(
-    sources: Mapping[str, str | Path],
+    sources: Mapping[str, Any],
     tokenizer: str | Path | None = None,
     chat_template: str | Path | None = None,
 ) -> tuple[Architecture, Any]:
     """The architecture and tokenizer that `load` would find, without reading any weight.
 
     Args:
-        sources: name -> hub id, checkpoint folder or PEFT adapter folder, the base first.
+        sources: name -> hub id, checkpoint folder, PEFT adapter folder or what a source is made of,
+            the base first.
         tokenizer: where to load a tokenizer from; otherwise the sources' own.
         chat_template: as in `load`.
 
@@ -172,11 +181,14 @@ def preview(
         ValueError: a source's name that the text form of grafts could not hold.
         UnsupportedArchitectureError: a family or option that is not exactly supported.
     """
-    _check_names(sources)
+    sources = _checked(sources)
+    made = {name: given for name, given in sources.items() if isinstance(given, Made)}
     read: list[Source] = []
     adapters: list[tuple[str, Any]] = []
     rows: dict[str, int] = {}
     for name, given in sources.items():
+        if name in made:
+            continue
         if is_adapter(given):
             folder = Path(given).expanduser()
             if not read:
@@ -186,15 +198,19 @@ def preview(
             continue
         read.append(preview_checkpoint(name, str(given)))
     arch, _, _ = pair(read)
+    base = read[0]
+    whole = {name: max(base.arch.d_vocab, rows[name]) for name, _ in adapters}
+    refuse_unlike(made, {s.name: s for s in read}, base.name, whole)
     found = [(s.name, s.tokenizer) for s in read] + adapters
     sizes = {s.name: s.arch.d_vocab for s in read}
-    sizes |= {name: max(read[0].arch.d_vocab, rows[name]) for name, _ in adapters}
+    sizes |= whole
     arch = replace(arch, d_vocab=max(sizes.values()))
     shared, _ = shared_tokenizer(found, tokenizer, sizes)
     return arch, with_chat_template(shared, found, chat_template)[0]
 
 
-def _check_names(sources: Mapping[str, Any]) -> None:
+def _checked(sources: Mapping[str, Any]) -> dict[str, Any]:
+    """Sources under names that grafts can hold; mappings as what they describe."""
     if not isinstance(sources, Mapping) or len(sources) < 2:
         # Not the value itself, which may be of any kind and length.
         given = (
@@ -206,6 +222,21 @@ def _check_names(sources: Mapping[str, Any]) -> None:
         )
     for name in sources:
         Rule(name, Graft.rule("x").rules[0].at)  # the grammar's own check of a source's name
+    described: dict[str, Any] = {}
+    for name, value in sources.items():
+        try:
+            described[name] = source_given(value)
+        except ConfigError as error:
+            raise PairError(f"source {name!r}: {' '.join(str(error).splitlines())}") from None
+    for name, what in made_problems(described):
+        raise PairError(f"source {name!r}: {what}")
+    for name, value in described.items():
+        if isinstance(value, Each):
+            raise PairError(
+                f"source {name!r} is {value}, several models that a sweep runs one after another "
+                "(run_sweep, graftlens sweep). Here give one of them."
+            )
+    return described
 
 
 # -- reading one source ------------------------------------------------------------------------

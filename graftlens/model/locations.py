@@ -11,11 +11,24 @@ from graftlens.folder import read_json
 from graftlens.model.arch import PairError
 from graftlens.model.smollm2 import located
 
+#: What stands between a hub model's id and one of its revisions: `org/model@step1000`.
+REVISION = "@"
+
+#: Files of the hub that are not read here, or not before the weights are.
+_OTHER_FORMATS = ("*.msgpack", "*.h5", "*.onnx", "*.gguf", "*.ot", "*.tflite")
+_WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth")
+
 #: Seconds that the hub has to answer whether it knows a model.
 PROBE_SECONDS = 10.0
 
 
-def location_of(what: str, given: str | Path, files: Sequence[str] = ("config.json",)) -> str:
+def location_of(
+    what: str,
+    given: str | Path,
+    files: Sequence[str] = ("config.json",),
+    *,
+    weights: bool = True,
+) -> str:
     """The folder, or the id of an existing hub model, that `given` names.
 
     The hub is asked once, without its client's retries, so a mistyped folder is reported at once.
@@ -26,11 +39,14 @@ def location_of(what: str, given: str | Path, files: Sequence[str] = ("config.js
         what: what is being looked for, for messages: ``source 'sft'``.
         given: a folder, a hub id, or a name that `located` knows.
         files: names of files of which a hub model has one or more.
+        weights: of a revision of a hub model, whether to download its weights as well.
 
     Raises:
         PairError: neither a folder here nor a model of the hub.
     """
     name = located(str(given))
+    if (revision := revision_of(name)) is not None:
+        return str(_snapshot(what, *revision, weights=weights))
     if (gguf := gguf_of(name)) is not None:
         return _gguf_location(what, name, *gguf)
     here = os.path.expanduser(name)  # noqa: PTH111 (Path's raises where there is no such user)
@@ -94,6 +110,51 @@ def location_of(what: str, given: str | Path, files: Sequence[str] = ("config.js
     return str(cached)  # downloaded before; asking for each of its files would take minutes
 
 
+def revision_of(location: str | Path) -> tuple[str, str] | None:
+    """A hub id and one of its revisions; None if no revision is named."""
+    name, _, revision = str(location).partition(REVISION)
+    path = os.path.expanduser(location)  # noqa: PTH111
+    there = os.path.exists(path)  # noqa: PTH110
+    return (name, revision) if revision and name.count("/") == 1 and not there else None
+
+
+def _snapshot(what: str, name: str, revision: str, *, weights: bool) -> Path:
+    """The folder of a revision in the local cache, to which it may be downloaded."""
+    from huggingface_hub import snapshot_download
+
+    left_out = [*_OTHER_FORMATS, *(() if weights else _WEIGHTS)]
+    try:
+        return Path(snapshot_download(name, revision=revision, ignore_patterns=left_out))
+    except Exception as error:  # of the hub client, the network or the cache
+        raise PairError(
+            f"{what}: the revision {revision!r} of {name} is not in the local cache, and could not "
+            f"be downloaded ({said(error)})."
+        ) from None
+
+
+def known_revisions(what: str, name: str) -> list[str]:
+    """The branches and tags of a hub model; those in the local cache if the hub does not answer.
+
+    Raises:
+        PairError: there are none.
+    """
+    from huggingface_hub import HfApi, constants, scan_cache_dir
+
+    try:
+        refs = HfApi().list_repo_refs(name)
+        return [ref.name for ref in (*refs.branches, *refs.tags)]
+    except Exception as error:  # each kind of network failure has its own class
+        why = said(error)
+    if os.path.isdir(constants.HF_HUB_CACHE):  # noqa: PTH112
+        for repo in scan_cache_dir().repos:
+            if repo.repo_id == name and repo.repo_type == "model":
+                return sorted(repo.refs)
+    raise PairError(
+        f"{what}: the revisions of {name!r} are not in the local cache, and the hub did not list "
+        f"them ({why})."
+    )
+
+
 def gguf_of(location: str | Path) -> tuple[str, str] | None:
     """The folder (or hub id) and the name of a GGUF file; None if no such file is named."""
     folder, _, file = str(location).rpartition("/")
@@ -122,6 +183,11 @@ def folder_of(location: str | Path) -> Path | None:
         return Path(gguf[0]) if os.path.isfile(path) else None  # noqa: PTH113
     if os.path.isdir(path):  # noqa: PTH112
         return Path(path)
+    if (revision := revision_of(path)) is not None:
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(revision[0], "config.json", revision=revision[1])
+        return Path(found).parent if isinstance(found, str) else None
     try:
         cached = _cached(str(location), "config.json")
     except ValueError:  # a name that no hub model can have

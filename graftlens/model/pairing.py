@@ -67,7 +67,7 @@ def pair(sources: Sequence[Source]) -> tuple[Architecture, Rotary | None, list[D
         found += source.notes
         if source.merged:
             found.append(told("adapter", source.name, None, source.merged, "converted", _MERGED))
-        if number == 0:
+        if number == 0 or source.made is not None:
             continue
         same = rotary is None or rotary.slots[0] == rotary.slots[number]
         rows = of_configs(

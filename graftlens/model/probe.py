@@ -25,7 +25,7 @@ def probe(
     Args:
         run: logits [batch, pos, d_vocab] of token ids under one source everywhere, by its name.
         arch: the architecture of the pair.
-        sources: the sources, each with its own forward.
+        sources: the sources, each with its own forward; one without is left out.
         device: where the model is.
         dtype: what it runs in.
 
@@ -50,6 +50,8 @@ def probe(
     for source in sources:
         if source.prove is not None:
             source.prove()
+        if source.logits is None:
+            continue
         with torch.no_grad():
             ours = run(source.name, tokens).float()[..., : source.arch.d_vocab]
         theirs = source.logits(tokens, dtype).to(ours)

@@ -28,7 +28,7 @@ from graftlens.model.arch import FAMILIES, Site
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.mask import select
 from graftlens.model.quiet import quiet
-from graftlens.model.weights import Sourced
+from graftlens.model.weights import Sourced, joined
 from graftlens.prompts import Tokenized
 
 C = Component
@@ -324,7 +324,9 @@ class Sequential:
                 self._mixed(component, weight, own)
                 for (component, weight), own in zip(target.parts, shares, strict=True)
             ]
-            tensor = made[0] if len(made) == 1 else self._fused(target, made)
+            names = [component for component, _ in target.parts]
+            fused = dict(zip(names, made, strict=True))
+            tensor = made[0] if len(made) == 1 else joined(fused, self.arch)
             stored = {tensor.data_ptr() for tensor in target.parts[0][1].variants}
             if tensor.data_ptr() not in stored:
                 self._assembled += tensor.numel() * tensor.element_size()
@@ -351,14 +353,6 @@ class Sequential:
                 share = share if axis == total.ndim - 1 else share[:, None]
             total += share * weight.of_slot(int(slot)).detach()
         return total.to(dtype)
-
-    def _fused(self, target: _Target, parts: list[Tensor]) -> Tensor:
-        """Several components' tensors as the one that Hugging Face keeps."""
-        fused = FAMILIES[self.arch.family].layout.fused
-        if fused[target.parts[0][0]].how == "stacked":
-            return torch.cat(parts)
-        heads = [part.unflatten(0, (self.arch.n_heads, self.arch.d_head)) for part in parts]
-        return torch.stack(heads, 1).flatten(0, 2)
 
 
 class _WholePromptTables(nn.Module):

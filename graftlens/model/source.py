@@ -35,6 +35,7 @@ from graftlens.model.differences import Difference, told
 from graftlens.model.identity import rotary_tables
 from graftlens.model.locations import folder_of, gguf_of, location_of, read_object, said
 from graftlens.model.lora import Parts
+from graftlens.model.made import Made
 from graftlens.model.quiet import quiet
 from graftlens.model.stored import (
     Stored,
@@ -70,7 +71,8 @@ class Source:
         additions: what it adds to its matrices, kept apart from them.
         rotary: its rotary module, None with learned positions.
         tokenizer: its tokenizer, if it has one.
-        logits: its own forward pass on token ids [batch, pos], run in a given dtype.
+        logits: its own forward pass on token ids [batch, pos], run in a given dtype; None for a
+            made source where no Hugging Face model of its parts is known.
         config: its Hugging Face config, None for a HookedTransformer.
         dtypes: the dtypes of the checkpoint, if the tensors were computed in a wider one.
         hooks: places in its model with hooks, through which its own logits go.
@@ -81,6 +83,7 @@ class Source:
             the checkpoint's generation settings.
         generation: the checkpoint's generation settings.
         notes: what is read of it in another form, to be told.
+        made: what it is made of, if it is made of other sources.
     """
 
     name: str
@@ -89,7 +92,7 @@ class Source:
     weights: Weights
     rotary: nn.Module | None
     tokenizer: Any
-    logits: Logits
+    logits: Logits | None
     config: Any = None
     dtypes: tuple[torch.dtype, ...] = ()
     end_tokens: tuple[int, ...] = ()
@@ -101,6 +104,7 @@ class Source:
     merged: str = ""
     generation: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[Difference, ...] = ()
+    made: Made | None = None
 
 
 def read_checkpoint(name: str, path: str) -> Source:
@@ -122,7 +126,7 @@ def read_checkpoint(name: str, path: str) -> Source:
 def preview_checkpoint(name: str, path: str) -> Source:
     """A checkpoint without its weights; if a folder has them, their headers are checked."""
     what = f"source {name!r}"
-    given, path = path, location_of(what, path)
+    given, path = path, location_of(what, path, weights=False)
     config = open_config(what, path)
     text = text_config(config)
     empty = _blueprint(what, path, text)
@@ -591,7 +595,7 @@ def own_logits(model: Any, copy_of: Callable[[Any], Any] | None) -> Logits:
             # The caller's model stays unchanged; our own may change, as its tensors have been read.
             ours = (model if copy_of is None else copy_of(model)).to(dtype)
             renew_rotary(ours)
-        with _evaluating(ours):
+        with evaluating(ours):
             where = _device_of(ours)
             return ours(input_ids=tokens.to(where), use_cache=False).logits.to(tokens.device)
 
@@ -599,7 +603,7 @@ def own_logits(model: Any, copy_of: Callable[[Any], Any] | None) -> Logits:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout; afterwards every module is back in its mode."""
     training = [module for module in model.modules() if module.training]
     try:

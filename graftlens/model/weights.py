@@ -86,6 +86,33 @@ def read_weights(state: Mapping[str, Tensor], arch: Architecture) -> Weights:
     return weights
 
 
+def state_of(
+    weights: Mapping[tuple[Component, int | None, str], Tensor], arch: Architecture
+) -> dict[str, Tensor]:
+    """The Hugging Face state dict of every component's tensors: what `read_weights` reads."""
+    layout = FAMILIES[arch.family].layout
+    state: dict[str, Tensor] = {}
+    parts: dict[str, dict[Component, Tensor]] = {}
+    for (component, layer, parameter), tensor in weights.items():
+        name = f"{layout.modules[component].format(l=layer)}.{parameter}"
+        parts.setdefault(name, {})[component] = tensor
+    for name, found in parts.items():
+        first = next(iter(found))
+        tensor = joined(found, arch) if first in layout.fused else found[first]
+        state[name] = tensor.T if layout.transposes(first) and tensor.ndim == 2 else tensor
+    return state
+
+
+def joined(parts: Mapping[Component, Tensor], arch: Architecture) -> Tensor:
+    """The fused projection that components are parts of."""
+    fused = FAMILIES[arch.family].layout.fused
+    ordered = sorted(parts, key=lambda component: fused[component].index)
+    if fused[ordered[0]].how == "stacked":
+        return torch.cat([parts[component] for component in ordered])
+    heads = [parts[component].unflatten(0, (arch.n_heads, arch.d_head)) for component in ordered]
+    return torch.stack(heads, 1).flatten(0, 2)
+
+
 def read_additions(
     found: Mapping[str, Sequence[Addition]], arch: Architecture
 ) -> dict[tuple[Component, int | None], tuple[Addition, ...]]:

@@ -7,7 +7,7 @@ import pandas as pd
 from jaxtyping import Float, Int
 
 from graftlens.metrics import some_over_common
-from graftlens.references import COMMON_TOKENS, common_tokens, named_in
+from graftlens.references import COMMON_TOKENS, MEMBERS, common_tokens, named_in
 from graftlens.stats.intervals import mean_intervals
 from graftlens.stats.recovery import recoveries
 from graftlens.stats.resampling import Draw, means_of, numbered, unit_count
@@ -57,7 +57,7 @@ def summarise(
     - `note`: None, or which metrics have no mean (NaN) because they are infinite for some prompt,
       as the log-probability of a token that a source lacks is; ranks and probabilities are not;
     - `source`, `span`, `component`, `layer`, `head`, `neuron` and `strength` of a graft with one
-      rule, if the table has these columns or the column `rule`;
+      rule, if the table has these columns or the column `rule`, and `source_rank` if it has that;
     - `recovery_of`, `base_run`, `full_run`, `level`, `resamples`, `seed`, `unit`: how the row was
       computed; `units`: how many units the prompts used belong to; `common_tokens`: how many tokens
       KL, JS and entropy are over, where sources have different vocabularies.
@@ -84,6 +84,8 @@ def summarise(
     an error, because its mean would be over other prompts.
 
     Args:
+        by: columns whose values are groups of prompts; `member` or `step` where models were run one
+            after another (`each`).
         grafts: the grafts to summarise; by default all but those that ran on no prompt at all.
         base, full: the grafts between which recovery is measured; by default those that the table
             names (`evaluate` and `read_results` do), else PRE and SFT.
@@ -104,7 +106,8 @@ def summarise(
         if names.count(name) > 1:
             raise ValueError(f"metric {name!r} is requested twice; name each metric once")
     draw = Draw(unit, level, resamples, seed)
-    table = checked_table(table, (*by, *draw.columns, *map(column_of, wanted)))
+    within = [name for name in by if name in MEMBERS]
+    table = checked_table(table, (*by, *draw.columns, *map(column_of, wanted)), within)
     check_groups(table, by)
     check_units(table, unit)
     chosen = choose_run(table, grafts, (base, full))

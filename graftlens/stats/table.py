@@ -11,6 +11,7 @@ from pandas.api.types import is_float_dtype
 
 from graftlens.graft import PARTS, Graft, parts_of
 from graftlens.metrics import averaged, known
+from graftlens.references import MEMBERS
 
 #: Columns that describe a graft of one rule, in a sweep's table and in every summary.
 GRAFT_COLUMNS = PARTS
@@ -114,6 +115,12 @@ def checked_table(
         )
     if len(table) == 0:
         raise ValueError("the table is empty; pass results with at least one prompt and graft")
+    members = [name for name in MEMBERS if name in table]
+    if members and not set(members) & set(within) and table[members].drop_duplicates().shape[0] > 1:
+        raise ValueError(
+            f"the table is of several models that were run one after another (column "
+            f"{members[0]!r}): group them with by={members[-1]!r}, or pass the rows of one"
+        )
     table = table[needed]
     # Groups of categories would come in another order, and include those without rows.
     categories = [c for c in needed if isinstance(table[c].dtype, pd.CategoricalDtype)]
@@ -152,12 +159,14 @@ def graft_facts(table: pd.DataFrame) -> dict[str, dict[str, object]]:
     """Graft -> what the table says about it, apart from its results; what it has no column for is
     read out of its `rule`."""
     columns = [c for c in GRAFT_COLUMNS if c in table]
+    more = ["source_rank"] if "source_rank" in table else []
     first = table.drop_duplicates("graft").set_index("graft").astype(object)
-    found = {str(graft): dict(row) for graft, row in first[columns].iterrows()}
+    found = {str(graft): dict(row) for graft, row in first[[*columns, *more]].iterrows()}
     if "rule" in table and len(columns) < len(GRAFT_COLUMNS):
         for graft, rule in first["rule"].items():
             known = found[str(graft)]
-            found[str(graft)] = {c: known.get(c, of_rule) for c, of_rule in _parts(rule).items()}
+            of_rule = {c: known.get(c, part) for c, part in _parts(rule).items()}
+            found[str(graft)] = of_rule | {c: known[c] for c in more}
     return found
 
 
@@ -217,7 +226,7 @@ def check_groups(table: pd.DataFrame, by: Sequence[str]) -> None:
                 f"by={name!r} groups prompts, and {name!r} is a column of grafts. Leave it out: "
                 "each row of the result is of one graft and has that column."
             )
-        several = _with_several(table, name)
+        several = None if name in MEMBERS else _with_several(table, name)
         if several is not None:
             raise ValueError(
                 f"prompt {several} has more than one value in column {name!r}; "

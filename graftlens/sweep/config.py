@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 import yaml
 from jaxtyping import Bool
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -22,19 +21,20 @@ from graftlens.data.rewriting import told_on_command_line
 from graftlens.graft import Graft, Rule, parts_of
 from graftlens.metrics import Measure
 from graftlens.model.arch import Architecture
+from graftlens.model.identity import tokenizer_digest
 from graftlens.model.inputs import collate
 from graftlens.model.load import preview
+from graftlens.model.made import Each, Made, SourceField
 from graftlens.model.mask import multiplies_far, resolve, select, silenced, sites_of
+from graftlens.model.members import Member, members_of
 from graftlens.model.smollm2 import located
 from graftlens.model.source import ties_embeddings
 from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, Tokenized, dated, doubled_bos
 from graftlens.references import References
 from graftlens.shipped import Kind, config_file
-from graftlens.sweep.cells import Measures, asked_for, own_measures
-from graftlens.sweep.counts import blocks_of
+from graftlens.sweep.cells import asked_for
 from graftlens.sweep.graftsettings import GraftSettings
-from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.prepared import Extent, Prepared, joined_answers
 from graftlens.sweep.promptsets import (
     DatasetSection,
@@ -45,7 +45,6 @@ from graftlens.sweep.promptsets import (
     listed,
     prompt_sections,
 )
-from graftlens.sweep.scoring import dry_plan
 
 __all__ = [
     "Checked",
@@ -54,15 +53,10 @@ __all__ = [
     "SweepConfig",
     "check",
     "checked_as_given",
-    "describe",
-    "describe_sweep",
     "load_config",
 ]
 
 _TEMPLATES = template_names()
-
-#: How many grafts a description names.
-SHOWN = 12
 
 
 class Metrics(Section):
@@ -129,9 +123,11 @@ class SweepConfig(RunSettings, GraftSettings):
     Paths are relative to the working directory.
     """
 
-    sources: Mapping[str, str]
+    sources: Mapping[str, SourceField]
     """Name -> checkpoint folder, adapter folder or hub id, the base first, two or more.
-    `smollm2-135m` stands for SmolLM2-135M-Instruct from graftlens' own cache."""
+    `smollm2-135m` stands for SmolLM2-135M-Instruct from graftlens' own cache. Or of what the source
+    is made: {of: sft, strength: 0.5}, {of: sft, rank: 8}; or {each: runs/checkpoint-*}, for models
+    that are run one after another."""
 
     dataset: Annotated[tuple[DatasetSection, ...], BeforeValidator(listed)] = ()
     """One or more sets of prompts about the facts of a dataset."""
@@ -147,7 +143,7 @@ class SweepConfig(RunSettings, GraftSettings):
 
     @field_validator("sources")
     @classmethod
-    def _names(cls, sources: Mapping[str, str]) -> Mapping[str, str]:
+    def _names(cls, sources: Mapping[str, Any]) -> Mapping[str, Any]:
         if len(sources) < 2:
             raise ValueError(
                 f"{len(sources)} given. Give two or more, the base first, such as "
@@ -155,7 +151,7 @@ class SweepConfig(RunSettings, GraftSettings):
             )
         for name, place in sources.items():
             Rule(name, At.parse("all"))
-            if not place.strip():
+            if isinstance(place, str) and not place.strip():
                 raise ValueError(f"{name} is empty. Write a folder or a hub id.")
         return sources
 
@@ -190,9 +186,38 @@ class SweepConfig(RunSettings, GraftSettings):
             raise ConfigError(*problems)
         return self
 
-    def locations(self) -> dict[str, str]:
-        """Name -> what `GraftedTransformer.from_pretrained` takes; downloads SmolLM2 if needed."""
-        return {name: located(place) for name, place in self.sources.items()}
+    @property
+    def all_sources(self) -> dict[str, Any]:
+        """Name -> source, also those that grids' ranks add."""
+        return self.with_ranks(self.sources)[0]
+
+    @property
+    def each(self) -> tuple[str, Each] | None:
+        """The source that stands for several models, if there is one."""
+        found = [(name, one) for name, one in self.sources.items() if isinstance(one, Each)]
+        return found[0] if found else None
+
+    def members(self) -> tuple[Member, ...]:
+        """The models that are run one after another; none without `each`.
+
+        Raises:
+            PairError: `each` matches nothing.
+        """
+        return () if self.each is None else members_of(*self.each)
+
+    def locations(self, place: str | None = None) -> dict[str, Any]:
+        """Name -> what `GraftedTransformer.from_pretrained` takes; downloads SmolLM2 if needed.
+
+        Args:
+            place: that of the member to run, where a source stands for several; by default the
+                first one's.
+        """
+        if self.each is not None and place is None:
+            place = self.members()[0].place
+        return {
+            name: place if isinstance(one, Each) else located(one) if isinstance(one, str) else one
+            for name, one in self.all_sources.items()
+        }
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
@@ -227,6 +252,7 @@ class NamedGraft:
         source, span, component, layer, head, neuron: the parts of its only rule as text; None where
             the graft has no rule or several.
         strength: that of its only rule.
+        rank: that of its only rule's source, where that is the best part of a rank.
     """
 
     name: str
@@ -238,11 +264,15 @@ class NamedGraft:
     head: str | None = None
     neuron: str | None = None
     strength: float | None = None
+    rank: int | None = None
 
     @classmethod
-    def of(cls, name: str, graft: Graft) -> "NamedGraft":
-        """The graft with the parts of its rule."""
-        return cls(name, graft, **parts_of(graft))
+    def of(cls, name: str, graft: Graft, sources: Mapping[str, Any] | None = None) -> "NamedGraft":
+        """The graft with the parts of its rule; `sources` say which are made by rank."""
+        parts = parts_of(graft)
+        made = (sources or {}).get(str(parts["source"]))
+        rank = made.rank if isinstance(made, Made) and isinstance(made.rank, int) else None
+        return cls(name, graft, **parts, rank=rank)
 
 
 @dataclass(frozen=True)
@@ -260,6 +290,7 @@ class Checked:
         base, full: names of the grafts that recovery is measured between.
         prepared: the prompts' tokens.
         asked: the measures besides those of every table, which the config names.
+        members: the models that are run one after another, if a source stands for several.
     """
 
     config: SweepConfig
@@ -273,6 +304,7 @@ class Checked:
     full: str
     prepared: Prepared
     asked: tuple[Measure, ...] = ()
+    members: tuple[Member, ...] = ()
 
 
 def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
@@ -296,7 +328,8 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     else:
         config = _asking_for(config, [m.name for m in measured])  # the others are there anyway
     try:
-        arch, tokenizer = preview(config.locations(), config.tokenizer, config.chat_template)
+        members = config.members()
+        arch, tokenizer = _previewed(config, members)
         if tokenizer is None:
             raise ValueError("no source has a tokenizer. Name one with the key tokenizer.")
     except (ValueError, OSError, RuntimeError) as error:
@@ -312,11 +345,12 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     problems += failed
     prompts = tuple(prompt for made in sets.values() for prompt in made)
 
+    sources = tuple(config.all_sources)
     named, failed = _named(config, arch)
     problems += failed
     everywhere = Graft.rule(list(config.sources)[1])
     texts = {str(graft): graft for _, _, graft in named}
-    ends = References.of(texts, tuple(config.sources), everywhere, ("none", str(everywhere)))
+    ends = References.of(texts, sources, everywhere, ("none", str(everywhere)))
     named = [("", name, graft) for name, graft in ends.grafts.items() if name not in texts] + named
     grafts, duplicates, failed = _collapsed(named)
     problems += failed
@@ -347,7 +381,7 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
         problems.append(("", f"none of the {len(prompts)} prompts can be run. The first: {first}"))
     tokens = [scored.tokens for scored in ready]
     needed = [grafts[name] for name in chosen.values() if name in grafts]
-    problems += _unfit(where_given, tuple(config.sources), arch, tokens, needed)
+    problems += _unfit(where_given, sources, arch, tokens, needed)
     if problems:
         raise ConfigError(*problems)
     return Checked(
@@ -356,12 +390,32 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
         tokenizer,
         prompts,
         tuple(title for title, made in sets.items() for _ in made),
-        tuple(NamedGraft.of(name, graft) for name, graft in grafts.items()),
+        tuple(NamedGraft.of(name, graft, config.all_sources) for name, graft in grafts.items()),
         duplicates,
         **chosen,
         prepared=prepared,
         asked=measured,
+        members=members,
     )
+
+
+def _previewed(config: SweepConfig, members: Sequence[Member]) -> tuple[Architecture, Any]:
+    """The architecture and the tokenizer of the sources, which all members must have in common."""
+    places: list[str | None] = [member.place for member in members]
+    found = [
+        preview(config.locations(place), config.tokenizer, config.chat_template)
+        for place in places or [None]
+    ]
+    arch, tokenizer = found[0]
+    for member, (own, reader) in zip(members[1:], found[1:], strict=True):
+        if own != arch or tokenizer_digest(reader) != tokenizer_digest(tokenizer):
+            odd = [key for key, value in vars(own).items() if value != getattr(arch, key)]
+            what = ", ".join(odd) or "the tokenizer"
+            raise ValueError(
+                f"{members[0].name} and {member.name} differ in {what}, but members of one source "
+                "have one shape. Run them in sweeps of their own."
+            )
+    return arch, tokenizer
 
 
 #: (where, what), as in ConfigError.
@@ -522,77 +576,3 @@ def checked_as_given(
 
 def as_yaml(value: Mapping[str, Any]) -> str:
     return str(yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True))
-
-
-def describe_sweep(
-    config: SweepConfig | str | Path | Mapping[str, Any],
-    *,
-    overrides: Sequence[str] = (),
-    measures: Measures = (),
-) -> str:
-    """What a sweep would do, as text: its prompts, its grafts, and how much there is to compute.
-
-    No weights are read, and nothing is written. Arguments are those of `run_sweep`.
-
-    Raises:
-        ValueError: a config that cannot be run.
-    """
-    return describe(checked_as_given(config, overrides, own_measures(measures))[0])
-
-
-def describe(checked: Checked, sources: Mapping[str, str] | None = None) -> str:
-    """What a sweep would do, as text for people: sources, prompts, grafts, cells and the plan.
-
-    `sources` says where the models will be, if others stand in for them in `checked`."""
-    config, arch = checked.config, checked.arch
-    located = sources or config.sources
-    base, *others = config.sources
-    lines = [f"sources   {base} = {located[base]} (the base)"]
-    lines += [f"          {name} = {located[name]}" for name in others]
-    heads = f"{arch.n_heads} heads" + (
-        f" ({arch.n_kv_heads} key-value)" if arch.n_kv_heads != arch.n_heads else ""
-    )
-    lines.append(
-        f"model     {arch.family}, {arch.n_layers} layers, {heads}, d_model {arch.d_model}"
-    )
-    counts = Counter(
-        (title, prompt.name or prompt.template)
-        for title, prompt in zip(checked.dataset, checked.prompts, strict=True)
-    )
-    lines.append(f"prompts   {len(checked.prompts)}")
-    lines += [f"          {title}: {name}: {n}" for (title, name), n in counts.items()]
-    lines.append(f"grafts    {len(checked.grafts)}, recovery from {checked.base} to {checked.full}")
-    shown = [f"{g.name} = {g.graft}" if g.name != str(g.graft) else g.name for g in checked.grafts]
-    lines += [f"          {line}" for line in shown[:SHOWN]]
-    if len(shown) > SHOWN:
-        lines.append(f"          … and {len(shown) - SHOWN} more")
-    if checked.duplicates:
-        dropped, kept = next(iter(checked.duplicates.items()))
-        twice = f"{len(checked.duplicates)} given twice are run once"
-        lines.append(f"          {twice}, such as {dropped} = {kept}")
-    cells = len(checked.prompts) * len(checked.grafts)
-    shards = -(-cells // config.shards)
-    lines.append(f"cells     {cells}, in {shards} or more shards of up to {config.shards}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = getattr(torch, config.dtype) if config.dtype else torch.float32
-    budget = affordable_rows(arch, device, dtype)
-    grafts = {named.name: named.graft for named in checked.grafts}
-    _, blocks = blocks_of(len(checked.prompts), len(grafts), config.shards)
-    planned = dry_plan(
-        arch,
-        tuple(config.sources),
-        checked.prepared,
-        dict(enumerate(checked.prompts)),
-        list(grafts.values()),
-        measured=checked.asked,
-        references={"base": grafts[checked.base], "full": grafts[checked.full]},
-        blocks=blocks,
-        row_budget=config.row_budget or budget,
-        item=dtype.itemsize,
-    )
-    if len(blocks) > 1:
-        lines.append(
-            f"          grafts are cut into {len(blocks)} blocks, as shards hold fewer cells: what "
-            "blocks have in common is computed in each"
-        )
-    return "\n".join([*lines, "", planned.summary()])

@@ -9,6 +9,7 @@ from graftlens.components import brief, check_name, suggest
 from graftlens.configfile import ConfigError
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture
+from graftlens.model.made import SourceField, made_problems
 from graftlens.sweep.grid import GraftField, Grid
 from graftlens.sweep.paper import Kind, checked_kind, published
 from graftlens.sweep.promptsets import Section, listed
@@ -17,8 +18,8 @@ from graftlens.sweep.promptsets import Section, listed
 class GraftSettings(Section):
     """What is grafted, in a sweep or in a part of an experiment, which is a sweep."""
 
-    sources: Mapping[str, str] = {}
-    """Name -> location of the weights."""
+    sources: Mapping[str, SourceField] = {}
+    """Name -> location of the weights, or what the source is made of."""
 
     grafts: Mapping[str, GraftField] = {}
     """Name -> graft, as one line of text in quotes or a list of rules. Or `paper`, or `paper KIND`,
@@ -81,9 +82,11 @@ class GraftSettings(Section):
         source = [*sources, "sft"][1] if sources else "sft"
         return published(self.paper, arch, tied, source) | dict(self.grafts)
 
-    def graft_problems(self, sources: Collection[str]) -> list[tuple[str, str]]:
-        """(where, what): no grafts, and every source that grafts name but that does not exist."""
-        problems = []
+    def graft_problems(self, origins: Mapping[str, Any]) -> list[tuple[str, str]]:
+        """(where, what): no grafts, every source that grafts name but that does not exist, and
+        sources that cannot be made; `origins` are the sources."""
+        sources, problems = self.with_ranks(origins)
+        problems = [(f"sources.{n}", what) for n, what in made_problems(sources)] + problems
         given = self.named_grafts(tuple(sources))
         if not given and not self.grids:
             problems.append(("", "no grafts: give grafts or grids."))
@@ -99,6 +102,19 @@ class GraftSettings(Section):
             named += [(f"grids.{i}.source", grid.source or ())]
             named += [(f"grids.{i}.base", grid.base.sources)]
         return problems + unknown_sources(named, sources)
+
+    def with_ranks(
+        self, origins: Mapping[str, Any]
+    ) -> tuple[dict[str, Any], list[tuple[str, str]]]:
+        """The sources that are given and those that grids' ranks add, and names that are used for
+        both."""
+        sources, problems = dict(origins), []
+        for i, grid in enumerate(self.grids):
+            for name, made in grid.made(tuple(origins)).items():
+                if sources.setdefault(name, made) != made:
+                    what = f"it adds a source {name!r}, but another has that name. Rename that one."
+                    problems.append((f"grids.{i}.ranks", what))
+        return sources, problems
 
 
 def unknown_sources(

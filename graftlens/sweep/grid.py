@@ -1,5 +1,5 @@
-"""Grids of grafts: positions × components × layers × heads × neurons × strengths × source, written
-compactly."""
+"""Grids of grafts: positions × components × layers × heads × neurons × strengths × ranks × source,
+written compactly."""
 
 import random
 import re
@@ -24,6 +24,8 @@ from graftlens.configfile import settings_from
 from graftlens.data.settings import Settings
 from graftlens.graft import Graft, Rule, format_number, parse_layers
 from graftlens.model.arch import Architecture
+from graftlens.model.made import Made
+from graftlens.model.making import largest_rank
 from graftlens.model.mask import sites_of
 from graftlens.positions import At
 
@@ -204,8 +206,8 @@ class GridGraft:
         name: its name in tables.
         graft: what is run.
         tags: `position`, `component`, `layer`, `head`, `neuron`, `source` as text; `strength`, a
-            number; `layers`, how many of them; with dropout `rate` (the share left out) and `draw`
-            (a number), too.
+            number; of a grid of ranks `source_rank`, a number; `layers`, how many of them; with
+            dropout `rate` (the share left out) and `draw` (a number), too.
     """
 
     name: str
@@ -279,6 +281,16 @@ def _strengths(value: Any) -> tuple[float, ...]:
     return tuple(Graft.rule("x", strength=strength).rules[0].strength for strength in given)
 
 
+def _ranks(value: Any) -> tuple[int | str, ...]:
+    given = value if isinstance(value, list | tuple) else [value]
+    for rank in given:
+        if rank != "all" and (type(rank) is not int or rank < 1):
+            raise ValueError(f"{brief(rank)} is not a rank. Write numbers from 1, or all.")
+    if not given:
+        raise ValueError("the list is empty. Name a rank, or leave the axis out.")
+    return tuple(given)
+
+
 def _source(value: Any) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{brief(value)} is not a source's name. Put it in quotes if it is.")
@@ -321,6 +333,10 @@ class Grid(Settings):
     strengths: Annotated[tuple[float, ...], BeforeValidator(_strengths)] = (1.0,)
     """How much of the source: 1 is its weights, 0 none of it, 2 and -1 extrapolate."""
 
+    ranks: Annotated[tuple[int | Literal["all"], ...], BeforeValidator(_ranks)] | None = None
+    """How many singular directions of each matrix's difference from the base: of a source `sft`, 8
+    is the source `sft_rank8`, {of: sft, rank: 8}; `all` is the source itself."""
+
     source: Annotated[tuple[str, ...], _axis(_source)] | None = None
     """Where the weights come from; by default each source but the base."""
 
@@ -333,12 +349,21 @@ class Grid(Settings):
     name: Annotated[str, AfterValidator(check_name)] | None = None
     """A prefix of the grafts' names, which are "name: text"; by default their text is the name."""
 
+    def made(self, sources: Sequence[str]) -> dict[str, Made]:
+        """The sources that the axis of ranks adds to those given, the base first."""
+        return {
+            _of_rank(source, rank): Made(of=source, rank=rank)
+            for source in self.source or sources[1:]
+            for rank in self.ranks or ()
+            if isinstance(rank, int)
+        }
+
     def grafts(self, arch: Architecture, sources: Sequence[str]) -> Iterator[GridGraft]:
         """A graft for every combination, the source changing fastest.
 
         Args:
             arch: says how many layers and heads `each` and windows run over.
-            sources: the names of the sources, the base first.
+            sources: the names of the sources that are given, the base first.
 
         Raises:
             ValueError: windows that do not fit, heads or neurons of components that have none or
@@ -353,7 +378,9 @@ class Grid(Settings):
         units = list(_expanded(self.units, lambda: arch.d_mlp, "neurons"))
         chosen = self.source or sources[1:]
         count = len(self.positions) * sum(len(heads[entry]) for entry in components)
-        count *= len(layers) * len(units) * len(self.strengths) * len(chosen)
+        ranks = self.ranks or (None,)
+        count *= len(layers) * len(units) * len(self.strengths) * len(ranks) * len(chosen)
+        known = (*sources, *self.made(sources))
         count *= 1 if self.dropout is None else self.dropout.count
         if count > MAX_GRAFTS:
             raise ValueError(
@@ -362,18 +389,21 @@ class Grid(Settings):
                 "are allowed. Leave entries out, or make several sweeps."
             )
         for at, entry in product(self.positions, components):
-            axes = product(layers, heads[entry], units, self.strengths, chosen)
-            for layer, head, unit, strength, source in axes:
-                rule = Graft.rule(source, at, entry, layer, head, unit, strength)
+            axes = product(layers, heads[entry], units, self.strengths, ranks, chosen)
+            for layer, head, unit, strength, rank, source in axes:
+                used = _of_rank(source, rank) if isinstance(rank, int) else source
+                rule = Graft.rule(used, at, entry, layer, head, unit, strength)
                 tags: dict[str, Any] = {"position": at, "component": entry, "layer": layer}
                 tags |= {"head": head, "neuron": unit, "strength": strength, "source": source}
-                tags["layers"] = _n_layers(rule.rules[0], arch, sources)
+                if rank is not None:
+                    tags["source_rank"] = largest_rank(arch) if rank == "all" else rank
+                tags["layers"] = _n_layers(rule.rules[0], arch, known)
                 if self.dropout is None:
-                    yield self._named(self.base | rule, tags)
+                    yield self._named(self.base | rule, tags, used)
                     continue
-                for rate, draw, rules in self.dropout.variants(rule.rules[0], arch, sources):
+                for rate, draw, rules in self.dropout.variants(rule.rules[0], arch, known):
                     drawn = {"rate": rate, "draw": draw}
-                    yield self._named(self.base | Graft(rules), tags | drawn)
+                    yield self._named(self.base | Graft(rules), tags | drawn, used)
 
     def _components(self, arch: Architecture) -> Iterator[str]:
         for entry in self.components:
@@ -382,7 +412,7 @@ class Grid(Settings):
             else:
                 yield entry
 
-    def _named(self, graft: Graft, tags: Mapping[str, Any]) -> GridGraft:
+    def _named(self, graft: Graft, tags: Mapping[str, Any], used: str) -> GridGraft:
         name = str(graft)
         if "rate" in tags:  # the rules of a draw mean nothing to a reader
             units = tags["head"] if tags["neuron"] == "all" else f"n{tags['neuron']}"
@@ -392,8 +422,13 @@ class Grid(Settings):
             place = " : ".join(written)
             factor = "" if tags["strength"] == 1 else f"{format_number(tags['strength'])}*"
             each = " per token" if self.dropout is not None and self.dropout.per == "token" else ""
-            name = f"{factor}{tags['source']} @ {place} - {tags['rate']:g}{each} ({tags['draw']})"
+            name = f"{factor}{used} @ {place} - {tags['rate']:g}{each} ({tags['draw']})"
         return GridGraft(name if self.name is None else f"{self.name}: {name}", graft, tags)
+
+
+def _of_rank(source: str, rank: int) -> str:
+    """The name of a source's best part of a rank."""
+    return f"{source}_rank{rank}"
 
 
 def _n_layers(rule: Rule, arch: Architecture, sources: Sequence[str]) -> int | None:

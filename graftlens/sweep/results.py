@@ -33,9 +33,10 @@ from graftlens.chat import Conversation
 from graftlens.folder import json_digest, parse_json, read_text
 from graftlens.graft import PARTS
 from graftlens.metrics import always_measured, measure, some_over_common
+from graftlens.model.made import source_given
 from graftlens.prompts import Prompt
 from graftlens.references import COLUMNS as REFERENCES
-from graftlens.references import COMMON_TOKENS
+from graftlens.references import COMMON_TOKENS, MEMBERS
 from graftlens.sweep.disk import DamagedError, check_json, sealed, sealed_json, unsealed
 
 _TYPES = {
@@ -107,7 +108,10 @@ class Manifest:
         graft_blocks: bounds (first, past the last) of each block in `grafts`.
         versions: of the packages at the first start.
         models: the sources' fingerprints, dtype, row budget, pair check and what their configs and
-            tokenizer come to, as the first worker found them; None before.
+            tokenizer come to, as the first worker found them; None before. Where there are members,
+            what is not common to them is under `members`, by name.
+        members: the models that are run one after another, where a source stands for several: name,
+            step and place of each.
         config_sha256: of ``config.yaml``; None in a folder that version 0.1.0 began, whose files
             need not have checksums.
     """
@@ -123,6 +127,7 @@ class Manifest:
     versions: Mapping[str, str]
     models: Mapping[str, Any] | None = None
     config_sha256: str | None = None
+    members: Sequence[Mapping[str, str | int | None]] = ()
 
     def to_json(self) -> str:
         content = sealed_json(asdict(self) | {"shards": self.shards})
@@ -136,16 +141,33 @@ class Manifest:
     @property
     def shards(self) -> int:
         """How many shards the sweep has."""
+        return self.rounds * self._shards_of_one
+
+    @property
+    def rounds(self) -> int:
+        """How often all prompts are run: once, or once with each member."""
+        return max(1, len(self.members))
+
+    @property
+    def _shards_of_one(self) -> int:
         return len(self.prompt_blocks) * len(self.graft_blocks)
 
     @property
     def cells(self) -> int:
-        """How many (prompt, graft) the sweep has."""
-        return sum(self.prompt_blocks) * len(self.grafts)
+        """How many (prompt, graft) the sweep has, those of all members."""
+        return self.rounds * sum(self.prompt_blocks) * len(self.grafts)
+
+    def shards_of(self, number: int) -> range:
+        """The shards of one member, or of the only round."""
+        return range(number * self._shards_of_one, (number + 1) * self._shards_of_one)
+
+    def round_of(self, shard: int) -> int:
+        """Which member a shard is of."""
+        return shard // self._shards_of_one
 
     def place(self, shard: int) -> tuple[int, range]:
         """A shard's block of prompts, and the places of its grafts in `grafts`."""
-        block, grafts = divmod(shard, len(self.graft_blocks))
+        block, grafts = divmod(shard % self._shards_of_one, len(self.graft_blocks))
         return block, range(*self.graft_blocks[grafts])
 
     def rows(self, shard: int) -> int:
@@ -176,14 +198,40 @@ class Manifest:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of this sweep's results, in their order."""
+        lead = MEMBERS if self.members else ()
+        ranked = any(graft.get("source_rank") is not None for graft in self.grafts)
+        about = len(RESULT_COLUMNS[: RESULT_COLUMNS.index(REFERENCES[0])])
+        first, rest = RESULT_COLUMNS[:about], RESULT_COLUMNS[about:-1]
+        rank = ("source_rank",) if ranked else ()
         last = () if self.common_tokens is None else (COMMON_TOKENS,)
-        return (*RESULT_COLUMNS[:-1], *self.asked, RESULT_COLUMNS[-1], *last)
+        return (*lead, *first, *rank, *rest, *self.asked, RESULT_COLUMNS[-1], *last)
+
+    @property
+    def key(self) -> str:
+        """The key in the shards of a sweep without members."""
+        return self.key_of(0)
+
+    def key_of(self, shard: int) -> str:
+        """The key in a shard: a hash of the request and of the models that are run in it."""
+        return self._keys[self.round_of(shard)]
 
     @cached_property
-    def key(self) -> str:
-        """The key in this sweep's shards: a hash of the request and of the models."""
-        ran = {name: (self.models or {}).get(name) for name in ("dtype", "fingerprints")}
-        return json_digest([self.identity, ran])
+    def _keys(self) -> Sequence[str]:
+        models = self.models or {}
+        ran = {name: models.get(name) for name in ("dtype", "fingerprints")}
+        if not self.members:
+            return [json_digest([self.identity, ran])]
+        known = models.get("members", {})
+        return [
+            json_digest(
+                [
+                    self.identity,
+                    ran | {"fingerprints": known.get(m["name"], {}).get("fingerprints")},
+                    m["name"],
+                ]
+            )
+            for m in self.members
+        ]
 
 
 _MANIFEST = TypeAdapter(Manifest)
@@ -409,7 +457,9 @@ def read_shard(
     try:
         with _parquet(shard_path(out, shard), required=manifest.sealed) as file:
             bears = (file.schema_arrow.metadata or {}).get(b"graftlens.key")
-            if bears != manifest.key.encode() or file.metadata.num_rows != manifest.rows(shard):
+            if bears != manifest.key_of(shard).encode() or file.metadata.num_rows != manifest.rows(
+                shard
+            ):
                 return None
             table = file.read(columns=columns, use_threads=False)
             if "ties" not in table.column_names:  # version 0.1.0 did not count them
@@ -433,15 +483,17 @@ def read_results(
             memory then holds a batch and a shard, regardless of the number of rows.
 
     Returns:
-        Columns `prompt` (number), `graft` (name), `rule`, `source`, `span`, `component`, `layer`,
-        `head`, `neuron`, `strength` (of grafts with one rule), `base_run` and `full_run` (the names
-        of the grafts that recovery is measured between), `template`, `dataset`, `model` (the
-        sources), `text`, `answer`, then the measures of `graftlens.evaluate` (`ties` is NA in
-        folders of version 0.1.0, which did not count them), those that the sweep asks for, and
-        `reason`: why a cell could not be run, in which case all numbers are NA. Where sources have
-        different vocabularies and the sweep asks for KL, JS or entropy, `common_tokens` is how many
-        tokens these are over. Repeated texts are categoricals. One table is sorted by prompt, then
-        by graft as in the config; batches come shard by shard.
+        Columns `member` and `step` where a source stands for several models (`each`), `prompt`
+        (number), `graft` (name), `rule`, `source`, `span`, `component`, `layer`, `head`, `neuron`,
+        `strength` (of grafts with one rule), `source_rank` where a source is the best part of a
+        rank (`{of: sft, rank: 8}`), `base_run` and `full_run` (the names of the grafts that
+        recovery is measured between), `template`, `dataset`, `model` (the sources), `text`,
+        `answer`, then the measures of `graftlens.evaluate` (`ties` is NA in folders of version
+        0.1.0, which did not count them), those that the sweep asks for, and `reason`: why a cell
+        could not be run, in which case all numbers are NA. Where sources have different
+        vocabularies and the sweep asks for KL, JS or entropy, `common_tokens` is how many tokens
+        these are over. Repeated texts are categoricals. One table is sorted by member, by prompt,
+        then by graft as in the config; batches come shard by shard.
 
     Raises:
         ValueError: a folder without a sweep, an unknown column, batches without rows.
@@ -463,9 +515,15 @@ def read_results(
     if batch_rows is not None:
         return (frame(batch) for batch in _batches(found, batch_rows))
     tables = list(found)
-    empty = pa.schema([manifest.schema.field(name) for name in stored]).empty_table()
+    fields = [manifest.schema.field(name) for name in stored]
+    empty = pa.schema([*fields, (_ROUND, pa.int64())]).empty_table()
     whole = pa.concat_tables(tables or [empty])
-    return frame(whole.sort_by([("prompt", "ascending"), ("graft", "ascending")]))
+    order = [(_ROUND, "ascending"), ("prompt", "ascending"), ("graft", "ascending")]
+    return frame(whole.sort_by(order))
+
+
+#: Which member a row is of, by number.
+_ROUND = "__round"
 
 
 def _tables(out: Path, manifest: Manifest, stored: Sequence[str]) -> Iterator[pa.Table]:
@@ -474,7 +532,8 @@ def _tables(out: Path, manifest: Manifest, stored: Sequence[str]) -> Iterator[pa
         table = read_shard(out, manifest, shard, stored)
         if table is not None:
             there += 1
-            yield table.replace_schema_metadata(None)
+            numbers = pa.array(np.full(table.num_rows, manifest.round_of(shard)), pa.int64())
+            yield table.replace_schema_metadata(None).append_column(_ROUND, numbers)
     if there < manifest.shards:
         warnings.warn(
             f"{out} is not finished: {there} of {manifest.shards} shards are done. Run the "
@@ -515,19 +574,31 @@ class _Joined:
         #: Columns that have one value in all rows.
         ends = map(manifest.recovery.get, ("base", "full"))
         self.constant = dict(zip(REFERENCES, ends, strict=True))
-        sources = manifest.config["sources"].items()
+        sources = ((n, source_given(one)) for n, one in manifest.config["sources"].items())
         self.constant["model"] = ", ".join(f"{name}: {place}" for name, place in sources)
+        self.members = [str(member["name"]) for member in manifest.members]
+        self.ranks = pd.array(
+            [graft.get("source_rank") for graft in manifest.grafts], dtype="Int64"
+        )
+        self.steps = pd.array([member["step"] for member in manifest.members], dtype="Int64")
 
     def __call__(self, table: pa.Table) -> pd.DataFrame:
         numbers = table["prompt"].to_numpy()
         places = table["graft"].to_numpy()
-        stored = table.drop_columns(["prompt", "graft"]).to_pandas(
+        rounds = table[_ROUND].to_numpy()
+        stored = table.drop_columns(["prompt", "graft", _ROUND]).to_pandas(
             types_mapper={pa.int64(): pd.Int64Dtype()}.get
         )
 
         def column(name: str) -> Any:
             if name == "prompt":
                 return numbers
+            if name == "member":
+                return pd.Categorical.from_codes(rounds, self.members)
+            if name == "step":
+                return self.steps[rounds]
+            if name == "source_rank":
+                return self.ranks[places]
             if name == "graft":
                 return pd.Categorical.from_codes(places, self.names)
             if name == COMMON_TOKENS:

@@ -14,8 +14,8 @@ import json
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +32,7 @@ from graftlens.locks import holder
 from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt, PromptError
+from graftlens.references import MEMBERS
 from graftlens.sweep.cells import Measures, asked_for, fingerprints, own_measures
 from graftlens.sweep.config import Checked, SweepConfig, as_yaml, checked_as_given
 from graftlens.sweep.counts import blocks_of
@@ -47,8 +48,8 @@ from graftlens.sweep.disk import (
     write,
     writing,
 )
-from graftlens.sweep.models import FINGERPRINTS, Loaded, files_of, recorded
-from graftlens.sweep.prepared import Prepared, day_of, refuse_another_day
+from graftlens.sweep.models import FINGERPRINTS, Models, Say, unchanged
+from graftlens.sweep.prepared import day_of, refuse_another_day
 from graftlens.sweep.results import (
     GRAFT_COLUMNS,
     Manifest,
@@ -85,8 +86,6 @@ OWN = "own measures"
 
 #: Seconds between two checks for shards that another process holds.
 POLL = 0.5
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -206,10 +205,8 @@ def is_finished(out: Path) -> bool:
     manifest = read_manifest(out)
     if manifest.models is None or not is_done(out) or _missing(out, manifest):
         return False
-    locations = config_of(out, manifest).locations()
-    there, here = manifest.models.get("files"), files_of(locations)
-    # Earlier releases recorded less about each file.
-    return bool(there == here or there == files_of(locations, digests=False))
+    config = config_of(out, manifest)
+    return all(unchanged(config, manifest, number) for number in range(manifest.rounds))
 
 
 def _refuse_unfinished_earlier(out: Path) -> None:
@@ -334,6 +331,8 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
             **day_of(checked.prompts, checked.tokenizer),
         },
     }
+    if checked.members:
+        identity["members"] = [[member.name, member.step] for member in checked.members]
     if own := fingerprints(checked.asked):
         identity[OWN] = own
     manifest = Manifest(
@@ -343,6 +342,7 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
         grafts=[
             {"name": named.name, "rule": rules[named.name]}
             | {column: getattr(named, column) for column in tidy}
+            | ({} if named.rank is None else {"source_rank": named.rank})
             for named in checked.grafts
         ],
         duplicates=dict(checked.duplicates),
@@ -350,6 +350,7 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
         prompt_blocks=[high - low for low, high in prompts],
         graft_blocks=[list(bounds) for bounds in grafts],
         versions=_versions(),
+        members=[asdict(member) for member in checked.members],
     )
     return manifest, blocks
 
@@ -403,8 +404,9 @@ def work(
 ) -> None:
     """Work on a prepared sweep to its end, as one of its workers.
 
-    Loads the models once, takes shards until none is left, waits for those that other workers
-    hold (and takes over those of dead ones), and finishes the sweep if no other worker does.
+    Loads the models once (members one after another), takes shards until none is left, waits for
+    those that other workers hold (and takes over those of dead ones), and finishes the sweep if no
+    other worker does.
     `measures` are the user's own that the sweep names, or where to import them from.
 
     Raises:
@@ -426,47 +428,37 @@ def work(
     if (lines := differences(manifest.versions, _versions())) and (manifest.models is not None):
         say("\n".join(["this sweep was started with other versions:", *lines]))
         say("New results may differ from the existing ones in the last digits.")
-    loaded = Loaded.of(config, device)
-    say(loaded.said)
-    prepared = fill(out, loaded, asked, progress=progress, say=say)
-    finish(out, loaded.model, prepared, say, asked)
+    models = Models(out, config, device, say)
+    fill(out, models, asked, progress=progress, say=say)
+    finish(out, models, say, asked)
 
 
 def fill(
     out: Path,
-    loaded: Loaded,
+    models: Models,
     asked: Sequence[Measure] = (),
     *,
     progress: bool = True,
     say: Say = print,
-) -> Prepared:
+) -> None:
     """Compute what is missing of a prepared sweep, or wait for those that do.
-
-    Returns:
-        The prompts' tokens.
 
     Raises:
         ValueError: other weights than the sweep was started with.
         FolderError: a folder that cannot be written, or a full disk.
     """
-    model, config = loaded.model, config_of(out, read_manifest(out))
-    manifest = recorded(out, loaded, config, say)
+    if not models.is_recorded(0) or not models.manifest.members:
+        models(0)
+    manifest = models.manifest
+    config = config_of(out, manifest)
     missing = _missing(out, manifest)
     _, grafts, blocks = content_of(out, manifest)
-    prepared = Prepared(
-        model.tokenizer,
-        model.arch,
-        model.prepends_bos(config.prepend_bos),
-        config.metrics.answers,
-        config.metrics.distractors,
-    )
     places = {name: place for place, name in enumerate(grafts)}
-    done = manifest.cells - sum(map(manifest.rows, missing))
     # Progress counts a prompt in fractions, one for each of its grafts.
     each = len(grafts)
     bar = tqdm(
         total=manifest.cells / each,
-        initial=done / each,
+        initial=(manifest.cells - sum(map(manifest.rows, missing))) / each,
         desc="sweep",
         unit="prompt",
         disable=not progress,
@@ -477,38 +469,51 @@ def fill(
         bar.update(cells / each)
 
     # Shards of the same grafts share their plans.
-    scorers: dict[range, Scorer] = {}
+    scorers: dict[tuple[int, range], Scorer] = {}
 
     def compute(shard: int) -> bytes:
+        number = manifest.round_of(shard)
         block, own = manifest.place(shard)
-        if own not in scorers:
-            if len(scorers) == PLANNERS:
-                scorers.clear()
-            scorers[own] = Scorer(
+        key = (number, own)
+        if key not in scorers:
+            if len(scorers) == PLANNERS or any(other != number for other, _ in scorers):
+                scorers.clear()  # also those of another model, which is to be forgotten
+            model = models(number)
+            scorers[key] = Scorer(
                 model,
                 {name: graft for name, graft in grafts.items() if places[name] in own},
                 **(config.metrics.model_dump() | {"measures": asked}),
                 references={run: grafts[name] for run, name in manifest.recovery.items()},
                 prepend_bos=config.prepend_bos,
                 row_budget=manifest.row_budget,
-                prepared=prepared,
+                prepared=models.prepared,
                 say=say,
             )
-        table = scorers[own].table(blocks[block], advance)
+        table = scorers[key].table(blocks[block], advance)
         # The texts are those of the prompts and grafts; the shard says which.
         stored = table[manifest.schema.names].assign(graft=table["graft"].map(places))
         rows = pa.Table.from_pandas(stored, schema=manifest.schema, preserve_index=False)
-        return to_bytes(rows.replace_schema_metadata({"graftlens.key": manifest.key}))
+        return to_bytes(rows.replace_schema_metadata({"graftlens.key": manifest.key_of(shard)}))
+
+    def take(shards: Collection[int]) -> None:
+        """What of them is missing and no other process computes."""
+        for shard in [shard for shard in missing if shard in shards]:
+            if _take(out, manifest, shard, compute):
+                missing.remove(shard)
+                done = manifest.cells - sum(map(manifest.rows, missing))
+                bar.update(done / each - bar.n)
 
     waiting = False
     with bar:
+        for number in range(manifest.rounds):
+            if not models.is_recorded(number):
+                scorers.clear()
+                models(number)
+                manifest = models.manifest
+            take(manifest.shards_of(number))
         while missing:
             before = len(missing)
-            for shard in tuple(missing):
-                if _take(out, manifest, shard, compute):
-                    missing.remove(shard)
-                    done += manifest.rows(shard)
-                    bar.update(done / each - bar.n)
+            take(range(manifest.shards))
             if missing and len(missing) == before:
                 if not waiting:
                     say(
@@ -517,16 +522,10 @@ def fill(
                     )
                 waiting = True
                 time.sleep(POLL)
-    return prepared
+    scorers.clear()
 
 
-def finish(
-    out: Path,
-    model: GraftedTransformer,
-    prepared: Prepared,
-    say: Say = print,
-    asked: Sequence[Measure] = (),
-) -> None:
+def finish(out: Path, models: Models, say: Say = print, asked: Sequence[Measure] = ()) -> None:
     """Write the trust report and the marker of a sweep whose shards all exist, once.
 
     Raises:
@@ -544,40 +543,65 @@ def finish(
         # The lists are most of a table's memory.
         lists = [f.name for f in manifest.schema if pa.types.is_list(f.type)]
         lists = [] if manifest.cells <= LISTED else lists
-        results = read_results(out, columns=[n for n in manifest.schema.names if n not in lists])
+        lead = MEMBERS[:1] if manifest.members else ()
+        wanted = [*lead, *(n for n in manifest.schema.names if n not in lists)]
+        results = read_results(out, columns=wanted)
         assert isinstance(results, pd.DataFrame)
         if len(results) < manifest.cells:
             raise FolderError(
                 f"shards went missing from {out} while the sweep ran. Run the same command again "
                 "to recompute them."
             )
-        report = trust_report(
-            model,
-            prompts,
-            grafts,
-            results,
-            seed=config.seed,
-            row_budget=manifest.row_budget,
-            prepend_bos=config.prepend_bos,
-            answers=config.metrics.answers,
-            prepared=prepared,
-            references={run: grafts[name] for run, name in manifest.recovery.items()},
-            asked=asked,
-        )
-        found = {name: value for name, value in report.to_dict().items() if name != "ok"}
-        trust = {"ok": report.ok} | sealed_json(found | {"text": report.text()})
+        found = {}
+        for number in reversed(range(manifest.rounds)):  # the last model is still there
+            own = results
+            if manifest.members:
+                own = results[results["member"] == manifest.members[number]["name"]]
+            found[number] = trust_report(
+                models(number),
+                prompts,
+                grafts,
+                own,
+                seed=config.seed,
+                row_budget=manifest.row_budget,
+                prepend_bos=config.prepend_bos,
+                answers=config.metrics.answers,
+                prepared=models.prepared,
+                references={run: grafts[name] for run, name in manifest.recovery.items()},
+                asked=asked,
+            )
+        trust, text = _trust(manifest, [found[number] for number in sorted(found)])
         reasons = results["reason"].value_counts()
         done: dict[str, Any] = {
             "cells": len(results),
             "not_run": {str(reason): int(count) for reason, count in reasons.items()},
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
-            "device": _device_name(model),
+            "device": _device_name(models(models.number)),
         }
-        write(out, out / "trust.txt", f"{report.text()}\n".encode())
+        write(out, out / "trust.txt", f"{text}\n".encode())
         for name, content in (("trust.json", trust), ("done.json", sealed_json(done))):
             text = json.dumps(content, indent=1, ensure_ascii=False)
             write(out, out / name, text.encode())
+
+
+def _trust(manifest: Manifest, reports: Sequence[Any]) -> tuple[dict[str, Any], str]:
+    """The content of ``trust.json``, and the report's text: one report, or one of each member."""
+    plain = [
+        {name: value for name, value in report.to_dict().items() if name != "ok"}
+        for report in reports
+    ]
+    texts = [report.text() for report in reports]
+    if not manifest.members:
+        return {"ok": reports[0].ok} | sealed_json(plain[0] | {"text": texts[0]}), texts[0]
+    names = [str(member["name"]) for member in manifest.members]
+    text = "\n".join(f"{name}: {said}" for name, said in zip(names, texts, strict=True))
+    own = {
+        name: one | {"ok": report.ok}
+        for name, one, report in zip(names, plain, reports, strict=True)
+    }
+    ok = all(report.ok for report in reports)
+    return {"ok": ok} | sealed_json({"members": own, "text": text}), text
 
 
 def _device_name(model: GraftedTransformer) -> str:

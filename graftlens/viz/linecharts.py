@@ -22,9 +22,9 @@ def lines(
 ) -> go.Figure:
     """`metric` along the numbers in column `x`, one line for each value of column `series`.
 
-    `frame` has rows of summaries. Where one row is at a point, whiskers show its interval. Where a
-    series has several rows at any x (random draws), its line is their mean, a band goes from the
-    least to the greatest, and every draw is a faint dot.
+    `frame` has rows of summaries; ranks are on a logarithmic axis. Where one row is at a point,
+    whiskers show its interval. Where a series has several rows at any x (random draws), its line is
+    their mean, a band goes from the least to the greatest, and every draw is a faint dot.
 
     Raises:
         ValueError: an unknown metric or column, or an x that is not a number.
@@ -61,6 +61,9 @@ def lines(
     said = draws if drawn else text.whiskers(frame, facts)
     figure.update_xaxes(title_text=escaped(f"{x.replace('_', ' ')} ({said})"), zeroline=False)
     figure.update_yaxes(title_text=escaped(facts.axis), **facts.ticks())
+    if x == "source_rank":
+        ticks = sorted(set(at))
+        figure.update_xaxes(type="log", tickvals=ticks, ticktext=[f"{tick:g}" for tick in ticks])
     if at.between(0, 1).all() and not pd.api.types.is_integer_dtype(frame[x].dtype):
         figure.update_xaxes(range=[-0.03, 1.03], tickformat=".0%")
     return figure
