@@ -203,19 +203,31 @@ def test_found_sites_are_cut_down_to_their_units(tiny: MakeTiny, by: str) -> Non
     """What the found units recover is what the sequential algorithm gives."""
     llama = tiny("llama", tokenizer="llama3")
     prompts = prompts_of()
+    group = "attn" if by == "head" else "mlp"
     found = find.localise(
-        llama.model, prompts, "sft", positions=["all"], target=0.5, by=by, random=3, seed=0
+        llama.model,
+        prompts,
+        "sft",
+        positions=["all"],
+        target=0.5,
+        by=by,
+        within=f"sft @ all : {group}",
+        outside="full",
+        random=3,
+        seed=0,
     )
-    cut = {str(c) for c, row in COMPONENTS.items() if row.cut.value.split("-")[-1].endswith(by)}
     units = [p for p in found.places if p.unit is not None]
     assert units
-    assert {str(p.component) for p in units} <= cut | {"k", "v", "q", "o"}
+    assert {COMPONENTS[p.component].group for p in found.places} == {group}
+    assert f" of {found.total.sites} sites" in found.sentence
     chosen = {(str(p.component), p.layer, p.unit) for p in found.places}
     number = int(found.rows["prompt"].iloc[0])
     (tokens,) = llama.model.tokenized(prompts[number])
     row = found.rows[(found.rows["prompt"] == number) & (found.rows["graft"] == "found")].iloc[0]
 
     def choose(component: str, layer: int | None, position: int, unit: int | None) -> str:
+        if COMPONENTS[Component(component)].group != group:
+            return "sft"
         whole = (component, layer, None) in chosen
         return "sft" if whole or (component, layer, unit) in chosen else "pre"
 

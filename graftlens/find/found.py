@@ -107,16 +107,10 @@ class Found:
         if "nothing held out" not in held.index:
             facts = int(held.at["held out", "facts"])
             seen = f"{facts} facts that the search did not see"
-        count = self.size.units or self.size.sites
-        kind = "site" if not self.size.units else f"{self._unit_word()} or site"
-        plural = "" if count == 1 else "s"
-        which = (
-            f"{self.size.sites} of {self.total.sites} sites"
-            if not self.size.units
-            else f"{len(self.places)} {kind}{plural} in {self.size.sites} of "
-            f"{self.total.sites} sites"
-        )
-        verb = "is" if self.size.sites == 1 else "are"
+        which = f"{self.size.sites} of {self.total.sites} sites"
+        if self.size.units:
+            which = f"{len(self.places)} {self._unit_word()} in {which}"
+        verb = "is" if len(self.places) == 1 else "are"
         where = mostly(self.places)
         set_ = f"{which}, {where}," if where else which
         if self.goal == "sufficient":
@@ -137,7 +131,9 @@ class Found:
             for p in self.places
             if p.unit is not None
         }
-        return " or ".join(sorted(words))
+        whole = ["site"] if any(place.unit is None for place in self.places) else []
+        plural = "" if len(self.places) == 1 else "s"
+        return " or ".join(f"{word}{plural}" for word in [*sorted(words), *whole])
 
     def __str__(self) -> str:
         lines = [self.sentence, *self.notes, f"  {self.text}"]
@@ -196,8 +192,8 @@ def _window(layers: Sequence[int]) -> tuple[int, int, int]:
 
 
 def _named(position: str | int) -> str:
-    if position == "last":
-        return "the last token's"
+    if position in ("last", "all"):
+        return "the last token's" if position == "last" else "all tokens'"
     if isinstance(position, str) and position.isidentifier():
         return f"the {position.replace('_', ' ')}'s"
     if isinstance(position, int):
