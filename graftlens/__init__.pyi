@@ -1,6 +1,7 @@
 from . import data as data
 from . import find as find
 from . import lens as lens
+from . import outcomes as outcomes
 from . import stats as stats
 from . import viz as viz
 from .components import COMPONENTS as COMPONENTS

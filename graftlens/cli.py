@@ -114,7 +114,7 @@ def finetune(
     (batch_size is per GPU).
     """
     from graftlens.configfile import read_settings
-    from graftlens.data.rewriting import told_on_command_line
+    from graftlens.data.languagemodels import told_on_command_line
     from graftlens.finetune import FinetuneRun, finetune_run, launch_finetune
     from graftlens.processes import is_first
     from graftlens.shipped import Kind, config_file
@@ -593,7 +593,7 @@ def data_make(
     from graftlens.configfile import ConfigError, overridden, read_mapping
     from graftlens.data import make_dataset, save_dataset, spec_of
     from graftlens.data.dataset import refuse_existing
-    from graftlens.data.rewriting import told_on_command_line
+    from graftlens.data.languagemodels import told_on_command_line
     from graftlens.folder import at_home, inside, writable
     from graftlens.shipped import Kind, config_file
 

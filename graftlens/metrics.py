@@ -30,17 +30,23 @@ from jaxtyping import Bool, Float, Int
 #: - `logprobs32`: the same in float32;
 #: - `standing` ([row], [row]): rank of the answer, and how many other tokens have its logit;
 #: - `top` [row, k]: the likeliest tokens, best first.
+#:
+#: A measure of generated texts gets them in place of logits, a text per row, and may need:
+#:
+#: - `prompt` [row]: what the model read before the text;
+#: - `right` [row]: all texts that are right after that prompt.
 NEEDS = (
     *("answer", "distractors", "answers", "base", "full", "logprobs", "base_logprobs"),
     *("full_logprobs", "common", "base_common", "full_common", "logprobs32", "standing", "top"),
+    *("prompt", "right"),
 )
 
 #: Which runs a measure compares with.
 REFERENCES = {name: name[:4] for name in NEEDS if name[:4] in ("base", "full")}
 
 
-_Holds = Literal["number", "count", "numbers", "tokens"]
-_Over = Literal["next", "answer", "distractors"]
+_Holds = Literal["number", "count", "numbers", "tokens", "label"]
+_Over = Literal["next", "answer", "distractors", "text"]
 _Better = Literal["higher", "lower"]
 _Summary = Literal["mean", "share", "recovery"]
 
@@ -62,9 +68,11 @@ class Measure:
         needs: what the function gets after the logits, in this order (`NEEDS`).
         function: (logits [row, d_vocab] in float32 or float64, what is needed…) -> [row]; None for
             what statistics alone compute.
-        holds: a `number` or a `count` in each row; `numbers` or `tokens`, a list of them.
+        holds: a `number`, a `count` or a `label` in each row; `numbers` or `tokens`, a list of
+            them.
         over: which distribution is measured: that of the `next` token after the prompt, or those
-            along the whole `answer` (or each of the `distractors`), whose values are summed.
+            along the whole `answer` (or each of the `distractors`), whose values are summed; or a
+            generated `text`.
         log: the function gives the measure's logarithm. The exponential is taken in float64.
         always: measured in every run; others are measured on request.
         column: the column that it is read from, if that is a different one.

@@ -101,6 +101,12 @@ class Span(At):
                 "no span 'turn' here: where each message ends under this chat template cannot be "
                 "told. Use the roles and template instead."
             )
+        if self.name == "generated" and "generated" not in spans:
+            raise ValueError(
+                "'generated' are the tokens that a model adds to a prompt, and here it adds none: "
+                "the prompt alone runs. Name the position that the next token is read from, "
+                "`last`, or generate (outcomes.sample, model.generate)."
+            )
         if self.name not in spans:
             raise ValueError(
                 f"no span {brief(self.name)} here. Spans of this prompt: {' '.join(spans)}."

@@ -6,7 +6,7 @@ tokenizer says which characters each token covers. Token ids are never searched 
 
 import string
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -16,8 +16,9 @@ from graftlens.chatrendering import Rendered, date_options, render
 from graftlens.positions import Spans
 
 #: Spans that every prompt has: its first position (the BOS token where the tokenizer puts one),
-#: the position that the next token is predicted from, and all positions.
-STANDARD_SPANS = ("bos", "last", "all")
+#: the position that the next token is predicted from, all positions, and those of its own tokens,
+#: without what follows.
+STANDARD_SPANS = ("bos", "last", "all", "prompt")
 
 
 class FrozenMap(Mapping[str, str]):
@@ -291,7 +292,7 @@ class Tokenized:
         ids: token ids, without padding.
         spans: span name -> its occurrences, each token positions; fields, of a conversation
             all roles (also those that say nothing), `template` and `turn`, then `bos`, `last`,
-            `all`.
+            `all`, `prompt`, and `generated` where tokens are generated after it.
         prompt: where the tokens come from, None for bare tokens.
         text: what the tokens were read from: the prompt's text, or what the chat template made of
             its conversation; None for bare tokens.
@@ -313,6 +314,31 @@ class Tokenized:
         found = {i: role for role, places in named for tokens in places for i in tokens}
         return tuple(found[i] for i in range(len(self)))
 
+    @property
+    def generates(self) -> bool:
+        """Whether tokens are generated after it, which rules may name."""
+        return "generated" in self.spans
+
+    def generating(self) -> "Tokenized":
+        """The same prompt where tokens are generated after it: `generated` is a span of it, and an
+        assistant says them."""
+        return self if self.generates else replace(self, spans={**self.spans, "generated": ((),)})
+
+    def spans_with(self, total: int) -> Spans:
+        """The spans where the prompt with what follows it has `total` tokens."""
+        length = len(self)
+        if total <= length:
+            return self.spans
+        new = tuple(range(length, total))
+        found = {**self.spans, "last": ((length - 1, *new),), "all": (tuple(range(total)),)}
+        if self.generates:
+            found["generated"] = (new,)
+        if self.generates and self.prompt is not None and self.prompt.conversation is not None:
+            said = tuple(self.spans["assistant"])
+            goes_on = said and not self.prompt.conversation.generation_prompt
+            found["assistant"] = (*said[:-1], (*said[-1], *new)) if goes_on else (*said, new)
+        return found
+
     @classmethod
     def bare(cls, ids: Sequence[int]) -> "Tokenized":
         """Tokens without a text: only the standard spans.
@@ -326,7 +352,8 @@ class Tokenized:
 
 
 def _standard(length: int) -> dict[str, tuple[tuple[int, ...], ...]]:
-    return {"bos": ((0,),), "last": ((length - 1,),), "all": (tuple(range(length)),)}
+    every = (tuple(range(length)),)
+    return {"bos": ((0,),), "last": ((length - 1,),), "all": every, "prompt": every}
 
 
 def lone_surrogate(text: str) -> str | None:

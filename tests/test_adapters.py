@@ -30,8 +30,8 @@ from graftlens.model.arch import PairError, UnsupportedArchitectureError
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.sequential import Sequential
 from graftlens.model.weights import Sourced
+from graftlens.planner import Branches, Planner
 from graftlens.prompts import Prompt
-from graftlens.sweep.planner import Branches, Planner
 from graftlens.sweep.scoring import score
 from graftlens.sweep.trust import trust_report
 

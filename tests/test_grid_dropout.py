@@ -18,10 +18,10 @@ from graftlens.data.settings import Settings
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture, architecture
 from graftlens.model.mask import sites_of
+from graftlens.planner import Planner
 from graftlens.positions import At
 from graftlens.prompts import Prompt
 from graftlens.sweep.grid import CumulativeEntry, Grid
-from graftlens.sweep.planner import Planner
 
 SOURCES = ("pre", "sft")
 ARCHS = {

@@ -17,7 +17,10 @@ LAYERS = (
     "references",
     "prompts",
     "model",
+    "memory",
+    "planner",
     "lens",
+    "outcomes",
     "sweep",
     "evaluation",
     "find",
@@ -57,7 +60,7 @@ BESIDE = {
 #: Outside packages that only these parts may import. `cli` gets them through the parts it calls.
 ONLY_IN = {
     "transformer_lens": {"model", "lens"},
-    "transformers": {"model", "training"},
+    "transformers": {"model", "outcomes", "training"},
     "plotly": {"viz"},
     "kaleido": {"viz"},
     "circuitsvis": {"viz"},

@@ -471,7 +471,8 @@ def test_a_span_that_one_prompt_lacks_altogether() -> None:
             SOURCES,
         )
     assert str(caught.value) == (
-        "prompt 1, rule 'sft @ name': no span 'name' here. Spans of this prompt: bos last all."
+        "prompt 1, rule 'sft @ name': no span 'name' here. "
+        "Spans of this prompt: bos last all prompt."
     )
 
 

@@ -113,6 +113,7 @@ def check(template: str, fields: dict[str, str], name: str) -> list[list[str]]:
         "bos": [[0]],
         "last": [[last]],
         "all": [list(range(last + 1))],
+        "prompt": [list(range(last + 1))],
     }
     assert runs == wanted
     tokens = tokenizer.convert_ids_to_tokens(list(found.ids))

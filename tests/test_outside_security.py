@@ -20,8 +20,9 @@ from summaries import positions
 from graftlens import cli
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data import load_dataset, make_dataset, save_dataset, spec_of
+from graftlens.data.languagemodels import told_on_command_line
 from graftlens.data.movies import MoviesConfig
-from graftlens.data.rewriting import Draft, Rewrites, rewritten, told_on_command_line
+from graftlens.data.rewriting import Draft, Rewrites, rewritten
 from graftlens.data.wikipedia import download
 from graftlens.experiment import run as run_module
 from graftlens.experiment.compare import compare_runs

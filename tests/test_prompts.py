@@ -96,6 +96,7 @@ def check(prompt: Prompt, style: str) -> Tokenized:
         "bos": [[0]],
         "last": [[last]],
         "all": [list(range(last + 1))],
+        "prompt": [list(range(last + 1))],
     }
     assert {name: [list(run) for run in runs] for name, runs in found.spans.items()} == wanted
     return found
@@ -265,7 +266,7 @@ def test_a_field_that_the_tokenizer_drops_is_an_error() -> None:
 
 def test_fields_that_the_template_does_not_use_are_no_spans() -> None:
     prompt = Prompt("{x} acted", {"x": "Anders", "year": "2004", "last": "kept as a fact"})
-    assert set(tokenize(prompt, MADE["gpt2"]).spans) == {"x", "bos", "last", "all"}
+    assert set(tokenize(prompt, MADE["gpt2"]).spans) == {"x", "bos", "last", "all", "prompt"}
     assert prompt.fields["year"] == "2004"
     assert tokenize(prompt, MADE["gpt2"]).spans["last"] == (
         (len(tokenize(prompt, MADE["gpt2"])) - 1,),
@@ -275,7 +276,7 @@ def test_fields_that_the_template_does_not_use_are_no_spans() -> None:
 @every_tokenizer
 def test_a_text_has_the_standard_spans_only(style: str) -> None:
     found = tokenize("Anders acted", MADE[style])
-    assert list(found.spans) == ["bos", "last", "all"]
+    assert list(found.spans) == ["bos", "last", "all", "prompt"]
     assert found == Tokenized.bare(found.ids)
 
 

@@ -15,9 +15,8 @@ import pytest
 import graftlens
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = tuple(
-    f"graftlens{part}" for part in ("", ".data", ".find", ".lens", ".viz", ".stats", ".model")
-)
+PARTS = ("", ".data", ".find", ".lens", ".outcomes", ".viz", ".stats", ".model")
+PUBLIC = tuple(f"graftlens{part}" for part in PARTS)
 
 
 def code() -> dict[str, str]:
@@ -107,4 +106,4 @@ def test_everything_of_graftlens_at_once() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert ran.stdout.split() == ["patching", "heatmap", "make_facts", "evaluate", "True"]
-    assert {"lens", "viz", "data"} <= set(graftlens.__all__)
+    assert {"lens", "outcomes", "viz", "data"} <= set(graftlens.__all__)

@@ -160,7 +160,7 @@ def test_the_code_shown_runs_from_top_to_bottom(
     """In one namespace on a tiny pair, in a folder like the one where the demo ran."""
     # "Adding" shows parts of modules, which `test_extending.py` puts in their places.
     blocks = _blocks(README.split("<!-- extending -->")[0])
-    assert len(blocks) == 13
+    assert len(blocks) == 14
     sft = tmp_path / re.findall(r'^sft = "(.*)"$', blocks[0], flags=re.M)[0]
     pre = tiny_base(tmp_path / "pre")
     (pre / "chat_template.jinja").write_text(CHATML)

@@ -41,11 +41,11 @@ from graftlens.model.choice import Mixtures, UnitSelection, atoms
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.mask import GraftMask
 from graftlens.model.sequential import Sequential
+from graftlens.planner import Branches, Planner
 from graftlens.prompts import Prompt, Tokenized
 from graftlens.references import References
 from graftlens.sweep.config import NamedGraft
 from graftlens.sweep.grid import Grid
-from graftlens.sweep.planner import Branches, Planner
 from graftlens.sweep.scoring import score
 from graftlens.sweep.trust import trust_report
 

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from reference import MODEL_COMPONENTS, sequential_graft
 
+from graftlens import planner as planner_module
 from graftlens.components import HEAD_COMPONENTS, Component
 from graftlens.evaluation import evaluate, position_grafts
 from graftlens.graft import Graft
@@ -24,11 +25,10 @@ from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import collate
 from graftlens.model.tree import TokenTree, TreeBatch, TreeShape
+from graftlens.planner import Branches, Planner
 from graftlens.prompts import Prompt, Tokenized
-from graftlens.sweep import planner as planner_module
 from graftlens.sweep.cells import asked_for, columns
 from graftlens.sweep.measuring import Found, Measuring
-from graftlens.sweep.planner import Branches, Planner
 from graftlens.sweep.prepared import Prepared
 from graftlens.sweep.scoring import Scorer, dry_plan, score
 

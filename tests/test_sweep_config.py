@@ -204,7 +204,7 @@ BAD_VALUES = {
     "grafts: {a: 'sft @ last : o : all : 4'}": r"grafts.a: .*no head 4 in o, which has 4 heads",
     "grafts: {a: 'sft @ last : k : all : 2'}": r"no head 2 in k, which has 2 key-value heads here",
     "grafts: {a: 'sft @ frist_entity'}": r"grafts.a: none of 1 prompts can run it. .*no span "
-    r"'frist_entity' here. Spans of this prompt: first_entity bos last all. Did you mean 'first_en",
+    r"'frist_entity' here. Spans of this prompt: first_entity bos last all prompt. Did",
     "grafts: {a: 'sft @ last & bos'}": r"grafts.a: none of 1 prompts .*selects none of the \d+ pos",
     "grafts: {a: 'sft @ ~all'}": r"grafts.a: none of 1 prompts can run it.*selects none",
     "grafts: {a: 'sft @ [99]'}": r"grafts.a: .*position 99 is outside the prompt, which has",

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from graftlens.components import suggest
 from graftlens.configfile import ConfigError, read_settings, settings_from
 from graftlens.data import AnyDataset, DatasetSpec, spec_of
-from graftlens.data.rewriting import told_on_command_line
+from graftlens.data.languagemodels import told_on_command_line
 from graftlens.find.coalitions import Coalitions
 from graftlens.find.config import Search
 from graftlens.finetune import FinetuneConfig

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlens.configfile import ConfigError, overridden, read_mapping, settings_from
-from graftlens.data.rewriting import told_on_command_line
+from graftlens.data.languagemodels import told_on_command_line
 from graftlens.engines import EngineError, SlurmResources, submit
 from graftlens.experiment.compare import compare_runs
 from graftlens.experiment.config import ExperimentConfig, NamedExperiment

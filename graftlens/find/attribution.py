@@ -25,9 +25,9 @@ from graftlens.find.gradients import (
 )
 from graftlens.find.places import Layout
 from graftlens.graft import Graft, Where
+from graftlens.memory import affordable_rows, halving
 from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer, Input
-from graftlens.sweep.memory import affordable_rows, halving
 
 #: A prompt adds up if what is missing is at most this share of the difference.
 CLOSED = 0.01

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from graftlens.configfile import ConfigError, read_settings
-from graftlens.data.rewriting import told_on_command_line
+from graftlens.data.languagemodels import told_on_command_line
 from graftlens.find.asked import EACH, Outside
 from graftlens.find.judging import BASE, FULL, Goal
 from graftlens.find.localisation import compared

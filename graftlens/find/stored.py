@@ -33,6 +33,7 @@ from graftlens.folder import (
     refuse_differences,
 )
 from graftlens.graft import Graft
+from graftlens.memory import affordable_rows
 from graftlens.sweep.config import Checked, NamedGraft
 from graftlens.sweep.disk import (
     DamagedError,
@@ -43,7 +44,6 @@ from graftlens.sweep.disk import (
     write,
     writing,
 )
-from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.models import Loaded, Models
 from graftlens.sweep.results import read_results, to_bytes
 from graftlens.sweep.runner import fill, finish, prepare_sweep

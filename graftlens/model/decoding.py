@@ -9,6 +9,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from graftlens.graft import Graft
+from graftlens.model.arch import Architecture
 from graftlens.model.calls import Start
 from graftlens.model.inputs import Batch, collate
 from graftlens.model.mask import GraftMask
@@ -22,6 +24,9 @@ class Decoder:
         logits: of each row's next token, [batch, d_vocab].
         batch: the prompts as they were given, padded on the left, without what follows.
         tokens: prompts and what follows, [batch, pos].
+        graft: what runs, where all rows run one graft.
+        step_mask: what the positions after the prompts run, [batch, 1].
+        later: what the prompts with one more token run, where `run` has run them.
         embeds: what runs instead of the tokens' embeddings, [batch, pos, d_model], where the
             prompts were given as embeddings.
     """
@@ -30,13 +35,42 @@ class Decoder:
         self,
         model: Any,
         batch: Batch,
+        logits: Float[Tensor, "batch d_vocab"],
+        step_mask: GraftMask,
+        cache: KeyValueCache | None,
+        graft: Graft | None = None,
+        embeds: Float[Tensor, "batch pos d_model"] | None = None,
+    ) -> None:
+        """Prompts that have run.
+
+        Args:
+            model: a GraftedTransformer.
+            batch: prompts that end in one column.
+            logits: of their next tokens.
+            step_mask: what follows runs.
+            cache: their keys and values; None recomputes all positions at each step, under `graft`.
+            graft: what all of them run.
+            embeds: the prompts' embeddings, where there are no tokens.
+        """
+        self.model, self.batch, self.logits, self.embeds = model, batch, logits, embeds
+        self.step_mask, self.graft, self._cache = step_mask, graft, cache
+        self.later: GraftMask | None = None
+        self.longest = max(batch.totals)
+        self.tokens, self.real = batch.tokens.to(model.cfg.device), batch.real
+        self._past = self.real  # before the token that was added last
+
+    @classmethod
+    def run(
+        cls,
+        model: Any,
+        batch: Batch,
         mask: GraftMask,
         *,
         room: int,
         cached: bool = True,
         embeds: Float[Tensor, "batch pos d_model"] | None = None,
-    ) -> None:
-        """Run the prompts.
+    ) -> "Decoder":
+        """Run prompts that all have one graft.
 
         Args:
             model: a GraftedTransformer.
@@ -46,23 +80,37 @@ class Decoder:
             cached: keep keys and values; otherwise every step recomputes all positions.
             embeds: the prompts' embeddings, where there are no tokens.
         """
-        self.model, self.batch, self.embeds = model, batch, embeds
-        self.longest = max(batch.totals)
-        model.warn_beyond_context(self.longest)
-        # If rotary tables change with the length, cached keys would be out of date.
-        limit = model.arch.rope_limit
-        kept = cached and (limit is None or self.longest + room <= limit)
-        self._cache = KeyValueCache() if kept else None
-        self.tokens, self.real = batch.tokens.to(model.cfg.device), batch.real
-        self._past = self.real  # before the token that was added last
-        resid = model.residual(Start(batch, embeds=embeds, cache=self._cache), mask)
-        self.logits = model.logits_from(resid[:, -1:], _last(mask))[:, -1]
-        self.graft = mask.graft
-        first = torch.zeros_like(self.tokens[:, -1:])
-        #: What runs at prompts and a first new token.
-        self.later: GraftMask = model.resolve(self.graft, self._with(first))
-        # Every later step has the same selection: the new position is `last`.
-        self.step_mask = _last(self.later)
+        longest = max(batch.totals)
+        model.warn_beyond_context(longest)
+        kept = cached and keeps(model.arch, longest + room)
+        cache = KeyValueCache(room) if kept else None
+        resid = model.residual(Start(batch, embeds=embeds, cache=cache), mask)
+        logits = model.logits_from(resid[:, -1:], _last(mask))[:, -1]
+        # Every step has the same selection: the new position is `last`.
+        later = model.resolve(mask.graft, with_one_more(batch))
+        made = cls(model, batch, logits, _last(later), cache, mask.graft, embeds)
+        made.later = later
+        return made
+
+    def take(self, rows: Int[np.ndarray, " kept"]) -> None:
+        """Go on with some of the rows only."""
+        given, first = self.batch, min(self.batch.starts[row] for row in rows)
+        index = torch.from_numpy(rows).to(self.tokens.device, non_blocking=True)
+        self.batch = Batch(
+            given.tokens[torch.from_numpy(rows).to(given.tokens.device), first:],
+            given.real[rows, first:],
+            tuple(given.prompts[row] for row in rows),
+            tuple(given.starts[row] - first for row in rows),
+            tuple(given.totals[row] for row in rows),
+        )
+        self.tokens = self.tokens[:, first:].index_select(0, index)
+        self.logits = self.logits.index_select(0, index)
+        self.real, self._past = self.real[rows, first:], self._past[rows, first:]
+        self.step_mask, self.later = self.step_mask.take(rows, None), None
+        if self.embeds is not None:
+            self.embeds = self.embeds[:, first:].index_select(0, index)
+        if self._cache is not None:
+            self._cache.take(index, first)
 
     def append(self, new: Int[Tensor, " batch"]) -> None:
         """Add one token to each row, without running it."""
@@ -107,34 +155,27 @@ class Decoder:
         totals = tuple(int(n) for n in real.sum(axis=1))
         return Batch(self.tokens, real, given.prompts, given.starts, totals)
 
-    def _with(self, token: Int[Tensor, "batch 1"]) -> Batch:
-        """The prompts with one token more in each row."""
-        given = self.batch
-        real = np.pad(given.real, ((0, 0), (0, 1)), constant_values=True)
-        tokens = torch.cat([self.tokens, token], dim=1)
-        totals = tuple(total + 1 for total in given.totals)
-        return Batch(tokens, real, given.prompts, given.starts, totals)
-
     def _embedded(self, new: Int[Tensor, " batch"]) -> Float[Tensor, "batch 1 d_model"]:
         """The embeddings of new tokens, from the table that generated positions use."""
         with self.model.active.under(self.step_mask):
             made: Tensor = self.model.embed(new[:, None])
         return made
 
-    @property
-    def row_sources(self) -> list[list[str]]:
-        """The sources that each prompt runs at any site, what follows it included."""
-        mask = self.later
-        real = np.zeros(mask.shape, dtype=bool)
-        for row, (start, _, total) in zip(real, mask.extents, strict=True):
-            row[start : start + total] = True
-        used = np.zeros((mask.shape[0], len(mask.sources)), dtype=bool)
-        for chosen in {id(chosen): chosen for chosen in mask.sites.values()}.values():
-            for _, selection in chosen.selections():
-                for source in selection.sources:
-                    has = selection.share(source).reshape(mask.shape) != 0
-                    used[:, source] |= (has & real).any(1)
-        return [[mask.sources[s] for s in np.flatnonzero(row)] for row in used]
+
+def keeps(arch: Architecture, longest: int) -> bool:
+    """Whether keys of earlier positions hold in texts of up to so many tokens.
+
+    If rotary tables change with the length, cached keys would be out of date.
+    """
+    return arch.rope_limit is None or longest <= arch.rope_limit
+
+
+def with_one_more(batch: Batch) -> Batch:
+    """The prompts with one token more in each row, which ends in the last column."""
+    real = np.pad(batch.real, ((0, 0), (0, 1)), constant_values=True)
+    tokens = torch.cat([batch.tokens, torch.zeros_like(batch.tokens[:, -1:])], dim=1)
+    totals = tuple(total + 1 for total in batch.totals)
+    return Batch(tokens, real, batch.prompts, batch.starts, totals)
 
 
 def left_padded(batch: Batch, pad_id: int) -> Batch:

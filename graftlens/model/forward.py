@@ -161,6 +161,12 @@ class Attention(nn.Module):
         seen = self.hook_attn_scores.has_hooks() or self.hook_pattern.has_hooks()
         if not seen and arch.attn_softcap is None:
             attn_mask, is_causal = order.kernel(window)
+            if grouped and q.shape[2] == 1:
+                # The query heads of one key-value head are as many queries of it, so that no key
+                # is copied for them.
+                q = q.squeeze(2).unflatten(1, (k.shape[1], -1))
+                z = F.scaled_dot_product_attention(q, k, v, attn_mask, scale=scale)
+                return z.flatten(1, 2)[:, None]
             z = F.scaled_dot_product_attention(
                 q, k, v, attn_mask, is_causal=is_causal, scale=scale, enable_gqa=grouped
             )

@@ -12,7 +12,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from graftlens.components import Component
 from graftlens.model.decoding import Decoder, left_padded
-from graftlens.model.inputs import Batch, Input, Padding
+from graftlens.model.inputs import Batch, Input, Padding, generating
 from graftlens.model.mask import GraftLike, GraftMask
 from graftlens.model.reading import AssertedError, tell, whole
 from graftlens.model.sampling import Sampling, StopStrings, count_tokens
@@ -316,19 +316,20 @@ class Generation:
                 "freq_penalty and repetition_penalty count the tokens so far, which prompts given "
                 "as embeddings do not have. Give tokens or texts."
             )
-        batch = left_padded(start.batch, self._pad_id())
+        batch = left_padded(generating(start.batch), self.pad_id())
         embeds = start.resid
-        if embeds is not None and batch is not start.batch:
+        if embeds is not None and batch.starts != start.batch.starts:
             shifts = [new - old for new, old in zip(batch.starts, start.batch.starts, strict=True)]
             embeds = torch.stack([e.roll(n, 0) for e, n in zip(embeds, shifts, strict=True)])
         mask = self.resolve(graft, batch)
         if embeds is None:
             self.refuse_lacking(batch, mask)
-        decoder = Decoder(
+        decoder = Decoder.run(
             self, batch, mask, room=max_new_tokens, cached=use_past_kv_cache, embeds=embeds
         )
-        row_sources, device = decoder.row_sources, decoder.tokens.device
-        usual = self._ends(eos_token_id, row_sources)
+        assert decoder.later is not None
+        row_sources, device = decoder.later.row_sources, decoder.tokens.device
+        usual = self.ends_of(row_sources, eos_token_id)
         ends = usual if stop_at_eos else [()] * len(row_sources)
         made = _Continued(
             decoder,
@@ -408,12 +409,12 @@ class Generation:
             if made.decoder.embeds is not None:
                 texts.append(self.to_string(added))
                 continue
-            new = self._added_text(own, added)
+            new = self.added_text(own, added)
             text = item if isinstance(item, str) else prompt.text
             texts.append(new if new_only else (self.to_string(own) if text is None else text) + new)
         return texts
 
-    def _added_text(self: Any, prompt: Sequence[int], added: Sequence[int]) -> str:
+    def added_text(self: Any, prompt: Sequence[int], added: Sequence[int]) -> str:
         """What tokens add to the text of a prompt's own, without the prompt.
 
         Not what they give by themselves: a tokenizer may drop the space before a first word, and
@@ -425,12 +426,12 @@ class Generation:
                 return str(both[len(known) :])
         return str(self.to_string([*added]))
 
-    def _ends(
+    def ends_of(
         self: Any,
-        given: int | Sequence[Any] | Tensor | None,
         row_sources: Sequence[Sequence[str]],
+        given: int | Sequence[Any] | Tensor | None = None,
     ) -> list[tuple[int, ...]]:
-        """The tokens that end each row."""
+        """The tokens that end each row: the ones given, or those of all sources that it runs."""
         if given is not None:
             given = given.flatten().tolist() if isinstance(given, Tensor) else given
             listed = given if isinstance(given, Sequence) else [given]

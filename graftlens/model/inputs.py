@@ -1,7 +1,7 @@
 """A batch as the forward reads it: tokens, positions, which rows are real, and their spans."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -72,6 +72,11 @@ def positions_of(real: Bool[np.ndarray, "batch pos"]) -> Int[np.ndarray, "batch 
 
 #: What a run can be given: token tensors, texts, prompts, or a batch made of them.
 Input = Int[Tensor, "batch pos"] | Int[Tensor, " pos"] | str | Prompt | Sequence[Any] | Batch
+
+
+def generating(batch: Batch) -> Batch:
+    """The same prompts where tokens are generated after them, which rules may name."""
+    return replace(batch, prompts=tuple(prompt.generating() for prompt in batch.prompts))
 
 
 def collate(

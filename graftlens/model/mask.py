@@ -196,6 +196,20 @@ class GraftMask:
                     'Write the strength as a rule: "0.5*sft @ last".'
                 )
 
+    @property
+    def row_sources(self) -> list[list[str]]:
+        """The sources that each prompt runs at any site, what follows it included."""
+        real = np.zeros(self.shape, dtype=bool)
+        for row, (start, _, total) in zip(real, self.extents, strict=True):
+            row[start : start + total] = True
+        used = np.zeros((self.shape[0], len(self.sources)), dtype=bool)
+        for chosen in {id(chosen): chosen for chosen in self.sites.values()}.values():
+            for _, selection in chosen.selections():
+                for source in selection.sources:
+                    has = selection.share(source).reshape(self.shape) != 0
+                    used[:, source] |= (has & real).any(1)
+        return [[self.sources[s] for s in np.flatnonzero(row)] for row in used]
+
     def take(
         self, batch: Int[np.ndarray, " batch"] | None, pos: Int[np.ndarray, " pos"] | None
     ) -> "GraftMask":
@@ -367,30 +381,27 @@ def _rows_of(rule: Rule, batch: Batch) -> Bool[np.ndarray, " rows"]:
 def select(rule: Rule, prompt: Tokenized, total: int | None = None) -> Bool[np.ndarray, " pos"]:
     """The positions of a prompt (and of what follows it, up to `total`) that a rule selects.
 
-    Tokens after the prompt are generated one position after another: each counts as `last`.
+    Tokens after the prompt are one position after another: each counts as `last`. Where they are
+    generated, a rule may reach them alone.
 
     Raises:
         PromptError: a span, occurrence or position that the prompt lacks, or nothing selected.
     """
-    length = len(prompt)
-    total = total or length
-    spans = prompt.spans
-    if total > length:
-        tail = {"last": (tuple(range(length - 1, total)),), "all": (tuple(range(total)),)}
-        spans = {**spans, **tail}
+    total = total or len(prompt)
+    width = max(total, len(prompt) + prompt.generates)
     try:
-        chosen = rule.at.select(spans, length, total)
+        chosen = rule.at.select(prompt.spans_with(width), len(prompt), width)
     except ValueError as error:
         raise PromptError(f"rule {str(rule)!r}: {error}") from None
     if not chosen.any() and not rule.at.may_be_empty():
-        none = f"none of the {total} positions"
+        none = f"none of the {width} positions"
         if silent := _silent(rule, prompt):  # without numbers, so that such prompts have one reason
             none = f"no position, as {' and '.join(silent)} says nothing in this conversation"
         raise PromptError(
             f"rule {str(rule)!r}: {rule.at} selects {none}. Change the positions, or leave the "
             "rule out."
         )
-    return chosen
+    return chosen[:total]
 
 
 def _silent(rule: Rule, prompt: Tokenized) -> list[str]:

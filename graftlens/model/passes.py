@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformer_lens import TransformerLensKeyValueCache, TransformerLensKeyValueCacheEntry
 
@@ -20,18 +20,45 @@ from graftlens.model.tree import TreeBatch
 
 @dataclass
 class KeyValueCache:
-    """Keys and values of earlier positions, rotated already, per layer."""
+    """Keys and values of earlier positions, rotated already, per layer.
 
+    Attributes:
+        room: for how many more positions than the first there is room, so that these are written
+            where they stay.
+        entries: layer -> keys and values of all positions so far, with the room behind them.
+        counts: layer -> how many positions there are so far.
+    """
+
+    room: int = 0
     entries: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    counts: dict[int, int] = field(default_factory=dict)
     rotated = True
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all positions, `k` and `v` being the new ones'."""
-        if layer in self.entries:
-            past_k, past_v = self.entries[layer]
-            k, v = torch.cat([past_k, k], dim=1), torch.cat([past_v, v], dim=1)
-        self.entries[layer] = (k, v)
-        return k, v
+        old = self.counts.get(layer, 0)
+        now = self.counts[layer] = old + k.shape[1]
+        if layer not in self.entries or self.entries[layer][0].shape[1] < now:
+            past_k, past_v = self.entries.get(layer, (k[:, :0], v[:, :0]))
+            self.entries[layer] = self._wider(past_k[:, :old], k), self._wider(past_v[:, :old], v)
+        else:
+            for kept, new in zip(self.entries[layer], (k, v), strict=True):
+                kept[:, old:now] = new
+        keys, values = self.entries[layer]
+        return keys[:, :now], values[:, :now]
+
+    def _wider(self, before: Tensor, new: Tensor) -> Tensor:
+        parts = [before, new] if before.shape[1] else [new]
+        if self.room:
+            parts.append(new.new_empty(new.shape[0], self.room, *new.shape[2:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def take(self, rows: Int[Tensor, " rows"], first: int) -> None:
+        """Keep some rows only, from the position `first` on."""
+        for layer, kept in self.entries.items():
+            k, v = (x[:, first:].index_select(0, rows) for x in kept)
+            self.entries[layer] = k, v
+            self.counts[layer] -= first
 
 
 class GivenCache:

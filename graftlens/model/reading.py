@@ -144,7 +144,7 @@ class Reading:
                 f"token id {high} is outside the vocabulary (0 to {self.arch.d_vocab - 1}): "
                 "the tokenizer has tokens that the model lacks. Check tokenizer=…"
             )
-        return collate(prompts, pad_id=self._pad_id(), side=side)
+        return collate(prompts, pad_id=self.pad_id(), side=side)
 
     @property
     def vocabularies(self) -> Vocabularies:
@@ -225,7 +225,7 @@ class Reading:
                 return int(known)
         return None
 
-    def _pad_id(self) -> int:
+    def pad_id(self) -> int:
         return self._padding() or 0
 
     def prepends_bos(self, asked: bool | None = None) -> bool | None:

@@ -27,11 +27,11 @@ class Sampling:
     """
 
     do_sample: bool = False
-    temperature: float = 1.0
+    temperature: float | int = 1.0
     top_k: int | None = None
-    top_p: float | None = None
-    freq_penalty: float = 0.0
-    repetition_penalty: float = 1.0
+    top_p: float | int | None = None
+    freq_penalty: float | int = 0.0
+    repetition_penalty: float | int = 1.0
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -82,6 +82,18 @@ class Sampling:
             seen: how often each token appeared in each row; needed where `counts`.
             generator: the randomness; None is PyTorch's own.
         """
+        scores = self.scores(logits, seen)
+        if not self.draws:
+            return scores.argmax(-1)
+        return torch.multinomial(scores.float().softmax(-1), 1, generator=generator)[:, 0]
+
+    def scores(
+        self,
+        logits: Float[Tensor, "batch d_vocab"],
+        seen: Int[Tensor, "batch d_vocab"] | None = None,
+    ) -> Float[Tensor, "batch d_vocab"]:
+        """Logits of the distribution that is drawn from, or of which the likeliest is taken; -inf
+        where a token is left out."""
         if self.repetition_penalty != 1:
             assert seen is not None
             penalised = torch.where(
@@ -89,7 +101,7 @@ class Sampling:
             )
             logits = torch.where(seen > 0, penalised, logits)
         if not self.draws:
-            return logits.argmax(-1)
+            return logits
         logits = logits / self.temperature
         if self.freq_penalty:
             assert seen is not None
@@ -105,7 +117,7 @@ class Sampling:
             left_out = torch.zeros_like(logits, dtype=torch.bool)
             left_out.scatter_(-1, order, likelier > self.top_p)
             logits = logits.masked_fill(left_out, -torch.inf)
-        return torch.multinomial(logits.float().softmax(-1), 1, generator=generator)[:, 0]
+        return logits
 
 
 def count_tokens(

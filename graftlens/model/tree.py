@@ -124,7 +124,11 @@ class Readers:
 
 @dataclass(frozen=True, eq=False)
 class TreeLayer:
-    """The rows of one layer. `queries` and `keys` are numbers of residual rows that enter it."""
+    """The rows of one layer. `queries` and `keys` are numbers of residual rows that enter it.
+
+    `of_graft` says, where the planner was asked for it, which key row each graft has at each node;
+    any row where a later position would read none.
+    """
 
     entering: int
     queries: Int[np.ndarray, " query"]
@@ -134,6 +138,7 @@ class TreeLayer:
     key_nodes: Int[np.ndarray, " key"]
     key_choices: Int[np.ndarray, " key"]
     readers: tuple[Readers, ...]
+    of_graft: Int[np.ndarray, "graft node"] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,8 +182,9 @@ class TokenTree:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of the rows' descriptions; layers that are one object count once."""
-        distinct = {id(layer): layer for layer in self.layers}.values()
+        distinct = [*{id(layer): layer for layer in self.layers}.values()]
         rows = sum(5 * l.queries.nbytes + l.keys.nbytes for l in distinct)
+        rows += sum(l.of_graft.nbytes for l in distinct if l.of_graft is not None)
         lists = (r for layer in distinct for r in layer.readers)
         return rows + sum(r.keys.nbytes + r.queries.nbytes + r.seen.nbytes for r in lists)
 
@@ -255,6 +261,22 @@ class TreeGroup:
         return self.seen, False
 
 
+def shared(
+    of_queries: Mapping[Component, Choice], of_keys: Mapping[Component, Choice]
+) -> dict[Component, Choice]:
+    """The choices of rows that are query rows and key rows: those that agree become one object, so
+    that the rows of a source are gathered once."""
+    known = [rows for s in of_queries.values() if (rows := s.alike) is not None]
+
+    def one(chosen: Choice) -> Choice:
+        rows = chosen.alike
+        if rows is None:
+            return chosen
+        return next((other for other in known if other.agrees(rows)), chosen)
+
+    return {component: one(chosen) for component, chosen in of_keys.items()} | {**of_queries}
+
+
 Attend = Callable[[Tensor, Tensor, Tensor, TreeGroup], Tensor]
 
 
@@ -310,26 +332,12 @@ class LayerRows:
         of_keys = sides.key.selections(repeated("key_choices"))
         # What works on rows of both kinds has a choice for each.
         self.on_keys = {c: of_keys.pop(c) for c in tuple(of_keys) if c in self.chosen}
-        self.chosen |= self._as_queries(of_keys) if self.same else of_keys
+        self.chosen = shared(self.chosen, of_keys) if self.same else self.chosen | of_keys
         self.groups = [
             TreeGroup(piece, device)
             for readers in self._by_size(parts)
             for piece in pieces(readers)
         ]
-
-    def _as_queries(self, of_keys: dict[Component, Choice]) -> dict[Component, Choice]:
-        """If both kinds of row are the same, equal selections become one object, so that the
-        rows of a source are gathered once.
-        """
-        known = [rows for s in self.chosen.values() if (rows := s.alike) is not None]
-
-        def shared(chosen: Choice) -> Choice:
-            rows = chosen.alike
-            if rows is None:
-                return chosen
-            return next((other for other in known if other.agrees(rows)), chosen)
-
-        return {component: shared(chosen) for component, chosen in of_keys.items()}
 
     @staticmethod
     def _by_size(parts: Sequence[tuple[TreeLayer, int]]) -> Iterator[list[Readers]]:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from graftlens.model.hooks import first_of
-from graftlens.model.passes import Pass
+from graftlens.model.passes import KeyValueCache, Pass
 from graftlens.model.rotary import turning_of_tree
 from graftlens.model.tree import TreeBatch, TreeShape
 
@@ -26,6 +26,7 @@ class TreeRuns:
         keep: Callable[..., T],
         rows: int = 256,
         beside: Sequence[Int[np.ndarray, " final"]] = (),
+        cache: KeyValueCache | None = None,
     ) -> list[T]:
         """What `keep` makes of a token tree's logits, which never exist all at once.
 
@@ -35,6 +36,7 @@ class TreeRuns:
                 then with the logits of those that `beside` names.
             rows: how many rows are unembedded at a time.
             beside: final rows to read with each final row, such as those of a reference run.
+            cache: an empty one, to be filled with the keys and values of each layer's key rows.
 
         Raises:
             ValueError: hooks are attached, which do not fit a tree's rows.
@@ -55,7 +57,7 @@ class TreeRuns:
             turning = None
             if self.rotary is not None:
                 turning = turning_of_tree(self.rotary, self.arch, resid, tree)
-            run = Pass(shape.mask, turning, tree=tree)
+            run = Pass(shape.mask, turning, cache=cache, tree=tree)
             for block in self.blocks:
                 resid = block(resid, run=run)
         final = resid.index_select(1, shape.final_rows)

@@ -7,6 +7,7 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
+from graftlens.metrics import known
 from graftlens.stats.resampling import Draw, check_level, mean_of, per_unit, percentiles, unit_count
 from graftlens.stats.table import depth_of
 
@@ -42,7 +43,7 @@ def mean_intervals(
     if len(values) == 0 or np.isnan(values).any():
         return low, high
     few = np.zeros(values.shape[1], dtype=bool)
-    if depth_of(metric) is not None:
+    if is_share(metric, values):
         sums, sizes = per_unit(values, units, unit_count(units))
         few = few_units(sums, sizes)
         for column in np.flatnonzero(few):
@@ -75,7 +76,7 @@ def difference_intervals(
     if count == 0:
         return low, high, kinds
     few = np.zeros(a.shape[1], dtype=bool)
-    if depth_of(metric) is not None:
+    if is_share(metric, a, b):
         # In how many units do all prompts have one and the same difference?
         sizes = np.bincount(units)
         same = [
@@ -96,6 +97,14 @@ def difference_intervals(
         for column in rest:
             kinds[column] = "bootstrap"
     return low, high, kinds
+
+
+def is_share(metric: str, *values: Float[np.ndarray, "prompt column"]) -> bool:
+    """Whether a mean is the share of prompts for which something is so: a `top{k}`, or a measure of
+    the user's own that is 0 or 1 everywhere."""
+    if known(metric) is not None:
+        return depth_of(metric) is not None
+    return all(np.isin(some, (0.0, 1.0)).all() for some in values)
 
 
 def few_units(

@@ -17,7 +17,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 from graftlens.components import suggest
 from graftlens.configfile import ConfigError, noted, read_settings, settings_from
 from graftlens.data import template_names
-from graftlens.data.rewriting import told_on_command_line
+from graftlens.data.languagemodels import told_on_command_line
 from graftlens.graft import Graft, Rule, parts_of
 from graftlens.metrics import Measure
 from graftlens.model.arch import Architecture

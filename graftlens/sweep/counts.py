@@ -4,13 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from graftlens.model.arch import Architecture
+from graftlens.memory import LOGITS, row_bytes
 from graftlens.model.tree import GATHERED
+from graftlens.planner import Branches, Planner, Structure
 from graftlens.prompts import Tokenized
-from graftlens.sweep.planner import Branches, Planner, Structure
-
-#: Logits that are there at a time, as numbers.
-LOGITS = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -134,15 +131,3 @@ def blocks_of(
     of_grafts = even(grafts, cells)
     widest = max(high - low for low, high in of_grafts)
     return even(prompts, max(1, cells // widest)), of_grafts
-
-
-def row_bytes(arch: Architecture, item: int) -> int:
-    """Approximate bytes of activations that a row takes in a layer; `item` is the bytes of a
-    number.
-
-    Counted: the residual stream with its norms and gathered copies, queries, keys, values with
-    their rotations, and the inside of the MLP. The lists that attention gathers, and logits, come
-    to that: they go in pieces of a fixed size.
-    """
-    heads = (arch.n_heads + 2 * arch.n_kv_heads) * arch.d_head
-    return item * (8 * arch.d_model + 4 * heads + (4 if arch.mlp == "gated" else 3) * arch.d_mlp)

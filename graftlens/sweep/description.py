@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
+from graftlens.memory import affordable_rows
 from graftlens.sweep.cells import Measures, own_measures
 from graftlens.sweep.config import Checked, SweepConfig, checked_as_given
 from graftlens.sweep.counts import blocks_of
-from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.scoring import dry_plan
 
 #: How many grafts a description names.

@@ -11,10 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from graftlens.graft import Graft
+from graftlens.memory import LOGITS
 from graftlens.metrics import Measure, Predictions
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.tree import TreeBatch
-from graftlens.sweep.counts import LOGITS
 from graftlens.sweep.prepared import Scored
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from graftlens.folder import differences, file_digest, refusal
+from graftlens.memory import affordable_rows
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.locations import folder_of
 from graftlens.references import COMMON_TOKENS
 from graftlens.sweep.config import SweepConfig
 from graftlens.sweep.disk import lock, write
-from graftlens.sweep.memory import affordable_rows
 from graftlens.sweep.prepared import Prepared
 from graftlens.sweep.results import Manifest, read_manifest
 

@@ -11,17 +11,17 @@ import torch
 from jaxtyping import Float
 
 from graftlens.graft import Graft
+from graftlens.memory import affordable_rows, free_memory, out_of_memory
 from graftlens.metrics import Measure, always_measured
 from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.mask import silenced
 from graftlens.model.tree import TreeBatch, TreeShape
+from graftlens.planner import Branches, Piece, Planner, Structure
 from graftlens.prompts import Prompt
 from graftlens.sweep.cells import Cells, asked_for
 from graftlens.sweep.counts import SweepPlan, plan, together
 from graftlens.sweep.measuring import Found, Measuring, Wanted, needed_references
-from graftlens.sweep.memory import affordable_rows, free_memory, out_of_memory
-from graftlens.sweep.planner import Branches, Piece, Planner, Structure
 from graftlens.sweep.prepared import Extent, Prepared, Scored
 
 

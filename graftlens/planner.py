@@ -19,8 +19,9 @@ from jaxtyping import Bool, Int
 from graftlens.components import Component, brief, expand_components
 from graftlens.graft import Graft, Rule
 from graftlens.model.arch import Architecture, Site
-from graftlens.model.choice import Equal, Mixtures, agreed, atoms
-from graftlens.model.mask import select, sites_of
+from graftlens.model.choice import Choice, Equal, Mixtures, agreed, atoms
+from graftlens.model.lineage import Lineage, layer_rows, renumbered, wanted_nodes
+from graftlens.model.mask import GraftMask, select, sites_of
 from graftlens.model.rotary import Rotary, mixed_tables
 from graftlens.model.tree import (
     INPUT_SIDE,
@@ -28,10 +29,10 @@ from graftlens.model.tree import (
     OUTPUT_SIDE,
     QUERY_SIDE,
     Choices,
-    Readers,
     Sides,
     TokenTree,
     TreeLayer,
+    shared,
 )
 from graftlens.model.vocabulary import Vocabularies
 from graftlens.positions import At
@@ -39,9 +40,6 @@ from graftlens.prompts import PromptError, Tokenized
 
 #: Bytes of the trees that a planner keeps for prompts to come.
 KEPT_BYTES = 1 << 28
-
-#: Most logits that exist at a time, as numbers.
-LOGITS = 1 << 24
 
 #: A site -> for each source, the first source with the same tensors there.
 EqualAt = Callable[[Component, int | None], Equal]
@@ -143,16 +141,18 @@ class Planner:
         references: Mapping[str, Graft] | None = None,
         rotary: Rotary | None = None,
         vocabularies: Vocabularies | None = None,
+        goes_on: bool = False,
     ) -> None:
         """`equal` says which sources share tensors (at q and k also rotary tables); without it, all
         count as different. Every tree has rows of the `references`, runs that the grafts are
         compared with. `rotary` and `vocabularies` say in which tables and tokens sources differ;
-        without them, in none.
+        without them, in none. With `goes_on`, trees know each graft's key rows, which positions
+        after them will read.
 
         Raises:
             ValueError: a graft that this architecture or these sources cannot run.
         """
-        self.arch, self.sources = arch, tuple(sources)
+        self.arch, self.sources, self._goes_on = arch, tuple(sources), goes_on
         self._asked = len(grafts)
         self.grafts = (*grafts, *(g for g in (references or {}).values() if g not in grafts))
         self.references = {run: self.grafts.index(g) for run, g in (references or {}).items()}
@@ -262,6 +262,36 @@ class Planner:
                 kept.pop(0)
                 del self._trees[next(iter(self._trees))]
         return self._trees[key]
+
+    def piece(self, structure: Structure, grafts: Int[np.ndarray, " graft"]) -> "Piece":
+        """The tree of some of the grafts that prompts of a structure can run."""
+        return self._cut(structure, grafts, None)[0]
+
+    def following(self, rows: Sequence[tuple[Structure, int]]) -> GraftMask:
+        """What the positions that follow prompts run, [row, 1].
+
+        `rows` are structures, each with a graft by its number; what follows a prompt is one
+        selection, however long it is.
+        """
+        found = [self._choices_at(structure.selected[-1]) for structure, _ in rows]
+        numbers = [
+            np.stack(
+                [choices[side][graft] for choices, (_, graft) in zip(found, rows, strict=True)]
+            )
+            for side in range(4)
+        ]
+        sides, made = self.sides, dict[tuple[bytes, bytes], dict[Component, Choice]]()
+        sites: dict[Site, Choice] = {}
+        for choices, side in ((sides.input, 0), (sides.output, 3)):
+            chosen = choices.selections(numbers[side][:, 0])
+            sites |= {(component, None): choice for component, choice in chosen.items()}
+        for layer in range(self.arch.n_layers):
+            keys, queries = numbers[1][:, layer], numbers[2][:, layer]
+            both = keys.tobytes(), queries.tobytes()
+            if both not in made:
+                made[both] = shared(sides.query.selections(queries), sides.key.selections(keys))
+            sites |= {(component, layer): choice for component, choice in made[both].items()}
+        return GraftMask(Graft(), self.sources, (len(rows), 1), sites)
 
     def cut(self, structure: Structure, piece: "Piece", peak: int) -> list["Piece"]:
         """Cut a tree into several of at most `peak` rows."""
@@ -434,10 +464,10 @@ class Planner:
             )
             for side in range(4)
         )
-        lineage = _Lineage(structure.parents)
+        lineage = Lineage(structure.parents)
         scored = np.array(structure.scored)
 
-        rows = _renumbered(np.arange(n_nodes)[:, None], inputs[0])
+        rows = renumbered(np.arange(n_nodes)[:, None], inputs[0])
         entering = [rows]
         read: list[np.ndarray] = []
         settled: tuple[int | None, int] | None = None
@@ -452,9 +482,9 @@ class Planner:
                 read.append(read[-1])
                 entering.append(rows)
                 continue
-            own = _renumbered(rows, keys[layer])
+            own = renumbered(rows, keys[layer])
             seen = lineage.accumulated(own, window)
-            after = _renumbered(seen, queries[layer])
+            after = renumbered(seen, queries[layer])
             read.append(own)
             if after.max() == rows.max():
                 settled = (window, layer)  # as many as before: the same rows are told apart
@@ -462,7 +492,7 @@ class Planner:
                 settled, rows = None, after
             entering.append(rows)
 
-        wanted = _wanted(lineage, self.arch.windows, scored, n_nodes)
+        wanted = wanted_nodes(lineage, self.arch.windows, scored, n_nodes)
         layers: list[TreeLayer] = []
         last: tuple[object, ...] = ()
         for layer in range(n_layers):
@@ -477,7 +507,7 @@ class Planner:
                 continue
             last = these
             layers.append(
-                _layer(
+                layer_rows(
                     entering[layer],
                     read[layer],
                     entering[layer + 1],
@@ -486,11 +516,12 @@ class Planner:
                     wanted[layer],
                     wanted[layer + 1],
                     lineage.within(self.arch.windows[layer]),
+                    self._goes_on,
                 )
             )
 
         live = np.unique(rows[wanted[n_layers]])
-        finals = _renumbered(rows[scored], outputs[0][scored])
+        finals = renumbered(rows[scored], outputs[0][scored])
         _, first = np.unique(finals, return_index=True)
         node, graft = np.unravel_index(first, finals.shape)
         embedded = np.flatnonzero(wanted[0])
@@ -537,139 +568,3 @@ def _why(rule: Rule, prompt: Tokenized) -> str:
 def _same(a: int, b: int, *choices: Int[np.ndarray, "layer node graft"]) -> bool:
     """Whether two layers make the same choices everywhere."""
     return all(np.array_equal(c[a], c[b]) for c in choices)
-
-
-def _renumbered(
-    a: Int[np.ndarray, "node _"], b: Int[np.ndarray, "node graft"]
-) -> Int[np.ndarray, "node graft"]:
-    """Number the pairs (a, b) from 0 so that equal pairs, and only those, have equal numbers.
-
-    The order is that of a, then of b, so that rows which share much stay neighbours.
-    """
-    pairs = a * (int(b.max()) + 1) + b
-    _, numbers = np.unique(pairs, return_inverse=True)
-    return numbers.reshape(pairs.shape)
-
-
-class _Lineage:
-    """Which nodes come before which."""
-
-    def __init__(self, parents: Sequence[int]) -> None:
-        self.parents = parents
-        self.depths = np.zeros(len(parents), dtype=np.int64)
-        self.before = np.eye(len(parents), dtype=bool)
-        for node, parent in enumerate(parents):
-            if parent >= 0:
-                self.depths[node] = self.depths[parent] + 1
-                self.before[node] |= self.before[parent]
-
-    def effective(self, window: int | None) -> int | None:
-        """A window that reaches the first position from everywhere is none."""
-        return None if window is None or window > self.depths.max() else window
-
-    def within(self, window: int | None) -> Bool[np.ndarray, "node node"]:
-        """Which nodes each node reads: those before it and itself, as far back as the window."""
-        if window is None or self.effective(window) is None:
-            return self.before
-        return self.before & (self.depths[:, None] - self.depths[None, :] < window)
-
-    def accumulated(
-        self, own: Int[np.ndarray, "node graft"], window: int | None
-    ) -> Int[np.ndarray, "node graft"]:
-        """Number what each node reads: its own key row with those before it."""
-        if window is None:
-            out = np.empty_like(own)
-            high = 0
-            for node, parent in enumerate(self.parents):
-                before = 0 if parent < 0 else out[parent]
-                pairs = (before * (int(own[node].max()) + 1) + own[node])[None]
-                out[node] = np.unique(pairs, return_inverse=True)[1].reshape(-1) + high
-                high = int(out[node].max()) + 1
-            return out
-        # Stretches of 1, 2, 4, … nodes are numbered from two of half the length; two that overlap
-        # make the window.
-        stretch, length = own, 1
-        while 2 * length <= window:
-            stretch, length = self._joined(stretch, length), 2 * length
-        return stretch if length == window else self._joined(stretch, window - length)
-
-    def _joined(
-        self, stretch: Int[np.ndarray, "node graft"], back: int
-    ) -> Int[np.ndarray, "node graft"]:
-        """Number each node's stretch together with that of the node `back` steps before it."""
-        origin = np.arange(len(self.parents))
-        parents = np.array(self.parents)
-        for _ in range(back):
-            origin = np.where(origin < 0, -1, parents[origin])
-        earlier = np.where(origin[:, None] < 0, 0, stretch[origin] + 1)
-        return _renumbered(stretch, earlier)
-
-
-def _wanted(
-    lineage: _Lineage,
-    windows: Sequence[int | None],
-    scored: Int[np.ndarray, " scored"],
-    n_nodes: int,
-) -> list[Bool[np.ndarray, " node"]]:
-    """Per layer, the nodes whose residual rows must enter it; last, those that must come out."""
-    out = np.zeros(n_nodes, dtype=bool)
-    out[scored] = True
-    wanted = [out]
-    for window in reversed(windows):
-        wanted.append(np.asarray(lineage.within(window)[wanted[-1]].any(axis=0)))
-    return wanted[::-1]
-
-
-def _layer(
-    entering: Int[np.ndarray, "node graft"],
-    own: Int[np.ndarray, "node graft"],
-    leaving: Int[np.ndarray, "node graft"],
-    key_choices: Int[np.ndarray, "node graft"],
-    query_choices: Int[np.ndarray, "node graft"],
-    read: Bool[np.ndarray, " node"],
-    written: Bool[np.ndarray, " node"],
-    within: Bool[np.ndarray, "node node"],
-) -> TreeLayer:
-    """The rows of one layer from the numbers of what enters it, is read in it and leaves it."""
-    there = np.unique(entering[read])
-    key_at, query_at = np.flatnonzero(read), np.flatnonzero(written)
-
-    def distinct(numbers: np.ndarray, at: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The distinct numbers at some nodes, with the node and the first graft of each."""
-        ids, first = np.unique(numbers[at], return_index=True)
-        place, graft = np.unravel_index(first, (len(at), numbers.shape[1]))
-        return ids, at[place], graft
-
-    key_ids, key_nodes, key_grafts = distinct(own, key_at)
-    _, query_nodes, query_grafts = distinct(leaving, query_at)
-
-    # The rows that one graft was the first to need read that graft's own list of key rows.
-    readers, order = np.unique(query_grafts, return_inverse=True)
-    by_reader = np.argsort(order, kind="stable")
-    counts = np.bincount(order)
-    starts = np.cumsum(counts) - counts
-    slot = np.empty_like(order)
-    slot[by_reader] = np.arange(len(order)) - np.repeat(starts, counts)
-    lists = np.searchsorted(key_ids, own[key_at][:, readers].T)
-    sizes = 2 ** np.ceil(np.log2(counts)).astype(np.int64)
-    groups = []
-    for size in np.unique(sizes):
-        members = np.flatnonzero(sizes == size)
-        place = np.full(len(readers), -1)
-        place[members] = np.arange(len(members))
-        rows = np.flatnonzero(place[order] >= 0)
-        queries = np.full((len(members), int(size)), -1)
-        queries[place[order[rows]], slot[rows]] = rows
-        seen = np.zeros((len(members), int(size), len(key_at)), dtype=bool)
-        seen[place[order[rows]], slot[rows]] = within[query_nodes[rows]][:, key_at]
-        groups.append(Readers(lists[members], queries, seen))
-    return TreeLayer(
-        entering=len(there),
-        queries=np.searchsorted(there, entering[query_nodes, query_grafts]),
-        query_nodes=query_nodes,
-        query_choices=query_choices[query_nodes, query_grafts],
-        keys=np.searchsorted(there, entering[key_nodes, key_grafts]),
-        key_nodes=key_nodes,
-        key_choices=key_choices[key_nodes, key_grafts],
-        readers=tuple(groups),
-    )

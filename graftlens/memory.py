@@ -1,4 +1,4 @@
-"""How much memory a sweep may use, and what to do when it runs out."""
+"""How much memory runs of many prompts may use, and what to do when it runs out."""
 
 import gc
 from collections.abc import Callable, Sequence
@@ -7,12 +7,15 @@ import psutil
 import torch
 
 from graftlens.model.arch import Architecture
-from graftlens.sweep.counts import row_bytes
 
 #: Rows per pass beyond which nothing gets faster; smaller passes lose less when memory runs out.
 ENOUGH_ROWS = {"cpu": 4096, "cuda": 65536}
 #: Share of the free memory that activations may take, as estimated.
 SHARE = 0.5
+#: Cached tokens beyond which a step of generation gets no faster per row.
+ENOUGH_CACHED = {"cpu": 1 << 13, "cuda": 1 << 18}
+#: Logits that are there at a time, as numbers.
+LOGITS = 1 << 24
 
 
 def affordable_rows(
@@ -31,6 +34,22 @@ def affordable_rows(
         free = psutil.virtual_memory().available
     enough = ENOUGH_ROWS.get(device.type, ENOUGH_ROWS["cpu"])
     return max(1, min(enough, int(SHARE * free / (row or row_bytes(arch, dtype.itemsize)))))
+
+
+def affordable_cache(arch: Architecture, device: torch.device | str, dtype: torch.dtype) -> int:
+    """Tokens whose keys and values may be kept at a time, given all the memory that there is.
+
+    What is free now does not count: the same texts are then always generated in the same batches.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        _, whole = torch.cuda.mem_get_info(device)
+    else:
+        whole = psutil.virtual_memory().total
+    enough = ENOUGH_CACHED.get(device.type, ENOUGH_CACHED["cpu"])
+    # Twice: the keys of a tree are there while each row gets its own.
+    token = 2 * 2 * arch.n_layers * arch.n_kv_heads * arch.d_head * dtype.itemsize
+    return max(1, min(enough, int(SHARE * whole / token)))
 
 
 def out_of_memory(error: BaseException) -> bool:
@@ -76,3 +95,15 @@ def halving(
         most = len(batch) // 2
         waiting = [b[i : i + most] for b in waiting for i in range(0, len(b), most)]
         say(f"Memory ran out: continuing with at most {most} prompts per pass.")
+
+
+def row_bytes(arch: Architecture, item: int) -> int:
+    """Approximate bytes of activations that a row takes in a layer; `item` is the bytes of a
+    number.
+
+    Counted: the residual stream with its norms and gathered copies, queries, keys, values with
+    their rotations, and the inside of the MLP. The lists that attention gathers, and logits, come
+    to that: they go in pieces of a fixed size.
+    """
+    heads = (arch.n_heads + 2 * arch.n_kv_heads) * arch.d_head
+    return item * (8 * arch.d_model + 4 * heads + (4 if arch.mlp == "gated" else 3) * arch.d_mlp)

@@ -1,0 +1,17 @@
+from .divergence import divergence as divergence
+from .drawing import Drawing as Drawing
+from .facts import answered as answered
+from .facts import examples as examples
+from .judging import judge as judge
+from .measures import choice as choice
+from .measures import classifier as classifier
+from .measures import contains as contains
+from .measures import exact as exact
+from .measures import normalised as normalised
+from .measures import regex as regex
+from .rates import differences as differences
+from .rates import measured as measured
+from .rates import rate as rate
+from .scored import score_texts as score_texts
+from .texts import Sampler as Sampler
+from .texts import sample as sample

@@ -1,0 +1,273 @@
+"""How often texts are this or that: rates by graft, with intervals over prompts."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from graftlens.components import brief, suggest
+from graftlens.outcomes.measures import Unread, named, values_of
+from graftlens.references import named_in
+from graftlens.stats import compare_all, summarise
+
+#: A measure of texts, or any function of a text (and its prompt).
+Measures = Mapping[str, Any]
+
+#: A text's prompt, where statistics take each text for a prompt of its own.
+_OF = "of_prompt"
+
+
+def measured(texts: pd.DataFrame, measures: Measures) -> pd.DataFrame:
+    """A table of texts with a column for each measure.
+
+    Args:
+        texts: as `sample` gives them.
+        measures: column -> a measure of texts, or a function of a text, or of a text and its
+            prompt, that gives a number, a truth value or a label.
+
+    Returns:
+        The same rows. Columns are numbers, or labels where a measure gives these; NA where there is
+        no text, and where a judge's reply could not be read: the column `{name}_unread` has it
+        then.
+
+    Raises:
+        ValueError: no measures; a name that is another column's; what is not a measure of texts.
+    """
+    if not isinstance(measures, Mapping) or not measures:
+        raise ValueError(
+            f"measures={brief(measures)}: give one or more by name, such as "
+            '{"refuses": outcomes.contains(["I cannot"])}.'
+        )
+    _check_texts(texts)
+    rows = {name: named(name, given) for name, given in measures.items()}
+    taken = [name for name in rows if name in texts]
+    if taken:
+        raise ValueError(
+            f"measure {taken[0]!r}: the table has another column of this name. Rename the measure."
+        )
+    out = texts.copy()
+    there = np.flatnonzero(texts["text"].notna())
+    said = [str(texts["text"].iloc[i]) for i in there]
+    prompts = [texts["prompt_text"].iloc[i] for i in there]
+    right = [texts["answers"].iloc[i] if "answers" in texts else () for i in there]
+    for name, row in rows.items():
+        values = values_of(row, said, prompts, right)
+        unread: dict[int, str] = {}
+        labels = row.holds == "label" or any(isinstance(v, str) for v in values)
+        column: Any = np.full(len(out), None if labels else np.nan, dtype=object)
+        for place, value in zip(there.tolist(), values, strict=True):
+            if isinstance(value, Unread):
+                unread[place] = value.reply
+            else:
+                column[place] = _as_label(value) if labels else value
+        out[name] = pd.Series(column, out.index, dtype=object if labels else float)
+        if unread:
+            replies = np.full(len(out), None, dtype=object)
+            for place, reply in unread.items():
+                replies[place] = reply
+            out[f"{name}_unread"] = pd.Series(replies, out.index, dtype=object)
+            warnings.warn(
+                f"{name}: {len(unread)} of {len(there)} replies could not be read, such as "
+                f"{brief(next(iter(unread.values())))}. These texts have no value; column "
+                f"{f'{name}_unread'!r} has all replies.",
+                stacklevel=2,
+            )
+    return out
+
+
+def rate(
+    texts: pd.DataFrame,
+    measures: Measures | Sequence[str],
+    *,
+    by: str | Sequence[str] = (),
+    unit: str = "prompt",
+    base: str | None = None,
+    full: str | None = None,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> pd.DataFrame:
+    """Each measure's mean under each graft, with its interval, and its recovery between two runs.
+
+    The texts of one prompt are not independent of each other, so that whole prompts are resampled
+    (`graftlens.stats.summarise` with the prompt as the unit): a rate with fewer than 5 prompts that
+    have, or lack, what is measured gets Wilson's interval, and all others that of the bootstrap.
+
+    Args:
+        texts: as `sample` gives them.
+        measures: as in `measured`; or the names of columns that `measured` has made.
+        by: columns by which prompts are grouped, such as `template`.
+        unit: what is resampled: `prompt`, or a column such as `answer`, in whose groups prompts
+            belong together.
+        base, full: the runs that recovery is measured between; by default those that the table
+            names.
+        level, resamples, seed: of the intervals.
+
+    Returns:
+        One row per group, measure (of labels, per `label`) and graft: `graft`, `measure`, `label`
+        (None of a number), `n` (texts), `prompts`, `unread` (texts without a value), `rate`, `low`,
+        `high`, `recovery` (0 for the base run, 1 for the full run), `recovery_low`,
+        `recovery_high`, `recovery_note`, `note`, `level`, `resamples`, `seed`, `unit`.
+
+    Raises:
+        ValueError: as `measured` and `summarise`.
+    """
+    table, columns = _cells(texts, measures)
+    by = (by,) if isinstance(by, str) else tuple(by)
+    base, full = named_in(table, base, full)
+    known = set(table["graft"])
+    ends = base in known and full in known
+    parts = []
+    for column, (name, label) in columns.items():
+        asked, unread = _with_values(table, column)
+        found = summarise(
+            asked,
+            by=by,
+            ks=(),
+            metrics=(column,),
+            recovery=column if ends else None,
+            base=base if ends else None,
+            full=full if ends else None,
+            unit=_OF if unit == "prompt" else unit,
+            level=level,
+            resamples=resamples,
+            seed=seed,
+        )
+        part = found[[*by, "graft"]].copy()
+        part["measure"], part["label"] = name, pd.Series([label] * len(part), dtype=object)
+        part["n"], part["prompts"] = found["n"], _prompts(asked, found, by)
+        part["unread"] = [unread.get(graft, 0) for graft in part["graft"]]
+        for kind in ("", "_low", "_high"):
+            part[kind.removeprefix("_") or "rate"] = found[f"{column}{kind}"]
+        for kind in ("recovery", "recovery_low", "recovery_high", "recovery_note"):
+            part[kind] = found[kind] if ends else None if kind.endswith("note") else np.nan
+        part["note"] = found["note"]
+        parts.append(part)
+    result = pd.concat(parts, ignore_index=True)
+    result["label"] = result["label"].where(result["label"].notna(), None)
+    return result.assign(level=level, resamples=resamples, seed=seed, unit=unit)
+
+
+def differences(
+    texts: pd.DataFrame,
+    measures: Measures | Sequence[str],
+    pairs: Sequence[tuple[str, str]] | None = None,
+    *,
+    against: str | None = None,
+    by: str | Sequence[str] = (),
+    unit: str = "prompt",
+    **settings: Any,
+) -> pd.DataFrame:
+    """Differences between grafts, paired by (prompt, sample), with prompts as the units.
+
+    Every text is compared with the one that the other graft gave to the same prompt on the same
+    draws. Intervals and p-values are `graftlens.stats.compare_all`'s, whose correction is over the
+    rows of one measure.
+
+    Args:
+        texts, measures, by, unit: as in `rate`.
+        pairs, against: as in `compare_all`.
+        settings: `level`, `resamples`, `permutations`, `seed` of `compare_all`.
+
+    Returns:
+        As `compare_all`, with `measure` and `label` in place of `metric`.
+
+    Raises:
+        ValueError: as `measured` and `compare_all`.
+    """
+    table, columns = _cells(texts, measures)
+    parts = []
+    for column, (name, label) in columns.items():
+        found = compare_all(
+            _with_values(table, column)[0],
+            pairs,
+            against=against,
+            metric=column,
+            by=by,
+            unit=_OF if unit == "prompt" else unit,
+            **settings,
+        )
+        place = found.columns.get_loc("metric")
+        found = found.drop(columns="metric")
+        found.insert(place, "measure", name)
+        found.insert(place + 1, "label", pd.Series([label] * len(found), dtype=object))
+        parts.append(found.assign(unit=unit))
+    result = pd.concat(parts, ignore_index=True)
+    result["label"] = result["label"].where(result["label"].notna(), None)
+    return result
+
+
+def _check_texts(texts: pd.DataFrame) -> None:
+    missing = [c for c in ("prompt", "graft", "sample", "text", "reason") if c not in texts]
+    if missing:
+        raise ValueError(
+            f"the table lacks column {missing[0]!r}: pass a table of texts, as outcomes.sample "
+            "gives it."
+        )
+
+
+def _cells(
+    texts: pd.DataFrame, measures: Measures | Sequence[str]
+) -> tuple[pd.DataFrame, dict[str, tuple[str, str | None]]]:
+    """The table as statistics read it: each text is a prompt of its own, and belongs to its prompt.
+
+    Returns:
+        The table; and column of numbers -> the measure, and the label whose share it is.
+    """
+    _check_texts(texts)
+    if isinstance(measures, Mapping):
+        table, names = measured(texts, measures), list(measures)
+    else:
+        names = [measures] if isinstance(measures, str) else list(measures)
+        for name in names:
+            if name not in texts:
+                raise ValueError(
+                    f"no column {name!r} in the table. Measure it first: outcomes.measured(texts, "
+                    f"{{{name!r}: …}}).{suggest(name, [*map(str, texts.columns)])}"
+                )
+        table = texts.copy()
+    key = pd.MultiIndex.from_frame(table[["prompt", "sample"]])
+    table[_OF], table["prompt"] = table["prompt"], pd.factorize(key)[0]
+    columns: dict[str, tuple[str, str | None]] = {}
+    for number, name in enumerate(names):
+        values = table[name]
+        if pd.api.types.is_numeric_dtype(values.dtype) or values.isna().all():
+            # The name of a row of METRICS would be taken for it.
+            columns[f"value_{number}"] = name, None
+            table[f"value_{number}"] = pd.to_numeric(values).astype(float)
+            continue
+        for place, label in enumerate(sorted(set(map(str, values.dropna())))):
+            share = (values.astype(object) == label).astype(float)
+            columns[f"value_{number}_{place}"] = name, label
+            table[f"value_{number}_{place}"] = share.where(values.notna(), np.nan)
+    return table, columns
+
+
+def _with_values(table: pd.DataFrame, column: str) -> tuple[pd.DataFrame, dict[str, int]]:
+    """The table in which texts without a value did not run, and how many each graft has of them."""
+    unread = table["reason"].isna() & table[column].isna()
+    counts = table.loc[unread, "graft"].value_counts()
+    out = table.copy()
+    out.loc[unread, "reason"] = "no value"
+    return out, {str(graft): int(count) for graft, count in counts.items()}
+
+
+def _prompts(table: pd.DataFrame, found: pd.DataFrame, by: Sequence[str]) -> list[int]:
+    """How many prompts each row of a summary is of."""
+    grafts = set(found["graft"])
+    ran = table[table["reason"].isna() & table["graft"].isin(grafts)]
+    everywhere = ran.groupby("prompt")["graft"].nunique() == len(grafts)
+    used = ran[ran["prompt"].isin(everywhere.index[everywhere])]
+    if not by:
+        return [used[_OF].nunique()] * len(found)
+    sizes = used.groupby(list(by), dropna=False)[_OF].nunique()
+    keys = found[list(by)].itertuples(index=False)
+    return [int(sizes.get(key if len(by) > 1 else key[0], 0)) for key in keys]
+
+
+def _as_label(value: float | str) -> str | None:
+    if isinstance(value, str):
+        return value
+    return None if np.isnan(value) else f"{value:g}"
