@@ -39,6 +39,7 @@ BESIDE = {
     "checkpoints": {"sweep", "cli", "viz"},
     "configfile": {"data", "finetune", "model", "sweep", "cli", "viz"},
     "data": {"sweep", "cli", "viz"},
+    "datacommands": {"finetune", "model", "sweep", "cli", "viz"},
     "engines": {"sweep", "finetune", "model", "cli", "viz"},
     "finetune": {"sweep", "cli", "viz"},
     "finetuned": {"finetune", "model", "sweep", "cli", "viz"},
