@@ -507,7 +507,7 @@ def test_the_commands_in_the_shipped_config_load():
         *command, config = shlex.split(line.removeprefix("#"))[:4]
         assert (command, config) == (
             ["graftlens", "data", "make"],
-            "experiments/data/articles.yaml",
+            "articles",
         )
         overrides = shlex.split(line.removeprefix("#"))[4:]
         made.append(spec_of(overridden(read_mapping(file), overrides)))

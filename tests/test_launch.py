@@ -595,7 +595,7 @@ def test_missing_heldout_texts_are_told_of_before_data_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("graftlens.finetune.make_dataset", lambda _: 1 / 0)
-    monkeypatch.setattr("graftlens.finetune.smollm2", lambda: 1 / 0)
+    monkeypatch.setattr("graftlens.model.smollm2.smollm2", lambda: 1 / 0)
     values = {"model": "smollm2", "output": tmp_path / "run", "heldout_file": tmp_path / "no.txt"}
     run = FinetuneRun.model_validate(values | {"data": {"movies": {}}})
     with pytest.raises(

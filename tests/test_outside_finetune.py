@@ -420,7 +420,7 @@ def texts(tmp_path) -> Path:
 
 def test_a_config_of_the_users_is_not_overwritten(start, texts, tmp_path, monkeypatch):
     """A recipe that lies in its own output folder was replaced at the end."""
-    monkeypatch.setattr("graftlens.finetune.smollm2", lambda: 1 / 0)
+    monkeypatch.setattr("graftlens.model.smollm2.smollm2", lambda: 1 / 0)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("mine: true")
     asked = as_run(recipe(start, tmp_path / "run", model="smollm2"), texts)
@@ -736,7 +736,7 @@ def test_a_dataset_of_a_refused_run_is_made_anew(start, tmp_path):
 
 
 def test_an_unwritable_output_is_told_of_before_anything_is_read(texts, tmp_path, monkeypatch):
-    monkeypatch.setattr("graftlens.finetune.smollm2", lambda: 1 / 0)
+    monkeypatch.setattr("graftlens.model.smollm2.smollm2", lambda: 1 / 0)
     (tmp_path / "file").write_text("")
     asked = as_run(recipe(tmp_path, tmp_path / "file" / "run", model="smollm2"), texts)
     with pytest.raises(OSError, match=r"output='.*file/run' cannot be written \(Not a directory\)"):

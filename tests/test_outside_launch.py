@@ -19,7 +19,7 @@ from sweeps import config as sweep_config
 from graftlens import engines, locks
 from graftlens.cli import app
 from graftlens.configfile import ConfigError
-from graftlens.engines import Array, EngineError, _note, _Resubmitted, submit
+from graftlens.engines import Array, EngineError, Task, _note, _Resubmitted, submit
 from graftlens.locks import LockError, locked
 from graftlens.model import smollm2 as smollm2_module
 from graftlens.sweep.disk import FolderError
@@ -207,6 +207,8 @@ def test_a_task_notes_how_it_ended(job: Job, tmp_path: Path) -> None:
 
     with pytest.raises(ValueError, match="no such thing"):
         _Resubmitted(fail, None, minutes=1)()
+    assert array.poll() == (Task("12_0", "running"),)  # it may be about to run again
+    job.state = "FAILED"
     (task,) = array.poll()
     assert task.state == "failed"
     assert task.problem is not None
