@@ -17,7 +17,7 @@ from jsonserver import JsonHandler
 from markdown_it import MarkdownIt
 from summaries import positions
 
-from graftlens import cli
+from graftlens import cli, datacommands
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data import load_dataset, make_dataset, save_dataset, spec_of
 from graftlens.data.languagemodels import told_on_command_line
@@ -167,7 +167,7 @@ def test_a_dataset_that_cannot_be_written_is_named_before_the_work(tmp_path, mon
     for name in ("graftlens.data.make_dataset", "graftlens.experiment.plan.make_dataset"):
         monkeypatch.setattr(name, None)
     with pytest.raises(OSError, match=r"file/x cannot be written \(not a directory\)\. Make its"):
-        cli.data_make(tmp_path / "d.yaml", out=tmp_path / "file" / "x")
+        datacommands.make(str(tmp_path / "d.yaml"), out=tmp_path / "file" / "x")
     with pytest.raises(OSError, match=r"cannot be written \(not a directory\)\. Make its folder"):
         Store(tmp_path / "file").dataset("films", FILMS)
 
@@ -324,7 +324,7 @@ def test_home_folders_are_home_folders(planned, tmp_path, monkeypatch):
     assert load_dataset(Path("~/films")).facts == make_dataset(FILMS).facts
     write_table(pd.DataFrame({"a": [1]}), "~/t")
     (tmp_path / "d.yaml").write_text("n_facts: 3\ntexts_per_fact: 1\n")
-    cli.data_make(Path("d.yaml"), out=Path("~/made"))
+    datacommands.make("d.yaml", out=Path("~/made"))
     home = sorted(p.name for p in (tmp_path / "home").iterdir())
     assert home == ["films", "made", "run", "t.csv", "t.md"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d.yaml", "home"]
@@ -413,13 +413,13 @@ def test_the_folder_of_a_reports_tables_is_its_own(tmp_path):
 )
 def test_a_damaged_record_is_named(tmp_path, content, message):
     runs = [finished(tmp_path / "a"), finished(tmp_path / "b")]
-    (runs[1] / "experiment.json").write_bytes(content.encode("latin-1"))
+    (runs[0] / "experiment.json").write_bytes(content.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         compare_runs(runs, tmp_path / "r.html")
 
 
 def test_a_record_from_elsewhere_names_no_path(tmp_path):
-    runs = [finished(tmp_path / "a"), finished(tmp_path / "b", ["../../b"])]
+    runs = [finished(tmp_path / "a", ["../../b"]), finished(tmp_path / "b")]
     with pytest.raises(ValueError, match=r"'\.\./\.\./b' is used as the name of a file"):
         compare_runs(runs, tmp_path / "r.html")
     runs = [finished(tmp_path / "c"), finished(tmp_path / "d")]
@@ -513,7 +513,7 @@ def config(tmp_path: Path, **rewrites) -> Path:
 
 def make(tmp_path: Path, *overrides: str) -> None:
     """graftlens data make c.yaml OVERRIDES… --out out"""
-    cli.data_make(tmp_path / "c.yaml", list(overrides), tmp_path / "out")
+    datacommands.make(str(tmp_path / "c.yaml"), list(overrides), tmp_path / "out")
 
 
 def test_a_config_alone_sends_no_key_anywhere(thief, tmp_path):
