@@ -1307,11 +1307,12 @@ def test_measures_of_ones_own_reach_every_part(base, place):
 def test_the_command_gives_measures_on(monkeypatch):
     asked: dict[str, Any] = {}
     monkeypatch.setattr(
-        "graftlens.experiment.run.describe_experiment", lambda name, **given: asked.update(given)
+        "graftlens.experiment.variants.describe_experiment",
+        lambda name, **given: asked.update(given) or "described",
     )
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # of what typer itself passes
     said = CliRunner().invoke(
-        app, ["run", "x", "--dry-run", "--measure", "a:b", "--measure", "a:c"]
+        app, ["run", "positions", "--dry-run", "--measure", "a:b", "--measure", "a:c"]
     )
     assert said.exit_code == 0, said.output
     assert asked["measures"] == ["a:b", "a:c"]
