@@ -469,21 +469,24 @@ def test_grafts_name_made_sources_as_any_other() -> None:
 # -- finding places ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["half", "rank2", "rest2", "single"])
+@pytest.mark.parametrize(
+    "name",
+    ["rank2", *(pytest.param(n, marks=pytest.mark.slow) for n in ("half", "rest2", "single"))],
+)
 def test_attributions_of_made_sources_add_up(name: str) -> None:
     """To the difference between the base and the state dict's own model."""
     t = made("llama")
     targets = [5, 90]
     table = attribute(
-        t.model, IDS, name, positions=[0, "last", "rest"], steps=24, targets=torch.tensor(targets)
+        t.model, IDS, name, positions=[0, "last", "rest"], steps=64, targets=torch.tensor(targets)
     )
     for number, (tokens, target) in enumerate(zip(IDS.tolist(), targets, strict=True)):
         ends = [float(t.logits(s, tokens)[-1].log_softmax(-1)[target]) for s in ("pre", name)]
         mine = table[table["prompt"] == number]
         assert float(mine["value_base"].iloc[0]) == pytest.approx(ends[0], abs=1e-4)
         assert float(mine["value_full"].iloc[0]) == pytest.approx(ends[1], abs=1e-4)
-        assert abs(ends[1] - ends[0]) > 0.02
-        assert float(mine["ig"].sum()) == pytest.approx(ends[1] - ends[0], rel=0.01)
+        assert abs(ends[1] - ends[0]) > 0.04
+        assert float(mine["ig"].sum()) == pytest.approx(ends[1] - ends[0], abs=0.02)
     if name in ("rest2", "single"):  # which have the base's norms
         norms = table[table["component"].isin(["ln1", "ln2", "ln_final"])]
         assert len(norms)
