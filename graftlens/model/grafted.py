@@ -622,7 +622,7 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
         """
         tokenizer = tokenizer_digest(self.tokenizer)
         weights = [(n, m) for n, m in self.named_modules() if isinstance(m, Sourced)]
-        known: dict[int, bytes] = {}  # what sources share is read once
+        known: dict[Any, bytes] = {}  # what sources share is read once
         prints = {
             source: fingerprint(weights, index, f"{self._facts.get(source)} {tokenizer}", known)
             for index, source in enumerate(self.sources)

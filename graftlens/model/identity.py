@@ -82,7 +82,7 @@ def config_settings(config: Any) -> dict[str, Any]:
 
 
 def fingerprint(
-    weights: Sequence[tuple[str, Sourced]], index: int, facts: str, known: dict[int, bytes]
+    weights: Sequence[tuple[str, Sourced]], index: int, facts: str, known: dict[Any, bytes]
 ) -> str:
     """SHA-256 of one source's tensors and of the facts about it.
 
@@ -90,14 +90,17 @@ def fingerprint(
         weights: the model's weights by name.
         index: the source's number.
         facts: what else decides its numbers.
-        known: digests of tensors by their identity, to which those read now are added.
+        known: digests of tensors by the memory that they are in, to which those read now are
+            added.
     """
 
     def of(tensor: Tensor) -> bytes:
-        if id(tensor) not in known:
+        # Not id(): that of a cut tensor is soon another one's.
+        key = tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+        if key not in known:
             raw = tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
-            known[id(tensor)] = hashlib.sha256(raw.data).digest()
-        return known[id(tensor)]
+            known[key] = hashlib.sha256(raw.data).digest()
+        return known[key]
 
     digest = hashlib.sha256()
     for name, weight in weights:
