@@ -400,6 +400,17 @@ TINY = ("pre", "sft")
         ({"a": {"of": ["sft", "sft"], "strengths": [1, 2]}}, "names a source twice. Add up its"),
         ({"a": {"of": ["sft"], "strengths": [1, 2]}}, "2 strengths for 1 sources. Give one for ea"),
         ({"a": {"of": "sft", "directions": [1, 1]}}, "names a direction twice"),
+        (
+            {"a": {"of": "sft", "directions": [-1]}},
+            r"^source 'a': directions: \[-1\] does not list directions\. Write their numbers, [^.]*\.$",
+        ),
+        (
+            {"a": {"of": "sft", "directions": []}},
+            r"^source 'a': directions: \[\] does not list directions\. Write their numbers, [^.]*\.$",
+        ),
+        ({"a": {"of": "sft", "directions": [True]}}, r"directions: \[True\] has a boolean in it"),
+        ({"a": {"of": ["sft"], "strengths": [True]}}, r"strengths: \[True\] has a boolean in it"),
+        ({"a": {"of": "sft", "rank": "1 2:"}}, "rank: '1 2:' is not a rank or a range"),
         ({"a": {"of": "sft", "ranks": 2}}, "unknown key 'ranks'"),
         ({"a": {"each": "runs/*"}}, r"source 'a' is {each: runs/\*}, several models that a sweep"),
     ],

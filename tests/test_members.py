@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import signal
 import warnings
 import weakref
@@ -25,7 +26,7 @@ from graftlens.model.arch import PairError
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.made import Each
 from graftlens.model.members import members_of
-from graftlens.stats import summarise
+from graftlens.stats import compare_all, summarise
 from graftlens.sweep.config import SweepConfig, check, load_config
 from graftlens.sweep.description import describe_sweep
 from graftlens.sweep.models import Models
@@ -266,6 +267,25 @@ def test_members_are_grouped_in_statistics_and_drawn_over_steps(whole: Path) -> 
     assert all(list(line.x) == sorted(STEPS) for line in figure.data)
 
 
+def test_members_are_compared_one_by_one(whole: Path) -> None:
+    table = read_whole(whole)
+    options = {"resamples": 100, "permutations": 100}
+    compared = compare_all(table, [("LT", "SFT")], by="step", **options)
+    assert list(compared["step"]) == sorted(STEPS)
+    for step, difference in zip(compared["step"], compared["difference"], strict=True):
+        own = table[table["step"] == step].drop(columns=["member", "step"])
+        alone = compare_all(own, [("LT", "SFT")], **options)
+        assert difference == alone["difference"].item()
+
+
+def test_members_of_one_step_are_not_pooled(whole: Path) -> None:
+    table = read_whole(whole).assign(step=5)
+    what = "models 'checkpoint-5', 'checkpoint-40', .* have the same step .* by='member'"
+    with pytest.raises(ValueError, match=what):
+        summarise(table, by="step")
+    assert summarise(table, by="member", resamples=100)["member"].nunique() == len(STEPS)
+
+
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
     started = Processes()
@@ -381,6 +401,8 @@ def test_steps_are_what_the_folders_record(run: Path, tmp_path: Path) -> None:
     ("each", "what"),
     [
         ({"each": ["a/b", "a/b"]}, "each names 'a/b' twice. Name each model once."),
+        ({"each": ["runs/b", "./runs/b/"]}, "each names './runs/b/' twice. Name each model once."),
+        ({"each": "a/b", "revisions": ["x", "x"]}, "revisions names 'x' twice. Name each model o"),
         (
             {"each": ["a/b", "a/c"], "steps": [1]},
             "1 steps for 2 models .a/b a/c.. Give one for each",
@@ -461,6 +483,27 @@ def test_other_members_are_another_sweep(run: Path, tmp_path: Path) -> None:
     given["sources"]["time"] = {"each": pattern}
     with pytest.raises(ValueError, match="holds another sweep"):
         quiet(given, tmp_path / "out")
+
+
+@pytest.mark.parametrize("changed", ["checkpoint-5", "checkpoint-120", "pre"])
+def test_members_whose_weights_changed_are_not_taken_for_those_that_ran(
+    run: Path, tmp_path: Path, changed: str
+) -> None:
+    """Where every shard of a member was there, its weights were not looked at again."""
+    copied = tmp_path / "run"
+    shutil.copytree(run, copied)
+    given = of_time(copied, limit=1)
+    quiet(given, tmp_path / "out")
+    weights = copied / changed / "model.safetensors"
+    content = weights.read_bytes()
+    weights.touch()
+    assert quiet(given, tmp_path / "out").ok  # the same numbers, written again
+    tokenizer = llama3_style()
+    save_checkpoint(tiny_model("llama", 77, len(tokenizer)), copied / changed, tokenizer)
+    with pytest.raises(ValueError, match="holds results of other weights"):
+        quiet(given, tmp_path / "out")
+    weights.write_bytes(content)
+    assert quiet(given, tmp_path / "out").ok
 
 
 # -- dashboards and the command line -----------------------------------------------------------

@@ -9,7 +9,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_serializer, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from graftlens.components import brief, suggest
 from graftlens.configfile import ConfigError, read_yaml, settings_from
@@ -22,7 +29,7 @@ def _rank(value: Any) -> int | str:
     """A rank, or a range of directions as text."""
     if type(value) is int and value >= 1:
         return value
-    ends = _SLICE.fullmatch(value.replace(" ", "")) if isinstance(value, str) else None
+    ends = _SLICE.fullmatch(value.strip()) if isinstance(value, str) else None
     start, stop = (ends[1] or "0", ends[2]) if ends is not None else ("", "")
     if ends is None or (stop and int(stop) <= int(start)) or (not stop and int(start) == 0):
         raise ValueError(
@@ -32,10 +39,28 @@ def _rank(value: Any) -> int | str:
     return f"{int(start)}:{stop and int(stop)}" if int(start) else int(stop)
 
 
+def _directions(value: Any) -> tuple[int, ...]:
+    """Numbers of directions."""
+    given = value if isinstance(value, list | tuple) else ()
+    if not given or any(type(number) is not int or number < 0 for number in given):
+        raise ValueError(
+            f"{brief(value)} does not list directions. Write their numbers, of which 0 is the "
+            "strongest: [0, 3]."
+        )
+    return tuple(given)
+
+
 class _Described(Settings):
     """A mapping in the place of a source; written without what is left out."""
 
     model_config = ConfigDict(use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_values_in_lists(cls, value: Any) -> Any:
+        if isinstance(value, list | tuple) and any(isinstance(entry, bool) for entry in value):
+            raise ValueError(f"{brief(value)} has a boolean in it. Write numbers, or quoted text.")
+        return value
 
     @model_serializer(mode="wrap")
     def _given(self, handler: Any) -> dict[str, Any]:
@@ -74,9 +99,7 @@ class Made(_Described):
     """8: the best rank-8 part of each matrix's difference, and whole vectors (norms, biases). "8:":
     what that leaves out: all other directions, no vectors. "4:8": these directions, no vectors."""
 
-    directions: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] | None = (
-        None
-    )
+    directions: Annotated[tuple[int, ...], BeforeValidator(_directions)] | None = None
     """Single singular directions of each matrix's difference, the strongest is 0; no vectors."""
 
     @model_validator(mode="after")
@@ -255,9 +278,10 @@ def made_problems(sources: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             elif part == base:
                 found = True
                 others = [other for other in sources if other not in (base, name)]
+                which = f" ({' '.join(others)})" if others else ""
                 what = (
                     f"it is of {part!r}, the base, from which all differences are taken: nothing "
-                    f"would be left. Name another source ({' '.join(others)})."
+                    f"would be left. Name another source{which}."
                 )
                 yield name, what
     if not found and (left := _circle(made)):

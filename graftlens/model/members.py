@@ -51,9 +51,12 @@ def members_of(name: str, each: Each) -> tuple[Member, ...]:
     elif isinstance(each.each, str):
         found = _folders(what, each.each)
     else:
-        if twice := [one for one in each.each if each.each.count(one) > 1]:
-            raise PairError(f"{what}: each names {twice[0]!r} twice. Name each model once.")
         found = [(one, located(one)) for one in each.each]
+    key, known = ("each" if each.revisions is None else "revisions"), set[str]()
+    for label, place in found:
+        if (plain := os.path.normpath(os.path.expanduser(place))) in known:  # noqa: PTH111
+            raise PairError(f"{what}: {key} names {label!r} twice. Name each model once.")
+        known.add(plain)
     steps: Sequence[int | None] = [_step_of(label, place) for label, place in found]
     if each.steps is not None:
         if len(each.steps) != len(found):

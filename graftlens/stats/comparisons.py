@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from graftlens.references import named_in
+from graftlens.references import MEMBERS, named_in
 from graftlens.stats.intervals import difference_intervals
 from graftlens.stats.permutation import holm, sign_flips
 from graftlens.stats.recovery import gap_of, ratio_intervals
@@ -173,7 +173,8 @@ def compare_all(
     check_metrics(table, (measured,), also="recovery")
     draw = Draw(unit, level, resamples, seed)
     check_count("permutations", permutations)
-    table = checked_table(table, (*by, *draw.columns, column_of(measured)))
+    within = [name for name in by if name in MEMBERS]
+    table = checked_table(table, (*by, *draw.columns, column_of(measured)), within)
     check_groups(table, by)
     check_units(table, unit)
     known = choose_grafts(table, None)

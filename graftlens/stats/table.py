@@ -121,6 +121,13 @@ def checked_table(
             f"the table is of several models that were run one after another (column "
             f"{members[0]!r}): group them with by={members[-1]!r}, or pass the rows of one"
         )
+    if set(MEMBERS) <= set(members) and "member" not in within and "step" in within:
+        places = table[members].drop_duplicates()
+        if len(shared := places[places["step"].duplicated(keep=False)]):
+            raise ValueError(
+                f"models {listed(list(shared['member'][:5]))} have the same step or none, so that "
+                "step does not tell them apart: group them with by='member'"
+            )
     table = table[needed]
     # Groups of categories would come in another order, and include those without rows.
     categories = [c for c in needed if isinstance(table[c].dtype, pd.CategoricalDtype)]

@@ -506,7 +506,7 @@ def fill(
     waiting = False
     with bar:
         for number in range(manifest.rounds):
-            if not models.is_recorded(number):
+            if not unchanged(config, manifest, number):  # nor is what was never recorded
                 scorers.clear()
                 models(number)
                 manifest = models.manifest
