@@ -402,11 +402,11 @@ TINY = ("pre", "sft")
         ({"a": {"of": "sft", "directions": [1, 1]}}, "names a direction twice"),
         (
             {"a": {"of": "sft", "directions": [-1]}},
-            r"^source 'a': directions: \[-1\] does not list directions\. Write their numbers, [^.]*\.$",
+            r"^source 'a': directions: \[-1\] does not list directions\. [^.]*\.$",
         ),
         (
             {"a": {"of": "sft", "directions": []}},
-            r"^source 'a': directions: \[\] does not list directions\. Write their numbers, [^.]*\.$",
+            r"^source 'a': directions: \[\] does not list directions\. [^.]*\.$",
         ),
         ({"a": {"of": "sft", "directions": [True]}}, r"directions: \[True\] has a boolean in it"),
         ({"a": {"of": ["sft"], "strengths": [True]}}, r"strengths: \[True\] has a boolean in it"),
