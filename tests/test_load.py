@@ -495,7 +495,7 @@ def test_names_that_no_graft_could_write(pair: dict[str, PreTrainedModel], name:
     assert str(caught.value).startswith(f"source={name!r} is not a source name. Names begin with")
 
 
-@pytest.mark.parametrize("given", [None, 3, {"a": 1}, torch.nn.Linear(2, 2)])
+@pytest.mark.parametrize("given", [None, 3, ["a"], torch.nn.Linear(2, 2)])
 def test_things_that_are_no_source(pair: dict[str, PreTrainedModel], given: Any) -> None:
     assert _refused({"pre": pair["pre"], "sft": given}) == (
         f"source 'sft' is a {type(given).__name__}. Give a hub id, a checkpoint folder, a PEFT "
