@@ -264,6 +264,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"positions": [[40], "rest"]},
         "prompt 0, rule 'sft @ [40]': position 40 is outside the prompt, which has",
     ),
+    "positions that no prompt has": (
+        {"positions": ["[60 % 64]"]},
+        "positions=['[60 % 64]'] select no token of any prompt. Give positions that the prompts ha",
+    ),
     "malformed position": ({"positions": ["last +"]}, "a span or [positions] is missing at the en"),
     "within nothing": ({"within": "none"}, "within='none' has no site at the positions 'first_ent"),
     "within elsewhere": (

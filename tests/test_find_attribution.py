@@ -304,6 +304,26 @@ def test_three_sites_that_differ_are_found(llama: Tiny) -> None:
         assert (rest[["at_base", "at_full"]] == 0).all().all()
 
 
+@pytest.mark.parametrize("by", ["site", "head", "neuron", "direction"])
+def test_what_is_equal_in_both_sources_has_the_score_0(llama: Tiny, by: Any) -> None:
+    """Also where nothing else is searched, so that no gradient is asked for."""
+    base = llama.sources["pre"]
+    changed = copy.deepcopy(base)
+    changed.model.layers[0].self_attn.v_proj.weight.data *= 2
+    model = GraftedTransformer.from_pretrained(
+        {"pre": base, "sft": changed}, tokenizer=llama.tokenizer, check=False, verbose=False
+    )
+    given: dict[str, Any] = {"positions": POSITIONS, "within": "sft @ all : mlp", "by": by}
+    table = find.attribute(model, asking(2), "sft", steps="auto", **given)
+    assert set(table["component"]) == {"mlp_in", "mlp_gate", "mlp_out"}
+    assert (table[["ig", "at_base", "at_full"]] == 0).all().all()
+    assert table["completeness"].isna().all()
+    whole = find.attribute(model, asking(2), "sft", positions=POSITIONS)
+    for end in ("value_base", "value_full"):
+        expected = whole.groupby("prompt")["value_base"].first()
+        np.testing.assert_allclose(table.groupby("prompt")[end].first(), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("variant", ["gpt2", "gemma3", "qwen3", "olmo-clip"])
 def test_the_scores_of_a_prompt_add_up(variant: str) -> None:
     """To the difference of the two sources' own log-probabilities. olmo-clip's path has kinks:

@@ -376,6 +376,20 @@ def test_players_that_cannot_play(llama: Tiny, players, sentence: str) -> None:
         find.interactions(llama.model, prompts(), players, progress=False)
 
 
+def test_players_must_not_overlap_in_the_answer_either(llama: Tiny) -> None:
+    """Its tokens count as `last`, and as all but the prompt's own last one."""
+    players = {"a": "sft @ last : mlp", "b": "sft @ ~[-1] : mlp"}
+    asked = prompts()[:2]
+    with pytest.raises(ValueError, match=r"both graft mlp_in of layer 0 at the answer's tokens\."):
+        find.interactions(llama.model, asked, players, metrics="answer_logprob", progress=False)
+    apart = players | {"b": "sft @ ~last : mlp"}
+    for chosen, metric in ((apart, "answer_logprob"), (players, "logprob")):
+        found = find.interactions(
+            llama.model, asked, chosen, metrics=metric, resamples=20, progress=False
+        )
+        assert set(found.values["n"]) == {2}
+
+
 def test_heads_and_neurons_of_one_site_may_be_shared_out(llama: Tiny) -> None:
     players = {"a": "sft @ last : q + mlp_in : 1", "b": "sft @ last : o : 1 : 0"}
     players |= {"c": "sft @ last : o : 1 : 1", "d": "sft @ last : mlp_out : 1 : n0-3"}

@@ -141,7 +141,8 @@ def check_players(part: PartConfig, checked: Checked) -> None:
             why = next(iter(left.values()), "none can be run")
             raise ValueError(f"none of {len(tokens)} prompts can run every player: {why}")
         fit = {number: those for number, those in tokens.items() if number not in left}
-        planned.refuse_overlaps(fit, checked.arch, tuple(checked.config.sources))
+        metrics = part.interactions.metrics
+        planned.refuse_overlaps(fit, checked.arch, tuple(checked.config.sources), metrics)
     except ValueError as error:
         raise ConfigError(("interactions.players", str(error))) from None
 

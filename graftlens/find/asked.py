@@ -141,6 +141,11 @@ class Asked:
         grafted = None if within is None else as_graft(within, "within")
         there = _there(model, searched, named, units, grafted)
         kept = tuple(site for site in sites if there[site].any())
+        if not kept:
+            raise ValueError(
+                f"positions={brief(positions)} select no token of any prompt. Give positions that "
+                f'the prompts have, or "{REST}" beside them.'
+            )
         number = model.sources.index(source)
         return cls(
             source=source,

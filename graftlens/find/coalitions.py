@@ -10,6 +10,7 @@ from jaxtyping import Bool
 from graftlens.components import Component, brief, format_numbers
 from graftlens.find.games import MOST, MOST_EXACT, Orders
 from graftlens.graft import Graft, Grafts, named_grafts
+from graftlens.metrics import known
 from graftlens.model.arch import Architecture, Site
 from graftlens.model.mask import select, sites_of
 from graftlens.prompts import PromptError, Tokenized
@@ -102,7 +103,11 @@ class Coalitions:
         return left
 
     def refuse_overlaps(
-        self, prompts: Mapping[int, Tokenized], arch: Architecture, sources: Sequence[str]
+        self,
+        prompts: Mapping[int, Tokenized],
+        arch: Architecture,
+        sources: Sequence[str],
+        metrics: Sequence[str],
     ) -> None:
         """Refuse players that share a component in a layer, at a position, in a unit.
 
@@ -110,6 +115,7 @@ class Coalitions:
             prompts: number -> the tokens of each prompt, which every player's rules can select in.
             arch: the model's architecture.
             sources: the names of its sources.
+            metrics: what is measured; over whole answers, players must not overlap in these either.
 
         Raises:
             ValueError: two players that overlap, with the prompt and where they meet; a source,
@@ -128,19 +134,23 @@ class Coalitions:
             and (shared := one[2] & other[2])
         ]
         seen: set[str] = set()
+        # All tokens of an answer are alike to a rule.
+        more = any((row := known(name)) is not None and row.over == "answer" for name in metrics)
         for number, prompt in prompts.items():
+            total = len(prompt) + more
             kind = repr((len(prompt), prompt.spans))
             if kind in seen or not meeting:
                 continue
             seen.add(kind)
             for (a, one, _), (b, other, _), shared in meeting:
-                both = select(one, prompt) & select(other, prompt)
+                both = select(one, prompt, total) & select(other, prompt, total)
                 if not both.any():
                     continue
                 for site in _in_order(shared):
                     units = _common(one.of(site[0]), other.of(site[0]))
                     if units is None or units:
-                        raise ValueError(_overlap(a, b, number, site, both, units))
+                        inside = both[: len(prompt)]
+                        raise ValueError(_overlap(a, b, number, site, inside, units))
 
 
 def _common(one: tuple[int, ...] | None, other: tuple[int, ...] | None) -> tuple[int, ...] | None:
@@ -166,6 +176,7 @@ def _overlap(
     layer = "" if site[1] is None else f" of layer {site[1]}"
     places = np.flatnonzero(both).tolist()
     where = f"position{'s' if places[1:] else ''} {format_numbers(places)}"
+    where = where if places else "the answer's tokens"
     cut = "" if units is None else f", unit{'s' if units[1:] else ''} {format_numbers(units)}"
     return (
         f"players {a!r} and {b!r} overlap in prompt {prompt}: both graft {site[0]}{layer} at "

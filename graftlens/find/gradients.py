@@ -148,7 +148,10 @@ class Passes:
         with self._noting(sums):
             logits = self.model.logits_of_rows(self.batch, mask, self._rows)
             values = self._values(logits, strength)
-            gradients = torch.autograd.grad(values.sum(), list(leaves.values()), allow_unused=True)
+            gradients: tuple[Tensor | None, ...] = ()
+            if leaves:  # there are none where all that is searched is equal in both sources
+                wanted = list(leaves.values())
+                gradients = torch.autograd.grad(values.sum(), wanted, allow_unused=True)
         sign = 1 if outer else -1
         found = dict(zip(leaves, gradients, strict=True))
         scores = self._added_up({s: sign * g for s, g in found.items() if g is not None})

@@ -148,14 +148,14 @@ def interactions(
 
     Raises:
         ValueError: an unknown measure; players that overlap (the same component in the same layer,
-            position and unit) in a prompt, fewer than two, or ones that change nothing; no prompt
-            that runs under all coalitions.
+            position and unit) in a prompt, or in an answer that is measured whole; fewer than two,
+            or ones that change nothing; no prompt that runs under all coalitions.
     """
     asked = [metrics] if isinstance(metrics, str | Measure) else list(metrics)
     names = _names(asked)
     planned = Coalitions.of(players, permutations, seed)
     given = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    ready, not_run = _ready(model, given, planned, prepend_bos)
+    ready, not_run = _ready(model, given, planned, prepend_bos, names)
     whole = any((row := known(name)) is not None and row.over == "answer" for name in names)
     extra = [m for m in asked if isinstance(m, Measure) or not _always(m)]
     results = evaluate(
@@ -443,6 +443,7 @@ def _ready(
     prompts: Sequence[Prompt],
     planned: Coalitions,
     prepend_bos: bool | None,
+    metrics: Sequence[str],
 ) -> tuple[list[int], dict[int, str]]:
     """The numbers of the prompts that can run every player, and why the others cannot.
 
@@ -466,7 +467,7 @@ def _ready(
             left[number] = str(error)
     left |= planned.left_out(ready)
     ready = {number: tokens for number, tokens in ready.items() if number not in left}
-    planned.refuse_overlaps(ready, model.arch, model.sources)
+    planned.refuse_overlaps(ready, model.arch, model.sources, metrics)
     if not ready:
         why = f" The first reason: {next(iter(left.values()))}" if left else ""
         raise ValueError(f"none of {len(prompts)} prompts can run every player.{why}")
