@@ -151,6 +151,85 @@ def test_the_report_has_hugging_face_s_numbers(found: Any, planted: Any) -> None
         assert rows.at[name, "logprob"] == pytest.approx(np.mean(values), abs=1e-4)
 
 
+def test_random_sets_have_hugging_face_s_numbers(found: Any, planted: Any) -> None:
+    """A random set is the mixed model of those planted sites that it happens to have."""
+    model, mixed, prompts = planted
+    searched = [
+        Place(Component(row["component"]), None if pd.isna(row["layer"]) else row["layer"], at)
+        for at in dict.fromkeys(found.table["position"])
+        for row in found.table[found.table["position"] == at].to_dict("records")
+    ]
+    sets = matched_sets(found.places, sorted(searched), model.arch, count=20, seed=1)
+    there = set(found.places)
+    said = []
+    for number in sorted(set(found.rows["prompt"])):
+        (tokens,) = model.tokenized(prompts[number])
+        (answer,) = continuation(tokens, prompts[number].answer, model.tokenizer, None)
+        logits = {
+            some: one(torch.tensor([list(tokens.ids)])).logits[0, -1].log_softmax(-1)
+            for some, one in mixed.items()
+        }
+        full = logits[PLANTED]
+        said.append(
+            {
+                some: ((own > own[answer]).sum().item(), ((own.exp()) * (own - full)).sum().item())
+                for some, own in logits.items()
+            }
+        )
+    kinds = set()
+    for drawn, row in zip(sets, found.random.to_dict("records"), strict=True):
+        names = {str(p.component) for p in drawn if p in there}
+        some = tuple(name for name in PLANTED if name in names)
+        kinds.add(some)
+        above, divergence = np.array([one[some] for one in said]).T
+        assert row["top1"] == np.mean(above < 1)
+        assert row["top5"] == np.mean(above < 5)
+        assert row["kl_full"] == pytest.approx(np.mean(divergence), abs=1e-4)
+    assert len(kinds) > 1
+
+
+def test_differences_are_paired_on_the_held_out_facts(found: Any) -> None:
+    rows = found.differences.set_index(["b", "metric"])
+    values = found.rows.pivot(index="prompt", columns="graft", values="logprob").astype(float)
+    mean = values.mean()
+    for name in ("complement", "FE", "LT", "FE+LT"):
+        gap = (mean["found"] - mean[name]) / (mean["SFT"] - mean["PRE"])
+        row = rows.loc[name, "recovery"]
+        assert row["difference"] == pytest.approx(gap)
+        assert row["low"] <= gap <= row["high"]
+        assert row["units"] == len(set(found.rows["fact"]))
+    assert set(rows.index.get_level_values("metric")) == {"recovery", "top1", "top5", "kl_full"}
+    assert not {"found", "PRE", "SFT"} & set(rows.index.get_level_values("b"))
+
+
+def test_costs_count_the_exact_effects(planted: Any) -> None:
+    """A place of a prompt is run alone and missing, unless its tensors are equal."""
+    model, _, prompts = planted
+    found = find.localise(
+        model, prompts, "sft", positions=["last", "rest"], random=0, rounds=0, effects=True
+    )
+    (row,) = found.costs[found.costs["step"] == "effects"].to_dict("records")
+    searched = int(found.split.set_index("part").at["search", "prompts"])
+    assert row["forwards"] == searched * (2 + 2 * len(PLANTED) * 2)
+    assert row["backwards"] == 0
+
+
+def test_a_measure_that_falls_is_taken_from(planted: Any) -> None:
+    model, _, prompts = planted
+    found = find.localise(
+        model,
+        prompts,
+        "sft",
+        positions=POSITIONS,
+        metric="kl_full",
+        goal="necessary",
+        random=3,
+        rounds=0,
+    )
+    assert "of what sft takes from the " in found.sentence
+    assert {str(p.component) for p in found.places} <= set(PLANTED)
+
+
 def test_facts_are_on_one_side_and_the_search_sees_no_other(planted: Any, found: Any) -> None:
     """With other answers on the held-out side the search finds the very same, number for number;
     with other answers on its own side it does not."""

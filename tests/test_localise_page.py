@@ -90,6 +90,21 @@ class Result:
     )
     curve: pd.DataFrame = field(default_factory=curve)
     summary: pd.DataFrame = field(default_factory=summary)
+    differences: pd.DataFrame = field(
+        default_factory=lambda: pd.DataFrame(
+            {
+                "a": ["found"],
+                "b": ["FE+LT"],
+                "metric": ["recovery"],
+                "n": [24],
+                "difference": [0.0125],
+                "low": [-0.0175],
+                "high": [0.0425],
+                "p_adjusted": [0.375],
+                "units": [12],
+            }
+        )
+    )
     random: pd.DataFrame = field(
         default_factory=lambda: pd.DataFrame(
             {"draw": range(100), "enough": np.linspace(0, 0.4, 100)}
@@ -151,6 +166,9 @@ def test_the_page_says_what_was_found_first(written: Path) -> None:
     assert "</script>the" not in text
     assert "40 of 819 sites: 1,000,000 of 200,000,000 parameters" in text
     assert "p = 0.0099" in text
+    assert "recovery 0.200 (0.000 to 0.400)" in text, "what random sets do"
+    assert "The found set minus others" in text
+    assert "0.0425" in text
     assert "by 0.60 (0.50 to 0.70" in text
     assert "alone and missing were not measured" in text
 
@@ -184,6 +202,19 @@ def test_the_page_fits_and_shows_each_map(written: Path, tmp_path: Path, width: 
         assert (shown, name, panels) == (1, view, len(POSITIONS))
         assert abs(apart) < 2, "a map that was hidden fits the page"
     assert found["marks"] == ["q: layers 3-5; mlp_in: layers 9", "unembed: layers all"]
+
+
+def test_a_needed_set_is_shown_by_what_is_left_without_it(tmp_path: Path) -> None:
+    """The goal's own recovery is the star of the curve and the line among random sets."""
+    random = pd.DataFrame({"draw": range(4), "without": [0.5, 0.6, 0.7, 0.8]})
+    result = Result(goal="necessary", random=random)
+    rest = float(result.summary.set_index("graft").at["complement", "recovery"])
+    (star,) = [t for t in found_figures(result)["curve"].figure.data if t.name == "the found set"]
+    assert list(star.y) == [rest]
+    text = viz.localisation_page(result, tmp_path / "found.html").read_text(encoding="utf-8")
+    assert "Recoveries of what is left without random sets matched" in text
+    assert f"the found set has {rest:.3f}" in text
+    assert "of what is left without each: recovery without the set 0.650" in text
 
 
 def test_the_map_has_each_site_in_its_cell() -> None:

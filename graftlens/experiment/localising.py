@@ -49,6 +49,7 @@ WRITTEN = (
 #: Table -> its caption.
 TABLES = {
     "summary": "On the held-out prompts, with intervals over facts",
+    "differences": "The found set minus others, on the same held-out facts",
     "curve": "Recovery over size, on the held-out prompts",
     "table": "Every searched site",
     "search": "What was judged on the search side",

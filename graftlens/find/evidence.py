@@ -13,7 +13,7 @@ from graftlens.find.places import Place
 from graftlens.find.splitting import Split
 from graftlens.graft import Graft
 from graftlens.references import marked
-from graftlens.stats import summarise
+from graftlens.stats import compare_all, summarise
 
 #: Names of the found set and of what is left without it, in tables.
 FOUND, REST = "found", "complement"
@@ -27,6 +27,9 @@ ROUNDING = 1e-6
 #: Likeliest tokens that runs keep.
 TOP = 5
 
+#: Most sign patterns for one p-value of a difference.
+PERMUTATIONS = 10_000
+
 
 @dataclass(frozen=True, eq=False)
 class Evidence:
@@ -36,6 +39,9 @@ class Evidence:
         summary: a row for the found set, its complement, the references and each comparison, as
             `graftlens.summarise` gives it, with intervals over facts.
         table: the rows behind the summary, one for each prompt and graft, with the column `fact`.
+        differences: the found set minus its complement and minus each comparison, on the same
+            facts: a row for each in recovery, top-1, top-5 and KL divergence from the full run, as
+            `graftlens.stats.compare_all` gives it.
         curve: a row for each size of nested sets: `size`, `share`, `recovery` and `rest` (that of
             the complement), each with its interval.
         cpr, cmd: areas of the curve. With f(k) the recovery of the nested set with the share k of
@@ -44,7 +50,9 @@ class Evidence:
             in `SHARES` (Mueller et al. 2025, *MIB: A Mechanistic Interpretability Benchmark*, ICML,
             arXiv 2504.13151, section 3) and 0, where f is 0. A CPR near 1 with a CMD near 0 is a
             small set that does all; overshoot raises both.
-        random: a row for each random set: `draw`, `enough`, `without`.
+        random: a row for each random set: `draw`; `enough` and `without`, NaN where the goal does
+            not ask for it; `top1`, `top5` (shares of prompts) and `kl_full` (a mean, in nats) of
+            the set in the base, or of what is left without it where the goal is `necessary`.
         p_value: of the hypothesis that the found set does no better than a random one that is
             matched by component and position: (1 + how many do at least as well) / (1 + how many
             were drawn); NaN where no other set is like the found one. With `goal="both"`, the
@@ -56,6 +64,7 @@ class Evidence:
 
     summary: pd.DataFrame
     table: pd.DataFrame
+    differences: pd.DataFrame
     curve: pd.DataFrame
     cpr: float
     cmd: float
@@ -102,6 +111,7 @@ def evidence(
     return Evidence(
         summary=_summarised(table, judge.metric, seed),
         table=table,
+        differences=_differences(table, judge.metric, seed),
         curve=curve,
         cpr=_area(curve, lambda f: f),
         cmd=_area(curve, lambda f: abs(1 - f)),
@@ -126,6 +136,27 @@ def _summarised(table: pd.DataFrame, metric: str, seed: int) -> pd.DataFrame:
     metrics = dict.fromkeys((metric, "logprob", "kl_full"))
     return summarise(
         table, by=(), ks=(1, TOP), metrics=[*metrics], recovery=metric, unit="fact", seed=seed
+    )
+
+
+def _differences(table: pd.DataFrame, metric: str, seed: int) -> pd.DataFrame:
+    """The found set minus each other graft, paired."""
+    others = [name for name in dict.fromkeys(table["graft"]) if name not in (FOUND, BASE, FULL)]
+    pairs = [(FOUND, name) for name in others]
+    return pd.concat(
+        [
+            compare_all(
+                table,
+                pairs,
+                metric=what,
+                recovery=metric,
+                unit="fact",
+                permutations=PERMUTATIONS,
+                seed=seed,
+            )
+            for what in ("recovery", "top1", f"top{TOP}", "kl_full")
+        ],
+        ignore_index=True,
     )
 
 
@@ -175,15 +206,19 @@ def _random(
     seed: int,
 ) -> tuple[pd.DataFrame, float]:
     """The recoveries of random sets, and how often they do as well as the found one."""
-    columns = ["draw", "enough", "without"]
+    columns = ["draw", "enough", "without", "top1", f"top{TOP}", "kl_full"]
     sets = matched_sets(found, searched, judge.arch, count=count, seed=seed) if count else []
     if not sets:
         return pd.DataFrame(columns=columns, dtype=float), math.nan
-    judged = judge("random", numbers, sets)
-    rows = [
-        dict(zip(columns, (i, one.enough, one.without), strict=True))
-        for i, one in enumerate(judged)
-    ]
+    judged, ran = judge.judged("random", numbers, sets)
+    shown = "without" if judge.goal == "necessary" else "set"
+    of = dict(list(ran.groupby("graft", sort=False)))
+    rows: list[list[float]] = []
+    for i, one in enumerate(judged):
+        mine = of[f"{shown} {i}"]
+        ranks = mine["rank"].astype(float)
+        hits = [float((ranks <= k).mean()) for k in (1, TOP)]
+        rows.append([i, one.enough, one.without, *hits, float(mine["kl_full"].mean())])
     _, values = pivoted(table, judge.metric)
     own = {name: recovery(values[name], values[BASE], values[FULL]) for name in (FOUND, REST)}
     better = {
@@ -191,7 +226,8 @@ def _random(
         "necessary": np.array([one.without <= own[REST] + ROUNDING for one in judged]),
     }
     asked = [hits for goal, hits in better.items() if judge.goal in (goal, "both")]
-    return pd.DataFrame(rows), max((1 + int(hits.sum())) / (1 + len(sets)) for hits in asked)
+    drawn = pd.DataFrame(rows, columns=columns).astype({"draw": int})
+    return drawn, max((1 + int(hits.sum())) / (1 + len(sets)) for hits in asked)
 
 
 def failures(table: pd.DataFrame) -> pd.DataFrame:

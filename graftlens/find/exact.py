@@ -44,7 +44,8 @@ def exact_effects(
         of the measure; both are 0 where the sources' tensors are equal, and NA for a bias that no
         rule can choose by itself. `value_base` and `value_full` are the measure with nothing and
         with everything that is searched grafted. A head or neuron that is missing takes the bias
-        of `o` or `mlp_out` with it, as rules of single units do.
+        of `o` or `mlp_out` with it, as rules of single units do. `attrs["passes"]` counts the
+        forward passes, one for each prompt under each graft, before rows are shared.
 
     Raises:
         PromptError, ValueError: as for `attribute`, but for rotary tables that differ, which whole
@@ -75,6 +76,7 @@ def exact_effects(
     for number in range(len(asked.prompts)):
         key = (asked.ends(number), layout.there(number).tobytes())
         alike.setdefault(key, []).append(number)
+    passes = 0
     for members in alike.values():
         base, full = asked.ends(members[0])
         values = _swept(model, asked, members, {"base": base, "full": full})
@@ -91,6 +93,7 @@ def exact_effects(
                 grafts["alone", row] = base | Graft((place.rule(asked.source),))
                 grafts["missing", row] = full | Graft((place.rule(asked.base),))
         keys = list(grafts)
+        passes += len(members) * (2 + len(keys))
         for start in range(0, len(keys), TOGETHER):
             some = {str(key): grafts[key] for key in keys[start : start + TOGETHER]}
             values = _swept(model, asked, members, some)
@@ -100,7 +103,9 @@ def exact_effects(
                     lost = ends["value_full"][number] - value
                     gained = value - ends["value_base"][number]
                     found[what][number][row] = gained if what == "alone" else lost
-    return layout.frame(found, ends)
+    table = layout.frame(found, ends)
+    table.attrs["passes"] = passes
+    return table
 
 
 def _places(layout: Layout) -> list[Place]:

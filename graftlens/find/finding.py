@@ -100,7 +100,8 @@ def found_in(
         attributed: attributions of the search side's prompts, by their own numbers, as `attribute`
             gives them; `attrs["passes"]` says how many forward and backward passes they took.
         exact: runs grafts.
-        effects: exact effects of single sites, for the table.
+        effects: exact effects of single sites, for the table; `attrs["passes"]` says how many
+            forward passes they took.
         say: called with a line about each step.
 
     Raises:
@@ -109,6 +110,8 @@ def found_in(
     split, costs = question.split, Costs(exact)
     passes = int(attributed.attrs["passes"])
     costs.add("attribution", len(split.search), 0, passes, passes)
+    if effects is not None:
+        costs.add("effects", len(split.search), 0, int(effects.attrs["passes"]))
     table = of_sites(attributed)
     scores = Scores.of(table)
     order = scores.order()
@@ -169,6 +172,7 @@ def found_in(
         curve=shown.curve,
         summary=shown.summary,
         rows=shown.table,
+        differences=shown.differences,
         random=shown.random,
         p_value=shown.p_value,
         cpr=shown.cpr,

@@ -9,7 +9,7 @@ import pandas as pd
 
 from graftlens.components import COMPONENTS, Component, format_numbers
 from graftlens.find.evidence import FOUND, REST
-from graftlens.find.judging import Goal
+from graftlens.find.judging import BASE, FULL, Goal
 from graftlens.find.places import Place
 from graftlens.find.sets import Size, site_of
 from graftlens.graft import Graft
@@ -41,7 +41,10 @@ class Found:
         summary: the found set, its complement, the references and the comparisons on the held-out
             prompts, as `graftlens.summarise` gives it, with intervals over facts.
         rows: the rows behind `summary`, one for each prompt and graft.
-        random: recoveries of random sets matched by component and position, a row each.
+        differences: the found set minus its complement and each comparison, paired over facts, as
+            in `Evidence`.
+        random: recoveries, top-k and KL divergences of random sets matched by component and
+            position, a row each, as in `Evidence`.
         p_value: of being no better than those.
         cpr, cmd: areas of the curve, as `Evidence` defines them.
         jaccard: overlap of the found sites with those of each resample of the facts.
@@ -69,6 +72,7 @@ class Found:
     curve: pd.DataFrame = field(repr=False)
     summary: pd.DataFrame = field(repr=False)
     rows: pd.DataFrame = field(repr=False)
+    differences: pd.DataFrame = field(repr=False)
     random: pd.DataFrame = field(repr=False)
     p_value: float
     cpr: float
@@ -101,7 +105,10 @@ class Found:
         """What was found, in plain words."""
         share, more = _recovered(self.summary, FOUND), _recovered(self.summary, REST)
         row = measure(self.metric)
-        gain = f"what {self.source} adds to the {row.short or row.label}"
+        ends = self.summary.set_index("graft")[self.metric] if self.metric in self.summary else None
+        falls = ends is not None and ends[FULL] < ends[BASE]
+        does = "takes from" if falls else "adds to"
+        gain = f"what {self.source} {does} the {row.short or row.label}"
         held = self.split.set_index("part")
         seen = "the prompt that was searched on: nothing was held out"
         if "nothing held out" not in held.index:

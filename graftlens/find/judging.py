@@ -110,7 +110,15 @@ class Judge:
     def __call__(
         self, step: str, numbers: Sequence[int], sets: Sequence[Sequence[Place]]
     ) -> list[Judged]:
-        """The recoveries of some sets, all by one sweep.
+        """The recoveries of some sets, as `judged` gives them."""
+        return self.judged(step, numbers, sets)[0]
+
+    def judged(
+        self, step: str, numbers: Sequence[int], sets: Sequence[Sequence[Place]]
+    ) -> tuple[list[Judged], pd.DataFrame]:
+        """The recoveries of some sets, all by one sweep, and the rows of its table.
+
+        The grafts of set number i are called `set i` and `without i` there, as the goal asks.
 
         Raises:
             ValueError: nothing to recover, a prompt that cannot be run, or a measure that is
@@ -137,7 +145,7 @@ class Judge:
             enough, rest = (of(kind, i, every) for kind in ("set", "without"))
             within = self.margin(*(of(kind, i, inner) for kind in ("set", "without")))
             found.append(Judged(tuple(places), enough, rest, self.margin(enough, rest), within))
-        return found
+        return found, table
 
     def run(self, step: str, numbers: Sequence[int], grafts: Mapping[str, Graft]) -> pd.DataFrame:
         """The exact table of these grafts and the references, each graft run once.

@@ -47,6 +47,8 @@ class Localised(Protocol):
     @property
     def summary(self) -> pd.DataFrame: ...
     @property
+    def differences(self) -> pd.DataFrame: ...
+    @property
     def random(self) -> pd.DataFrame: ...
     @property
     def failures(self) -> pd.DataFrame: ...
@@ -339,6 +341,7 @@ def random_histogram(
 #: Tables of the page -> their captions.
 _CAPTIONS = {
     "summary": "On the held-out prompts",
+    "differences": "The found set minus others, on the same held-out facts (p adjusted by Holm)",
     "curve": "Recovery over size, on the held-out prompts",
     "failures": "Held-out prompts whose answer the found set does not put first",
     "split": "Which prompts were for what",
@@ -369,8 +372,7 @@ def localisation_page(
         links: what a further file is -> where it is.
     """
     path = at_home(path)
-    rows = found.summary.set_index("graft")
-    own, rest = (float(rows.at[name, "recovery"]) for name in ("found", "complement"))
+    own = _judged(found)
     views = [(name, said, name not in found.table) for name, said in VIEWS.items()]
     tables = {
         name: Table(caption, _ordered(getattr(found, name)), dict((files or {}).get(name, {})))
@@ -381,12 +383,12 @@ def localisation_page(
     compared = [bar_chart(bars, "recovery")]
     column = "without" if found.goal == "necessary" else "enough"
     if len(found.random):
-        chance = random_histogram(found.random, rest if column == "without" else own, column)
+        chance = random_histogram(found.random, own, column)
         spread = found.random[column]
         compared.append(
             Figure(
-                "Recoveries of random sets matched by component and position, and that of the "
-                "found set.",
+                f"{_MEANT[column]} random sets matched by component and position, and "
+                f"{_SAME[column]} the found set.",
                 f"Histogram of {len(spread)} random sets, from {spread.min():.3f} to "
                 f"{spread.max():.3f}; the found set has {own:.3f}.",
                 chance,
@@ -418,8 +420,25 @@ def localisation_page(
     return write_whole(path, html)
 
 
+#: What a random set's recovery is of.
+_MEANT = {"enough": "Recoveries of", "without": "Recoveries of what is left without"}
+_SAME = {"enough": "that of", "without": "that without"}
+
+#: What the page shows of differences.
+_DIFFERENCES = ["a", "b", "metric", "difference", "low", "high", "p_adjusted", "units"]
+
+
+def _judged(found: Localised) -> float:
+    """The recovery that the goal is about: of the set, or of what is left without it."""
+    name = "complement" if found.goal == "necessary" else "found"
+    return float(found.summary.set_index("graft").at[name, "recovery"])
+
+
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
-    """A table as the page shows it: sites in the order of their scores."""
+    """A table as the page shows it: sites in the order of their scores, differences without how
+    they were computed."""
+    if set(_DIFFERENCES) <= set(frame):
+        return frame[_DIFFERENCES]
     return frame.sort_values("order", ignore_index=True) if "order" in frame else frame
 
 
@@ -443,7 +462,7 @@ def _maps(found: Localised) -> dict[str, Figure]:
 
 
 def _curve_figure(found: Localised) -> Figure:
-    own = float(found.summary.set_index("graft").at["found", "recovery"])
+    own = _judged(found)
     caption = (
         "Recovery of the first sites in the order of their scores, and of everything but these, on "
         "the held-out prompts. Dotted: the target. Circuit performance ratio (area under the first "
@@ -488,10 +507,28 @@ def _measured(found: Localised) -> str:
 def _chance(found: Localised) -> str:
     if not len(found.random):
         return ""
+    rows = [(name, found.random[name].astype(float)) for name in _OF_RANDOM if name in found.random]
+    said = [
+        f"{_OF_RANDOM[name]} {values.mean():.3f} ({values.min():.3f} to {values.max():.3f})"
+        for name, values in rows
+        if values.notna().all()
+    ]
+    left = ", of what is left without each" if found.goal == "necessary" else ""
     return (
         f"{len(found.random)} random sets with as many sites of each component at each position: "
-        f"p = {found.p_value:.3g} for doing as well by chance."
+        f"p = {found.p_value:.3g} for doing as well by chance. Their means (least to largest)"
+        f"{left}: {', '.join(said)}."
     )
+
+
+#: Columns of random sets -> what they are called.
+_OF_RANDOM = {
+    "enough": "recovery",
+    "without": "recovery without the set",
+    "top1": "top-1 accuracy",
+    "top5": "top-5 accuracy",
+    "kl_full": "KL divergence from the full run",
+}
 
 
 def _stable(found: Localised) -> str:
