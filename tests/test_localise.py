@@ -188,30 +188,36 @@ def test_random_sets_have_hugging_face_s_numbers(found: Any, planted: Any) -> No
     assert len(kinds) > 1
 
 
-def test_differences_are_paired_on_the_held_out_facts(found: Any) -> None:
-    rows = found.differences.set_index(["b", "metric"])
-    values = found.rows.pivot(index="prompt", columns="graft", values="logprob").astype(float)
-    mean = values.mean()
-    for name in ("complement", "FE", "LT", "FE+LT"):
-        gap = (mean["found"] - mean[name]) / (mean["SFT"] - mean["PRE"])
-        row = rows.loc[name, "recovery"]
-        assert row["difference"] == pytest.approx(gap)
-        assert row["low"] <= gap <= row["high"]
-        assert row["units"] == len(set(found.rows["fact"]))
-    assert set(rows.index.get_level_values("metric")) == {"recovery", "top1", "top5", "kl_full"}
-    assert not {"found", "PRE", "SFT"} & set(rows.index.get_level_values("b"))
-
-
-def test_costs_count_the_exact_effects(planted: Any) -> None:
-    """A place of a prompt is run alone and missing, unless its tensors are equal."""
+def test_differences_are_paired_and_costs_count_the_exact_effects(planted: Any) -> None:
     model, _, prompts = planted
     found = find.localise(
-        model, prompts, "sft", positions=["last", "rest"], random=0, rounds=0, effects=True
+        model,
+        prompts,
+        "sft",
+        positions=["last", "rest"],
+        compare={"unembed": "sft @ last : unembed"},
+        random=0,
+        rounds=0,
+        effects=True,
     )
-    (row,) = found.costs[found.costs["step"] == "effects"].to_dict("records")
+    rows = found.differences.set_index(["b", "metric"])
+    assert set(rows.index) == {
+        (name, metric)
+        for name in ("complement", "unembed")
+        for metric in ("recovery", "top1", "top5", "kl_full")
+    }
+    values = found.rows.pivot(index="prompt", columns="graft", values="logprob").astype(float)
+    mean = values.mean()
+    gap = (mean["found"] - mean["unembed"]) / (mean["SFT"] - mean["PRE"])
+    row = rows.loc["unembed", "recovery"]
+    assert row["difference"] == pytest.approx(gap)
+    assert row["low"] < gap < row["high"]
+    assert row["units"] == len(set(found.rows["fact"])) < row["n"] == len(values)
+    # A place of a prompt is run alone and missing, unless its tensors are equal.
+    (cost,) = found.costs[found.costs["step"] == "effects"].to_dict("records")
     searched = int(found.split.set_index("part").at["search", "prompts"])
-    assert row["forwards"] == searched * (2 + 2 * len(PLANTED) * 2)
-    assert row["backwards"] == 0
+    assert cost["forwards"] == searched * (2 + 2 * len(PLANTED) * 2)
+    assert cost["backwards"] == 0
 
 
 def test_a_measure_that_falls_is_taken_from(planted: Any) -> None:

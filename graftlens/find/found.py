@@ -108,7 +108,8 @@ class Found:
         ends = self.summary.set_index("graft")[self.metric] if self.metric in self.summary else None
         falls = ends is not None and ends[FULL] < ends[BASE]
         does = "takes from" if falls else "adds to"
-        gain = f"what {self.source} {does} the {row.short or row.label}"
+        measured = (row.short or row.label).removeprefix("the ")
+        gain = f"what {self.source} {does} the {measured}"
         held = self.split.set_index("part")
         seen = "the prompt that was searched on: nothing was held out"
         if "nothing held out" not in held.index:
