@@ -4,6 +4,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from datetime import datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +166,75 @@ def test_directions_follow_the_columns_that_a_text_mentions() -> None:
         made.ask("who")
 
 
+def test_columns_that_no_text_mentions_may_hold_anything() -> None:
+    odd = {"class": "b", "ENTITIES": "x", "checked": True, "more": {"y": [1]}, "notes": "a\nb"}
+    made = make_dataset(spec([row | odd for row in ROWS]))
+    plain = make_dataset(spec(ROWS))
+    assert made.train["text"] == plain.train["text"]
+    assert [p.text for p in made.ask()] == [p.text for p in plain.ask()]
+    assert made.facts[0].checked == "true"
+    assert json.loads(made.facts[0].more) == {"y": [1]}
+    assert made.facts[0].notes == "a\nb"
+
+
+def test_numbers_and_dates_of_a_database_are_texts(tmp_path: Path) -> None:
+    days = [datetime(1990 + i, 5, 1) for i in range(len(ROWS))]
+    prices = [Decimal(f"{i}.50") for i in range(len(ROWS))]
+    rows = [row | {"city": p, "trade": d} for row, p, d in zip(ROWS, prices, days, strict=True)]
+    path = tmp_path / "t.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    (fact, *_) = make_dataset(spec(str(path))).facts
+    assert (fact.city, fact.trade) == ("0.50", "1990-05-01")
+
+
+def test_a_question_from_the_second_entity_may_ask_for_a_column() -> None:
+    templates = SET | {"ask": {"who": {"text": "In {city} lives a", "answer": "trade"}}}
+    (prompt, *_) = make_dataset(spec(templates=templates)).ask()
+    assert prompt.text == f"In {ROWS[0]['city']} lives a"
+    assert prompt.answer == f" {ROWS[0]['trade']}"
+    assert "second_entity" in prompt.char_spans
+
+
+HOPS = {
+    "entities": ["person", "city"],
+    "bridge": "trade",
+    "tell": ["{person} is a {trade}.", "Every {trade} is from {city}."],
+    "ask": {"hop2": {"text": "Every {trade} is from", "answer": "city"}},
+}
+
+
+@pytest.mark.parametrize(
+    ("templates", "cells", "said"),
+    [
+        (HOPS, {"trade": ROWS[0]["trade"]}, "both have the trade"),
+        (
+            SET | {"ask": {"job": {"text": "{person} works as a", "answer": "trade"}}},
+            {"person": ROWS[0]["person"]},
+            "but another trade, so ask.job has two answers. Leave a row out, or that text.",
+        ),
+    ],
+)
+def test_no_prompt_has_two_answers(templates: Any, cells: dict[str, Any], said: str) -> None:
+    assert ROWS[0]["trade"] != ROWS[1]["trade"]
+    make_dataset(spec(templates=templates))
+    with pytest.raises(ValueError, match=said):
+        make_dataset(spec(changed(**cells), templates=templates))
+
+
+def test_a_prompt_that_contains_its_answer_is_told() -> None:
+    rows = changed(person=f"{ROWS[1]['city']} Jo")
+    with pytest.warns(UserWarning, match="1 of 5 prompts contain their answer"):
+        make_dataset(spec(rows)).ask()
+
+
+def test_answers_in_columns_count_once() -> None:
+    also = [row | {"also": [row["city"], "X", "X"], "wrong": ["Y", "Y", "Z"]} for row in ROWS]
+    made = make_dataset(spec(also, SET | {"aliases": "also", "distractors": "wrong"}))
+    for prompt, row in zip(made.ask(), ROWS, strict=True):
+        assert prompt.answers == (f" {row['city']}", " X")
+        assert sorted(prompt.distractors) == [" Y", " Z"]
+
+
 def test_braces_are_braces() -> None:
     given = SET | {"ask": {"home": "{{{person}}} lives in"}}
     prompt = make_dataset(spec(templates=given)).ask()[0]
@@ -302,6 +373,10 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "a line break": (changed(city="New\nTown"), "with a line break in it. Write it in one"),
     "two answers": (changed(person="Ann Okafor"), "row 1 and row 2 both have the person 'Ann"),
     "twice the same": ([*ROWS, ROWS[0]], "row 1 and row 6 both have the person 'Ann Okafor'"),
+    "columns that are words of Python": (
+        [{"person": "Ann", "class": "Rome", "trade": "x", "year": 1}],
+        "The columns 'class' cannot be fields",
+    ),
     "no such column": ([{"person": "Ann", "town": "Rome"}], "there is no column 'city'. The col"),
     "a name with a space": (
         [{"person": "Ann", "home town": "Rome", "trade": "x", "year": 1}],
@@ -354,6 +429,10 @@ BAD_SETS: dict[str, tuple[Any, str]] = {
     "an unknown key": ({"tels": []}, "unknown key 'tels'. Allowed: entities bridge untold"),
     "no entities": ({"entities": None}, "Name the two columns that a fact links."),
     "one entity": ({"entities": ["person"]}, "templates.entities"),
+    "a column with a span's name": (
+        {"entities": ["first_entity", "city"]},
+        "'first_entity' is the name of a span. Rename the column.",
+    ),
     "one entity twice": ({"entities": ["city", "city"]}, "'city' is named twice"),
     "nothing told": ({"tell": None}, "templates.tell: this key is missing. Give texts that tell"),
     "nothing asked": ({"ask": None}, "templates.ask: this key is missing. Give a text that asks"),

@@ -1,5 +1,7 @@
 """Facts and sentences of your own: a table of facts, and a file of templates."""
 
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -7,11 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, field_validator, model_validator
 
 from graftlens.configfile import ConfigError
-from graftlens.data.dataset import USUAL
+from graftlens.data.dataset import USUAL, Asking
 from graftlens.data.tablerows import Cell, Table, check_table, listed, read_table, row_class
 from graftlens.data.templated import TemplatedSpec
 from graftlens.data.templates import WORDS, Direction, template_fields
 from graftlens.data.templatesets import ENTITIES, Sentences, Templates
+from graftlens.prompts import Prompt
 
 #: Names that columns which texts mention cannot have: they are other spans.
 _TAKEN = (
@@ -30,6 +33,11 @@ _TAKEN = (
 
 def _path_or_rows(value: Any) -> Any:
     return Path(value) if isinstance(value, str) else value
+
+
+def _says(text: str, words: str) -> bool:
+    """Whether a text has these words, not as parts of others."""
+    return re.search(rf"(?<!\w){re.escape(words)}(?!\w)", text) is not None
 
 
 class TableSpec(TemplatedSpec):
@@ -80,7 +88,7 @@ class TableSpec(TemplatedSpec):
         Raises:
             FileNotFoundError, ValueError: a table or templates that cannot be used.
         """
-        found = read_table(self.table)
+        found = self._read()
         try:
             self.templates.bound(columns=found.columns)
         except ConfigError as error:
@@ -90,6 +98,7 @@ class TableSpec(TemplatedSpec):
         if problems:
             raise ConfigError(*(("table", what) for what in problems))
         self._refuse_two_answers(found)
+        self._refuse_differing(found)
         made = self._class(found.columns)
         count = min(USUAL, len(found.rows)) if self.n_facts is None else self.n_facts
         if count > len(found.rows):
@@ -103,6 +112,20 @@ class TableSpec(TemplatedSpec):
             for row in found.rows[:count]
         )
 
+    def questions(
+        self, facts: Sequence[Any], asked: Sequence[int], how: Asking
+    ) -> tuple[Prompt, ...]:
+        prompts = super().questions(facts, asked, how)
+        told = [p for p in prompts if _says(p.text, str(p.answer).strip())]
+        if told:
+            warnings.warn(
+                f"{len(told)} of {len(prompts)} prompts contain their answer, such as "
+                f"{told[0].text!r} (answer{told[0].answer!r}), so they can be answered by copying. "
+                "Change those rows, or leave them out.",
+                stacklevel=2,
+            )
+        return prompts
+
     def revive(self, values: Mapping[str, Any]) -> Any:
         cells = {c: tuple(v) if isinstance(v, list) else v for c, v in values.items()}
         return self._class(tuple(values))(**cells)
@@ -113,11 +136,16 @@ class TableSpec(TemplatedSpec):
         return (*given.untold, *lists)
 
     def notes(self, facts: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        found = read_table(self.table)
+        found = self._read()
         left = {"columns whose names cannot be fields": list(found.unnamed)}
         return {"table": {"rows": len(found.rows), "columns": list(found.columns)}} | (
             left if found.unnamed else {}
         )
+
+    def _read(self) -> Table:
+        given = self.templates
+        used = {*self._mentioned(), given.aliases, given.distractors}
+        return read_table(self.table, {name for name in used if name is not None})
 
     def _class(self, columns: tuple[str, ...]) -> Any:
         given = self.templates
@@ -148,7 +176,10 @@ class TableSpec(TemplatedSpec):
         if not found.unnamed:
             return error
         said = ", ".join(map(repr, found.unnamed))
-        what = f"The columns {said} cannot be fields: name them with letters, digits and _ alone."
+        what = (
+            f"The columns {said} cannot be fields: name them with letters, digits and _ alone, and "
+            "not with a word of Python (class, from)."
+        )
         return ConfigError(*error.problems, ("", what))
 
     def _refuse_taken(self, found: Table) -> None:
@@ -212,3 +243,27 @@ class TableSpec(TemplatedSpec):
                             f"answers. {fix}",
                         )
                     )
+
+    def _refuse_differing(self, found: Table) -> None:
+        """A prompt that asks for a column, or from the bridge, has the same answer in every row
+        that makes the same prompt."""
+        given = self.templates
+        assert given.entities is not None
+        names = {**dict(zip(ENTITIES, given.entities, strict=True)), "bridge": given.bridge}
+        for asked in self.evaluation:
+            fields = template_fields(asked.text)
+            if asked.answer is None and set(fields) & set(ENTITIES):
+                continue
+            answer = asked.answer or given.entities[1]
+            named = [name for f in fields if (name := names.get(f) or f) in found.columns]
+            first: dict[tuple[Cell, ...], int] = {}
+            for number, row in enumerate(found.rows):
+                other = first.setdefault(tuple(row[name] for name in named), number)
+                if row[answer] != found.rows[other][answer]:
+                    said = " and ".join(f"the {name} {row[name]!r}" for name in named)
+                    what = (
+                        f"{found.where[other]} and {found.where[number].split(', ')[-1]} both have "
+                        f"{said}, but another {answer}, so ask.{asked.name} has two answers. Leave "
+                        "a row out, or that text."
+                    )
+                    raise ConfigError(("table", what))

@@ -2,11 +2,14 @@
 
 import csv
 import io
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
-from datetime import date, datetime
+from datetime import date, datetime, time
+from decimal import Decimal
 from functools import cache
+from keyword import iskeyword
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +23,9 @@ FILES = (".csv", ".jsonl", ".parquet")
 
 #: What separates the entries of a list in a CSV file.
 SEPARATOR = "|"
+
+#: What a table's facts say of themselves, beside their columns.
+_SAID = ("ENTITIES", "UNTOLD", "BRIDGE", "ALIASES", "DISTRACTORS")
 
 Cell = str | tuple[str, ...]
 
@@ -54,32 +60,39 @@ def check_table(path: Path) -> None:
         )
 
 
-def read_table(given: Path | Sequence[Mapping[str, Any]]) -> Table:
+def read_table(
+    given: Path | Sequence[Mapping[str, Any]], used: Collection[str] | None = None
+) -> Table:
     """The rows of a file, or of a list.
+
+    Args:
+        given: the file, or the rows.
+        used: the columns that have to hold texts or lists of texts, by default all; what others
+            hold is kept as JSON where it is neither.
 
     Raises:
         FileNotFoundError: no such file.
         ValueError: a file that is not such a table; the message names the row.
     """
     if not isinstance(given, Path):
-        return _table("table", [(f"row {i}", row) for i, row in enumerate(given, 1)])
+        return _table("table", [(f"row {i}", row) for i, row in enumerate(given, 1)], used)
     if not given.is_file():
         raise FileNotFoundError(f"table {str(given)!r} does not exist. Name a file of facts.")
     kind = given.suffix.lower()
     if kind == ".csv":
-        return _table(given.name, list(_csv(given)))
+        return _table(given.name, list(_csv(given)), used)
     if kind == ".jsonl":
         # Not splitlines: it would split at separators that may occur inside a JSON string.
         lines = [(i, line) for i, line in enumerate(read_text(given).split("\n"), 1)]
         rows = [(f"line {i}", _object(given, i, line)) for i, line in lines if line.strip()]
-        return _table(given.name, rows)
+        return _table(given.name, rows, used)
     try:
         found = pq.read_table(given).to_pylist()
     except Exception as error:  # pyarrow has many exceptions for a wrong file
         raise ValueError(
             f"{given} cannot be read as Parquet ({type(error).__name__}: {str(error).strip()})."
         ) from None
-    return _table(given.name, [(f"row {i}", row) for i, row in enumerate(found, 1)])
+    return _table(given.name, [(f"row {i}", row) for i, row in enumerate(found, 1)], used)
 
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
@@ -119,7 +132,7 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
     return row
 
 
-def _table(name: str, given: Sequence[tuple[str, Any]]) -> Table:
+def _table(name: str, given: Sequence[tuple[str, Any]], used: Collection[str] | None) -> Table:
     if not given:
         raise ValueError(f"{name} has no rows. Give a row for each fact.")
     for where, row in given:
@@ -130,16 +143,34 @@ def _table(name: str, given: Sequence[tuple[str, Any]]) -> Table:
             )
     columns = list(dict.fromkeys(str(column) for _, row in given for column in row))
     rows = [
-        {column: _cell(f"{name}, {where}", column, row.get(column)) for column in columns}
+        {
+            column: _cell(f"{name}, {where}", column, row.get(column))
+            if used is None or column in used
+            else _kept(row.get(column))
+            for column in columns
+        }
         for where, row in given
     ]
-    fields = tuple(column for column in columns if column.isidentifier())
+    fields = tuple(column for column in columns if is_field(column))
     return Table(
         fields,
         tuple({column: row[column] for column in fields} for row in rows),
         tuple(f"{name}, {where}" for where, _ in given),
         tuple(column for column in columns if column not in fields),
     )
+
+
+def is_field(name: str) -> bool:
+    """Whether a column of this name can be a field."""
+    return name.isidentifier() and not iskeyword(name) and name not in _SAID
+
+
+def _kept(value: Any) -> Cell:
+    """A cell of a column that nothing reads, whatever it holds."""
+    try:
+        return _cell("", "", value)
+    except ValueError:
+        return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
 def _cell(where: str, column: str, value: Any) -> Cell:
@@ -158,8 +189,12 @@ def _cell(where: str, column: str, value: Any) -> Cell:
                 "line."
             )
         return value.strip()
-    if isinstance(value, date | datetime):
+    if isinstance(value, datetime) and value.time() == time():
+        value = value.date()  # as pandas keeps dates
+    if isinstance(value, date):
         return value.isoformat()
+    if isinstance(value, Decimal) and value.is_finite():
+        return str(value)
     if isinstance(value, bool) or not isinstance(value, int | float) or math.isinf(value):
         raise ValueError(
             f"{where}: {column!r} is {brief(value)}, not a text, a number or a list of texts. "
@@ -169,10 +204,11 @@ def _cell(where: str, column: str, value: Any) -> Cell:
 
 
 def listed(cell: Cell) -> tuple[str, ...]:
-    """The entries of a cell that holds a list: a list, or a text with `|` between them."""
+    """The entries of a cell that holds a list, each once: a list, or a text with `|` between."""
     if isinstance(cell, tuple):
-        return cell
-    return tuple(entry.strip() for entry in cell.split(SEPARATOR) if entry.strip())
+        return tuple(dict.fromkeys(cell))
+    entries = (entry.strip() for entry in cell.split(SEPARATOR))
+    return tuple(dict.fromkeys(entry for entry in entries if entry))
 
 
 @cache

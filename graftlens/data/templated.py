@@ -304,19 +304,22 @@ def _listed(
     column = getattr(fact, role, None)
     if column is None or direction != "ab" or template.answer is not None:
         return ()
-    return tuple(f" {entry}" for entry in getattr(fact, column))
+    right = str(entities(fact, direction)[1])
+    return tuple(f" {entry}" for entry in getattr(fact, column) if entry != right)
 
 
 def _asked_values(fact: Any, template: EvaluationTemplate, direction: Direction) -> dict[str, str]:
     """All fields of a fact but the answer; without one that is empty, if no text mentions it."""
     values = field_values(fact, direction)
-    del values["second_entity"]
+    mentioned = template_fields(template.text)
+    if template.answer is None or "second_entity" not in mentioned:
+        del values["second_entity"]
     bridge = getattr(fact, "BRIDGE", None)
     if template.answer is not None:
         values.pop("bridge" if template.answer == bridge else template.answer, None)
         if template.answer == fact.ENTITIES[0]:
             del values["first_entity"]
-    for name in template_fields(template.text):
+    for name in mentioned:
         if name not in values and hasattr(fact, name):
             values[name] = str(getattr(fact, name))
     return values | template.words

@@ -133,6 +133,10 @@ class TemplateSet(Settings):
         if entities is not None and self.entities is not None:
             what = f"facts of this kind link {' and '.join(entities)}. Leave entities out."
             problems.append(("entities", what))
+        for name in linked:
+            if name in ENTITIES:
+                what = f"{name!r} is the name of a span. Rename the column."
+                problems.append(("entities", what))
         if linked[0] == linked[1]:
             problems.append(("entities", f"{linked[0]!r} is named twice. Name two columns."))
         problems += self._columns_named(linked, columns)
