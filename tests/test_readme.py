@@ -146,7 +146,12 @@ def test_the_commands_shown_name_configs_that_load(
     "path", re.findall(r"\]\(((?!http)[^)]+)\)", re.sub(r"`[^`]*`", "``", README))
 )
 def test_links_and_pictures_are_there(path: str) -> None:
-    assert (ROOT / path).exists()
+    if path.startswith("#"):
+        headings = re.findall(r"^#+ (.+)$", README, re.M)
+        words = [re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings]
+        assert path[1:] in words
+    else:
+        assert (ROOT / path).exists()
 
 
 def test_all_the_code_shown_compiles() -> None:
