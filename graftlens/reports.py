@@ -15,6 +15,7 @@ from graftlens.graft import Graft
 from graftlens.model.load import preview
 from graftlens.model.mask import select
 from graftlens.prompts import Prompt, PromptError, Tokenized
+from graftlens.references import MEMBERS
 from graftlens.stats import summarise
 from graftlens.sweep.prepared import Extent, Prepared
 from graftlens.sweep.results import Manifest, read_end, read_manifest, read_prompts, read_results
@@ -275,7 +276,11 @@ def _without(columns: Sequence[str], others: Collection[str]) -> list[str]:
 
 def _groups(table: pd.DataFrame) -> list[str]:
     apart = ["dataset"] if table["dataset"].nunique() > 1 else []
-    return [*apart, "template"]
+    return [*_members(table), *apart, "template"]
+
+
+def _members(table: pd.DataFrame) -> list[str]:
+    return [name for name in MEMBERS if name in table]
 
 
 def _summary(
@@ -291,7 +296,7 @@ def _summary(
         f"The {count} groups of prompts (by {' and '.join(by)}) are shown together, with facts as "
         "resampling units. `graftlens.summarise` gives them one by one."
     )
-    return _summarised(table, manifest, [], unit="fact"), [note]
+    return _summarised(table, manifest, _members(table), unit="fact"), [note]
 
 
 def _summarised(
@@ -352,7 +357,7 @@ def _provenance(folder: Path, manifest: Manifest) -> dict[str, object]:
     models = manifest.models or {}
     sources = {
         name: {
-            "from": Path(place).name if Path(place).exists() else place,
+            "from": Path(place).name if isinstance(place, str) and Path(place).exists() else place,
             "SHA-256": (models.get("fingerprints") or {}).get(name),
         }
         for name, place in manifest.config["sources"].items()
