@@ -65,6 +65,12 @@ def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
     ends = tuple(manifest.recovery.values())
     prompts = sum(manifest.prompt_blocks)
     notes = [f"{count} cells could not be run: {why}" for why, count in result.not_run.items()]
+    if manifest.members:
+        notes.append(
+            f"The sweep ran {len(manifest.members)} models one after another. This page is about "
+            f"the last, {manifest.members[-1]['name']}; `read_results` has all of them, and "
+            '`summarise(…, by=("member", "step"))` with `viz.lines` draws them over steps.'
+        )
     chosen: Collection[str] = names
     if manifest.cells > CELLS:
         most = max(GRAFTS, CELLS // prompts)
@@ -221,8 +227,10 @@ def _largest(folder: Path, manifest: Manifest, most: int) -> list[str]:
     in the sweep's order."""
     names = [str(graft["name"]) for graft in manifest.grafts]
     sums, counts = np.zeros(len(names)), np.zeros(len(names))
-    for batch in read_results(folder, columns=["graft", "logprob"], batch_rows=BATCH):
+    of = MEMBERS if manifest.members else ()
+    for batch in read_results(folder, columns=[*of, "graft", "logprob"], batch_rows=BATCH):
         assert isinstance(batch, pd.DataFrame)
+        batch = _of_last(batch, manifest)
         batch = batch[batch["logprob"].notna()]
         codes = batch["graft"].cat.codes.to_numpy()
         values = batch["logprob"].to_numpy(dtype=float)
@@ -239,6 +247,14 @@ def _largest(folder: Path, manifest: Manifest, most: int) -> list[str]:
     return [name for i, name in enumerate(names) if i in kept]
 
 
+def _of_last(table: pd.DataFrame, manifest: Manifest) -> pd.DataFrame:
+    """The rows of the last model, where several ran one after another."""
+    if not manifest.members:
+        return table
+    last = table["member"].astype(str) == manifest.members[-1]["name"]
+    return table[last].drop(columns=list(MEMBERS), errors="ignore").reset_index(drop=True)
+
+
 def _cells(
     folder: Path, manifest: Manifest, grafts: Collection[str], shown: Collection[int]
 ) -> pd.DataFrame:
@@ -250,11 +266,11 @@ def _cells(
     if len(kept) == len(manifest.grafts):
         table = read_results(folder, columns=columns if shown else _without(columns, lists))
         assert isinstance(table, pd.DataFrame)
-        return table
+        return _of_last(table, manifest)
     parts = []
     for batch in read_results(folder, columns=columns, batch_rows=BATCH):
         assert isinstance(batch, pd.DataFrame)
-        part = batch[batch["graft"].isin(kept)].copy()
+        part = _of_last(batch[batch["graft"].isin(kept)], manifest).copy()
         part.loc[~part["prompt"].isin(shown), lists] = None
         parts.append(part)
     table = pd.concat(parts, ignore_index=True)
@@ -276,11 +292,7 @@ def _without(columns: Sequence[str], others: Collection[str]) -> list[str]:
 
 def _groups(table: pd.DataFrame) -> list[str]:
     apart = ["dataset"] if table["dataset"].nunique() > 1 else []
-    return [*_members(table), *apart, "template"]
-
-
-def _members(table: pd.DataFrame) -> list[str]:
-    return [name for name in MEMBERS if name in table]
+    return [*apart, "template"]
 
 
 def _summary(
@@ -296,7 +308,7 @@ def _summary(
         f"The {count} groups of prompts (by {' and '.join(by)}) are shown together, with facts as "
         "resampling units. `graftlens.summarise` gives them one by one."
     )
-    return _summarised(table, manifest, _members(table), unit="fact"), [note]
+    return _summarised(table, manifest, [], unit="fact"), [note]
 
 
 def _summarised(
@@ -351,6 +363,17 @@ def _reads(graft: Graft, tokens: Tokenized) -> bool:
     return True
 
 
+def _fingerprint(models: Mapping[str, Any], source: str) -> object:
+    """A source's fingerprint; where models ran one after another, those that differ by member."""
+    by_member = {
+        member: (record.get("fingerprints") or {}).get(source)
+        for member, record in (models.get("members") or {}).items()
+    }
+    if not by_member:
+        return (models.get("fingerprints") or {}).get(source)
+    return by_member if len({*by_member.values()}) > 1 else next(iter(by_member.values()))
+
+
 def _provenance(folder: Path, manifest: Manifest) -> dict[str, object]:
     """What was run and how; of a source's folder only the name, as in other pages."""
     done, _ = read_end(folder)
@@ -358,7 +381,7 @@ def _provenance(folder: Path, manifest: Manifest) -> dict[str, object]:
     sources = {
         name: {
             "from": Path(place).name if isinstance(place, str) and Path(place).exists() else place,
-            "SHA-256": (models.get("fingerprints") or {}).get(name),
+            "SHA-256": _fingerprint(models, name),
         }
         for name, place in manifest.config["sources"].items()
     }

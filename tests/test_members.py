@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -26,6 +27,7 @@ from graftlens.model.arch import PairError
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.made import Each
 from graftlens.model.members import members_of
+from graftlens.reports import sweep_report, sweep_summary
 from graftlens.stats import compare_all, summarise
 from graftlens.sweep.config import SweepConfig, check, load_config
 from graftlens.sweep.description import describe_sweep
@@ -107,6 +109,9 @@ def test_a_sweep_of_made_sources_is_what_evaluate_gives(run: Path, tmp_path: Pat
     for name in grafts:
         one, other = (t.loc[t["graft"] == name, "logprob"].to_numpy(float) for t in (table, again))
         assert one == pytest.approx(other, abs=1e-5)
+    page = sweep_report(tmp_path / "out").read_text()
+    assert "rest2" in page
+    assert model.fingerprints()["half"] in page
     # The same again changes nothing; another recipe is another sweep.
     assert is_finished(tmp_path / "out")
     assert quiet(file, tmp_path / "out").cells == result.cells
@@ -276,6 +281,25 @@ def test_members_are_compared_one_by_one(whole: Path) -> None:
         own = table[table["step"] == step].drop(columns=["member", "step"])
         alone = compare_all(own, [("LT", "SFT")], **options)
         assert difference == alone["difference"].item()
+
+
+def test_a_page_of_members_is_about_the_last(run: Path, whole: Path) -> None:
+    """Members were pooled for the page's table, which statistics refuse."""
+    page = sweep_report(whole).read_text()
+    last = f"checkpoint-{max(STEPS)}"
+    assert f"This page is about the last, {last};" in page
+    for step in STEPS:
+        sources = {"pre": str(run / "pre"), "time": str(run / f"checkpoint-{step}")}
+        model = GraftedTransformer.from_pretrained(sources, verbose=False)
+        assert model.fingerprints()["time"] in page
+    table = read_whole(whole)
+    table = table[(table["member"] == last) & (table["graft"] == "time @ all")]
+    summary = sweep_summary(whole)
+    shown = summary.loc[summary["graft"].astype(str) == "SFT"]
+    assert shown["n"].sum() == len(table)
+    assert np.average(shown["logprob"], weights=shown["n"]) == pytest.approx(
+        table["logprob"].mean()
+    )
 
 
 def test_members_of_one_step_are_not_pooled(whole: Path) -> None:
