@@ -293,7 +293,7 @@ def test_a_page_of_members_is_about_the_last(run: Path, whole: Path) -> None:
         model = GraftedTransformer.from_pretrained(sources, verbose=False)
         assert model.fingerprints()["time"] in page
     table = read_whole(whole)
-    table = table[(table["member"] == last) & (table["graft"] == "time @ all")]
+    table = table[(table["member"] == last) & (table["graft"] == "SFT")]
     summary = sweep_summary(whole)
     shown = summary.loc[summary["graft"].astype(str) == "SFT"]
     assert shown["n"].sum() == len(table)
