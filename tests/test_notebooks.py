@@ -36,6 +36,14 @@ SMALL: dict[str, dict[str, Any]] = {
     "4_looking_inside": {"n_facts": FACTS, "n_prompts": 3},
     "5_your_own_models_and_facts": {"epochs": 3, "out": "finetuned"},
     "6_composing_with_transformerlens": {"n_facts": FACTS, "probed": [0, 7]},
+    "7_finding_places": {
+        "n_facts": FACTS,
+        "held_out": 0.5,
+        "n_random": 5,
+        "rounds": 1,
+        "steps": "auto",
+        "page": "found.html",
+    },
 }
 
 #: One notebook runs in the fast tests; a kernel alone takes some seconds to start.
@@ -277,5 +285,5 @@ def test_names_choose_notebooks() -> None:
         "1_first_graft",
     ]
     assert run.notebooks() == NOTEBOOKS
-    with pytest.raises(ValueError, match=r"no notebook '7_more'. There are: 1_first_graft"):
-        run.notebooks(["7_more"])
+    with pytest.raises(ValueError, match=r"no notebook '8_more'. There are: 1_first_graft"):
+        run.notebooks(["8_more"])
