@@ -799,9 +799,10 @@ def test_the_command_makes_a_folder(tmp_path: Path) -> None:
 #: Overrides of `facts: battles` -> what is said.
 BAD_COMMANDS = {
     "n_fact=3": "unknown key 'n_fact'. Allowed: facts n_facts half heldout_facts supplement seed "
-    "texts_per_fact directions kinds. Did you mean 'n_facts'?",
+    "texts_per_fact directions kinds heldout_templates templates. Did you mean 'n_facts'?",
     "facts=battle": "facts: unknown kind of facts 'battle'. Allowed: fake_movies "
-    "fake_movies_real_actors real_movies real_movies_shuffled battles counterfact articles. Did "
+    "fake_movies_real_actors real_movies real_movies_shuffled battles two_hop table counterfact "
+    "articles. Did "
     "you mean 'battles'?",
     "facts=[battles]": "facts: unknown kind of facts ['battles']. Allowed: fake_movies",
     "n_facts=5000": f"n_facts=5000: there are {len(real_battles())} facts of the kind battles.",
@@ -910,7 +911,7 @@ BAD_SECTIONS = {
     "{make: {facts: battle}}": r"dataset\.0\.make\.facts: unknown kind of facts 'battle'\. Allowed:"
     r" fake_movies .* articles\. Did you mean 'battles'\?",
     "{make: {facts: battles, n_fact: 3}}": r"dataset\.0\.make: unknown key 'n_fact'\. Allowed: "
-    r"facts n_facts .* kinds\. Did you mean 'n_facts'\?",
+    r"facts n_facts .* templates\. Did you mean 'n_facts'\?",
     "{make: [battles]}": r"dataset\.0\.make: \['battles'\] should be a mapping with the key facts",
     "{make: {facts: battles, half: c}}": r"dataset\.0\.make\.half: 'c' should be 'a' or 'b'",
     "{make: {facts: battles}, path: x}": r"dataset\.0: make and path are given\. Give exactly one",
@@ -947,7 +948,7 @@ def test_every_kind_is_known_by_its_name() -> None:
     ("values", "message"),
     [
         ({"facts": "fake_movie"}, r"^facts: unknown kind of facts 'fake_movie'\. .* 'fake_movies'"),
-        ({"facts": "shuffled"}, r"Allowed: fake_movies .* battles counterfact articles\."),
+        ({"facts": "shuffled"}, r"Allowed: fake_movies .* battles two_hop table .* articles\."),
         ({"facts": None}, r"unknown kind of facts None\. Allowed: fake_movies"),
         ({"facts": {"battles": 3}}, r"unknown kind of facts \{'battles': 3\}\. Allowed: fake_mov"),
         ({"facts": ["battles"]}, r"unknown kind of facts \['battles'\]\. Allowed: fake_movies"),

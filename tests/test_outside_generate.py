@@ -244,8 +244,8 @@ def test_a_character_that_generation_completes_is_not_lost(tiny: MakeTiny) -> No
     ids = t.model.tokenizer("Łukasz")["input_ids"]
     halves = t.model.to_string(ids[:1])
     assert halves == "\N{REPLACEMENT CHARACTER}"
-    assert t.model._added_text(ids[:1], ids[1:]) == "Łukasz"
-    assert t.model._added_text(ids[:2], ids[2:]) == "ukasz"
+    assert t.model.added_text(ids[:1], ids[1:]) == "Łukasz"
+    assert t.model.added_text(ids[:2], ids[2:]) == "ukasz"
 
 
 # --- Contexts ------------------------------------------------------------------------------------
