@@ -178,7 +178,10 @@ class Positions(At):
 
 @dataclass(frozen=True)
 class Modulo(At):
-    """The positions p with p % divisor = remainder; a short prompt may have none."""
+    """The positions p with p % divisor = remainder; a short prompt may have none.
+
+    What follows a prompt counts as its last token.
+    """
 
     remainder: int
     divisor: int
@@ -196,7 +199,8 @@ class Modulo(At):
     def select(
         self, spans: Spans, length: int, total: int | None = None
     ) -> Bool[np.ndarray, "pos"]:
-        return np.arange(total or length) % self.divisor == self.remainder
+        positions = np.minimum(np.arange(total or length), length - 1)
+        return positions % self.divisor == self.remainder
 
     def names(self) -> frozenset[str]:
         return frozenset()

@@ -354,6 +354,9 @@ def test_positions_modulo_a_number_may_be_none() -> None:
     assert np.flatnonzero(at.select(spans, 6)).tolist() == [1, 4]
     assert not At.parse("last & [1 % 3]").select(spans, 6).any()
     assert At.parse("~[0 % 2]").may_be_empty()
+    # What follows counts as the last token: a sweep runs it as that, whatever its number.
+    assert at.select(spans, 6, 9)[6:].tolist() == [False] * 3
+    assert At.parse("[5 % 64]").select(spans, 6, 9).tolist() == [False] * 5 + [True] * 4
     assert not At.parse("first_entity").may_be_empty()
     with pytest.raises(ValueError, match=r"at=\[3 % 3\]: no position is 3 modulo 3"):
         At.parse("[3 % 3]")

@@ -717,10 +717,12 @@ def stubbed(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
     asked for, and a sweep's numbers are `ok` or not."""
 
     def install(ok: bool) -> None:
+        monkeypatch.setattr("graftlens.reports.ensure_report", lambda folder: folder / "page")
+
         def stub(name: str) -> Callable[..., Any]:
             def called(*args: Any, **options: Any) -> Any:
                 print(name, *map(str, args), *(f"{k}={v}" for k, v in options.items()))
-                return SimpleNamespace(line=lambda: "the result", ok=ok)
+                return SimpleNamespace(line=lambda: "the result", ok=ok, folder=Path("o"))
 
             return called
 
@@ -763,7 +765,9 @@ def test_a_command_is_one_call(command: str, stubbed: Callable[[bool], None]) ->
     stubbed(True)
     done = graftlens("sweep", *command.split())
     assert done.returncode == 0, done.stderr
-    wanted = COMMANDS[command]
+    wanted = list(COMMANDS[command])
+    if "--no-wait" not in command:
+        wanted.append(str(Path("o/page").resolve()))
     assert done.stdout.splitlines()[-len(wanted) :] == wanted
     assert not Path("graftlens-runs").exists()
 
