@@ -438,7 +438,7 @@ def test_layers_keep_all_within_the_layers() -> None:
         (
             "nmae",
             "prompt 0, rule 'sft @ nmae': no span 'nmae' here. Spans of this prompt: name bos last "
-            "all. Did you mean 'name'?",
+            "all prompt. Did you mean 'name'?",
         ),
         (
             [5],
