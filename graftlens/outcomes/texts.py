@@ -137,10 +137,10 @@ class Sampler:
         advance(each * len(prompts) - len(texts))
         # Prompts of one length waste no padding, and those of one structure share a plan.
         texts.sort(key=lambda text: len(text.ready.tokens))
-        # Texts that cross a limit of rotary tables are computed anew at every step, by graft.
+        # Texts that cross a limit of rotary tables are computed again at every step, by graft.
         kept = [keeps(self.model.arch, self._longest(text)) for text in texts]
-        anew = self._by_graft(text for text, keep in zip(texts, kept, strict=True) if not keep)
-        for some in ([text for text, keep in zip(texts, kept, strict=True) if keep], *anew):
+        again = self._by_graft(text for text, keep in zip(texts, kept, strict=True) if not keep)
+        for some in ([text for text, keep in zip(texts, kept, strict=True) if keep], *again):
             self._run(some, advance)
         return self._frame(prompts, texts, {r.number: r.reasons for r in ready}, unready)
 
