@@ -202,9 +202,11 @@ def test_a_release_is_whole_and_accepted(built: Path) -> None:
     configs = {path.relative_to(EXPERIMENTS).as_posix() for path in EXPERIMENTS.glob("**/*.yaml")}
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-        assert {n.removeprefix("graftlens/configs/") for n in names if n.endswith(".yaml")} == (
-            configs
-        )
+        shipped = "graftlens/configs/"
+        assert {n.removeprefix(shipped) for n in names if n.startswith(shipped)} == configs
+        lists = {path.name for path in (ROOT / "graftlens/data/lists").glob("*.yaml")}
+        assert lists
+        assert lists == {Path(n).name for n in names if n.startswith("graftlens/data/lists/")}
         assert not [n for n in names if "benchmarks" in n or n.startswith("tests")]
         own = {
             path.relative_to(ROOT).as_posix()

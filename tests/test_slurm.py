@@ -165,12 +165,13 @@ def test_a_killed_task_costs_its_shard(
         said, _ = process.communicate(timeout=HANG)
     assert process.returncode == 0
     assert_as_local(out, local)
-    first, death, *_, last = said.splitlines()
+    first, death, *_, last, page = said.splitlines()
     assert first.startswith(
         f"Slurm job {job} of 2 task(s) is submitted. To inspect it: squeue -j {job};"
     )
     assert death.startswith(f"worker {job}_{victim} died without a result (the queue says FAILED")
     assert last.startswith(f"{out}: {len(local)} cells; trust report passed")
+    assert page.startswith(f"{out / 'report.html'}")
 
     # Given again, there is nothing to do, and nothing is submitted.
     again: list[str] = []

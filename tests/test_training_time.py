@@ -80,7 +80,7 @@ def test_an_experiment_runs_them_and_draws_them_over_steps(result: ExperimentRes
     pooled = pd.read_csv(result.folder / "tables" / "one-pooled.csv")
     assert len(pooled) == 3 * len(steps)
     assert {"member", "step", "recovery"} <= set(pooled)
-    names = {path.name for path in (result.folder / "figures").iterdir()}
+    names = {path.name for path in (result.folder / "figures").glob("*.html")}
     assert names == {"one-recovery.html", "one-logprob.html"}
 
 
