@@ -25,6 +25,7 @@ from chattemplates import PROMPT, TEMPLATES, WRITERS, tokenizer_of
 from conftest import MakeTiny, Tiny
 from datasets import Dataset, DatasetDict
 from reference import sequential_graft
+from shown import marked
 from sweeps import checkpoints
 from tokenizers import AddedToken
 from toytokenizers import TOKENIZERS
@@ -862,11 +863,9 @@ def test_a_reference_has_to_run(chatty: Tiny) -> None:
         evaluate(chatty.model, talk, {"a": "sft @ system#1 | sft @ last"}, progress=False)
 
 
-def test_the_readmes_conversation_is_evaluated(chatty: Tiny) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    block = readme.split("<!-- chat -->\n```python\n")[1].split("```\n<!-- /chat -->")[0]
+def test_the_docs_conversation_is_evaluated(chatty: Tiny) -> None:
     names = {"model": chatty.model}
-    exec(block, names)
+    exec(marked("docs/howto/conversations.md", "chat"), names)
     assert names["table"]["reason"].isna().all()
     assert len(names["table"]) == 10
 

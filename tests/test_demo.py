@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pandas as pd
 import pytest
 from command import graftlens
 from families import save_checkpoint, tiny_model
+from shown import marked
 from toytokenizers import gpt2_style
 from waiting import HANG, until
 
@@ -133,7 +135,7 @@ class _Outside(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def real_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def real_demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The README's demo, run for real by its command, interrupted once on the way."""
     folder = tmp_path_factory.mktemp("demo")
     command = [sys.executable, "-m", "graftlens.cli", "demo"]
@@ -146,7 +148,8 @@ def real_demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert "Run the same command again" in errors
     assert "Traceback" not in errors
     subprocess.run(command, cwd=folder, check=True)
-    return folder
+    yield folder
+    shutil.rmtree(folder / "graftlens-runs/demo")
 
 
 @pytest.mark.slow
@@ -169,15 +172,10 @@ def test_the_demo_shows_the_finding(real_demo: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.real
-def test_the_readme_s_example_prints_what_it_shows(real_demo: Path) -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-
-    def block(name: str) -> str:
-        inside = readme.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0]
-        return inside.split("```")[1].split("\n", 1)[1]
-
-    code, shown = block("example"), block("output")
-    assert len([line for line in code.splitlines() if line.strip()]) <= 20
+@pytest.mark.parametrize(("page", "lines"), [("README.md", 10), ("docs/index.md", 12)])
+def test_the_examples_print_what_they_show(page: str, lines: int, real_demo: Path) -> None:
+    code, shown = marked(page, "example"), marked(page, "output")
+    assert len([line for line in code.splitlines() if line.strip()]) <= lines
     ran = subprocess.run(
         [sys.executable, "-c", code],
         cwd=real_demo,
@@ -190,7 +188,6 @@ def test_the_readme_s_example_prints_what_it_shows(real_demo: Path) -> None:
     assert _words(ran.stdout) == _words(shown)
     for ours, theirs in zip(_numbers(ran.stdout), _numbers(shown), strict=True):
         assert ours == pytest.approx(theirs, abs=0.05)
-    shutil.rmtree(real_demo / "graftlens-runs/demo")
 
 
 def _words(text: str) -> list[str]:

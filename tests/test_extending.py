@@ -1,4 +1,4 @@
-"""The README's "Adding" is what this test does: a toy component, family and measure, by their
+"""docs/howto/extending.md is what this test does: a toy component, family and measure, by their
 rows."""
 
 import os
@@ -9,9 +9,9 @@ import sys
 import textwrap
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from shown import ROOT, blocks
 
-#: The README's blocks in their order: the file, and the line that each goes before.
+#: The page's blocks in their order: the file, and the line that each goes before.
 PLACES = (
     ("components.py", '    LN1_POST = "ln1_post", '),
     ("model/arch.py", "def supported() "),
@@ -21,15 +21,15 @@ PLACES = (
 )
 
 
-def test_a_component_a_family_and_a_measure_are_added_as_the_readme_says(tmp_path: Path) -> None:
+def test_a_component_a_family_and_a_measure_are_added_as_the_docs_say(tmp_path: Path) -> None:
     """A list of components that somebody keeps beside the table would lack the toy."""
     library = tmp_path / "graftlens"
     shutil.copytree(ROOT / "graftlens", library, ignore=shutil.ignore_patterns("__pycache__"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    inside = readme.split("<!-- extending -->")[1].split("<!-- /extending -->")[0]
-    blocks = re.findall(r"```python\n# graftlens/([\w/.]+)[^\n]*\n(.*?)```", inside, flags=re.S)
-    assert [name for name, _ in blocks] == [name for name, _ in PLACES]
-    for (name, block), (_, before) in zip(blocks, PLACES, strict=True):
+    shown = [b.text for b in blocks("docs/howto/extending.md", within="extending")]
+    named = re.compile(r"\A# graftlens/([\w/.]+)[^\n]*\n(.*)", re.S)
+    parts = [named.findall(block)[0] for block in shown]
+    assert [name for name, _ in parts] == [name for name, _ in PLACES]
+    for (name, block), (_, before) in zip(parts, PLACES, strict=True):
         text = (library / name).read_text(encoding="utf-8")
         assert text.count(before) == 1, f"{name} has changed: where does this go now? {before!r}"
         indent = before[: len(before) - len(before.lstrip())]

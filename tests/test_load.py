@@ -563,7 +563,7 @@ def test_other_families_are_refused_with_the_list(family: str, saved: bool, tmp_
     assert str(caught.value) == (
         f"model_type {family!r} is not supported. Supported: gpt2 gpt_neox llama mistral gemma "
         "gemma2 gemma3_text olmo olmo2 qwen2 qwen3 phi3. A family is added by an entry in "
-        "graftlens/model/arch.py (see the README)."
+        "graftlens/model/arch.py (docs/howto/extending.md)."
     )
 
 

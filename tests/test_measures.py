@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,6 +16,7 @@ import pytest
 import torch
 import yaml
 from conftest import MakeTiny, Tiny
+from shown import marked
 from sweeps import NoReport, assert_equal_tables, checkpoints, config, read_whole
 from typer.testing import CliRunner
 
@@ -146,10 +146,8 @@ def test_a_reference_that_is_not_in_the_table_has_its_own_rows(llama: Tiny) -> N
 
 
 def shown() -> str:
-    """The README's measure of a user's own."""
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (block,) = re.findall(r"<!-- measure -->\n```python\n(.*?)```\n<!-- /measure -->", text, re.S)
-    return str(block)
+    """The docs' measure of a user's own."""
+    return marked("docs/howto/measures.md", "measure")
 
 
 def third_by_hand(t: Tiny, prompt: Prompt, graft: Graft) -> float:
@@ -183,7 +181,7 @@ def sweep(given: Mapping[str, Any], out: Path, **options: Any) -> pd.DataFrame:
 def test_a_measure_is_one_row(
     llama: Tiny, sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the README says: the row goes through evaluate, a sweep, statistics and plots."""
+    """What the docs say: the row goes through evaluate, a sweep, statistics and plots."""
     names: dict[str, Any] = {"model": llama.model, "prompts": prompts(), "grafts": GRAFTS}
     exec(shown(), names)
     table, toy = names["table"], names["third"]

@@ -1,4 +1,5 @@
-"""What is public is what the packages export, and the README and the notebooks use nothing else."""
+"""What is public is what the packages export, and README, docs/ and the notebooks use nothing
+else."""
 
 import ast
 import inspect
@@ -8,21 +9,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from importlib import import_module
-from pathlib import Path
 
 import pytest
+from shown import PAGES, ROOT, blocks
 
 import graftlens
 
-ROOT = Path(__file__).parent.parent
 PARTS = ("", ".data", ".find", ".lens", ".outcomes", ".viz", ".stats", ".model")
 PUBLIC = tuple(f"graftlens{part}" for part in PARTS)
 
 
 def code() -> dict[str, str]:
     """Where -> Python that users are shown."""
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S)
-    shown = {f"README.md block {i}": block for i, block in enumerate(blocks)}
+    shown = {f"{b.page} block {b.number}": b.text for page in PAGES for b in blocks(page, "python")}
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         cells = json.loads(path.read_text())["cells"]
         sources = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
@@ -74,9 +73,9 @@ def test_what_is_shown_is_read() -> None:
     assert {pair for pair in found if not is_public(*pair)} == private
 
 
-def test_names_in_the_readme_are_public() -> None:
-    text = (ROOT / "README.md").read_text()
-    for module, name in re.findall(r"\b(graftlens(?:\.\w+)*)\.([A-Za-z_]\w*)\(", text):
+@pytest.mark.parametrize("page", PAGES)
+def test_names_in_the_docs_are_public(page: str) -> None:
+    for module, name in re.findall(r"\b(graftlens(?:\.\w+)*)\.([A-Za-z_]\w*)\(", PAGES[page]):
         assert is_public(module, name), f"{module}.{name}"
 
 

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from command import graftlens
 from needs import needs
+from shown import marked
 from tinybase import tiny_base, tiny_finetuned
 from waiting import HANG
 
@@ -257,9 +258,7 @@ def test_the_readmes_python_runs_from_a_wheel(
     installed: Callable[..., str], tmp_path: Path
 ) -> None:
     """The first block, on a tiny pair where the demo leaves its own."""
-    (block,) = re.findall(
-        r"<!-- example -->\n```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.S
-    )
+    block = marked("README.md", "example")
     pre = tiny_base(tmp_path / "base")
     sft = tmp_path / re.findall(r'sft = "(.*)"', block)[0]
     sft.parent.mkdir(parents=True)
@@ -268,7 +267,7 @@ def test_the_readmes_python_runs_from_a_wheel(
     assert code != block
     said = installed("python", "-c", code, cwd=tmp_path)
     assert "News: Chelsea Mcintosh to appear" in said
-    assert said.count("likeliest:") == 9
+    assert said.count("likeliest:") == 8
 
 
 # -- releases ----------------------------------------------------------------------------------
@@ -282,8 +281,8 @@ def test_workflows_test_on_two_systems_and_publish_without_a_token() -> None:
     job = tests["jobs"]["fast"]
     assert job["strategy"]["matrix"]["os"] == ["ubuntu-latest", "macos-latest"]
     said = [step["run"] for step in job["steps"] if "run" in step]
-    readme = (ROOT / "README.md").read_text().split("<!-- tests -->")[1]
-    assert any(step.removeprefix("python ") in readme for step in said if "not slow" in step)
+    shown = marked("README.md", "tests")
+    assert any(step.removeprefix("python ") in shown for step in said if "not slow" in step)
     assert publish[True]["release"] == {"types": ["published"]}  # YAML reads `on` as true
     assert publish["jobs"]["publish"]["permissions"] == {"id-token": "write"}
     assert publish["jobs"]["publish"]["needs"] == "build"

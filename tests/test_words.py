@@ -88,6 +88,7 @@ READERS = {
         path: in_text
         for pattern in (
             "*.md",
+            "docs/**/*.md",
             "experiments/**/*.md",
             "experiments/**/*.yaml",
             "graftlens/**/*.html",
@@ -111,7 +112,7 @@ def stumbles(texts: Iterator[tuple[int, str]]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("folder", ["graftlens", "experiments", "notebooks", "."])
+@pytest.mark.parametrize("folder", ["graftlens", "experiments", "notebooks", "docs", "."])
 def test_texts_read_well(folder: str) -> None:
     """Docs, docstrings, comments and messages, of the whole project."""
     paths = [

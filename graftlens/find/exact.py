@@ -34,8 +34,8 @@ def exact_effects(
 ) -> pd.DataFrame:
     """What each place does by itself, by exact grafts: one sweep, whose rows are shared.
 
-    Args: as for `attribute`. `by="direction"` is refused: no graft can choose a direction. The
-        measure need not be one that gradients pass through.
+    Arguments are those of `attribute`. `by="direction"` is refused: no graft can choose a
+    direction. The measure need not be one that gradients pass through.
 
     Returns:
         One row per prompt and place, in the shape of `attribute`'s table: `alone`, what the place

@@ -476,7 +476,7 @@ def architecture(config: Any) -> Architecture:
         refuse_multimodal(kind, config)
         raise UnsupportedArchitectureError(
             f"model_type {kind!r} is not supported. Supported: {' '.join(supported())}. "
-            "A family is added by an entry in graftlens/model/arch.py (see the README)."
+            "A family is added by an entry in graftlens/model/arch.py (docs/howto/extending.md)."
         )
     refuse_quantised(config)
     family = FAMILIES[kind]
