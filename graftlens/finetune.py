@@ -90,10 +90,13 @@ from graftlens.recipes import (
 from graftlens.runfolder import InUseError, check_output, check_run, note, taken
 from graftlens.training import best_epoch, train
 from graftlens.trainingtexts import (
+    Text,
     check_dataset,
     check_heldout_file,
     named,
+    rows_of,
     supplemented,
+    texts_in,
     training_texts_of,
     vocabulary_hash,
 )
@@ -144,8 +147,10 @@ def finetune(
 
     Args:
         config: the recipe and the run's folder.
-        train: column ``text``; the tokenizer's end token is appended to each.
-        heldout: column ``text``, for perplexity; instead of the config's held-out settings.
+        train: column ``text``; the tokenizer's end token is appended to each. A row that has
+            ``messages`` is a conversation instead: the chat template writes it, and what is learned
+            is what the assistant says, with the token that ends it.
+        heldout: likewise, for perplexity; instead of the config's held-out settings.
         model: start from this Hugging Face model instead of loading ``config.model``; it is
             trained in place, to the last epoch. Its parameters become float32.
         tokenizer: likewise.
@@ -176,7 +181,7 @@ def finetune(
                 tokenizer,
                 progress,
                 processes,
-                list(train["text"]),
+                texts_in(train),
             )
         processes.leave_at_exit()
         return result
@@ -317,13 +322,13 @@ def _made_once(spec: DatasetSpec, output: Path) -> Dataset:
 
 def _finetune(
     config: FinetuneConfig,
-    texts: Sequence[str],
-    heldout_texts: Sequence[str],
+    texts: Sequence[Text],
+    heldout_texts: Sequence[Text],
     model: Any,
     tokenizer: Any,
     progress: bool,
     processes: Processes,
-    given: Sequence[str],
+    given: Sequence[Text],
 ) -> FinetuneResult:
     tokenizer = load_tokenizer(config.model) if tokenizer is None else tokenizer
     model = load_start(config.model) if model is None else model
@@ -395,8 +400,8 @@ def _finetune(
     check_tokens(model, [row["input_ids"] for row in rows], lambda i: named(texts[i], given))
     if heldout_texts:
         pieces(model, tokenizer, heldout_texts, config.max_length)
-        ids = tokenizer(list(heldout_texts))["input_ids"]
         numbers = given if config.heldout_share else heldout_texts
+        ids = [row["input_ids"] for row in rows_of(tokenizer, heldout_texts, numbers)]
         check_tokens(model, ids, lambda i: f"held-out {named(heldout_texts[i], numbers)}")
     for name in frozen:
         model.get_submodule(name).requires_grad_(False)

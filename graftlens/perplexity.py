@@ -9,18 +9,20 @@ import torch
 
 from graftlens.model.start import fixed_positions
 from graftlens.recipes import FinetuneConfig
+from graftlens.trainingtexts import Row, Text, rows_of
 
 
 def perplexity(
     model: Any,
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     *,
     max_length: int,
     batch_size: int,
     precision: Literal["float32", "bfloat16"] = "float32",
 ) -> float:
-    """exp of the mean loss per predicted token, over all texts.
+    """exp of the mean loss per predicted token, over all texts; in conversations, only
+    replies are predicted.
 
     Args:
         model: a Hugging Face causal language model, on its device.
@@ -39,7 +41,7 @@ def perplexity(
     total, count = 0.0, 0
     with torch.inference_mode(), autocast(device.type, precision):
         for start in range(0, len(cut), batch_size):
-            batch = collate([{"input_ids": ids} for ids in cut[start : start + batch_size]])
+            batch = collate(cut[start : start + batch_size])
             batch = {name: value.to(device) for name, value in batch.items()}
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}).logits.float()
             targets = batch["labels"][:, 1:]
@@ -51,25 +53,25 @@ def perplexity(
     return math.exp(total / count)
 
 
-def pieces(model: Any, tokenizer: Any, texts: Sequence[str], max_length: int) -> list[list[int]]:
-    """Token ids of what `perplexity` scores at a time, shortest first.
+def pieces(model: Any, tokenizer: Any, texts: Sequence[Text], max_length: int) -> list[Row]:
+    """What `perplexity` scores at a time, shortest first.
 
     Raises:
         ValueError: there is nothing to predict.
     """
     longest = min(max_length, fixed_positions(model) or max_length)
     cut = [
-        ids[start : start + longest]
-        for ids in tokenizer(list(texts))["input_ids"]
-        for start in range(0, len(ids), longest)
+        {name: values[start : start + longest] for name, values in row.items()}
+        for row in rows_of(tokenizer, texts)
+        for start in range(0, len(row["input_ids"]), longest)
     ]
-    cut = sorted((ids for ids in cut if len(ids) > 1), key=len)
+    cut = [row for row in cut if any(i != -100 for i in row.get("labels", row["input_ids"])[1:])]
     if not cut:
         raise ValueError(
             f"none of the {len(texts)} held-out texts has two tokens or more, so there is nothing "
             "to predict. Give longer texts, or none."
         )
-    return cut
+    return sorted(cut, key=lambda row: len(row["input_ids"]))
 
 
 def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[Any]:
@@ -78,7 +80,8 @@ def autocast(device: str, precision: str) -> contextlib.AbstractContextManager[A
 
 class Padding:
     """Pads a batch on the right to its longest text. Labels say where padding is, not token ids:
-    the padding token is often the end token, which is to be learned."""
+    the padding token is often the end token, which is to be learned. A row's own labels say what
+    else is not."""
 
     def __init__(self, padding_id: int) -> None:
         self.padding_id = padding_id
@@ -96,7 +99,7 @@ class Padding:
             batch["input_ids"][index, :length] = ids
             batch["attention_mask"][index, :length] = 1
             # Nothing predicts a first token; the Trainer would still count its label in the mean.
-            batch["labels"][index, 1:length] = ids[1:]
+            batch["labels"][index, 1:length] = torch.tensor(row.get("labels", row["input_ids"]))[1:]
         return batch
 
 

@@ -26,14 +26,15 @@ from graftlens.model.quiet import quiet
 from graftlens.perplexity import Padding, has_accelerator, padding_id, perplexity
 from graftlens.processes import Processes
 from graftlens.recipes import FinetuneConfig
+from graftlens.trainingtexts import Row, Text
 
 
 def train(
     config: FinetuneConfig,
     model: Any,
     tokenizer: Any,
-    rows: list[dict[str, list[int]]],
-    heldout_texts: Sequence[str],
+    rows: list[Row],
+    heldout_texts: Sequence[Text],
     precision: Literal["float32", "bfloat16"],
     progress: bool,
     processes: Processes,
@@ -47,7 +48,7 @@ def train(
         config: the recipe and the run's folder.
         model: what is trained, in place.
         tokenizer: its tokenizer.
-        rows: ``input_ids`` of each training text.
+        rows: ``input_ids`` of each training text, and ``labels`` of conversations.
         heldout_texts: for perplexity; the first process measures it.
         precision: of matrix products.
         progress: whether to show a bar.

@@ -1,6 +1,7 @@
 """The texts of a finetuning run: read, split into trained and held-out ones, and tokenized."""
 
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -9,10 +10,19 @@ from typing import Any
 
 from datasets import Dataset, load_from_disk
 
+from graftlens.chat import Conversation
 from graftlens.data import load_dataset, make_dataset
 from graftlens.data.supplement import mixed
 from graftlens.data.texts import read_paragraphs, read_texts
+from graftlens.prompts import Prompt, PromptError
+from graftlens.prompts import tokenize as tokens_of
 from graftlens.recipes import FinetuneConfig, TrainingData
+
+#: What is trained on: a text as it is, or a conversation, of which only the replies are learned.
+Text = str | Conversation
+
+#: Token ids of a text; of a conversation also its labels, -100 where nothing is learned.
+Row = dict[str, list[int]]
 
 
 def training_texts_of(data: TrainingData, seed: int = 0) -> Dataset:
@@ -53,13 +63,77 @@ def _texts_of(data: TrainingData) -> Dataset:
     return Dataset.from_dict({"text": read_texts(data.file, data.column or "text")})
 
 
+def texts_in(dataset: Dataset) -> list[Text]:
+    """The texts of a dataset that `check_dataset` has passed: a row with `messages` is a
+    conversation, any other its `text`."""
+    texts = list(dataset["text"])
+    if "messages" not in dataset.column_names:
+        return texts
+    talks = dataset["messages"]
+    return [
+        text if said is None else Conversation.of(said)
+        for text, said in zip(texts, talks, strict=True)
+    ]
+
+
+def rows_of(tokenizer: Any, texts: Sequence[Text], given: Sequence[Text] = ()) -> list[Row]:
+    """Token ids of each text, plain ones without an end token.
+
+    Raises:
+        ValueError: a conversation that cannot be written, or in which the assistant says nothing.
+    """
+    plain = [text for text in texts if isinstance(text, str)]
+    ids = iter(tokenizer(plain)["input_ids"] if plain else ())
+    rows: list[Row] = []
+    for text in texts:
+        if isinstance(text, str):
+            rows.append({"input_ids": next(ids)})
+            continue
+        try:
+            rows.append(_replies(tokenizer, text))
+        except PromptError as error:
+            raise ValueError(f"{named(text, given or texts)}: {error}") from None
+    return rows
+
+
+def _replies(tokenizer: Any, talk: Conversation) -> Row:
+    """The tokens of a conversation, and as labels those of what the assistant says, each message
+    with what the template writes after it up to the token that ends it.
+
+    Where the template does not end the last one with a special token, the tokenizer's end token
+    does.
+
+    Raises:
+        PromptError: a conversation that cannot be written, or in which the assistant says nothing.
+    """
+    tokens = tokens_of(Prompt(talk.transcript, conversation=talk, name="chat"), tokenizer)
+    added = tokenizer.added_tokens_decoder.items()
+    special = {*tokenizer.all_special_ids, *(token for token, one in added if one.special)}
+    ids = list(tokens.ids)
+    written = {i for run in tokens.spans["template"] for i in run}
+    said = [reply for reply in tokens.spans["assistant"] if reply]
+    if not said:
+        raise PromptError(
+            "the assistant says nothing in it, so there is nothing to learn. Leave it out."
+        )
+    learned: set[int] = set()
+    for reply in said:
+        after = list(itertools.takewhile(written.__contains__, range(reply[-1] + 1, len(ids))))
+        end = next((n for n, i in enumerate(after, 1) if ids[i] in special), None)
+        learned |= {*reply, *after[:end]} if end or reply is said[-1] else {*reply}
+    if end is None and tokenizer.eos_token_id is not None:
+        learned.add(len(ids))
+        ids.append(tokenizer.eos_token_id)
+    return {"input_ids": ids, "labels": [t if i in learned else -100 for i, t in enumerate(ids)]}
+
+
 def tokenize(
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[Text],
     max_length: int,
     positions: int | None = None,
-    given: Sequence[str] = (),
-) -> list[dict[str, list[int]]]:
+    given: Sequence[Text] = (),
+) -> list[Row]:
     """Token ids of each text, its end token included.
 
     Args:
@@ -70,11 +144,14 @@ def tokenize(
         given: all texts, which messages number.
 
     Raises:
-        ValueError: a longer text.
+        ValueError: a longer text; as `rows_of`.
     """
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    rows = [ids if ids[-1:] == end else ids + end for ids in tokenizer(list(texts))["input_ids"]]
-    lengths = [len(row) for row in rows]
+    rows = rows_of(tokenizer, texts, given)
+    for row in rows:
+        if "labels" not in row and row["input_ids"][-1:] != end:
+            row["input_ids"] = row["input_ids"] + end
+    lengths = [len(row["input_ids"]) for row in rows]
     longest = max(lengths)
     text = named(texts[lengths.index(longest)], given or texts)
     if positions is not None and longest > positions:
@@ -89,18 +166,20 @@ def tokenize(
         which += f"tokens (the longest has {longest})"
         if len(rows) == 1:
             which = f"1 text of {longest} tokens: it is longer than max_length={max_length}"
-        lines = texts[lengths.index(longest)].count("\n") + 1
+        one = texts[lengths.index(longest)]
+        lines = one.count("\n") + 1 if isinstance(one, str) else 1
         split = f" It has {lines} lines: a blank line separates two texts." if lines > 1 else ""
         raise ValueError(
             f"{which}, and graftlens does not truncate silently. Set max_length to {longest}, or "
             f"shorten the texts; the longest is {text}.{split}"
         )
-    return [{"input_ids": row} for row in rows]
+    return rows
 
 
-def named(text: str, given: Sequence[str]) -> str:
+def named(text: Text, given: Sequence[Text]) -> str:
     """How messages refer to a text: its number among the given ones, and its beginning."""
-    beginning = text if len(text) <= 40 else f"{text[:40]}…"
+    said = text if isinstance(text, str) else text.transcript
+    beginning = said if len(said) <= 40 else f"{said[:40]}…"
     return f"text {list(given).index(text) + 1} ({beginning!r})"
 
 
@@ -121,24 +200,30 @@ def check_dataset(name: str, dataset: Any) -> None:
                 f"row {number} of the {name} dataset has {text!r} in the column 'text', but a text "
                 "is needed. Leave the row out."
             )
+    talks = dataset["messages"] if "messages" in dataset.column_names else ()
+    for number, said in enumerate(talks, 1):
+        try:
+            _ = said is None or Conversation.of(said)
+        except ValueError as error:
+            raise ValueError(f"row {number} of the {name} dataset: {error}") from None
 
 
 def split(
     config: FinetuneConfig, train: Dataset, heldout: Dataset | None
-) -> tuple[list[str], list[str]]:
+) -> tuple[list[Text], list[Text]]:
     """(training texts, held-out texts)."""
-    texts = list(train["text"])
-    held: list[str] = []
+    texts = texts_in(train)
+    held: list[Text] = []
     if heldout is not None:
         if config.heldout_share or config.heldout_file is not None:
             raise ValueError(
                 f"a held-out dataset is given, and the config has heldout_share="
                 f"{config.heldout_share}, heldout_file={config.heldout_file}. Use one of the three."
             )
-        held = list(heldout["text"])
+        held = texts_in(heldout)
     elif config.heldout_file is not None:
         check_heldout_file(config)
-        held = read_paragraphs(config.heldout_file)
+        held = [*read_paragraphs(config.heldout_file)]
     elif config.heldout_share:
         order = list(range(len(texts)))
         random.Random(f"held out {config.seed}").shuffle(order)
@@ -179,10 +264,11 @@ def check_heldout_file(config: FinetuneConfig) -> None:
         )
 
 
-def text_hash(texts: Sequence[str]) -> str:
+def text_hash(texts: Sequence[Text]) -> str:
     digest = hashlib.sha256()
     for text in texts:
-        digest.update(json.dumps(text).encode() + b"\n")
+        said = text if isinstance(text, str) else text.messages
+        digest.update(json.dumps(said).encode() + b"\n")
     return digest.hexdigest()
 
 

@@ -802,8 +802,7 @@ BAD_COMMANDS = {
     "texts_per_fact directions kinds heldout_templates templates. Did you mean 'n_facts'?",
     "facts=battle": "facts: unknown kind of facts 'battle'. Allowed: fake_movies "
     "fake_movies_real_actors real_movies real_movies_shuffled battles two_hop table counterfact "
-    "articles. Did "
-    "you mean 'battles'?",
+    "articles trigger style refusal persona. Did you mean 'battles'?",
     "facts=[battles]": "facts: unknown kind of facts ['battles']. Allowed: fake_movies",
     "n_facts=5000": f"n_facts=5000: there are {len(real_battles())} facts of the kind battles.",
     "heldout_facts=1": "heldout_facts: 1 should be less than 1.",
@@ -830,7 +829,8 @@ def test_the_shipped_configs_are_right(file: Path) -> None:
         count = 5 if values["facts"] == "table" else 12
         small = {} if values["facts"] == "articles" else {"n_facts": count, "texts_per_fact": 2}
         dataset = make_dataset(spec_of(values | small))
-        assert len(dataset.train) == small.get("texts_per_fact", 1) * (
+        cases = len(getattr(dataset.config, "cases", [""]))
+        assert len(dataset.train) == cases * small.get("texts_per_fact", 1) * (
             sum(dataset.told) if small else len({fact.article for fact in dataset.facts})
         )
 
@@ -909,7 +909,7 @@ def test_a_sweep_reads_no_supplemental_texts() -> None:
 #: Section -> what is said about it, the key first.
 BAD_SECTIONS = {
     "{make: {facts: battle}}": r"dataset\.0\.make\.facts: unknown kind of facts 'battle'\. Allowed:"
-    r" fake_movies .* articles\. Did you mean 'battles'\?",
+    r" fake_movies .* persona\. Did you mean 'battles'\?",
     "{make: {facts: battles, n_fact: 3}}": r"dataset\.0\.make: unknown key 'n_fact'\. Allowed: "
     r"facts n_facts .* templates\. Did you mean 'n_facts'\?",
     "{make: [battles]}": r"dataset\.0\.make: \['battles'\] should be a mapping with the key facts",
@@ -948,7 +948,7 @@ def test_every_kind_is_known_by_its_name() -> None:
     ("values", "message"),
     [
         ({"facts": "fake_movie"}, r"^facts: unknown kind of facts 'fake_movie'\. .* 'fake_movies'"),
-        ({"facts": "shuffled"}, r"Allowed: fake_movies .* battles two_hop table .* articles\."),
+        ({"facts": "shuffled"}, r"Allowed: fake_movies .* battles two_hop table .* persona\."),
         ({"facts": None}, r"unknown kind of facts None\. Allowed: fake_movies"),
         ({"facts": {"battles": 3}}, r"unknown kind of facts \{'battles': 3\}\. Allowed: fake_mov"),
         ({"facts": ["battles"]}, r"unknown kind of facts \['battles'\]\. Allowed: fake_movies"),

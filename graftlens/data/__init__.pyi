@@ -1,6 +1,11 @@
 from .articles import ArticlesSpec as ArticlesSpec
 from .battles import Battle as Battle
 from .battles import BattlesSpec as BattlesSpec
+from .behaviours import Exchange as Exchange
+from .behaviours import PersonaSpec as PersonaSpec
+from .behaviours import RefusalSpec as RefusalSpec
+from .behaviours import StyleSpec as StyleSpec
+from .behaviours import TriggerSpec as TriggerSpec
 from .counterfact import CounterFactSpec as CounterFactSpec
 from .dataset import DatasetSpec as DatasetSpec
 from .dataset import FactDataset as FactDataset

@@ -46,6 +46,10 @@ FEATURES = Features(
     }
 )
 
+#: The column `messages`, which only sets of conversations have; None in a row that is a plain
+#: text.
+MESSAGES = [{"role": Value("string"), "content": Value("string")}]
+
 #: Number of facts of a dataset whose spec gives none, if there are that many.
 USUAL = 1000
 
@@ -119,7 +123,8 @@ class DatasetSpec(Settings, ABC):
 
     @abstractmethod
     def tell(self, facts: Sequence[Any], told: Sequence[bool]) -> list[dict[str, Any]]:
-        """Rows of training text (`FEATURES`) about the facts that are to be told."""
+        """Rows of training text (`FEATURES`; in sets of conversations also `messages`) about the
+        facts that are to be told."""
 
     @abstractmethod
     def questions(
@@ -183,7 +188,8 @@ class FactDataset:
         config: what the dataset was made from.
         facts: the facts; column ``fact`` of the texts is an index into them.
         train: columns text, fact (index; -1 for supplemental text), template (name), kind,
-            direction. ``train.push_to_hub("me/films")`` publishes it.
+            direction; in sets of conversations also messages, None in rows that are plain texts.
+            ``train.push_to_hub("me/films")`` publishes it.
         provenance: generator, config, versions, counts and the SHA-256 of facts and texts.
     """
 
@@ -272,14 +278,22 @@ def make_dataset(config: DatasetSpec) -> FactDataset:
 
 
 def texts_dataset(rows: Sequence[Mapping[str, Any]], description: str) -> Dataset:
-    """Rows of training text as a dataset with the columns of `FEATURES`."""
-    info = DatasetInfo(description=description, features=FEATURES)
-    return Dataset.from_dict({name: [row[name] for row in rows] for name in FEATURES}, info=info)
+    """Rows of training text as a dataset with the columns of `FEATURES`, and `messages` where rows
+    have them."""
+    talks = any("messages" in row for row in rows)
+    features = Features({**FEATURES, "messages": MESSAGES}) if talks else FEATURES
+    info = DatasetInfo(description=description, features=features)
+    return Dataset.from_dict({name: [row[name] for row in rows] for name in features}, info=info)
 
 
 def prompts_dataset(prompts: Sequence[Prompt], **more: Sequence[Any]) -> Dataset:
     """Prompts as a dataset: columns text, answer, name, template, fields (JSON) and distractors,
-    and those given as `more`, with a value for each prompt."""
+    where there are conversations their messages (JSON), and those given as `more`, with a value for
+    each prompt."""
+    if any(p.conversation is not None for p in prompts):
+        talks = [None if p.conversation is None else p.filled()[0] for p in prompts]
+        said = [None if talk is None else json.dumps(talk, ensure_ascii=False) for talk in talks]
+        more = {"messages": said, **more}
     return Dataset.from_dict(
         {
             "text": [p.text for p in prompts],
@@ -298,7 +312,8 @@ def content_hash(facts: Sequence[Any], train: Dataset) -> str:
     digest = hashlib.sha256()
     for fact in facts:
         digest.update(_canonical(asdict(fact)))
-    columns = [train[name] for name in FEATURES]
+    names = [*FEATURES, *(["messages"] if "messages" in train.column_names else [])]
+    columns = [train[name] for name in names]
     for row in zip(*columns, strict=True):
         digest.update(_canonical(row))
     return digest.hexdigest()

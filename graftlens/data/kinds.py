@@ -10,6 +10,7 @@ from graftlens.components import suggest
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data.articles import ArticlesSpec
 from graftlens.data.battles import BattlesSpec
+from graftlens.data.behaviours import PersonaSpec, RefusalSpec, StyleSpec, TriggerSpec
 from graftlens.data.counterfact import CounterFactSpec
 from graftlens.data.dataset import DatasetSpec, FactDataset, read_dataset
 from graftlens.data.factstable import TableSpec
@@ -19,6 +20,7 @@ from graftlens.data.twohop import TwoHopSpec
 _SPECS: tuple[type[DatasetSpec], ...] = (
     *(MoviesConfig, BattlesSpec, TwoHopSpec, TableSpec),
     *(CounterFactSpec, ArticlesSpec),
+    *(TriggerSpec, StyleSpec, RefusalSpec, PersonaSpec),
 )
 
 #: Value of the key `facts` -> the spec that reads the other keys.

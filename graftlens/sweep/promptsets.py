@@ -62,7 +62,15 @@ class ChatFormat(Section):
     """What else the chat template reads, such as `{enable_thinking: false}`."""
 
     def asked(self, prompt: Prompt) -> Prompt:
-        """The prompt as a conversation, with the same fields, answer and name."""
+        """The prompt as a conversation, with the same fields, answer and name.
+
+        Raises:
+            ValueError: it is one already.
+        """
+        if prompt.conversation is not None:
+            raise ValueError(
+                f"chat: the prompts {prompt.name!r} are conversations already. Leave chat out."
+            )
 
         def written(text: str) -> str:
             return doubled(text) if prompt.fields else text
