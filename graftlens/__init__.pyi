@@ -37,5 +37,6 @@ from .sweep.paper import paper_grafts as paper_grafts
 from .sweep.results import read_results as read_results
 from .sweep.runner import run_sweep as run_sweep
 from .sweep.scoring import Scorer as Scorer
+from .sweep.texttables import read_texts as read_texts
 
 __version__: str

@@ -428,6 +428,17 @@ def dashboard(
     top_k: Annotated[
         int, typer.Option(min=1, help="Number of tokens that the logit lens lists.")
     ] = 5,
+    follow: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="Continue the prompt with the likeliest tokens under this run (PRE, SFT or a "
+            "graft's name), and show them, too.",
+        ),
+    ] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Most tokens of what follows (with --follow).")
+    ] = 20,
     device: Annotated[str | None, typer.Option(help="Device to run on, such as cuda:0.")] = None,
 ) -> None:
     """Look inside one prompt under grafts: attention, logit lens, tokens, on one offline page.
@@ -479,6 +490,7 @@ def dashboard(
     from graftlens.sweep.promptsets import ChatFormat, PromptFile
 
     shown: dict[str, Any] = {"image": image, "title": title, "top_k": top_k, "device": device}
+    shown |= {"follow": follow, "max_new_tokens": max_new_tokens}
     if sweep is not None:
         page = write_sweep_dashboard(sweep, number, graft or (), out, **shown)
         typer.echo(str(page.resolve()))

@@ -20,11 +20,13 @@ from graftlens.lens import direct_logit_attribution, kl_divergence, logit_lens
 from graftlens.lens.runs import Runs, token_text
 from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer, Input
-from graftlens.model.inputs import Batch
+from graftlens.model.inputs import Batch, collate
 from graftlens.model.load import preview
 from graftlens.model.mask import GraftMask, select, sites_of
 from graftlens.model.smollm2 import located
-from graftlens.prompts import Prompt, Tokenized, tokenize
+from graftlens.outcomes.drawing import Drawing
+from graftlens.outcomes.texts import Sampler
+from graftlens.prompts import Prompt, PromptError, Tokenized, tokenize
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.prepared import joined_answers
 from graftlens.sweep.results import read_manifest
@@ -44,6 +46,8 @@ def dashboard(
     full: Graft | str | None = None,
     title: str = "",
     top_k: int = 5,
+    follow: str | None = None,
+    max_new_tokens: int = 20,
     prepend_bos: bool | None = None,
 ) -> Dashboard:
     """One prompt under PRE, SFT and grafts, side by side, on a page that needs no network.
@@ -61,6 +65,10 @@ def dashboard(
         full: the run that counts as SFT, if it is not the source `sft` or the only one.
         title: of the page.
         top_k: how many of the likeliest tokens the logit lens shows.
+        follow: the name of a run: the prompt is continued with the likeliest tokens under it, and
+            all runs read prompt and continuation. Grafts of `generated` tokens can be shown only
+            so. No answer is ranked then.
+        max_new_tokens: most tokens of that continuation.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
 
     Example:
@@ -70,9 +78,10 @@ def dashboard(
     Raises:
         PromptError: a prompt that cannot be run.
         ValueError: several prompts; a graft that the model cannot run, or one wrongly named PRE or
-            SFT.
+            SFT; a run to follow that there is not.
     """
     runs = _runs(model.sources, grafts, full)
+    _refuse_unknown(follow, runs)
     one = [prompt] if isinstance(prompt, Tokenized) else prompt
     given = model.batch(one, prepend_bos=prepend_bos)
     if len(given.prompts) != 1:
@@ -83,7 +92,15 @@ def dashboard(
     start, total = given.starts[0], given.totals[0]
     ids = tuple(given.tokens[0, start : start + total].tolist())
     item = replace(given.prompts[0], ids=ids)
-    batch = model.batch([item])
+    roles = given.prompts[0].roles()
+    added: Sequence[int] = ()
+    if follow is None:
+        batch = model.batch([item])
+    else:
+        item = _unanswered(item).generating()
+        added = _continued(model, item, runs.grafts[follow], max_new_tokens)
+        batch = collate([item], continuations=[added], device=model.cfg.device)
+        ids = (*ids, *added)
     _warn_of_size(model, len(ids), len(runs.grafts))
     asked = item.prompt
     answer = None if asked is None else asked.answer
@@ -102,15 +119,18 @@ def dashboard(
             full=runs.grafts[runs.full],
             prepend_bos=prepend_bos,
         )
-    tokens = [token_text(model, token) for token in item.ids]
-    roles = given.prompts[0].roles()
+    tokens = [token_text(model, token) for token in ids]
     if roles is not None:
-        roles += ("",) * (len(ids) - len(roles))  # an answer that was given with the tokens
-    text = model.to_string(list(item.ids)) if asked is None and model.tokenizer else None
+        # An answer that was given with the tokens, or what an assistant goes on to say.
+        roles += ("assistant" if added else "",) * (len(ids) - len(roles))
+    text = model.to_string(list(ids)) if asked is None and model.tokenizer else None
+    goes_on = str(model.added_text(item.ids, added)) if added else ""
     return Dashboard(
         DashboardData(
             title=title or "graftlens dashboard",
-            text=asked.text if asked is not None else str(text or f"token ids {' '.join(tokens)}"),
+            text=asked.text + goes_on
+            if asked is not None
+            else str(text or f"token ids {' '.join(tokens)}"),
             answer=answer,
             tokens=tokens,
             roles=roles,
@@ -125,9 +145,37 @@ def dashboard(
                 prepend_bos=prepend_bos,
             ),
             sources=model.sources,
-            provenance=_provenance(model, asked),
+            provenance=_provenance(model, asked)
+            | ({"continued by": follow, "continuation": goes_on} if follow else {}),
         )
     )
+
+
+def _refuse_unknown(follow: str | None, runs: Runs) -> None:
+    if follow is not None and follow not in runs.grafts:
+        raise ValueError(
+            f"follow={follow!r} is not a run of this dashboard. Write one of "
+            f"{', '.join(map(repr, runs.grafts))}.{suggest(follow, runs.grafts)}"
+        )
+
+
+def _unanswered(item: Tokenized) -> Tokenized:
+    """The same prompt without an answer, which is not what comes after a continuation."""
+    asked = item.prompt
+    if asked is None or asked.answer is None:
+        return item
+    return replace(item, prompt=replace(asked, answer=None, distractors=(), answers=()))
+
+
+def _continued(
+    model: GraftedTransformer, item: Tokenized, graft: Graft, most: int
+) -> tuple[int, ...]:
+    """The likeliest tokens after a prompt under a graft, one after another."""
+    drawing = Drawing(max_new_tokens=most, temperature=0)
+    row = Sampler(model, {"followed": graft}, drawing).table({0: item}).iloc[0]
+    if row["reason"] is not None:
+        raise PromptError(str(row["reason"]))
+    return tuple(int(token) for token in row["tokens"])
 
 
 #: Megabytes of attention patterns from which a page is slow to open.
@@ -156,6 +204,8 @@ def write_dashboard(
     full: str | None = None,
     title: str = "",
     top_k: int = 5,
+    follow: str | None = None,
+    max_new_tokens: int = 20,
     device: str | None = None,
     loading: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -166,7 +216,7 @@ def write_dashboard(
         sources: name -> hub id, folder, `smollm2`, or what the source is made of; the base first.
         path: the page.
         image: a PNG of the whole page.
-        prompt, grafts, full, title, top_k: as in `dashboard`.
+        prompt, grafts, full, title, top_k, follow, max_new_tokens: as in `dashboard`.
         device: as in `GraftedTransformer.from_pretrained`.
         loading: what else that takes: `tokenizer`, `chat_template`, `dtype`; and `prepend_bos`.
 
@@ -193,10 +243,20 @@ def write_dashboard(
     }
     loading = dict(loading or {})
     prepend_bos = loading.pop("prepend_bos", None)
-    _check(locations, prompt, _runs(list(locations), grafts, full), loading, prepend_bos)
+    runs = _runs(list(locations), grafts, full)
+    _refuse_unknown(follow, runs)
+    _check(locations, prompt, runs, loading, prepend_bos, generating=follow is not None)
     model = GraftedTransformer.from_pretrained(locations, device=device, **loading)
     view = dashboard(
-        model, prompt, grafts, full=full, title=title, top_k=top_k, prepend_bos=prepend_bos
+        model,
+        prompt,
+        grafts,
+        full=full,
+        title=title,
+        top_k=top_k,
+        follow=follow,
+        max_new_tokens=max_new_tokens,
+        prepend_bos=prepend_bos,
     )
     page = view.save(path)
     if image is not None:
@@ -214,7 +274,8 @@ def write_sweep_dashboard(
         number: the prompt's, as in the sweep's results.
         grafts: names of the sweep's grafts; or others, as `NAME=GRAFT` or `GRAFT`.
         path: the page.
-        options: `image`, `title`, `top_k` and `device`, as in `write_dashboard`.
+        options: `image`, `title`, `top_k`, `follow`, `max_new_tokens` and `device`, as in
+            `write_dashboard`.
 
     Raises:
         ValueError: a folder without a sweep, a prompt or a graft that the sweep does not have; and
@@ -267,12 +328,14 @@ def _check(
     runs: Runs,
     loading: Mapping[str, Any],
     prepend_bos: bool | None,
+    generating: bool,
 ) -> None:
     """Refuse what cannot run before any weight is read."""
     arch, tokenizer = preview(locations, loading.get("tokenizer"), loading.get("chat_template"))
     if tokenizer is None:
         raise ValueError("no source has a tokenizer. Save one in the folder of the base's weights.")
     item = tokenize(prompt, tokenizer, prepend_bos)
+    item = item.generating() if generating else item
     for graft in runs.grafts.values():
         for rule in graft.rules:
             sites_of(rule, arch, list(locations))
@@ -390,7 +453,7 @@ def _numbered(what: str, numbers: Sequence[int]) -> str:
     return f"{what}{'s' if len(numbers) > 1 else ''} {written}"
 
 
-def _provenance(model: GraftedTransformer, prompt: Prompt | None) -> Mapping[str, object]:
+def _provenance(model: GraftedTransformer, prompt: Prompt | None) -> dict[str, object]:
     # The folder's own name: its location does not concern readers of the page.
     name = model.cfg.model_name
     found: dict[str, object] = {

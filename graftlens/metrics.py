@@ -670,14 +670,9 @@ def measure(name: str) -> Measure:
     return known(name) or Measure(name)
 
 
-def load(where: str) -> Measure:
-    """A measure of the user's own, imported from ``module:name``; modules may be in the working
-    directory.
-
-    Only what a user types is imported: configs and results folders only name measures.
-
-    Raises:
-        ValueError: what cannot be imported, or is not a measure.
+def imported(where: str) -> Any:
+    """What a user has at ``module:name``, in the working directory too; ValueError if it cannot be
+    imported. Only what a user types is imported: configs and results folders only name measures.
     """
     module, _, name = where.partition(":")
     if not module or not name:
@@ -685,12 +680,17 @@ def load(where: str) -> Measure:
     if (here := str(Path.cwd())) not in sys.path:
         sys.path.insert(0, here)
     try:
-        found = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the module's own code raises
         raise ValueError(
             f"{where!r} cannot be imported ({type(error).__name__}: {error}). Write MODULE:NAME of "
             "a module in this folder or an installed one that imports without an error."
         ) from error
+
+
+def load(where: str) -> Measure:
+    """A measure of the user's own, `imported`; ValueError if it is not one."""
+    found = imported(where)
     if not isinstance(found, Measure):
         raise ValueError(
             f"{where!r} is a {type(found).__name__}, not a measure. Make it one: "

@@ -20,10 +20,12 @@ from graftlens.stats import summarise
 from graftlens.sweep.prepared import Extent, Prepared
 from graftlens.sweep.results import Manifest, read_end, read_manifest, read_prompts, read_results
 from graftlens.sweep.runner import SweepResult, config_of, content_of, sweep_result
+from graftlens.textreports import texts_shown
 from graftlens.viz.page import page_at
 from graftlens.viz.report import Example
 from graftlens.viz.sweepcharts import effects
 from graftlens.viz.sweeppage import TOKENS, Sweep, sweep_page
+from graftlens.viz.textspage import texts_page
 
 #: The page in a sweep's folder.
 PAGE = "report.html"
@@ -65,11 +67,31 @@ def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
     ends = tuple(manifest.recovery.values())
     prompts = sum(manifest.prompt_blocks)
     notes = [f"{count} cells could not be run: {why}" for why, count in result.not_run.items()]
+    notes += [
+        f"{count} texts could not be generated: {why}"
+        for why, count in result.texts_not_run.items()
+    ]
     if manifest.members:
         notes.append(
             f"The sweep ran {len(manifest.members)} models one after another. This page is about "
             f"the last, {manifest.members[-1]['name']}; `read_results` has all of them, and "
             '`summarise(…, by=("member", "step"))` with `viz.lines` draws them over steps.'
+        )
+    texts, rates, left_out = None, pd.DataFrame(), list[str]()
+    if manifest.texts:
+        texts, rates, left_out = texts_shown(folder, manifest)
+        notes += left_out
+    if texts is not None and not manifest.scored:
+        return texts_page(
+            path,
+            title=f"Sweep {folder.resolve().name}",
+            lead=_lead(manifest, result),
+            texts=texts,
+            rates=rates,
+            notes=notes,
+            trust=str(result.trust["text"]),
+            trusted=result.ok,
+            provenance=_provenance(folder, manifest),
         )
     chosen: Collection[str] = names
     if manifest.cells > CELLS:
@@ -113,6 +135,7 @@ def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
             trusted=result.ok,
             command=("graftlens", "dashboard", "--sweep", str(folder)),
             provenance=_provenance(folder, manifest),
+            texts=texts,
         ),
     )
 

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from command import graftlens
+from reference import sequential_graft
 from tinybase import LAYERS, tiny_base
 from transformers import AutoModelForCausalLM
 
-from graftlens import Graft, GraftedTransformer, Prompt, dashboard, evaluate, lens
+from graftlens import Graft, GraftedTransformer, Prompt, dashboard, evaluate, lens, outcomes
 from graftlens.dashboards import write_dashboard
 from graftlens.model.locations import location_of
 from graftlens.model.smollm2 import located
@@ -249,3 +250,55 @@ def test_the_summary_has_the_numbers_of_evaluate(model: GraftedTransformer) -> N
     assert final["graft"].tolist() == scored["graft"].tolist()
     assert final["rank"].tolist() == scored["rank"].tolist()
     np.testing.assert_allclose(final["logprob"], scored["logprob"].astype(float), atol=1e-4)
+
+
+def test_a_generated_continuation_is_followed(
+    pair: dict[str, str], model: GraftedTransformer
+) -> None:
+    """Every run reads the same continuation, with the weights of its own graft: by value."""
+    grafts = {"new": "sft @ generated", "LT": "sft @ last : mlp"}
+    data = dashboard(model, PROMPT, grafts, follow="new", max_new_tokens=6).data
+    ids = model.to_tokens(PROMPT)[0].tolist()
+    texts = outcomes.sample(model, PROMPT, {"new": grafts["new"]}, temperature=0, max_new_tokens=6)
+    row = texts[texts["graft"] == "new"].iloc[0]
+    whole = [*ids, *(int(token) for token in row["tokens"])]
+    assert data.text == PROMPT.text + model.added_text(ids, whole[len(ids) :])
+    assert len(data.tokens) == len(whole) > len(ids)
+    assert data.answer is None
+    models = {n: AutoModelForCausalLM.from_pretrained(p) for n, p in pair.items()}
+    mlp = ("mlp_in", "mlp_gate", "mlp_out")
+    chosen = {
+        "PRE": lambda component, p: False,
+        "new": lambda component, p: p >= len(ids),
+        "LT": lambda component, p: p >= len(ids) - 1 and component in mlp,
+    }
+    for name, inside in chosen.items():
+
+        def choose(component: str, layer: int | None, p: int, unit: int | None) -> str:
+            return "sft" if inside(component, p) else "pre"  # noqa: B023
+
+        logprobs = sequential_graft(models, whole, choose).log_softmax(-1)
+        expected = [float(logprobs[i, token]) for i, token in enumerate(whole[1:])]
+        np.testing.assert_allclose(data.runs[name].token_logprobs[1:], expected, atol=1e-4)
+        last = data.lens[(data.lens["graft"] == name) & (data.lens["stream"] == "final_post")]
+        assert last["position"].tolist() == list(range(len(whole)))
+        best = [model.to_single_str_token(int(t)) for t in logprobs.argmax(-1)]
+        assert [top[0] for top in last["top_tokens"]] == best
+    assert data.runs["new"].where[len(ids) - 1 : len(ids) + 1] == ["", "sft: all weights"]
+    assert data.provenance["continued by"] == "new"
+    with pytest.raises(ValueError, match=r"follow='newt' is not a run .* Did you mean 'new'"):
+        dashboard(model, PROMPT, grafts, follow="newt")
+    with pytest.raises(ValueError, match="'generated' are the tokens that a model adds"):
+        dashboard(model, PROMPT, grafts)
+
+
+def test_the_command_follows_a_continuation(pair: dict[str, str], tmp_path: Path) -> None:
+    page = tmp_path / "d.html"
+    given = ["--pair", pair["pre"], pair["sft"], "--prompt", "News: Ann", "--out", str(page)]
+    follow = ["--graft", "new=sft @ generated", "--follow", "new", "--max-new-tokens", "3"]
+    found = graftlens("dashboard", *given, *follow)
+    assert found.returncode == 0, found.stderr
+    assert "continued by" in page.read_text(encoding="utf-8")
+    wrong = graftlens("dashboard", *given, "--follow", "nobody")
+    assert wrong.returncode != 0
+    assert "follow='nobody' is not a run of this dashboard" in wrong.stderr

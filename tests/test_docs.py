@@ -124,7 +124,7 @@ def configs(page: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("block", every("yaml"), ids=where)
 def test_every_config_says_what_it_is(block: Block) -> None:
-    kinds = {"sweep", "prompts", "sources", "facts", "sentences", "localise"}
+    kinds = {"sweep", "prompts", "sources", "facts", "sentences", "localise", "outcomes"}
     assert block.note.removeprefix("config: ") in kinds or not_run(block)
 
 
@@ -142,6 +142,10 @@ def test_the_sweep_shown_is_a_config(tmp_path: Path) -> None:
     grafts = [entry.graft for entry in grid.grafts(arch, ("pre", "sft"))]
     assert len(grafts) == 3 * 6, "the override left one group of layers"
     assert Graft.parse("sft @ first_entity + last : attn : 3-4") in grafts
+    (tmp_path / "texts.yaml").write_text(whole + configs("docs/howto/outcomes.md")["outcomes"])
+    texts = load_config(tmp_path / "texts.yaml").outcomes
+    assert texts is not None
+    assert list(texts.measured_by()) == ["refuses", "verse", "right", "first", "kind"]
     made = configs("docs/howto/made.md")["sources"]
     (tmp_path / "made.yaml").write_text(made + whole[whole.index("dataset:") :] + own)
     sources = load_config(tmp_path / "made.yaml").sources

@@ -216,7 +216,7 @@ def test_each_member_s_rows_are_those_of_its_own_sweep(
 def test_the_record_and_the_trust_report_are_by_member(run: Path, whole: Path) -> None:
     manifest = read_manifest(whole)
     assert [m["step"] for m in manifest.members] == sorted(STEPS)
-    assert manifest.shards == 3 * len(manifest.shards_of(0))
+    assert manifest.shards == 3 * len(manifest.cell_shards.of(0))
     recorded = manifest.models["members"]
     assert len({recorded[name]["fingerprints"]["time"] for name in recorded}) == 3
     assert len({recorded[name]["fingerprints"]["pre"] for name in recorded}) == 1

@@ -69,9 +69,9 @@ def threads(path: Path) -> None:
 
 def die_once(mark: Path, out: Path, **more: Any) -> None:
     """Be a sweep's worker that is killed at its second shard, if it is the first to get there."""
-    from graftlens.sweep import runner
+    from graftlens.sweep import claim, runner
 
-    write, shards = runner.write, []
+    write, shards = claim.write, []
 
     def fatal(folder: Path, path: Path, content: bytes) -> None:
         if path.parent.name == "shards":  # the shard's lock is held
@@ -82,7 +82,7 @@ def die_once(mark: Path, out: Path, **more: Any) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         write(folder, path, content)
 
-    runner.write = fatal
+    claim.write = fatal
     runner.work(out, **more)
 
 

@@ -1,6 +1,6 @@
 """From a part's results to the tables that its figures draw."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pandas as pd
@@ -16,6 +16,8 @@ from graftlens.stats import GRAFT_COLUMNS, summarise
 from graftlens.stats.resampling import Draw
 from graftlens.sweep.config import Checked
 from graftlens.sweep.results import read_manifest, read_results
+from graftlens.sweep.texttables import read_texts
+from graftlens.textreports import rare_in, text_rates
 
 #: The axes of a grid's grafts, as columns.
 TAGS = (
@@ -46,6 +48,8 @@ class PartTables:
         cells: number of (prompt, graft).
         failed: number of cells that could not be run.
         interactions: how the part's players work together.
+        rates, rates_by_template: how often its texts are what is measured (`text_rates`), all
+            templates together and one by one.
     """
 
     template: pd.DataFrame
@@ -55,6 +59,8 @@ class PartTables:
     cells: int
     failed: int
     interactions: Interactions | None = None
+    rates: pd.DataFrame = field(default_factory=pd.DataFrame)
+    rates_by_template: pd.DataFrame = field(default_factory=pd.DataFrame)
 
 
 def part_tables(
@@ -68,6 +74,10 @@ def part_tables(
         checked: the part's sweep.
         folder: the sweep's folder.
     """
+    rates = _rates(checked, folder)
+    if not checked.scored:
+        none = pd.DataFrame()
+        return PartTables(none, none, none, none, cells=0, failed=0, **rates)
     own = checked.config.metrics.measures
     measured = [*(m.name for m in always_measured() if m.summary == "mean"), *own]
     members = MEMBERS if checked.members else ()
@@ -80,6 +90,7 @@ def part_tables(
     drawn = (metric for figure in part.shown for metric in figure.metrics)
     asked = [metric for metric in (*own, *drawn) if metric in measured]
     metrics = measured_in(table, asked, checked.config.metrics.answers)
+    table = table[~table["graft"].isin(_of_generated(checked))]
     interactions = _interactions(part, checked, table)
     if interactions is not None:
         table = table[~table["graft"].isin(_coalitions_alone(part, checked))]
@@ -98,7 +109,46 @@ def part_tables(
         cells=cells,
         failed=failed,
         interactions=interactions,
+        **rates,
     )
+
+
+def _rates(checked: Checked, folder: Path) -> dict[str, pd.DataFrame]:
+    """The rates of a part's texts, by the attributes of `PartTables`."""
+    if checked.config.outcomes is None:
+        return {}
+    texts = read_texts(folder)
+    rare = rare_in(texts, (checked.base, checked.full))
+    apart = ["dataset"] if texts["dataset"].nunique() > 1 else []
+    found = {"rates": text_rates(folder, by=apart, facts=facts_of(folder), without=rare)}
+    if texts["template"].nunique() > 1:
+        by = [*apart, "template"]
+        found["rates_by_template"] = text_rates(folder, by=by, without=rare)
+    return found
+
+
+def _of_generated(checked: Checked) -> set[str]:
+    """The grafts of generated tokens, which have texts and no cells."""
+    reached = {
+        named.name
+        for named in checked.grafts
+        if any("generated" in rule.at.names() for rule in named.graft.rules)
+    }
+    return reached if checked.config.outcomes is not None else set()
+
+
+def check_scored(part: PartConfig, checked: Checked) -> None:
+    """Find what needs answers in a part whose prompts have none, before anything is trained.
+
+    Raises:
+        ConfigError: there is something.
+    """
+    if checked.scored:
+        return
+    what = "it needs prompts with answers, and none has one: the part makes texts alone."
+    given = [key for key in ("figures", "finding", "interactions") if getattr(part, key)]
+    if given:
+        raise ConfigError(*((key, f"{what} Leave it out.") for key in given))
 
 
 def _interactions(part: PartConfig, checked: Checked, table: pd.DataFrame) -> Interactions | None:

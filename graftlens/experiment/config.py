@@ -25,6 +25,7 @@ from graftlens.shipped import Kind, config_file
 from graftlens.sweep.config import RunSettings
 from graftlens.sweep.graftsettings import GraftSettings, unknown_sources
 from graftlens.sweep.grid import GraftField, Grid
+from graftlens.sweep.outcomesettings import OutcomeSettings
 from graftlens.sweep.promptsets import (
     PromptColumn,
     PromptFile,
@@ -33,6 +34,7 @@ from graftlens.sweep.promptsets import (
     Section,
     listed,
     sections_by_key,
+    unanswered,
 )
 
 #: The pretrained model's name among an experiment's sources.
@@ -224,6 +226,10 @@ class PartConfig(RunSettings, GraftSettings):
     interactions: InteractionsConfig | None = None
     """Grafts that are run in all coalitions, besides those of `grafts` and `grids`."""
 
+    outcomes: OutcomeSettings | None = None
+    """Texts that are generated of each prompt under each graft, and what is measured of them: a
+    table and a figure of rates."""
+
     localise: Search | None = None
     """Instead of a sweep: search the smallest set of places that does it. `grafts` are reported
     beside it."""
@@ -305,12 +311,15 @@ class PartConfig(RunSettings, GraftSettings):
             )
 
     def problems(self) -> list[tuple[str, str]]:
-        """(where, what) of every name here that does not exist."""
+        """(where, what) of every name here that does not exist, and every answer that is
+        missing."""
         if self.localise is not None:
             what = "a part that localises has none: its page shows what was found. Leave it out."
             never = ("grids", "figures", "finding", "interactions", "where_possible", "paper")
-            return [(key, what) for key in (*never, "base", "full") if getattr(self, key)]
-        problems = []
+            return [
+                (key, what) for key in (*never, "base", "full", "outcomes") if getattr(self, key)
+            ]
+        problems = [] if self.outcomes is not None else unanswered(self.prompts)
         named, grafts = self.named_grids, self.named_grafts()
         if len(named) < len(self.grids):
             problems.append(("grids", "two grids have the same name. Give each its own name."))
@@ -566,6 +575,8 @@ class ExperimentConfig(RunSettings):
             name: getattr(part if name in part.model_fields_set else self, name)
             for name in RunSettings.model_fields
         } | {name: getattr(part, name) for name in GraftSettings.model_fields}
+        if part.outcomes is not None:
+            found["outcomes"] = part.outcomes
         if part.interactions is not None:
             coalitions = part.interactions.coalitions(found["seed"]).grafts
             found["grafts"] = {**part.grafts, **coalitions}

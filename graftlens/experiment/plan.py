@@ -22,7 +22,7 @@ from graftlens.configfile import ConfigError, settings_from
 from graftlens.data import DatasetSpec, load_dataset, make_dataset, save_dataset
 from graftlens.data.dataset import read_provenance
 from graftlens.data.settings import Settings, within
-from graftlens.experiment.analysis import check_figures, check_players
+from graftlens.experiment.analysis import check_figures, check_players, check_scored
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig, PromptsConfig
 from graftlens.find.config import LocaliseConfig
 from graftlens.finetune import FinetuneRun, TrainingData
@@ -247,6 +247,7 @@ class Plan:
         def look(name: str) -> None:
             checked = self.checked(name, trained=False, measures=measures)
             try:
+                check_scored(self.config.parts[name], checked)
                 check_figures(self.config.parts[name], checked)
                 check_players(self.config.parts[name], checked)
             except ConfigError as error:

@@ -329,6 +329,7 @@ def _record(
             name: {
                 "title": part.title,
                 "cells": sweeps[name].cells,
+                **({"texts": sweeps[name].texts} if sweeps[name].texts else {}),
                 "cells that could not be run": sum(sweeps[name].not_run.values()),
                 "trust report": "passed" if sweeps[name].ok else "FAILED",
             }

@@ -13,6 +13,7 @@ from graftlens.experiment.config import ExperimentConfig, FigureConfig, PartConf
 from graftlens.find.found import Found
 from graftlens.folder import inside
 from graftlens.sweep.config import Checked
+from graftlens.textreports import rate_table
 from graftlens.viz import text
 from graftlens.viz.export import write_figure
 from graftlens.viz.figures import bar_chart, dose_chart, heat_map, interaction_chart, line_chart
@@ -20,6 +21,7 @@ from graftlens.viz.interactions import sentences
 from graftlens.viz.localisation import found_figures
 from graftlens.viz.page import Figure, Part, Table
 from graftlens.viz.tables import write_table
+from graftlens.viz.textspage import rate_charts
 
 #: Most grafts whose rules a page lists; most grafts that a note names.
 LISTED, SHOWN = 60, 5
@@ -79,6 +81,11 @@ def show_part(
         written = write_figure(drawn.figure, file, title=f"{part.title}: interactions")
         why = "".join(f" (No {kind}: {why}.)" for kind, why in written.skipped.items())
         shown.append(replace(drawn, caption=drawn.caption + why, files=written.paths))
+    rates = {} if checked.members or tables.rates.empty else rate_charts(tables.rates)
+    for measure, drawn in rates.items():
+        file = inside(out, "figures") / _unlike(plain(f"{name}-rate-{measure}"), stems)
+        written = write_figure(drawn.figure, file, title=f"{part.title}: {measure}", shared=True)
+        shown.append(replace(drawn, files=written.paths, skipped=written.skipped))
     rules = {named.name: str(named.graft) for named in checked.grafts}
     more = len(rules) - LISTED
     headline, verdicts = _finding(part, tables)
@@ -167,6 +174,13 @@ def _tables(name: str, tables: PartTables, out: Path) -> Iterator[Table]:
         ("pooled", "All templates together, with facts as resampling units", tables.pooled),
         ("grids", "The grids, all templates together", tables.pooled_grids),
         ("by-template", "Template by template", tables.template),
+        *(
+            (kind, f"Rates of generated texts{rest}", rate_table(rates) if len(rates) else rates)
+            for kind, rest, rates in (
+                ("rates", ", with facts as resampling units", tables.rates),
+                ("rates-by-template", ", template by template", tables.rates_by_template),
+            )
+        ),
     )
     for kind, caption, frame in kinds:
         if len(frame):

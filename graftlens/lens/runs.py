@@ -211,8 +211,9 @@ def _places(
     prompt, position, rows, tokens = [], [], [], []
     width = batch.real.shape[1]
     for row, item in enumerate(batch.prompts):
+        total = batch.totals[row] if item.generates else len(item)
         try:
-            chosen = np.flatnonzero(where.select(item.spans, len(item)))
+            chosen = np.flatnonzero(where.select(item.spans_with(total), len(item), total))
         except ValueError as error:
             raise PromptError(f"prompt {first + row}, at={str(where)!r}: {error}") from None
         if not len(chosen):

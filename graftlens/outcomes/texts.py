@@ -374,7 +374,7 @@ class Sampler:
                 "template": given and (given.name or given.template),
                 "prompt_text": self._prompt_text(prompt),
                 "answer": given and given.answer,
-                "answers": _right(given),
+                "answers": right_of(given),
             }
             for graft, (name, rule) in enumerate(self.grafts.items()):
                 for sample in range(self.drawing.n):
@@ -409,7 +409,7 @@ class Sampler:
         return prompt.text if isinstance(prompt, Prompt) else prompt
 
 
-def _right(prompt: Prompt | None) -> list[str]:
+def right_of(prompt: Prompt | None) -> list[str]:
     """The texts that are right after a prompt."""
     if prompt is None:
         return []

@@ -12,8 +12,9 @@ import pandas as pd
 from graftlens.components import suggest
 from graftlens.folder import json_digest
 from graftlens.graft import Graft
-from graftlens.metrics import Measure, always_measured, is_own, known, load, measures
+from graftlens.metrics import Measure, always_measured, imported, is_own, known, load, measures
 from graftlens.prompts import Prompt
+from graftlens.sweep.outcomesettings import TextFunction
 
 _ABOUT = ("prompt", "graft", "rule", "template", "text", "answer", "target", "target_id")
 
@@ -97,12 +98,19 @@ Measures = Sequence[Measure | str]
 
 
 def own_measures(given: Measures) -> tuple[Measure, ...]:
-    """The user's own measures; those that are named by where they are get imported.
+    """The user's own measures; those that are named by where they are get imported. Functions are
+    measures of texts.
 
     Raises:
         ValueError: what cannot be imported, or is not a measure.
     """
-    return tuple(load(one) if isinstance(one, str) else one for one in _listed(given))
+    return tuple(_loaded(one) if isinstance(one, str) else one for one in _listed(given))
+
+
+def _loaded(where: str) -> Measure:
+    found = imported(where)
+    text = found.over == "text" if isinstance(found, Measure) else callable(found)
+    return TextFunction.at(where, found) if text else load(where)
 
 
 def asked_for(given: Sequence[Measure | str], own: Sequence[Measure] = ()) -> tuple[Measure, ...]:
@@ -118,6 +126,8 @@ def asked_for(given: Sequence[Measure | str], own: Sequence[Measure] = ()) -> tu
     """
     mine: dict[str, Measure] = {}
     for given_one in own:
+        if isinstance(given_one, TextFunction):
+            continue
         _check_own(given_one)
         if mine.setdefault(given_one.name, given_one) != given_one:
             raise ValueError(f"two measures are called {given_one.name!r}. Rename one.")
@@ -144,8 +154,15 @@ def asked_for(given: Sequence[Measure | str], own: Sequence[Measure] = ()) -> tu
 
 
 def fingerprints(asked: Iterable[Measure]) -> dict[str, str]:
-    """The user's own measures among these -> what tells their functions apart."""
-    return {m.name: _fingerprint(m) for m in asked if is_own(m)}
+    """The user's own measures among these -> what tells their functions apart. Those of texts are
+    called by their places."""
+    return {
+        m.place if isinstance(m, TextFunction) else m.name: _fingerprint(
+            m.plain if isinstance(m, TextFunction) else m
+        )
+        for m in asked
+        if is_own(m)
+    }
 
 
 def _fingerprint(measure: Measure) -> str:

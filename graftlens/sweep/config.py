@@ -35,6 +35,7 @@ from graftlens.references import References
 from graftlens.shipped import Kind, config_file
 from graftlens.sweep.cells import asked_for
 from graftlens.sweep.graftsettings import GraftSettings
+from graftlens.sweep.outcomesettings import OutcomeSettings, TextFunction, refuse_unnamed
 from graftlens.sweep.prepared import Extent, Prepared, joined_answers
 from graftlens.sweep.promptsets import (
     DatasetSection,
@@ -44,6 +45,7 @@ from graftlens.sweep.promptsets import (
     Section,
     listed,
     prompt_sections,
+    unanswered,
 )
 
 __all__ = [
@@ -57,6 +59,9 @@ __all__ = [
 ]
 
 _TEMPLATES = template_names()
+
+#: (where, what), as in ConfigError.
+_Problems = list[tuple[str, str]]
 
 
 class Metrics(Section):
@@ -141,6 +146,10 @@ class SweepConfig(RunSettings, GraftSettings):
     """Prompts of your own: a list of prompts, `file:` with a file of them, or `dataset:` with the
     column of a dataset that holds them."""
 
+    outcomes: OutcomeSettings | None = None
+    """Texts that are generated of each prompt under each graft, and what is measured of them. Where
+    no prompt has an answer, these are all that the sweep makes."""
+
     @field_validator("sources")
     @classmethod
     def _names(cls, sources: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -182,6 +191,8 @@ class SweepConfig(RunSettings, GraftSettings):
                 if name not in _TEMPLATES
             ]
         problems += self.graft_problems(self.sources)
+        if self.outcomes is None:
+            problems += unanswered(self.prompts)
         if problems:
             raise ConfigError(*problems)
         return self
@@ -232,7 +243,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> SweepConfig:
 def with_measures(config: SweepConfig, measures: Sequence[Measure]) -> SweepConfig:
     """The config with the names of all these measures among those that it asks for."""
     named = config.metrics.measures
-    return _asking_for(config, [*named, *(m.name for m in measures if m.name not in named)])
+    cells = (m.name for m in measures if not isinstance(m, TextFunction))
+    return _asking_for(config, [*named, *(name for name in cells if name not in named)])
 
 
 def _asking_for(config: SweepConfig, names: Sequence[str]) -> SweepConfig:
@@ -290,6 +302,8 @@ class Checked:
         base, full: names of the grafts that recovery is measured between.
         prepared: the prompts' tokens.
         asked: the measures besides those of every table, which the config names.
+        functions: the user's own measures of texts.
+        scored: whether any prompt has an answer, so that there are cells.
         members: the models that are run one after another, if a source stands for several.
     """
 
@@ -304,6 +318,8 @@ class Checked:
     full: str
     prepared: Prepared
     asked: tuple[Measure, ...] = ()
+    functions: tuple[Measure, ...] = ()
+    scored: bool = True
     members: tuple[Member, ...] = ()
 
 
@@ -313,20 +329,26 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     Reads the sources' configs and tokenizer, never their weights. The graft without rules and the
     second source everywhere are added where they are missing: recovery is measured between them.
     A graft that fails on some prompts only is kept; its cells there get a reason. So is one of a
-    role that speaks in none of the conversations, with a warning. `measures` are the user's own,
-    which the config may name.
+    role that speaks in none of the conversations, with a warning, and where texts are generated,
+    one of `generated` tokens, which cells cannot run. `measures` are the user's own, which the
+    config may name.
 
     Raises:
         ConfigError: everything that is wrong, at once.
     """
     problems: _Problems = []
     measured: tuple[Measure, ...] = ()
+    functions = tuple(m for m in measures if isinstance(m, TextFunction))
     try:
+        refuse_unnamed(functions, config.outcomes.functions if config.outcomes else ())
         measured = asked_for(config.metrics.measures, measures)
     except ValueError as error:
         problems.append(("metrics.measures", str(error)))
     else:
         config = _asking_for(config, [m.name for m in measured])  # the others are there anyway
+    if config.outcomes is not None:
+        with noted(problems, ""):
+            config.outcomes.measured_by(functions)
     try:
         members = config.members()
         arch, tokenizer = _previewed(config, members)
@@ -375,13 +397,18 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     prepared = Prepared(
         tokenizer, arch, config.prepend_bos, config.metrics.answers, config.metrics.distractors
     )
-    ready, unready = prepared.all(dict(enumerate(prompts)))
-    if unready and not ready:
-        first = next(iter(unready.values()))
-        problems.append(("", f"none of the {len(prompts)} prompts can be run. The first: {first}"))
-    tokens = [scored.tokens for scored in ready]
+    scored = config.outcomes is None or any(prompt.answer is not None for prompt in prompts)
     needed = [grafts[name] for name in chosen.values() if name in grafts]
-    problems += _unfit(where_given, sources, arch, tokens, needed)
+    if config.outcomes is not None:
+        generating, unread = prepared.generating(prompts)
+        problems += _none(prompts, generating, unread)
+        problems += _unfit(where_given, sources, arch, generating, needed)
+        where_given = {graft: where for graft, where in where_given.items() if graft in needed}
+    if scored:
+        ready, unready = prepared.all(dict(enumerate(prompts)))
+        problems += _none(prompts, ready, unready)
+        tokens = [one.tokens for one in ready]
+        problems += _unfit(where_given, sources, arch, tokens, needed)
     if problems:
         raise ConfigError(*problems)
     return Checked(
@@ -395,8 +422,18 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
         **chosen,
         prepared=prepared,
         asked=measured,
+        functions=functions,
+        scored=scored,
         members=members,
     )
+
+
+def _none(prompts: Sequence[Prompt], ready: Sequence[Any], unready: Mapping[int, str]) -> _Problems:
+    """That no prompt can be run, if so."""
+    if ready or not unready:
+        return []
+    first = next(iter(unready.values()))
+    return [("", f"none of the {len(prompts)} prompts can be run. The first: {first}")]
 
 
 def _previewed(config: SweepConfig, members: Sequence[Member]) -> tuple[Architecture, Any]:
@@ -418,10 +455,6 @@ def _previewed(config: SweepConfig, members: Sequence[Member]) -> tuple[Architec
     return arch, tokenizer
 
 
-#: (where, what), as in ConfigError.
-_Problems = list[tuple[str, str]]
-
-
 def _prompts(config: SweepConfig) -> tuple[dict[str, tuple[Prompt, ...]], _Problems]:
     """Name of a dataset -> its prompts."""
     own = [section.prompt for section in config.prompts if isinstance(section, PromptSection)]
@@ -431,11 +464,14 @@ def _prompts(config: SweepConfig) -> tuple[dict[str, tuple[Prompt, ...]], _Probl
     ]
     if own:
         origins.append(("prompts", "prompts", lambda: own))
+    answered = config.outcomes is None
     for i, section in enumerate(config.prompts):
         if isinstance(section, PromptFile):
-            origins.append((f"prompts.{i}", Path(section.file).name, section.prompts))
+            name = Path(section.file).name
+            origins.append((f"prompts.{i}", name, partial(section.prompts, answered)))
         elif isinstance(section, PromptColumn):
-            origins.append((f"prompts.{i}", section.title, partial(section.prompts, config.seed)))
+            made = partial(section.prompts, config.seed, answered)
+            origins.append((f"prompts.{i}", section.title, made))
     sets: dict[str, tuple[Prompt, ...]] = {}
     problems: _Problems = []
     for where, title, read in origins:

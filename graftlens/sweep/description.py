@@ -67,6 +67,9 @@ def describe(checked: Checked, sources: Mapping[str, Any] | None = None) -> str:
         twice = f"{len(checked.duplicates)} given twice are run once"
         lines.append(f"          {twice}, such as {dropped} = {kept}")
     cells = len(checked.prompts) * len(checked.grafts)
+    lines += _of_texts(checked, cells)
+    if not checked.scored:
+        return "\n".join(lines)
     if checked.members:
         lines.append(f"          {cells} of each member, so {cells * len(checked.members)} in all")
     shards = -(-cells // config.shards)
@@ -94,3 +97,27 @@ def describe(checked: Checked, sources: Mapping[str, Any] | None = None) -> str:
             "blocks have in common is computed in each"
         )
     return "\n".join([*lines, "", planned.summary()])
+
+
+def _of_texts(checked: Checked, cells: int) -> list[str]:
+    """What is generated, and what is asked about it."""
+    given = checked.config.outcomes
+    if given is None:
+        return []
+    n, rounds = given.sampling.n, max(1, len(checked.members))
+    texts = cells * n * rounds
+    lines = [
+        f"texts     {texts:,}, {n} of each prompt and graft, up to "
+        f"{given.sampling.max_new_tokens} tokens each"
+    ]
+    if given.measures:
+        lines.append(f"          measured: {' '.join(given.measures)}")
+    lines += [
+        f"          {name} asks {m.judge.who} about {texts:,} texts at most, "
+        f"{texts * m.judge.attempts:,} calls"
+        for name, m in given.measures.items()
+        if m.judge is not None
+    ]
+    if not checked.scored:
+        lines.append("cells     none: no prompt has an answer")
+    return lines

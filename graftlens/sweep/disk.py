@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,21 @@ FILES = (
     "config.yaml",
     "grafts.yaml",
     "prompts.parquet",
+    "measured.parquet",
     "sweep.json",
     "trust.txt",
     "trust.json",
     "done.json",
     "report.html",
+    "rates.csv",
+    "rates.md",
 )
 
 _SHARD = r"[0-9]{5,}\.parquet"
-_LOCK = r"(?:claim|finish|[0-9]{5,})\.lock"
+_LOCK = r"(?:claim|finish|(?:texts-)?[0-9]{5,})\.lock"
+
+#: The folders of a sweep's shards.
+SHARDS = ("shards", "texts")
 
 
 class FolderError(OSError):
@@ -111,8 +117,10 @@ def lock_path(out: Path, name: str) -> Path:
 # -- whose the folder is -----------------------------------------------------------------------
 
 
-def refuse_foreign(out: Path) -> None:
+def refuse_foreign(out: Path, folders: Sequence[str] = SHARDS[:1]) -> None:
     """Refuse a folder that is not a sweep's and has files where a sweep's would be written.
+
+    `folders` are those of the sweep's shards.
 
     Raises:
         ValueError: the message names the file.
@@ -120,7 +128,8 @@ def refuse_foreign(out: Path) -> None:
     if (out / "sweep.json").is_file() or is_claimed(out / "locks", "sweep"):
         return
     places = [out / name for name in FILES if os.path.lexists(out / name)]
-    for folder, names in ((out / "shards", _SHARD), (out / "locks", _LOCK)):
+    of_shards = [(out / name, _SHARD) for name in folders]
+    for folder, names in (*of_shards, (out / "locks", _LOCK)):
         if folder.is_dir():
             places += sorted(p for p in folder.iterdir() if re.fullmatch(names, p.name))
         elif os.path.lexists(folder):
@@ -132,16 +141,16 @@ def refuse_foreign(out: Path) -> None:
         )
 
 
-def make_folders(out: Path) -> None:
-    """Create the folders of a sweep, and mark them as ours.
+def make_folders(out: Path, folders: Sequence[str] = SHARDS[:1]) -> None:
+    """Create the folders of a sweep, and mark them as ours; `folders` are those of its shards.
 
     Raises:
         ValueError: a link that leads out of the sweep's folder.
         OSError: a folder that cannot be written.
     """
-    for name in ("shards", "locks"):
+    for name in (*folders, "locks"):
         inside(out, name)
-    for folder in (out, out / "shards", out / "locks"):
+    for folder in (out, *(out / name for name in folders), out / "locks"):
         folder.mkdir(parents=True, exist_ok=True)
         sync(folder.parent)
     claim(out / "locks", "sweep", taken=())
@@ -151,7 +160,7 @@ def clear_halves(out: Path) -> None:
     """Remove what killed writers left half-written, in this version and in 0.1.0."""
     for folder, names in (
         (out, "|".join(map(re.escape, FILES))),
-        (out / "shards", _SHARD),
+        *((out / name, _SHARD) for name in SHARDS if (out / name).is_dir()),
         (out / "locks", re.escape(MARKER)),
     ):
         earlier = re.compile(rf"(?:{names})\..+-[0-9]+\.tmp")

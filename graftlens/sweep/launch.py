@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from graftlens.engines import EngineError, Say, SlurmResources, Task, run_processes, submit
 from graftlens.sweep.devices import check_devices
-from graftlens.sweep.results import read_manifest, shard_path
+from graftlens.sweep.results import read_manifest
 from graftlens.sweep.runner import is_done, is_finished, work
 
 
@@ -121,8 +121,9 @@ def launch_slurm(
 
 def shards_done(out: Path) -> tuple[int, int]:
     """(finished shards, all shards) of a sweep's folder."""
-    manifest = read_manifest(out)
-    return sum(shard_path(out, n).is_file() for n in range(manifest.shards)), manifest.shards
+    tables = read_manifest(out).tables
+    paths = [table.path(out, shard) for table in tables for shard in range(len(table))]
+    return sum(path.is_file() for path in paths), len(paths)
 
 
 class _Bar:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from graftlens.folder import differences, file_digest, refusal
-from graftlens.memory import affordable_rows
+from graftlens.memory import affordable_cache, affordable_rows
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.locations import folder_of
 from graftlens.references import COMMON_TOKENS
@@ -174,6 +174,11 @@ def recorded(out: Path, loaded: Loaded, config: SweepConfig, say: Say, number: i
         budget = manifest.row_budget or config.row_budget
         budget = budget or affordable_rows(model.arch, model.cfg.device, model.cfg.dtype)
         common = {"dtype": dtype, "row_budget": budget, "scheme": FINGERPRINTS}
+        if config.outcomes is not None:
+            cached = manifest.token_budget or config.outcomes.token_budget
+            common["token_budget"] = cached or affordable_cache(
+                model.arch, model.cfg.device, model.cfg.dtype
+            )
         if model.vocabularies.differ:
             common[COMMON_TOKENS] = model.vocabularies.common
         own: dict[str, Any] = {

@@ -97,6 +97,24 @@ class Prepared:
                 unready[number] = str(error)
         return ready, unready
 
+    def tokens(self, prompt: Prompt) -> Tokenized:
+        """A prompt's tokens, with an answer or without.
+
+        Raises:
+            PromptError: a prompt that cannot be read.
+        """
+        return tokenize(prompt, self.tokenizer, self.prepend_bos)
+
+    def generating(self, prompts: Sequence[Prompt]) -> tuple[list[Tokenized], dict[int, str]]:
+        """The tokens of prompts that texts can be generated from, and for the others, why not."""
+        ready, unready = list[Tokenized](), dict[int, str]()
+        for number, prompt in enumerate(prompts):
+            try:
+                ready.append(self.tokens(prompt).generating())
+            except PromptError as error:
+                unready[number] = str(error)
+        return ready, unready
+
     def continuations(self, scored: Scored) -> list[tuple[int, ...]]:
         """What follows a prompt, as far as it is scored here."""
         return scored.continuations(self.answers, self.distractors)
@@ -109,7 +127,7 @@ class Prepared:
     def _prepare(self, number: int, prompt: Prompt) -> Scored:
         if prompt.answer is None:
             raise PromptError("the prompt has no answer to score.")
-        tokens = tokenize(prompt, self.tokenizer, self.prepend_bos)
+        tokens = self.tokens(prompt)
 
         def follows(text: str) -> tuple[int, ...]:
             return continuation(tokens, text, self.tokenizer, self.prepend_bos)

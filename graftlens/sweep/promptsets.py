@@ -4,7 +4,7 @@ import contextlib
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from graftlens.chat import REASONING, Conversation, contents, doubled
 from graftlens.components import brief, check_name, suggest
-from graftlens.configfile import ConfigError, gather, read_yaml, settings_from
+from graftlens.configfile import ConfigError, gather, noted, read_yaml, settings_from
 from graftlens.data import (
     MAX_FACTS,
     AnyDataset,
@@ -251,8 +251,9 @@ class PromptSection(Section):
     template_options: Mapping[str, Any] = {}
     """What else the chat template reads, such as `{enable_thinking: false}`."""
 
-    answer: str
-    """The text that should follow, with its leading space where it has one."""
+    answer: str | None = None
+    """The text that should follow, with its leading space where it has one. It may be left out
+    where texts are generated (`outcomes`)."""
 
     fields: Mapping[str, str] = {}
     """The text of each field; where there is one, braces in messages are placeholders."""
@@ -278,6 +279,20 @@ class PromptSection(Section):
                         f"{key} is allowed only with messages. Leave it out, or give messages."
                     )
         self.prompt.text  # noqa: B018
+        return self
+
+    def answered(self) -> "PromptSection":
+        """Itself, if it has an answer.
+
+        Raises:
+            ConfigError: it has none.
+        """
+        if self.answer is None:
+            what = (
+                "this key is missing. The text that should follow, with its leading space where it "
+                "has one."
+            )
+            raise ConfigError(("answer", what))
         return self
 
     @property
@@ -309,8 +324,8 @@ class PromptFile(Section):
     file: str
     """The file, from the working directory."""
 
-    def prompts(self) -> list[Prompt]:
-        """Every prompt of the file.
+    def prompts(self, answered: bool = True) -> list[Prompt]:
+        """Every prompt of the file; `answered` refuses those without an answer.
 
         Raises:
             ConfigError: every entry that is not a prompt.
@@ -334,7 +349,12 @@ class PromptFile(Section):
         if not entries:
             raise ValueError(f"{path.name} does not hold a prompt.")
         named = zip(places, entries, strict=True)
-        return [s.prompt for s in gather(partial(settings_from, PromptSection), named)]
+
+        def read(entry: Any) -> PromptSection:
+            section = settings_from(PromptSection, entry)
+            return section.answered() if answered else section
+
+        return [section.prompt for section in gather(read, named)]
 
 
 class PromptColumn(Section):
@@ -379,8 +399,9 @@ class PromptColumn(Section):
         """The prompts' name in tables."""
         return self.name or Path(self.dataset).name
 
-    def prompts(self, seed: int) -> list[Prompt]:
-        """A prompt for each row that is taken.
+    def prompts(self, seed: int, answered: bool = True) -> list[Prompt]:
+        """A prompt for each row that is taken; without `answered`, a row need not have an answer,
+        and a conversation that ends with a question has none.
 
         Raises:
             ValueError: a column that is missing, or a row that is not a prompt with an answer.
@@ -402,28 +423,28 @@ class PromptColumn(Section):
         made = []
         for number in numbers:
             try:
-                made.append(self._prompt(rows[number]))
+                made.append(self._prompt(rows[number], answered))
             except ValueError as error:
                 raise ValueError(f"{self.dataset}, row {number}: {error}") from None
         return made
 
-    def _prompt(self, row: Mapping[str, Any]) -> Prompt:
+    def _prompt(self, row: Mapping[str, Any], answered: bool) -> Prompt:
         found = {
             key: row[name] for key in ("answer", "prefill", "tools") if (name := getattr(self, key))
         }
         given, tools = _listed_in(row[self.column]), _listed_in(found.get("tools"))
         answer, prefill, reasoning = found.get("answer"), found.get("prefill") or None, None
         if isinstance(given, str):
-            if answer is None:
+            if answer is None and answered:
                 raise ValueError("a text without an answer. Name the column of answers: answer.")
             if prefill or tools:
                 raise ValueError("a text has no prefill or tools: they are for conversations.")
             return Prompt(doubled(given), {}, answer, name=self.title)
         Conversation.of(given)  # that says what is wrong with it
-        if self.answer is None:
+        if self.answer is None and (answered or given[-1].get("role") == "assistant"):
             *given, last = given
             answer, reasoning = _answer_of(last, prefill or "")
-        if answer is None or not given:
+        if (answer is None and answered) or not given:
             raise ValueError("it has no question, or no answer. Leave the row out.")
         return Prompt.chat(
             given,
@@ -514,3 +535,13 @@ def sections_by_key(
             "dataset: and the name of a dataset."
         )
     return gather(section, ((str(i), entry) for i, entry in enumerate(given)))
+
+
+def unanswered(sections: Iterable[Section]) -> list[tuple[str, str]]:
+    """(where, what) of every prompt of your own that lacks the answer it needs."""
+    problems: list[tuple[str, str]] = []
+    for number, section in enumerate(sections):
+        if isinstance(section, PromptSection):
+            with noted(problems, f"prompts.{number}"):
+                section.answered()
+    return problems

@@ -7,6 +7,8 @@
 - ``shards/00000.parquet``, …: the results, numbers and ids only. A shard is a block of prompts
   under a block of grafts; it counts if it can be read, has all its rows and carries the sweep's
   key;
+- ``texts/00000.parquet``, …: the generated texts, if any, likewise, and ``measured.parquet`` what
+  is measured of them (see `texttables.py`);
 - ``trust.json``, ``done.json``: the trust report, and the marker that everything is done.
 
 Every file appears whole, in one rename, and carries a checksum (see `disk.py`).
@@ -25,7 +27,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
@@ -37,7 +38,19 @@ from graftlens.model.made import source_given
 from graftlens.prompts import Prompt
 from graftlens.references import COLUMNS as REFERENCES
 from graftlens.references import COMMON_TOKENS, MEMBERS
-from graftlens.sweep.disk import DamagedError, check_json, sealed, sealed_json, unsealed
+from graftlens.sweep.disk import DamagedError, check_json, sealed_json
+from graftlens.sweep.shards import Shards, parquet, shard_path, to_bytes
+
+__all__ = [
+    "RESULT_COLUMNS",
+    "SHARD",
+    "Manifest",
+    "read_manifest",
+    "read_results",
+    "read_shard",
+    "shard_path",
+    "to_bytes",
+]
 
 _TYPES = {
     "number": pa.float64(),
@@ -64,6 +77,15 @@ def shard_schema(asked: Iterable[str] = ()) -> pa.Schema:
 
 #: A shard of a sweep without further measures.
 SHARD = shard_schema()
+
+#: A shard of texts: `prompt` and `graft` as above, and what was generated.
+TEXTS = pa.schema(
+    [
+        *(("prompt", pa.int64()), ("graft", pa.int64()), ("sample", pa.int64())),
+        *(("text", pa.string()), ("tokens", pa.list_(pa.int64())), ("logprob", pa.float64())),
+        *(("stop", pa.string()), ("reason", pa.string())),
+    ]
+)
 
 #: Columns that describe a graft; empty if it has several rules.
 GRAFT_COLUMNS = ("rule", *PARTS)
@@ -106,8 +128,13 @@ class Manifest:
         recovery: names of the grafts that recovery is measured between, `base` and `full`.
         prompt_blocks: number of prompts in each block.
         graft_blocks: bounds (first, past the last) of each block in `grafts`.
+        text_blocks: number of prompts in each block of texts, the prompts in the order of their
+            blocks; none where no texts are generated.
+        text_graft_blocks: as `graft_blocks`, of texts.
+        scored: whether there are cells; without, all that the sweep makes are texts.
         versions: of the packages at the first start.
-        models: the sources' fingerprints, dtype, row budget, pair check and what their configs and
+        models: the sources' fingerprints, dtype, budgets of rows and cached tokens, pair check and
+            what their configs and
             tokenizer come to, as the first worker found them; None before. Where there are members,
             what is not common to them is under `members`, by name.
         members: the models that are run one after another, where a source stands for several: name,
@@ -128,6 +155,9 @@ class Manifest:
     models: Mapping[str, Any] | None = None
     config_sha256: str | None = None
     members: Sequence[Mapping[str, str | int | None]] = ()
+    text_blocks: Sequence[int] = ()
+    text_graft_blocks: Sequence[Sequence[int]] = ()
+    scored: bool = True
 
     def to_json(self) -> str:
         content = sealed_json(asdict(self) | {"shards": self.shards})
@@ -138,10 +168,28 @@ class Manifest:
         """Whether every file must have its checksum."""
         return self.config_sha256 is not None
 
+    @cached_property
+    def cell_shards(self) -> Shards:
+        """The shards of the cells."""
+        blocks = self.prompt_blocks if self.scored else ()
+        return Shards("shards", blocks, self.graft_blocks, 1, self._keys, self.schema, self.sealed)
+
+    @cached_property
+    def text_shards(self) -> Shards:
+        """The shards of the texts."""
+        each = int((self.config.get("outcomes") or {}).get("sampling", {}).get("n", 1))
+        blocks, grafts = self.text_blocks, self.text_graft_blocks
+        return Shards("texts", blocks, grafts, each, self._keys, TEXTS)
+
+    @property
+    def tables(self) -> tuple[Shards, ...]:
+        """The shards of all tables that the sweep has."""
+        return tuple(shards for shards in (self.cell_shards, self.text_shards) if len(shards))
+
     @property
     def shards(self) -> int:
-        """How many shards the sweep has."""
-        return self.rounds * self._shards_of_one
+        """How many shards of cells the sweep has."""
+        return len(self.cell_shards)
 
     @property
     def rounds(self) -> int:
@@ -149,36 +197,26 @@ class Manifest:
         return max(1, len(self.members))
 
     @property
-    def _shards_of_one(self) -> int:
-        return len(self.prompt_blocks) * len(self.graft_blocks)
-
-    @property
     def cells(self) -> int:
         """How many (prompt, graft) the sweep has, those of all members."""
-        return self.rounds * sum(self.prompt_blocks) * len(self.grafts)
+        return self.rounds * sum(self.prompt_blocks) * len(self.grafts) if self.scored else 0
 
-    def shards_of(self, number: int) -> range:
-        """The shards of one member, or of the only round."""
-        return range(number * self._shards_of_one, (number + 1) * self._shards_of_one)
-
-    def round_of(self, shard: int) -> int:
-        """Which member a shard is of."""
-        return shard // self._shards_of_one
-
-    def place(self, shard: int) -> tuple[int, range]:
-        """A shard's block of prompts, and the places of its grafts in `grafts`."""
-        block, grafts = divmod(shard % self._shards_of_one, len(self.graft_blocks))
-        return block, range(*self.graft_blocks[grafts])
-
-    def rows(self, shard: int) -> int:
-        """How many rows a shard has."""
-        block, grafts = self.place(shard)
-        return self.prompt_blocks[block] * len(grafts)
+    @property
+    def texts(self) -> int:
+        """How many texts the sweep generates, those of all members."""
+        return self.text_shards.total
 
     @property
     def row_budget(self) -> int | None:
         """Most token rows per forward pass; None until a worker has loaded the models."""
         return None if self.models is None else int(self.models["row_budget"])
+
+    @property
+    def token_budget(self) -> int | None:
+        """Most tokens whose keys and values are kept while texts are generated; None until a worker
+        has loaded the models, and where there are no texts."""
+        found = (self.models or {}).get("token_budget")
+        return None if found is None else int(found)
 
     @property
     def asked(self) -> tuple[str, ...]:
@@ -209,11 +247,7 @@ class Manifest:
     @property
     def key(self) -> str:
         """The key in the shards of a sweep without members."""
-        return self.key_of(0)
-
-    def key_of(self, shard: int) -> str:
-        """The key in a shard: a hash of the request and of the models that are run in it."""
-        return self._keys[self.round_of(shard)]
+        return self._keys[0]
 
     @cached_property
     def _keys(self) -> Sequence[str]:
@@ -235,10 +269,6 @@ class Manifest:
 
 
 _MANIFEST = TypeAdapter(Manifest)
-
-
-def shard_path(out: Path, shard: int) -> Path:
-    return out / "shards" / f"{shard:05d}.parquet"
 
 
 def read_manifest(out: Path) -> Manifest:
@@ -342,7 +372,7 @@ def read_prompts(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
     path = Path(out).expanduser() / "prompts.parquet"
     required = read_manifest(out).sealed
     try:
-        with _parquet(path, required=required) as file:
+        with parquet(path, required=required) as file:
             if not file.schema_arrow.equals(_PROMPTS):
                 raise DamagedError("it has other columns")
             return file.read(columns=columns)
@@ -351,19 +381,6 @@ def read_prompts(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
             f"{path} cannot be read ({error}). Run the sweep's own command again: it rewrites the "
             "file."
         ) from None
-
-
-def to_bytes(table: pa.Table) -> bytes:
-    """A table as the bytes of a Parquet file, whose pages and which itself bear checksums."""
-    buffer = pa.BufferOutputStream()
-    pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-    return sealed(buffer.getvalue().to_pybytes())
-
-
-def _parquet(path: Path, *, required: bool) -> pq.ParquetFile:
-    """A Parquet file, of which every byte was checked if it has a checksum."""
-    content = unsealed(path.read_bytes(), required=required)
-    return pq.ParquetFile(pa.BufferReader(content), page_checksum_verification=True)
 
 
 def read_end(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -449,24 +466,8 @@ def _is_mapping(content: bytes) -> bool:
 def read_shard(
     out: Path, manifest: Manifest, shard: int, columns: Sequence[str] | None = None
 ) -> pa.Table | None:
-    """A shard's rows; None if it is missing, damaged, or from another sweep.
-
-    Shards of version 0.1.0 have no `ties`: there the column is NA, and the `rank` of a target that
-    is tied is the best of all that have its logit.
-    """
-    try:
-        with _parquet(shard_path(out, shard), required=manifest.sealed) as file:
-            bears = (file.schema_arrow.metadata or {}).get(b"graftlens.key")
-            if bears != manifest.key_of(shard).encode() or file.metadata.num_rows != manifest.rows(
-                shard
-            ):
-                return None
-            table = file.read(columns=columns, use_threads=False)
-            if "ties" not in table.column_names:  # version 0.1.0 did not count them
-                table = table.append_column("ties", pa.nulls(table.num_rows, pa.int64()))
-            return table.select(manifest.schema.names if columns is None else columns)
-    except (OSError, pa.ArrowException, DamagedError):
-        return None
+    """The rows of a shard of cells; None if it is missing, damaged, or from another sweep."""
+    return manifest.cell_shards.read(out, shard, columns)
 
 
 def read_results(
@@ -511,35 +512,40 @@ def read_results(
         raise ValueError(f"batch_rows={batch_rows}: write a number from 1, or leave it out.")
     stored = ["prompt", "graft", *(c for c in wanted if c in manifest.schema.names[2:])]
     frame = _Joined(out, manifest, wanted)
-    found = _tables(out, manifest, stored)
+    found = tables_of(out, manifest.cell_shards, stored)
     if batch_rows is not None:
         return (frame(batch) for batch in _batches(found, batch_rows))
     tables = list(found)
-    fields = [manifest.schema.field(name) for name in stored]
-    empty = pa.schema([*fields, (_ROUND, pa.int64())]).empty_table()
-    whole = pa.concat_tables(tables or [empty])
-    order = [(_ROUND, "ascending"), ("prompt", "ascending"), ("graft", "ascending")]
+    whole = pa.concat_tables(tables or [empty_of(manifest.cell_shards, stored)])
+    order = [(ROUND, "ascending"), ("prompt", "ascending"), ("graft", "ascending")]
     return frame(whole.sort_by(order))
 
 
 #: Which member a row is of, by number.
-_ROUND = "__round"
+ROUND = "__round"
 
 
-def _tables(out: Path, manifest: Manifest, stored: Sequence[str]) -> Iterator[pa.Table]:
+def tables_of(out: Path, shards: Shards, stored: Sequence[str]) -> Iterator[pa.Table]:
+    """What is there of a table's shards, with a column `ROUND`; a warning says what is not."""
     there = 0
-    for shard in range(manifest.shards):
-        table = read_shard(out, manifest, shard, stored)
+    for shard in range(len(shards)):
+        table = shards.read(out, shard, stored)
         if table is not None:
             there += 1
-            numbers = pa.array(np.full(table.num_rows, manifest.round_of(shard)), pa.int64())
-            yield table.replace_schema_metadata(None).append_column(_ROUND, numbers)
-    if there < manifest.shards:
+            numbers = pa.array(np.full(table.num_rows, shards.round_of(shard)), pa.int64())
+            yield table.replace_schema_metadata(None).append_column(ROUND, numbers)
+    if there < len(shards):
         warnings.warn(
-            f"{out} is not finished: {there} of {manifest.shards} shards are done. Run the "
+            f"{out} is not finished: {there} of {len(shards)} shards are done. Run the "
             "sweep's command again to compute the others.",
             stacklevel=3,
         )
+
+
+def empty_of(shards: Shards, stored: Sequence[str]) -> pa.Table:
+    """The same without rows."""
+    fields = [shards.schema.field(name) for name in stored]
+    return pa.schema([*fields, (ROUND, pa.int64())]).empty_table()
 
 
 def _batches(tables: Iterator[pa.Table], size: int) -> Iterator[pa.Table]:
@@ -585,8 +591,8 @@ class _Joined:
     def __call__(self, table: pa.Table) -> pd.DataFrame:
         numbers = table["prompt"].to_numpy()
         places = table["graft"].to_numpy()
-        rounds = table[_ROUND].to_numpy()
-        stored = table.drop_columns(["prompt", "graft", _ROUND]).to_pandas(
+        rounds = table[ROUND].to_numpy()
+        stored = table.drop_columns(["prompt", "graft", ROUND]).to_pandas(
             types_mapper={pa.int64(): pd.Int64Dtype()}.get
         )
 

@@ -2,10 +2,9 @@
 row.
 
 The folder (see `results.py`) is claimed first: a description of the sweep is stored, and another
-sweep is refused. Workers then take shards under locks that vanish with their process, so that the
-shard of a killed worker is taken over. Locks only save work: a shard computed twice has equal rows.
-The worker that finds all shards finished writes the trust report and the marker that the sweep is
-done.
+sweep is refused. Workers then take shards of cells and of texts (see `claim.py`). The worker that
+finds all shards finished measures the texts, and writes the trust report and the marker that the
+sweep is done.
 """
 
 import contextlib
@@ -13,8 +12,7 @@ import hashlib
 import json
 import os
 import platform
-import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -28,20 +26,21 @@ from tqdm.auto import tqdm
 
 from graftlens.folder import differences, json_digest, probe, refusal
 from graftlens.graft import Graft
-from graftlens.locks import holder
 from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt, PromptError
 from graftlens.references import MEMBERS
 from graftlens.sweep.cells import Measures, asked_for, fingerprints, own_measures
+from graftlens.sweep.claim import Job
+from graftlens.sweep.claim import fill as fill_jobs
 from graftlens.sweep.config import Checked, SweepConfig, as_yaml, checked_as_given
 from graftlens.sweep.counts import blocks_of
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.disk import (
+    SHARDS,
     FolderError,
     clear_halves,
     lock,
-    lock_path,
     make_folders,
     refuse_foreign,
     sealed_json,
@@ -49,6 +48,7 @@ from graftlens.sweep.disk import (
     writing,
 )
 from graftlens.sweep.models import FINGERPRINTS, Models, Say, unchanged
+from graftlens.sweep.outcomesettings import OutcomeSettings
 from graftlens.sweep.prepared import day_of, refuse_another_day
 from graftlens.sweep.results import (
     GRAFT_COLUMNS,
@@ -60,22 +60,22 @@ from graftlens.sweep.results import (
     read_manifest,
     read_prompts,
     read_results,
-    read_shard,
     revived,
-    shard_path,
     to_bytes,
     to_mend,
 )
 from graftlens.sweep.scoring import Scorer
-from graftlens.sweep.trust import trust_report
+from graftlens.sweep.texttables import TextShards, are_measured, counted, measure_texts
+from graftlens.sweep.texttrust import check_texts
+from graftlens.sweep.trust import trust_content, trust_report
 
 #: Most cells for which the trust report also reads the likeliest tokens.
 LISTED = 200_000
 
 #: Prompts per second and the time left; rates below one stay rates.
 BAR = (
-    "{desc}: {percentage:3.0f}%|{bar}| {n:.0f} of {total:.0f} prompts "
-    "[{elapsed}<{remaining}, {rate_noinv_fmt}]"
+    "{{desc}}: {{percentage:3.0f}}%|{{bar}}| {{n:.0f}} of {{total:.0f}} {unit}s "
+    "[{{elapsed}}<{{remaining}}, {{rate_noinv_fmt}}]"
 )
 
 #: Number of graft blocks whose plans a worker keeps.
@@ -83,9 +83,6 @@ PLANNERS = 4
 
 #: The identity's key for the functions of the user's own measures.
 OWN = "own measures"
-
-#: Seconds between two checks for shards that another process holds.
-POLL = 0.5
 
 
 @dataclass(frozen=True)
@@ -97,12 +94,16 @@ class SweepResult:
         cells: number of (prompt, graft), each a row.
         not_run: reason -> number of cells that could not be run for that reason.
         trust: the trust report, as in ``trust.json``.
+        texts: number of texts, each a row of another table (`read_texts`).
+        texts_not_run: reason -> number of texts that could not be generated for that reason.
     """
 
     folder: Path
     cells: int
     not_run: Mapping[str, int]
     trust: Mapping[str, Any] = field(repr=False)
+    texts: int = 0
+    texts_not_run: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -112,12 +113,20 @@ class SweepResult:
     def line(self) -> str:
         """The result in one line."""
         verdict = "passed" if self.ok else f"FAILED (see {self.folder / 'trust.txt'})"
-        line = f"{self.folder}: {self.cells:,} cells; trust report {verdict}"
-        if self.not_run:
-            reasons = sorted(self.not_run.items(), key=lambda item: (-item[1], item[0]))
-            shown = "; ".join(f"{count} × {reason}" for reason, count in reasons[:3])
-            more = f"; and {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""
-            line += f"; {sum(self.not_run.values()):,} cells could not be run: {shown}{more}"
+        counts = {"cells": self.cells, "texts": self.texts}
+        made = ", ".join(f"{n:,} {what}" for what, n in counts.items() if n or what == "cells")
+        if self.texts and not self.cells:
+            made = f"{self.texts:,} texts"
+        line = f"{self.folder}: {made}; trust report {verdict}"
+        for what, not_run in (
+            ("cells could not be run", self.not_run),
+            ("texts could not be generated", self.texts_not_run),
+        ):
+            if not_run:
+                reasons = sorted(not_run.items(), key=lambda item: (-item[1], item[0]))
+                shown = "; ".join(f"{count} × {reason}" for reason, count in reasons[:3])
+                more = f"; and {len(reasons) - 3} more reasons" if len(reasons) > 3 else ""
+                line += f"; {sum(not_run.values()):,} {what}: {shown}{more}"
         return line
 
 
@@ -143,7 +152,8 @@ def run_sweep(
         out: the sweep's folder.
         overrides: `key=value` settings that replace those of the file.
         measures: of your own, or where to import them from (``module:name``); those that the config
-            does not name are added to its `metrics.measures`.
+            does not name are added to its `metrics.measures`. Functions that its
+            `outcomes.measures` name are imported only if they are named here, too.
         device: where to run; by default the GPU if there is one, else the CPU.
         progress: whether to show a progress bar.
         say: called with each message.
@@ -157,9 +167,11 @@ def run_sweep(
         check_devices([device])
     claimed = (out / "sweep.json").is_file()
     own = own_measures(measures)
-    prepare_sweep(config, out, overrides=overrides, measures=own, say=say)
+    checked, text = checked_as_given(config, overrides, own)
+    _prepare(checked, text, out, overrides, say)
     try:
-        work(out, device=device, measures=own, progress=progress, say=say)
+        told = checked.config.outcomes  # whose judge may know that the command line named it
+        work(out, device=device, measures=own, outcomes=told, progress=progress, say=say)
     except ValueError:
         # The models were refused: the corrected config should find the folder free.
         if not claimed:
@@ -186,7 +198,8 @@ def sweep_result(out: str | Path) -> SweepResult:
             f"{out}: the record of its end is damaged ({error}). Run the sweep's command again: "
             "it recreates the record from the shards."
         ) from None
-    return SweepResult(out, done["cells"], done["not_run"], trust)
+    texts = done.get("texts", 0), done.get("texts_not_run", {})
+    return SweepResult(out, done["cells"], done["not_run"], trust, *texts)
 
 
 def is_done(out: Path) -> bool:
@@ -203,7 +216,9 @@ def is_finished(out: Path) -> bool:
     been written since (so that weights retrained in the same place are not mistaken for these).
     """
     manifest = read_manifest(out)
-    if manifest.models is None or not is_done(out) or _missing(out, manifest):
+    if manifest.models is None or not is_done(out):
+        return False
+    if any(table.missing(out) for table in manifest.tables) or not are_measured(out, manifest):
         return False
     config = config_of(out, manifest)
     return all(unchanged(config, manifest, number) for number in range(manifest.rounds))
@@ -246,8 +261,14 @@ def prepare_sweep(
             are not a sweep's in the places of its files.
         FolderError: a folder that cannot be written, or a full disk.
     """
-    out = Path(out).expanduser()
     checked, text = checked_as_given(config, overrides, own_measures(measures))
+    return _prepare(checked, text, Path(out).expanduser(), overrides, say)
+
+
+def _prepare(
+    checked: Checked, text: str, out: Path, overrides: Sequence[str], say: Say
+) -> Manifest:
+    """Claim the folder for a checked sweep, whose config was given as `text`."""
     manifest, blocks = _plan(checked, overrides)
     manifest = replace(manifest, config_sha256=hashlib.sha256(text.encode()).hexdigest())
     table = prompt_table(checked.prompts, checked.dataset, blocks)
@@ -264,10 +285,11 @@ def prepare_sweep(
         agreed = _agree(out, manifest, checked.prompts)
         if not to_mend(out, agreed, files, table):
             return agreed
-    refuse_foreign(out)
+    folders = SHARDS if checked.config.outcomes is not None else SHARDS[:1]
+    refuse_foreign(out, folders)
     with writing(out):
         probe(out / "sweep.json")
-        make_folders(out)
+        make_folders(out, folders)
     with lock(out, "claim", say=say):
         if (out / "sweep.json").is_file():
             needed = to_mend(out, _agree(out, manifest, checked.prompts), files, table)
@@ -295,7 +317,7 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
         try:
             ready = checked.prepared(number, prompt)
         except PromptError:
-            shapes.append(None)
+            shapes.append(_shape(checked, prompt))
         else:
             rest = [len(ready.answer), *map(len, ready.distractors)]
             shape = [len(ready.tokens) + max(rest), rest, sorted(ready.tokens.spans.items())]
@@ -315,7 +337,7 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
     rules = {named.name: str(named.graft) for named in checked.grafts}
     tidy = [column for column in GRAFT_COLUMNS if column != "rule"]
     # What counts is what grafts and prompts resolve to, however they are written.
-    resolved = ("grafts", "grids", "prompts")
+    resolved = ("grafts", "grids", "prompts", *(("outcomes",) if config.outcomes is None else ()))
     identity = {name: value for name, value in dumped.items() if name not in resolved} | {
         # Folders of sweeps without further measures stay what they are.
         "metrics": {k: v for k, v in dumped["metrics"].items() if k != "measures" or v},
@@ -333,7 +355,7 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
     }
     if checked.members:
         identity["members"] = [[member.name, member.step] for member in checked.members]
-    if own := fingerprints(checked.asked):
+    if own := fingerprints([*checked.asked, *checked.functions]):
         identity[OWN] = own
     manifest = Manifest(
         identity=json.loads(json.dumps(identity)),
@@ -351,8 +373,28 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
         graft_blocks=[list(bounds) for bounds in grafts],
         versions=_versions(),
         members=[asdict(member) for member in checked.members],
+        scored=checked.scored,
     )
+    if config.outcomes is not None:
+        some = max(1, config.outcomes.shards // config.outcomes.sampling.n)
+        prompts, grafts = blocks_of(n_prompts, len(checked.grafts), some)
+        manifest = replace(
+            manifest,
+            text_blocks=[high - low for low, high in prompts],
+            text_graft_blocks=[list(bounds) for bounds in grafts],
+        )
     return manifest, blocks
+
+
+def _shape(checked: Checked, prompt: Prompt) -> Any:
+    """What tells a prompt without an answer apart; None where nothing is generated from it."""
+    if checked.config.outcomes is None:
+        return None
+    try:
+        tokens = checked.prepared.tokens(prompt)
+    except PromptError:
+        return None
+    return [[len(tokens), [], sorted(tokens.spans.items())], tokens.ids]
 
 
 def _versions() -> dict[str, str]:
@@ -399,6 +441,7 @@ def work(
     *,
     device: str | None = None,
     measures: Measures = (),
+    outcomes: OutcomeSettings | None = None,
     progress: bool = True,
     say: Say = print,
 ) -> None:
@@ -407,7 +450,8 @@ def work(
     Loads the models once (members one after another), takes shards until none is left, waits for
     those that other workers hold (and takes over those of dead ones), and finishes the sweep if no
     other worker does.
-    `measures` are the user's own that the sweep names, or where to import them from.
+    `measures` are the user's own that the sweep names, or where to import them from; `outcomes`
+    the sweep's, with what the command line said of their judges.
 
     Raises:
         ValueError: a folder that holds no sweep, or other weights than it was started with.
@@ -421,8 +465,12 @@ def work(
         return
     _refuse_unfinished_earlier(out)
     refuse_another_day(out, manifest.identity.get("prompts", {}))
-    asked = asked_for(config.metrics.measures, own_measures(measures))
-    _refuse_other_functions(out, manifest, fingerprints(asked))
+    own = own_measures(measures)
+    asked = asked_for(config.metrics.measures, own)
+    settings = outcomes or config.outcomes or OutcomeSettings()
+    measured = settings.measured_by(own)
+    named = [one for one in own if getattr(one, "place", None) in settings.functions]
+    _refuse_other_functions(out, manifest, fingerprints([*asked, *named]))
     with writing(out):
         probe(out / "sweep.json")
     if (lines := differences(manifest.versions, _versions())) and (manifest.models is not None):
@@ -430,7 +478,7 @@ def work(
         say("New results may differ from the existing ones in the last digits.")
     models = Models(out, config, device, say)
     fill(out, models, asked, progress=progress, say=say)
-    finish(out, models, say, asked)
+    finish(out, models, say, asked, measured)
 
 
 def fill(
@@ -451,29 +499,14 @@ def fill(
         models(0)
     manifest = models.manifest
     config = config_of(out, manifest)
-    missing = _missing(out, manifest)
-    _, grafts, blocks = content_of(out, manifest)
+    prompts, grafts, blocks = content_of(out, manifest)
     places = {name: place for place, name in enumerate(grafts)}
-    # Progress counts a prompt in fractions, one for each of its grafts.
-    each = len(grafts)
-    bar = tqdm(
-        total=manifest.cells / each,
-        initial=(manifest.cells - sum(map(manifest.rows, missing))) / each,
-        desc="sweep",
-        unit="prompt",
-        disable=not progress,
-        bar_format=BAR,
-    )
-
-    def advance(cells: int) -> None:
-        bar.update(cells / each)
-
     # Shards of the same grafts share their plans.
     scorers: dict[tuple[int, range], Scorer] = {}
 
-    def compute(shard: int) -> bytes:
-        number = manifest.round_of(shard)
-        block, own = manifest.place(shard)
+    def cells(shard: int) -> bytes:
+        number = manifest.cell_shards.round_of(shard)
+        block, own = manifest.cell_shards.place(shard)
         key = (number, own)
         if key not in scorers:
             if len(scorers) == PLANNERS or any(other != number for other, _ in scorers):
@@ -489,44 +522,62 @@ def fill(
                 prepared=models.prepared,
                 say=say,
             )
-        table = scorers[key].table(blocks[block], advance)
+        table = scorers[key].table(blocks[block], jobs[0].advance)
         # The texts are those of the prompts and grafts; the shard says which.
         stored = table[manifest.schema.names].assign(graft=table["graft"].map(places))
         rows = pa.Table.from_pandas(stored, schema=manifest.schema, preserve_index=False)
-        return to_bytes(rows.replace_schema_metadata({"graftlens.key": manifest.key_of(shard)}))
+        return manifest.cell_shards.to_bytes(rows, shard)
 
-    def take(shards: Collection[int]) -> None:
-        """What of them is missing and no other process computes."""
-        for shard in [shard for shard in missing if shard in shards]:
-            if _take(out, manifest, shard, compute):
-                missing.remove(shard)
-                done = manifest.cells - sum(map(manifest.rows, missing))
-                bar.update(done / each - bar.n)
+    drawing = (config.outcomes or OutcomeSettings()).sampling.drawing
+    writer = TextShards(manifest, prompts, blocks, grafts, drawing, say)
 
-    waiting = False
-    with bar:
-        for number in range(manifest.rounds):
-            if not unchanged(config, manifest, number):  # nor is what was never recorded
-                scorers.clear()
-                models(number)
-                manifest = models.manifest
-            take(manifest.shards_of(number))
-        while missing:
-            before = len(missing)
-            take(range(manifest.shards))
-            if missing and len(missing) == before:
-                if not waiting:
-                    say(
-                        f"waiting for other processes: {len(missing)} of {manifest.shards} shards, "
-                        f"the first held by {holder(lock_path(out, _lock_name(missing[0])))}"
-                    )
-                waiting = True
-                time.sleep(POLL)
+    def texts(shard: int) -> bytes:
+        scorers.clear()
+        options = {"prepend_bos": config.prepend_bos, "token_budget": manifest.token_budget}
+        return writer.compute(shard, models, jobs[-1].advance, **options)
+
+    def begin(number: int) -> None:
+        nonlocal manifest
+        if not unchanged(config, manifest, number):  # nor is what was never recorded
+            scorers.clear()
+            writer.forget()
+            models(number)
+            manifest = models.manifest
+            writer.shards = manifest.text_shards  # whose keys say which models are run
+            for job, table in zip(jobs, manifest.tables, strict=True):
+                job.shards = table
+
+    # Progress counts a prompt in fractions, one for each of its grafts.
+    each = len(grafts)
+    kinds = {"shards": (cells, "sweep", "prompt", each), "texts": (texts, "texts", "text", 1)}
+    jobs: list[Job] = []
+    with contextlib.ExitStack() as stack:
+        for table in manifest.tables:
+            compute, name, unit, rows = kinds[table.folder]
+            missing = table.missing(out)
+            bar = tqdm(
+                total=table.total / rows,
+                initial=(table.total - sum(map(table.rows, missing))) / rows,
+                desc=name,
+                unit=unit,
+                disable=not progress,
+                bar_format=BAR.format(unit=unit),
+            )
+            jobs.append(Job(out, table, compute, stack.enter_context(bar), rows, missing))
+        fill_jobs(jobs, manifest.rounds, begin, say)
     scorers.clear()
+    writer.forget()
 
 
-def finish(out: Path, models: Models, say: Say = print, asked: Sequence[Measure] = ()) -> None:
-    """Write the trust report and the marker of a sweep whose shards all exist, once.
+def finish(
+    out: Path,
+    models: Models,
+    say: Say = print,
+    asked: Sequence[Measure] = (),
+    measured: Mapping[str, Measure] | None = None,
+) -> None:
+    """Measure the texts, and write the trust report and the marker, of a sweep whose shards all
+    exist, once.
 
     Raises:
         FolderError: a folder that cannot be written, or a full disk.
@@ -534,11 +585,12 @@ def finish(out: Path, models: Models, say: Say = print, asked: Sequence[Measure]
     with lock(out, "finish", say=say):
         with lock(out, "claim", say=say), writing(out):  # nobody else writes now
             clear_halves(out)
-        if is_done(out):
-            return
-        say("all shards are done; recomputing some cells for the trust report")
         manifest = read_manifest(out)
+        if is_done(out) and are_measured(out, manifest):
+            return
         config = config_of(out, manifest)
+        texts = measure_texts(out, manifest, measured or {})
+        say("all shards are done; recomputing some of them for the trust report")
         prompts, grafts, _ = content_of(out, manifest)
         # The lists are most of a table's memory.
         lists = [f.name for f in manifest.schema if pa.types.is_list(f.type)]
@@ -547,21 +599,19 @@ def finish(out: Path, models: Models, say: Say = print, asked: Sequence[Measure]
         wanted = [*lead, *(n for n in manifest.schema.names if n not in lists)]
         results = read_results(out, columns=wanted)
         assert isinstance(results, pd.DataFrame)
-        if len(results) < manifest.cells:
+        if len(results) < manifest.cells or (texts is not None and len(texts) < manifest.texts):
             raise FolderError(
                 f"shards went missing from {out} while the sweep ran. Run the same command again "
                 "to recompute them."
             )
         found = {}
         for number in reversed(range(manifest.rounds)):  # the last model is still there
-            own = results
-            if manifest.members:
-                own = results[results["member"] == manifest.members[number]["name"]]
-            found[number] = trust_report(
-                models(number),
-                prompts,
+            model = models(number)
+            report = trust_report(
+                model,
+                prompts if manifest.scored else {},
                 grafts,
-                own,
+                _of_member(results, manifest, number),
                 seed=config.seed,
                 row_budget=manifest.row_budget,
                 prepend_bos=config.prepend_bos,
@@ -570,11 +620,26 @@ def finish(out: Path, models: Models, say: Say = print, asked: Sequence[Measure]
                 references={run: grafts[name] for run, name in manifest.recovery.items()},
                 asked=asked,
             )
-        trust, text = _trust(manifest, [found[number] for number in sorted(found)])
+            written = None
+            if texts is not None and config.outcomes is not None:
+                written = check_texts(
+                    model,
+                    prompts,
+                    grafts,
+                    _of_member(texts, manifest, number),
+                    config.outcomes.sampling.drawing,
+                    seed=config.seed,
+                    prepend_bos=config.prepend_bos,
+                )
+            found[number] = (report if manifest.scored or written is None else None, written)
+        reports = [found[number] for number in sorted(found)]
+        names = [str(member["name"]) for member in manifest.members]
+        trust, text = trust_content(reports, names)
         reasons = results["reason"].value_counts()
         done: dict[str, Any] = {
             "cells": len(results),
             "not_run": {str(reason): int(count) for reason, count in reasons.items()},
+            **counted(texts),
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
             "device": _device_name(models(models.number)),
@@ -585,49 +650,16 @@ def finish(out: Path, models: Models, say: Say = print, asked: Sequence[Measure]
             write(out, out / name, text.encode())
 
 
-def _trust(manifest: Manifest, reports: Sequence[Any]) -> tuple[dict[str, Any], str]:
-    """The content of ``trust.json``, and the report's text: one report, or one of each member."""
-    plain = [
-        {name: value for name, value in report.to_dict().items() if name != "ok"}
-        for report in reports
-    ]
-    texts = [report.text() for report in reports]
+def _of_member(table: pd.DataFrame, manifest: Manifest, number: int) -> pd.DataFrame:
+    """The rows of a member; all where there are none."""
     if not manifest.members:
-        return {"ok": reports[0].ok} | sealed_json(plain[0] | {"text": texts[0]}), texts[0]
-    names = [str(member["name"]) for member in manifest.members]
-    text = "\n".join(f"{name}: {said}" for name, said in zip(names, texts, strict=True))
-    own = {
-        name: one | {"ok": report.ok}
-        for name, one, report in zip(names, plain, reports, strict=True)
-    }
-    ok = all(report.ok for report in reports)
-    return {"ok": ok} | sealed_json({"members": own, "text": text}), text
+        return table
+    return table[table["member"] == manifest.members[number]["name"]]
 
 
 def _device_name(model: GraftedTransformer) -> str:
     device = torch.device(model.cfg.device)
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _missing(out: Path, manifest: Manifest) -> list[int]:
-    """The shards that are missing or damaged."""
-    if manifest.models is None:
-        return list(range(manifest.shards))
-    return [s for s in range(manifest.shards) if read_shard(out, manifest, s) is None]
-
-
-def _take(out: Path, manifest: Manifest, shard: int, compute: Callable[[int], bytes]) -> bool:
-    """Compute a shard unless another process does; whether it exists now."""
-    if read_shard(out, manifest, shard) is not None:
-        return True
-    with lock(out, _lock_name(shard), wait=False) as held:
-        if held and read_shard(out, manifest, shard) is None:
-            write(out, shard_path(out, shard), compute(shard))
-        return held
-
-
-def _lock_name(shard: int) -> str:
-    return f"{shard:05d}"
 
 
 def config_of(out: Path, manifest: Manifest) -> SweepConfig:

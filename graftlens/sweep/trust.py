@@ -23,6 +23,7 @@ from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.inputs import collate
 from graftlens.model.sequential import Sequential, SequentialError
 from graftlens.prompts import Prompt, PromptError
+from graftlens.sweep.disk import sealed_json
 from graftlens.sweep.prepared import Extent, Prepared, Scored
 from graftlens.sweep.scoring import score
 
@@ -275,6 +276,36 @@ def trust_report(
         unchecked=unchecked,
         differences=model.told_differences,
     )
+
+
+def trust_content(
+    reports: Sequence[Any], members: Sequence[str] = ()
+) -> tuple[dict[str, Any], str]:
+    """The content of ``trust.json``, and the report's text: one report, or one of each member.
+
+    Args:
+        reports: of each member, the report of its cells and that of its texts, where there are any.
+        members: their names; none where there is one report.
+    """
+
+    def plain(report: Any) -> dict[str, Any]:
+        return {name: value for name, value in report.to_dict().items() if name != "ok"}
+
+    contents, texts, passed = [], [], []
+    for cells, written in reports:
+        content = {} if cells is None else plain(cells)
+        contents.append(content | ({} if written is None else {"texts": plain(written)}))
+        there = [one for one in (cells, written) if one is not None]
+        texts.append("\n".join(one.text() for one in there))
+        passed.append(all(one.ok for one in there))
+    if not members:
+        return {"ok": passed[0]} | sealed_json(contents[0] | {"text": texts[0]}), texts[0]
+    text = "\n".join(f"{name}: {said}" for name, said in zip(members, texts, strict=True))
+    own = {
+        name: content | {"ok": ok}
+        for name, content, ok in zip(members, contents, passed, strict=True)
+    }
+    return {"ok": all(passed)} | sealed_json({"members": own, "text": text}), text
 
 
 # -- the table ---------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from graftlens.viz.spelling import escaped, shortened
 
 def grouped_bars(
     summary: pd.DataFrame,
-    metric: str = "top5",
+    metric: str | Quantity = "top5",
     *,
     order: Sequence[str] | None = None,
     baselines: Mapping[str, float | int] | None = None,
@@ -35,6 +35,7 @@ def grouped_bars(
         ValueError: an unknown metric, or a group that the summary lacks.
     """
     facts = of_summary(summary, metric)
+    metric = facts.name
     parts = _ordered(text.groups(summary), order)
     names = list(dict.fromkeys(str(graft) for part in parts.values() for graft in part["graft"]))
     labels = shortened(names)

@@ -23,7 +23,7 @@ LISTED = 60
 
 def bar_chart(
     summary: pd.DataFrame,
-    metric: str,
+    metric: str | Quantity,
     *,
     files: Mapping[str, Path] | None = None,
     **options: Any,

@@ -132,8 +132,11 @@ def measured(summary: pd.DataFrame) -> tuple[str, ...]:
     return tuple(name[:-4] for name in summary.columns if name.endswith("_low"))
 
 
-def of_summary(summary: pd.DataFrame, name: str) -> Quantity:
-    """A measure of this summary; an error if the summary does not have it."""
+def of_summary(summary: pd.DataFrame, name: str | Quantity) -> Quantity:
+    """A measure of this summary; an error if the summary does not have it. What is a quantity
+    already stays it."""
+    if isinstance(name, Quantity):
+        return name
     have = measured(summary)
     if name not in have:
         raise ValueError(

@@ -14,6 +14,7 @@ from graftlens.viz.render import render
 from graftlens.viz.report import Example, numbers
 from graftlens.viz.spelling import visible
 from graftlens.viz.sweepcharts import effects, largest, main_metric, sweep_charts
+from graftlens.viz.textspage import Texts
 
 #: Most grafts that the table of numbers lists.
 LISTED = 100
@@ -39,6 +40,7 @@ class Sweep:
         command: the words of a command that opens the dashboard of a prompt, without `--number` and
             `--graft`.
         provenance: what was run and how.
+        texts: what was generated.
     """
 
     title: str
@@ -53,6 +55,7 @@ class Sweep:
     trusted: bool
     command: Sequence[str]
     provenance: Mapping[str, object]
+    texts: Texts | None = None
 
 
 def sweep_page(path: str | Path, sweep: Sweep) -> Path:
@@ -82,6 +85,7 @@ def sweep_page(path: str | Path, sweep: Sweep) -> Path:
         trust=sweep.trust,
         trusted=sweep.trusted,
         behind=_behind(sweep),
+        texts=sweep.texts,
         provenance=sweep.provenance,
         folder=path.parent,
     )

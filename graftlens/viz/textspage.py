@@ -1,0 +1,204 @@
+"""Generated texts on a page: prompts down, grafts across, and how often texts are this or that."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from graftlens.folder import at_home, write_whole
+from graftlens.viz import text
+from graftlens.viz.figures import bar_chart
+from graftlens.viz.page import Figure
+from graftlens.viz.quantities import Quantity
+from graftlens.viz.render import render
+
+#: Most grafts that a page has texts of, and most texts.
+GRAFTS, TEXTS = 16, 20_000
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a page shows of texts.
+
+    Attributes:
+        charts: the rates, a chart for each measure.
+        notes: what a reader must know of them.
+        data: the texts as the page's script reads them.
+        measures: what can be filtered by: (its number, what is read, whether it cannot be chosen).
+        said: which texts are there.
+    """
+
+    charts: Sequence[Figure]
+    notes: Sequence[str]
+    data: Mapping[str, object]
+    measures: Sequence[tuple[str, str, bool]]
+    said: str
+
+
+def rate_charts(rates: pd.DataFrame) -> dict[str, Figure]:
+    """Measure -> a chart: a bar for each graft (of labels, for each graft and label) with its
+    interval.
+
+    Args:
+        rates: as `graftlens.outcomes.rate` gives it, `share` saying which measures are shares of
+            texts.
+    """
+    charts = {}
+    for measure, part in rates.groupby("measure", sort=False):
+        facts = Quantity(
+            "rate",
+            label=str(measure),
+            unit="% of texts" if part["share"].all() else "mean",
+            bounds=(0.0, 1.0) if part["share"].all() else (None, None),
+        )
+        rows = part.rename(columns={"low": "rate_low", "high": "rate_high"})
+        groups = list(rows.columns[: rows.columns.get_loc("graft")])
+        groups += ["label"] if part["label"].notna().any() else []
+        kept = ["rate", "rate_low", "rate_high", "n", "level", "resamples", "seed", "unit"]
+        charts[str(measure)] = bar_chart(rows[[*groups, "graft", *kept]], facts)
+    return charts
+
+
+def shown_texts(
+    table: pd.DataFrame, rates: pd.DataFrame, measures: Sequence[str], grafts: Sequence[str]
+) -> Texts:
+    """What a page shows of a table of texts.
+
+    Args:
+        table: as `graftlens.read_texts` gives it.
+        rates: as in `rate_charts`; without rows, there are no charts.
+        measures: the columns of its measures.
+        grafts: the grafts, those to show first in front.
+    """
+    notes = []
+    kept = list(grafts)[:GRAFTS]
+    if len(kept) < len(grafts):
+        notes.append(f"Texts of {len(kept)} of {len(grafts)} grafts are here; read_texts has all.")
+    part = table[table["graft"].isin(kept)]
+    each = max(1, len(part) // max(1, part["prompt"].nunique()))
+    prompts = part.drop_duplicates("prompt")
+    count = len(prompts)
+    prompts = prompts.iloc[: max(1, TEXTS // each)]
+    part = part[part["prompt"].isin(prompts["prompt"])]
+    options: list[tuple[str, str | None]] = []
+    for name in measures:
+        values = part[name].dropna()
+        if not pd.api.types.is_numeric_dtype(part[name].dtype):
+            options += [(name, label) for label in sorted({*map(str, values)})]
+        elif values.isin([0.0, 1.0]).all():
+            options.append((name, None))
+    unread = [name for name in measures if f"{name}_unread" in table]
+    for name in unread:
+        lost = int(table[f"{name}_unread"].notna().sum())
+        notes.append(f"{name}: {lost} replies of the judge could not be read; these have no value.")
+    said = f"All {count:,} prompts are here."
+    if len(prompts) < count:
+        said = f"The first {len(prompts):,} of {count:,} prompts are here."
+    return Texts(
+        charts=[*rate_charts(rates).values()] if len(rates) else [],
+        notes=notes,
+        data=_data(part, prompts, kept, measures, options),
+        measures=[
+            (str(number), name if label is None else f"{name}: {label}", False)
+            for number, (name, label) in enumerate(options)
+        ],
+        said=said,
+    )
+
+
+def _data(
+    part: pd.DataFrame,
+    prompts: pd.DataFrame,
+    grafts: Sequence[str],
+    measures: Sequence[str],
+    options: Sequence[tuple[str, str | None]],
+) -> dict[str, object]:
+    """Texts by prompt and graft: each is a list of its words, why it ended, and the values of its
+    measures; or the reason why there is none."""
+    rules = dict(zip(part["graft"].astype(str), part["rule"].astype(str), strict=True))
+    rows = {number: i for i, number in enumerate(prompts["prompt"].tolist())}
+    columns = {graft: i for i, graft in enumerate(grafts)}
+    cells: list[list[list[object]]] = [[[] for _ in grafts] for _ in rows]
+    names = ("prompt", "graft", "text", "stop", "reason", *measures)
+    for number, graft, words, stop, reason, *values in zip(
+        *(part[name].tolist() for name in names), strict=True
+    ):
+        cell = cells[rows[number]][columns[str(graft)]]
+        if isinstance(words, str):
+            cell.append([words, stop, *(_value(value) for value in values)])
+        elif not cell:
+            cell.append(str(reason))
+    return {
+        "measures": list(measures),
+        "options": [{"measure": [*measures].index(n), "label": label} for n, label in options],
+        "grafts": [{"name": graft, "rule": rules.get(graft, "")} for graft in grafts],
+        "prompts": [
+            {"number": number, "text": str(words), "template": str(template), "answer": answer}
+            for number, words, template, answer in zip(
+                *(prompts[n].tolist() for n in ("prompt", "prompt_text", "template", "answer")),
+                strict=True,
+            )
+        ],
+        "cells": cells,
+    }
+
+
+def _value(value: Any) -> object:
+    if isinstance(value, str):
+        return value
+    return None if value is None or value != value else float(f"{float(value):.4g}")
+
+
+def texts_page(
+    path: str | Path,
+    *,
+    title: str,
+    lead: str,
+    texts: Texts,
+    rates: pd.DataFrame,
+    notes: Sequence[str],
+    trust: str,
+    trusted: bool,
+    provenance: Mapping[str, object],
+) -> Path:
+    """Write the page of a sweep that makes texts alone, and return it; the file appears whole or
+    not at all."""
+    path = at_home(path)
+    html = render(
+        "textsweep.html",
+        title=title,
+        lead=lead,
+        findings=[*_findings(rates), *notes],
+        texts=texts,
+        trust=trust,
+        trusted=trusted,
+        provenance=provenance,
+        folder=path.parent,
+    )
+    return write_whole(path, html)
+
+
+def _findings(rates: pd.DataFrame) -> list[str]:
+    """What each measure shows between the two reference runs, in a sentence."""
+    found = []
+    for (measure, label), part in rates.groupby(["measure", "label"], sort=False, dropna=False):
+        base, full = (str(part[f"{run}_run"].iloc[0]) for run in ("base", "full"))
+        rows = part.set_index(part["graft"].astype(str))
+        if base not in rows.index or full not in rows.index:
+            continue
+        facts = Quantity(
+            "rate", str(measure), "", bounds=(0.0, 1.0) if part["share"].all() else (None, None)
+        )
+        rows = rows.rename(columns={"low": "rate_low", "high": "rate_high"})
+        said = ", ".join(f"{name} {text.written(facts, rows.loc[name])}" for name in (base, full))
+        others = rows.drop([base, full])
+        others = others[others["rate"].notna()]
+        if len(others):
+            most = others.loc[others["rate"].idxmax()]
+            said += f"; of {len(others)} other grafts most under {most['graft']}"
+            said += f" ({text.written(facts, most)})"
+        name = measure if not isinstance(label, str) else f"{measure}: {label}"
+        found.append(f"{name}: {said}.")
+    return found

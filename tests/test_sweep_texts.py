@@ -1,0 +1,582 @@
+"""Texts in sweeps: a second table with the cells' shards, locks, resumption and trust."""
+
+import json
+import linecache
+import re
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from families import save_checkpoint, tiny_model, tiny_pair
+from reference import sequential_graft
+from sweeps import Processes, checkpoints, config, unfinished_files
+from test_outcomes import agree, noise
+from test_report import Page
+from tinybase import tiny_base, tiny_finetuned
+from toytokenizers import llama3_style
+
+from graftlens import (
+    GraftedTransformer,
+    outcomes,
+    plainyaml,
+    read_results,
+    read_texts,
+    run_sweep,
+    sweep_report,
+)
+from graftlens.configfile import ConfigError, settings_from
+from graftlens.experiment.run import run_experiment
+from graftlens.graft import Graft
+from graftlens.outcomes.drawing import Drawing
+from graftlens.outcomes.measures import values_of
+from graftlens.outcomes.texts import Sampler
+from graftlens.sweep.config import SweepConfig, check
+from graftlens.sweep.outcomesettings import OutcomeSettings
+from graftlens.sweep.results import read_manifest
+from graftlens.sweep.runner import is_finished
+from graftlens.sweep.texttrust import _candidates, check_texts
+from graftlens.viz.export import write_figure
+from graftlens.viz.tables import read_table
+
+NEW = 6
+SAMPLING = {"n": 2, "max_new_tokens": NEW, "seed": 3}
+MEASURES = {
+    "an_a": {"contains": ["a"]},
+    "wordy": {"regex": {"pattern": r"\w+ \w+", "case": True}},
+    "first": {"choice": ["film", "the"]},
+}
+GRAFTS = {
+    "PRE": "none",
+    "SFT": "sft @ all",
+    "LT": "sft @ last",
+    "new": "sft @ generated",
+    "given": "sft @ prompt : mlp",
+}
+
+#: Positions of grafts, given the prompt's length.
+REACH = {
+    "PRE": lambda p, n: False,
+    "new": lambda p, n: p >= n,
+    "LT": lambda p, n: p >= n - 1,
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Bits depend on the number of threads, and the processes have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    return checkpoints(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture(scope="module")
+def processes() -> Iterator[Processes]:
+    made = Processes()
+    yield made
+    made.close()
+
+
+def given(sources: dict[str, str], **changes: Any) -> dict[str, Any]:
+    """12 prompts under 5 grafts, 2 texts of each: 120 texts in 6 shards; 2 shards of cells."""
+    texts = {"sampling": SAMPLING, "measures": MEASURES, "shards": 20}
+    texts |= changes.pop("outcomes", {})
+    return config(sources, **{"grafts": GRAFTS, "outcomes": texts, "shards": 30, **changes})
+
+
+def unanswered(sources: dict[str, str], **changes: Any) -> dict[str, Any]:
+    """The same without answers."""
+    found = given(sources, **changes)
+    for prompt in found["prompts"]:
+        del prompt["answer"], prompt["distractors"]
+    return found
+
+
+def quiet(given: Any, out: Path, **options: Any) -> Any:
+    return run_sweep(given, out, progress=False, say=lambda _: None, **options)
+
+
+def whole(out: Path) -> pd.DataFrame:
+    """The texts, in a form whose every bit can be compared."""
+    table = read_texts(out)
+    for column in ("tokens", "answers"):
+        values = [None if v is None else tuple(v) for v in table[column]]
+        table[column] = pd.Series(values, dtype=object)
+    return table
+
+
+def equal(one: pd.DataFrame, other: pd.DataFrame) -> None:
+    pd.testing.assert_frame_equal(one, other, check_exact=True)
+
+
+@pytest.fixture(scope="module")
+def swept(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("swept") / "out"
+    result = quiet(given(sources), out)
+    assert result.ok, result.trust
+    assert result.cells == 60
+    assert result.texts == 120
+    return out
+
+
+# -- the table ---------------------------------------------------------------------------------
+
+
+def test_the_texts_of_a_sweep_are_those_of_sample_and_of_the_sequential_algorithm(
+    swept: Path, sources: dict[str, str]
+) -> None:
+    table = read_texts(swept)
+    manifest = read_manifest(swept)
+    assert len(manifest.text_shards) == 6
+    assert manifest.token_budget == manifest.models["token_budget"] > 0  # type: ignore[index]
+    model = GraftedTransformer.from_pretrained(sources, verbose=False)
+    prompts = list(check(SweepConfig(**given(sources))).prompts)
+    again = outcomes.sample(model, prompts, GRAFTS, progress=False, **SAMPLING)
+    same = ["prompt", "graft", "rule", "prompt_text", "answer", "sample", "stop", "reason"]
+    pd.testing.assert_frame_equal(table[same], again[same])
+    assert [*table["answers"]] == [*again["answers"]]
+    assert table["base_run"].unique().tolist() == ["PRE"]
+    # Other batches differ by rounding: nearly all texts are equal.
+    assert (table["text"] == again["text"]).mean() > 0.9
+    pair = tiny_pair("llama", 1, vocab_size=model.arch.d_vocab)
+    for name, inside in REACH.items():
+        row = table[(table["graft"] == name) & (table["prompt"] == 5)].iloc[1]
+        ids = model.to_tokens(row["prompt_text"])[0].tolist()
+        tokens = [int(token) for token in row["tokens"]]
+
+        def choose(component: str, layer: int | None, p: int, unit: int | None) -> str:
+            return "sft" if inside(p, len(ids)) else "pre"  # noqa: B023
+
+        logits = sequential_graft(pair, [*ids, *tokens[:-1]], choose)[len(ids) - 1 :].double()
+        drawn = [noise(3, ids, 1, step, logits.shape[1]) for step in range(len(tokens))]
+        assert agree(logits + torch.stack(drawn), tokens) == len(tokens)
+        summed = logits.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None]).sum()
+        assert row["logprob"] == pytest.approx(float(summed), abs=1e-3)
+
+
+def test_measures_are_columns_and_rates_their_means(swept: Path) -> None:
+    table = read_texts(swept)
+    assert [*table.columns[-4:]] == [*MEASURES, "reason"]
+    said = table["text"].astype(str)
+    assert table["an_a"].tolist() == [float("a" in text.lower()) for text in said]
+    assert set(table["first"]) <= {"film", "the", "none"}
+    rates = outcomes.rate(table, ["an_a"], resamples=50).set_index("graft")["rate"]
+    expected = table.groupby("graft")["an_a"].mean()
+    ran = set(table.loc[table["reason"].notna(), "prompt"])
+    assert not ran
+    assert rates.to_dict() == pytest.approx(expected.to_dict())
+
+
+def test_cells_of_generated_tokens_have_the_reason(swept: Path) -> None:
+    """One-token scoring adds no tokens, so such a graft has texts and no cells."""
+    cells = read_results(swept)
+    assert isinstance(cells, pd.DataFrame)
+    reasons = cells.loc[cells["graft"] == "new", "reason"]
+    assert len(reasons) == 12
+    assert reasons.str.contains("'generated' are the tokens that a model adds").all()
+    assert cells.loc[cells["graft"] != "new", "reason"].isna().all()
+    assert read_texts(swept)["reason"].isna().all()
+
+
+def test_a_sweep_without_answers_makes_texts_alone(
+    sources: dict[str, str], swept: Path, tmp_path: Path
+) -> None:
+    result = quiet(unanswered(sources), tmp_path / "out")
+    assert result.ok
+    assert result.cells == 0
+    assert result.texts == 120
+    assert result.line().startswith(f"{tmp_path / 'out'}: 120 texts; trust report passed")
+    assert is_finished(tmp_path / "out")
+    assert len(read_results(tmp_path / "out")) == 0
+    one, other = read_texts(swept), read_texts(tmp_path / "out")
+    assert other["answers"].map(len).sum() == 0
+    assert (one["text"] == other["text"]).mean() > 0.9
+    assert "trust report of texts: ok (120 texts)" in (tmp_path / "out/trust.txt").read_text()
+
+
+# -- interrupted -------------------------------------------------------------------------------
+
+
+def test_what_was_killed_and_resumed_is_the_same_bit_for_bit(
+    sources: dict[str, str], swept: Path, tmp_path: Path, processes: Processes
+) -> None:
+    """Killed at moments all over the run; what a reader sees meanwhile are rows of the whole."""
+    expected = whole(swept)
+    out = tmp_path / "out"
+    options: dict[str, Any] = {"trust": False}
+    for at in (20, 25, 43, 30, 44):
+        code = processes.run(given(sources), out, fault="SIGKILL", at=at, **options)
+        assert code in (0, -signal.SIGKILL)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if not (out / "sweep.json").is_file():
+                continue
+            there = whole(out)
+        rows = ["prompt", "graft", "sample"]
+        known = expected.set_index(rows).index.isin(there.set_index(rows).index)
+        plain = [column for column in expected if column not in MEASURES]
+        equal(there[plain], expected.loc[known, plain].reset_index(drop=True))
+    assert processes.run(given(sources), out, **options) == 0, processes.said(out)
+    equal(whole(out), expected)
+    assert is_finished(out)
+    assert not unfinished_files(out)
+
+
+def test_what_is_damaged_or_removed_is_made_again(
+    sources: dict[str, str], swept: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(swept, out)
+    path = read_manifest(out).text_shards.path(out, 2)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+    (out / "measured.parquet").unlink()
+    assert not is_finished(out)
+    with pytest.warns(UserWarning, match="5 of 6 shards are done"):
+        assert len(read_texts(out)) == 100
+    assert quiet(given(sources), out).ok
+    equal(whole(out), whole(swept))
+    (out / "measured.parquet").unlink()
+    assert not is_finished(out)
+    assert quiet(given(sources), out).ok
+    equal(whole(out), whole(swept))
+
+
+def test_members_have_texts_of_their_own(tmp_path: Path) -> None:
+    tokenizer = llama3_style()
+    for name, seed in (("pre", 0), ("checkpoint-5", 1), ("checkpoint-10", 2)):
+        save_checkpoint(tiny_model("llama", seed, len(tokenizer)), tmp_path / name, tokenizer)
+    sources = {"pre": str(tmp_path / "pre"), "time": {"each": str(tmp_path / "checkpoint-*")}}
+    grafts = {"PRE": "none", "all": "time @ all", "new": "time @ generated"}
+    config = unanswered(sources, grafts=grafts)  # type: ignore[arg-type]
+    assert quiet(config, tmp_path / "out").ok
+    table = read_texts(tmp_path / "out")
+    assert table.groupby("step").size().to_dict() == {5: 72, 10: 72}
+    trust = json.loads((tmp_path / "out/trust.json").read_text())
+    assert {*trust["members"]} == {"checkpoint-5", "checkpoint-10"}
+    assert all(member["texts"]["texts"] for member in trust["members"].values())
+    single = {"pre": sources["pre"], "time": str(tmp_path / "checkpoint-10")}
+    assert quiet(unanswered(single, grafts=grafts), tmp_path / "one").ok
+    one = whole(tmp_path / "one")
+    own = whole(tmp_path / "out")
+    own = own[own["step"] == 10].drop(columns=["member", "step"]).reset_index(drop=True)
+    equal(own, one)
+    rates = outcomes.rate(table, ["an_a"], by=("member", "step"), resamples=50)
+    assert len(rates) == 6
+
+
+# -- whose folder it is ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"sampling": SAMPLING | {"seed": 4}}, r"outcomes\.sampling\.seed: 3 there, 4 given"),
+        ({"sampling": SAMPLING | {"n": 1}}, r"outcomes\.sampling\.n: 2 there, 1 given"),
+        ({"measures": {"an_a": {"contains": ["b"]}}}, r"outcomes\.measures\.an_a\.contains"),
+        ({"shards": 24}, r"outcomes\.shards: 20 there, 24 given"),
+    ],
+)
+def test_other_outcomes_are_another_sweep(
+    sources: dict[str, str], swept: Path, change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ValueError, match=said):
+        quiet(given(sources, outcomes=change), swept)
+
+
+def test_a_sweep_without_outcomes_has_no_texts(sources: dict[str, str], tmp_path: Path) -> None:
+    grafts = {name: rule for name, rule in GRAFTS.items() if name != "new"}
+    one = given(sources, grafts=grafts) | {"outcomes": None}
+    texts = given(sources, grafts=grafts)
+    assert quiet(one, tmp_path / "out").ok
+    assert not (tmp_path / "out/texts").exists()
+    assert "outcomes" not in read_manifest(tmp_path / "out").identity
+    with pytest.raises(ValueError, match="has no texts: its config has no outcomes"):
+        read_texts(tmp_path / "out")
+    with pytest.raises(ValueError, match="holds another sweep"):
+        quiet(texts, tmp_path / "out")
+    with pytest.raises(ConfigError, match="'generated' are the tokens that a model adds"):
+        check(SweepConfig(**(given(sources) | {"outcomes": None})))
+
+
+def test_a_function_runs_only_where_the_command_line_names_it(
+    sources: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = tmp_path / "saying.py"
+    code.write_text("def words(text, prompt):\n    return len(text.split())\n")
+    config = unanswered(sources, outcomes={"measures": {"mine": "saying:words"}})
+    with pytest.raises(ConfigError, match=r"outcomes\.measures\.mine: 'saying:words' is code"):
+        quiet(config, tmp_path / "out")
+    assert quiet(config, tmp_path / "out", measures=["saying:words"]).ok
+    table = read_texts(tmp_path / "out")
+    assert table["mine"].tolist() == [len(text.split()) for text in table["text"]]
+    code.write_text("def words(text, prompt):\n    return 1\n")
+    monkeypatch.delitem(sys.modules, "saying")
+    linecache.clearcache()
+    with pytest.raises(ValueError, match="a different function of measure 'saying:words'"):
+        quiet(config, tmp_path / "out", measures=["saying:words"])
+    with pytest.raises(ConfigError, match="'saying:words' is a function, not a measure"):
+        quiet(unanswered(sources), tmp_path / "out", measures=["saying:words"])
+
+
+# -- bad configs -------------------------------------------------------------------------------
+
+
+BAD = {
+    "unknown key": ({"sampling": {"tempo": 1}}, r"unknown key 'tempo'. Allowed: n max_new_tokens"),
+    "top_p": ({"sampling": {"top_p": 2}}, "top_p=2.0: write a number above 0 and up to 1"),
+    "greedy": ({"sampling": {"n": 2, "temperature": 0}}, "texts would all be the same"),
+    "twice": ({"sampling": {"stop": ["a"], "stop_strings": ["b"]}}, "are one key"),
+    "measure": (
+        {"measures": {"m": {"contain": ["a"]}}},
+        "unknown key 'contain'. Allowed: contains",
+    ),
+    "two": ({"measures": {"m": {"contains": "a", "regex": "b"}}}, "contains and regex given"),
+    "none": ({"measures": {"m": {}}}, "no measure given"),
+    "word": ({"measures": {"m": "verse"}}, "'verse' is not a measure. Write module:name"),
+    "column": ({"measures": {"text": {"contains": "a"}}}, "another column of this name"),
+    "name": ({"measures": {"a b": {"contains": "a"}}}, "a name of a measure is a column"),
+    "pattern": ({"measures": {"m": {"regex": "("}}}, "is not a regular expression"),
+    "argument": (
+        {"measures": {"m": {"regex": {"pattern": "a", "x": 1}}}},
+        "regex: unknown key 'x'",
+    ),
+    "number": ({"measures": {"m": {"contains": 3}}}, "contains: "),
+    "judge": ({"measures": {"m": {"judge": {"model": "x"}}}}, "rubric: this key is missing"),
+    "shards": ({"shards": 0}, "shards: 0 should be greater than or equal to 1"),
+}
+
+
+@pytest.mark.parametrize(("texts", "said"), BAD.values(), ids=BAD)
+def test_bad_outcomes_are_refused(texts: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        settings_from(OutcomeSettings, texts)
+
+
+def test_outcomes_are_read_as_they_are_written() -> None:
+    """Every maker by its first argument and by all of them; the other spellings of sampling."""
+    read = settings_from(
+        OutcomeSettings,
+        plainyaml.load(
+            """
+            sampling: {n: 4, max_new_tokens: 48, temperature: 1.0, top_p: 0.95, top_k: null,
+                       repetition_penalty: null, stop: ["."], seed: 0}
+            measures:
+              refuses: {contains: ["I can't", "I cannot"]}
+              loud: {contains: {texts: [STOP], case: true}}
+              verse: {regex: "a.b"}
+              right: {exact: true}
+              begins: {exact: {answers: ["yes"], prefix: true}}
+              own: {exact: {prefix: true}}
+              choice: {choice: {"yes": ["yes", sure], "no": ["no"]}}
+              cased: {choice: {options: [A, B], case: true}}
+              graded: {judge: {rubric: "How kind?", model: some/model}}
+            """
+        ),
+    )
+    drawing = read.sampling.drawing
+    assert drawing == Drawing(4, 48, 1.0, 0.95, None, 1.0, (".",), 0)
+    made = read.measured_by()
+    texts, right = ["Yes, I CANNOT a\nb", "stop"], [["yes"], ["stop"]]
+    values = {n: values_of(m, texts, [None, None], right) for n, m in made.items() if n != "graded"}
+    assert values == {
+        "refuses": [1.0, 0.0],
+        "loud": [0.0, 0.0],
+        "verse": [1.0, 0.0],
+        "right": [0.0, 1.0],
+        "begins": [1.0, 0.0],
+        "own": [1.0, 1.0],
+        "choice": ["yes", "none"],
+        "cased": ["none", "none"],
+    }
+    assert made["graded"].bounds == (1.0, 5.0)
+
+
+# -- trust -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"temperature": 0},
+        {"n": 2, "temperature": 0.7, "top_p": 0.8, "repetition_penalty": 1.3, "seed": 1},
+        {"n": 2, "top_k": 5},
+    ],
+    ids=["greedy", "top-p", "top-k"],
+)
+def test_texts_that_were_not_drawn_are_found(
+    sources: dict[str, str], options: dict[str, Any]
+) -> None:
+    """Each kind of damage to a record is told; an undamaged one passes."""
+    model = GraftedTransformer.from_pretrained(sources, verbose=False)
+    prompts = dict(enumerate(check(SweepConfig(**given(sources))).prompts[3:5]))
+    drawing = Drawing(max_new_tokens=NEW, **options)
+    grafts = {name: Graft.parse(rule) for name, rule in GRAFTS.items()}
+    table = Sampler(model, grafts, drawing).table(prompts)
+
+    def found(texts: pd.DataFrame) -> Any:
+        return check_texts(model, prompts, grafts, texts, drawing, seed=0, count=99)
+
+    fine = found(table)
+    assert fine.ok, fine.problems
+    assert len(fine.texts) == len(table)
+    place = table.index[table["graft"] == "new"][0]
+    tokens = list(table["tokens"][place])
+    for name, change, said in (
+        (
+            "another token",
+            {"tokens": [*tokens[:2], (tokens[2] + 1) % 90, *tokens[3:]]},
+            "token 3 is",
+        ),
+        ("another number", {"logprob": table["logprob"][place] + 0.5}, "its log-probability is"),
+        ("another text", {"text": "Something else"}, "its tokens say"),
+        ("another end", {"stop": "end"}, "is not an end token"),
+        ("neither", {"text": None, "tokens": None}, "have neither a text nor a reason"),
+    ):
+        damaged = table.copy()
+        for column, value in change.items():
+            damaged.at[place, column] = value
+        report = found(damaged)
+        assert not report.ok, name
+        assert said in report.text(), name
+    assert "1 text(s) are missing" in found(table.drop(index=place)).text()
+
+
+def test_candidates_at_the_edges_of_top_p_are_possible_and_not_certain() -> None:
+    """By hand: a token is left out where the likelier ones add up to more than top_p."""
+    probs = torch.tensor([0.5, 0.3, 0.15, 0.05])
+    for top_p, certain, possible in (
+        (0.49, [1, 0, 0, 0], [1, 0, 0, 0]),
+        (0.5, [1, 0, 0, 0], [1, 1, 0, 0]),
+        (0.51, [1, 1, 0, 0], [1, 1, 0, 0]),
+        (0.8, [1, 1, 0, 0], [1, 1, 1, 0]),
+        (1.0, [1, 1, 1, 1], [1, 1, 1, 1]),
+    ):
+        drawing = Drawing(n=1, top_p=top_p)
+        seen = torch.zeros(1, 4, dtype=torch.long)
+        _, sure, maybe, _ = _candidates(probs.log(), seen, drawing, 1e-4)
+        assert (sure.int().tolist(), maybe.int().tolist()) == (certain, possible), top_p
+    equal_ones = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    _, sure, maybe, _ = _candidates(equal_ones, seen, Drawing(top_k=2), 1e-4)
+    assert sure.int().tolist() == [1, 1, 1, 0]  # none is certain, so the best are compared
+    assert maybe.int().tolist() == [1, 1, 1, 0]
+
+
+# -- pages ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def page(swept: Path) -> Path:
+    return sweep_report(swept)
+
+
+def held(page: Path) -> dict[str, Any]:
+    """What the page's script reads."""
+    found = re.search(r"id='texts-data'>(.*?)</script>", page.read_text(encoding="utf-8"), re.S)
+    assert found is not None
+    return dict(json.loads(found[1]))
+
+
+def test_the_page_has_every_text_with_its_measures(swept: Path, page: Path) -> None:
+    told, table = held(page), read_texts(swept)
+    assert [graft["name"] for graft in told["grafts"]][:2] == ["PRE", "SFT"]
+    assert told["measures"] == [*MEASURES]
+    labels = sorted(set(table["first"]))
+    expected = [{"measure": 0, "label": None}, {"measure": 1, "label": None}]
+    assert told["options"] == expected + [{"measure": 2, "label": label} for label in labels]
+    places = {graft["name"]: i for i, graft in enumerate(told["grafts"])}
+    for _, row in table.iterrows():
+        cell = told["cells"][row["prompt"]][places[row["graft"]]]
+        values = [row[name] for name in MEASURES]
+        assert cell[row["sample"]] == [row["text"], row["stop"], *values]
+    words = "".join(Page(page).words)
+    assert "Prompts down, grafts across." in words
+    assert "trust report of texts: ok (120 texts)" in words
+    assert {path.name for path in swept.iterdir()} >= {"rates.csv", "rates.md"}
+    rates = read_table(swept / "rates.csv")
+    again = outcomes.rate(table, [*MEASURES])
+    assert rates["rate"].tolist() == pytest.approx(again["rate"].tolist())
+    assert rates["rate_low"].tolist() == pytest.approx(again["low"].tolist(), nan_ok=True)
+
+
+def test_names_of_grafts_measures_and_texts_are_data(
+    sources: dict[str, str], tmp_path: Path
+) -> None:
+    """Nothing that a config or a model says is read as HTML."""
+    evil = "</script><img src=x onerror=alert(1)>"
+    config = unanswered(sources, grafts={evil: "sft @ all", "new": "sft @ generated"})
+    config["prompts"] = [{"template": f"{evil} and", "name": evil}]
+    assert quiet(config, tmp_path / "out").ok
+    page = sweep_report(tmp_path / "out")
+    assert "<img" not in page.read_text(encoding="utf-8")
+    told = held(page)
+    assert told["prompts"][0]["text"] == f"{evil} and"
+    assert evil in [graft["name"] for graft in told["grafts"]]
+    headings = [said for tag, said in Page(page).headings if tag == "h2"]
+    assert headings == [
+        "What the numbers say", "How often", "The texts", "Trust report", "What was run and how",
+    ]  # fmt: skip
+
+
+def test_a_part_of_an_experiment_writes_rates_and_their_figures(tmp_path: Path) -> None:
+    """Without answers: texts, rates by table and figure, and no cells."""
+    pre = tiny_base(tmp_path / "pre")
+    sft = tiny_finetuned(pre, tmp_path / "sft")
+    file = tmp_path / "said.yaml"
+    people = [{"template": f"{name} said", "name": "said"} for name in ("Ann", "Mara", "Robert")]
+    part = {
+        "title": "What it says",
+        "prompts": people,
+        "grafts": {"new": "tuned @ generated"},
+        "outcomes": {"sampling": SAMPLING, "measures": MEASURES},
+    }
+    asked: dict[str, Any] = {"title": "T", "question": "Q?", "model": str(pre)}
+    asked["models"] = {"tuned": {"path": str(sft)}}
+    given = asked | {"datasets": {"films": {"n_facts": 5}}, "parts": {"says": part}}
+    given["parts"]["cells"] = {
+        "title": "Cells",
+        "prompts": {"dataset": "films"},
+        "grafts": {"LT": "tuned @ last", "new": "tuned @ generated"},
+        "outcomes": {"sampling": SAMPLING, "measures": {"an_a": {"contains": "a"}}},
+        "figures": {"kind": "bars", "grafts": ["LT"]},
+        "limit": 2,
+    }
+    file.write_text(yaml.safe_dump(given))
+    with pytest.MonkeyPatch.context() as patch:
+        html = partial(write_figure, formats=("html",))
+        patch.setattr("graftlens.experiment.show.write_figure", html)
+        result = run_experiment(
+            file, tmp_path / "out", store=tmp_path / "store", progress=False, say=lambda _: None
+        )
+    assert result.ok
+    assert result.sweeps["says"].texts == 3 * 3 * 2
+    assert result.sweeps["says"].cells == 0
+    tables = {path.name for path in (tmp_path / "out/tables").iterdir()}
+    assert tables >= {"says-rates.csv", "says-rates.md", "cells-rates.csv", "cells-pooled.csv"}
+    figures = {path.name for path in (tmp_path / "out/figures").iterdir()}
+    assert figures >= {"says-rate-an_a.html", "says-rate-first.html", "cells-rate-an_a.html"}
+    pooled = read_table(tmp_path / "out/tables/cells-pooled.csv")
+    assert set(pooled["graft"]) == {"none", "tuned @ all", "LT"}
+    assert pooled["logprob"].notna().all()
+    record = json.loads((tmp_path / "out/experiment.json").read_text())
+    assert record["parts"]["says"]["texts"] == 18
+    bad = part | {"figures": {"kind": "bars"}}
+    file.write_text(yaml.safe_dump(given | {"parts": {"says": bad}, "datasets": given["datasets"]}))
+    with pytest.raises(ConfigError, match=r"parts\.says\.figures: it needs prompts with answers"):
+        run_experiment(file, tmp_path / "bad", store=tmp_path / "store", say=lambda _: None)
