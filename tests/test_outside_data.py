@@ -196,7 +196,7 @@ def test_home_is_found_in_prompts_files(tmp_path, monkeypatch):
     assert len(PromptFile(file="~/p.jsonl").prompts()) == 1
     with pytest.raises(ValueError, match="home folder of a user who does not exist"):
         PromptFile(file="~nobody-of-that-name/p.jsonl").prompts()
-    assert len(prompt_sections({"file": "~/p.jsonl"})) == 1
+    assert len(prompt_sections({"file": "~/p.jsonl"}, None)) == 1
 
 
 # -- names in every script -------------------------------------------------------------------------

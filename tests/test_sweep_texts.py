@@ -16,6 +16,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
+from browser import ask
 from families import save_checkpoint, tiny_model, tiny_pair
 from reference import sequential_graft
 from sweeps import Processes, checkpoints, config, unfinished_files
@@ -515,6 +516,51 @@ def test_the_page_has_every_text_with_its_measures(swept: Path, page: Path) -> N
     assert rates["rate_low"].tolist() == pytest.approx(again["low"].tolist(), nan_ok=True)
 
 
+@pytest.mark.parametrize("width", [700, 1400])
+def test_in_a_browser_texts_are_filtered_by_measure_and_prompt(
+    swept: Path, page: Path, tmp_path: Path, width: int
+) -> None:
+    """Prompts down, grafts across; what a filter leaves is what the table has."""
+    script = """const set = (name, value, kind) => {
+        const place = document.getElementById(`texts-${name}`);
+        place.value = value; place.dispatchEvent(new Event(kind)); };
+      const prompts = () => [...document.querySelectorAll("#texts-table tbody tr")]
+        .map(row => row.cells[0].querySelector("small").textContent.split(" ")[0]);
+      const body = document.querySelector("#texts-table tbody");
+      const all = {prompts: prompts(),
+        grafts: document.querySelectorAll("#texts-table thead th").length,
+        text: body.rows[0].cells[1].querySelector(".generated").textContent,
+        more: body.rows[0].cells[1].querySelectorAll("details .sample").length,
+        open: body.rows[0].cells[1].querySelector("details").open,
+        wide: document.documentElement.scrollWidth > innerWidth};
+      set("measure", "0", "change"); set("hits", "miss", "change");
+      const missed = prompts();
+      const marked = [...body.querySelectorAll(".sample.hit")].every(sample =>
+        [...sample.querySelectorAll("li.hit")].some(mark => mark.textContent === "an_a"));
+      set("hits", "", "change"); set("search", "zo\u00eb", "input");
+      return {all, missed, marked, found: prompts(),
+        count: document.getElementById("texts-count").textContent};"""
+    found, complaints = ask(page, script, tmp_path, width=width)
+    assert complaints == []
+    table = read_texts(swept)
+    first = table[(table["prompt"] == 0) & (table["graft"] == "PRE")].iloc[0]["text"]
+    everyone = [str(number) for number in range(12)]
+    assert found["all"] == {
+        "prompts": everyone,
+        "grafts": 1 + len(GRAFTS),
+        "text": first or "(nothing)",
+        "more": 1,
+        "open": False,
+        "wide": False,
+    }
+    missing = table[table["an_a"] == 0]["prompt"].unique().tolist()
+    assert found["missed"] == [str(number) for number in missing]
+    assert found["marked"]
+    wanted = table[table["prompt_text"].str.contains("Zoë")]["prompt"].unique().tolist()
+    assert found["found"] == [str(number) for number in wanted]
+    assert found["count"] == f"{len(wanted)} of 12 prompts"
+
+
 def test_names_of_grafts_measures_and_texts_are_data(
     sources: dict[str, str], tmp_path: Path
 ) -> None:
@@ -576,7 +622,7 @@ def test_a_part_of_an_experiment_writes_rates_and_their_figures(tmp_path: Path) 
     assert pooled["logprob"].notna().all()
     record = json.loads((tmp_path / "out/experiment.json").read_text())
     assert record["parts"]["says"]["texts"] == 18
-    bad = part | {"figures": {"kind": "bars"}}
-    file.write_text(yaml.safe_dump(given | {"parts": {"says": bad}, "datasets": given["datasets"]}))
+    part["figures"] = {"kind": "bars"}
+    file.write_text(yaml.safe_dump(given))
     with pytest.raises(ConfigError, match=r"parts\.says\.figures: it needs prompts with answers"):
         run_experiment(file, tmp_path / "bad", store=tmp_path / "store", say=lambda _: None)

@@ -34,7 +34,6 @@ from graftlens.sweep.promptsets import (
     Section,
     listed,
     sections_by_key,
-    unanswered,
 )
 
 #: The pretrained model's name among an experiment's sources.
@@ -103,10 +102,10 @@ class PromptsConfig(Questions):
     """Keys of that dataset to change, such as `{half: b}`: only half b counts as told."""
 
 
-def _prompts(value: Any) -> Any:
+def _prompts(value: Any, info: Any) -> Any:
     own = dict.fromkeys(("template", "messages"), PromptSection)
     return sections_by_key(
-        value, {"file": PromptFile, "column": PromptColumn, **own}, PromptsConfig
+        value, {"file": PromptFile, "column": PromptColumn, **own}, PromptsConfig, info
     )
 
 
@@ -205,6 +204,10 @@ class PartConfig(RunSettings, GraftSettings):
     made of, as in a sweep: {of: sft, rank: 8}; {each: sft} are the checkpoints that the model's
     training keeps (`keep_checkpoints`)."""
 
+    outcomes: OutcomeSettings | None = None
+    """Texts that are generated of each prompt under each graft, and what is measured of them: a
+    table and a figure of rates."""
+
     prompts: Annotated[
         tuple[PromptsConfig | PromptSection | PromptFile | PromptColumn, ...],
         BeforeValidator(_prompts),
@@ -225,10 +228,6 @@ class PartConfig(RunSettings, GraftSettings):
 
     interactions: InteractionsConfig | None = None
     """Grafts that are run in all coalitions, besides those of `grafts` and `grids`."""
-
-    outcomes: OutcomeSettings | None = None
-    """Texts that are generated of each prompt under each graft, and what is measured of them: a
-    table and a figure of rates."""
 
     localise: Search | None = None
     """Instead of a sweep: search the smallest set of places that does it. `grafts` are reported
@@ -311,15 +310,14 @@ class PartConfig(RunSettings, GraftSettings):
             )
 
     def problems(self) -> list[tuple[str, str]]:
-        """(where, what) of every name here that does not exist, and every answer that is
-        missing."""
+        """(where, what) of every name here that does not exist."""
         if self.localise is not None:
             what = "a part that localises has none: its page shows what was found. Leave it out."
             never = ("grids", "figures", "finding", "interactions", "where_possible", "paper")
             return [
                 (key, what) for key in (*never, "base", "full", "outcomes") if getattr(self, key)
             ]
-        problems = [] if self.outcomes is not None else unanswered(self.prompts)
+        problems = []
         named, grafts = self.named_grids, self.named_grafts()
         if len(named) < len(self.grids):
             problems.append(("grids", "two grids have the same name. Give each its own name."))

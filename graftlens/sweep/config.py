@@ -45,7 +45,6 @@ from graftlens.sweep.promptsets import (
     Section,
     listed,
     prompt_sections,
-    unanswered,
 )
 
 __all__ = [
@@ -140,15 +139,15 @@ class SweepConfig(RunSettings, GraftSettings):
     templates: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Evaluation templates of the datasets, by name; by default all."""
 
+    outcomes: OutcomeSettings | None = None
+    """Texts that are generated of each prompt under each graft, and what is measured of them. Where
+    no prompt has an answer, these are all that the sweep makes."""
+
     prompts: Annotated[
         tuple[PromptSection | PromptFile | PromptColumn, ...], BeforeValidator(prompt_sections)
     ] = ()
     """Prompts of your own: a list of prompts, `file:` with a file of them, or `dataset:` with the
     column of a dataset that holds them."""
-
-    outcomes: OutcomeSettings | None = None
-    """Texts that are generated of each prompt under each graft, and what is measured of them. Where
-    no prompt has an answer, these are all that the sweep makes."""
 
     @field_validator("sources")
     @classmethod
@@ -191,8 +190,6 @@ class SweepConfig(RunSettings, GraftSettings):
                 if name not in _TEMPLATES
             ]
         problems += self.graft_problems(self.sources)
-        if self.outcomes is None:
-            problems += unanswered(self.prompts)
         if problems:
             raise ConfigError(*problems)
         return self

@@ -4,7 +4,7 @@ import contextlib
 import json
 import random
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +13,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 
 from graftlens.chat import REASONING, Conversation, contents, doubled
 from graftlens.components import brief, check_name, suggest
-from graftlens.configfile import ConfigError, gather, noted, read_yaml, settings_from
+from graftlens.configfile import ConfigError, gather, read_yaml, settings_from
 from graftlens.data import (
     MAX_FACTS,
     AnyDataset,
@@ -505,28 +505,31 @@ def listed(value: Any) -> Any:
     return [value] if isinstance(value, dict | Settings) else value
 
 
-def prompt_sections(value: Any) -> Any:
+def prompt_sections(value: Any, info: Any) -> Any:
     """The sections of a sweep's key `prompts`; ConfigError names each that is wrong."""
-    return sections_by_key(value, {"file": PromptFile, "dataset": PromptColumn}, PromptSection)
+    kinds: dict[str, type[Section]] = {"file": PromptFile, "dataset": PromptColumn}
+    return sections_by_key(value, kinds, PromptSection, info)
 
 
 def sections_by_key(
-    value: Any, kinds: Mapping[str, type[Section]], usual: type[Section]
+    value: Any, kinds: Mapping[str, type[Section]], usual: type[Section], info: Any = None
 ) -> list[Section]:
-    """The sections of a list; ConfigError names each that is wrong.
+    """The sections of a list; ConfigError names each that is wrong. Prompts need an answer, unless
+    texts are generated.
 
     Args:
         value: what the config says.
         kinds: a key that a section has -> its kind.
         usual: the kind of sections that have none of these keys.
+        info: pydantic's, with the fields before: whether there are `outcomes`.
     """
+    answered = info is None or not info.data.get("outcomes")
 
     def section(entry: Any) -> Section:
-        if isinstance(entry, Section):
-            return entry
         keys = entry if isinstance(entry, Mapping) else ()
         kind = next((kind for key, kind in kinds.items() if key in keys), usual)
-        return settings_from(kind, entry)
+        made = entry if isinstance(entry, Section) else settings_from(kind, entry)
+        return made.answered() if answered and isinstance(made, PromptSection) else made
 
     given = listed(value)
     if not isinstance(given, list | tuple):
@@ -535,13 +538,3 @@ def sections_by_key(
             "dataset: and the name of a dataset."
         )
     return gather(section, ((str(i), entry) for i, entry in enumerate(given)))
-
-
-def unanswered(sections: Iterable[Section]) -> list[tuple[str, str]]:
-    """(where, what) of every prompt of your own that lacks the answer it needs."""
-    problems: list[tuple[str, str]] = []
-    for number, section in enumerate(sections):
-        if isinstance(section, PromptSection):
-            with noted(problems, f"prompts.{number}"):
-                section.answered()
-    return problems
