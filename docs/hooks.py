@@ -4,10 +4,12 @@ and the files of the repository that pages link to, so that links work here as i
 import ast
 import posixpath
 import re
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from griffe import Extension, Object
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parent.parent
@@ -27,8 +29,23 @@ PACKAGES = {
     "graftlens.model": "The parts of a grafted model.",
 }
 
+#: A docstring's section on what is returned, up to the next one.
+RETURNS = re.compile(r"^Returns:\n((?:    .*(?:\n|\Z)|\n)+)", re.M)
+
 #: A Markdown link or picture with a relative address.
 LINK = re.compile(r"(?<=\]\()(?![a-z]+:)([^)#\s]+)")
+
+
+class Returns(Extension):
+    """What a function returns is prose, in which a colon does not end a type."""
+
+    def on_object(self, *, obj: Object, **_: Any) -> None:
+        if obj.docstring is not None:
+            obj.docstring.value = RETURNS.sub(_as_prose, obj.docstring.value)
+
+
+def _as_prose(section: re.Match[str]) -> str:
+    return f"**Returns:**\n\n{textwrap.dedent(section[1])}"
 
 
 def public(package: str) -> list[str]:

@@ -1,8 +1,10 @@
 """The code that README and docs/ show: its blocks, and what each is."""
 
+import importlib.util
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parent.parent
 
@@ -41,3 +43,13 @@ def marked(page: str, name: str) -> str:
     """The text of the only block between a page's markers `name`."""
     (block,) = blocks(page, within=name)
     return block.text
+
+
+def module(name: str) -> ModuleType:
+    """A script of docs/."""
+    spec = importlib.util.spec_from_file_location(f"docs_{name}", ROOT / f"docs/{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 from command import graftlens
 from families import save_checkpoint, tiny_model
-from shown import marked
+from shown import marked, module
 from toytokenizers import gpt2_style
 from waiting import HANG, until
 
@@ -187,6 +187,18 @@ def test_the_examples_print_what_they_show(page: str, lines: int, real_demo: Pat
     # Rounding differs between machines: the words must agree, numbers to two digits.
     assert _words(ran.stdout) == _words(shown)
     for ours, theirs in zip(_numbers(ran.stdout), _numbers(shown), strict=True):
+        assert ours == pytest.approx(theirs, abs=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.real
+def test_the_picture_shows_what_the_demo_found(real_demo: Path) -> None:
+    draw = module("draw")
+    found = draw.seen(real_demo / "graftlens-runs/demo/facts-40-epochs-6-seed-0")
+    kept = json.loads(draw.SEEN.read_text(encoding="utf-8"))
+    rights = [graft.pop("right") for each in (found, kept) for graft in each["grafts"].values()]
+    assert json.loads(json.dumps(found)) == kept
+    for ours, theirs in zip(rights[:2], rights[2:], strict=True):
         assert ours == pytest.approx(theirs, abs=0.05)
 
 

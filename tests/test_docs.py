@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import typer
 import yaml
+from browser import chromium
 from chattemplates import CHATML
+from command import graftlens
 from shown import PAGES, ROOT, Block, blocks, marked
 from tinybase import tiny_base, tiny_finetuned
 from transformers import LlamaConfig
@@ -217,6 +219,30 @@ def test_commands_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
         test_the_commands_shown_are_commands("", "sweep last_token --wet-run", monkeypatch)
 
 
+def shown_to_run() -> list[tuple[str, str]]:
+    """What the blocks run that neither say why not, nor are run by `test_demo.py` or `.ci/run`."""
+    apart = {b.text for b in every("sh") if not_run(b) or b.note in ("demo", "tests")}
+    return [
+        (block.page, line.removeprefix(".venv/bin/graftlens "))
+        for block in every("sh")
+        if block.text not in apart
+        for line in block.text.splitlines()
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("page", "command"), shown_to_run())
+def test_the_commands_shown_run(page: str, command: str, demo_ran: Path) -> None:
+    """On a tiny pair, in the folder where the demo would have run."""
+    if "--image" in command:
+        chromium()
+    ran = graftlens(*shlex.split(command), cwd=demo_ran)
+    # 3: trusted or not, which is said of a pair that hardly differs, too.
+    assert ran.returncode in (0, 3), ran.stderr
+    if "--out" in command:
+        assert (demo_ran / shlex.split(command)[shlex.split(command).index("--out") + 1]).exists()
+
+
 # -- links -----------------------------------------------------------------------------------------
 
 
@@ -229,7 +255,9 @@ def anchors(page: str) -> list[str]:
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_pictures_are_there(page: str) -> None:
     # Of code, `blocks[4](resid)` is no link.
-    for link in re.findall(r"\]\(((?!https?:)[^)]+)\)", re.sub(r"`[^`]*`", "``", PAGES[page])):
+    text = re.sub(r"`[^`]*`", "``", PAGES[page])
+    pictures = re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    for link in [*re.findall(r"\]\(((?!https?:)[^)]+)\)", text), *pictures]:
         path, _, anchor = link.partition("#")
         target = (ROOT / page).parent / path if path else ROOT / page
         name = target.resolve().relative_to(ROOT).as_posix()
@@ -271,8 +299,9 @@ def demo_ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (own / "Qwen3-0.6B/config.json").write_text(json.dumps(other | changed))
     (folder / sft).parent.mkdir(parents=True)
     tiny_finetuned(pre, folder / "finetuned").rename(folder / sft)
+    configs = shutil.ignore_patterns("figures", "benchmarks", "planted")
+    shutil.copytree(ROOT / "experiments", folder / "experiments", ignore=configs)
     config = Path("experiments/sweeps/last_token.yaml")
-    (folder / config).parent.mkdir(parents=True)
     few = re.sub(r"components: .*", "components: [attn, mlp]", (ROOT / config).read_text())
     (folder / config).write_text(few + "\nlimit: 2\n")
     with pytest.MonkeyPatch.context() as patch:
