@@ -179,11 +179,16 @@ def sweep_summary(folder: str | Path) -> pd.DataFrame:
     """The summary of a finished sweep by template (and dataset, where there are several).
 
     Raises:
-        ValueError: a folder that holds no finished sweep.
+        ValueError: a folder that holds no finished sweep, or one of texts alone.
     """
     folder = at_home(folder)
     sweep_result(folder)
     manifest = read_manifest(folder)
+    if not manifest.scored:
+        raise ValueError(
+            f"{folder} has texts and no cells, as none of its prompts has an answer. Compare its "
+            "texts: graftlens.read_texts and outcomes.rate."
+        )
     names = [str(graft["name"]) for graft in manifest.grafts]
     table = _cells(folder, manifest, names, range(0))
     table = table[~table["graft"].isin(_rare(table, tuple(manifest.recovery.values())))]
@@ -411,8 +416,10 @@ def _provenance(folder: Path, manifest: Manifest) -> dict[str, object]:
     config = {
         key: value
         for key, value in manifest.config.items()
-        if key not in ("sources", "prompts", "grafts") and value not in (None, [], {}, ())
+        if key not in ("sources", "prompts", "grafts", "outcomes")
+        and value not in (None, [], {}, ())
     }
+    config |= _said_of_texts(manifest.config.get("outcomes"))
     ended = ("finished", "machine", "device")
     found: dict[str, object] = {
         "sources": sources,
@@ -423,3 +430,17 @@ def _provenance(folder: Path, manifest: Manifest) -> dict[str, object]:
         "versions": dict(manifest.versions),
     }
     return found | {key: done[key] for key in ended if key in done}
+
+
+def _said_of_texts(outcomes: Mapping[str, Any] | None) -> dict[str, object]:
+    """What a config says of texts, a line for each measure."""
+
+    def line(given: Mapping[str, Any]) -> str:
+        there = {key: value for key, value in given.items() if value not in (None, [], {}, ())}
+        return json.dumps(there, ensure_ascii=False)
+
+    if not outcomes:
+        return {}
+    measures = {name: line(given) for name, given in outcomes["measures"].items()}
+    found: dict[str, object] = {"sampling of texts": line(outcomes["sampling"])}
+    return found | ({"measures of texts": measures} if measures else {})

@@ -210,7 +210,9 @@ def _grafts(frame: pd.DataFrame) -> set[str]:
 def _tables(run: Path, record: Mapping[str, Any]) -> dict[str, pd.DataFrame]:
     """Part -> its table by template, and `PART, grids` -> that of its grids, templates pooled."""
     found = {}
-    for name in record["parts"]:
+    for name, part in record["parts"].items():
+        if part.get("texts") and not part.get("cells"):
+            continue  # it has texts alone
         localised = inside(run, "tables", f"{name}-{FOUND}.csv")
         if localised.is_file():
             found[name] = _read(localised)

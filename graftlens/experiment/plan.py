@@ -40,6 +40,7 @@ from graftlens.model.load import preview
 from graftlens.model.made import Each
 from graftlens.runfolder import kept_checkpoints
 from graftlens.sweep.config import Checked, SweepConfig, check, with_measures
+from graftlens.sweep.outcomesettings import TextFunction, refuse_unnamed
 from graftlens.sweep.promptsets import DatasetSection, Questions
 from graftlens.sweep.results import read_manifest
 
@@ -222,7 +223,9 @@ class Plan:
             sweep = sweep.model_copy(update={"sources": sources})
         try:
             possible = _possible(sweep, self.config.parts[part].where_possible)
-            return check(with_measures(possible, measures), measures)
+            places = possible.outcomes.functions if possible.outcomes else ()
+            own = [m for m in measures if not isinstance(m, TextFunction) or m.place in places]
+            return check(with_measures(possible, own), own)
         except ConfigError as error:
             named = [(self._where(part, where), what) for where, what in error.problems]
             raise ConfigError(*named).under(f"parts.{part}") from None
@@ -242,7 +245,10 @@ class Plan:
 
         Raises:
             ConfigError: everything that is wrong with any of them.
+            ValueError: a function of texts that no part names.
         """
+        texts = [part.outcomes for part in self.config.parts.values() if part.outcomes]
+        refuse_unnamed(measures, [place for one in texts for place in one.functions])
 
         def look(name: str) -> None:
             checked = self.checked(name, trained=False, measures=measures)

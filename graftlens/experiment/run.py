@@ -41,6 +41,7 @@ from graftlens.sweep.cells import Measures, own_measures
 from graftlens.sweep.description import describe
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.launch import launch_local
+from graftlens.sweep.outcomesettings import TextFunction
 from graftlens.sweep.runner import SweepResult, prepare_sweep, run_sweep, sweep_result
 from graftlens.viz.export import exporter
 from graftlens.viz.page import ExperimentPage, Part, experiment_page
@@ -147,7 +148,7 @@ def run_experiment(
                     part.grafts or None,
                     place,
                     text=named.text,
-                    own=own,
+                    own=[m for m in own if not isinstance(m, TextFunction)],
                     device=devices[0] if devices else None,
                     progress=progress,
                     say=lambda s: say(f"  {s}"),

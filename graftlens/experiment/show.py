@@ -60,7 +60,7 @@ def show_part(
     """
     part = config.parts[name]
     shown = []
-    for number, wanted in enumerate(part.shown):
+    for number, wanted in enumerate(part.shown if checked.scored else ()):
         grids = ", ".join(wanted.grids or ())
         label = grids or (str(number) if len(part.shown) > 1 else "")
         try:

@@ -344,8 +344,10 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     else:
         config = _asking_for(config, [m.name for m in measured])  # the others are there anyway
     if config.outcomes is not None:
-        with noted(problems, ""):
+        try:
             config.outcomes.measured_by(functions)
+        except ConfigError as error:
+            problems += error.problems
     try:
         members = config.members()
         arch, tokenizer = _previewed(config, members)

@@ -36,15 +36,15 @@ FILES = (
     "config.yaml",
     "grafts.yaml",
     "prompts.parquet",
-    "measured.parquet",
     "sweep.json",
     "trust.txt",
     "trust.json",
     "done.json",
     "report.html",
-    "rates.csv",
-    "rates.md",
 )
+
+#: The others of a sweep that generates texts.
+OF_TEXTS = ("measured.parquet", "rates.csv", "rates.md")
 
 _SHARD = r"[0-9]{5,}\.parquet"
 _LOCK = r"(?:claim|finish|(?:texts-)?[0-9]{5,})\.lock"
@@ -127,7 +127,8 @@ def refuse_foreign(out: Path, folders: Sequence[str] = SHARDS[:1]) -> None:
     """
     if (out / "sweep.json").is_file() or is_claimed(out / "locks", "sweep"):
         return
-    places = [out / name for name in FILES if os.path.lexists(out / name)]
+    taken = FILES if SHARDS[1] not in folders else (*FILES, *OF_TEXTS)
+    places = [out / name for name in taken if os.path.lexists(out / name)]
     of_shards = [(out / name, _SHARD) for name in folders]
     for folder, names in (*of_shards, (out / "locks", _LOCK)):
         if folder.is_dir():
@@ -159,7 +160,7 @@ def make_folders(out: Path, folders: Sequence[str] = SHARDS[:1]) -> None:
 def clear_halves(out: Path) -> None:
     """Remove what killed writers left half-written, in this version and in 0.1.0."""
     for folder, names in (
-        (out, "|".join(map(re.escape, FILES))),
+        (out, "|".join(map(re.escape, (*FILES, *OF_TEXTS)))),
         *((out / name, _SHARD) for name in SHARDS if (out / name).is_dir()),
         (out / "locks", re.escape(MARKER)),
     ):
