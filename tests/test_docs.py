@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import loras
 import pytest
 import typer
 import yaml
@@ -21,7 +22,7 @@ from chattemplates import CHATML
 from command import graftlens
 from shown import PAGES, ROOT, Block, blocks, marked
 from tinybase import tiny_base, tiny_finetuned
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from graftlens import viz
 from graftlens.cli import app
@@ -305,6 +306,8 @@ def demo_ran(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / config).write_text(few + "\nlimit: 2\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
+        base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-0.6B-Base")
+        loras.on(base).save_pretrained("my-adapter")
         patch.setattr("graftlens.shipped.home", lambda: folder / "experiments")
         for module in ("graftlens", "graftlens.model.smollm2"):
             patch.setattr(sys.modules[module], "smollm2", lambda: pre)
