@@ -29,6 +29,9 @@ PACKAGES = {
     "graftlens.model": "The parts of a grafted model.",
 }
 
+#: Searches show explanations before the reference.
+BEHIND = "---\nsearch: {boost: 0.3}\n---\n"
+
 #: A docstring's section on what is returned, up to the next one.
 RETURNS = re.compile(r"^Returns:\n((?:    .*(?:\n|\Z)|\n)+)", re.M)
 
@@ -63,7 +66,7 @@ def public(package: str) -> list[str]:
 def reference(package: str) -> str:
     """The Markdown of a package's page."""
     entries = [f"::: {package}.{name}\n" for name in sorted(public(package), key=str.lower)]
-    return "\n".join([f"# {package}\n", f"{PACKAGES[package]}\n", *entries])
+    return "\n".join([BEHIND, f"# {package}\n", f"{PACKAGES[package]}\n", *entries])
 
 
 def linked(page: Path, seen: set[Path]) -> Iterator[Path]:
