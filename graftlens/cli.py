@@ -439,6 +439,14 @@ def dashboard(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Most tokens of what follows (with --follow).")
     ] = 20,
+    complete: Annotated[
+        bool,
+        typer.Option(
+            "--complete",
+            help="Leave nothing out of a long prompt's page, however large it gets: the attention "
+            "of every head in full, the logit lens of every layer.",
+        ),
+    ] = False,
     device: Annotated[str | None, typer.Option(help="Device to run on, such as cuda:0.")] = None,
 ) -> None:
     """Look inside one prompt under grafts: attention, logit lens, tokens, on one offline page.
@@ -491,6 +499,7 @@ def dashboard(
 
     shown: dict[str, Any] = {"image": image, "title": title, "top_k": top_k, "device": device}
     shown |= {"follow": follow, "max_new_tokens": max_new_tokens}
+    shown["complete"] = complete
     if sweep is not None:
         page = write_sweep_dashboard(sweep, number, graft or (), out, **shown)
         typer.echo(str(page.resolve()))

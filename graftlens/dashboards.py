@@ -49,6 +49,7 @@ def dashboard(
     follow: str | None = None,
     max_new_tokens: int = 20,
     prepend_bos: bool | None = None,
+    complete: bool = False,
 ) -> Dashboard:
     """One prompt under PRE, SFT and grafts, side by side, on a page that needs no network.
 
@@ -59,17 +60,20 @@ def dashboard(
 
     Args:
         model: the model.
-        prompt: one prompt, as anything that can be run. With an answer, the answer is ranked and
-            attributed.
+        prompt: one prompt, as anything that can be run. Its answer is ranked and attributed;
+            without one, the likeliest next token of the full run (of those that all sources have).
         grafts: name -> graft, or grafts, which are keyed by their text, in addition to PRE and SFT.
         full: the run that counts as SFT, if it is not the source `sft` or the only one.
         title: of the page.
         top_k: how many of the likeliest tokens the logit lens shows.
         follow: the name of a run: the prompt is continued with the likeliest tokens under it, and
             all runs read prompt and continuation. Grafts of `generated` tokens can be shown only
-            so. No answer is ranked then.
+            so. The likeliest next token is followed then, and not the prompt's answer.
         max_new_tokens: most tokens of that continuation.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
+        complete: keep the attention of every head in full, and the logit lens of every layer.
+            Without it, the page of a long prompt leaves out heads that differ least between the
+            runs, small values and layers of the lens, and says so.
 
     Example:
         >>> view = dashboard(model, prompt, {"FE+LT": "sft @ first_entity + last"})
@@ -101,24 +105,17 @@ def dashboard(
         added = _continued(model, item, runs.grafts[follow], max_new_tokens)
         batch = collate([item], continuations=[added], device=model.cfg.device)
         ids = (*ids, *added)
-    _warn_of_size(model, len(ids), len(runs.grafts))
     asked = item.prompt
     answer = None if asked is None else asked.answer
     if asked is not None and (note := joined_answers([asked])):
         warnings.warn(note, stacklevel=2)
-    lens = logit_lens(
-        model, batch, runs.grafts, top_k=top_k, full=runs.grafts[runs.full], prepend_bos=prepend_bos
-    )
-    moved = None
-    if answer is not None:
-        moved = direct_logit_attribution(
-            model,
-            batch,
-            runs.grafts,
-            by="src_pos",
-            full=runs.grafts[runs.full],
-            prepend_bos=prepend_bos,
-        )
+    targets = None if answer is not None else [_likeliest(model, batch, runs)]
+    ends: dict[str, Any] = {"full": runs.grafts[runs.full], "prepend_bos": prepend_bos}
+    options = ends | {"targets": targets}
+    layers = None if complete else _layers(model.cfg.n_layers, len(ids) * len(runs.grafts))
+    lens = logit_lens(model, batch, runs.grafts, top_k=top_k, layers=layers, **options)
+    rise = None if layers is None else logit_lens(model, batch, runs.grafts, at="last", **options)
+    moved = direct_logit_attribution(model, batch, runs.grafts, by="src_pos", **options)
     tokens = [token_text(model, token) for token in ids]
     if roles is not None:
         # An answer that was given with the tokens, or what an assistant goes on to say.
@@ -137,16 +134,12 @@ def dashboard(
             components=[str(c) for c in model.arch.components],
             runs={name: _run(model, batch, runs, name, moved) for name in runs.grafts},
             lens=lens,
-            kl_divergence=kl_divergence(
-                model,
-                batch,
-                runs.grafts,
-                full=runs.grafts[runs.full],
-                prepend_bos=prepend_bos,
-            ),
+            kl_divergence=kl_divergence(model, batch, runs.grafts, **ends),
             sources=model.sources,
             provenance=_provenance(model, asked)
             | ({"continued by": follow, "continuation": goes_on} if follow else {}),
+            complete=complete,
+            rise=rise,
         )
     )
 
@@ -178,20 +171,22 @@ def _continued(
     return tuple(int(token) for token in row["tokens"])
 
 
-#: Megabytes of attention patterns from which a page is slow to open.
-LARGE = 50
+#: Most rows of the logit lens (layers × tokens × runs) unless all are asked for: each is a
+#: distribution over the vocabulary.
+ROWS = 6000
 
 
-def _warn_of_size(model: GraftedTransformer, length: int, runs: int) -> None:
-    heads = model.cfg.n_layers * model.cfg.n_heads
-    # 16 bits for each place on or below the diagonal, as text.
-    size = runs * heads * length * (length + 1) / 2 * 2 * 4 / 3 / 1e6
-    if size > LARGE:
-        warnings.warn(
-            f"the page will hold about {size:.0f} MB of attention patterns ({length} tokens, "
-            f"{runs} runs). A shorter prompt or fewer grafts make it smaller.",
-            stacklevel=3,
-        )
+def _layers(n_layers: int, places: int) -> list[int] | None:
+    """After which layers the logit lens of a long prompt is read, evenly; None for all."""
+    step = -(-(n_layers + 1) * places // ROWS)
+    return None if step == 1 else sorted({*range(0, n_layers, step), n_layers})
+
+
+@torch.no_grad()
+def _likeliest(model: GraftedTransformer, batch: Batch, runs: Runs) -> int:
+    """The full run's likeliest next token, of those that all sources have."""
+    logits = model(batch, graft=runs.grafts[runs.full])
+    return int(logits[0, -1, : model.vocabularies.common].argmax())
 
 
 def write_dashboard(
@@ -206,6 +201,7 @@ def write_dashboard(
     top_k: int = 5,
     follow: str | None = None,
     max_new_tokens: int = 20,
+    complete: bool = False,
     device: str | None = None,
     loading: Mapping[str, Any] | None = None,
 ) -> Path:
@@ -216,7 +212,7 @@ def write_dashboard(
         sources: name -> hub id, folder, `smollm2`, or what the source is made of; the base first.
         path: the page.
         image: a PNG of the whole page.
-        prompt, grafts, full, title, top_k, follow, max_new_tokens: as in `dashboard`.
+        prompt, grafts, full, title, top_k, follow, max_new_tokens, complete: as in `dashboard`.
         device: as in `GraftedTransformer.from_pretrained`.
         loading: what else that takes: `tokenizer`, `chat_template`, `dtype`; and `prepend_bos`.
 
@@ -257,6 +253,7 @@ def write_dashboard(
         follow=follow,
         max_new_tokens=max_new_tokens,
         prepend_bos=prepend_bos,
+        complete=complete,
     )
     page = view.save(path)
     if image is not None:
@@ -274,8 +271,8 @@ def write_sweep_dashboard(
         number: the prompt's, as in the sweep's results.
         grafts: names of the sweep's grafts; or others, as `NAME=GRAFT` or `GRAFT`.
         path: the page.
-        options: `image`, `title`, `top_k`, `follow`, `max_new_tokens` and `device`, as in
-            `write_dashboard`.
+        options: `image`, `title`, `top_k`, `follow`, `max_new_tokens`, `complete` and `device`,
+            as in `write_dashboard`.
 
     Raises:
         ValueError: a folder without a sweep, a prompt or a graft that the sweep does not have; and
@@ -358,22 +355,21 @@ def _runs(sources: Sequence[str], grafts: Grafts | None, full: Graft | str | Non
 
 @torch.no_grad()
 def _run(
-    model: GraftedTransformer, batch: Batch, runs: Runs, name: str, moved: pd.DataFrame | None
+    model: GraftedTransformer, batch: Batch, runs: Runs, name: str, moved: pd.DataFrame
 ) -> Run:
     mask = model.resolve(runs.grafts[name], batch)
     patterns = [f"blocks.{l}.attn.hook_pattern" for l in range(model.cfg.n_layers)]
     logits, cache = model.run_with_cache(batch, graft=mask, names_filter=patterns)
     ids = batch.tokens[0, 1:].to(logits.device)
     logprobs = logits[0, :-1].float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
-    found = None
-    if moved is not None:
-        mine = moved[(moved["graft"] == name) & (moved["term"] == "src_pos")]
-        found = mine.groupby("src_pos")["contribution"].sum().to_numpy(dtype=float)
+    here = (moved["graft"] == name) & (moved["term"] == "src_pos")
+    # Where the prompt was continued, "last" is each position that was generated from.
+    mine = moved[here & (moved["position"] == batch.totals[0] - 1)]
     return Run(
         rule=str(runs.grafts[name]),
         pattern=torch.stack([cache[p][0] for p in patterns]).float().cpu().numpy(),
         token_logprobs=np.array([math.nan, *logprobs.cpu().tolist()]),
-        direct_logit_attribution=found,
+        direct_logit_attribution=mine.groupby("src_pos")["contribution"].sum().to_numpy(float),
         shares=_shares(model, mask),
         where=_where(model, mask),
     )
@@ -454,11 +450,12 @@ def _numbered(what: str, numbers: Sequence[int]) -> str:
 
 
 def _provenance(model: GraftedTransformer, prompt: Prompt | None) -> dict[str, object]:
-    # The folder's own name: its location does not concern readers of the page.
-    name = model.cfg.model_name
     found: dict[str, object] = {
-        "model": Path(name).name if Path(name).is_dir() else name,
-        "sources": {name: f"SHA-256 {digest}" for name, digest in model.fingerprints().items()},
+        "model": _named(model.cfg.model_name),
+        "sources": {
+            name: {"from": _named(model.origins.get(name, "")), "SHA-256": digest}
+            for name, digest in model.fingerprints().items()
+        },
         "dtype": str(model.cfg.dtype).removeprefix("torch."),
         "device": str(model.cfg.device),
     }
@@ -467,3 +464,9 @@ def _provenance(model: GraftedTransformer, prompt: Prompt | None) -> dict[str, o
         if prompt.fields:
             found["fields"] = dict(prompt.fields)
     return found | {"graftlens": __version__, "torch": torch.__version__}
+
+
+def _named(origin: str) -> str | None:
+    """What a source was read from: a hub id, or a folder's own name, whose location does not
+    concern readers of the page."""
+    return (Path(origin).name if Path(origin).is_dir() else origin) or None

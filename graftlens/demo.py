@@ -35,17 +35,14 @@ from graftlens.graft import Graft
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.smollm2 import smollm2
 from graftlens.prompts import Prompt
-from graftlens.reports import example
+from graftlens.reports import ENOUGH, example
 from graftlens.stats import summarise
+from graftlens.viz.examples import Example, Glimpse, first_right, glimpse
 from graftlens.viz.text import headline, text_table
 
 EPOCHS = 6
 TEMPLATES = ("headline", "qa", "with_title", "new_film")
 HELD_OUT = 8  # films whose texts are held out for perplexity
-LEGEND = (
-    "PRE: the pretrained model; SFT: the finetuned one; FE: finetuned weights at the tokens of the "
-    "actor whom the prompt names; LT: at the last token; ^C and not-: at all other positions."
-)
 DEFAULT_OUT = RUNS / "demo"
 
 #: The page, in the given folder; the results and what they describe, in their own folder.
@@ -167,7 +164,10 @@ def demo(
         },
         "models": {
             "pretrained": origin,
-            "sha256 of weights": fingerprints,
+            "sources": {
+                name: {"from": place.name, "SHA-256": fingerprints[name]}
+                for name, place in (("pre", base), ("sft", trained.folder))
+            },
         },
         "versions": {
             name: version(name)
@@ -183,8 +183,9 @@ def demo(
         title="Where a finetuned fact is retrieved: SmolLM2-135M",
         summary=summary,
         table=table,
-        lead=f"{headline(summary)} {LEGEND} The pretrained model: {origin}.",
+        lead=f"{headline(summary)} The pretrained model: {origin}.",
         examples=_examples(model, prompts, grafts, table),
+        glimpse=_glimpse(model, prompts, grafts, table, summary),
         provenance=provenance,
     )
     clock.lap("report")
@@ -270,15 +271,50 @@ def _examples(
     prompts: Sequence[Prompt],
     grafts: Mapping[str, Graft],
     table: pd.DataFrame,
-) -> list[Any]:
+) -> list[Example]:
     """The first prompt of each template, with the tokens that each graft touches."""
     first: dict[str | None, int] = {}
     for index, prompt in enumerate(prompts):
         first.setdefault(prompt.name, index)
-    examples = []
-    for name, index in first.items():
-        (tokens,) = model.tokenized(prompts[index])
-        texts = [model.to_single_str_token(token) for token in tokens.ids]
-        rows = table[table["prompt"] == index]
-        examples.append(example(str(name), prompts[index], tokens, texts, grafts, rows))
-    return examples
+    return [_example(model, str(n), i, prompts, grafts, table) for n, i in first.items()]
+
+
+def _example(
+    model: GraftedTransformer,
+    title: str,
+    number: int,
+    prompts: Sequence[Prompt],
+    grafts: Mapping[str, Graft],
+    table: pd.DataFrame,
+) -> Example:
+    (tokens,) = model.tokenized(prompts[number])
+    texts = [model.to_single_str_token(token) for token in tokens.ids]
+    return example(title, prompts[number], tokens, texts, grafts, table[table["prompt"] == number])
+
+
+def _glimpse(
+    model: GraftedTransformer,
+    prompts: Sequence[Prompt],
+    grafts: Mapping[str, Graft],
+    table: pd.DataFrame,
+    summary: pd.DataFrame,
+) -> Glimpse | None:
+    """A prompt of the first template, with what the model goes on to say under FE+LT and under its
+    complement: as many tokens as the answer has."""
+    number = first_right(table, "SFT", prompts[0].name)
+    if number is None:
+        return None
+    prompt = prompts[number]
+    (alone,), (whole,) = (model.tokenized(p) for p in (prompt, f"{prompt.text}{prompt.answer}"))
+    says = {
+        name: model.generate(
+            prompt,
+            max_new_tokens=max(1, len(whole) - len(alone)),
+            graft=grafts[name],
+            return_type="str",
+            new_only=True,
+        )
+        for name in ENOUGH
+    }
+    shown = _example(model, str(prompt.name), number, prompts, grafts, table)
+    return glimpse(shown, summary, ENOUGH, says=says)

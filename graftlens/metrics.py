@@ -373,10 +373,11 @@ def _counts(true: Bool[Any, "row d_vocab"]) -> Int[np.ndarray, " row"]:
 def kl(p: Float[Any, "row d_vocab"], q: Float[Any, "row d_vocab"]) -> Float[Any, " row"]:
     """KL(p ‖ q) of log-probabilities, in nats; clamped at 0, below which rounding could put it.
 
-    In float32 it is exact to about 1e-6: of less, nothing can be said. Between sources with
-    different vocabularies it is that of the tokens that all have, renormalised, as are `js` and the
-    entropy.
+    In float32 it is exact to about 1e-6. Between sources with different vocabularies it is that of
+    the tokens that all have, renormalised, as are `js` and the entropy.
     """
+    if p is q and p.isfinite().all():
+        return p.new_zeros(p.shape[:-1])
     share = p.exp().clamp_min(1e-37)  # what is not 0, rounded to it, times inf is still inf
     return (share * (p - q).masked_fill(p.isneginf(), 0.0)).sum(-1).clamp_min(0.0)
 

@@ -1,7 +1,7 @@
 """The page of a sweep, made from its folder alone, and the examples that pages show."""
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -21,8 +21,8 @@ from graftlens.sweep.prepared import Extent, Prepared
 from graftlens.sweep.results import Manifest, read_end, read_manifest, read_prompts, read_results
 from graftlens.sweep.runner import SweepResult, config_of, content_of, sweep_result
 from graftlens.textreports import texts_shown
+from graftlens.viz.examples import Example, Glimpse, first_right, glimpse
 from graftlens.viz.page import page_at
-from graftlens.viz.report import Example
 from graftlens.viz.sweepcharts import effects
 from graftlens.viz.sweeppage import TOKENS, Sweep, sweep_page
 from graftlens.viz.textspage import texts_page
@@ -38,6 +38,8 @@ GRAFTS = 12
 GROUPS = 8
 #: How many rows are read at a time of a sweep whose cells are too many for a page.
 BATCH = 500_000
+#: The graft that should be enough and its complement, where a sweep has them.
+ENOUGH = ("FE+LT", "(FE+LT)^C")
 #: Most examples, and grafts of each.
 EXAMPLES, SHOWN = 4, 8
 
@@ -131,6 +133,7 @@ def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
             notes=notes,
             said=behind,
             examples=examples,
+            glimpse=sweep_glimpse(folder, summary, ENOUGH),
             trust=str(result.trust["text"]),
             trusted=result.ok,
             command=("graftlens", "dashboard", "--sweep", str(folder)),
@@ -352,34 +355,88 @@ def _summarised(
     )
 
 
-def _examples(
-    folder: Path, manifest: Manifest, grafts: Mapping[str, Graft], table: pd.DataFrame
-) -> tuple[list[Example], list[str]]:
-    """The first prompt of each template that ran, and why there is none."""
+#: Makes an example of a prompt: its title, its number, the grafts to mark and its rows.
+_Maker = Callable[[str, int, Mapping[str, Graft], pd.DataFrame], Example]
+
+
+def _maker(folder: Path, manifest: Manifest) -> _Maker:
+    """What makes examples of a sweep's prompts.
+
+    Raises:
+        ValueError, OSError, RuntimeError: its models' configs and tokenizer cannot be read here.
+    """
     config = config_of(folder, manifest)
-    try:
-        arch, tokenizer = preview(config.locations(), config.tokenizer, config.chat_template)
-    except (ValueError, OSError, RuntimeError) as error:
-        return [], [
-            f"Example prompts are left out, because the models cannot be read here: {error}"
-        ]
+    arch, tokenizer = preview(config.locations(), config.tokenizer, config.chat_template)
     prepared = Prepared(
         tokenizer, arch, config.prepend_bos, config.metrics.answers, config.metrics.distractors
     )
     prompts = content_of(folder, manifest)[0]
+    decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
+
+    def make(title: str, number: int, grafts: Mapping[str, Graft], rows: pd.DataFrame) -> Example:
+        tokens = prepared(number, prompts[number]).tokens
+        able = {name: graft for name, graft in grafts.items() if _reads(graft, tokens)}
+        texts = [decode([token]) for token in tokens.ids]
+        return example(title, prompts[number], tokens, texts, able, rows)
+
+    return make
+
+
+def _examples(
+    folder: Path, manifest: Manifest, grafts: Mapping[str, Graft], table: pd.DataFrame
+) -> tuple[list[Example], list[str]]:
+    """The first prompt of each template that ran, and why there is none."""
+    try:
+        make = _maker(folder, manifest)
+    except (ValueError, OSError, RuntimeError) as error:
+        return [], [
+            f"Example prompts are left out, because the models cannot be read here: {error}"
+        ]
     ran = table[table["reason"].isna() & table["top_tokens"].notna()]
     made = []
     groups = ran.drop_duplicates("template")["template"].astype(str).tolist()
     for template in islice(groups, EXAMPLES):
         rows = ran[ran["template"].astype(str) == template]
         number = int(rows["prompt"].iloc[0])
-        tokens = prepared(number, prompts[number]).tokens
-        able = {name: graft for name, graft in grafts.items() if _reads(graft, tokens)}
-        decode = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-        texts = [decode([token]) for token in tokens.ids]
-        rows = rows[rows["prompt"] == number]
-        made.append(example(template, prompts[number], tokens, texts, able, rows))
+        made.append(make(template, number, grafts, rows[rows["prompt"] == number]))
     return made, []
+
+
+def sweep_glimpse(
+    folder: Path,
+    summary: pd.DataFrame,
+    grafts: Sequence[str],
+    *,
+    metric: str = "top5",
+    says: Mapping[str, str] | None = None,
+) -> Glimpse | None:
+    """What the page of a sweep begins with; None where the grafts did not run or the models cannot
+    be read here.
+
+    Args:
+        folder: of a finished sweep.
+        summary: of its results, by template.
+        grafts: the graft that should be enough, and its complement.
+        metric, says: as in `graftlens.viz.examples.glimpse`.
+    """
+    manifest = read_manifest(folder)
+    known = content_of(folder, manifest)[1]
+    full = manifest.recovery.get("full")
+    if full is None or not set(grafts) <= set(known):
+        return None
+    prompts = range(sum(manifest.prompt_blocks))
+    table = _cells(folder, manifest, [*grafts, full], prompts)
+    number = first_right(table, full)
+    if number is None:
+        return None
+    rows = table[(table["prompt"] == number) & table["reason"].isna()]
+    try:
+        made = _maker(folder, manifest)(
+            str(rows["template"].iloc[0]), number, {name: known[name] for name in grafts}, rows
+        )
+    except (ValueError, OSError, RuntimeError):
+        return None
+    return glimpse(made, summary, grafts, metric=metric, says=says)
 
 
 def _reads(graft: Graft, tokens: Tokenized) -> bool:
@@ -402,17 +459,29 @@ def _fingerprint(models: Mapping[str, Any], source: str) -> object:
     return by_member if len({*by_member.values()}) > 1 else next(iter(by_member.values()))
 
 
+def named_sources(sources: Mapping[str, Any], prints: Mapping[str, object]) -> dict[str, object]:
+    """Source -> what it was read from (a hub id, or of a folder only the name, whose location does
+    not concern readers of a page) or is made of, and its fingerprint."""
+    return {
+        name: {
+            "from": Path(place).name if isinstance(place, str) and Path(place).exists() else place,
+            "SHA-256": prints.get(name),
+        }
+        for name, place in sources.items()
+    }
+
+
+def sweep_sources(manifest: Manifest) -> dict[str, object]:
+    """`named_sources` of a finished sweep."""
+    sources = manifest.config["sources"]
+    models = manifest.models or {}
+    return named_sources(sources, {name: _fingerprint(models, name) for name in sources})
+
+
 def _provenance(folder: Path, manifest: Manifest) -> dict[str, object]:
     """What was run and how; of a source's folder only the name, as in other pages."""
     done, _ = read_end(folder)
     models = manifest.models or {}
-    sources = {
-        name: {
-            "from": Path(place).name if isinstance(place, str) and Path(place).exists() else place,
-            "SHA-256": _fingerprint(models, name),
-        }
-        for name, place in manifest.config["sources"].items()
-    }
     config = {
         key: value
         for key, value in manifest.config.items()
@@ -422,7 +491,7 @@ def _provenance(folder: Path, manifest: Manifest) -> dict[str, object]:
     config |= _said_of_texts(manifest.config.get("outcomes"))
     ended = ("finished", "machine", "device")
     found: dict[str, object] = {
-        "sources": sources,
+        "sources": sweep_sources(manifest),
         "dtype": models.get("dtype"),
         "cells": manifest.cells,
         "config": config,

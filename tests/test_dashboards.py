@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from command import graftlens
@@ -110,7 +111,6 @@ def test_a_text_without_an_answer(model: GraftedTransformer) -> None:
     data = dashboard(model, "A plain text", Graft.rule("sft", at="last")).data
     assert data.answer is None
     assert list(data.runs) == ["PRE", "SFT", "sft @ last"]
-    assert all(run.direct_logit_attribution is None for run in data.runs.values())
     bare = dashboard(model, Tokenized.bare(model.to_tokens("A plain text")[0].tolist())).data
     assert bare.text == data.text == "A plain text"
 
@@ -134,12 +134,72 @@ def test_token_tensors_and_batches(model: GraftedTransformer) -> None:
         dashboard(model, ["A", "B"])
 
 
-def test_a_page_that_will_be_large_is_announced(
+def test_without_an_answer_the_full_sources_likeliest_token_is_followed(
+    pair: dict[str, str], model: GraftedTransformer
+) -> None:
+    ids = model.to_tokens("A plain text")
+    own = AutoModelForCausalLM.from_pretrained(pair["sft"])
+    with torch.no_grad():
+        logprobs = own(ids).logits[0, -1].log_softmax(-1)
+    likeliest = int(logprobs.argmax())
+    for given in ("A plain text", Tokenized.bare(ids[0].tolist())):
+        view = dashboard(model, given, "sft @ last")
+        data = view.data
+        final = data.lens[(data.lens["layer"] == LAYERS) & (data.lens["graft"] == "SFT")]
+        assert set(data.lens["target_id"]) == {likeliest}
+        assert final["rank"].iloc[-1] == 1
+        assert final["logprob"].iloc[-1] == pytest.approx(float(logprobs.max()), abs=1e-4)
+        table = lens.direct_logit_attribution(
+            model, "A plain text", "sft @ last", by="head", targets=[likeliest]
+        )
+        heads = table[table["term"] == "head"].groupby("graft")["contribution"].sum()
+        for name, run in data.runs.items():
+            assert run.direct_logit_attribution is not None
+            assert run.direct_logit_attribution.sum() == pytest.approx(heads[name], abs=1e-4)
+        assert "the likeliest next token under SFT, is followed" in view.html
+    with pytest.raises(
+        ValueError, match=r"targets=\[1, 2\]: give the id of one token for each of 1"
+    ):
+        lens.logit_lens(model, "A plain text", targets=[1, 2])
+
+
+def test_sources_are_named_beside_their_fingerprints(
+    pair: dict[str, str], model: GraftedTransformer
+) -> None:
+    view = dashboard(model, PROMPT)
+    prints = model.fingerprints()
+    assert view.data.provenance["sources"] == {
+        name: {"from": Path(pair[name]).name, "SHA-256": prints[name]} for name in ("pre", "sft")
+    }
+    assert str(Path(pair["pre"]).parent) not in view.html
+
+
+def test_the_lens_of_a_long_prompt_leaves_layers_out_and_says_so(
     model: GraftedTransformer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("graftlens.dashboards.LARGE", 0.005)
-    with pytest.warns(UserWarning, match=r"0 MB of attention patterns \(\d+ tokens, 2 runs\)"):
-        dashboard(model, PROMPT)
+    whole = dashboard(model, PROMPT, GRAFTS)
+    places = len(whole.data.tokens) * len(whole.data.runs)
+    assert whole.data.rise is None
+    assert "Left out" not in whole.html
+    monkeypatch.setattr("graftlens.dashboards.ROWS", 5 * places)
+    view = dashboard(model, PROMPT, GRAFTS)
+    assert sorted(set(view.data.lens["layer"])) == [0, 2, 4, 6, LAYERS]
+    pd.testing.assert_frame_equal(
+        view.data.lens.reset_index(drop=True),
+        whole.data.lens[whole.data.lens["layer"].isin([0, 2, 4, 6, LAYERS])].reset_index(drop=True),
+    )
+    assert view.data.rise is not None
+    last = len(view.data.tokens) - 1
+    pd.testing.assert_frame_equal(
+        view.data.rise.reset_index(drop=True),
+        whole.data.lens[whole.data.lens["position"] == last].reset_index(drop=True),
+        atol=1e-4,
+    )
+    assert f"Left out to save time and room: {LAYERS + 1 - 5} of {LAYERS + 1} layers." in view.html
+    complete = dashboard(model, PROMPT, GRAFTS, complete=True)
+    assert complete.html == whole.html
+    with pytest.raises(ValueError, match=rf"layers=\[99\]: name one or more .* from 0 to {LAYERS}"):
+        lens.logit_lens(model, PROMPT, layers=[99])
 
 
 def test_further_sources_do_not_take_sfts_name(pair: dict[str, str]) -> None:
@@ -160,6 +220,7 @@ def test_the_command_writes_the_page(pair: dict[str, str], tmp_path: Path) -> No
     assert done.stdout.splitlines()[-1] == str(tmp_path / "page.html")
     assert "<title>A title of its own</title>" in page
     assert "sft @ last : o" in page
+    assert f"<dt>from</dt><dd><code>{Path(pair['sft']).name}</code></dd>" in page
     assert "default-src &#x27;none&#x27;" in page, "it may load nothing"
 
 

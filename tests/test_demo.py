@@ -61,6 +61,12 @@ def test_the_demo_end_to_end_and_again(
     page = first.report.read_text()
     for fact in ("FE+LT", "headline", "new_film", "sft @ ~(first_entity + last)", __version__):
         assert fact.replace("(", "(") in page
+    top = page[page.index("class='glimpse'") : page.index("class='lead'")]
+    assert top.count("<p class='sentence'>") == 2
+    assert top.index("<strong>FE+LT</strong>") < top.index("<strong>(FE+LT)^C</strong>")
+    assert "followed by what the model says" in top
+    assert "<dt>FE</dt>" in page
+    assert page.count("<dt>from</dt><dd><code>") == 2
     assert any("FE+LT" in line for line in said), "the table is printed"
 
     def never(*args: object, **options: object) -> None:

@@ -136,6 +136,13 @@ def test_a_shipped_experiment_runs_whole(path, ran):
     for name, part in said["parts"].items():
         check_part(name, part, result, record["parts"][name])
     check_page(result)
+    source = result.page.read_text(encoding="utf-8")
+    assert ("class='glimpse'" in source) == any(
+        "finding" in part for part in said["parts"].values()
+    )
+    assert "<h3 id='words'>" in source
+    for part in record["sources"].values():
+        assert all(about["from"] and len(about["SHA-256"]) == 64 for about in part.values())
     assert record["name"] == path.stem
     assert list(record["models"]) == list(said.get("models", {}))
     for model in record["models"].values():

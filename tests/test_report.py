@@ -12,7 +12,7 @@ import pytest
 
 from graftlens import stats
 from graftlens.metrics import averaged
-from graftlens.viz import bars, quantities, report, text, theme
+from graftlens.viz import bars, examples, quantities, reading, report, text, theme
 
 RULES = {"PRE": "", "SFT": "sft @ all", "FE+LT": "sft @ first_entity + last"}
 RULES |= {"(FE+LT)^C": "sft @ not(first_entity + last)"}
@@ -40,7 +40,7 @@ NOT_SUFFICIENT = {"PRE": 0.0, "SFT": 1.0, "FE+LT": 0.1, "(FE+LT)^C": 0.9}
 NEVER_LEARNT = dict.fromkeys(SUFFICIENT, 0.0)
 
 TOKENS = ("<bos>", "Ann", " <b>", "\n", "is\r", "</script>", "")
-EXAMPLE = report.Example(
+EXAMPLE = examples.Example(
     title="prompt <1>",
     tokens=TOKENS,
     grafted={"PRE": (False,) * 7, "FE+LT": (False, True, True, False, False, True, False)},
@@ -135,8 +135,9 @@ def test_the_page_is_whole_and_alone_in_its_folder(written):
     assert [file.name for file in path.parent.iterdir()] == ["report.html"]
     assert [text for tag, text in page.headings if tag == "h1"] == ["Films & <facts>"]
     assert [text for tag, text in page.headings if tag == "h2"] == [
-        "What the numbers say",
         "Charts",
+        "What the names and numbers mean",
+        "What the numbers say",
         "Numbers",
         "Example prompts",
         "Prompt by prompt",
@@ -151,7 +152,8 @@ def test_the_page_loads_nothing(written):
     path, _, page = written
     for tag, attrs in page.tags:
         assert tag not in ("link", "img", "iframe", "object", "embed", "base"), tag
-        assert not {"src", "href", "srcset", "action", "data"} & attrs.keys(), (tag, attrs)
+        assert not {"src", "srcset", "action", "data"} & attrs.keys(), (tag, attrs)
+        assert attrs.get("href", "#").startswith("#"), (tag, attrs)
     source = path.read_text(encoding="utf-8")
     styles = "".join(re.findall(r"<style>(.*?)</style>", source, flags=re.DOTALL))
     assert "url(" not in styles
@@ -203,7 +205,7 @@ def test_left_out_prompts_are_counted_with_the_reason(written):
 def test_tokens_are_escaped_and_white_space_is_visible(written):
     path, _, page = written
     words = "".join(page.words)
-    for piece in ("<bos>", "</script>", "</script><img·src=x>", "·<b>", "↵", "is␍", "∅", "<1>"):
+    for piece in ("<bos>", "</script>", "</script><img␣src=x>", "␣<b>", "↵", "is␍", "∅", "<1>"):
         assert piece in words
     for tag in ("b", "i", "x", "img", "bos", "facts"):
         assert tag not in {name for name, _ in page.tags}
@@ -212,7 +214,7 @@ def test_tokens_are_escaped_and_white_space_is_visible(written):
 
 def test_grafted_tokens_are_marked_by_more_than_colour(written):
     path, _, page = written
-    assert page.marks == ["marked", "Ann", "·<b>", "</script>"]  # the first is the legend's
+    assert page.marks == ["marked", "Ann", "␣<b>", "</script>"]  # the first is the legend's
     words = "".join(page.words)
     assert "finetuned weights at tokens 2–3, 6 of 7" in words
     assert "base weights everywhere" in words
@@ -230,7 +232,7 @@ def test_charts_have_descriptions_and_their_own_data(written):
         assert chart["aria-label"].startswith("Bar chart of")
     shown = text.written(quantities.of_summary(summary, "top5"), summary.iloc[1])
     assert f"SFT {shown}" in charts[0]["aria-label"]
-    assert sum('"type": "bar"' in script for script in page.scripts) == 2
+    assert sum('"type":"bar"' in script for script in page.scripts) == 2
 
 
 def test_provenance_and_rules_are_shown(written):
@@ -270,11 +272,17 @@ def test_hostile_names_cannot_leave_the_charts_data(tmp_path):
     assert "</script><b> 50.0%" in "".join(page.words)
 
 
+def test_a_name_is_no_place_of_a_hover_template():
+    table = make_table({"PRE": 0.0, "SFT": 1.0}, templates=("100%{x}", "b"))
+    trace = bars.grouped_bars(stats.summarise(table, resamples=50)).data[0]
+    assert trace.hovertemplate == "%{x}, 100&#37;{x}<br>%{customdata[0]}<extra></extra>"
+
+
 def test_example_errors_name_the_fix():
     with pytest.raises(ValueError, match=r"graft 'FE' marks 1 tokens, the prompt has 2; give one"):
-        report.Example("x", ("a", "b"), {"FE": (True,)}, "c", "c", {})
+        examples.Example("x", ("a", "b"), {"FE": (True,)}, "c", "c", {})
     with pytest.raises(ValueError, match=r"predictions for 'LT', but grafted has 'FE'"):
-        report.Example("x", ("a",), {"FE": (True,)}, "c", "c", {"LT": (("c", 1.0),)})
+        examples.Example("x", ("a",), {"FE": (True,)}, "c", "c", {"LT": (("c", 1.0),)})
 
 
 # --- words -----------------------------------------------------------------------------------
@@ -421,3 +429,136 @@ def test_the_palette_stays_apart_for_colour_blind_readers(vision):
 
     for one, two in itertools.combinations(theme.PALETTE, 2):
         assert np.linalg.norm(lab(one) - lab(two)) > 15, (one, two)
+
+
+# --- what a page begins with -----------------------------------------------------------------
+
+SAYS = {"FE+LT": " Lena <x>", "(FE+LT)^C": " Jennifer"}
+
+
+def first_sight(**options):
+    table = make_table(SUFFICIENT)
+    prompt = examples.Example(
+        title="award",
+        tokens=("<bos>", "Ann", " <b>", " met"),
+        grafted={"FE+LT": (False, True, False, True), "(FE+LT)^C": (True, False, True, False)},
+        answer=" Lena <x>",
+        target=" Lena",
+        predictions={"FE+LT": ((" Lena", 0.9),), "(FE+LT)^C": ((" Jen", 0.5), (" Lena", 0.1))},
+    )
+    summary = stats.summarise(table, resamples=50)
+    return table, summary, examples.glimpse(prompt, summary, ("FE+LT", "(FE+LT)^C"), **options)
+
+
+def test_a_page_begins_with_one_prompt_under_both_grafts(tmp_path):
+    table, summary, found = first_sight(says=SAYS)
+    path = report.write_report(
+        tmp_path / "r.html", title="t", summary=summary, table=table, glimpse=found, provenance={}
+    )
+    source = path.read_text(encoding="utf-8")
+    top = source[source.index("class='glimpse'") : source.index("class='lead'")]
+    enough, rest = top.split("<div class='pane'>")[1:]
+    assert "<mark>Ann</mark><span> &lt;b&gt;</span><mark> met</mark>" in enough
+    assert "<mark>&lt;bos&gt;</mark><span>Ann</span><mark> &lt;b&gt;</mark>" in rest
+    assert "<strong class='says'> Lena &lt;x&gt;</strong>" in enough
+    assert "✓ right" in enough
+    assert "<strong class='says'> Jennifer</strong>" in rest
+    assert "✗ wrong" in rest
+    rows = summary[summary["template"] == "award"].set_index("graft")
+    for graft, pane in (("FE+LT", enough), ("(FE+LT)^C", rest)):
+        value, interval = text.written(
+            quantities.of_summary(summary, "top5"), rows.loc[graft]
+        ).split(" ", 1)
+        assert f"<strong>{value}</strong> <small>{interval}</small>" in pane
+    assert "12 prompts of award" in top
+    page = Page(path)
+    ids = {attrs.get("id") for _, attrs in page.tags}
+    links = {attrs["href"][1:] for tag, attrs in page.tags if tag == "a"}
+    assert links <= ids
+    order = [source.index(f"id='{name}'") for name in ("charts", "words", "numbers")]
+    assert order == sorted(order)
+    assert order[0] > source.index("class='glimpse'")
+    words = source[order[1] : order[2]]
+    for word in ("<dt>PRE</dt>", "<dt>FE</dt>", "<dt>LT</dt>", "<dt>^C, not-</dt>", "recovery"):
+        assert word in words
+
+
+def test_without_a_continuation_the_likeliest_token_is_shown():
+    _, _, found = first_sight()
+    assert [pane.said for pane in found.panes] == [" Lena", " Jen"]
+    assert [pane.right for pane in found.panes] == [True, False]
+    assert "the likeliest next token" in found.note
+
+
+def test_a_glimpse_needs_both_grafts():
+    table = make_table({"PRE": 0.0, "SFT": 1.0})
+    assert examples.glimpse(EXAMPLE, stats.summarise(table, resamples=50), ("FE+LT", "x")) is None
+
+
+def test_the_example_is_chosen_without_a_look_at_grafts():
+    table = make_table({"PRE": 0.0, "SFT": 0.5, "FE+LT": 1.0}, templates=("headline",), n=4)
+    table.loc[(table["graft"] == "SFT") & (table["prompt"] == 0), "rank"] = 9.0
+    assert examples.first_right(table, "SFT") == 1
+    table.loc[table["graft"] == "SFT", "rank"] = 9.0
+    assert examples.first_right(table, "SFT") == 0
+    table["reason"] = "no"
+    assert examples.first_right(table, "SFT") is None
+
+
+def test_a_verdict_says_both_where_the_measures_disagree():
+    """As in the demo: no answer among the first five, a third of the log-probability."""
+    table = make_table(SUFFICIENT | {"(FE+LT)^C": 0.0}, templates=("qa", "headline"))
+    lifted = (table["graft"] == "(FE+LT)^C") & (table["template"] == "qa")
+    table.loc[lifted, "logprob"] += 0.33 * 9.9
+    summary = stats.summarise(table, resamples=200)
+    qa, headline = text.verdicts(summary)
+    rows = summary.set_index(["template", "graft"])
+    assert rows.at[("qa", "(FE+LT)^C"), "recovery"] == pytest.approx(0.33, abs=0.01)
+    said = text.written(quantities.of_summary(summary, "recovery"), rows.loc["qa", "(FE+LT)^C"])
+    assert qa.otherwise.startswith("Recovery of log-probability disagrees: FE+LT 1.00")
+    assert f"(FE+LT)^C {said} (0 = PRE, 1 = SFT)" in qa.sentence
+    assert "(FE+LT)^C covers 0%" in qa.sentence.replace("and (FE+LT)^C", "and (FE+LT)^C covers")
+    assert headline.otherwise == ""
+    assert "Recovery of log-probability disagrees in qa: FE+LT 1.00" in text.headline(summary)
+    assert "disagrees" not in text.headline(stats.summarise(make_table(SUFFICIENT), resamples=50))
+
+
+# --- when to doubt ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shift", "said"),
+    [
+        (None, "SFT and PRE do not differ"),
+        (-0.5, "SFT is worse than PRE"),
+        (0.05, "SFT is better than PRE by less than 0.1 nats"),
+        (5.0, ""),
+    ],
+)
+def test_a_page_warns_where_finetuning_taught_nothing(tmp_path, shift, said):
+    table = make_table(NEVER_LEARNT, templates=("headline",))
+    if shift is not None:
+        table.loc[table["graft"] == "SFT", "logprob"] += shift
+    summary = stats.summarise(table, resamples=50)
+    warnings = reading.nothing_learnt(summary)
+    assert [said in warning for warning in warnings] == ([True] if said else [])
+    path = report.write_report(
+        tmp_path / "r.html", title="t", summary=summary, table=table, provenance={}
+    )
+    source = path.read_text(encoding="utf-8")
+    assert source.count("class='warning'") == len(warnings)
+    if said:
+        assert "headline (log-probability: PRE -10.10 [" in warnings[0]
+        assert source.index("class='warning'") < source.index("class='lead'")
+
+
+def test_a_difference_that_may_be_chance_is_warned_of():
+    table = make_table(NEVER_LEARNT, templates=("headline",))
+    of_sft = table["graft"] == "SFT"
+    noise = np.random.default_rng(0).normal(size=int(of_sft.sum()))
+    table.loc[of_sft, "logprob"] += noise - noise.mean() + 0.2
+    summary = stats.summarise(table, resamples=200)
+    ends = summary.set_index("graft")["logprob"]
+    assert ends["SFT"] > ends["PRE"] + 0.1
+    (warning,) = reading.nothing_learnt(summary)
+    assert "SFT is not certainly better than PRE" in warning

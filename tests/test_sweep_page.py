@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
-from browser import ask
+from browser import View, ask, look
 from command import graftlens
 from summaries import ENDS, positions, results, site, site_map
 from sweeps import NoReport, checkpoints, config
@@ -90,8 +90,9 @@ def test_the_page_says_what_was_run_and_loads_nothing(swept: Path, page: Path) -
     assert "T ran on 1 of 12 prompts. It is left out of charts" in words
     headings = [said for tag, said in found.headings if tag == "h2"]
     assert headings == [
-        "What the numbers say", "Charts", "A graft, prompt by prompt", "Numbers",
-        "Example prompts", "Trust report", "What was run and how",
+        "Charts", "What the names and numbers mean", "What the numbers say",
+        "A graft, prompt by prompt", "Numbers", "Example prompts", "Trust report",
+        "What was run and how",
     ]  # fmt: skip
     for tag, attrs in found.tags:
         assert not {"src", "srcset", "action", "data"} & attrs.keys(), (tag, attrs)
@@ -155,6 +156,36 @@ def test_a_click_shows_the_grafts_prompts(
     assert words == [*expected, "--graft", found["name"]]
     narrow, complaints = ask(page, script, tmp_path, width=NARROW)
     assert (narrow["wide"], complaints) == (False, [])
+
+
+#: Where the cell of layer 2 and the second component is in the window, scrolled into sight.
+CELL = """
+  const chart = charts.find(c => c.data.some(t => t.type === "heatmap"));
+  chart.scrollIntoView({block: "center"});
+  await new Promise(done => setTimeout(done, 300));
+  const {xaxis, yaxis} = chart._fullLayout, box = chart.getBoundingClientRect();
+  return [box.left + xaxis._offset + xaxis.c2p(2), box.top + yaxis._offset + yaxis.c2p(1)];"""
+
+
+def test_a_mouse_on_a_cell_shows_that_grafts_prompts(swept: Path, page: Path) -> None:
+    """The whole way from the mouse to the table, where the others give plotly's event."""
+    script = """
+      const chart = charts.find(c => c.data.some(t => t.type === "heatmap"));
+      return {wanted: chart.data.find(t => t.type === "heatmap").meta[1][2],
+        name: document.getElementById("graft-shown").textContent,
+        rows: [...document.querySelectorAll("#behind tbody tr")].map(
+          r => [...r.cells].slice(0, 5).map(c => c.textContent)),
+        top: document.getElementById("graft").getBoundingClientRect().top};"""
+    views = [View(NARROW), View(WIDE, dark=True)]
+    table = read_results(swept)
+    for found in look({"sweep": page}, views, script, click=CELL).values():
+        assert found["name"] == found["wanted"]
+        rows = table[table["graft"] == found["name"]]
+        assert [row[0] for row in found["rows"]] == [str(n) for n in rows["prompt"]]
+        ran = rows["reason"].isna().tolist()
+        ranks = [row[4] for row, on in zip(found["rows"], ran, strict=True) if on]
+        assert ranks == [str(int(rank)) for rank in rows.loc[rows["reason"].isna(), "rank"]]
+        assert found["top"] < 700, "the table is scrolled into sight"
 
 
 def test_the_command_opens_the_dashboard_of_the_cell(

@@ -26,7 +26,7 @@ from graftlens.viz.screenshot import screenshot
 from graftlens.viz.spelling import visible
 
 TOKENS = ("<bos>", "</script>", " <b>", "&amp;", "\n", " ", "🎬", " film")
-SHOWN = ["<bos>", "</script>", "·<b>", "&amp;", "↵", "·", "🎬", "·film"]
+SHOWN = ["<bos>", "</script>", "␣<b>", "&amp;", "↵", "␣", "🎬", "␣film"]
 N, LAYERS, HEADS = len(TOKENS), 3, 4
 COMPONENTS = ("embed", "q", "o", "unembed")
 NAMES = ("PRE", "SFT", "FE+LT", "mine <x>")
@@ -49,6 +49,7 @@ SET = """const set = (id, value) => {
   place.dispatchEvent(new Event("change")); return new Promise(done => setTimeout(done, 300)); };
 const rest = () => new Promise(done => setTimeout(done, 300));
 const words = place => document.querySelector(place).textContent;
+while (document.querySelector("[aria-busy=true]")) await rest();
 """
 
 
@@ -372,7 +373,7 @@ def test_the_lens_shows_the_top_five_on_hover(answered, data):
       range: [place.data[0].zmin, place.data[0].zmax]};""")
     here = cell(data, "FE+LT", 2, 7)
     said = found["seen"][0]
-    assert "position 7 ·film, 2 layers have run (2_pre)" in said
+    assert "position 7 ␣film, 2 layers have run (2_pre)" in said
     assert f"answer: rank {here['rank']}, " in said
     for k, (token, prob) in enumerate(zip(here["top_tokens"], here["top_probs"], strict=True), 1):
         start = said.index(f"{k}. {visible(token)} ") + len(f"{k}. {visible(token)} ")
@@ -448,6 +449,147 @@ def test_heads_layers_and_differences(answered, data):
     key = int(np.abs(last).argmax())
     value = f"{last[key]:.4f}".replace("-", "−")
     assert other["most"].startswith(f"Largest at the last token: {SHOWN[key]} ({key}) {value}")
+
+
+def test_the_overview_has_the_heads_differences_and_a_click_opens_one(answered, data):
+    found = answered("""const seen = [], place = document.getElementById("apart-shown");
+    const look = () => seen.push(place.data[0].z.map(row => [...row]));
+    look();
+    await set("apart-of", "last"); look();
+    await set("apart-a", "3"); await set("apart-b", "1"); look();
+    place.emit("plotly_click", {points: [{x: 3, y: 1}]}); await rest();
+    const opened = [words("#left .shown-name"), words("#right .shown-name"),
+      document.getElementById("layer").value];
+    await set("apart-b", "3"); look();
+    return {seen, opened, hover: place.data[0].hovertext[0][0]};""")
+    pre, sft, graft, mine = (np.tril(data.runs[name].pattern) for name in NAMES)
+
+    def moved(one, other):
+        return np.abs(one - other).sum(-1) / 2
+
+    mean, last, others, same = found["seen"]
+    np.testing.assert_allclose(mean, moved(graft, pre).mean(-1), rtol=1e-4)
+    np.testing.assert_allclose(last, moved(graft, pre)[:, :, -1], rtol=1e-4)
+    np.testing.assert_allclose(others, moved(mine, sft)[:, :, -1], rtol=1e-4)
+    assert not np.any(same)
+    assert found["opened"] == ["L1H3: mine <x>", "L1H3: mine <x> − SFT", "1"]
+    assert found["hover"] == "L0H0: 0%"
+
+
+def test_labels_of_the_lens_can_be_read_on_every_colour(answered):
+    found = answered("""const place = document.getElementById("lens-shown"), seen = [];
+    for (const kind of ["logprob", "rank", "diff_base"]) {
+      await set("lens-value", kind);
+      const [cells, ...labels] = place.data;
+      for (const {x, y, text, textfont} of labels) x.forEach((i, k) => seen.push({
+        share: (cells.z[y[k]][i] - cells.zmin) / (cells.zmax - cells.zmin),
+        stops: cells.colorscale.map(([, color]) => color), ink: textfont.color, text: text[k]}));
+    }
+    await set("lens-value", "logprob");
+    return seen;""")
+    assert len(found) >= N * (LAYERS + 1)
+    assert {label["ink"] for label in found} == {"#000000", "#ffffff"}
+    for label in found:
+        assert label["ink"] == theme.ink(theme.mixed(label["stops"], label["share"]))
+
+
+def test_the_grid_opens_at_its_grafted_end(named_by_rules, tmp_path):
+    found, complaints = ask(
+        named_by_rules,
+        SET
+        + """const frame = document.getElementById("grid").parentElement;
+        frame.style.width = "160px";
+        const shown = () => {
+          const last = document.querySelector("#grid tbody tr").cells[8].getBoundingClientRect();
+          const box = frame.getBoundingClientRect();
+          return [frame.scrollWidth > frame.clientWidth, last.left >= box.left,
+            last.right <= box.right + 1];
+        };
+        frame.scrollLeft = 0;
+        await set("grid-run", "1");
+        const whole = shown();
+        await set("grid-run", "0");
+        return {whole, base: frame.scrollLeft};""",
+        tmp_path,
+    )
+    assert complaints == []
+    assert found["whole"] == [True, True, True]
+    assert found["base"] == 0
+
+
+@pytest.fixture(scope="module")
+def long(data, tmp_path_factory):
+    """A page that has room for a few heads only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("graftlens.viz.dashboardscript.ROOM", 900)
+        made = Dashboard(data)
+    return made.save(tmp_path_factory.mktemp("long") / "page.html")
+
+
+def test_a_long_prompts_page_keeps_the_heads_that_differ_most(long, data):
+    html = long.read_text(encoding="utf-8")
+    facts = json.loads(re.search(r"id='dashboard-data'>(.*?)</script>", html)[1])["attention"]
+    places = np.array(facts["places"])
+    count = int((places >= 0).sum())
+    assert 0 < count < LAYERS * HEADS
+    assert sorted(places[places >= 0].tolist()) == list(range(count))
+    patterns = [np.tril(run.pattern) for run in data.runs.values()]
+    moved = [np.abs(a - b).sum(-1) / 2 for a, b in itertools.combinations(patterns, 2)]
+    far = np.max([np.maximum(m.mean(-1), m[:, :, -1]) for m in moved], axis=0)
+    start = np.unravel_index(moved[0][:, :, -1].argmax(), far.shape)
+    others = [at for at in np.argwhere(places >= 0).tolist() if tuple(at) != start]
+    assert places[start] == 0
+    left = far[places < 0].max()
+    assert all(far[tuple(at)] >= left for at in others)
+    rows, columns = np.tril_indices(N)
+    total = 0
+    for i, pattern in enumerate(patterns):
+        text = re.search(rf"id='pattern-{i}'>([^<]*)<", html)[1]
+        total += len(text)
+        back = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.uint8) / 255
+        for layer, head in np.argwhere(places >= 0).tolist():
+            shown = back.reshape(count, -1)[places[layer, head]]
+            assert np.abs(shown - pattern[layer, head][rows, columns]).max() <= 0.5 / 255 + 1e-7
+    assert total <= 900
+    said = unescape(re.search(r"id='left-out'>(.*?)</p>", html)[1])
+    assert f"{LAYERS * HEADS - count} of {LAYERS * HEADS} heads" in said
+    assert f"by more than {left:.1%} on average" in said
+    assert "--complete (in Python complete=True)" in said
+    assert "left-out" not in dashboard_page(dataclasses.replace(data, complete=True))
+
+
+def test_heads_that_were_left_out_say_so(long, data, tmp_path):
+    html = long.read_text(encoding="utf-8")
+    facts = json.loads(re.search(r"id='dashboard-data'>(.*?)</script>", html)[1])
+    places = np.array(facts["attention"]["places"])
+    (layer, head), *_ = np.argwhere(places < 0).tolist()
+    found, complaints = ask(
+        long,
+        SET
+        + f"""const start = document.getElementById("left-pattern").asked.props.attention;
+        const opened = words("#left .shown-name");
+        await set("layer", "{layer}");
+        const button = document.querySelectorAll("#left .head")[{head}];
+        button.click(); await rest();
+        const place = document.getElementById("apart-shown");
+        return {{start, opened, out: button.classList.contains("out"),
+          name: words("#left .shown-name"),
+          hidden: document.getElementById("left-pattern").hidden,
+          hover: place.data[0].hovertext[{layer}][{head}],
+          busy: document.querySelectorAll("[aria-busy=true]").length}};""",
+        tmp_path,
+    )
+    assert complaints == []
+    at = tuple(facts["start"])
+    pattern = data.runs["FE+LT"].pattern[at]
+    for query, row in enumerate(found["start"]):
+        assert row == pytest.approx(pattern[query, : query + 1], abs=0.5 / 255 + 1e-4)
+    assert found["opened"] == f"L{at[0]}H{at[1]}: FE+LT"
+    assert found["out"] is True
+    assert found["name"] == f"L{layer}H{head}: FE+LT (left out)"
+    assert found["hidden"] is True
+    assert found["hover"].endswith("% (its patterns were left out)")
+    assert found["busy"] == 0
 
 
 def test_the_grid_has_the_shares(answered):
@@ -544,7 +686,7 @@ def test_tokens_from_right_to_left_stand_in_the_order_of_the_prompt(named_by_rul
     # CircuitsVis writes a token's position behind it.
     assert found["given"] == isolated
     assert found["axis"] == shown
-    assert found["hover"].startswith("position 2 <b>\u2066·של\u2069</b>, embeddings (0_pre)<br>")
+    assert found["hover"].startswith("position 2 <b>\u2066␣של\u2069</b>, embeddings (0_pre)<br>")
     assert "<br>2. <b>\u2066ום\u2069</b> 0." in found["hover"]
 
 
@@ -557,7 +699,7 @@ def test_several_sources_have_numbers_besides_colours(data, tmp_path):
     made = make(runs=dict(data.runs) | {"FE+LT": mixed}, sources=("pre", "sft", "task"))
     path = Dashboard(made).save(tmp_path / "page.html")
     strip = re.search(r"data-strip='FE\+LT'>(.*?)</p>", path.read_text(encoding="utf-8"))[1]
-    assert "·&lt;b&gt;<sup>2</sup></span>" in strip
+    assert "␣&lt;b&gt;<sup>2</sup></span>" in strip
     assert "↵<sup>1</sup><sup>2</sup></span>" in strip
     found, complaints = ask(
         path,

@@ -35,6 +35,12 @@ def test_cells_and_bars_are_the_tables():
     maps = [trace for trace in figure.data if trace.type == "heatmap"]
     bars = [trace for trace in figure.data if trace.type == "bar"]
     assert len(maps) == 2
+    written = {
+        (trace.xaxis, x, y): said
+        for trace in figure.data
+        if trace.type == "scatter" and trace.mode == "text"
+        for x, y, said in zip(trace.x, trace.y, trace.text, strict=True)
+    }
     assert len(bars) == 4
     for metric, trace in zip(CALLS, maps, strict=True):
         assert list(trace.x) == list(trace.y) == ["FE &lt;attn&gt;", "LT MLP", "rest"]
@@ -43,7 +49,8 @@ def test_cells_and_bars_are_the_tables():
             i, j = PLAYERS.index(a), PLAYERS.index(b)
             assert trace.z[i][j] == trace.z[j][i] == row["interaction"]
             word = {"undecided": "?", "additive": "+"}.get(row["call"], row["call"])
-            assert trace.text[i][j] == trace.text[j][i] == word
+            names = (trace.x[i], trace.x[j])
+            assert written[trace.xaxis, *names] == written[trace.xaxis, *names[::-1]] == word
         assert [trace.z[i][i] for i in range(3)] == [None] * 3
         axis = figure.layout[trace.coloraxis]
         most = own["interaction"].abs().max()

@@ -70,9 +70,9 @@ def test_axes_name_layers_and_tokens_as_they_are():
     figure = viz.lens_heatmap(streams(), "FE")
     assert list(figure.layout.yaxis.ticktext) == ["embeddings", "1", "output"]
     assert list(figure.layout.yaxis.range) == [-0.5, 2.5]
-    assert list(figure.layout.xaxis.ticktext) == ["&lt;b&gt;", "·a↵", "&#36;x&#36;"]
+    assert list(figure.layout.xaxis.ticktext) == ["&lt;b&gt;", "␣a↵", "&#36;x&#36;"]
     assert list(figure.layout.xaxis.tickvals) == [0, 1, 2]
-    assert heading(figure) == "FE: answer ·Ann"
+    assert heading(figure) == "FE: answer ␣Ann"
     assert figure.data[0].colorbar.title.text == "log-probability (nats)"
 
 
@@ -82,24 +82,66 @@ def test_repeated_tokens_keep_their_own_columns():
     assert [round(z - trace.z[0][0], 9) for z in trace.z[0]] == [0, -1, -2]
 
 
+def labels(figure):
+    """(x, y) -> what is written there, and in which colour."""
+    return {
+        (x, y): (said, trace.textfont.color)
+        for trace in traces(figure, "scatter")
+        for x, y, said in zip(trace.x, trace.y, trace.text, strict=True)
+    }
+
+
 def test_cells_are_labelled_with_the_likeliest_token_while_there_is_room():
-    (trace,) = traces(viz.lens_heatmap(streams(), "FE"), "heatmap")
-    assert [list(row) for row in trace.text] == [[f"&lt;{layer}&gt;"] * 3 for layer in range(3)]
-    assert trace.texttemplate == "%{text}"
+    figure = viz.lens_heatmap(streams(), "FE")
+    found = labels(figure)
+    assert {at: said for at, (said, _) in found.items()} == {
+        (x, layer): f"&lt;{layer}&gt;" for layer in range(3) for x in range(3)
+    }
     crowded = streams(tokens=[f"t{i}" for i in range(40)])
-    (trace,) = traces(viz.lens_heatmap(crowded, "FE"), "heatmap")
-    assert trace.texttemplate is None
+    assert labels(viz.lens_heatmap(crowded, "FE")) == {}
+
+
+@pytest.mark.parametrize(("value", "minus"), [("logprob", None), ("rank", None), ("prob", "PRE")])
+def test_labels_can_be_read_on_every_colour(value, minus):
+    """A contrast of 4.5, which WCAG 2.2 asks of text (success criterion 1.4.3)."""
+
+    def light(color):
+        channels = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        return float(np.dot((0.2126, 0.7152, 0.0722), [
+            c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels
+        ]))  # fmt: skip
+
+    figure = viz.lens_heatmap(streams(), "FE", value=value, minus=minus)
+    (cells,) = traces(figure, "heatmap")
+    stops = [color for _, color in cells.colorscale]
+    for (x, y), (_, ink) in labels(figure).items():
+        at = (cells.z[y][x] - cells.zmin) / (cells.zmax - cells.zmin) * (len(stops) - 1)
+        at = min(max(at, 0), len(stops) - 1)
+        low = min(int(at), len(stops) - 2)
+        pairs = [(int(stops[low][i : i + 2], 16), int(stops[low + 1][i : i + 2], 16))
+                 for i in (1, 3, 5)]  # fmt: skip
+        cell = "#" + "".join(f"{round(a + (b - a) * (at - low)):02x}" for a, b in pairs)
+        high, dark = max(light(ink), light(cell)), min(light(ink), light(cell))
+        assert (high + 0.05) / (dark + 0.05) >= 4.5
+
+
+def test_a_complement_differs_from_its_graft_by_dash_and_marker():
+    found = theme.graft_lines(["FE", "not-FE", "FE+LT", "(FE+LT)^C", "mine"])
+    for graft, rest in (("FE", "not-FE"), ("FE+LT", "(FE+LT)^C")):
+        assert found[graft].color == found[rest].color
+        assert found[graft].dash != found[rest].dash
+        assert found[rest].marker == f"{found[graft].marker}-open"
 
 
 def test_hover_has_the_place_the_value_the_answer_and_the_likeliest_tokens():
     (trace,) = traces(viz.lens_heatmap(streams(), "FE"), "heatmap")
     assert trace.customdata[1][0] == (
         "after 1 layer, &lt;b&gt; at 0<br>log-probability of the answer's first token: -3.40<br>"
-        "answer ·Ann: rank 30, 3.33%<br>1. &lt;1&gt; 50%<br>2. ↵ 1.23%"
+        "answer ␣Ann: rank 30, 3.33%<br>1. &lt;1&gt; 50%<br>2. ↵ 1.23%"
     )
     (trace,) = traces(viz.lens_heatmap(streams(), "FE", value="rank"), "heatmap")
     assert trace.customdata[2][1].startswith(
-        "after 2 layers, ·a↵ at 1<br>rank of the answer's first token: 3<br>"
+        "after 2 layers, ␣a↵ at 1<br>rank of the answer's first token: 3<br>"
     )
 
 
@@ -123,7 +165,7 @@ def test_the_difference_of_two_runs_is_signed():
         "log-probability of the answer's first token: -5.40 (PRE: -4.30)" in trace.customdata[1][2]
     )
     figure = viz.lens_heatmap(table, "FE", minus="PRE")
-    assert heading(figure) == "FE − PRE: answer ·Ann"
+    assert heading(figure) == "FE − PRE: answer ␣Ann"
 
 
 def test_the_ratio_of_ranks_is_red_where_the_answer_is_higher_up():
@@ -131,7 +173,7 @@ def test_the_ratio_of_ranks_is_red_where_the_answer_is_higher_up():
     assert trace.z[0][0] == pytest.approx(-math.log10(3))
     assert trace.colorscale[0][1] == theme.DIVERGING[-1]
     figure = viz.lens_heatmap(streams(), "PRE", value="rank", minus="FE")
-    assert heading(figure) == "PRE / FE: answer ·Ann"
+    assert heading(figure) == "PRE / FE: answer ␣Ann"
     assert figure.data[0].colorbar.title.text.startswith("ratio of the ranks")
 
 
@@ -299,7 +341,7 @@ def test_a_long_heading_is_in_lines_and_makes_room_for_them():
     plain = viz.logit_attribution_heatmap(table, "SFT", minus="PRE")
     figure = viz.logit_attribution_heatmap(called(table, "graft"), LONG[1], minus=LONG[0])
     said = heading(figure)
-    assert unescaped(said) == (f"{LONG[1]} − {LONG[0]}: direct contribution to the logit of ·Ann")
+    assert unescaped(said) == (f"{LONG[1]} − {LONG[0]}: direct contribution to the logit of ␣Ann")
     assert max(map(len, said.split("<br>"))) <= 80
     more = 18 * said.count("<br>")
     assert more > 0
@@ -313,7 +355,7 @@ def test_a_token_from_right_to_left_leaves_what_follows_it_in_its_place():
         row[1] = "ום"
     (trace,) = traces(viz.lens_heatmap(table, "FE", value="entropy"), "heatmap")
     assert trace.customdata[1][0] == (
-        "after 1 layer, \u2066·של\u2069 at 0<br>entropy of the next token: 2.00<br>"
+        "after 1 layer, \u2066␣של\u2069 at 0<br>entropy of the next token: 2.00<br>"
         "answer \u2066مر\u2069: rank 30, 3.33%<br>"
         "1. &lt;1&gt; 50%<br>2. \u2066ום\u2069 1.23%"
     )
@@ -378,7 +420,7 @@ def test_heads_are_cells_with_a_scale_that_all_runs_share():
     assert figures["PRE"].data[0].customdata[1][0] == (
         "layer 1, head 0<br>contribution to the answer's logit: 4.00"
     )
-    assert heading(figures["PRE"]) == "PRE: direct contribution to the logit of ·Ann"
+    assert heading(figures["PRE"]) == "PRE: direct contribution to the logit of ␣Ann"
 
 
 def test_components_stand_side_by_side_and_runs_are_subtracted():
@@ -393,7 +435,7 @@ def test_components_stand_side_by_side_and_runs_are_subtracted():
 
 def test_sources_are_named_by_their_tokens():
     figure = viz.logit_attribution_heatmap(attributions("src_pos"), "PRE")
-    assert list(figure.layout.xaxis.ticktext) == [HOSTILE, "·a↵"]
+    assert list(figure.layout.xaxis.ticktext) == [HOSTILE, "␣a↵"]
     assert [list(row) for row in figure.data[0].z] == [[-1, 2], [4, -5]]
     assert figure.data[0].customdata[0][0].startswith("layer 0, from &lt;b&gt; at 0<br>")
     with pytest.raises(ValueError, match=r"attended positions of the prompts 0, 1"):
@@ -436,7 +478,7 @@ def test_bars_by_source_take_the_layers_together():
     figure = viz.logit_attribution_bars(attributions("src_pos"), grafts=["PRE"])
     assert dict(zip(figure.data[0].y, figure.data[0].x, strict=True)) == {
         "attention to &lt;b&gt; at 0": 3,
-        "attention to ·a↵ at 1": -3,
+        "attention to ␣a↵ at 1": -3,
         "mlp, all layers": 3,
         "embed": 0,
     }
@@ -447,7 +489,7 @@ def test_bars_by_source_take_the_layers_together():
 def test_what_the_logit_is_held_against_is_said():
     table = attributions("layer").assign(against="mean")
     title = viz.logit_attribution_bars(table).layout.xaxis.title.text
-    assert title == "direct contribution to the logit of ·Ann minus the mean logit (logits)"
+    assert title == "direct contribution to the logit of ␣Ann minus the mean logit (logits)"
 
 
 def test_what_attribution_plots_refuse():
@@ -539,7 +581,7 @@ def differences(prompts=(0,), heads=None, hook="hook_resid_post"):
 
 def test_activations_are_shown_by_layer_and_token():
     figure = viz.difference_heatmap(differences(), "FE")
-    assert list(figure.layout.xaxis.ticktext) == [HOSTILE, "·a↵", "&#36;x&#36;"]
+    assert list(figure.layout.xaxis.ticktext) == [HOSTILE, "␣a↵", "&#36;x&#36;"]
     z = np.array(figure.data[0].z, dtype=float)
     assert z == pytest.approx(np.array([[6, 12, 18], [12, 18, 24]]) / 100)
     assert (figure.data[0].zmin, figure.data[0].zmax) == pytest.approx((0, 0.24))
@@ -693,7 +735,7 @@ def test_kl_divergence_has_a_panel_for_pre_and_sft_and_a_line_for_each_other_run
     assert list(found["y2", "PRE"].y) == pytest.approx([1.0, 1.1, 1.2])
     assert [trace.name for trace in figure.data if trace.showlegend] == ["SFT", "FE", "PRE"]
     assert figure.layout.yaxis.title.text == "KL(graft ‖ PRE)<br>(nats)"
-    assert list(figure.layout.xaxis2.ticktext) == [HOSTILE, "·a↵", "&#36;x&#36;"]
+    assert list(figure.layout.xaxis2.ticktext) == [HOSTILE, "␣a↵", "&#36;x&#36;"]
     assert found["y", "FE"].customdata[0] == "FE, &lt;b&gt; at 0<br>KL(graft ‖ PRE): 20 nats"
     assert found["y", "FE"].line.color == found["y2", "FE"].line.color
 
@@ -721,7 +763,7 @@ def test_kl_divergence_of_other_values():
 @pytest.mark.parametrize(
     ("token", "shown"),
     [
-        (" a", "·a"),
+        (" a", "␣a"),
         ("\r\n\t", "␍↵→"),
         ("\u00a0x", "⍽x"),
         ("", "∅"),

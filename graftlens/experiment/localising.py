@@ -26,9 +26,10 @@ from graftlens.find.found import Found
 from graftlens.find.judging import BASE, FULL
 from graftlens.find.localisation import compared, parted, question_of, refuse_equal
 from graftlens.find.stored import TRUSTED, Attributions, InFolder, key_of, record
-from graftlens.folder import at_home, claim, inside, json_digest, write_whole
+from graftlens.folder import at_home, claim, inside, json_digest, read_json, write_whole
 from graftlens.graft import Graft
 from graftlens.metrics import Measure
+from graftlens.reports import named_sources
 from graftlens.sweep.cells import Measures, fingerprints, own_measures
 from graftlens.sweep.config import Checked, as_yaml, check
 from graftlens.sweep.description import describe
@@ -318,9 +319,10 @@ def _write(
         frame: pd.DataFrame = getattr(found, name)
         if len(frame):
             files[name] = write_table(frame, folder / name, caption=caption)
+    asked = read_json(out / "localise.json", "Run the search again.")["asked"]
     provenance = {
         "asked": {k: v for k, v in identity["search"].items() if v is not None},
-        "sources": identity["sources"],
+        "sources": named_sources(identity["sources"], asked["models"]["fingerprints"]),
         "prompts": identity["prompts"],
         "versions": {name: version(name) for name in ("graftlens", "torch", "transformers")},
         "trust report": "passed" if trust["ok"] else "FAILED",

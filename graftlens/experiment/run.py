@@ -36,13 +36,21 @@ from graftlens.experiment.plan import Plan, Store, plan
 from graftlens.experiment.show import plain, show_found, show_part
 from graftlens.finetune import FinetuneResult, FinetuneRun, InUseError, finetune_run
 from graftlens.folder import RUNS, at_home, claim, inside, read_json, writable, write_whole
-from graftlens.reports import PAGE, ensure_report
+from graftlens.reports import (
+    PAGE,
+    ensure_report,
+    named_sources,
+    sweep_glimpse,
+    sweep_sources,
+)
 from graftlens.sweep.cells import Measures, own_measures
 from graftlens.sweep.description import describe
 from graftlens.sweep.devices import check_devices
 from graftlens.sweep.launch import launch_local
 from graftlens.sweep.outcomesettings import TextFunction
+from graftlens.sweep.results import read_manifest
 from graftlens.sweep.runner import SweepResult, prepare_sweep, run_sweep, sweep_result
+from graftlens.viz.examples import Glimpse
 from graftlens.viz.export import exporter
 from graftlens.viz.page import ExperimentPage, Part, experiment_page
 
@@ -135,6 +143,7 @@ def run_experiment(
     parts: list[Part] = []
     said: list[str] = []
     stems: set[str] = set()
+    glimpse: Glimpse | None = None
     with exporter():
         for number, (name, part) in enumerate(config.parts.items(), 1):
             say(f"part {number}/{len(config.parts)}: {name}, {part.title}")
@@ -177,6 +186,10 @@ def run_experiment(
             tables = part_tables(config, part, checked, place)
             shown, headline = show_part(name, config, checked, tables, folder, stems)
             parts.append(shown)
+            if glimpse is None and part.finding is not None:
+                both = (part.finding.enough, part.finding.rest)
+                ran = [checked.duplicates.get(graft, graft) for graft in both]
+                glimpse = sweep_glimpse(place, tables.template, ran, metric=part.finding.metric)
             if headline:
                 said.append(headline if len(config.parts) == 1 else f"{part.title}: {headline}")
     record = _record(named, planned, trained, sweeps)
@@ -200,6 +213,7 @@ def run_experiment(
             parts=parts,
             provenance={k: v for k, v in record.items() if k not in ("title", "question", "parts")},
             links=links,
+            glimpse=glimpse,
         ),
     )
     say(str(page.resolve()))
@@ -326,6 +340,7 @@ def _record(
             f"{name} {change}".removesuffix(" {}"): _provenance(folder)
             for (name, change), folder in planned.data.items()
         },
+        "sources": {name: _sources(sweep.folder) for name, sweep in sweeps.items()},
         "parts": {
             name: {
                 "title": part.title,
@@ -341,6 +356,14 @@ def _record(
         f"{platform.machine()}, {os.cpu_count()} cores",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+def _sources(folder: Path) -> dict[str, object]:
+    """The sources of a part, with their fingerprints."""
+    if (folder / "sweep.json").is_file():
+        return sweep_sources(read_manifest(folder))
+    asked = read_json(folder / "localise.json", "Run the experiment again.")["asked"]
+    return named_sources(asked["sources"], asked["models"]["fingerprints"])
 
 
 def _training(recipe: Mapping[str, Any], result: FinetuneResult) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from graftlens.viz.figures import bar_chart, dose_chart, heat_map, interaction_c
 from graftlens.viz.interactions import sentences
 from graftlens.viz.localisation import found_figures
 from graftlens.viz.page import Figure, Part, Table
+from graftlens.viz.reading import glossary, nothing_learnt
 from graftlens.viz.tables import write_table
 from graftlens.viz.textspage import rate_charts
 
@@ -104,6 +105,8 @@ def show_part(
             **dict(list(rules.items())[:LISTED]),
             **({"…": f"{more} more: see grafts.yaml in the sweep's folder"} if more > 0 else {}),
         },
+        glossary=glossary(tables.template),
+        warnings=nothing_learnt(tables.template),
     ), headline
 
 
@@ -140,6 +143,7 @@ def show_found(name: str, part: PartConfig, found: Found, out: Path, stems: set[
         figures=figures,
         tables=shown,
         rules={"found": found.text, **{n: str(g) for n, g in part.grafts.items()}},
+        warnings=nothing_learnt(found.summary),
     )
 
 

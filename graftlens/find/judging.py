@@ -27,8 +27,7 @@ class Exact(Protocol):
     def __call__(
         self, step: str, numbers: Sequence[int], grafts: Mapping[str, Graft]
     ) -> pd.DataFrame:
-        """A row for each of these prompts under each graft, with the columns of `evaluate`, or of
-        `Rating.table`.
+        """A row for each of these prompts under each graft, with the columns of `evaluate`.
 
         Args:
             step: what the runs are for; the same step always has the same prompts and grafts.
@@ -80,8 +79,6 @@ class Judge:
         goal, target: what a set must be.
         inner: the numbers of the inner part's prompts.
         say: called with a line about each step.
-        of_texts: whether the measure is one of generated texts (`graftlens.find.rating`): tables
-            have no ranks and likeliest tokens then.
     """
 
     exact: Exact
@@ -95,7 +92,6 @@ class Judge:
     target: float
     inner: frozenset[int]
     say: Callable[[str], object] = lambda line: None
-    of_texts: bool = False
 
     def put_in(self, places: Sequence[Place]) -> Graft:
         """The base with these places."""

@@ -122,13 +122,11 @@ class Size:
 
 
 def lengths_of(
-    places: Iterable[Place], prompts: Sequence[Tokenized], totals: Sequence[int]
+    places: Iterable[Place], prompts: Sequence[Tokenized]
 ) -> dict[str | int, float | int]:
-    """Position -> how many tokens it is, a mean over these prompts, each of which has so many
-    tokens in all, with those that follow it."""
+    """Position -> how many tokens of a prompt it is, a mean over these prompts."""
     ats = {place.position: place.rule("any").at for place in places}
-    runs = [(p.spans_with(n), len(p), n) for p, n in zip(prompts, totals, strict=True)]
     return {
-        position: float(np.mean([at.select(*run).sum() for run in runs]))
+        position: float(np.mean([at.select(p.spans, len(p)).sum() for p in prompts]))
         for position, at in ats.items()
     }

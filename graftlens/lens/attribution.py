@@ -56,6 +56,7 @@ def direct_logit_attribution(
     against: Against | None = None,
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
+    targets: Sequence[int] | None = None,
 ) -> pd.DataFrame:
     """What each term of a run contributes to the logit of the answer's first token.
 
@@ -74,6 +75,7 @@ def direct_logit_attribution(
             None is the logit itself.
         full: the run that counts as SFT, as in `logit_lens`.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
+        targets: per prompt, the id of the token to attribute; by default the answer's first one.
 
     Returns:
         One row per prompt, graft, position and term, with `term` (`embed`, `pos_embed`, `layer`,
@@ -89,9 +91,9 @@ def direct_logit_attribution(
         PromptError: a prompt without an answer, or without distractors if they are needed; a token
             that a source lacks whose unembedding is used there, so that its logit is -inf.
         ValueError: a value of `by` or `against` that is not one of those above; a patch of
-            `ln_final` or `unembed` in force, which reading the stream would ignore; or, with `head`
-            and `src_pos`, a patch of `o` or `ln1_post`, after which what heads wrote is not what
-            attention wrote.
+            `ln_final` or `unembed` in force, which reading the stream would ignore; `targets` of
+            other than one token per prompt; or, with `head` and `src_pos`, a patch of `o` or
+            `ln1_post`, after which what heads wrote is not what attention wrote.
     """
     if by not in get_args(By):
         raise ValueError(f"by={by!r}. Allowed: {' '.join(get_args(By))}.")
@@ -109,12 +111,12 @@ def direct_logit_attribution(
     hooks = _hooks(model, by)
     terms = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
-    targets = needed_target_ids(model, whole.prompts, prepend_bos, "attribute")
-    others = _others(model, whole.prompts, targets, against, prepend_bos)
+    followed = needed_target_ids(model, whole.prompts, prepend_bos, "attribute", targets)
+    others = _others(model, whole.prompts, followed, against, prepend_bos)
     for places, caches in look_into(model, whole, runs, hooks, at):
         asked = places.table["prompt"]
         wanted = _Wanted(
-            [targets[i] for i in asked],
+            [followed[i] for i in asked],
             [others[i] for i in asked],
             against == "mean",
             model.vocabularies.common,

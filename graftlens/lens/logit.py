@@ -1,7 +1,6 @@
 """The logit lens of grafted runs, and where an answer first appears in it."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -45,6 +44,8 @@ def logit_lens(
     top_k: int = 5,
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
+    targets: Sequence[int] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> pd.DataFrame:
     """The residual stream of each run read as next-token logits, by layer and position.
 
@@ -66,6 +67,8 @@ def logit_lens(
             of one of `grafts`, or a finetuned source's name; needed if there are several
             finetuned sources and none is called `sft`.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
+        targets: per prompt, the id of the token to follow; by default the answer's first one.
+        layers: after how many layers to read, 0 for the embeddings; by default after each.
 
     Returns:
         One row per prompt, graft, layer and position: `prompt` (its number), `graft`, `rule`,
@@ -83,20 +86,28 @@ def logit_lens(
         PromptError: prompts that cannot be run, or without the positions `at`.
         ValueError: a graft that the model cannot run, a `top_k` that is not a number from 1, a
             patch of `ln_final` or `unembed` in force, or `incl_mid` with parallel attention and
-            MLP, which have no stream between them.
+            MLP, which have no stream between them; `layers` that the model lacks;
+            `targets` of other than one token per prompt.
     """
     top_k = from_1("top_k", top_k)
     refuse_patched_output(model)
     runs = Runs.of(model.sources, grafts, full)
     streams = _streams(model, incl_mid)
+    if layers is not None:
+        streams = [stream for stream in streams if stream[0] in layers]
+        if not streams or len(streams) < len(set(layers)):
+            raise ValueError(
+                f"layers={list(layers)}: name one or more numbers of layers that have run, from 0 "
+                f"to {model.cfg.n_layers}."
+            )
     hooks = [hook for _, _, hook in streams]
     tables = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
-    targets = target_ids(model, whole.prompts, prepend_bos)
+    followed = target_ids(model, whole.prompts, prepend_bos, targets)
     for places, caches in look_into(model, whole, runs, hooks, at):
         found: dict[str, list[pd.DataFrame]] = {name: [] for name in runs.grafts}
         for layer, stream, hook in streams:
-            read = _Reading(model, runs, places, caches, hook, targets, top_k)
+            read = _Reading(model, runs, places, caches, hook, followed, top_k)
             for name, table in read.tables().items():
                 columns = {**runs.columns(name), "layer": layer, "stream": stream}
                 found[name].append(table.assign(**columns))
@@ -249,24 +260,27 @@ class _Reading:
                 for name, cache in self.caches.items()
             }
             base, full = (
-                Predictions(said[name], n_common=self.n_common)
+                Predictions(said[name], top_k=self.top_k, n_common=self.n_common)
                 for name in (self.runs.base, self.runs.full)
             )
             for name, logits in said.items():
-                tables[name].append(self._table(logits, base, full, rows))
+                own = {self.runs.base: base, self.runs.full: full}.get(name)
+                tables[name].append(self._table(logits, own, base, full, rows))
         return {name: pd.concat(several) for name, several in tables.items()}
 
     def _table(
         self,
         logits: Float[Tensor, "place d_vocab"],
+        own: Predictions | None,
         base: Predictions,
         full: Predictions,
         rows: slice,
     ) -> pd.DataFrame:
         targets = self.targets[rows]
         ids = torch.tensor([t or 0 for t in targets], device=logits.device)
-        options: dict[str, Any] = {"top_k": self.top_k, "n_common": self.n_common}
-        reading = Predictions(logits, answer=ids, base=base, full=full, **options)
+        own = own or Predictions(logits, top_k=self.top_k, n_common=self.n_common)
+        # What is known of the base and of the full run is not computed twice.
+        reading = own.rows(None, answer=ids, base=base, full=full)
         columns = columns_of(self.model, reading, _measured())
         known = np.array([t is not None for t in targets])
         for m in _measured():

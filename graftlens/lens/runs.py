@@ -254,9 +254,25 @@ def columns_of(
 
 
 def target_ids(
-    model: GraftedTransformer, prompts: Sequence[Tokenized], prepend_bos: bool | None
+    model: GraftedTransformer,
+    prompts: Sequence[Tokenized],
+    prepend_bos: bool | None,
+    targets: Sequence[int] | None = None,
 ) -> list[int | None]:
-    """The first token of each prompt's answer; None where a prompt has none."""
+    """The token that is followed after each prompt: that of `targets`, by default the first of the
+    prompt's answer; None where a prompt has none.
+
+    Raises:
+        ValueError: as many targets as there are prompts, in the vocabulary, are not given.
+    """
+    if targets is not None:
+        n_tokens = model.cfg.d_vocab
+        if len(targets) != len(prompts) or not all(0 <= t < n_tokens for t in targets):
+            raise ValueError(
+                f"targets={list(targets)}: give the id of one token for each of {len(prompts)} "
+                f"prompts, from 0 to {n_tokens - 1}."
+            )
+        return [int(target) for target in targets]
     return [
         None
         if item.prompt is None or item.prompt.answer is None
@@ -281,15 +297,19 @@ def first_token(
 
 
 def needed_target_ids(
-    model: GraftedTransformer, prompts: Sequence[Tokenized], prepend_bos: bool | None, what: str
+    model: GraftedTransformer,
+    prompts: Sequence[Tokenized],
+    prepend_bos: bool | None,
+    what: str,
+    targets: Sequence[int] | None = None,
 ) -> list[int]:
-    """The first token of each prompt's answer.
+    """As `target_ids`, of prompts that all need one.
 
     Raises:
         PromptError: a prompt without an answer `what` needs.
     """
     found: list[int] = []
-    for number, target in enumerate(target_ids(model, prompts, prepend_bos)):
+    for number, target in enumerate(target_ids(model, prompts, prepend_bos, targets)):
         if target is None:
             raise PromptError(
                 f"prompt {number} has no answer to {what}. Give Prompt(text, answer=…)."

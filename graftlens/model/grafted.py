@@ -107,6 +107,7 @@ class GraftedTransformer(Calls, TreeRuns, Reading, Generation, Circuits, Hooking
         self.pad_token = {n: known[n].pad_token if n in known else None for n in weights}
         self._facts = {s.name: facts_digest(s.arch, s.config, s.rotary) for s in read}
         self.made = {s.name: s.made for s in read if s.made is not None}
+        self.origins = {s.name: s.origin for s in read}
         self.told_differences = tuple(differences)
         self.arch = arch
         self.sources = tuple(weights)

@@ -16,6 +16,7 @@ from graftlens.viz import text
 from graftlens.viz.figures import bar_chart, heat_map
 from graftlens.viz.page import MAX_ROWS, ExperimentPage, Figure, Part, Table, experiment_page
 from graftlens.viz.quantities import Quantity, of_summary
+from graftlens.viz.reading import glossary, nothing_learnt
 from graftlens.viz.spelling import capital
 from graftlens.viz.tables import write_table
 
@@ -161,7 +162,17 @@ def _part(title: str, frames: Mapping[str, pd.DataFrame], metric: str, stem: Pat
             "recovery."
         )
         tables.append(Table(f"Agreement between runs on the {what}", pd.DataFrame(orders)))
-    return Part(title, f"In {', '.join(frames)}.", findings, figures, tables)
+    return Part(
+        title,
+        f"In {', '.join(frames)}.",
+        findings,
+        figures,
+        tables,
+        glossary={w: said for frame in frames.values() for w, said in glossary(frame).items()},
+        warnings=[
+            f"{run}: {why}" for run, frame in frames.items() for why in nothing_learnt(frame)
+        ],
+    )
 
 
 def _views(

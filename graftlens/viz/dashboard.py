@@ -5,7 +5,7 @@ attention head by head. It takes arrays and tables; `graftlens.lens` makes them.
 """
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import groupby, pairwise
 from operator import itemgetter
 from pathlib import Path
@@ -74,7 +74,9 @@ def dashboard_page(data: DashboardData) -> str:
     """
     lens = LensArrays(data)
     layers = np.shape(data.runs["PRE"].pattern)[0]
-    start = _start(data)
+    differ = dashboardscript.apart(data)
+    start = _start(differ)
+    kept = dashboardscript.kept(data, differ)
     return render(
         "dashboard.html",
         title=data.title,
@@ -93,13 +95,15 @@ def dashboard_page(data: DashboardData) -> str:
         kinds=dashboardscript.kinds(lens),
         first_kind="kl_base" if lens.target is None else "logprob",
         common=common_note(data.lens),
+        skipped=lens.skipped(layers),
         rise=_rise(data, lens),
         layers=[(str(layer), str(layer), False) for layer in range(layers)],
         start=start,
         provenance=data.provenance,
-        facts=dashboardscript.facts(data, lens) | {"start": start},
+        left_out=kept.note,
+        facts=dashboardscript.facts(data, lens, differ, kept) | {"start": start},
         circuitsvis=attention.circuitsvis_script(),
-        patterns=[dashboardscript.packed(run.pattern) for run in data.runs.values()],
+        patterns=kept.texts,
     )
 
 
@@ -182,7 +186,8 @@ def _rise(data: DashboardData, lens: LensArrays) -> list[Figure]:
         return []
     target, runs = inline(lens.target), ", ".join(data.runs)
     fitting = drawing.legend_above(list(data.runs), 380, NARROW)
-    rows = pd.concat([data.lens[data.lens["graft"] == run] for run in data.runs])
+    table = data.lens if data.rise is None else data.rise
+    rows = pd.concat([table[table["graft"] == run] for run in data.runs])
     return [
         Figure(
             f"{what[0].upper()}{what[1:]} of {target} at the last position, by layer{how}",
@@ -194,11 +199,10 @@ def _rise(data: DashboardData, lens: LensArrays) -> list[Figure]:
     ]
 
 
-def _start(data: DashboardData) -> tuple[int, int]:
+def _start(differ: Mapping[tuple[int, int], dashboardscript.Apart]) -> tuple[int, int]:
     """Layer and head where the last token attends most differently under PRE and SFT."""
-    pre, sft = (np.asarray(data.runs[name].pattern)[:, :, -1] for name in ("PRE", "SFT"))
-    apart = np.abs(sft - pre).sum(-1)
-    layer, head = np.unravel_index(int(apart.argmax()), apart.shape)
+    last = differ[0, 1].last
+    layer, head = np.unravel_index(int(last.argmax()), last.shape)
     return int(layer), int(head)
 
 

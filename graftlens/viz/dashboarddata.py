@@ -47,6 +47,10 @@ class DashboardData:
     provenance: Mapping[str, object]
     roles: Sequence[str] | None = None
     """[pos]: of a conversation, who says the token, or "template"."""
+    complete: bool = False
+    """Keep the attention of every head in full, however large the page gets."""
+    rise: pd.DataFrame | None = None
+    """`logit_lens` of every layer at the last position, if `lens` has not every layer."""
 
     def __post_init__(self) -> None:
         names = list(self.runs)
@@ -129,6 +133,15 @@ class LensArrays:
     def last(self, run: str, name: str) -> float:
         """A number of the run's output at the last position."""
         return float(self.numbers[run][name][-1, -1])
+
+    def skipped(self, layers: int) -> str:
+        """What is said of the layers that the table leaves out; nothing if it has all."""
+        if len(self.layers) > layers:
+            return ""
+        return (
+            f"Left out to save time and room: {layers + 1 - len(self.layers)} of {layers + 1} "
+            "layers. With --complete (in Python complete=True) the page has all of them."
+        )
 
     def layer_name(self, layer: float) -> str:
         said = f"{layer:g}"

@@ -1,8 +1,10 @@
 """The data for the script of a dashboard's page: numbers, their scales and colours."""
 
 import base64
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 import numpy as np
 
@@ -12,8 +14,11 @@ from graftlens.viz.dashboarddata import DashboardData, LensArrays
 from graftlens.viz.quantities import Quantity, scale
 from graftlens.viz.spelling import inline
 
-#: Attention is kept as 16-bit numbers: this stands for 1.
-FULL = 65535
+#: Attention is kept as 16-bit numbers, or as 8-bit ones to save room: this stands for 1.
+FULL, COARSE = 65535, 255
+
+#: Most characters of a page that attention takes, unless that of every head is asked for.
+ROOM = 3_000_000
 
 _KL = {name: Quantity.of(name, base="PRE", full="SFT") for name in ("kl_base", "kl_full")}
 
@@ -67,6 +72,102 @@ LENS: Mapping[str, Shown] = {
 }
 
 
+@dataclass(frozen=True)
+class Apart:
+    """How much attention differs between two runs.
+
+    The differences of a head are total variations (half the sum of absolute differences, from 0 to
+    1) of what a token attends to.
+    """
+
+    mean: np.ndarray
+    """[layer, head]: their mean over the tokens that attend."""
+    last: np.ndarray
+    """[layer, head]: that of the last token."""
+    most: float
+    """The largest difference of one token's attention to another."""
+
+
+def apart(data: DashboardData) -> dict[tuple[int, int], Apart]:
+    """Numbers of two runs, the smaller first -> how much their attention differs."""
+    patterns = [np.asarray(run.pattern) for run in data.runs.values()]
+    found = {}
+    for a, b in combinations(range(len(patterns)), 2):
+        mean, last, most = [], [], 0.0
+        # Layer by layer, because all of a long prompt's may not fit into memory once more.
+        for one, other in zip(patterns[a], patterns[b], strict=True):
+            difference = np.abs(np.tril(one) - np.tril(other))
+            moved = difference.sum(-1) / 2
+            mean.append(moved.mean(-1))
+            last.append(moved[:, -1])
+            most = max(most, float(difference.max()))
+        found[a, b] = Apart(np.array(mean), np.array(last), most)
+    return found
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The attention patterns that a page holds."""
+
+    texts: Sequence[str]
+    """Run by run, base64 of numbers [kept head, lower triangle by rows]: little-endian, with 8 bits
+    compressed by zlib."""
+    bits: int
+    places: np.ndarray
+    """[layer, head]: the number of the head among those that are kept, or -1."""
+    note: str
+    """What was left out; nothing if nothing was."""
+
+
+def kept(data: DashboardData, differ: Mapping[tuple[int, int], Apart]) -> Kept:
+    """Every head in 16 bits if that fits into `ROOM` or is asked for. Else 8 bits, compressed, and
+    of the heads as many as fit, those first that differ most between any two runs."""
+    patterns = [np.asarray(run.pattern) for run in data.runs.values()]
+    layers, heads, n, _ = patterns[0].shape
+    whole = len(patterns) * layers * heads * n * (n + 1) // 2 * 2 * 4 // 3
+    places = np.arange(layers * heads).reshape(layers, heads)
+    if data.complete or whole <= ROOM:
+        return Kept([packed(pattern) for pattern in patterns], 16, places, "")
+    # Heads to come first: the one that the page opens at, then by how much they differ.
+    far = np.max([np.maximum(pair.mean, pair.last) for pair in differ.values()], axis=0)
+    order = np.argsort(-far, axis=None, kind="stable").tolist()
+    first = int(differ[0, 1].last.argmax())
+    order = [first, *(head for head in order if head != first)]
+    rows, columns = np.tril_indices(n)
+    chosen: list[int] = []
+    coarse: list[list[bytes]] = [[] for _ in patterns]
+    used = 0
+    for head in order:
+        layer, number = divmod(head, heads)
+        added = [
+            np.round(np.clip(p[layer, number][rows, columns], 0, 1) * COARSE).astype(np.uint8)
+            for p in patterns
+        ]
+        used += sum(len(zlib.compress(values.tobytes())) for values in added) * 4 // 3
+        if chosen and used > ROOM:
+            break
+        chosen.append(head)
+        for run, values in zip(coarse, added, strict=True):
+            run.append(values.tobytes())
+    found = np.full(layers * heads, -1)
+    found[chosen] = np.arange(len(chosen))
+    left = order[len(chosen) :]
+    said = f"attention below {0.5 / COARSE:.1%} and what is finer than {1 / COARSE:.1%}"
+    if left:
+        most = float(far.reshape(-1)[left].max())
+        said += (
+            f"; and {len(left)} of {layers * heads} heads, those that differ least between the "
+            f"runs (no token's attention by more than {most:.1%} on average, nor the last one's)"
+        )
+    return Kept(
+        [base64.b64encode(zlib.compress(b"".join(run))).decode() for run in coarse],
+        8,
+        found.reshape(layers, heads),
+        f"Left out to keep the page small: {said}. With --complete (in Python complete=True) "
+        f"the page has everything, in about {whole / 1e6:.0f} MB.",
+    )
+
+
 def measures(data: DashboardData) -> list[tuple[str, str, bool]]:
     """What tokens can be coloured by, as a choice; some of it may not have been computed."""
     attributed = any(run.direct_logit_attribution is not None for run in data.runs.values())
@@ -88,7 +189,12 @@ def kinds(lens: LensArrays) -> list[tuple[str, str, bool]]:
     ]
 
 
-def facts(data: DashboardData, lens: LensArrays) -> dict[str, object]:
+def facts(
+    data: DashboardData,
+    lens: LensArrays,
+    differ: Mapping[tuple[int, int], Apart],
+    attention_kept: Kept,
+) -> dict[str, object]:
     """All that the page's script needs, save the attention patterns."""
     measures = {name: _measured(data, name) for name in TOKENS}
     common = text.common_note(data.kl_divergence)
@@ -142,7 +248,19 @@ def facts(data: DashboardData, lens: LensArrays) -> dict[str, object]:
             },
         },
         "heads": heads,
-        "full": FULL,
+        "attention": {
+            "bits": attention_kept.bits,
+            "full": FULL if attention_kept.bits == 16 else COARSE,
+            "places": attention_kept.places.tolist(),
+            "apart": {
+                f"{a} {b}": {
+                    "mean": _short(pair.mean),
+                    "last": _short(pair.last),
+                    "most": pair.most,
+                }
+                for (a, b), pair in differ.items()
+            },
+        },
         "colors": {
             "pattern": attention.PATTERN,
             "negative": attention.NEGATIVE,

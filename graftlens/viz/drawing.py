@@ -12,6 +12,9 @@ from graftlens.viz import theme
 from graftlens.viz.quantities import Scale
 from graftlens.viz.spelling import escaped, shortened
 
+#: What the traces of a heat map's labels are called.
+LABELS = "labels"
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -41,12 +44,8 @@ def heatmap(
     found = [[cells.get((y, x)) for x in across[0]] for y in down[0]]
     inner = max(190, row * len(down[0]))
     figure = go.Figure()
-    labelled = any(cell.label for cell in cells.values())
     figure.add_heatmap(
         z=[[None if c is None or not math.isfinite(c.z) else c.z for c in line] for line in found],
-        text=[["" if c is None else escaped(c.label) for c in line] for line in found],
-        texttemplate="%{text}" if labelled else None,
-        textfont_size=10 if row >= 20 else 9,
         customdata=[
             [
                 "missing" if c is None else "<br>".join(wrapped(said, 70) for said in c.said)
@@ -61,6 +60,17 @@ def heatmap(
         zmax=scale.high,
         colorscale=theme.colorscale(scale.colors),
         colorbar=scale.bar(inner),
+    )
+    add_labels(
+        figure,
+        [
+            (x, y, cell.label, cell.z)
+            for y, line in enumerate(found)
+            for x, cell in enumerate(line)
+            if cell is not None and cell.label and math.isfinite(cell.z)
+        ],
+        scale,
+        size=10 if row >= 20 else 9,
     )
     headed = wrapped(heading, 80)
     more = 18 * headed.count("<br>")
@@ -93,6 +103,39 @@ def heatmap(
         font_size=13,
     )
     return figure
+
+
+def add_labels(
+    figure: go.Figure,
+    labels: Sequence[tuple[Any, Any, str, float]],
+    scale: Scale,
+    *,
+    size: int,
+    **where: Any,
+) -> None:
+    """Write labels, (x, y, text, value on the scale), into cells of a heat map.
+
+    Plotly's own would be grey or white on whatever colour a cell has; these have a contrast of 4.5
+    or more. `where` is the subplot's row and column.
+    """
+    span = scale.high - scale.low or 1.0
+    inks: dict[str, list[tuple[Any, Any, str]]] = {}
+    for x, y, label, z in labels:
+        color = theme.ink(theme.mixed(scale.colors, (z - scale.low) / span))
+        inks.setdefault(color, []).append((x, y, escaped(label)))
+    for color, written in inks.items():
+        across, down, said = zip(*written, strict=True)
+        figure.add_scatter(
+            x=across,
+            y=down,
+            text=said,
+            mode="text",
+            textfont={"color": color, "size": size},
+            hoverinfo="skip",
+            showlegend=False,
+            name=LABELS,
+            **where,
+        )
 
 
 def ticks(names: Sequence[str]) -> dict[str, object]:

@@ -8,13 +8,13 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from graftlens.viz import theme
+from graftlens.viz import drawing, theme
 from graftlens.viz.lenstables import as_float, check_column, listed
 from graftlens.viz.quantities import Quantity, scale
 from graftlens.viz.spelling import escaped, shortened
 
 #: Pixels: a player's row, the room above a measure's panels, the room below them.
-_ROW, _HEAD, _FOOT = 34, 62, 60
+_ROW, _HEAD, _FOOT = 34, 80, 60
 
 _OF = ". Give the tables of find.interactions: found.table and found.pairs"
 
@@ -66,8 +66,8 @@ def interaction_matrix(
             title
             for fact in facts
             for title in (
-                f"interaction: {escaped(fact.axis)}",
-                f"what each player brings: {escaped(fact.axis)}",
+                f"interaction:<br>{escaped(fact.axis)}",
+                f"what each player brings:<br>{escaped(fact.axis)}",
             )
         ],
     )
@@ -82,6 +82,7 @@ def interaction_matrix(
         held = scale(fact, own["interaction"].astype(float).tolist(), signed=True)
         low, high = figure.layout["yaxis" if number == 1 else f"yaxis{2 * number - 1}"].domain
         place = {"title": None, "x": 0.475, "y": (low + high) / 2, "len": high - low}
+        drawing.add_labels(figure, _words(own, players, labels), held, size=11, row=number, col=1)
         colors: dict[str, object] = {"colorscale": theme.colorscale(held.colors)}
         colors |= {"cmin": held.low, "cmax": held.high, "colorbar": held.bar(inner) | place}
         figure.update_layout({axis: colors})
@@ -94,7 +95,7 @@ def interaction_matrix(
         margin={"l": 70, "r": 16, "t": _HEAD + 30, "b": _FOOT},
         barmode="group",
         bargap=0.25,
-        legend=theme.ABOVE | {"y": 1 + 34 / height},
+        legend=theme.ABOVE | {"y": 1 + 52 / height},
     )
     figure.update_xaxes(linecolor=look.muted, gridcolor=look.grid, automargin=True)
     figure.update_yaxes(
@@ -149,10 +150,6 @@ def _matrix(
         value = math.nan if cell is None else as_float(cell["interaction"])
         return value if math.isfinite(value) else None
 
-    def word(down: str, across: str) -> str:
-        call = str(cells[down, across]["call"]) if (down, across) in cells else ""
-        return {"undecided": "?", "additive": "+"}.get(call, call)
-
     def each(what: Any) -> list[list[Any]]:
         return [[what(down, across) for across in players] for down in players]
 
@@ -160,9 +157,6 @@ def _matrix(
         x=list(labels),
         y=list(labels),
         z=each(z),
-        text=each(word),
-        texttemplate="%{text}",
-        textfont_size=11,
         customdata=each(hover),
         hovertemplate="%{customdata}<extra></extra>",
         hoverongaps=False,
@@ -170,6 +164,21 @@ def _matrix(
         ygap=1,
         coloraxis=axis,
     )
+
+
+def _words(
+    own: pd.DataFrame, players: Sequence[str], labels: Sequence[str]
+) -> list[tuple[str, str, str, float]]:
+    """What is written in the cells of a matrix: the pair's call."""
+    place = dict(zip(players, labels, strict=True))
+    found = []
+    for row in own.to_dict("records"):
+        z = as_float(row["interaction"])
+        word = {"undecided": "?", "additive": "+"}.get(str(row["call"]), str(row["call"]))
+        if math.isfinite(z):
+            pair = (place[str(row["a"])], place[str(row["b"])])
+            found += [(*pair, word, z), (*pair[::-1], word, z)]
+    return found
 
 
 def _calls(pairs: pd.DataFrame) -> dict[tuple[str, str], list[tuple[str, str]]]:

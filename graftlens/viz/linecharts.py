@@ -190,5 +190,5 @@ def _add_draws(
 
 
 def _faint(color: str, opacity: float) -> str:
-    red, green, blue = (int(color[i : i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = theme.channels(color)
     return f"rgba({red}, {green}, {blue}, {opacity})"

@@ -16,6 +16,7 @@ import plotly.graph_objects as go
 
 from graftlens.folder import at_home, writable, write_whole
 from graftlens.viz import tables
+from graftlens.viz.examples import Glimpse
 from graftlens.viz.render import GENERATOR, render
 
 #: How the pages of version 0.1.0 begin, which did not say so.
@@ -68,7 +69,8 @@ class Table:
             [_split(cell, words) for cell, (_, words) in zip(row, head, strict=True)]
             for row in zip(*shown.values(), strict=True)
         ]
-        return Cells(head, rows, len(self.frame))
+        key = list(shown).index("graft") if "graft" in shown else 0
+        return Cells(head, rows, len(self.frame), key)
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ class Cells:
     """Each cell's value, and its interval in brackets or nothing."""
     total: int
     """How many rows the table has."""
+    key: int = 0
+    """The column that stays where it is while the others scroll."""
 
     @property
     def cut(self) -> bool:
@@ -98,6 +102,10 @@ class Part:
     tables: Sequence[Table] = ()
     rules: Mapping[str, str] = field(default_factory=dict)
     """Graft -> its rules in the graft grammar."""
+    glossary: Mapping[str, str] = field(default_factory=dict)
+    """What names and words mean."""
+    warnings: Sequence[str] = ()
+    """Why its numbers may mean nothing; shown at the top of the page."""
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,23 @@ class ExperimentPage:
     provenance: Mapping[str, object]
     links: Mapping[str, Path] = field(default_factory=dict)
     """What a further file is -> where it is; shown relative to the page."""
+    glimpse: Glimpse | None = None
+    """What the page begins with."""
+
+    @property
+    def warnings(self) -> list[str]:
+        """Those of all parts, each with its part's title if there are several."""
+        several = len(self.parts) > 1
+        return [
+            f"{part.title}: {warning}" if several else warning
+            for part in self.parts
+            for warning in part.warnings
+        ]
+
+    @property
+    def glossary(self) -> dict[str, str]:
+        """What names and words of all parts mean."""
+        return {word: said for part in self.parts for word, said in part.glossary.items()}
 
     @property
     def missing(self) -> list[str]:

@@ -79,12 +79,7 @@ def patching_scatter(
             error_x=theme.whiskers(*([end] for end in x), color=line.color),
             error_y=theme.whiskers(*([end] for end in y), color=line.color),
             mode="markers+text",
-            # A point has no dash: an open one is of a graft whose lines are dashed.
-            marker={
-                "color": line.color,
-                "symbol": line.marker + ("" if line.dash == "solid" else "-open"),
-                "size": 10,
-            },
+            marker={"color": line.color, "symbol": line.marker, "size": 10},
             text=[escaped(labels[name]) if name in sides else ""],
             textposition=sides.get(name, "top right"),
             textfont_size=12,

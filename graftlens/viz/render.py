@@ -38,7 +38,7 @@ def render(template: str, **values: object) -> str:
 def as_json(value: object) -> Markup:
     """JSON that may be inside a script element; a number that is not finite is null."""
     # Inside a script element only "<" can end it or start a comment.
-    said = json.dumps(_finite(value), allow_nan=False, separators=(", ", ": "))
+    said = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
     return Markup(said.replace("<", "\\u003c"))
 
 
@@ -66,6 +66,7 @@ def _environment() -> Environment:
         looks={"light": asdict(theme.LIGHT), "dark": asdict(theme.DARK)},
         plotly=lambda: Markup(get_plotlyjs()),
         sft_color=theme.source_color("sft"),
+        warn_color=theme.AMBER,
     )
     return made
 

@@ -9,51 +9,15 @@ import pandas as pd
 
 from graftlens.folder import at_home, write_whole
 from graftlens.viz import page, text
+from graftlens.viz.examples import Example, Glimpse
 from graftlens.viz.figures import bar_chart, dose_chart
 from graftlens.viz.quantities import Quantity, measured, of_summary
+from graftlens.viz.reading import glossary, nothing_learnt
 from graftlens.viz.render import render
-from graftlens.viz.spelling import spanned
 from graftlens.viz.sweeps import has_doses
 
 #: With more grafts than this, a table of ranks prompt by prompt is unreadable.
 MAX_GRAFTS = 40
-
-
-@dataclass(frozen=True)
-class Example:
-    """One prompt to show. `grafted` says for each graft which tokens were touched by it."""
-
-    title: str
-    tokens: tuple[str, ...]
-    grafted: dict[str, tuple[bool, ...]]
-    answer: str
-    target: str
-    """The answer's first token, which is what ranks and accuracies are about."""
-    predictions: dict[str, tuple[tuple[str, float], ...]]
-
-    def __post_init__(self) -> None:
-        for graft, marks in self.grafted.items():
-            if len(marks) != len(self.tokens):
-                raise ValueError(
-                    f"example {self.title!r}: graft {graft!r} marks {len(marks)} tokens, the "
-                    f"prompt has {len(self.tokens)}; give one True or False per token"
-                )
-        unknown = [graft for graft in self.predictions if graft not in self.grafted]
-        if unknown:
-            raise ValueError(
-                f"example {self.title!r}: predictions for {', '.join(map(repr, unknown))}, but "
-                f"grafted has {', '.join(map(repr, self.grafted))}; give the marks of each graft"
-            )
-
-    def where(self, graft: str) -> str:
-        """The marked token numbers in words, so that nothing depends on seeing the marks."""
-        marked = [number for number, on in enumerate(self.grafted[graft], start=1) if on]
-        if not marked:
-            return "base weights everywhere"
-        if len(marked) == len(self.tokens):
-            return "finetuned weights at every token"
-        plural = "s" if len(marked) > 1 else ""
-        return f"finetuned weights at token{plural} {spanned(marked)} of {len(self.tokens)}"
 
 
 def write_report(
@@ -63,6 +27,7 @@ def write_report(
     summary: pd.DataFrame,
     table: pd.DataFrame,
     examples: Sequence[Example] = (),
+    glimpse: Glimpse | None = None,
     provenance: Mapping[str, object],
     charts: Sequence[page.Figure] | None = None,
     metric: str = "top5",
@@ -75,9 +40,9 @@ def write_report(
     `summary` is `graftlens.stats.summarise(table, ...)`. `metric` is what the headline and the
     first chart are about. Charts default to `metric` and the recovery, if the summary has one, and
     to their dose response where a graft was run at several strengths. The lead sentence and the
-    findings below it default to `text.headline` and `text.verdicts`. Ranks are listed prompt by
-    prompt for the first `max_prompts` prompts; the page says how many more there are. With more
-    than `MAX_GRAFTS` grafts they are left to the results table.
+    findings default to `text.headline` and `text.verdicts`. `glimpse` is what the page begins
+    with. Ranks are listed prompt by prompt for the first `max_prompts` prompts; the page says how
+    many more there are. With more than `MAX_GRAFTS` grafts they are left to the results table.
     """
     path = at_home(path)
     if max_prompts < 0:
@@ -99,6 +64,8 @@ def write_report(
     html = render(
         "report.html",
         title=title,
+        glimpse=glimpse,
+        warnings=nothing_learnt(summary),
         lead=lead,
         findings=findings,
         charts=charts,
@@ -106,6 +73,7 @@ def write_report(
         examples=examples,
         ranks=_ranks(table, max_prompts),
         rules=_rules(table),
+        glossary=glossary(summary),
         provenance=provenance,
         folder=path.parent,
     )

@@ -7,13 +7,13 @@ from collections.abc import Iterable, Sequence
 from graftlens.components import format_numbers
 
 #: White space, and what stands for it.
-_MARKS = {" ": "·", "\n": "↵", "\t": "→", "\r": "␍", "\u00a0": "⍽"}
+_MARKS = {" ": "␣", "\n": "↵", "\t": "→", "\r": "␍", "\u00a0": "⍽"}
 
 
 def characters(token: object) -> list[tuple[str, bool]]:
     """A token's characters as they are shown, and whether each is a mark for one that is not seen.
 
-    A space is "·", a line break "↵", a carriage return "␍", a tab "→", a no-break space "⍽", any
+    A space is "␣", a line break "↵", a carriage return "␍", a tab "→", a no-break space "⍽", any
     other character that cannot be printed its code, and nothing at all "∅".
     """
     shown = [
@@ -77,5 +77,6 @@ def shortened(names: Iterable[str], most: int = 40) -> dict[str, str]:
 
 
 def escaped(words: str) -> str:
-    """Text that plotly shows as it is: no markup, and no mathematics between dollar signs."""
-    return html.escape(words, quote=False).replace("$", "&#36;")
+    """Text that plotly shows as it is: no markup, no mathematics between dollar signs, and no place
+    of a hover template."""
+    return html.escape(words, quote=False).replace("$", "&#36;").replace("%{", "&#37;{")

@@ -9,9 +9,11 @@ import pandas as pd
 from graftlens.folder import at_home, write_whole
 from graftlens.references import are_references, named_in
 from graftlens.viz import text
+from graftlens.viz.examples import Example, Glimpse
 from graftlens.viz.quantities import of_summary
+from graftlens.viz.reading import glossary, nothing_learnt
 from graftlens.viz.render import render
-from graftlens.viz.report import Example, numbers
+from graftlens.viz.report import numbers
 from graftlens.viz.spelling import visible
 from graftlens.viz.sweepcharts import effects, largest, main_metric, sweep_charts
 from graftlens.viz.textspage import Texts
@@ -36,6 +38,7 @@ class Sweep:
         notes: what a reader must know, such as which grafts are left out.
         said: which prompts the page has behind a graft.
         examples: prompts with the tokens that grafts touch.
+        glimpse: what the page begins with, if there is such a prompt.
         trust, trusted: the trust report, and whether it found nothing wrong.
         command: the words of a command that opens the dashboard of a prompt, without `--number` and
             `--graft`.
@@ -51,6 +54,7 @@ class Sweep:
     notes: Sequence[str]
     said: str
     examples: Sequence[Example]
+    glimpse: Glimpse | None
     trust: str
     trusted: bool
     command: Sequence[str]
@@ -77,9 +81,12 @@ def sweep_page(path: str | Path, sweep: Sweep) -> Path:
     html = render(
         "sweep.html",
         title=sweep.title,
+        glimpse=sweep.glimpse,
+        warnings=nothing_learnt(sweep.summary),
         lead=sweep.lead,
         findings=[*_findings(sweep.summary), *sweep.notes, *notes],
         charts=charts,
+        glossary=glossary(sweep.summary),
         numbers=said,
         examples=sweep.examples,
         trust=sweep.trust,

@@ -9,6 +9,10 @@ import pandas as pd
 
 from graftlens.references import are_references, common_tokens
 from graftlens.viz.quantities import Quantity, measured, of_summary
+from graftlens.viz.spelling import capital
+
+#: From what difference on, as a share of the way from base to full, two measures disagree.
+APART = 0.25
 
 Outcome = Literal["reproduced", "not reproduced", "untestable", "not checked"]
 
@@ -20,6 +24,8 @@ class Verdict:
     group: str
     outcome: Outcome
     sentence: str
+    otherwise: str = ""
+    """What recovery says, where it disagrees."""
 
 
 def groups(summary: pd.DataFrame) -> dict[str, pd.DataFrame]:
@@ -150,7 +156,9 @@ def verdicts(
     *Untestable*: the interval of `full` is not above that of `base`. *Reproduced*: `sufficient`
     covers at least half of the way from base to full, `complement` less than half, and their
     intervals do not overlap. All else is *not reproduced*. Where one of the four grafts is not in
-    the summary, nothing is claimed (*not checked*). For metrics where more is better.
+    the summary, nothing is claimed (*not checked*). Where the summary's recovery, which is of
+    another metric, says of one of the two that it covers a share of the way that differs by `APART`
+    or more, the sentence says both. For metrics where more is better.
     """
     facts = of_summary(summary, metric)
     found = []
@@ -162,11 +170,15 @@ def verdicts(
             numbers = "; ".join(said.values())
             outcome: Outcome = "not checked"
             why = f"{', '.join(missing)} was not run, so the finding is not checked here"
+            otherwise = ""
         else:
             numbers = "; ".join(said[graft] for graft in (base, full, sufficient, complement))
-            outcome, why = _judge(facts, *(rows[g] for g in (base, full, sufficient, complement)))
+            four = [rows[graft] for graft in (base, full, sufficient, complement)]
+            outcome, why = _judge(facts, *four)
+            otherwise = _otherwise(facts, summary, *four)
         n = prompts(int(part["n"].iloc[0]))
-        found.append(Verdict(name, outcome, f"{name} ({n}): {numbers}. {why}."))
+        sentence = " ".join(filter(None, [f"{name} ({n}): {numbers}. {why}.", otherwise]))
+        found.append(Verdict(name, outcome, sentence, otherwise))
     return tuple(found)
 
 
@@ -224,6 +236,15 @@ def headline(
         ends.append(f"It could not be tested in {', '.join(named['untestable'])}.")
     if "not checked" in named:
         ends.append(f"It was not checked in {', '.join(named['not checked'])}.")
+    if apart := [verdict.group for verdict in found if verdict.otherwise]:
+        recovered = of_summary(summary, "recovery")
+        reached, rest = (
+            f"{graft} {_range(recovered, summary, apart, graft)}"
+            for graft in (sufficient, complement)
+        )
+        ends.append(
+            f"{capital(recovered.label)} disagrees in {', '.join(apart)}: {reached}, {rest}."
+        )
     return " ".join((f"{start}; {facts.label} {ranges}.", *ends))
 
 
@@ -254,6 +275,31 @@ def _judge(
     if reached >= 0.5 and rest < 0.5:
         return "not reproduced", f"Not reproduced: {numbers}, but their intervals overlap"
     return "not reproduced", f"Not reproduced: {numbers}"
+
+
+def _otherwise(
+    facts: Quantity,
+    summary: pd.DataFrame,
+    base: "pd.Series[object]",
+    full: "pd.Series[object]",
+    sufficient: "pd.Series[object]",
+    complement: "pd.Series[object]",
+) -> str:
+    """What recovery says of two grafts, where it says of one of them what `facts` does not."""
+    if "recovery_low" not in summary or facts.name in ("recovery", summary["recovery_of"].iloc[0]):
+        return ""
+    recovered = of_summary(summary, "recovery")
+    gap = float(full[facts.name]) - float(base[facts.name])
+    apart = []
+    for row in (sufficient, complement):
+        share = (float(row[facts.name]) - float(base[facts.name])) / gap if gap > 0 else 0.0
+        apart.append(abs(float(row["recovery"]) - share) >= APART)
+    if not any(apart):
+        return ""
+    said = " and ".join(
+        f"{row['graft']} {written(recovered, row)}" for row in (sufficient, complement)
+    )
+    return f"{capital(recovered.label)} disagrees: {said} ({recovered.unit})."
 
 
 def _range(facts: Quantity, summary: pd.DataFrame, about: Sequence[str], graft: str) -> str:

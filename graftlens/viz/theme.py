@@ -123,12 +123,15 @@ def graft_fills(names: Iterable[str]) -> dict[str, Fill]:
 def graft_lines(names: Iterable[str]) -> dict[str, Line]:
     """A line for each graft, in the colour of `graft_fills`; one whose bars are hatched is dashed.
 
-    The marker follows the colour. Of grafts with one colour and dash, the later ones get others.
+    The marker follows the colour and is open where the line is dashed, so that a graft and its
+    complement differ where dashes are hard to see. Of grafts with one colour and dash, the later
+    ones get others.
     """
     lines: dict[str, Line] = {}
     for name, fill in graft_fills(names).items():
         color, dash = PALETTE.index(fill.color), DASHES[PATTERNS.index(fill.pattern)]
-        turns = (Line(fill.color, dash, m) for m in (*MARKERS[color:], *MARKERS[:color]))
+        hollow = "-open" if fill.pattern else ""
+        turns = (Line(fill.color, dash, m + hollow) for m in (*MARKERS[color:], *MARKERS[:color]))
         line = next(turns)
         lines[name] = next((free for free in (line, *turns) if free not in lines.values()), line)
     return lines
@@ -177,6 +180,25 @@ def series_line(index: int) -> Line:
     )
 
 
+def contrast(one: str, other: str) -> float:
+    """How far two colours stand out from one another, from 1 to 21 (WCAG 2.2)."""
+    low, high = sorted(map(_luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def ink(color: str) -> str:
+    """Black or white: what is written in it on the colour has a contrast of 4.5 or more."""
+    return max(("#000000", "#ffffff"), key=lambda written: contrast(written, color))
+
+
+def mixed(colors: Sequence[str], share: float | int) -> str:
+    """The colour at a share of the way along colours at even distances, as plotly mixes it."""
+    at = min(max(share, 0.0), 1.0) * (len(colors) - 1)
+    low = min(int(at), len(colors) - 2)
+    pairs = zip(channels(colors[low]), channels(colors[low + 1]), strict=True)
+    return "#" + "".join(f"{round(a + (b - a) * (at - low)):02x}" for a, b in pairs)
+
+
 def whiskers(
     value: "np.ndarray | Sequence[float]",
     low: "np.ndarray | Sequence[float]",
@@ -223,6 +245,19 @@ def layout(theme: Theme) -> dict[str, Any]:
         "xaxis": axis,
         "yaxis": axis,
     }
+
+
+def channels(color: str) -> tuple[int, ...]:
+    """Red, green and blue, from 0 to 255."""
+    return tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
+
+
+def _luminance(color: str) -> float:
+    linear = [
+        c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+        for c in (channel / 255 for channel in channels(color))
+    ]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def _number(name: str) -> int:

@@ -61,13 +61,18 @@ function drawGrid() {
           if (data.sources.length > 1) cell.append(made("sup", {textContent: mark}));
         }
         cell.title = `${component} at position ${i}: ` + here.map(({name, share}) =>
-          share >= 1 ? name : `${name} in ${number(100 * share, 3)}% of its layers and heads`).join(", ");
+          share >= 1 ? name : `${name} in ${number(100 * share, 3)}% of its layers and heads`
+        ).join(", ");
       }
       row.append(cell);
     }
     return row;
   });
   at("grid").replaceChildren(made("thead", {}, head), made("tbody", {}, ...rows));
+  // It opens at its grafted end.
+  const last = Math.max(...rows.map(row => [...row.cells].findLastIndex(cell => cell.title)));
+  const frame = at("grid").parentElement, end = rows[0].cells[Math.max(last, 0)];
+  frame.scrollLeft = last < 1 ? 0 : end.offsetLeft + end.offsetWidth - frame.clientWidth + 16;
   done(at("grid"));
 }
 
@@ -120,6 +125,35 @@ function lensHover(run, l, i, kind, value) {
     `${k + 1}. <b>${clean(lens.words[word])}</b> ${number(of.top_probs[l][i][k])}`));
   return lines.join("<br>");
 }
+// Labels of a heat map, each in black or white, whichever stands out more from its cell (a contrast
+// of 4.5 or more, as graftlens.viz.theme.ink has it); plotly's own are grey or white.
+const channels = hex => [1, 3, 5].map(i => parseInt(hex.slice(i, i + 2), 16));
+function ink(stops, share) {
+  const at = Math.min(Math.max(share, 0), 1) * (stops.length - 1);
+  const low = Math.min(Math.floor(at), stops.length - 2);
+  const [from, to] = [channels(stops[low]), channels(stops[low + 1])];
+  const [r, g, b] = from.map((c, i) => {
+    const part = Math.round(c + (to[i] - c) * (at - low)) / 255;
+    return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+  });
+  const light = 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  return (light + 0.05) / 0.05 >= 1.05 / (light + 0.05) ? "#000000" : "#ffffff";
+}
+function written(z, {zmin, zmax}, stops, label) {
+  const found = new Map();
+  z.forEach((row, l) => row.forEach((v, i) => {
+    const said = v === null ? "" : label(l, i);
+    if (!said) return;
+    const color = ink(stops, (v - zmin) / (zmax - zmin));
+    if (!found.has(color)) found.set(color, {type: "scatter", mode: "text", x: [], y: [], text: [],
+      textfont: {color, size: 11}, hoverinfo: "skip", showlegend: false});
+    const trace = found.get(color);
+    trace.x.push(i);
+    trace.y.push(l);
+    trace.text.push(said);
+  }));
+  return [...found.values()];
+}
 let lensSeen = false;
 function drawLens() {
   const run = +at("lens-run").value, name = at("lens-value").value;
@@ -144,8 +178,8 @@ function drawLens() {
     colorscale: shown.map((color, i) => [i / (shown.length - 1), color]), showscale: false,
     xgap: 1, ygap: 1, hoverinfo: "text",
     hovertext: z.map((row, l) => row.map((v, i) => lensHover(run, l, i, name, v)))};
-  if (room >= 3) Object.assign(trace, {texttemplate: "%{text}", textfont: {size: 11},
-    text: of.top.map(row => row.map(words => clean(short(lens.words[words[0]], room))))});
+  const labels = room < 3 ? [] : written(z, trace, shown,
+    (l, i) => clean(short(lens.words[of.top[l][i][0]], room)));
   const plain = {showgrid: false, zeroline: false, automargin: true, ticks: ""};
   const layout = {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
     font: {family: "system-ui, sans-serif", size: 12}, showlegend: false,
@@ -155,7 +189,7 @@ function drawLens() {
       tickangle: -60, range: [-.5, n - .5]},
     yaxis: {...plain, side: wide ? "right" : "left", tickvals: trace.y, ticktext: lens.layers,
       range: [-.5, lens.layers.length - .5], title: {text: "layers that have run", standoff: 10}}};
-  Plotly.react(place, [trace], layout, {...settings, displayModeBar: false}).then(() => {
+  Plotly.react(place, [trace, ...labels], layout, {...settings, displayModeBar: false}).then(() => {
     drawn.add(place);
     dress(place, false);
     // The last token, where the answer would come, is what one looks at first.
@@ -166,28 +200,20 @@ function drawLens() {
 }
 
 // --- attention ---
-const unpacked = new Map();
-function pattern(run) {
-  if (!unpacked.has(run)) {
-    const text = atob(at("pattern-" + run).textContent), bytes = new Uint8Array(text.length);
-    for (let i = 0; i < bytes.length; i++) bytes[i] = text.charCodeAt(i);
-    const view = new DataView(bytes.buffer), values = new Float32Array(bytes.length / 2);
-    for (let i = 0; i < values.length; i++) values[i] = view.getUint16(2 * i, true) / data.full;
-    unpacked.set(run, values);
+const {bits, full, places, apart} = data.attention;
+const sets = []; // of each run, when all are there, its attention: [kept head, query and key]
+async function unpacked(run) {
+  const bytes = Uint8Array.from(atob(at("pattern-" + run).textContent), c => c.charCodeAt(0));
+  if (bits === 8) {
+    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("deflate"));
+    return new Uint8Array(await new Response(stream).arrayBuffer());
   }
-  return unpacked.get(run);
+  const view = new DataView(bytes.buffer), values = new Uint16Array(bytes.length / 2);
+  for (let i = 0; i < values.length; i++) values[i] = view.getUint16(2 * i, true);
+  return values;
 }
-const apart = new Map();
-function farthest(a, b) {
-  const key = Math.min(a, b) + " " + Math.max(a, b);
-  if (!apart.has(key)) {
-    const p = pattern(a), q = pattern(b);
-    let most = 0;
-    for (let i = 0; i < p.length; i++) most = Math.max(most, Math.abs(p[i] - q[i]));
-    apart.set(key, most || 1);
-  }
-  return apart.get(key);
-}
+const between = (a, b) => apart[Math.min(a, b) + " " + Math.max(a, b)];
+const farthest = (a, b) => a === b ? 1 : between(a, b).most || 1;
 // 256 colours from white to a colour, mixed as CircuitsVis mixes them.
 const shades = new Map();
 function shade(color) {
@@ -220,12 +246,14 @@ function chosen(panel) {
   return {a, b: b === "" ? null : +b,
     name: b === "" ? runs[a] : `${runs[a]} − ${runs[b]}`};
 }
+// (query, key) -> attention; null of a head that was left out.
 function head(view, h) {
-  const start = (layer * data.heads + h) * cells;
-  const p = pattern(view.a), q = view.b === null ? null : pattern(view.b);
+  const start = places[layer][h] * cells;
+  if (start < 0) return null;
+  const p = sets[view.a], q = view.b === null ? null : sets[view.b];
   return (query, key) => {
     const i = start + query * (query + 1) / 2 + key;
-    return q ? p[i] - q[i] : p[i];
+    return (q ? p[i] - q[i] : p[i]) / full;
   };
 }
 // Differences of both panels share one scale, whatever the layer.
@@ -245,7 +273,9 @@ function drawAttention() {
       signed ? [number(-top, 3), "0", number(top, 3)] : ["0", "1"]);
     panel.heads.forEach(({button, canvas}, h) => {
       const value = head(view, h), pen = canvas.getContext("2d"), image = pen.createImageData(n, n);
-      for (let query = 0; query < n; query++) for (let key = 0; key <= query; key++) {
+      button.title = value ? "" : "left out";
+      button.classList.toggle("out", !value);
+      for (let query = 0; value && query < n; query++) for (let key = 0; key <= query; key++) {
         const v = value(query, key), from = v < 0 ? down : up, to = 4 * (query * n + key);
         const step = 4 * Math.min(255, Math.round(255 * Math.abs(v) / top));
         for (let c = 0; c < 4; c++) image.data[to + c] = from[step + c];
@@ -262,7 +292,10 @@ function drawHead() {
     const view = chosen(panel), signed = view.b !== null, top = signed ? most : 1;
     const value = head(view, h), title = `L${layer}H${h}: ${view.name}`;
     panel.heads.forEach(({button}, i) => button.setAttribute("aria-pressed", i === locked));
-    panel.root.querySelector(".shown-name").textContent = title;
+    panel.root.querySelector(".shown-name").textContent = title + (value ? "" : " (left out)");
+    panel.place.hidden = panel.root.querySelector(".most").hidden = !value;
+    done(panel.place);
+    if (!value) continue;
     circuits(panel.place, CircuitsVis.AttentionPattern, {
       tokens, zoomed: true, minValue: -top, maxValue: top,
       negativeColor: colors.negative, positiveColor: signed ? colors.positive : colors.pattern,
@@ -276,22 +309,74 @@ function drawHead() {
   }
 }
 
-const tasks = [drawTokens, drawLens, drawAttention, drawGrid];
+// Which heads attend differently; a click opens one in both panels.
+function drawApart() {
+  const a = +at("apart-a").value, b = +at("apart-b").value, place = at("apart-shown");
+  const z = a === b ? places.map(row => row.map(() => 0)) : between(a, b)[at("apart-of").value];
+  const top = Math.max(...z.flat()) || 1;
+  scale(at("apart-legend"), `${runs[a]} and ${runs[b]}: attention that goes elsewhere`,
+    colors.sequential, ["0", number(100 * top, 3) + "%"]);
+  const trace = {type: "heatmap", z, x: places[0].map((_, h) => h), y: places.map((_, l) => l),
+    zmin: 0, zmax: top, showscale: false, xgap: 1, ygap: 1, hoverinfo: "text",
+    colorscale: colors.sequential.map((color, i) => [i / (colors.sequential.length - 1), color]),
+    hovertext: z.map((row, l) => row.map((v, h) => `L${l}H${h}: ${number(100 * v, 3)}%` +
+      (places[l][h] < 0 ? " (its patterns were left out)" : "")))};
+  const plain = {showgrid: false, zeroline: false, automargin: true, ticks: ""};
+  const layout = {paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: {family: "system-ui, sans-serif", size: 12}, showlegend: false,
+    margin: {l: 20, r: 20, t: 6, b: 20},
+    xaxis: {...plain, title: {text: "head"}, range: [-.5, data.heads - .5],
+      dtick: data.heads > 16 ? 4 : 1},
+    yaxis: {...plain, title: {text: "layer"}, range: [-.5, places.length - .5],
+      dtick: places.length > 16 ? 4 : 1}};
+  const wide = Math.min(place.parentElement.clientWidth, 90 + 30 * data.heads);
+  place.style.width = Math.max(280, wide) + "px";
+  place.style.height = 80 + 15 * Math.max(6, places.length) + "px";
+  Plotly.react(place, [trace], layout, {...settings, displayModeBar: false}).then(() => {
+    if (!drawn.has(place)) place.on("plotly_click", ({points: [{x, y}]}) => openHead(y, x));
+    drawn.add(place);
+    dress(place, false);
+    done(place);
+  });
+}
+function openHead(l, h) {
+  [layer, locked, hovered] = [l, h, null];
+  const [a, b] = [at("apart-a").value, at("apart-b").value];
+  [at("left-a").value, at("left-b").value] = [a, ""];
+  [at("right-a").value, at("right-b").value] = [a, a === b ? "" : b];
+  drawAttention();
+  at("heads").scrollIntoView({block: "start"});
+}
+
+const tasks = [drawTokens, drawLens, drawApart, drawAttention, drawGrid];
 function drawNextView() {
   const task = tasks.shift();
   if (task) { task(); setTimeout(drawNextView); }
 }
-setTimeout(drawNextView);
+Promise.all(runs.map((_, run) => unpacked(run))).then(found => {
+  sets.push(...found);
+  drawNextView();
+});
 const on = (id, act) => at(id).addEventListener("change", act);
 for (const id of ["tokens-run", "tokens-measure"]) on(id, drawTokens);
 for (const id of ["lens-run", "lens-value"]) on(id, drawLens);
 for (const id of ["left-a", "left-b", "right-a", "right-b"]) on(id, drawAttention);
+for (const id of ["apart-a", "apart-b", "apart-of"]) on(id, drawApart);
 on("grid-run", drawGrid);
 on("layer", () => { layer = +at("layer").value; drawAttention(); });
 at("layer-back").addEventListener("click", () => { layer -= 1; drawAttention(); });
 at("layer-on").addEventListener("click", () => { layer += 1; drawAttention(); });
 let resizing;
-addEventListener("resize", () => { clearTimeout(resizing); resizing = setTimeout(drawLens, 200); });
-addEventListener("beforeprint", () => dress(at("lens-shown"), true));
-addEventListener("afterprint", () => dress(at("lens-shown"), false));
+addEventListener("resize", () => {
+  clearTimeout(resizing);
+  resizing = setTimeout(() => { drawLens(); drawApart(); }, 200);
+});
+// On paper the heat maps are as wide as the sheet, which page.js sees to.
+addEventListener("beforeprint", () => {
+  for (const place of [at("lens-shown"), at("apart-shown")]) {
+    place.style.width = place.style.zoom = "";
+    Plotly.relayout(place, {width: place.parentElement.clientWidth});
+  }
+});
+addEventListener("afterprint", () => { drawLens(); drawApart(); });
 })();

@@ -40,8 +40,29 @@ function drawNext() {
 }
 drawNext();
 wantsDark.addEventListener("change", () => drawn.forEach(chart => dress(chart, false)));
-window.addEventListener("beforeprint", () => charts.forEach(chart => {
-  draw(chart);
-  dress(chart, true);
-}));
-window.addEventListener("afterprint", () => charts.forEach(chart => dress(chart, false)));
+// A frame that has more than it shows is marked.
+const frames = [...document.querySelectorAll(".scroll")];
+const marking = new ResizeObserver(() => requestAnimationFrame(() => frames.forEach(frame =>
+  frame.classList.toggle("wide", frame.scrollWidth > frame.clientWidth + 1))));
+frames.forEach(frame => [frame, ...frame.children].forEach(part => marking.observe(part)));
+
+// On paper charts are as wide as the sheet, and what is wider than it shrinks.
+const root = document.documentElement;
+window.addEventListener("beforeprint", () => {
+  root.classList.add("printing");
+  charts.forEach(draw);
+  for (const chart of drawn) {
+    Plotly.relayout(chart, {width: chart.parentElement.clientWidth});
+    dress(chart, true);
+  }
+  for (const frame of frames) for (const inner of frame.children)
+    inner.style.zoom = Math.min(1, frame.clientWidth / Math.max(1, inner.scrollWidth));
+});
+window.addEventListener("afterprint", () => {
+  root.classList.remove("printing");
+  frames.forEach(frame => [...frame.children].forEach(inner => { inner.style.zoom = ""; }));
+  for (const chart of drawn) {
+    dress(chart, false);
+    Plotly.relayout(chart, {width: null, autosize: true});
+  }
+});

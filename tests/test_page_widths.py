@@ -1,0 +1,158 @@
+"""Every kind of page at the widths of half and whole screens, in both schemes and on paper: nothing
+goes beyond it, and nothing is cut off."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+from browser import View, look
+from summaries import positions, results, site_map
+from sweeps import checkpoints, config
+from test_localise_page import Result
+from test_report import EXAMPLE, make_table
+from test_viz_dashboard import LONG, make
+from test_viz_interactions import tables as interaction_tables
+from test_viz_pages import experiment
+
+from graftlens import stats, sweep_report, viz
+from graftlens.sweep.runner import run_sweep
+from graftlens.viz import compare, export, figures, page, report
+from graftlens.viz.attention import attention_view
+from graftlens.viz.dashboard import Dashboard
+
+NARROW, WIDE, PAPER = 700, 1400, 718
+SCREENS = [View(width, dark) for width in (NARROW, WIDE) for dark in (False, True)]
+VIEWS = [*SCREENS, View(PAPER, print=True)]
+GRAFTS = ("PRE", "SFT", "FE", "LT", "FE+LT", "not-FE", "not-LT", "(FE+LT)^C")
+
+
+def reported(folder: Path) -> Path:
+    """As the demo's."""
+    shares = dict(zip(GRAFTS, (0, 1, 0.2, 0.4, 0.9, 0.8, 0.6, 0.1), strict=True))
+    table = make_table(shares, templates=("headline", "with_title", "new_film", "qa"))
+    return report.write_report(
+        folder / "report.html",
+        title="Where a finetuned fact is retrieved",
+        summary=stats.summarise(table, resamples=50),
+        table=table,
+        examples=[EXAMPLE],
+        provenance={"command": "graftlens demo --out " + "a-folder-with-a-long-name/" * 6},
+    )
+
+
+def run_page(folder: Path) -> Path:
+    """As `graftlens run`'s, with interactions and wide tables."""
+    made = experiment(folder)
+    players, pairs = interaction_tables()
+    wide = results({"PRE": {}, "SFT": {}}, {"PRE": 0.0, "SFT": 1.0}, n=3)
+    wide = wide.assign(**{f"another column {i}": i / 7 for i in range(14)})
+    more = page.Part(
+        "Players",
+        figures=[figures.interaction_chart(players, pairs)],
+        tables=[page.Table("Players", players), page.Table("Many columns", wide)],
+        rules={"sft @ " + " + ".join(f"layer_{i}" for i in range(60)): "sft @ " + "x" * 300},
+    )
+    whole = page.ExperimentPage(**(vars(made) | {"parts": [*made.parts, more]}))
+    return page.experiment_page(folder / "index.html", whole)
+
+
+def compared(folder: Path) -> Path:
+    runs = {
+        name: {"positions": positions(dict(zip(GRAFTS, np.linspace(0, 1, 8), strict=True))),
+               "sites": site_map(range(30), seed=seed)}
+        for seed, name in enumerate(("smollm2-135m on invented films", "gpt2 on battles"))
+    }  # fmt: skip
+    return compare.compare_page(folder / "compared.html", runs, provenance={"runs": list(runs)})
+
+
+def swept(folder: Path) -> Path:
+    given = config(checkpoints(folder / "pair"))
+    given["grids"] = [
+        {"positions": ["last", "first_entity"], "components": ["q", "mlp"], "layers": "each"}
+    ]
+    run_sweep(given, folder / "sweep", progress=False, say=lambda text: None)
+    return sweep_report(folder / "sweep")
+
+
+def dashboards(folder: Path) -> dict[str, Path]:
+    made = make()
+    long = make()
+    names = dict(zip(made.runs, ("PRE", "SFT", *LONG), strict=False))
+    long = make(
+        runs={names[name]: run for name, run in made.runs.items()},
+        lens=made.lens.assign(graft=made.lens["graft"].map(names)),
+        kl_divergence=made.kl_divergence.assign(graft=made.kl_divergence["graft"].map(names)),
+    )
+    return {
+        "dashboard": Dashboard(made).save(folder / "dashboard.html"),
+        "dashboard of long names": Dashboard(long).save(folder / "long.html"),
+    }
+
+
+def differences(folder: Path) -> Path:
+    rows = [
+        {"component": c, "layer": layer, "parameter": "weight", "source": "sft", "base": "pre",
+         "relative_frobenius": layer / 30}
+        for c in ("q", "k", "v", "o", "mlp_in", "mlp_out")
+        for layer in range(30)
+    ]  # fmt: skip
+    figure = viz.weight_heatmap(pd.DataFrame(rows).astype({"layer": "Int64"}))
+    written = export.write_figure(figure, folder / "differences", formats=("html",))
+    return written.paths["html"]
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("pages")
+    tokens = ("<bos>", " the", " film", " of", " Ann")
+    pattern = np.tril(np.full((12, 5, 5), 0.2))
+    return {
+        "report": reported(folder),
+        "run": run_page(folder / "run"),
+        "comparison": compared(folder),
+        "sweep": swept(folder),
+        "localisation": viz.localisation_page(Result(), folder / "found.html", provenance={}),
+        "differences": differences(folder),
+        "attention": attention_view(pattern, tokens).save(folder / "attention.html"),
+        **dashboards(folder),
+    }
+
+
+MEASURE = """
+  const root = document.documentElement, wide = root.clientWidth;
+  const name = e => e.id || e.className || e.tagName;
+  const framed = e => e.closest(".scroll, pre, datalist, select");
+  const beyond = [...document.querySelectorAll("main *")].filter(e => !framed(e) &&
+    e.getClientRects().length && e.getBoundingClientRect().right > wide + 1 &&
+    !e.closest("svg")).map(name);
+  const cut = [...document.querySelectorAll(".main-svg text")].filter(t => {
+    const svg = t.closest(".main-svg").getBoundingClientRect(), own = t.getBoundingClientRect();
+    return own.width && t.textContent.trim() && (own.left < svg.left - 1 ||
+      own.right > svg.right + 1 || own.bottom > svg.bottom + 1 || own.top < svg.top - 1);
+  }).map(t => t.textContent);
+  const silent = [...document.querySelectorAll(".scroll")].filter(s =>
+    s.scrollWidth > s.clientWidth + 1 && getComputedStyle(s).overflowX === "visible").map(name);
+  const unmarked = [], lost = [];
+  for (const frame of document.querySelectorAll(".scroll")) {
+    if (frame.scrollWidth <= frame.clientWidth + 1) continue;
+    if (!frame.classList.contains("wide")) unmarked.push(name(frame));
+    const key = frame.querySelector("tbody .key") ?? frame.querySelector("tbody tr > :first-child");
+    frame.scrollLeft = 1e6;
+    if (key && key.getBoundingClientRect().left < frame.getBoundingClientRect().left - 1)
+      lost.push(key.textContent);
+    frame.scrollLeft = 0;
+  }
+  return {over: root.scrollWidth - wide, beyond, cut, silent, unmarked, lost};
+"""
+
+
+@pytest.mark.slow
+def test_nothing_goes_beyond_a_page_or_is_cut_off(pages: dict[str, Path]) -> None:
+    """What is wider than a page scrolls in a frame that says so and keeps its key column."""
+    wrong: dict[str, Any] = {}
+    for (name, view), found in look(pages, VIEWS, MEASURE).items():
+        if found.pop("over") > 0 or any(found.values()):
+            wrong[f"{name}, {view}"] = found
+    assert wrong == {}
