@@ -97,6 +97,7 @@ class Asked:
         within: Any = None,
         outside: Any = "base",
         targets: Any = None,
+        continuations: Any = None,
         exact: bool = False,
     ) -> "Asked":
         """The question that these arguments ask, as `attribute` describes them.
@@ -123,7 +124,11 @@ class Asked:
             )
         measure = _measure(metric, exact)
         whole = measure.over == "answer"
-        scored = _scored(model, prompts, targets, whole, measure)
+        if continuations is not None:
+            prompts = _continued(prompts, continuations)
+        scored = _scored(model, prompts, targets, whole, measure, continuations is not None)
+        if continuations is not None:
+            scored = tuple(replace(one, tokens=one.tokens.generating()) for one in scored)
         given = _expressions(positions, scored)
         searched = []
         for one in scored:
@@ -273,13 +278,18 @@ def _why_not(measure: Measure, exact: bool) -> str | None:
 
 
 def _scored(
-    model: GraftedTransformer, prompts: Any, targets: Any, whole: bool, measure: Measure
+    model: GraftedTransformer,
+    prompts: Any,
+    targets: Any,
+    whole: bool,
+    measure: Measure,
+    continued: bool,
 ) -> tuple[Scored, ...]:
     """The prompts with what is measured in them."""
     if isinstance(prompts, Tensor | Batch):
         found = _of_tokens(model, prompts, targets)
     else:
-        found = _of_prompts(model, prompts, targets, whole)
+        found = _of_prompts(model, prompts, targets, whole, continued)
     for one in found:
         for need, given, what in (
             ("distractors", one.wrong, "distractors that begin unlike the answer"),
@@ -293,8 +303,28 @@ def _scored(
     return found
 
 
+def _continued(prompts: Any, continuations: Any) -> list[Prompt]:
+    """The prompts with these texts for answers."""
+    given = [prompts] if isinstance(prompts, Prompt) else prompts
+    texts = [continuations] if isinstance(continuations, str) else continuations
+    if not (
+        isinstance(given, Sequence)
+        and all(isinstance(prompt, Prompt) for prompt in given)
+        and isinstance(texts, Sequence)
+        and len(texts) == len(given)
+    ):
+        raise ValueError(
+            f"continuations={brief(continuations)}: write a text for each prompt, which is a "
+            "Prompt: what follows it instead of its answer."
+        )
+    return [
+        replace(prompt, answer=text, answers=(), distractors=())
+        for prompt, text in zip(given, texts, strict=True)
+    ]
+
+
 def _of_prompts(
-    model: GraftedTransformer, prompts: Any, targets: Any, whole: bool
+    model: GraftedTransformer, prompts: Any, targets: Any, whole: bool, continued: bool
 ) -> tuple[Scored, ...]:
     if targets is not None:
         raise ValueError(
@@ -320,7 +350,8 @@ def _of_prompts(
         )
     bos = model.prepends_bos(None)
     notes = (
-        joined_answers([prompt for prompt in listed if prompt.answer]),
+        # A generated text may go on in the middle of a word.
+        None if continued else joined_answers([prompt for prompt in listed if prompt.answer]),
         doubled_bos(listed, model.tokenizer, bos),
         dated(listed, model.tokenizer),
     )

@@ -51,6 +51,7 @@ def attribute(
     within: Graft | str | None = None,
     outside: Outside = "base",
     targets: Any = None,
+    continuations: Sequence[str] | str | None = None,
 ) -> pd.DataFrame:
     """How much each place contributes to what a source's weights change.
 
@@ -81,6 +82,8 @@ def attribute(
         within: search only the sites, positions, heads and neurons that this graft grafts.
         outside: what runs at all places that are not searched: the `base`, or the source (`full`).
         targets: with token ids, the id of the token that should follow each prompt.
+        continuations: of each prompt, the text that follows it instead of its answer, as generated:
+            positions may then name `generated`, and `assistant` includes it, as in `outcomes`.
 
     Returns:
         One row per prompt and place, in the model's order: `prompt` (its number); `component`;
@@ -110,6 +113,7 @@ def attribute(
         within=within,
         outside=outside,
         targets=targets,
+        continuations=continuations,
     )
     refuse_mixed_tables(model, asked)
     refuse_lacking_tokens(model, asked)

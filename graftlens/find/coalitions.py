@@ -115,7 +115,8 @@ class Coalitions:
             prompts: number -> the tokens of each prompt, which every player's rules can select in.
             arch: the model's architecture.
             sources: the names of its sources.
-            metrics: what is measured; over whole answers, players must not overlap in these either.
+            metrics: what is measured; over whole answers, players must not overlap in these either,
+                nor in what is generated.
 
         Raises:
             ValueError: two players that overlap, with the prompt and where they meet; a source,
@@ -137,7 +138,7 @@ class Coalitions:
         # All tokens of an answer are alike to a rule.
         more = any((row := known(name)) is not None and row.over == "answer" for name in metrics)
         for number, prompt in prompts.items():
-            total = len(prompt) + more
+            total = len(prompt) + (more or prompt.generates)
             kind = repr((len(prompt), prompt.spans))
             if kind in seen or not meeting:
                 continue

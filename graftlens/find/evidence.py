@@ -51,15 +51,17 @@ class Evidence:
             arXiv 2504.13151, section 3) and 0, where f is 0. A CPR near 1 with a CMD near 0 is a
             small set that does all; overshoot raises both.
         random: a row for each random set: `draw`; `enough` and `without`, NaN where the goal does
-            not ask for it; `top1`, `top5` (shares of prompts) and `kl_full` (a mean, in nats) of
-            the set in the base, or of what is left without it where the goal is `necessary`.
+            not ask for it; unless texts judge, `top1`, `top5` (shares of prompts) and `kl_full`
+            (a mean, in nats) of the set in the base, or of what is left without it where the goal
+            is `necessary`.
         p_value: of the hypothesis that the found set does no better than a random one that is
             matched by component and position: (1 + how many do at least as well) / (1 + how many
             were drawn); NaN where no other set is like the found one. With `goal="both"`, the
             larger of the two.
         failures: prompts whose answer the found set does not put first: `prompt`, `text`,
             `answer`, `rank`, `prob`, `says` and `says_prob` (its likeliest token), `full_rank`,
-            `full_says`, `base_says`.
+            `full_says`, `base_says`. Where texts judge, the prompts on which its texts are at least
+            as near to the base's as to the full source's: the measure, and the first text, of each.
     """
 
     summary: pd.DataFrame
@@ -109,15 +111,15 @@ def evidence(
         judge.say(f"{random} random sets, matched by component and position")
     drawn, p_value = _random(judge, found, searched, numbers, table, random, seed)
     return Evidence(
-        summary=_summarised(table, judge.metric, seed),
+        summary=_summarised(table, judge, seed),
         table=table,
-        differences=_differences(table, judge.metric, seed),
+        differences=_differences(table, judge, seed),
         curve=curve,
         cpr=_area(curve, lambda f: f),
         cmd=_area(curve, lambda f: abs(1 - f)),
         random=drawn,
         p_value=p_value,
-        failures=failures(table),
+        failures=unlike(table, judge.metric) if judge.of_texts else failures(table),
     )
 
 
@@ -132,29 +134,36 @@ def _told(table: pd.DataFrame, facts: Mapping[int, str]) -> pd.DataFrame:
     return marked(rows, BASE, FULL).assign(fact=rows["prompt"].map(facts))
 
 
-def _summarised(table: pd.DataFrame, metric: str, seed: int) -> pd.DataFrame:
-    metrics = dict.fromkeys((metric, "logprob", "kl_full"))
+def _summarised(table: pd.DataFrame, judge: Judge, seed: int) -> pd.DataFrame:
+    metrics = dict.fromkeys((judge.metric, *(() if judge.of_texts else ("logprob", "kl_full"))))
     return summarise(
-        table, by=(), ks=(1, TOP), metrics=[*metrics], recovery=metric, unit="fact", seed=seed
+        table,
+        by=(),
+        ks=() if judge.of_texts else (1, TOP),
+        metrics=[*metrics],
+        recovery=judge.metric,
+        unit="fact",
+        seed=seed,
     )
 
 
-def _differences(table: pd.DataFrame, metric: str, seed: int) -> pd.DataFrame:
+def _differences(table: pd.DataFrame, judge: Judge, seed: int) -> pd.DataFrame:
     """The found set minus each other graft, paired."""
     others = [name for name in dict.fromkeys(table["graft"]) if name not in (FOUND, BASE, FULL)]
     pairs = [(FOUND, name) for name in others]
+    compared = (judge.metric,) if judge.of_texts else ("top1", f"top{TOP}", "kl_full")
     return pd.concat(
         [
             compare_all(
                 table,
                 pairs,
                 metric=what,
-                recovery=metric,
+                recovery=judge.metric,
                 unit="fact",
                 permutations=PERMUTATIONS,
                 seed=seed,
             )
-            for what in ("recovery", "top1", f"top{TOP}", "kl_full")
+            for what in ("recovery", *compared)
         ],
         ignore_index=True,
     )
@@ -206,7 +215,8 @@ def _random(
     seed: int,
 ) -> tuple[pd.DataFrame, float]:
     """The recoveries of random sets, and how often they do as well as the found one."""
-    columns = ["draw", "enough", "without", "top1", f"top{TOP}", "kl_full"]
+    columns = ["draw", "enough", "without"]
+    columns += [] if judge.of_texts else ["top1", f"top{TOP}", "kl_full"]
     sets = matched_sets(found, searched, judge.arch, count=count, seed=seed) if count else []
     if not sets:
         return pd.DataFrame(columns=columns, dtype=float), math.nan
@@ -215,10 +225,12 @@ def _random(
     of = dict(list(ran.groupby("graft", sort=False)))
     rows: list[list[float]] = []
     for i, one in enumerate(judged):
-        mine = of[f"{shown} {i}"]
-        ranks = mine["rank"].astype(float)
-        hits = [float((ranks <= k).mean()) for k in (1, TOP)]
-        rows.append([i, one.enough, one.without, *hits, float(mine["kl_full"].mean())])
+        rows.append([i, one.enough, one.without])
+        if not judge.of_texts:
+            mine = of[f"{shown} {i}"]
+            ranks = mine["rank"].astype(float)
+            hits = [float((ranks <= k).mean()) for k in (1, TOP)]
+            rows[-1] += [*hits, float(mine["kl_full"].mean())]
     _, values = pivoted(table, judge.metric)
     own = {name: recovery(values[name], values[BASE], values[FULL]) for name in (FOUND, REST)}
     better = {
@@ -228,6 +240,29 @@ def _random(
     asked = [hits for goal, hits in better.items() if judge.goal in (goal, "both")]
     drawn = pd.DataFrame(rows, columns=columns).astype({"draw": int})
     return drawn, max((1 + int(hits.sum())) / (1 + len(sets)) for hits in asked)
+
+
+def unlike(table: pd.DataFrame, metric: str) -> pd.DataFrame:
+    """The prompts on which the found set's texts are, by their measure, at least as near to the
+    base's as to the full source's, and the first text of each."""
+    rows = {name: part.set_index("prompt") for name, part in table.groupby("graft", sort=False)}
+    found, full, base = rows[FOUND], rows[FULL], rows[BASE]
+    apart = [(one[metric] - found[metric]).abs() for one in (full, base)]
+    wrong = found[(apart[0] >= apart[1]) & (full[metric] != base[metric])]
+    return pd.DataFrame(
+        {
+            "prompt": number,
+            "text": row["text"],
+            metric: float(row[metric]),
+            "says": row["says"],
+            **{
+                f"{name}_{what}": one.at[number, column]
+                for name, one in (("full", full), ("base", base))
+                for what, column in ((metric, metric), ("says", "says"))
+            },
+        }
+        for number, row in wrong.iterrows()
+    )
 
 
 def failures(table: pd.DataFrame) -> pd.DataFrame:

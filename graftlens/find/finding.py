@@ -42,6 +42,9 @@ class Question:
         random: random sets to compare with.
         resamples: resamples of the facts for stability.
         seed: of everything that is drawn.
+        tails: the tokens that follow each prompt and that positions may name: of a reference
+            continuation where texts judge, else none.
+        judged: what a report says of the judge, where texts judge.
     """
 
     tokens: tuple[Tokenized, ...]
@@ -61,6 +64,14 @@ class Question:
     random: int
     resamples: int
     seed: int
+    tails: tuple[tuple[int, ...], ...]
+    judged: str = ""
+
+    @property
+    def totals(self) -> tuple[int, ...]:
+        """How many tokens each prompt has with its tail."""
+        pairs = zip(self.tokens, self.tails, strict=True)
+        return tuple(len(tokens) + len(tail) for tokens, tail in pairs)
 
 
 @dataclass
@@ -127,6 +138,7 @@ def found_in(
         target=question.target,
         inner=frozenset(split.inner),
         say=say,
+        of_texts=bool(question.judged),
     )
     say(f"{len(order)} sites in order; nested sets on {len(split.search)} prompts")
     first = nested(judge, order, split.search, "nested")
@@ -153,7 +165,7 @@ def found_in(
         random=question.random,
         seed=question.seed,
     )
-    lengths = lengths_of(scores.places, question.tokens)
+    lengths = lengths_of(scores.places, question.tokens, question.totals)
 
     def size(places: Sequence[Place]) -> Size:
         return Size.of(places, question.arch, question.biases, lengths)
@@ -189,6 +201,7 @@ def found_in(
         source=question.source,
         reached=chosen.reached,
         notes=tuple(_notes(question, attributed, first, sites, chosen, units, shown)),
+        judged=question.judged,
     )
 
 
@@ -241,16 +254,17 @@ def _by_place(ranked: pd.DataFrame, order: Sequence[Place]) -> pd.DataFrame:
 def _example(question: Question, graft: Graft, places: Sequence[Place]) -> pd.DataFrame:
     """Where the set is on the first prompt that results are reported on."""
     number = question.split.held_out[0]
-    tokens = question.tokens[number]
-    at: dict[int, dict[str, list[int]]] = {pos: {} for pos in range(len(tokens))}
+    tokens, total = question.tokens[number], question.totals[number]
+    ids, spans = (*tokens.ids, *question.tails[number]), tokens.spans_with(total)
+    at: dict[int, dict[str, list[int]]] = {pos: {} for pos in range(total)}
     for component, layer, position in dict.fromkeys(site_of(p) for p in places):
         here = Place(component, layer, position).rule(question.source).at
-        for pos in np.flatnonzero(here.select(tokens.spans, len(tokens))).tolist():
+        for pos in np.flatnonzero(here.select(spans, len(tokens), total)).tolist():
             layers = at[pos].setdefault(str(component), [])
             layers += [] if layer is None else [layer]
     rows: list[dict[str, object]] = []
     for pos, components in at.items():
-        about = {"pos": pos, "token": question.token_text(tokens.ids[pos])}
+        about = {"pos": pos, "token": question.token_text(ids[pos])}
         if not components:
             rows.append(about | {"component": pd.NA, "layers": pd.NA, "count": 0})
         for name in (c for c in Component if str(c) in components):
@@ -301,7 +315,7 @@ def _notes(
     shown: Evidence,
 ) -> list[str]:
     """What a reader must know that no number says."""
-    notes = []
+    notes = [question.judged] if question.judged else []
     far = attributed.drop_duplicates("prompt")["completeness"] > CLOSED
     if far.any():
         notes.append(

@@ -30,7 +30,8 @@ class Found:
         size, total: its size, and that of all places that were searched.
         table: a row for each searched site and position, in the model's order: `component`,
             `layer`, `position`, `score` (the mean of integrated gradients over the search's
-            prompts, in units of the measure), `at_base`, `at_full` (gradients at both ends),
+            prompts, in units of the measure; where texts judge, in nats), `at_base`, `at_full`
+            (gradients at both ends),
             `order` (1 is the largest score), `in_set`, `units` (which heads or neurons of it are,
             where not all), `stability` (in how many resamples of the facts it is among as many
             first sites as were found, as a share), and, if exact effects were asked for, `alone`
@@ -60,6 +61,7 @@ class Found:
         goal, target, metric, source: as asked.
         reached: whether the search side reached the target.
         notes: what a reader must know: a target that was not reached, nothing held out, ….
+        judged: where texts judge, how, and what the scores are; empty where one token does.
     """
 
     graft: Graft
@@ -89,6 +91,7 @@ class Found:
     source: str
     reached: bool
     notes: tuple[str, ...] = ()
+    judged: str = ""
 
     @property
     def text(self) -> str:
@@ -109,6 +112,7 @@ class Found:
         falls = ends is not None and ends[FULL] < ends[BASE]
         does = "takes from" if falls else "adds to"
         measured = (row.short or row.label).removeprefix("the ")
+        measured = f"rate of {measured}" if self.judged else measured
         gain = f"what {self.source} {does} the {measured}"
         held = self.split.set_index("part")
         seen = "the prompt that was searched on: nothing was held out"

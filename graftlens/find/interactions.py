@@ -13,6 +13,7 @@ from graftlens.components import brief, suggest
 from graftlens.evaluation import evaluate
 from graftlens.find.coalitions import Coalitions
 from graftlens.find.games import Weights, dividends, members, pairs_of
+from graftlens.find.rating import Rating, of_texts
 from graftlens.graft import Graft, Grafts
 from graftlens.metrics import Measure, averaged, known
 from graftlens.model.grafted import GraftedTransformer
@@ -77,7 +78,8 @@ def interactions(
     prompts: Prompt | Sequence[Prompt],
     players: Grafts,
     *,
-    metrics: str | Measure | Sequence[str | Measure] = ("logprob", "top1"),
+    metrics: str | Measure | Sequence[str | Measure] | Mapping[str, Any] = ("logprob", "top1"),
+    sampling: Mapping[str, Any] | None = None,
     full: Graft | str | None = None,
     margin: float | int = 0.05,
     permutations: int = 100,
@@ -133,11 +135,18 @@ def interactions(
     facts differ from the commonest value, the interval assumes that as many facts as Wilson's
     upper bound of those differ, by as much as they can.
 
+    Measures of generated texts (`graftlens.outcomes`) can judge, too: a prompt's value is their
+    mean over its texts, as in `outcomes.rate`, and players may name `generated`.
+
     Args:
         model: the model.
-        prompts: prompts with answers.
+        prompts: prompts with answers, which measures of texts do without.
         players: name -> graft, two or more; they must not overlap.
-        metrics: top-k accuracies and measures with a mean, or a `Measure` of your own.
+        metrics: top-k accuracies and measures with a mean, or a `Measure` of your own; also
+            measures of texts, as `outcomes.contains` makes them, or `{name: measure or function of
+            a text}`.
+        sampling: how texts are drawn, with the options of `outcomes.sample` (`n`,
+            `max_new_tokens`, `temperature`, …); only with measures of texts.
         full: the run that measures such as `kl_full` compare with; as in `evaluate`.
         margin: what counts as no interaction, as a share of the whole effect.
         permutations: how many orders are drawn where there are more than 12 players.
@@ -151,13 +160,32 @@ def interactions(
             position and unit) in a prompt, or in an answer that is measured whole; fewer than two,
             or ones that change nothing; no prompt that runs under all coalitions.
     """
+    said = of_texts(metrics)
     asked = [metrics] if isinstance(metrics, str | Measure) else list(metrics)
+    asked = list(said) if isinstance(metrics, Mapping) else asked
     names = _names(asked)
+    if sampling is not None and not said:
+        raise ValueError(
+            f"sampling={brief(sampling)} is for measures of generated texts, and metrics={names} "
+            "has none. Leave it out, or give one such as outcomes.contains([…])."
+        )
+    rating = Rating.of(said, sampling) if said else None
     planned = Coalitions.of(players, permutations, seed)
     given = [prompts] if isinstance(prompts, Prompt) else list(prompts)
-    ready, not_run = _ready(model, given, planned, prepend_bos, names)
+    ready, not_run = _ready(model, given, planned, prepend_bos, names, generates=bool(said))
+    draw = Draw("fact", level, resamples, seed)
+    rest = [m for m in asked if m not in said]
+    rated = None
+    if rating is not None:
+        chosen = {number: given[number] for number in ready}
+        rated = rating.table(model, chosen, planned.grafts, prepend_bos=prepend_bos)
+        if not rest:
+            rated = rated.assign(fact=rated["prompt"].map(facts_of(given)))
+            return measured_interactions(
+                planned, rated, names, draw, margin=margin, not_run=not_run
+            )
     whole = any((row := known(name)) is not None and row.over == "answer" for name in names)
-    extra = [m for m in asked if isinstance(m, Measure) or not _always(m)]
+    extra = [m for m in rest if isinstance(m, Measure) or not _always(m)]
     results = evaluate(
         model,
         [given[number] for number in ready],
@@ -171,7 +199,8 @@ def interactions(
     )
     results["prompt"] = results["prompt"].map(dict(enumerate(ready)))
     results = results.assign(fact=results["prompt"].map(facts_of(given)))
-    draw = Draw("fact", level, resamples, seed)
+    if rated is not None:
+        results = results.merge(rated[["prompt", "graft", "says", *(m.name for m in said)]])
     return measured_interactions(planned, results, names, draw, margin=margin, not_run=not_run)
 
 
@@ -414,7 +443,9 @@ def _call(low: float, high: float, near: float) -> str:
 def facts_of(prompts: Sequence[Prompt]) -> dict[int, str]:
     """Prompt's number -> its fact: the field `fact` where all have one, else the answer."""
     told = all("fact" in prompt.fields for prompt in prompts)
-    return {i: p.fields["fact"] if told else str(p.answer) for i, p in enumerate(prompts)}
+    return {
+        i: p.fields["fact"] if told else p.answer or f"prompt {i}" for i, p in enumerate(prompts)
+    }
 
 
 def _always(name: str) -> bool:
@@ -444,6 +475,8 @@ def _ready(
     planned: Coalitions,
     prepend_bos: bool | None,
     metrics: Sequence[str],
+    *,
+    generates: bool,
 ) -> tuple[list[int], dict[int, str]]:
     """The numbers of the prompts that can run every player, and why the others cannot.
 
@@ -462,7 +495,8 @@ def _ready(
                 "answer=…): coalitions are compared by their answers."
             )
         try:
-            ready[number] = tokenize(prompt, model.tokenizer, bos)
+            tokens = tokenize(prompt, model.tokenizer, bos)
+            ready[number] = tokens.generating() if generates else tokens
         except PromptError as error:
             left[number] = str(error)
     left |= planned.left_out(ready)

@@ -27,7 +27,8 @@ class Exact(Protocol):
     def __call__(
         self, step: str, numbers: Sequence[int], grafts: Mapping[str, Graft]
     ) -> pd.DataFrame:
-        """A row for each of these prompts under each graft, with the columns of `evaluate`.
+        """A row for each of these prompts under each graft, with the columns of `evaluate`, or of
+        `Rating.table`.
 
         Args:
             step: what the runs are for; the same step always has the same prompts and grafts.
@@ -79,6 +80,8 @@ class Judge:
         goal, target: what a set must be.
         inner: the numbers of the inner part's prompts.
         say: called with a line about each step.
+        of_texts: whether the measure is one of generated texts (`graftlens.find.rating`): tables
+            have no ranks and likeliest tokens then.
     """
 
     exact: Exact
@@ -92,6 +95,7 @@ class Judge:
     target: float
     inner: frozenset[int]
     say: Callable[[str], object] = lambda line: None
+    of_texts: bool = False
 
     def put_in(self, places: Sequence[Place]) -> Graft:
         """The base with these places."""

@@ -16,6 +16,7 @@ from graftlens.find.finding import Question, Say, found_in
 from graftlens.find.found import Found
 from graftlens.find.judging import BASE, FULL, Goal
 from graftlens.find.places import places_of
+from graftlens.find.rating import CONTINUED, GRADIENT, Rating, of_texts
 from graftlens.find.sets import without
 from graftlens.find.splitting import Split, split, unsplit
 from graftlens.graft import Graft, Grafts, named_grafts
@@ -35,7 +36,9 @@ def localise(
     *,
     positions: Sequence[str] | str,
     target: float | int = 0.95,
-    metric: str | Measure = "logprob",
+    metric: str | Measure | Mapping[str, Any] = "logprob",
+    sampling: Mapping[str, Any] | None = None,
+    continuations: str | Sequence[str] | None = None,
     goal: Goal | str = "sufficient",
     by: str = "site",
     steps: int | str = "auto",
@@ -59,6 +62,11 @@ def localise(
     that side agrees. On the other side, of which the search saw nothing, the found set is reported
     on. Gradients propose, exact grafts judge.
 
+    A measure of generated texts (`graftlens.outcomes`) can be the judge. Every set is then run by
+    generating from all prompts, and its value is the measure's mean, as `outcomes.rate` gives it.
+    Gradients are of the log-probability of reference continuations, which the report says. As in
+    `outcomes`, positions may name `generated`, and `last` is each position that is generated from.
+
     Args:
         model: the model.
         prompts: prompts with answers.
@@ -66,7 +74,13 @@ def localise(
         positions: spans that do not overlap, with `"rest"` for all other tokens; or `"each"`, every
             token by itself, for a single prompt, of which nothing can be held out.
         target: the recovery to reach, from 0 (the base) to 1 (the source everywhere).
-        metric: the measure that recovery is of; any that gradients pass through.
+        metric: the measure that recovery is of: any that gradients pass through, or one of texts,
+            as `outcomes.contains` makes it, or `{name: measure or function of a text}`.
+        sampling: how texts are drawn, with the options of `outcomes.sample` (`n`,
+            `max_new_tokens`, `temperature`, …); only with a measure of texts.
+        continuations: the texts that gradients are of, where texts judge: `"full"` (by default),
+            what the source writes itself after each prompt at temperature 0; `"answers"`, each
+            prompt's answer; or a text for each prompt.
         goal: `"sufficient"`, the smallest set that is enough in the base; `"necessary"`, the
             smallest set whose removal from the full source leaves a recovery of at most 1 −
             `target`; `"both"`, a set that is enough and whose complement is not.
@@ -82,7 +96,8 @@ def localise(
         random: how many random sets to compare with, matched by component and position.
         resamples: resamples of the facts for stability, which run no model.
         effects: also measure each site alone in the base and missing from the full source, on the
-            search side (`exact_effects`); this takes longer than all the rest.
+            search side (`exact_effects`); this takes longer than all the rest, and is not done
+            where texts judge.
         seed: of the split, the random sets, the resamples and the bootstrap.
         say: called with a line about each step; None says nothing.
 
@@ -95,28 +110,24 @@ def localise(
     checked_numbers(
         target=target, rounds=rounds, random=random, resamples=resamples, goal=goal, by=by
     )
-    asked = Asked.of(
-        model,
-        given,
-        source,
-        positions=positions,
-        metric=metric,
-        by=by,
-        within=within,
-        outside=outside,
-    )
-    refuse_equal(asked)
-    listed = tuple(one.scored.prompt for one in asked.prompts)
-    parts = parted(listed, positions, split_by, held_out, seed)
+    rating = rating_of(metric, sampling, continuations, effects)
+    followed, whence = None, continuations or CONTINUED
+    if rating is not None:
+        metric, followed = GRADIENT, rating.continuations(model, given, source, whence)
     options: dict[str, Any] = {
         "positions": positions,
         "metric": metric,
         "within": within,
         "outside": outside,
     }
+    asked = Asked.of(model, given, source, by=by, continuations=followed, **options)
+    refuse_equal(asked)
+    listed = tuple(given)
+    parts = parted(listed, positions, split_by, held_out, seed)
     some = [listed[number] for number in parts.search]
     options_of_units: dict[str, Any] = {**options, "by": by, "steps": steps}
-    attributed = attribute(model, some, source, **options_of_units)
+    after = None if followed is None else [followed[number] for number in parts.search]
+    attributed = attribute(model, some, source, continuations=after, **options_of_units)
     attributed = numbered(attributed, parts.search)
     single = None
     if effects:
@@ -133,9 +144,38 @@ def localise(
         random=random,
         resamples=resamples,
         seed=seed,
+        rating=rating,
+        continuations=whence,
     )
-    runs = InMemory(model, listed, question, asked.measure)
+    runs = InMemory(model, listed, question, asked.measure, rating)
     return found_in(question, attributed, runs, effects=single, say=say or (lambda line: None))
+
+
+def rating_of(metric: Any, sampling: Any, continuations: Any, effects: bool) -> Rating | None:
+    """The measure of texts that judges; None where the measure is not one.
+
+    Raises:
+        ValueError: several measures, or options that do not go with the measure.
+    """
+    if measures := of_texts(metric):
+        if len(measures) > 1:
+            raise ValueError(
+                f"metric={brief(metric)}: recovery is of one measure. Give one of these."
+            )
+        if effects:
+            raise ValueError(
+                "effects=True measures every site by itself, which texts would take too long to "
+                "judge. Leave it out, or call find.exact_effects with a measure of one token."
+            )
+        return Rating.of(measures, sampling)
+    for name, value in (("sampling", sampling), ("continuations", continuations)):
+        if value is not None:
+            raise ValueError(
+                f"{name}={brief(value)} is for measures of generated texts, and metric="
+                f"{brief(metric)} is not one. Leave it out, or give one such as "
+                "outcomes.contains([…])."
+            )
+    return None
 
 
 def checked_numbers(
@@ -223,9 +263,21 @@ def question_of(
     asked: Asked,
     attributed: pd.DataFrame,
     parts: Split,
+    rating: Rating | None = None,
+    continuations: Any = CONTINUED,
     **settings: Any,
 ) -> Question:
-    """The question that a search answers; `settings` are those of `Question` that it is given."""
+    """The question that a search answers.
+
+    Args:
+        model: the model.
+        asked: what is searched.
+        attributed: its attributions.
+        parts: which prompts are for what.
+        rating: the measure of texts that judges, if one does.
+        continuations: the texts that gradients are of then.
+        settings: those of `Question` that it is given.
+    """
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise ValueError("this model has no tokenizer, so prompts cannot be run. Load one with it.")
@@ -246,8 +298,10 @@ def question_of(
         base_source=asked.base,
         base=base,
         full=full,
-        metric=asked.measure.name,
+        metric=asked.measure.name if rating is None else rating.measures[0].name,
         split=parts,
+        tails=tuple(() if rating is None else one.tail for one in asked.prompts),
+        judged="" if rating is None else rating.said(asked.source, continuations),
         **settings,
     )
 
@@ -260,10 +314,14 @@ class InMemory:
     prompts: Sequence[Prompt]
     question: Question
     measure: Measure
+    rating: Rating | None = None
 
     def __call__(
         self, step: str, numbers: Sequence[int], grafts: Mapping[str, Graft]
     ) -> pd.DataFrame:
+        chosen = {number: self.prompts[number] for number in numbers}
+        if self.rating is not None:
+            return self.rating.table(self.model, chosen, grafts)
         whole = self.measure.over == "answer"
         asked = {m if isinstance(m, str) else m.name: m for m in (self.measure, "kl_full")}
         scorer = Scorer(
@@ -274,4 +332,4 @@ class InMemory:
             measures=list(asked.values()),
             references={"base": self.question.base, "full": self.question.full},
         )
-        return scorer.table({number: self.prompts[number] for number in numbers})
+        return scorer.table(chosen)

@@ -122,11 +122,13 @@ class Size:
 
 
 def lengths_of(
-    places: Iterable[Place], prompts: Sequence[Tokenized]
+    places: Iterable[Place], prompts: Sequence[Tokenized], totals: Sequence[int]
 ) -> dict[str | int, float | int]:
-    """Position -> how many tokens of a prompt it is, a mean over these prompts."""
+    """Position -> how many tokens it is, a mean over these prompts, each of which has so many
+    tokens in all, with those that follow it."""
     ats = {place.position: place.rule("any").at for place in places}
+    runs = [(p.spans_with(n), len(p), n) for p, n in zip(prompts, totals, strict=True)]
     return {
-        position: float(np.mean([at.select(p.spans, len(p)).sum() for p in prompts]))
+        position: float(np.mean([at.select(*run).sum() for run in runs]))
         for position, at in ats.items()
     }

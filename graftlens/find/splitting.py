@@ -53,7 +53,8 @@ def split(
     Args:
         prompts: the prompts.
         by: what makes a group: the name of a field that all prompts have, `answer`, or `prompt`
-            (each is its own); by default the field `fact` where all have it, else the answer.
+            (each is its own); by default the field `fact` where all have it, else the answer, where
+            all have one.
         held_out: the share of groups that is reported on. Of the others, a third (at least one) is
             the inner part.
         seed: of the shuffle; it does not depend on the order of the prompts.
@@ -103,7 +104,9 @@ def unsplit(prompts: Sequence[Prompt]) -> Split:
 
 def _groups(prompts: Sequence[Prompt], by: str | None) -> tuple[str, tuple[str, ...]]:
     if by is None:
-        by = "fact" if all("fact" in prompt.fields for prompt in prompts) else "answer"
+        answered = all(prompt.answer for prompt in prompts)
+        told = all("fact" in prompt.fields for prompt in prompts)
+        by = "fact" if told else "answer" if answered else "prompt"
     if by == "prompt":
         return by, tuple(f"{n:09d}" for n in range(len(prompts)))
     if by == "answer":

@@ -22,8 +22,8 @@ _ABOUT = ("prompt", "graft", "rule", "template", "text", "answer", "target", "ta
 _TAKEN = re.compile(
     "|".join(
         [
-            *(*_ABOUT, "reason", "dataset", "model", "source", "span", "component", "layer"),
-            *("head", "neuron", "unit", "strength", "base_run", "full_run", "fact", "how"),
+            *(*_ABOUT, "reason", "says", "dataset", "model", "source", "span", "component"),
+            *("layer", "head", "neuron", "unit", "strength", "base_run", "full_run", "fact", "how"),
             *("n", "not_run", "failed", "units", "level", "levels", "resamples", "permutations"),
             *("seed", "graft_a", "graft_b", "mean", "mean_a", "mean_b", "difference", "sd", "min"),
             *("max", "tau", "tau_min", "tau_pairs", "low", "high", "interval", "note", "p_value"),
@@ -202,15 +202,19 @@ def _listed(given: Any) -> Sequence[Any]:
     return given
 
 
-def _check_own(m: Measure) -> None:
-    """Refuse what only rows of the table may be, and names of other columns."""
-    row = known(m.name)
-    if row == m:
-        return
-    if row is not None or _TAKEN.fullmatch(m.name):
+def refuse_taken(m: Measure) -> None:
+    """Refuse a user's own measure that is called as another column is."""
+    if known(m.name) is not None or _TAKEN.fullmatch(m.name):
         raise ValueError(
             f"measure {m.name!r}: tables have another column of this name. Rename the measure."
         )
+
+
+def _check_own(m: Measure) -> None:
+    """Refuse what only rows of the table may be, and names of other columns."""
+    if known(m.name) == m:
+        return
+    refuse_taken(m)
     what = ""
     if m.function is None:
         what = "give it a function."

@@ -63,6 +63,8 @@ class Localised(Protocol):
     @property
     def notes(self) -> tuple[str, ...]: ...
     @property
+    def judged(self) -> str: ...
+    @property
     def jaccard(self) -> tuple[float, ...]: ...
     @property
     def p_value(self) -> float: ...
@@ -352,6 +354,12 @@ _CAPTIONS = {
 }
 
 
+#: What the table of failures is where texts judge.
+UNLIKE = (
+    "Held-out prompts on which its texts are at least as near to the base's as to the full source's"
+)
+
+
 def localisation_page(
     found: Localised,
     path: str | Path,
@@ -374,9 +382,10 @@ def localisation_page(
     path = at_home(path)
     own = _judged(found)
     views = [(name, said, name not in found.table) for name, said in VIEWS.items()]
+    captions = _CAPTIONS | ({"failures": UNLIKE} if found.judged else {})
     tables = {
         name: Table(caption, _ordered(getattr(found, name)), dict((files or {}).get(name, {})))
-        for name, caption in _CAPTIONS.items()
+        for name, caption in captions.items()
         if len(getattr(found, name))
     }
     bars = found.summary[~found.summary["graft"].isin(["PRE", "SFT"])]
