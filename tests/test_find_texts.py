@@ -12,6 +12,7 @@ from conftest import MakeTiny, Tiny
 from test_localise import prompts_of
 
 from graftlens import Prompt, find, outcomes, viz
+from graftlens.find.rating import Rating
 from graftlens.graft import Graft
 from graftlens.prompts import PromptError
 
@@ -72,13 +73,14 @@ def test_what_judges_is_the_rate_of_the_same_grafts(pair: Tiny, found: Any) -> N
 
 
 def greedy(pair: Tiny, source: str, prompt: Prompt, new: int) -> tuple[list[int], str]:
-    """Hugging Face's own greedy text."""
+    """Hugging Face's own greedy text, in which a random model may write special tokens."""
     (tokens,) = pair.model.tokenized(prompt)
     ids = torch.tensor([list(tokens.ids)])
     out = pair.sources[source].generate(ids, do_sample=False, max_new_tokens=new)[0]
     made = out[ids.shape[1] :].tolist()
     assert pair.tokenizer is not None
-    return list(tokens.ids), pair.tokenizer.decode(made, skip_special_tokens=True)
+    said = [token for token in made if token != pair.tokenizer.eos_token_id]
+    return list(tokens.ids), pair.tokenizer.decode(said)
 
 
 def logprob(pair: Tiny, source: str, before: list[int], whole: list[int]) -> float:
@@ -206,7 +208,6 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "effects": ({"effects": True}, "effects=True measures every site by itself, which texts"),
     "option": ({"sampling": {"count": 3}}, "sampling={'count': 3}. Allowed: n max_new_tokens"),
     "value": ({"sampling": {"n": 0}}, "n=0: write a number from 1."),
-    "form": ({"sampling": [3]}, "sampling=[3]: write the arguments of outcomes.sample"),
     "count": ({"continuations": [" a"]}, "continuations=[' a'] (1 for 16 prompts). Write 'full'"),
     "word": ({"continuations": "own"}, "continuations='own'. Write 'full' (the greedy texts of"),
     "empty": ({"continuations": [""] * 16}, "prompt 0 has no continuation, so there is nothing"),
@@ -224,6 +225,13 @@ def test_what_cannot_be_judged_is_said(case: str, pair: Tiny) -> None:
     options: dict[str, Any] = {"positions": ["last"], "metric": {"vowels": vowels}, "steps": 1}
     with pytest.raises(ValueError, match=re.escape(said)):
         find.localise(pair.model, unanswered(), "sft", **{**options, **given})
+
+
+def test_options_are_a_mapping() -> None:
+    with pytest.raises(
+        ValueError, match=r"sampling=\[3\]: write the arguments of outcomes\.sample"
+    ):
+        Rating.of((), [3])
 
 
 def test_continuations_of_attributions_are_checked(pair: Tiny) -> None:

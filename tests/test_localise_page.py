@@ -133,6 +133,7 @@ class Result:
         default_factory=lambda: pd.DataFrame({"part": ["search"], "prompts": [16], "facts": [16]})
     )
     notes: tuple[str, ...] = ("The report rests on 12 facts.",)
+    judged: str = ""
     jaccard: tuple[float, ...] = (0.5, 0.7)
     p_value: float = 1 / 101
     cpr: float = 0.93
