@@ -23,6 +23,7 @@ from graftlens.find import attribute
 from graftlens.graft import Graft
 from graftlens.lens import weight_difference
 from graftlens.model import directions
+from graftlens.model import load as loading
 from graftlens.model.arch import PairError
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.load import preview
@@ -423,6 +424,13 @@ def test_what_cannot_be_made_is_refused_before_weights_are_read(
         preview({**pair, **sources})
     with pytest.raises(PairError, match=what):
         load({**{name: built("llama", s) for s, name in enumerate(TINY)}, **sources})
+    monkeypatch.setattr(loading, "_read_all", _unread)
+    with pytest.raises(PairError, match=what):
+        load({**pair, **sources})
+
+
+def _unread(sources: Any) -> Any:
+    raise AssertionError(f"weights of {list(sources)} were read")
 
 
 def test_the_base_is_not_made() -> None:
@@ -434,6 +442,74 @@ def test_a_rank_above_an_adapter_s_is_refused() -> None:
     base = built("llama", 4)
     with pytest.raises(PairError, match="rank: 4 asks for more than 3, the largest rank that a ma"):
         load({"pre": base, "task": on(base, 1), "a": {"of": "task", "rank": 4}})
+
+
+@pytest.mark.parametrize(
+    ("options", "sources", "what"),
+    [
+        ({}, {"a": {"of": "task", "rank": 4}}, "rank: 4 asks for more than 3,"),
+        (
+            {"r": 2},
+            {"a": {"of": "task", "directions": [2]}},
+            r"directions: \[2\] asks for more than 2",
+        ),
+        (
+            {"rank_pattern": {"down_proj": 5}},
+            {"a": {"of": "task", "rank": "5:"}},
+            'rank: "5:" asks for more than 5,',
+        ),
+        (
+            {},
+            {"half": {"of": "task", "strength": 0.5}, "a": {"of": "half", "rank": 4}},
+            "rank: 4 asks for more than 3, the largest rank that a matrix of 'half'",
+        ),
+        (
+            {},
+            {"two": {"of": ["task", "task2"], "strengths": [1, 1]}, "a": {"of": "two", "rank": 7}},
+            "rank: 7 asks for more than 6, the largest rank that a matrix of 'two'",
+        ),
+        (
+            {},
+            {"one": {"of": "task", "directions": [1]}, "a": {"of": "one", "rank": 2}},
+            "rank: 2 asks for more than 1, the largest rank that a matrix of 'one'",
+        ),
+    ],
+)
+def test_a_rank_above_an_adapter_s_is_refused_before_weights_are_read(
+    options: dict[str, Any],
+    sources: dict[str, Any],
+    what: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, Any] = {"pre": save_checkpoint(built("llama", 4), tmp_path / "pre")}
+    for seed, name in enumerate(("task", "task2")):
+        given[name] = tmp_path / name
+        on(built("llama", 4), seed, **options).save_pretrained(given[name])
+    with pytest.raises(PairError, match=f"source 'a': {what}"):
+        preview({**given, **sources})
+    monkeypatch.setattr(loading, "_read_all", _unread)
+    with pytest.raises(PairError, match=f"source 'a': {what}"):
+        load({**given, **sources})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"modules_to_save": ["up_proj"]},
+        {"use_dora": True},
+        {"init_lora_weights": "pissa"},
+        {"rank_pattern": {"down_proj": 4}},
+    ],
+)
+def test_ranks_that_some_matrix_has_are_not_refused(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    base = save_checkpoint(built("llama", 4), tmp_path / "pre")
+    on(built("llama", 4), 1, **options).save_pretrained(tmp_path / "task")
+    sources = {"pre": base, "task": tmp_path / "task", "a": {"of": "task", "rank": 4}}
+    preview(sources)
+    assert load(sources, verbose=False).sources == ("pre", "task", "a")
 
 
 Change = Callable[[Any], None]

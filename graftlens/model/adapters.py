@@ -11,7 +11,7 @@ import copy
 import re
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -44,6 +44,11 @@ _CHANGING_STARTS = ("pissa", "olora")
 
 #: An embedding or a head that an adapter's file holds whole.
 _TABLE = re.compile(r"\.(wte|embed_tokens|embed_in|lm_head|embed_out)\.(base_layer\.)?weight$")
+
+#: A factor of LoRA, or the bias of its B, in an adapter's file.
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.lora_((?P<a>A\.weight|embedding_A)|B\.(weight|bias)|embedding_B)"
+)
 
 #: What PEFT puts into a pattern literally: a name, or the end of a name, without repetition.
 _PLAIN = re.compile(r"[\w.^$\\-]+")
@@ -165,22 +170,45 @@ def read_adapter(name: str, folder: Path, base: Base) -> Source:
     return replace(source, dtypes=dtypes, tokenizer=tokenizer)
 
 
-def preview_adapter(name: str, folder: Path) -> tuple[Any, int]:
-    """An adapter's tokenizer, or None, and how many rows the tables have that it brings whole (0
-    without any); its settings and, if there are any, the headers of its weights are checked.
+def preview_adapter(name: str, folder: Path) -> tuple[Any, int, int | None]:
+    """An adapter's tokenizer, or None, how many rows the tables have that it brings whole (0
+    without any), and the largest rank that it can change a matrix by (None where that is not known
+    or matrices are changed as a whole); its settings and, if there are any, the headers of its
+    weights are checked.
 
     Raises:
         PairError: as `read_adapter`, as far as that is possible without the base and the weights.
         UnsupportedArchitectureError: likewise.
     """
-    read_settings(name, folder)
+    config = read_settings(name, folder)
     _check_weights(name, folder, needed=False)
-    rows = 0
+    rows, rank = 0, None
     if (safe := folder / "adapter_model.safetensors").is_file():
         with safe_open(safe, framework="pt") as file:
-            tables = [file.get_slice(key).get_shape() for key in filter(_TABLE.search, file.keys())]
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118
+        tables = [shape for key, shape in shapes.items() if _TABLE.search(key)]
         rows = max((shape[0] for shape in tables if len(shape) == 2), default=0)
-    return read_tokenizer(str(folder)), rows
+        rank = _rank(config, shapes)
+    return read_tokenizer(str(folder)), rows, rank
+
+
+def _rank(config: Any, shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """The largest rank that plain LoRA's factors of these shapes can change a matrix by; None for
+    whatever changes matrices as a whole: other tensors, merged variants, starts that move the base.
+    """
+    variants = [f.name for f in fields(config) if f.metadata.get("is_lora_variant")]
+    start = str(getattr(config, "init_lora_weights", "")).lower()
+    if start in _CHANGING_STARTS or any(getattr(config, name) for name in variants):
+        return None
+    ranks: dict[str, int] = {}
+    for key, shape in shapes.items():
+        if (factor := _FACTOR.fullmatch(key)) is None:
+            return None
+        if factor["a"]:
+            # A parameter's factors and its module's add up in one matrix.
+            place = factor["module"].replace(".base_layer", "")
+            ranks[place] = ranks.get(place, 0) + shape[0]
+    return max(ranks.values(), default=None)
 
 
 def read_settings(name: str, folder: Path) -> Any:

@@ -121,7 +121,10 @@ def load(
             "of them."
         )
 
-    read = _read_all({name: g for name, g in sources.items() if not isinstance(g, Made)})
+    plain = {name: g for name, g in sources.items() if not isinstance(g, Made)}
+    if len(plain) < len(sources) and all(isinstance(g, str | Path) for g in plain.values()):
+        _previewed(sources)  # what cannot be made is refused before weights are read
+    read = _read_all(plain)
     arch, rotary, differences = pair(read)
     if len(read) < len(sources):
         read = with_made(read, sources)
@@ -181,11 +184,26 @@ def preview(
         ValueError: a source's name that the text form of grafts could not hold.
         UnsupportedArchitectureError: a family or option that is not exactly supported.
     """
-    sources = _checked(sources)
+    arch, found, sizes = _previewed(_checked(sources))
+    arch = replace(arch, d_vocab=max(sizes.values()))
+    shared, _ = shared_tokenizer(found, tokenizer, sizes)
+    return arch, with_chat_template(shared, found, chat_template)[0]
+
+
+def _previewed(
+    sources: Mapping[str, Any],
+) -> tuple[Architecture, list[tuple[str, Any]], dict[str, int]]:
+    """Without weights: the architecture, each source's tokenizer, and how many tokens it has; what
+    is made of them is checked.
+
+    Raises:
+        PairError, UnsupportedArchitectureError: as `preview`.
+    """
     made = {name: given for name, given in sources.items() if isinstance(given, Made)}
     read: list[Source] = []
     adapters: list[tuple[str, Any]] = []
     rows: dict[str, int] = {}
+    ranks: dict[str, int] = {}
     for name, given in sources.items():
         if name in made:
             continue
@@ -193,20 +211,18 @@ def preview(
             folder = Path(given).expanduser()
             if not read:
                 refuse_as_base(name)
-            own, rows[name] = preview_adapter(name, folder)
+            own, rows[name], rank = preview_adapter(name, folder)
+            if rank is not None:
+                ranks[name] = rank
             adapters.append((name, own))
             continue
         read.append(preview_checkpoint(name, str(given)))
     arch, _, _ = pair(read)
     base = read[0]
     whole = {name: max(base.arch.d_vocab, rows[name]) for name, _ in adapters}
-    refuse_unlike(made, {s.name: s for s in read}, base.name, whole)
+    refuse_unlike(made, {s.name: s for s in read}, base.name, whole, ranks)
     found = [(s.name, s.tokenizer) for s in read] + adapters
-    sizes = {s.name: s.arch.d_vocab for s in read}
-    sizes |= whole
-    arch = replace(arch, d_vocab=max(sizes.values()))
-    shared, _ = shared_tokenizer(found, tokenizer, sizes)
-    return arch, with_chat_template(shared, found, chat_template)[0]
+    return arch, found, {s.name: s.arch.d_vocab for s in read} | whole
 
 
 def _checked(sources: Mapping[str, Any]) -> dict[str, Any]:

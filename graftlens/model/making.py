@@ -53,6 +53,7 @@ def refuse_unlike(
     known: Mapping[str, Source],
     base: str,
     sizes: Mapping[str, int] | None = None,
+    ranks: Mapping[str, int] | None = None,
 ) -> None:
     """Refuse what is made of sources whose differences from the base are not those of weights.
 
@@ -61,6 +62,8 @@ def refuse_unlike(
         known: the sources that were read, or their configs were.
         base: the base's name.
         sizes: how many tokens sources that are not `known` have.
+        ranks: the largest rank that a source can change a matrix by, where it is below that of the
+            matrices.
 
     Raises:
         PairError: parts that differ from the base in their rotary tables or vocabularies, or a rank
@@ -68,10 +71,14 @@ def refuse_unlike(
     """
     first = known[base]
     tokens = {name: source.arch.d_vocab for name, source in known.items()} | dict(sizes or {})
-    for name, value in made.items():
-        most = largest_rank(first.arch)
-        if why := value.beyond(most):
+    top = largest_rank(first.arch)
+    most = dict(ranks or {})
+    for name in in_order(made):
+        value = made[name]
+        own = [min(top, most.get(part, top)) for part in value.parts]
+        if why := value.beyond(own[0]):
             raise PairError(f"source {name!r}: {why}")
+        most[name] = sum(own) if value.shares is not None else len(value.taken(own[0]))
         for part in value.parts:
             if tokens.get(part, first.arch.d_vocab) != first.arch.d_vocab:
                 raise PairError(
