@@ -74,11 +74,11 @@ def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
         for why, count in result.texts_not_run.items()
     ]
     if manifest.members:
-        notes.append(
-            f"The sweep ran {len(manifest.members)} models one after another. This page is about "
-            f"the last, {manifest.members[-1]['name']}; `read_results` has all of them, and "
-            '`summarise(…, by=("member", "step"))` with `viz.lines` draws them over steps.'
-        )
+        ran = f"The sweep ran {len(manifest.members)} models one after another"
+        about = "This page"
+        if manifest.scored:
+            ran, about = f"{ran}, which are compared below", "All else on this page"
+        notes.append(f"{ran}. {about} is about the last, {manifest.members[-1]['name']}.")
     texts, rates, left_out = None, pd.DataFrame(), list[str]()
     if manifest.texts:
         texts, rates, left_out = texts_shown(folder, manifest)
@@ -117,6 +117,10 @@ def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
     few = list(effects(summary).drop(list(ends)).sort_values(ascending=False).index)
     grafts = content_of(folder, manifest)[1]
     marked = {name: grafts[name] for name in (*ends, *few[: SHOWN - len(ends)])}
+    members = None
+    if manifest.members:
+        every = _cells(folder, manifest, set(summary["graft"]), range(0), every=True)
+        members, _ = _summary(folder, manifest, every)
     examples, unshown = _examples(folder, manifest, marked, table)
     notes += unshown
     behind = f"All {prompts:,} prompts are here."
@@ -139,6 +143,7 @@ def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
             command=("graftlens", "dashboard", "--sweep", str(folder)),
             provenance=_provenance(folder, manifest),
             texts=texts,
+            members=members,
         ),
     )
 
@@ -287,21 +292,31 @@ def _of_last(table: pd.DataFrame, manifest: Manifest) -> pd.DataFrame:
 
 
 def _cells(
-    folder: Path, manifest: Manifest, grafts: Collection[str], shown: Collection[int]
+    folder: Path,
+    manifest: Manifest,
+    grafts: Collection[str],
+    shown: Collection[int],
+    *,
+    every: bool = False,
 ) -> pd.DataFrame:
-    """The rows of some grafts, with the likeliest tokens of the prompts that are shown."""
+    """The rows of some grafts, with the likeliest tokens of the prompts that are shown; those of
+    `every` model where several ran one after another, or of the last."""
     kept = set(grafts)
+
+    def own(table: pd.DataFrame) -> pd.DataFrame:
+        return table if every else _of_last(table, manifest)
+
     lists = ["top_tokens", "top_probs"]
     dropped = ("distractor_logprobs", "model")
     columns = [column for column in manifest.columns if column not in dropped]
     if len(kept) == len(manifest.grafts):
         table = read_results(folder, columns=columns if shown else _without(columns, lists))
         assert isinstance(table, pd.DataFrame)
-        return _of_last(table, manifest)
+        return own(table)
     parts = []
     for batch in read_results(folder, columns=columns, batch_rows=BATCH):
         assert isinstance(batch, pd.DataFrame)
-        part = _of_last(batch[batch["graft"].isin(kept)], manifest).copy()
+        part = own(batch[batch["graft"].isin(kept)]).copy()
         part.loc[~part["prompt"].isin(shown), lists] = None
         parts.append(part)
     table = pd.concat(parts, ignore_index=True)
@@ -331,15 +346,16 @@ def _summary(
 ) -> tuple[pd.DataFrame, list[str]]:
     """The summary by group of prompts, or of all together where the groups are many."""
     by = _groups(table)
+    lead = [name for name in MEMBERS if name in table]
     count = len(table[by].drop_duplicates())
     if count <= GROUPS:
-        return _summarised(table, manifest, by), []
+        return _summarised(table, manifest, [*lead, *by]), []
     table = table.assign(fact=facts_of(folder).reindex(table["prompt"]).to_numpy())
     note = (
         f"The {count} groups of prompts (by {' and '.join(by)}) are shown together, with facts as "
         "resampling units. `graftlens.summarise` gives them one by one."
     )
-    return _summarised(table, manifest, [], unit="fact"), [note]
+    return _summarised(table, manifest, lead, unit="fact"), [note]
 
 
 def _summarised(

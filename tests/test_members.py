@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import signal
 import warnings
@@ -35,6 +36,8 @@ from graftlens.sweep.models import Models
 from graftlens.sweep.results import read_manifest, read_results
 from graftlens.sweep.runner import is_finished, run_sweep
 from graftlens.viz import lines
+from graftlens.viz import page as page_module
+from graftlens.viz.tables import read_table
 
 STEPS = (40, 5, 120)
 GRAFTS = {"PRE": "none", "SFT": "time @ all", "LT": "time @ last", "q": "time @ last : q : 1"}
@@ -72,6 +75,13 @@ def of_time(run: Path, **changes: Any) -> dict[str, Any]:
 
 def quiet(given: Any, out: Path, **options: Any) -> Any:
     return run_sweep(given, out, progress=False, say=lambda _: None, **options)
+
+
+def drawn(page: Path) -> list[dict[str, Any]]:
+    """A page's figures."""
+    source = page.read_text(encoding="utf-8")
+    held = re.findall(r"id='chart-\d+-figure'>(.*?)</script>", source, re.DOTALL)
+    return [json.loads(figure) for figure in held]
 
 
 # -- made sources in configs -------------------------------------------------------------------
@@ -144,8 +154,14 @@ def test_ranks_are_an_axis_of_a_grid(run: Path, tmp_path: Path) -> None:
     figure = lines(summary, "source_rank", "recovery", series="span")
     assert figure.layout.xaxis.type == "log"
     assert list(figure.layout.xaxis.ticktext) == ["1", "4"]
-    drawn = {line.name: list(line.x) for line in figure.data}
-    assert drawn == {"last": [1, 4], "first_entity + last": [1, 4]}
+    names = {line.name: list(line.x) for line in figure.data}
+    assert names == {"last": [1, 4], "first_entity + last": [1, 4]}
+    on_page = [
+        {line["name"]: line["x"] for line in chart["data"]}
+        for chart in drawn(sweep_report(tmp_path / "out"))
+        if chart["layout"]["xaxis"]["title"]["text"].startswith("source rank")
+    ]
+    assert on_page == [names] * table["template"].nunique()
 
 
 @pytest.mark.parametrize(
@@ -283,11 +299,11 @@ def test_members_are_compared_one_by_one(whole: Path) -> None:
         assert difference == alone["difference"].item()
 
 
-def test_a_page_of_members_is_about_the_last(run: Path, whole: Path) -> None:
+def test_a_page_of_members_compares_them_and_is_else_about_the_last(run: Path, whole: Path) -> None:
     """Members were pooled for the page's table, which statistics refuse."""
     page = sweep_report(whole).read_text()
     last = f"checkpoint-{max(STEPS)}"
-    assert f"This page is about the last, {last};" in page
+    assert f"All else on this page is about the last, {last}." in page
     for step in STEPS:
         sources = {"pre": str(run / "pre"), "time": str(run / f"checkpoint-{step}")}
         model = GraftedTransformer.from_pretrained(sources, verbose=False)
@@ -300,6 +316,57 @@ def test_a_page_of_members_is_about_the_last(run: Path, whole: Path) -> None:
     assert np.average(shown["logprob"], weights=shown["n"]) == pytest.approx(
         table["logprob"].mean()
     )
+
+
+def test_the_page_draws_members_over_steps_and_lists_them(whole: Path) -> None:
+    page = sweep_report(whole)
+    table = read_whole(whole)
+    summary = summarise(table, by=("member", "step", "template"), metrics=("logprob",))
+    charts = [f for f in drawn(page) if f["layout"]["xaxis"]["title"]["text"].startswith("step")]
+    templates = list(dict.fromkeys(table["template"]))
+    assert len(charts) == len(templates) > 1
+    for chart, template in zip(charts, templates, strict=True):
+        assert {line["name"] for line in chart["data"]} == {"LT", "q"}
+        for line in chart["data"]:
+            of_line = (summary["template"] == template) & (summary["graft"] == line["name"])
+            mine = summary[of_line].sort_values("step")
+            assert line["x"] == sorted(STEPS)
+            known = mine["recovery"].notna()
+            assert [y for y in line["y"] if y is not None] == pytest.approx(
+                mine.loc[known, "recovery"].tolist()
+            )
+    assert any(y is not None for chart in charts for line in chart["data"] for y in line["y"])
+    source = page.read_text(encoding="utf-8")
+    section = re.search(r"<section aria-labelledby='members'>.*?</section>", source, re.DOTALL)[0]
+    rows = re.findall(r"<tr><td[^>]*>(.*?)</td><td[^>]*>(.*?)</td>", section)
+    assert set(rows) == {(f"checkpoint-{step}", str(step)) for step in STEPS}
+    assert len(rows) == len(STEPS) * len(GRAFTS) * len(templates)
+
+
+def test_what_the_page_cuts_of_members_is_in_files(whole: Path, tmp_path: Path) -> None:
+    """With a table of more rows than a page shows."""
+    shutil.copytree(whole, tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(page_module, "MAX_ROWS", 5)
+        page = sweep_report(tmp_path / "out")
+    assert "href='report_tables/members.csv'" in page.read_text(encoding="utf-8")
+    listed = read_table(tmp_path / "out" / "report_tables" / "members.csv")
+    assert set(listed["step"]) == set(STEPS)
+    assert {"recovery", "recovery_low", "n", "graft", "template"} <= set(listed.columns)
+    # The page and its tables are no part of the sweep's results.
+    assert is_finished(tmp_path / "out")
+    assert sweep_report(tmp_path / "out") == page
+
+
+def test_the_page_draws_members_without_steps_as_bars(run: Path, tmp_path: Path) -> None:
+    each = [str(run / "sft"), str(run / "lora")]
+    sources = {"pre": str(run / "pre"), "time": {"each": each}}
+    quiet(config(sources, grafts=GRAFTS, limit=2), tmp_path / "out")
+    names = [
+        [str(trace.get("name")).removesuffix(" (n/a)") for trace in figure["data"]]
+        for figure in drawn(sweep_report(tmp_path / "out"))
+    ]
+    assert each in names
 
 
 def test_members_of_one_step_are_not_pooled(whole: Path) -> None:

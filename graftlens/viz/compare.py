@@ -9,19 +9,15 @@ import numpy as np
 import pandas as pd
 from scipy.stats import kendalltau
 
-from graftlens.folder import at_home, claim
+from graftlens.folder import at_home
 from graftlens.references import COLUMNS as REFERENCES
-from graftlens.references import are_references
+from graftlens.references import COMMON_TOKENS, are_references
 from graftlens.viz import text
 from graftlens.viz.figures import bar_chart, heat_map
-from graftlens.viz.page import MAX_ROWS, ExperimentPage, Figure, Part, Table, experiment_page
+from graftlens.viz.page import ExperimentPage, Figure, Part, Table, experiment_page, table_beside
 from graftlens.viz.quantities import Quantity, of_summary
 from graftlens.viz.reading import glossary, nothing_learnt
 from graftlens.viz.spelling import capital
-from graftlens.viz.tables import write_table
-
-#: The file that made the folder of a page's tables ours in version 0.1.0.
-MARKER = "graftlens-tables.txt"
 
 #: Bars of more grafts than this cannot be told apart.
 MAX_BARS = 40
@@ -62,9 +58,8 @@ def compare_page(
         raise ValueError("no run was given to compare; name at least one")
     shared, alone = _sorted_parts(runs)
     path = at_home(path)
-    beside = path.with_name(f"{path.stem}_tables")
     parts = [
-        _part((titles or {}).get(name, name), frames, metric, beside / f"{number}_{_plain(name)}")
+        _part((titles or {}).get(name, name), frames, metric, path, f"{number}_{_plain(name)}")
         for number, (name, frames) in enumerate(shared.items(), start=1)
     ]
     if alone:
@@ -115,7 +110,9 @@ def _sorted_parts(
     return shared, alone
 
 
-def _part(title: str, frames: Mapping[str, pd.DataFrame], metric: str, stem: Path) -> Part:
+def _part(
+    title: str, frames: Mapping[str, pd.DataFrame], metric: str, path: Path, stem: str
+) -> Part:
     for run, frame in frames.items():
         try:
             of_summary(frame, metric)
@@ -145,12 +142,8 @@ def _part(title: str, frames: Mapping[str, pd.DataFrame], metric: str, stem: Pat
             figures.append(Figure(f"{where}{drawn.caption}", drawn.alt, drawn.figure))
         label = of_summary(joined, metric).title
         crossed = _crossed(view, metric)
-        files = {}
-        if len(crossed) > MAX_ROWS:
-            earlier = (stem.parent / MARKER).is_file()
-            claim(stem.parent, "tables", taken=() if earlier else None)
-            files = write_table(crossed, stem.with_name(f"{stem.name}_{_plain(name)}"))
-        tables.append(Table(capital(f"{where}{label} by graft and run"), crossed, files))
+        caption = capital(f"{where}{label} by graft and run")
+        tables.append(table_beside(path, f"{stem}_{_plain(name)}", caption, crossed))
         for (a, one), (b, other) in combinations(view.items(), 2):
             count, tau = agreement(one, other, metric)
             orders.append({"group": name, "run": a, "and run": b, "grafts": count, "τ": tau})
@@ -214,6 +207,8 @@ def _joined(view: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         rows.append(frame.drop(columns=by))
         rows[-1].insert(0, "run", run)
     joined = pd.concat(rows, ignore_index=True)
+    if COMMON_TOKENS in joined and joined[COMMON_TOKENS].nunique(dropna=False) > 1:
+        joined = joined.drop(columns=COMMON_TOKENS)  # `_cautions` says what each is over
     front = ["run", "graft"]
     return joined[[*front, *(c for c in joined.columns if c not in front)]]
 
@@ -261,11 +256,12 @@ def _cautions(frames: Mapping[str, pd.DataFrame], metric: str) -> list[str]:
         ("level of the intervals", ("level",)),
         ("unit that is resampled", ("unit",)),
         ("ends of recovery", ("recovery_of", *REFERENCES)),
+        ("number of tokens that KL, JS and entropy are over", (COMMON_TOKENS,)),
     ):
         if what == "ends of recovery" and metric != "recovery":
             continue
         held = {
-            run: ", ".join(str(frame[c].iloc[0]) for c in columns if c in frame)
+            run: ", ".join(str(frame[c].iloc[0]) for c in columns if c in frame) or "all"
             for run, frame in frames.items()
         }
         if len(set(held.values())) > 1:

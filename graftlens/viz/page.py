@@ -14,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 import plotly.graph_objects as go
 
-from graftlens.folder import at_home, writable, write_whole
+from graftlens.folder import at_home, claim, writable, write_whole
 from graftlens.viz import tables
 from graftlens.viz.examples import Glimpse
 from graftlens.viz.render import GENERATOR, render
@@ -30,6 +30,9 @@ _NUMBER = re.compile(r"-?\d[\d.,%-]*(?= \[|$)")
 
 #: Longer tables are cut on a page; their CSV has all rows.
 MAX_ROWS = 60
+
+#: The file that made the folder of a page's tables ours in version 0.1.0.
+_TABLES = "graftlens-tables.txt"
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,20 @@ class Table:
         ]
         key = list(shown).index("graft") if "graft" in shown else 0
         return Cells(head, rows, len(self.frame), key)
+
+
+def table_beside(page: Path, name: str, caption: str, frame: pd.DataFrame) -> Table:
+    """A table of a page; if the page cuts it, it is complete in the folder `<page's name>_tables`.
+
+    Raises:
+        ValueError: a folder of that name that graftlens did not create.
+        OSError: files that cannot be written.
+    """
+    if len(frame) <= MAX_ROWS:
+        return Table(caption, frame)
+    folder = page.with_name(f"{page.stem}_tables")
+    claim(folder, "tables", taken=() if (folder / _TABLES).is_file() else None)
+    return Table(caption, frame, tables.write_table(frame, folder / name))
 
 
 @dataclass(frozen=True)

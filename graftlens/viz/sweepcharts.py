@@ -1,15 +1,15 @@
 """Charts of a sweep, chosen by what its grafts vary: heat maps, triangles, dose responses, bars."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
 
-from graftlens.references import are_references
+from graftlens.references import MEMBERS, are_references
 from graftlens.viz import text
-from graftlens.viz.figures import bar_chart, dose_chart, heat_map
+from graftlens.viz.figures import bar_chart, dose_chart, heat_map, line_chart
 from graftlens.viz.page import Figure
 from graftlens.viz.quantities import measured, of_summary
 from graftlens.viz.spelling import capital
@@ -83,7 +83,7 @@ def sweep_charts(summary: pd.DataFrame) -> tuple[list[Figure], list[str]]:
 
     Grafts that differ in two or more of `AXES` are cells of heat maps, one for each group of
     prompts, with a panel for each value of what is left; windows of layers are a triangle. Grafts
-    that differ in strength are lines, too. All others are bars.
+    that differ in strength, or in their source's rank, are lines, too. All others are bars.
     """
     metric = main_metric(summary)
     groups = text.groups(summary)
@@ -97,6 +97,7 @@ def sweep_charts(summary: pd.DataFrame) -> tuple[list[Figure], list[str]]:
             _titled(_map(layout, part, metric), name, groups) for name, part in groups.items()
         ]
     figures += list(_doses(groups, metric))
+    figures += list(_ranks(groups, metric))
     mapped = frozenset() if layout is None else layout.grafts
     rest = summary[~summary["graft"].astype(str).isin(mapped)]
     others = rest.loc[~are_references(rest), "graft"].nunique()
@@ -110,6 +111,30 @@ def sweep_charts(summary: pd.DataFrame) -> tuple[list[Figure], list[str]]:
         names = ("top5", metric) if "top5" in measured(summary) else (metric,)
         figures += [bar_chart(rest, name, legend_title="prompts") for name in names]
     return figures, notes
+
+
+def member_charts(summary: pd.DataFrame) -> list[Figure]:
+    """What changes from one model of a source to the next, a chart for each group of prompts: lines
+    over their steps, or bars for each model where steps do not tell them apart."""
+    metric = main_metric(summary)
+    steps = summary.drop_duplicates("member")["step"]
+    along = bool(steps.notna().all() and steps.is_unique)
+    last = summary[summary["member"] == summary["member"].iloc[-1]].drop(columns=list(MEMBERS))
+    drawn = largest(last, LINES)["graft"]
+    kept = summary[summary["graft"].isin(drawn)].drop(columns="member" if along else "step")
+    by = last.columns[: last.columns.get_loc("graft")]
+    if metric == "recovery":
+        kept = kept[~are_references(kept)]  # 0 and 1 by definition
+    parts = text.groups(kept.drop(columns="step" if along else "member"))
+    figures = []
+    for name, part in parts.items():
+        rows = kept.loc[part.index].drop(columns=by)
+        if along:
+            figure = line_chart(rows, "step", metric, series="graft")
+        else:
+            figure = bar_chart(rows, metric, legend_title="model")
+        figures.append(_titled(figure, name, parts))
+    return figures
 
 
 def _layout(rows: pd.DataFrame, far: "pd.Series[float]") -> tuple[_Map | None, list[str]]:
@@ -169,6 +194,22 @@ def _doses(groups: dict[str, pd.DataFrame], metric: str) -> Iterator[Figure]:
             yield _titled(dose_chart(part, metric), name, groups)
 
 
-def _titled(figure: Figure, name: str, groups: dict[str, pd.DataFrame]) -> Figure:
+def _ranks(groups: dict[str, pd.DataFrame], metric: str) -> Iterator[Figure]:
+    """The metric over the rank of what each source is cut to, a line for each place."""
+    for name, part in groups.items():
+        if "source_rank" not in part:
+            continue
+        single = part[part["source_rank"].notna() & ~are_references(part)]
+        places = [a for a in AXES if a != "source" and single[a].astype(str).nunique() > 1]
+        lines = len(single[places].drop_duplicates()) if places else 1
+        # Two sources that are cut have two values at a rank.
+        twice = single.duplicated([*places, "source_rank"]).any()
+        if single["source_rank"].nunique() > 1 and lines <= LINES and not twice:
+            series = " and ".join(places) or None
+            chart = line_chart(_labelled(single, places), "source_rank", metric, series=series)
+            yield _titled(chart, name, groups)
+
+
+def _titled(figure: Figure, name: str, groups: Sized) -> Figure:
     """The figure with its group's name in front of the caption, where there are several."""
     return replace(figure, caption=f"{name}: {figure.caption}") if len(groups) > 1 else figure

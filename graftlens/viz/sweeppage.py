@@ -10,12 +10,19 @@ from graftlens.folder import at_home, write_whole
 from graftlens.references import are_references, named_in
 from graftlens.viz import text
 from graftlens.viz.examples import Example, Glimpse
+from graftlens.viz.page import table_beside
 from graftlens.viz.quantities import of_summary
 from graftlens.viz.reading import glossary, nothing_learnt
 from graftlens.viz.render import render
 from graftlens.viz.report import numbers
 from graftlens.viz.spelling import visible
-from graftlens.viz.sweepcharts import effects, largest, main_metric, sweep_charts
+from graftlens.viz.sweepcharts import (
+    effects,
+    largest,
+    main_metric,
+    member_charts,
+    sweep_charts,
+)
 from graftlens.viz.textspage import Texts
 
 #: Most grafts that the table of numbers lists.
@@ -37,6 +44,8 @@ class Sweep:
         shown: the numbers of the prompts that can be looked at.
         notes: what a reader must know, such as which grafts are left out.
         said: which prompts the page has behind a graft.
+        members: of a sweep whose source stands for several models, the summary of them all, by
+            member and step; all else is of one of them.
         examples: prompts with the tokens that grafts touch.
         glimpse: what the page begins with, if there is such a prompt.
         trust, trusted: the trust report, and whether it found nothing wrong.
@@ -60,6 +69,7 @@ class Sweep:
     command: Sequence[str]
     provenance: Mapping[str, object]
     texts: Texts | None = None
+    members: pd.DataFrame | None = None
 
 
 def sweep_page(path: str | Path, sweep: Sweep) -> Path:
@@ -78,6 +88,8 @@ def sweep_page(path: str | Path, sweep: Sweep) -> Path:
             f"The table of numbers lists the {LISTED} of {grafts} grafts whose log-probability "
             "differs most from the base's."
         )
+    every = sweep.members
+    beside = "Each graft under each model"
     html = render(
         "sweep.html",
         title=sweep.title,
@@ -93,6 +105,8 @@ def sweep_page(path: str | Path, sweep: Sweep) -> Path:
         trusted=sweep.trusted,
         behind=_behind(sweep),
         texts=sweep.texts,
+        member_charts=[] if every is None else member_charts(every),
+        members=None if every is None else table_beside(path, "members", beside, every),
         provenance=sweep.provenance,
         folder=path.parent,
     )
