@@ -12,7 +12,18 @@ from families import model_of, save_checkpoint
 from toytokenizers import TOKENIZERS
 from transformers import LlamaConfig
 
-from graftlens import GraftedTransformer, Prompt, dashboard, evaluate, lens, summarise, viz
+from graftlens import (
+    GraftedTransformer,
+    Prompt,
+    dashboard,
+    evaluate,
+    find,
+    lens,
+    outcomes,
+    summarise,
+    sweep_report,
+    viz,
+)
 from graftlens.configfile import settings_from
 from graftlens.experiment.analysis import PartTables
 from graftlens.experiment.config import ExperimentConfig, PartConfig
@@ -21,6 +32,7 @@ from graftlens.references import common_tokens
 from graftlens.sweep.config import SweepConfig, check
 from graftlens.sweep.results import read_results
 from graftlens.sweep.runner import run_sweep
+from graftlens.viz.compare import compare_page
 from graftlens.viz.report import write_report
 from graftlens.viz.tables import write_table
 from graftlens.viz.text import text_table
@@ -198,6 +210,81 @@ def test_an_experiments_page_says_it(
         in page.findings
     )
     assert f"over {common:,} common tokens" in page.figures[0].caption
+
+
+def test_a_sweeps_page_says_it(folders: dict[str, Path], common: int, tmp_path: Path) -> None:
+    run_sweep(_asked(folders, ["kl_full"]), tmp_path / "out", progress=False, say=lambda text: None)
+    page = sweep_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert f"are over the {common:,} tokens that all sources have, renormalised." in page
+    assert f"nats, over {common:,} common tokens" in page
+
+
+def test_runs_over_different_tokens_are_compared_and_say_it(
+    summary: pd.DataFrame, common: int, tmp_path: Path
+) -> None:
+    """The numbers of tokens made two runs one table that is refused."""
+    runs = {
+        "one": {"part": summary},
+        "two": {"part": summary.assign(common_tokens=7)},
+        "three": {"part": summary.drop(columns="common_tokens")},
+    }
+    page = compare_page(tmp_path / "page.html", runs, provenance={}, metric="kl_full").read_text()
+    what = "The number of tokens that KL, JS and entropy are over is not the same"
+    assert f"{what}: one: {common}; two: 7; three: all." in page
+    same = {"one": runs["one"], "two": runs["one"]}
+    page = compare_page(tmp_path / "same.html", same, provenance={}, metric="kl_full").read_text()
+    assert f"over {common:,} common tokens" in page
+    assert what not in page
+
+
+@pytest.mark.filterwarnings("ignore:the scores of")
+def test_finding_says_it(model: GraftedTransformer, common: int) -> None:
+    said = f"over {common:,} common tokens"
+    spans = ["a", "last", "rest"]
+    asked = [Prompt("{a} acted", {"a": name}, answer=" in") for name in ("Anders", "Chloë")]
+    scores = find.attribute(model, asked, "chat", positions=spans, metric="kl_base", steps=1)
+    assert set(scores["common_tokens"]) == {common}
+    assert said in words(viz.effect_heatmap(scores, metric="kl_base"))
+    assert "common" not in words(viz.effect_heatmap(scores, metric="logprob"))
+    plain = find.attribute(model, asked, "chat", positions=spans, steps=1)
+    assert "common_tokens" not in plain
+    exact = find.exact_effects(
+        model, asked[:1], "chat", positions=["last"], metric="entropy", within="chat @ last : mlp"
+    )
+    assert set(exact["common_tokens"]) == {common}
+    players = {"a": "chat @ a", "last": "chat @ last"}
+    found = find.interactions(model, asked, players, metrics=["kl_full", "logprob"], progress=False)
+    for frame in (found.table, found.pairs):
+        over = frame["metric"] == "kl_full"
+        assert set(frame.loc[over, "common_tokens"]) == {common}
+        assert frame.loc[~over, "common_tokens"].isna().all()
+    assert said in words(viz.interaction_matrix(found.table, found.pairs)).replace("<br>", " ")
+
+
+def test_scored_texts_say_it(model: GraftedTransformer, common: int) -> None:
+    assert set(outcomes.score_texts(model, ["Anders acted"], "chat @ last")["common_tokens"]) == {
+        common
+    }
+
+
+@pytest.mark.filterwarnings("ignore:the scores of")
+def test_a_localisation_says_it(model: GraftedTransformer, common: int, tmp_path: Path) -> None:
+    names = ("Anders", "Chloë", "Mia", "Ben")
+    asked = [Prompt("{a} acted", {"a": name, "fact": name}, answer=" in") for name in names]
+    found = find.localise(
+        model,
+        asked,
+        "chat",
+        positions=["last", "rest"],
+        within="chat @ all : mlp",
+        steps=1,
+        rounds=0,
+        random=0,
+        resamples=0,
+    )
+    assert set(found.summary["common_tokens"]) == {common}
+    page = viz.localisation_page(found, tmp_path / "found.html").read_text(encoding="utf-8")
+    assert f"are over the {common:,} tokens that all sources have, renormalised." in page
 
 
 def test_a_dashboard_says_it(model: GraftedTransformer, common: int) -> None:

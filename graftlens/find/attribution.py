@@ -93,8 +93,10 @@ def attribute(
         value first; NA for a whole site); `ig`, `at_base` and `at_full`, in units of the measure;
         `value_base` and `value_full`, the measure at strengths 0 and 1; `completeness`, the share
         of their difference that `ig` leaves unexplained, NA where it is below 0.001. Sites whose
-        tensors are equal in both sources have the score 0. `attrs["passes"]` counts the forward
-        and backward passes, one for each prompt at each strength.
+        tensors are equal in both sources have the score 0. Where the sources have different
+        vocabularies and the measure is KL, JS or entropy, `common_tokens` is how many tokens it is
+        over: those that all sources have. `attrs["passes"]` counts the forward and backward passes,
+        one for each prompt at each strength.
 
     Raises:
         PromptError: prompts that cannot be run or lack what the measure needs, positions that
@@ -122,7 +124,8 @@ def attribute(
         found = _Integrals(model, asked, directions, nodes)
         found.run()
     _warn(found.completeness, steps)
-    return found.table()
+    table = found.table()
+    return model.vocabularies.marked(table) if asked.measure.over_common else table
 
 
 def _steps(steps: Any) -> int | None:

@@ -43,9 +43,10 @@ def exact_effects(
         what the full run loses when it alone is missing (`value_full` minus the measure), in units
         of the measure; both are 0 where the sources' tensors are equal, and NA for a bias that no
         rule can choose by itself. `value_base` and `value_full` are the measure with nothing and
-        with everything that is searched grafted. A head or neuron that is missing takes the bias
-        of `o` or `mlp_out` with it, as rules of single units do. `attrs["passes"]` counts the
-        forward passes, one for each prompt under each graft, before rows are shared.
+        with everything that is searched grafted; `common_tokens` is as in `attribute`'s table. A
+        head or neuron that is missing takes the bias of `o` or `mlp_out` with it, as rules of
+        single units do. `attrs["passes"]` counts the forward passes, one for each prompt under each
+        graft, before rows are shared.
 
     Raises:
         PromptError, ValueError: as for `attribute`, but for rotary tables that differ, which whole
@@ -105,7 +106,7 @@ def exact_effects(
                     found[what][number][row] = gained if what == "alone" else lost
     table = layout.frame(found, ends)
     table.attrs["passes"] = passes
-    return table
+    return model.vocabularies.marked(table) if asked.measure.over_common else table
 
 
 def _places(layout: Layout) -> list[Place]:

@@ -15,9 +15,10 @@ from graftlens.find.coalitions import Coalitions
 from graftlens.find.games import Weights, dividends, members, pairs_of
 from graftlens.find.rating import Rating, of_texts
 from graftlens.graft import Graft, Grafts
-from graftlens.metrics import Measure, averaged, known
+from graftlens.metrics import Measure, averaged, known, some_over_common
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt, PromptError, Tokenized, tokenize
+from graftlens.references import COMMON_TOKENS, common_tokens
 from graftlens.stats.intervals import FEW, mean_intervals, wilson
 from graftlens.stats.resampling import (
     Draw,
@@ -260,7 +261,9 @@ def measured_interactions(
         if np.isnan(values).any():
             raise ValueError(f"{metric!r} was not measured here. Leave it out.")
         game = _Game(planned, metric, values, units, draw, float(margin))
-        about = {"n": len(values), "units": unit_count(units), "level": draw.level}
+        about: dict[str, Any] = {"n": len(values), "units": unit_count(units), "level": draw.level}
+        common = common_tokens(results) if some_over_common([metric]) else None
+        about |= {} if common is None else {COMMON_TOKENS: common}
         for name, frame in game.frames():
             frame.insert(0, "metric", metric)
             frames[name].append(frame.assign(**about))

@@ -332,4 +332,5 @@ class InMemory:
             measures=list(asked.values()),
             references={"base": self.question.base, "full": self.question.full},
         )
-        return scorer.table(chosen)
+        # kl_full is among the columns, which says what it is over.
+        return self.model.vocabularies.marked(scorer.table(chosen))

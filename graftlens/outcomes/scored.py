@@ -74,9 +74,10 @@ def score_texts(
         fields; of a continuation `generated`): columns `text` (its number), `graft`, `rule`,
         `base_run`, `full_run`, `span`, `n` (tokens), `logprob` (their sum, in nats), `perplexity`
         (exp of minus the mean), `kl_base` and `kl_full` (sums of KL(graft ‖ run) of the predictions
-        of these tokens, in nats; NaN without a full run) and `reason` (why a text could not be run:
-        all numbers are NA then). With `per_token`, per text, graft and token: `position`,
-        `token_id`, `token`, `logprob`, `kl_base`, `kl_full`.
+        of these tokens, in nats; NaN without a full run; where vocabularies differ, over the
+        `common_tokens` tokens that all sources have) and `reason` (why a text could not be run: all
+        numbers are NA then). With `per_token`, per text, graft and token: `position`, `token_id`,
+        `token`, `logprob`, `kl_base`, `kl_full`.
 
     Raises:
         ValueError: no grafts; rows without the field; as many continuations as there are not
@@ -112,7 +113,8 @@ def score_texts(
         raise ValueError(f"more continuations than the {number} texts: give one for each.")
     if not tables:
         raise ValueError("no texts: give at least one.")
-    return marked(pd.concat(tables, ignore_index=True), runs.base, runs.full)
+    table = marked(pd.concat(tables, ignore_index=True), runs.base, runs.full)
+    return model.vocabularies.marked(table)
 
 
 def _given(item: Any, field: str | None) -> Any:

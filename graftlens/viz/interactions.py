@@ -51,7 +51,7 @@ def interaction_matrix(
             raise ValueError(f"the table has no metric {name!r}; it has {listed(have)}")
     players = list(dict.fromkeys(table["player"].astype(str)))
     labels = [escaped(name) for name in shortened(players, 28).values()]
-    facts = [Quantity.of(name) for name in shown]
+    facts = [Quantity.of(name).within(pairs[pairs["metric"] == name]) for name in shown]
     inner = _ROW * len(players)
     between = _FOOT + _HEAD
     height = len(shown) * inner + (len(shown) - 1) * between

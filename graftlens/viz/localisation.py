@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from graftlens.folder import at_home, write_whole
-from graftlens.viz import theme
+from graftlens.viz import text, theme
 from graftlens.viz.figures import bar_chart
 from graftlens.viz.linecharts import add_line
 from graftlens.viz.page import Figure, Table
@@ -197,7 +197,7 @@ def _scale(value: str, values: Sequence[float]) -> Scale:
             {"tickvals": [0, 0.5, 1], "ticktext": ["not", "in part", "whole"]},
         )
     quantity = Quantity(value, VIEWS[value], "in units of the measure", short=value, signed=True)
-    return scale(quantity, values, signed=True)
+    return scale(quantity, values, signed=True, robust=True)
 
 
 def recovery_curve(
@@ -403,10 +403,12 @@ def localisation_page(
                 chance,
             )
         )
+    notes = [*found.notes, *filter(None, [text.common_note(found.summary)])]
     html = render(
         "localisation.html",
         title=title or f"The places that do what {found.source} does",
         found=found,
+        notes=notes,
         measured=_measured(found),
         views=views,
         unmeasured="alone" not in found.table,
