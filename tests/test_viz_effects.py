@@ -71,6 +71,20 @@ def test_a_cell_is_the_mean_over_prompts_at_its_site_and_position():
     assert "nats" in axis.colorbar.title.text
 
 
+@pytest.mark.parametrize(("size", "beyond"), [(2.9, False), (-40.0, True)])
+def test_one_extreme_site_does_not_set_the_scale(size, beyond):
+    """It made all other cells, in every panel, as good as white."""
+    table = sites(1).assign(ig=lambda t: np.linspace(-1, 1, len(t)))
+    table.loc[3, "ig"] = size
+    figure = effect_heatmap(table)
+    axis = figure.layout.coloraxis
+    end = 1.0 if beyond else abs(size)
+    assert (axis.cmin, axis.cmax) == (-end, end)
+    assert ("1 beyond, up to 40" in axis.colorbar.title.text) == beyond
+    held = [v for trace in maps(figure) for row in trace.z for v in row if v is not None]
+    assert size in held, "the cell itself has its value"
+
+
 def test_units_of_a_site_are_added_up():
     table = heads()
     last, _ = maps(effect_heatmap(table))

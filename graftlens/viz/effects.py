@@ -47,7 +47,8 @@ def effect_heatmap(
     """Where the effect is: layer (across) × component (down), a panel for each position.
 
     A cell is the mean over prompts; units of a site are added up. Components outside the layers
-    have a column of their own. All panels share one scale, symmetric around 0.
+    have a column of their own. All panels share one scale, symmetric around 0, which a few extreme
+    cells do not stretch: the colour bar says how far they go.
 
     Args:
         table: of `find.attribute` or `find.exact_effects`.
@@ -204,7 +205,7 @@ def _facts(table: pd.DataFrame, value: str, metric: str) -> Quantity:
         check_column(table, column, _OF)
     if table[value].notna().sum() == 0:
         raise ValueError(f"the table has no value in its column {value!r}")
-    measure = Quantity.of(metric)
+    measure = Quantity.of(metric).within(table)
     unit = "share of 1" if measure.share else measure.unit
     return Quantity(
         facts.name, f"{facts.label}, {measure.short}", unit, bounds=(None, None), signed=True
@@ -281,7 +282,7 @@ def _panels(
             row=number + 1,
             col=1,
         )
-    held = scale(facts, every, signed=True)
+    held = scale(facts, every, signed=True, robust=True)
     shared = {k: v for k, v in theme.layout(look).items() if k not in ("xaxis", "yaxis")}
     figure.update_layout(
         **shared,

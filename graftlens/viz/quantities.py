@@ -187,6 +187,7 @@ def scale(
     signed: bool = False,
     whole: bool = True,
     anchored: bool = True,
+    robust: bool = False,
 ) -> Scale:
     """The colours for all values that share a scale, as `Quantity.coloured` gives them.
 
@@ -196,6 +197,8 @@ def scale(
         signed: symmetric around 0, as differences are.
         whole: a share's scale goes from 0 to 1, whatever the data.
         anchored: what is not a share begins (or ends) at its bound, and not where the data do.
+        robust: a symmetric scale ends before a few values that are far from all others, which have
+            the colour of its end; its title says how far they go.
     """
     held = [value for value in values if math.isfinite(value)]
     low, high = min(held, default=0.0), max(held, default=0.0)
@@ -204,7 +207,11 @@ def scale(
         coarse = whole or max(abs(low), abs(high)) > 0.05
         ticks["tickformat"] = ".0%" if coarse else ".1%"
     if signed:
-        return _symmetric(quantity, max(abs(low), abs(high)) or 1.0, ticks)
+        sizes = sorted(map(abs, held), reverse=True)
+        beyond = _outlying(sizes) if robust else 0
+        found = _symmetric(quantity, (sizes[beyond:] or [0.0])[0] or 1.0, ticks)
+        said = f"{found.title}; {beyond} beyond, up to {sizes[0]:.3g}" if beyond else found.title
+        return replace(found, title=said)
     colors: tuple[str, ...] = theme.SEQUENTIAL
     if quantity.share:
         return Scale(0.0, 1.0 if whole else high or 1.0, colors, quantity.axis, ticks)
@@ -221,6 +228,15 @@ def scale(
     if quantity.is_cosine:
         return Scale(low if low < 1 else 0.0, 1.0, colors[::-1], quantity.axis)
     return Scale(min(low, 0.0), high or 1.0, colors, quantity.axis)
+
+
+def _outlying(sizes: Sequence[float]) -> int:
+    """How many of the sizes, the greatest first, a scale leaves out: one in fifty, or one of ten or
+    more, if the greatest is more than three times what remains."""
+    few = max(len(sizes) // 50, 1)
+    if len(sizes) < 10 or not 0 < 3 * sizes[few] < sizes[0]:
+        return 0
+    return sum(size > sizes[few] for size in sizes)
 
 
 def _symmetric(quantity: Quantity, end: float, ticks: dict[str, object]) -> Scale:
