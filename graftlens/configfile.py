@@ -67,6 +67,26 @@ def read_settings(model: type[S], path: Path, overrides: Sequence[str] = ()) -> 
         raise error.under(str(path), ": ") from None
 
 
+def text_with(path: Path, typed: Sequence[str]) -> str:
+    """A config file's text, followed by a comment on what was typed beside it."""
+    said = "".join(f"#   {one}\n" for one in typed)
+    note = f"\n# and on the command line:\n{said}" if typed else ""
+    return path.read_text(encoding="utf-8") + note
+
+
+def refuse_overrides(overrides: Sequence[str]) -> None:
+    """Refuse overrides of what is not a file.
+
+    Raises:
+        ValueError: there are some.
+    """
+    if overrides:
+        raise ValueError(
+            f"overrides={list(overrides)}: these apply to a config file only. Change the config "
+            "itself."
+        )
+
+
 def settings_from(model: type[S], values: Any) -> S:
     """Validate plain values against `model`.
 

@@ -209,7 +209,8 @@ def write_dashboard(
     it.
 
     Args:
-        sources: name -> hub id, folder, `smollm2`, or what the source is made of; the base first.
+        sources: name -> hub id, folder, `smollm2-135m`, or what the source is made of; the base
+            first.
         path: the page.
         image: a PNG of the whole page.
         prompt, grafts, full, title, top_k, follow, max_new_tokens, complete: as in `dashboard`.

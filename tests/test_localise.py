@@ -5,6 +5,7 @@ import copy
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import MakeTiny
+from peft import LoraConfig, get_peft_model
 from reference import sequential_graft
 
 from graftlens import find
@@ -26,6 +28,7 @@ from graftlens.find.splitting import Split, split
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture
 from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.making import largest_rank
 from graftlens.prompts import Prompt, PromptError, continuation
 
 PEOPLE = ("Ann", "Zoë Reed-Lang", "Robert Low Jr.", "Siobhán", "Ben Ode", "Mia", "Oskar", "Lea")
@@ -135,6 +138,52 @@ def test_planted_places_are_found_exactly(found: Any) -> None:
     assert found.table.loc[found.table["in_set"], "stability"].min() > 0.8
 
 
+def _as_adapter(pre: Any, sft: Any) -> Any:
+    """The planted differences as a LoRA adapter, by their singular values."""
+    last = len(pre.model.layers) - 1
+    modules = {f"model.layers.{last}.self_attn.q_proj": "q", "lm_head": "unembed"}
+    modules |= {f"model.layers.{last}.mlp.down_proj": "mlp_out"}
+    rank = max(min(_tensor(pre, site).shape) for site in PLANTED)
+    settings = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(modules))
+    adapter = get_peft_model(copy.deepcopy(pre), settings)
+    for name, site in modules.items():
+        delta = _tensor(sft, site).double() - _tensor(pre, site).double()
+        u, values, v = torch.linalg.svd(delta.detach(), full_matrices=False)
+        layer = adapter.get_base_model().get_submodule(name)
+        a, b = layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data
+        a.zero_()[: len(values)] = values[:, None] * v
+        b.zero_()[:, : len(values)] = u
+    return adapter
+
+
+@pytest.mark.parametrize("kind", ["adapter", "made"])
+def test_an_adapter_and_a_made_source_are_localised_as_what_they_equal(
+    kind: str, planted: Any, found: Any, tmp_path: Path
+) -> None:
+    whole, mixed, prompts = planted
+    pre, sft = mixed[()], mixed[PLANTED]
+    if kind == "adapter":
+        _as_adapter(pre, sft).save_pretrained(tmp_path)
+        sources = {"pre": pre, "sft": tmp_path}
+    else:
+        recipe = {"of": "whole", "rank": largest_rank(whole.arch)}
+        sources = {"pre": pre, "whole": sft, "sft": recipe}
+    model = GraftedTransformer.from_pretrained(
+        sources, tokenizer=whole.tokenizer, check=False, verbose=False
+    )
+    weight, _ = model.weights_of(Component.Q, whole.arch.n_layers - 1)
+    assert weight.additions(model.sources.index("sft")), "it is kept in factors"
+    own = find.localise(
+        model, prompts, "sft", positions=POSITIONS, target=0.999, goal="both", random=0, seed=1
+    )
+    assert own.graft == found.graft
+    assert own.table["score"].to_numpy() == pytest.approx(found.table["score"].to_numpy(), abs=1e-4)
+    rows, wanted = (one.summary.set_index("graft")["logprob"] for one in (own, found))
+    assert rows.loc[["PRE", "SFT", "found", "complement"]].to_dict() == pytest.approx(
+        wanted.loc[["PRE", "SFT", "found", "complement"]].to_dict(), abs=1e-4
+    )
+
+
 def test_the_report_has_hugging_face_s_numbers(found: Any, planted: Any) -> None:
     """The mixed models' own, as the three act at the last token only."""
     model, mixed, prompts = planted
@@ -218,6 +267,16 @@ def test_differences_are_paired_and_costs_count_the_exact_effects(planted: Any) 
     searched = int(found.split.set_index("part").at["search", "prompts"])
     assert cost["forwards"] == searched * (2 + 2 * len(PLANTED) * 2)
     assert cost["backwards"] == 0
+    held = set(found.rows["prompt"])
+    asked = [prompt for number, prompt in enumerate(prompts) if number not in held]
+    exact = find.exact_effects(model, asked, "sft", positions=["last", "rest"])
+    key = ["component", "layer", "position"]
+    means = exact.groupby(key, dropna=False)[["alone", "missing"]].mean().reset_index()
+    both = found.table.merge(means, on=key, suffixes=("", "_exact"))
+    assert len(both) == len(found.table)
+    for what in ("alone", "missing"):
+        assert both[what].abs().max() > 0
+        assert both[what].to_numpy() == pytest.approx(both[f"{what}_exact"].to_numpy(), abs=1e-5)
 
 
 def test_a_measure_that_falls_is_taken_from(planted: Any) -> None:

@@ -11,7 +11,10 @@ import pandas as pd
 import pytest
 import yaml
 from command import graftlens
+from loras import on
 from sweeps import checkpoints
+from test_report import Page
+from transformers import AutoModelForCausalLM
 
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.experiment import localising
@@ -231,6 +234,40 @@ def test_the_command_describes_and_runs(sources: dict[str, str], tmp_path: Path)
     assert said.returncode == 0, said.stderr
     assert "trust report passed" in said.stdout
     assert (tmp_path / "graftlens-runs" / "localise" / "where" / "index.html").is_file()
+
+
+def test_the_command_compares_a_localisation_with_a_sweep(whole: Path, tmp_path: Path) -> None:
+    """The sweep is the one that the localisation itself ran of its found set."""
+    sweep, page = whole / "steps" / "found", tmp_path / "both.html"
+    said = graftlens("report", whole, sweep, "--out", page, "--metric", "logprob")
+    assert said.returncode == 0, said.stderr
+    words = " ".join(" ".join(Page(page).words).split())
+    kept = read_table(whole / "tables" / "summary.csv").set_index("graft")
+    for graft in ("found", "complement"):
+        number = f"{kept.at[graft, 'logprob']:.2f}"
+        assert words.count(number) >= 2, "of the localisation and of its sweep"
+    alone = graftlens("report", whole)
+    assert alone.returncode == 1
+    assert f"{whole}'s own page is {whole / 'index.html'}." in alone.stderr
+
+
+@pytest.mark.parametrize("name", ["lora", "half"])
+def test_the_command_localises_an_adapter_and_what_is_made_of_it(
+    name: str, sources: dict[str, str], tmp_path: Path
+) -> None:
+    """The adapter's own forward pass, of PEFT, is what the trust report compares with."""
+    on(AutoModelForCausalLM.from_pretrained(sources["pre"]), 3).save_pretrained(tmp_path / "lora")
+    given = {"pre": sources["pre"], "lora": str(tmp_path / "lora")}
+    given |= {"half": {"of": "lora", "strength": 0.5}}
+    path, out = tmp_path / "where.yaml", tmp_path / "out"
+    few = {"source": name, "positions": ["last", "rest"], "rounds": 0, "random": 2}
+    path.write_text(yaml.safe_dump(config(given, **few), sort_keys=False))
+    said = graftlens("localise", path, "--out", out)
+    assert said.returncode == 0, said.stderr
+    assert "trust report passed" in said.stdout
+    found = yaml.safe_load((out / "found.yaml").read_text())
+    assert {rule["source"] for rule in found["found"]} == {name}
+    assert f"    {name} @ all: " in (out / "trust.txt").read_text()
 
 
 def test_shipped_configs_load() -> None:

@@ -174,8 +174,19 @@ def test_the_page_says_what_was_found_first(written: Path) -> None:
     assert "alone and missing were not measured" in text
 
 
-@pytest.mark.parametrize("width", [700, 1400])
-def test_the_page_fits_and_shows_each_map(written: Path, tmp_path: Path, width: int) -> None:
+def with_effects() -> pd.DataFrame:
+    """The sites as `localise(…, effects=True)` has them."""
+    rng = np.random.default_rng(2)
+    table = sites()
+    return table.assign(alone=rng.normal(size=len(table)), missing=rng.normal(size=len(table)))
+
+
+@pytest.mark.parametrize(("width", "effects"), [(700, True), (1400, False)])
+def test_the_page_fits_and_shows_each_map(
+    written: Path, tmp_path: Path, width: int, effects: bool
+) -> None:
+    if effects:
+        written = viz.localisation_page(Result(with_effects()), tmp_path / "found.html")
     script = """
       const choose = document.getElementById("sites-view");
       const seen = {};
@@ -187,7 +198,7 @@ def test_the_page_fits_and_shows_each_map(written: Path, tmp_path: Path, width: 
         const shown = [...document.querySelectorAll("[data-view]")].filter(v => !v.hidden);
         const chart = shown[0].querySelector(".chart");
         seen[option.value] = [shown.length, shown[0].dataset.view,
-          chart.querySelectorAll(".hm").length,
+          chart.querySelectorAll(".hm").length, chart._fullData[0].z[3][1],
           chart.getBoundingClientRect().width - chart._fullLayout.width];
       }
       const page = document.documentElement;
@@ -197,10 +208,17 @@ def test_the_page_fits_and_shows_each_map(written: Path, tmp_path: Path, width: 
     found, complaints = ask(written, script, tmp_path, width=width)
     assert complaints == []
     assert found["wide"] <= 0
-    assert found["seen"]["alone"] == found["seen"]["missing"] == "off"
-    for view in ("score", "in_set"):
-        shown, name, panels, apart = found["seen"][view]
+    if not effects:
+        assert found["seen"]["alone"] == found["seen"]["missing"] == "off"
+    table = with_effects()
+    assert list(dict.fromkeys(table["component"])).index("ln1") == 3
+    (first,) = table[
+        (table["component"] == "ln1") & (table["layer"] == 0) & (table["position"] == POSITIONS[0])
+    ].to_dict("records")
+    for view in VIEWS if effects else ("score", "in_set"):
+        shown, name, panels, value, apart = found["seen"][view]
         assert (shown, name, panels) == (1, view, len(POSITIONS))
+        assert value == pytest.approx(float(first[view]))
         assert abs(apart) < 2, "a map that was hidden fits the page"
     assert found["marks"] == ["q: layers 3-5; mlp_in: layers 9", "unembed: layers all"]
 

@@ -73,9 +73,10 @@ def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Pa
     """
     out = page_at(at_home(out), "Name another file with --out.")
     if len(runs) < 2:
+        own = [f" {run}'s own page is {index}." for run in runs if (index := _index(run)).is_file()]
         raise ValueError(
             f"{len(runs)} given: name two or more folders that graftlens run, sweep or localise "
-            "wrote."
+            f"wrote.{''.join(own)}"
         )
     found = {run: _read_run(run) for run in map(at_home, runs)}
     if len({run.resolve() for run in found}) < len(runs):
@@ -95,6 +96,10 @@ def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Pa
     titles = {name: title for one in found.values() for name, title in one.titles.items()}
     provenance = {labels[run]: dict(one.about) for run, one in found.items()}
     return compare_page(out, tables, titles=titles, provenance=provenance, metric=metric)
+
+
+def _index(run: Path) -> Path:
+    return at_home(run) / "index.html"
 
 
 def _read_run(run: Path) -> Compared:

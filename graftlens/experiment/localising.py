@@ -18,7 +18,7 @@ from typing import Any
 
 import pandas as pd
 
-from graftlens.configfile import ConfigError, settings_from
+from graftlens.configfile import ConfigError, refuse_overrides, settings_from, text_with
 from graftlens.find.asked import Asked
 from graftlens.find.config import LocaliseConfig, Search, load_localise
 from graftlens.find.finding import found_in
@@ -146,14 +146,8 @@ def _given(
     if isinstance(config, str | Path):
         path = at_home(config)
         settings = load_localise(path, overrides)
-        said = "".join(f"#   {one}\n" for one in overrides)
-        note = f"\n# and on the command line:\n{said}" if overrides else ""
-        return settings, path.read_text(encoding="utf-8") + note
-    if overrides:
-        raise ValueError(
-            f"overrides={list(overrides)}: these apply to a config file only. Change the config "
-            "itself."
-        )
+        return settings, text_with(path, overrides)
+    refuse_overrides(overrides)
     settings = settings_from(LocaliseConfig, config)
     return settings, as_yaml(settings.model_dump(mode="json", exclude_unset=True))
 
@@ -292,7 +286,7 @@ def _identity(
     return {
         "search": search.model_dump(mode="json") | {"source": source},
         "grafts": {name: str(graft) for name, graft in (grafts or {}).items()},
-        "sources": dict(config.sources),
+        "sources": config.model_dump(mode="json", include={"sources"})["sources"],
         "run": {name: getattr(config, name) for name in run},
         "measures": list(config.metrics.measures),
         "own measures": fingerprints(own),

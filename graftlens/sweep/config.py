@@ -15,7 +15,14 @@ from jaxtyping import Bool
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from graftlens.components import suggest
-from graftlens.configfile import ConfigError, noted, read_settings, settings_from
+from graftlens.configfile import (
+    ConfigError,
+    noted,
+    read_settings,
+    refuse_overrides,
+    settings_from,
+    text_with,
+)
 from graftlens.data import template_names
 from graftlens.data.languagemodels import told_on_command_line
 from graftlens.graft import Graft, Rule, parts_of
@@ -593,14 +600,8 @@ def checked_as_given(
         path = config_file(Kind.SWEEP, config)
         checked = check(with_measures(load_config(path, overrides), measures), measures)
         typed = [*overrides, *(f"the measure {m.name}" for m in measures)]
-        said = "".join(f"#   {one}\n" for one in typed)
-        note = f"\n# and on the command line:\n{said}" if typed else ""
-        return checked, path.read_text(encoding="utf-8") + note
-    if overrides:
-        raise ValueError(
-            f"overrides={list(overrides)}: these apply to a config file only. Change the config "
-            "itself."
-        )
+        return checked, text_with(path, typed)
+    refuse_overrides(overrides)
     if isinstance(config, Checked):
         checked = config
     else:
