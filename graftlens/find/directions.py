@@ -19,6 +19,7 @@ from graftlens.components import COMPONENTS
 from graftlens.find.asked import Asked
 from graftlens.find.places import Unit
 from graftlens.model.arch import Site
+from graftlens.model.directions import of_whole
 from graftlens.model.embeddings import PosEmbed, TokenEmbed
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.model.weights import Sourced
@@ -35,8 +36,8 @@ class Decomposed:
     """The difference of one matrix [d_out, d_in], the largest singular value first.
 
     Attributes:
-        reads: v of each direction.
-        writes: u σ of each.
+        reads: σ v of each direction.
+        writes: u of each.
         bias: the bias's difference, where there is one.
     """
 
@@ -82,18 +83,12 @@ class Directions:
         weight, bias = self.model.weights_of(*site)
         like = weight.like
         difference = _difference(weight, self.number)  # in float64, which not every device has
-        # By way of the smaller Gram matrix; what is asked is exact for any orthonormal basis.
-        tall = difference.shape[0] >= difference.shape[1]
-        gram = difference.T @ difference if tall else difference @ difference.T
-        squares, vectors = torch.linalg.eigh(gram.cpu())
-        squares, vectors = squares.flip(0).clamp_min(0), vectors.flip(1)
-        kept = squares.sqrt() > NEGLIGIBLE * squares[:1].sqrt()
-        basis = vectors[:, kept].to(difference)
-        # Of a wide matrix u is known: then v σ, in which the roles are the same.
-        other = difference @ basis if tall else difference.T @ basis
-        reads, writes = (basis, other) if tall else (other, basis)
+        whole = of_whole(difference, min(difference.shape))
+        values = torch.linalg.vector_norm(whole.right, dim=1)
+        kept = values > NEGLIGIBLE * values[:1]
         device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
         own = None if bias is None else _difference(bias, self.number).to(device, dtype)
+        reads, writes = whole.right[kept].T, whole.left[:, kept]
         return Decomposed(reads.to(device, dtype), writes.to(device, dtype), own)
 
     @contextmanager
@@ -122,7 +117,7 @@ class Directions:
         known = self.known[site]
         scale = 1.0
         if isinstance(module, TokenEmbed | PosEmbed):
-            # A table's matrix is read by row: y = D[token] = Σ (u σ)[token] vᵀ.
+            # A table's matrix is read by row: y = D[token] = Σ u[token] σ vᵀ.
             ids = kwargs["positions"] if isinstance(module, PosEmbed) else args[0]
             from_input = known.writes[ids.flatten()]
             to_output = known.reads

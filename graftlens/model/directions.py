@@ -84,7 +84,8 @@ class Decomposed:
                 for one in added:
                     wider = one.like(*(_double(t) for t in one.tensors))
                     delta = wider.added_to(delta)
-                found = _of_whole(delta.detach(), min(self.needs[source.name], rank))
+                count = min(self.needs[source.name], rank)
+                found = of_whole(delta.detach(), count, cached=True)
             self._known[key] = Directions(found.left.to(wide), found.right.to(wide))
         return self._known[key]
 
@@ -124,10 +125,10 @@ def _factors(addition: Addition, d_out: int) -> tuple[Tensor, Tensor]:
     return b, _double(vectors)
 
 
-def _of_whole(delta: Float[Tensor, "d_out d_in"], count: int) -> Directions:
-    """The first `count` directions of a matrix in float64."""
+def of_whole(delta: Float[Tensor, "d_out d_in"], count: int, *, cached: bool = False) -> Directions:
+    """The first `count` directions of a matrix in float64, from graftlens' cache if `cached`."""
     wide = delta.shape[0] <= delta.shape[1]
-    basis = _basis(delta if wide else delta.T, count)
+    basis = (_basis if cached else _eigenvectors)(delta if wide else delta.T, count)
     if wide:
         return Directions(basis, basis.T @ delta)
     right = delta @ basis  # columns of U, times the singular values
@@ -151,7 +152,8 @@ def _basis(delta: Float[Tensor, "short long"], count: int) -> Float[Tensor, "sho
 
 
 def _eigenvectors(delta: Float[Tensor, "short long"], count: int) -> Float[Tensor, "short count"]:
-    return torch.linalg.eigh(delta @ delta.T).eigenvectors.flip(1)[:, :count]
+    gram = (delta @ delta.T).cpu()  # not every device decomposes
+    return torch.linalg.eigh(gram).eigenvectors.flip(1)[:, :count].to(delta.device)
 
 
 def _digest(delta: Tensor) -> str:
