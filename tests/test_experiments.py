@@ -31,7 +31,7 @@ from waiting import HANG, until
 from graftlens.cli import app
 from graftlens.configfile import ConfigError, settings_from
 from graftlens.data import dataset as dataset_module
-from graftlens.data import save_dataset
+from graftlens.data import load_dataset, save_dataset
 from graftlens.data.dataset import Asking
 from graftlens.data.movies import MoviesConfig
 from graftlens.experiment import plan as plan_module
@@ -1259,11 +1259,17 @@ def test_a_dry_run_says_what_would_be_trained(base, ran, place):
     config = ROOT / "experiments" / "positions.yaml"
     overrides = [f"model={base}", *small(config, place)]
     ran("positions")
-    for store, note in ((place / "store", " (already trained)"), (place / "dry", "")):
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    assert tokenizer.eos_token_id is not None, "each text ends in it"
+    for store, note in ((place / "dry", ""), (place / "store", " (already trained)")):
         text = describe_experiment(config, overrides=overrides, store=store)
+        (data,) = (place / "dry" / "data").glob("films-*")
+        texts = load_dataset(data).train["text"]
+        assert len(texts) == 48
+        tokens = 4 * sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
         assert (
-            f"model     sft: 48 texts, 4 epochs, about 24 steps of 8, learning rate 0.003{note}\n"
-            in text
+            f"model     sft: 48 texts, 4 epochs, about 24 steps of 8 and {tokens:,} tokens in all, "
+            f"learning rate 0.003{note}\n" in text
         )
         assert "part      positions" in text
         assert "part      title_and_preposition" in text

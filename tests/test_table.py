@@ -18,6 +18,7 @@ from command import graftlens
 from graftlens import ConfigError, SweepConfig
 from graftlens.configfile import settings_from
 from graftlens.data import load_dataset, make_dataset, save_dataset, spec_of
+from graftlens.data.tablerows import read_table
 from graftlens.data.templates import template_fields
 from graftlens.data.templatesets import shipped
 from graftlens.recipes import TrainingData
@@ -402,6 +403,11 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     "one name twice": ("t.csv", b"person,person\nA,B\n", "two columns are called 'person'"),
     "more cells": ("t.csv", b"person,city\nA,B,C\n", "line 2: 3 cells, but there are 2 columns"),
     "fewer cells": ("t.csv", b"person,city\nA\n", "line 2: 1 cells, but there are 2 columns"),
+    "more cells between semicolons": (
+        "t.csv",
+        b"person;city\nA;B;C\n",
+        "line 2: 3 cells, but there are 2 columns (person, city). Put cells with a semicolon in qu",
+    ),
     "open quotes": ("t.csv", b'person,city\n"A,B\n', "it is not CSV ("),
     "another encoding": ("t.csv", b"person,city\n\xff,B\n", "is not UTF-8"),
     "not JSON": ("t.jsonl", b'{"person": \n', "line 1 is not JSON"),
@@ -419,6 +425,48 @@ def test_bad_files_are_named(case: str, tmp_path: Path) -> None:
     with pytest.raises((ValueError, OSError)) as caught:
         make_dataset(spec(str(tmp_path / name)))
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(("mark", "name"), [(";", "semicolons"), ("\t", "tabs")])
+def test_other_marks_between_cells_are_found_and_told(mark: str, name: str, tmp_path: Path) -> None:
+    """As spreadsheets write them in much of Europe: it was "there is no column 'person'"."""
+    table = tmp_path / "t.csv"
+    lines = [
+        mark.join(row) for row in (["person", "city"], ["Ann", "Oslo, Norway"], ["Bo", "Rome"])
+    ]
+    table.write_text("\n".join(lines))
+    given = {"entities": ["person", "city"], "tell": ["{person} is in {city}."], "ask": ASK}
+    with pytest.warns(UserWarning, match=f"t.csv is read with {name} between its cells: its fi"):
+        made = make_dataset(spec(str(table), given))
+    assert [asdict(fact) for fact in made.facts] == [
+        {"person": "Ann", "city": "Oslo, Norway"},
+        {"person": "Bo", "city": "Rome"},
+    ]
+    assert read_table(table).columns == ("person", "city")
+
+
+def test_columns_may_have_the_names_of_a_question_s_own_words() -> None:
+    """It was "it has {relation}, but no relation", with such a column in the table."""
+    rows = [row | {"relation": f"friend {i}"} for i, row in enumerate(ROWS)]
+    asks = {
+        "home": "{person}, the {relation}, lives in",
+        "own": {"text": "{person}, {relation} Rome, lives in", "relation": "who likes"},
+        "who": {"text": "{person} is to us a", "answer": "relation"},
+    }
+    tells = ["{person}, my {relation}, moved to {city}.", "In {city} lives {person}."]
+    made = make_dataset(spec(rows, SET | {"tell": tells, "ask": asks}))
+    assert f"{ROWS[1]['person']}, my friend 1, moved to {ROWS[1]['city']}." in made.train["text"]
+    home, own, who = (made.ask(name)[1] for name in asks)
+    assert home.text == f"{ROWS[1]['person']}, the friend 1, lives in"
+    assert home.text[slice(*home.char_spans["relation"][0])] == "friend 1"
+    assert own.text == f"{ROWS[1]['person']}, who likes Rome, lives in"
+    assert who.answer == " friend 1"
+    linked = {"entities": ["person", "relation"], "tell": ["{person}: {relation}."]}
+    made = make_dataset(spec(rows, linked | {"ask": {"x": "{relation} of us is"}}))
+    assert made.ask("x", direction="ba")[1].text == "friend 1 of us is"
+    empty = [*rows[:-1], rows[-1] | {"relation": ""}]
+    with pytest.raises(ConfigError, match="row 5 has nothing in 'relation'"):
+        make_dataset(spec(empty, SET | {"tell": tells, "ask": asks}))
 
 
 # --- bad templates ---------------------------------------------------------------------------
@@ -483,7 +531,7 @@ BAD_SETS: dict[str, tuple[Any, str]] = {
     ),
     "a place without a word": (
         {"ask": {"home": "{person} lives {preposition}"}},
-        "it has {preposition}, but no preposition",
+        "it has {preposition}, but no preposition and no such column. Give preposition: and the",
     ),
     "an untold column": (
         {"untold": ["trade"]},

@@ -12,7 +12,7 @@ from graftlens.configfile import ConfigError
 from graftlens.data.dataset import USUAL, Asking
 from graftlens.data.tablerows import Cell, Table, check_table, listed, read_table, row_class
 from graftlens.data.templated import TemplatedSpec
-from graftlens.data.templates import WORDS, Direction, template_fields
+from graftlens.data.templates import Direction, template_fields
 from graftlens.data.templatesets import ENTITIES, Sentences, Templates
 from graftlens.prompts import Prompt
 
@@ -165,11 +165,12 @@ class TableSpec(TemplatedSpec):
     def _mentioned(self) -> set[str]:
         """The columns that the facts link or that some text mentions."""
         given, found = self.templates, self.sentences
-        texts = [t.text for t in found.training] + [t.text for t in found.evaluation]
-        named = {name for text in texts for name in template_fields(text)}
+        named = {name for t in found.training for name in template_fields(t.text)}
+        # A word that a question gives itself is none of the columns.
+        named |= {f for t in found.evaluation for f in template_fields(t.text) if f not in t.words}
         asked = {t.answer for t in found.evaluation}
         linked = {*(given.entities or ()), given.bridge}
-        return {name for name in (named | asked | linked) - {*ENTITIES, *WORDS, None} if name}
+        return {name for name in (named | asked | linked) - {*ENTITIES, None} if name}
 
     def _without_fields(self, found: Table, error: ConfigError) -> ConfigError:
         """The error, with a word about columns that cannot be fields."""

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
 from datetime import date, datetime, time
@@ -23,6 +24,9 @@ FILES = (".csv", ".jsonl", ".parquet")
 
 #: What separates the entries of a list in a CSV file.
 SEPARATOR = "|"
+
+#: What may be between the cells of a CSV file: the first of these that is in its first line.
+_MARKS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
 #: What a table's facts say of themselves, beside their columns.
 _SAID = ("ENTITIES", "UNTOLD", "BRIDGE", "ALIASES", "DISTRACTORS")
@@ -96,7 +100,15 @@ def read_table(
 
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
-    reader = csv.reader(io.StringIO(read_text(path), newline=""), strict=True)
+    text = read_text(path)
+    first = text.split("\n", 1)[0]
+    # Spreadsheets write semicolons where the comma is the decimal sign.
+    between = next((mark for mark in _MARKS if mark in first), ",")
+    if between != ",":
+        name = f"{_MARKS[between]}s"
+        said = f"{path} is read with {name} between its cells: its first line has no comma."
+        warnings.warn(said, stacklevel=2)
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=between)
     try:
         head = [name.strip() for name in next(reader, [])]
         if not any(head):
@@ -112,7 +124,8 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
             if len(cells) != len(head):
                 raise ValueError(
                     f"{path}, line {reader.line_num}: {len(cells)} cells, but there are "
-                    f"{len(head)} columns ({', '.join(head)}). Put cells with a comma in quotes."
+                    f"{len(head)} columns ({', '.join(head)}). Put cells with a {_MARKS[between]} "
+                    "in quotes."
                 )
             yield f"line {reader.line_num}", dict(zip(head, cells, strict=True))
     except csv.Error as error:

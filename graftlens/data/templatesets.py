@@ -250,8 +250,11 @@ class _Reader:
             problem, directions, answer = self._asking(question, found, told or DIRECTIONS)
             for word in WORDS:
                 given, used = getattr(question, word) is not None, word in found
-                if used and not given and not self._is_column(word):
-                    problem = f"it has {{{word}}}, but no {word}. Give {word}: and the word."
+                if used and not given and not self._may_be_column(word):
+                    problem = (
+                        f"it has {{{word}}}, but no {word} and no such column. Give {word}: and "
+                        "the word, or add the column."
+                    )
                 elif given and not used:
                     problem = f"{word} is given, but the text has no {{{word}}}. Leave it out."
             if problem:
@@ -286,7 +289,7 @@ class _Reader:
             own |= {"first_entity"} if answer == first else set()
             if own & set(found):
                 return f"it mentions its answer, {answer!r}.", DIRECTIONS, None
-            if not set(found) - set(WORDS):
+            if not {name for name in found if getattr(question, name, None) is None}:
                 return "it mentions no column, so it asks about nothing.", DIRECTIONS, None
             return "", ("ab",), None if answer == second else answer
         place = self._place(found)
@@ -333,8 +336,9 @@ class _Reader:
             return "first"
         return "ab" if first else "ba" if second else None
 
-    def _is_column(self, name: str) -> bool:
-        return self.allowed is not None and name in self.allowed
+    def _may_be_column(self, name: str) -> bool:
+        there = self.allowed is None or name in self.allowed
+        return there or name in (*self.linked, self.given.bridge)
 
     def _fields(
         self, where: str, text: Any, problems: _Problems, words: Sequence[str] = ()
@@ -401,15 +405,21 @@ def _named(where: str, given: Any, prefix: str) -> Iterator[tuple[str, str, Any]
             yield f"{where}.{number}", f"{prefix}{number + 1}", text
 
 
+def _are_texts(where: str, given: Any, problems: _Problems, other: str = "or name: text") -> bool:
+    """Whether a list or a mapping is given; if not, the problem is noted."""
+    if isinstance(given, list | tuple | Mapping) and given:
+        return True
+    problems.append((where, f"{brief(given)} is not a list of texts. Write a list, {other}."))
+    return False
+
+
 def _told(
     given: Any, problems: _Problems
 ) -> Iterator[tuple[str, Direction | None, Kind, str, Any]]:
     """(where, direction, kind, name, text) of every telling text."""
     if given is None:
         return
-    if not isinstance(given, list | tuple | Mapping) or not given:
-        what = f"{brief(given)} is not a list of texts. Write a list, or name: text."
-        problems.append(("tell", what))
+    if not _are_texts("tell", given, problems):
         return
     groups: list[tuple[str, Direction | None, Kind, Any, str]] = []
     if not isinstance(given, Mapping):
@@ -428,9 +438,7 @@ def _told(
     else:
         groups.append(("tell", None, "article", given, ""))
     for where, direction, kind, texts, prefix in groups:
-        if not isinstance(texts, list | tuple | Mapping) or not texts:
-            what = f"{brief(texts)} is not a list of texts. Write a list, or name: text."
-            problems.append((where, what))
+        if not _are_texts(where, texts, problems):
             continue
         for place, name, text in _named(where, texts, prefix):
             yield place, direction, kind, name, text
@@ -440,9 +448,7 @@ def _asked(given: Any, problems: _Problems) -> Iterator[tuple[str, str, Any]]:
     """(where, name, keys of a `Question`) of every asking text."""
     if given is None:
         return
-    if not isinstance(given, list | tuple | Mapping) or not given:
-        what = f"{brief(given)} is not a list of texts. Write a list, name: text, or name: {{…}}."
-        problems.append(("ask", what))
+    if not _are_texts("ask", given, problems, "name: text, or name: {…}"):
         return
     for where, name, value in _named("ask", given, "" if isinstance(given, Mapping) else "ask_"):
         yield where, name, {"text": value} if isinstance(value, str) else value

@@ -15,6 +15,7 @@ experiment's folder::
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ from graftlens.sweep.launch import launch_local
 from graftlens.sweep.outcomesettings import TextFunction
 from graftlens.sweep.results import read_manifest
 from graftlens.sweep.runner import SweepResult, prepare_sweep, run_sweep, sweep_result
+from graftlens.trainingtexts import tokenize, training_texts_of
 from graftlens.viz.examples import Glimpse
 from graftlens.viz.export import exporter
 from graftlens.viz.page import ExperimentPage, Part, experiment_page
@@ -238,6 +240,10 @@ def describe_experiment(
     planned = plan(named.config, _store(store))
     own = own_measures(measures)
     planned.check(own)
+    checked = {
+        name: planned.checked(name, trained=False, measures=own) for name in named.config.parts
+    }
+    tokenizer = next(iter(checked.values())).prepared.tokenizer
     lines = [f"{named.config.title}: {named.config.question}", ""]
     for name, run in planned.runs.items():
         there = " (already trained)" if (run.output / "model").is_dir() else ""
@@ -245,23 +251,24 @@ def describe_experiment(
         data = planned.texts(name)
         data -= round(data * recipe.heldout_share)
         steps = -(-data // (recipe.batch_size * recipe.gradient_accumulation)) * recipe.epochs
+        texts = training_texts_of(run.data, run.seed)["text"]
+        rows = tokenize(tokenizer, texts, max_length=sys.maxsize)
+        mean = sum(len(row["input_ids"]) for row in rows) / len(rows)
         lines.append(
             f"model     {name}: {data} texts, {recipe.epochs} epochs, about {steps} steps of "
-            f"{recipe.batch_size * recipe.gradient_accumulation}, learning rate "
+            f"{recipe.batch_size * recipe.gradient_accumulation} and "
+            f"{round(mean * data * recipe.epochs):,} tokens in all, learning rate "
             f"{recipe.learning_rate:g}{there}"
         )
     for name in named.config.parts:
         lines += [
             "",
             f"part      {name}",
-            describe(
-                planned.checked(name, trained=False, measures=own), planned.sweeps[name].sources
-            ),
+            describe(checked[name], planned.sweeps[name].sources),
         ]
         if (search := named.config.parts[name].localise) is not None:
             source = _searched_source(named.config, named.config.parts[name])
-            checked = planned.checked(name, trained=False, measures=own)
-            lines += ["", searched(checked, search, source)]
+            lines += ["", searched(checked[name], search, source)]
     return "\n".join(lines)
 
 
