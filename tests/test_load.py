@@ -32,6 +32,7 @@ from transformers import (
 )
 
 import graftlens.model.arch as arch_module
+import graftlens.model.load as loading
 from graftlens.components import Component
 from graftlens.graft import Graft
 from graftlens.model.arch import PairError, UnsupportedArchitectureError, architecture
@@ -442,6 +443,39 @@ def test_mixed_dtypes_run_in_the_widest(pair: dict[str, PreTrainedModel]) -> Non
     model = load(pair)
     assert model.cfg.dtype == torch.float32
     assert difference(run(model, "sft", tokens()), reference(wanted, tokens())) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("pre", "sft", "run_in"),
+    [
+        ("bfloat16", "bfloat16", "bfloat16"),
+        ("float16", "float16", "float16"),
+        ("float32", "bfloat16", "float32"),
+        ("bfloat16", "float16", "float32"),  # neither holds the other's numbers
+        ("bfloat16", "float64", "float64"),
+    ],
+)
+def test_the_widest_stored_dtype_is_what_other_devices_run_in(
+    pre: str,
+    sft: str,
+    run_in: str,
+    pair: dict[str, PreTrainedModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """On a device that is not the CPU, as a GPU is; `meta` has no numbers to compare."""
+    monkeypatch.setattr(loading, "_share_tied", lambda prepared: prepared)
+    monkeypatch.setattr(loading, "_refuse_overflow", lambda *given: None)
+    pair["pre"].to(getattr(torch, pre))
+    pair["sft"].to(getattr(torch, sft))
+    found = loading.load(pair, device="meta")
+    assert found.dtype == getattr(torch, run_in)
+    assert {t.dtype for weights in found.weights.values() for t in weights.values()} == {
+        found.dtype
+    }
+    said = [row.done for row in found.differences if row.key == "stored dtypes"]
+    assert said == ([] if pre == sft else [f"all run in {run_in}"])
+    asked = loading.load(pair, device="meta", dtype="bfloat16")
+    assert asked.dtype == torch.bfloat16
 
 
 def test_mixed_dtypes_within_one_source(pair: dict[str, PreTrainedModel]) -> None:
