@@ -173,7 +173,7 @@ def _continued(
 
 #: Most rows of the logit lens (layers × tokens × runs) unless all are asked for: each is a
 #: distribution over the vocabulary.
-ROWS = 6000
+ROWS = 5000
 
 
 def _layers(n_layers: int, places: int) -> list[int] | None:
