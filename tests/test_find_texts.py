@@ -1,7 +1,9 @@
 """Generated texts as the judge of places: `find.localise` and `find.interactions`."""
 
 import html
+import json
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,8 +12,12 @@ import pytest
 import torch
 from conftest import MakeTiny, Tiny
 from test_localise import prompts_of
+from tinybase import tiny_base
 
-from graftlens import Prompt, find, outcomes, viz
+from graftlens import GraftedTransformer, Prompt, find, outcomes, viz
+from graftlens.configfile import ConfigError, settings_from
+from graftlens.experiment.localising import run_localise
+from graftlens.find.config import LocaliseConfig
 from graftlens.find.rating import Rating
 from graftlens.graft import Graft
 from graftlens.prompts import PromptError
@@ -317,3 +323,92 @@ def test_interactions_of_texts_that_cannot_be(pair: Tiny) -> None:
         asked(PLAYERS, metrics="logprob")
     with pytest.raises(ValueError, match="metric='mine' gives labels"):
         asked(PLAYERS, metrics={"mine": labels})
+
+
+# -- in a folder -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The config of a localisation of a tiny pair, judged by texts."""
+    root = tmp_path_factory.mktemp("pair")
+    pre = tiny_base(root / "pre")
+    other = tiny_base(root / "sft", seed=1)
+    prompts = [{"template": p.template, "fields": dict(p.fields)} for p in prompts_of()]
+    return {
+        "sources": {"pre": str(pre), "sft": str(other)},
+        "prompts": prompts,
+        "grafts": {"new": "sft @ generated"},
+        "outcomes": {
+            "sampling": {"max_new_tokens": 3, "temperature": 0},
+            "measures": {"said": {"regex": "^ (with|to)"}},
+        },
+        "search": {
+            "positions": ["generated", "rest"],
+            "metric": "said",
+            "target": 0.5,
+            "steps": 2,
+            "rounds": 0,
+            "random": 2,
+            "resamples": 1,
+            "held_out": 0.5,
+        },
+    }
+
+
+def test_a_folder_judges_by_texts_as_memory_does(folders: Any, tmp_path: Path) -> None:
+    quiet: dict[str, Any] = {"progress": False, "say": lambda _: None}
+    ran = run_localise(folders, tmp_path / "out", **quiet)
+    assert ran.ok, ran.trust["text"]
+    model = GraftedTransformer.from_pretrained(folders["sources"], verbose=False)
+    sampling = folders["outcomes"]["sampling"]
+    has = outcomes.regex(folders["outcomes"]["measures"]["said"]["regex"])
+    search = {k: v for k, v in folders["search"].items() if k != "metric"}
+    own = find.localise(
+        model,
+        unanswered(),
+        "sft",
+        metric={"said": has},
+        sampling=sampling,
+        compare=folders["grafts"],
+        **search,
+    )
+    assert ran.found.text == own.text
+    assert ran.found.judged == own.judged
+    columns = ["prompt", "graft", "said"]
+    order = ["graft", "prompt"]
+    one, two = (f.rows[columns].astype({"graft": str}).sort_values(order) for f in (ran.found, own))
+    assert one.to_numpy().tolist() == two.to_numpy().tolist()
+    assert ran.found.judged in html.unescape(ran.page.read_text())
+    kept = json.loads((tmp_path / "out" / "continuations.json").read_text())["texts"]
+    greedy_texts = outcomes.sample(
+        model, unanswered(), {"SFT": "sft @ all"}, temperature=0, max_new_tokens=3, progress=False
+    )
+    assert kept == greedy_texts[greedy_texts["graft"] == "SFT"]["text"].tolist()
+    before = {p: p.read_bytes() for p in (tmp_path / "out" / "steps").rglob("*.parquet")}
+    again = run_localise(folders, tmp_path / "out", **quiet)
+    assert again.found.text == ran.found.text
+    assert {p: p.read_bytes() for p in (tmp_path / "out" / "steps").rglob("*.parquet")} == before
+
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "metric": ({"metric": "sad"}, "search.metric: 'sad' is not one of outcomes.measures"),
+    "effects": ({"effects": True}, "search.effects: every site by itself would take too long"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_config_that_texts_cannot_judge(case: str, folders: Any) -> None:
+    given, said = WRONG[case]
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        settings_from(LocaliseConfig, {**folders, "search": {**folders["search"], **given}})
+
+
+def test_continuations_are_for_texts(folders: Any) -> None:
+    search = {"positions": ["last"], "continuations": "answers"}
+    answered = [{**one, "answer": " Mara"} for one in folders["prompts"]]
+    rest = {k: v for k, v in folders.items() if k not in ("outcomes", "grafts")}
+    with pytest.raises(
+        ConfigError, match=r"search\.continuations: these are for texts as the judge"
+    ):
+        settings_from(LocaliseConfig, {**rest, "prompts": answered, "search": search})

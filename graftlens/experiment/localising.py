@@ -25,7 +25,15 @@ from graftlens.find.finding import found_in
 from graftlens.find.found import Found
 from graftlens.find.judging import BASE, FULL
 from graftlens.find.localisation import compared, parted, question_of, refuse_equal
-from graftlens.find.stored import TRUSTED, Attributions, InFolder, key_of, record
+from graftlens.find.rating import GRADIENT, Rating
+from graftlens.find.stored import (
+    TRUSTED,
+    Attributions,
+    InFolder,
+    continuations,
+    key_of,
+    record,
+)
 from graftlens.folder import at_home, claim, inside, json_digest, read_json, write_whole
 from graftlens.graft import Graft
 from graftlens.metrics import Measure
@@ -44,7 +52,7 @@ from graftlens.viz.tables import write_table
 #: What is written into a localisation's folder.
 WRITTEN = (
     *("config.yaml", "index.html", "found.yaml", "trust.txt", "tables"),
-    *("localise.json", "attribution", "steps", "locks"),
+    *("localise.json", "attribution", "continuations.json", "steps", "locks"),
 )
 
 #: Table -> its caption.
@@ -236,13 +244,27 @@ def localise_checked(
     if checked.config.prepend_bos is not None:
         model.cfg.default_prepend_bos = checked.config.prepend_bos
     measure = next((m for m in own if m.name == search.metric), search.metric)
-    options = {**search.options(), "metric": measure}
-    asked = Asked.of(model, list(checked.prompts), source, by=search.by, **options)
-    refuse_equal(asked)
     identity = _identity(checked, search, source, grafts, own)
     rows = record(out, identity, loaded, say)
     key = key_of(identity["search"] | identity["prompts"], loaded)
-    attributions = Attributions(out, loaded, asked, options, key, say)
+    rating, followed = _rating(checked, search), None
+    if rating is not None:
+        measure, prompts = GRADIENT, list(checked.prompts)
+        key = key_of(identity["search"] | identity["prompts"] | identity["outcomes"], loaded)
+        followed = continuations(
+            out, loaded, rating, prompts, source, search.continuations, key, say
+        )
+    options = {**search.options(), "metric": measure}
+    asked = Asked.of(
+        model,
+        list(checked.prompts),
+        source,
+        by=search.by,
+        continuations=None if followed is None else list(followed),
+        **options,
+    )
+    refuse_equal(asked)
+    attributions = Attributions(out, loaded, asked, options, key, say, followed)
     attributed = attributions(parts.search, steps=search.steps)
     effects = attributions.effects(parts.search) if search.effects else None
     question = question_of(
@@ -257,8 +279,10 @@ def localise_checked(
         random=search.random,
         resamples=search.resamples,
         seed=checked.config.seed,
+        rating=rating,
+        continuations=search.continuations,
     )
-    exact = InFolder(out, checked, loaded, BASE, FULL, rows, progress, say)
+    exact = InFolder(out, checked, loaded, BASE, FULL, rows, progress, say, rating)
     found = found_in(question, attributed, exact, effects=effects, say=say)
     _, trust = read_end(inside(out, "steps", TRUSTED))
     with lock(out, "finish", say=say), writing(out):
@@ -266,6 +290,15 @@ def localise_checked(
     result = LocaliseResult(out, page, found, trust)
     say(result.line())
     return result
+
+
+def _rating(checked: Checked, search: Search) -> Rating | None:
+    """The measure of texts that judges, if one does."""
+    outcomes = checked.config.outcomes
+    if outcomes is None:
+        return None
+    measure = outcomes.measured_by(checked.functions)[search.metric]
+    return Rating.of([measure], outcomes.sampling.model_dump())
 
 
 def _identity(
@@ -276,12 +309,16 @@ def _identity(
     own: Sequence[Measure],
 ) -> dict[str, Any]:
     """What another call on the same folder must agree with."""
-    given = [
-        [as_given(prompt), list(scored.tokens.ids), list(scored.answer)]
-        for number, prompt in enumerate(checked.prompts)
-        for scored in [checked.prepared(number, prompt)]
-    ]
     config = checked.config
+    given: list[Any]
+    if config.outcomes is None:
+        given = [
+            [as_given(prompt), list(scored.tokens.ids), list(scored.answer)]
+            for number, prompt in enumerate(checked.prompts)
+            for scored in [checked.prepared(number, prompt)]
+        ]
+    else:
+        given = [[as_given(p), list(checked.prepared.tokens(p).ids)] for p in checked.prompts]
     run = ("tokenizer", "chat_template", "dtype", "prepend_bos", "seed", "shards", "row_budget")
     return {
         "search": search.model_dump(mode="json") | {"source": source},
@@ -289,6 +326,9 @@ def _identity(
         "sources": config.model_dump(mode="json", include={"sources"})["sources"],
         "run": {name: getattr(config, name) for name in run},
         "measures": list(config.metrics.measures),
+        **(
+            {} if config.outcomes is None else {"outcomes": config.outcomes.model_dump(mode="json")}
+        ),
         "own measures": fingerprints(own),
         "prompts": {
             "number": len(given),

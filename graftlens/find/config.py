@@ -1,11 +1,12 @@
 """The config of a localisation: prompts and sources as in a sweep, and what is searched."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
 
+from graftlens.components import suggest
 from graftlens.configfile import ConfigError, read_settings
 from graftlens.data.languagemodels import told_on_command_line
 from graftlens.find.asked import EACH, Outside
@@ -16,6 +17,7 @@ from graftlens.metrics import known
 from graftlens.model.made import SourceField
 from graftlens.sweep.config import Metrics, RunSettings, SweepConfig
 from graftlens.sweep.grid import GraftField
+from graftlens.sweep.outcomesettings import OutcomeSettings
 from graftlens.sweep.promptsets import (
     DatasetSection,
     PromptColumn,
@@ -43,7 +45,11 @@ class Search(Section):
     """The recovery to reach."""
 
     metric: str = "logprob"
-    """The measure that recovery is of."""
+    """The measure that recovery is of: of one token or an answer, or one of `outcomes.measures`."""
+
+    continuations: Literal["full", "answers"] = "full"
+    """Where texts judge, what gradients are of the log-probability of: the source's own greedy
+    texts, or the prompts' answers."""
 
     goal: Goal = "sufficient"
     """`sufficient`: enough in the base; `necessary`: the full source does without it no more than 1
@@ -118,6 +124,10 @@ class LocaliseConfig(RunSettings):
     templates: tuple[str, ...] | None = Field(default=None, min_length=1)
     """Evaluation templates of the datasets, by name; by default all."""
 
+    outcomes: OutcomeSettings | None = None
+    """Texts that are generated under every graft, and measures of them; the one that
+    `search.metric` names is the judge. Prompts need no answer then."""
+
     prompts: Annotated[
         tuple[PromptSection | PromptFile | PromptColumn, ...], BeforeValidator(prompt_sections)
     ] = ()
@@ -144,7 +154,9 @@ class LocaliseConfig(RunSettings):
                 compared((), self.source, self.grafts)
             except ValueError as error:
                 raise ConfigError(("grafts", str(error))) from None
-        row = known(self.search.metric)
+        if problems := [*text_problems(self.search, self.outcomes)]:
+            raise ConfigError(*((f"search.{key}", what) for key, what in problems))
+        row = None if self.outcomes is not None else known(self.search.metric)
         if row is not None and row.over == "answer" and self.metrics.answers != "whole":
             what = f"{row.name} needs metrics.answers: whole. Set it, or choose another metric."
             raise ConfigError(("search.metric", what))
@@ -162,7 +174,8 @@ class LocaliseConfig(RunSettings):
             ConfigError: everything that is wrong with sources, prompts or grafts.
         """
         shared = set(RunSettings.model_fields) | {"sources", "dataset", "templates", "prompts"}
-        asked = dict.fromkeys((*self.metrics.measures, *_measured(self.search.metric)))
+        judged = () if self.outcomes is not None else _measured(self.search.metric)
+        asked = dict.fromkeys((*self.metrics.measures, *judged))
         metrics = self.metrics.model_copy(update={"measures": tuple(asked)})
         values = {name: getattr(self, name) for name in shared if name != "metrics"}
         whole = {FULL: Graft.rule(self.source)} if len(self.sources) > 1 else {}
@@ -170,7 +183,31 @@ class LocaliseConfig(RunSettings):
         kept = {
             k: v for k, v in values.items() if v not in ((), None) or k in self.model_fields_set
         }
-        return SweepConfig(**kept, metrics=metrics, grafts=names)
+        return SweepConfig(**kept, metrics=metrics, grafts=names, outcomes=self.outcomes)
+
+
+def text_problems(search: Search, outcomes: OutcomeSettings | None) -> Iterator[tuple[str, str]]:
+    """What of a search does not go with texts as its judge, or without: (key, what)."""
+    if outcomes is None:
+        if search.continuations != "full":
+            yield (
+                "continuations",
+                "these are for texts as the judge. Give outcomes, or leave it out.",
+            )
+        return
+    if search.metric not in outcomes.measures:
+        there = " ".join(outcomes.measures) or "none"
+        hint = suggest(search.metric, outcomes.measures)
+        yield (
+            "metric",
+            f"{search.metric!r} is not one of outcomes.measures ({there}). Name the one that "
+            f"judges, or leave outcomes out.{hint}",
+        )
+    if search.effects:
+        yield (
+            "effects",
+            "every site by itself would take too long to judge by texts. Leave it out.",
+        )
 
 
 def _measured(metric: str) -> tuple[str, ...]:

@@ -81,7 +81,12 @@ class Rating:
             (its first text), a column for each measure (the mean over its texts, without those that
             a judge's reply could not be read of; NaN where there is none), and `reason`.
         """
-        texts = Sampler(model, grafts, self.drawing, prepend_bos=prepend_bos).table(prompts)
+        return self.cells(
+            Sampler(model, grafts, self.drawing, prepend_bos=prepend_bos).table(prompts)
+        )
+
+    def cells(self, texts: pd.DataFrame) -> pd.DataFrame:
+        """A table of texts as `table` gives it."""
         rated = measured(texts, {one.name: one for one in self.measures})
         for one in self.measures:
             if rated[one.name].dtype == object:
@@ -143,7 +148,10 @@ class Rating:
     def said(self, source: str, given: Any) -> str:
         """What a report says of the judge, and of what gradients are."""
         (one,) = self.measures
-        options = ", ".join(f"{name}={value!r}" for name, value in self._options().items())
+        options = ", ".join(
+            f"{name}={value:g}" if isinstance(value, float) else f"{name}={value!r}"
+            for name, value in self._options().items()
+        )
         origin = {FULL: f"greedy texts of {source} itself", ANSWERS: "the prompts' answers"}
         whose = origin[given] if isinstance(given, str) else "given texts"
         return (

@@ -2,6 +2,7 @@
 
 - ``localise.json``: what was asked, of which prompts and models;
 - ``attribution/00000.parquet``, …: attributions, a file for a few prompts of the search side;
+- ``continuations.json``: where texts judge, the texts that gradients are of;
 - ``steps/NAME/``: every exact run is a sweep in a folder of its own (`graftlens.sweep.results`),
   with its shards, checksums and locks. The sweep of the found set has the trust report.
 
@@ -25,6 +26,7 @@ from graftlens.find.asked import Asked
 from graftlens.find.attribution import attribute
 from graftlens.find.exact import exact_effects
 from graftlens.find.localisation import numbered
+from graftlens.find.rating import Rating
 from graftlens.folder import (
     inside,
     json_digest,
@@ -34,6 +36,7 @@ from graftlens.folder import (
 )
 from graftlens.graft import Graft
 from graftlens.memory import affordable_rows
+from graftlens.prompts import Prompt
 from graftlens.sweep.config import Checked, NamedGraft
 from graftlens.sweep.disk import (
     DamagedError,
@@ -47,9 +50,13 @@ from graftlens.sweep.disk import (
 from graftlens.sweep.models import Loaded, Models
 from graftlens.sweep.results import read_results, to_bytes
 from graftlens.sweep.runner import fill, finish, prepare_sweep
+from graftlens.sweep.texttables import read_texts
 
 #: Prompts whose attributions are one file: what a kill costs.
 BLOCK = 4
+
+#: The file of reference continuations, where texts judge.
+CONTINUATIONS = "continuations.json"
 
 #: The step whose sweep has the trust report.
 TRUSTED = "found"
@@ -127,6 +134,7 @@ class InFolder:
         base, full: names of the references in each step.
         rows: most rows per forward pass.
         progress, say: as in a sweep.
+        rating: the measure of texts that judges, if one does: steps make texts alone then.
     """
 
     out: Path
@@ -137,6 +145,7 @@ class InFolder:
     rows: int
     progress: bool
     say: Say
+    rating: Rating | None = None
 
     def __call__(
         self, step: str, numbers: Sequence[int], grafts: Mapping[str, Graft]
@@ -154,14 +163,20 @@ class InFolder:
             duplicates={},
             base=self.base,
             full=self.full,
+            scored=self.rating is None,
         )
-        measures = self.checked.asked
+        measures = (*self.checked.asked, *self.checked.functions)
         prepare_sweep(checked, folder, measures=measures, say=self.say)
         models = Models(folder, config, say=self.say, held=self.loaded)
         fill(folder, models, measures, progress=self.progress, say=self.say)
         if step == TRUSTED:
             finish(folder, models, self.say, measures)
-        table = read_results(folder)
+        if self.rating is None:
+            table = read_results(folder)
+        else:
+            texts = read_texts(folder)
+            own = [one.name for one in self.rating.measures]  # measured where the step is finished
+            table = self.rating.cells(texts.drop(columns=own, errors="ignore"))
         assert isinstance(table, pd.DataFrame)
         return table.assign(prompt=[numbers[n] for n in table["prompt"].tolist()])
 
@@ -177,6 +192,7 @@ class Attributions:
         options: what `attribute` and `exact_effects` are given.
         key: a hash of what decides these numbers.
         say: called with messages.
+        continuations: what follows each prompt, where texts judge.
     """
 
     out: Path
@@ -185,6 +201,7 @@ class Attributions:
     options: Mapping[str, Any]
     key: str
     say: Say
+    continuations: tuple[str, ...] | None = None
 
     def __call__(self, numbers: Sequence[int], *, steps: int | str) -> pd.DataFrame:
         """The attributions of some prompts, by their own numbers."""
@@ -215,6 +232,9 @@ class Attributions:
                     if stored is None:
                         self.say(f"{compute.__name__}: prompts {some[0]} to {some[-1]}")
                         chosen = [prompts[n] for n in some]
+                        if self.continuations is not None:
+                            after = [self.continuations[n] for n in some]
+                            options = {**options, "continuations": after}
                         with warnings.catch_warnings():
                             # Of all prompts together, what was found says it (`Found.notes`).
                             warnings.filterwarnings("ignore", message="the scores of")
@@ -228,6 +248,39 @@ class Attributions:
         whole = pd.concat(found, ignore_index=True)
         whole.attrs = {"passes": passes}
         return whole
+
+
+def continuations(
+    out: Path,
+    loaded: Loaded,
+    rating: Rating,
+    prompts: Sequence[Prompt],
+    source: str,
+    given: str,
+    key: str,
+    say: Say,
+) -> tuple[str, ...]:
+    """The reference continuations of a localisation whose judge is a text, which its folder keeps.
+
+    Args:
+        out: the folder.
+        loaded: the models.
+        rating: the judge.
+        prompts, source, given: as in `Rating.continuations`.
+        key: a hash of what decides them.
+        say: called with what is waited for.
+    """
+    path = inside(out, CONTINUATIONS)
+    with lock(out, "continuations", say=say):
+        with suppress(OSError, ValueError, DamagedError, TypeError, KeyError):
+            content = parse_json(read_text(path), path)
+            check_json(content, required=True)
+            if content["key"] == key:
+                return tuple(content["texts"])
+        found = rating.continuations(loaded.model, prompts, source, given)
+        content = sealed_json({"key": key, "texts": list(found)})
+        write(out, path, json.dumps(content, indent=1, ensure_ascii=False).encode())
+        return found
 
 
 def _to_bytes(table: pd.DataFrame, key: str) -> bytes:
