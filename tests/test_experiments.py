@@ -20,6 +20,7 @@ import pytest
 import torch
 import yaml
 from browser import ask, chromium
+from chattemplates import CHATML
 from needs import needs
 from reference import sequential_graft
 from test_report import Page
@@ -54,7 +55,9 @@ QUICK = ("positions", "unembedding")
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
-    return tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+    folder = tiny_base(tmp_path_factory.mktemp("base") / "tiny")
+    (folder / "chat_template.jinja").write_text(CHATML)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +119,7 @@ def test_there_are_experiments():
     assert {path.stem for path in SHIPPED} >= {
         *("positions", "components", "hybrid", "directions", "layer_groups", "unembedding"),
         *("layer_dropout", "counterfact", "articles", "site_map", "interactions"),
-        *("ranks", "training_time"),
+        *("ranks", "training_time", "behaviours"),
     }
 
 

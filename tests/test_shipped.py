@@ -85,7 +85,11 @@ def test_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         (Kind.EXPERIMENT, "battles", "It is a dataset: graftlens data make battles."),
         (Kind.FINETUNE, "counterfact", "It is an experiment and a dataset: graftlens run"),
         (Kind.EXPERIMENT, "mine", r"Did you mean mine\.yaml\? A config of your own ends in \.yaml"),
-        (Kind.EXPERIMENT, "nothing", "There are: articles components .* unembedding. A config of"),
+        (
+            Kind.EXPERIMENT,
+            "nothing",
+            "There are: articles behaviours components .* unembedding. A config of",
+        ),
     ],
 )
 def test_names_of_none_or_of_another_kind(
