@@ -1091,10 +1091,12 @@ def test_columns_have_tools_prefills_and_reasoning(tmp_path: Path) -> None:
     more = {"tools": _TOOLS, "name": "rows.jsonl"}
     begun = Prompt.chat(asked, reasoning="Hm", prefill="It is", answer=" Ann", **more)
     assert column.prompts(0) == [begun]
-    assert column._prompt({"begun": None, **rows[1]}) == Prompt.chat(
+    assert column._prompt({"begun": None, **rows[1]}, answered=True) == Prompt.chat(
         asked, answer="It is Bo", **more
     )
-    assert column._prompt(rows[2]) == Prompt.chat([USER], answer="It", name="rows.jsonl")
+    assert column._prompt(rows[2], answered=True) == Prompt.chat(
+        [USER], answer="It", name="rows.jsonl"
+    )
     # Arrow gives each message the keys of all, and each call the arguments of all.
     calls = [
         {**BEGUN, "tool_calls": [{"name": "f", "arguments": arguments}]}
@@ -1126,7 +1128,7 @@ BAD_ROWS = [
 def test_rows_that_are_not_prompts_are_refused(given: Any, said: str) -> None:
     column = PromptColumn(dataset="rows", prefill="begun")
     with pytest.raises(ValueError, match=said):
-        column._prompt({"messages": given, "begun": "It is"})
+        column._prompt({"messages": given, "begun": "It is"}, answered=True)
 
 
 @pytest.mark.parametrize(

@@ -194,6 +194,12 @@ def check_part(
     assert coalitions <= named
     alone = coalitions - {*part.get("grafts", {}), ends["base"], ends["full"]}
     listed -= alone
+    # A graft of what is generated has texts, and no cells.
+    if "outcomes" in part:
+        ran = results.groupby("graft", observed=True)["reason"].agg(lambda why: why.isna().any())
+        listed = {graft for graft in listed if ran[graft]}
+        rates = read_csv(result.folder / "tables" / f"{name}-rates.csv")
+        assert set(rates["graft"]) == set(ran_as)
     for kind, by in (("by-template", [*apart, "template"]), ("pooled", apart)):
         table = read_csv(result.folder / "tables" / f"{name}-{kind}.csv")
         groups = [tuple(map(str, key)) for key in results[by].drop_duplicates().to_numpy()]
