@@ -187,8 +187,10 @@ def check_part(
     apart = [*members, *(["dataset"] if results["dataset"].nunique() > 1 else [])]
     # What finetuning teaches the pretrained model is always clear, but for two finetuned models
     # there may be nothing sure to recover between them on three prompts.
-    # Nor of the first steps of a training.
+    # Nor of the first steps of a training, nor of a behaviour, which is in what is said and not in
+    # a reply's first token.
     taught = "base" in part.get("sources", {"pre": "base"}).values() and not members
+    taught = taught and "outcomes" not in part
     listed = {*ran_as, *(set(part.get("grafts", {})) & set(manifest.duplicates))}
     coalitions = coalitions_of(part.get("interactions", {}).get("players", {}))
     assert coalitions <= named

@@ -439,7 +439,7 @@ def test_a_damaged_shard_is_computed_again(
     (copied / "shards" / ".00002.parquet.12-0123456789abcdef.tmp").write_bytes(b"half")
     (copied / "shards" / "00002.parquet.node-12.tmp").write_bytes(b"half, of version 0.1.0")
     with pytest.warns(UserWarning, match="is not finished: 5 of 6 shards are done"):
-        assert len(read_whole(copied)) == 84 - read_manifest(copied).rows(2)
+        assert len(read_whole(copied)) == 84 - read_manifest(copied).cell_shards.rows(2)
     computed = []
     table = runner.Scorer.table
 
@@ -489,7 +489,7 @@ def test_the_bar_counts_prompts_and_what_was_there(
     given: Config, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (copied / "done.json").unlink()
-    lost = read_manifest(copied).rows(2)
+    lost = read_manifest(copied).cell_shards.rows(2)
     shard_path(copied, 2).unlink()
     bars: list[Any] = []
 
