@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
-from types import CodeType, FunctionType, ModuleType
+from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from beartype import BeartypeConf, beartype
@@ -78,8 +78,7 @@ def _strict(function: FunctionType) -> tuple[FunctionType, bool]:
     except TypeError:  # an annotation that cannot be hashed
         return _new(function)
     if known is None:
-        known = _made[key] = _new(function)
-        return known
+        known = _made[key] = _new(_hollow(function))
     strict, names_axes = known
     defaults = strict.__kwdefaults__ or {}
     if "__beartype_func" not in defaults:
@@ -87,6 +86,15 @@ def _strict(function: FunctionType) -> tuple[FunctionType, bool]:
     twin = FunctionType(strict.__code__, strict.__globals__, strict.__name__)
     twin.__kwdefaults__ = {**defaults, "__beartype_func": function}
     return twin, names_axes
+
+
+def _hollow(function: FunctionType) -> FunctionType:
+    """The function without what it has from around it, which is kept no longer than itself."""
+    cells = tuple(CellType() for _ in function.__closure__ or ())
+    found = FunctionType(function.__code__, function.__globals__, function.__name__, None, cells)
+    found.__defaults__, found.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    found.__annotations__, found.__qualname__ = function.__annotations__, function.__qualname__
+    return found
 
 
 def _new(function: FunctionType) -> tuple[FunctionType, bool]:

@@ -632,6 +632,7 @@ def finish(
                     prepend_bos=config.prepend_bos,
                 )
             found[number] = (report if manifest.scored or written is None else None, written)
+            del model  # before the next one is loaded
         reports = [found[number] for number in sorted(found)]
         names = [str(member["name"]) for member in manifest.members]
         trust, text = trust_content(reports, names)
