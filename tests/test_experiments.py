@@ -1257,7 +1257,9 @@ def test_the_commands(base, ran, tmp_path):
     assert said.returncode == 0, said.stderr
     assert "Hybrid of three models: Do task-specific attention" in said.stdout
     assert re.search(
-        r"model +task: 24 texts, 4 epochs, about 12 steps of 8, .* 0\.003", said.stdout
+        r"model +task: 24 texts, 4 epochs, about 12 steps of 8 and [\d,]+ tokens in all, "
+        r".* 0\.003",
+        said.stdout,
     )
     assert re.search(r"model +relation: 24 texts", said.stdout)
     assert "part      hybrid" in said.stdout
