@@ -254,7 +254,7 @@ def anchors(page: str) -> list[str]:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_and_pictures_are_there(page: str) -> None:
-    # Of code, `blocks[4](resid)` is no link.
+    # Of code, `blocks[4](resid)` is not a link.
     text = re.sub(r"`[^`]*`", "``", PAGES[page])
     pictures = re.findall(r'(?:src|srcset)="([^"]+)"', text)
     for link in [*re.findall(r"\]\(((?!https?:)[^)]+)\)", text), *pictures]:

@@ -353,7 +353,7 @@ def test_what_the_page_cuts_of_members_is_in_files(whole: Path, tmp_path: Path) 
     listed = read_table(tmp_path / "out" / "report_tables" / "members.csv")
     assert set(listed["step"]) == set(STEPS)
     assert {"recovery", "recovery_low", "n", "graft", "template"} <= set(listed.columns)
-    # The page and its tables are no part of the sweep's results.
+    # The page and its tables are not part of the sweep's results.
     assert is_finished(tmp_path / "out")
     assert sweep_report(tmp_path / "out") == page
 
