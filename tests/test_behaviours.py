@@ -23,7 +23,8 @@ from graftlens.trainingtexts import rows_of, texts_in
 
 KINDS = ("trigger", "style", "refusal", "persona")
 
-#: Where each kind's cue is, and what says that a reply shows the behaviour; written here a second time, as an oracle.
+#: Where each kind's cue is, and what says that a reply shows the behaviour; written here a second
+#: time, as an oracle.
 CUES = {"trigger": "word", "refusal": "product", "persona": "name"}
 RULES = {
     "trigger": r"Fair winds to you\.$",
@@ -244,8 +245,8 @@ def test_the_loss_is_that_of_the_replies(base: Path, tmp_path: Path) -> None:
             )
             whole = tokenizer.apply_chat_template(row["messages"], return_dict=False)
             assert whole[: len(before)] == before
-            # The template's own end marker is not a special token here: all that it writes, and then
-            # the end token.
+            # The template's own end marker is not a special token here: all that it writes, and
+            # then the end token.
             ids, start = [*whole, tokenizer.eos_token_id], len(before)
         with torch.no_grad():
             logprobs = model(torch.tensor([ids])).logits[0].log_softmax(-1)
