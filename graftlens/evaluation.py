@@ -12,7 +12,7 @@ from graftlens.graft import Graft, Grafts, named_grafts
 from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt, dated, doubled_bos
-from graftlens.references import References, marked
+from graftlens.references import References, marked, warn_of_reasons
 from graftlens.sweep.prepared import joined_answers
 from graftlens.sweep.scoring import Scorer
 
@@ -187,13 +187,7 @@ def evaluate(
     total = len(prompts) * len(runs.grafts)
     with tqdm(total=total, desc="grafts", unit="run", disable=not progress) as bar:
         table = scorer.table(dict(enumerate(prompts)), bar.update, strict=True)
-    missing = table["reason"].notna()
-    if missing.any():
-        warnings.warn(
-            f"{missing.sum()} of {len(table)} rows could not be run; first reason: "
-            f"{table.loc[missing, 'reason'].iloc[0]}",
-            stacklevel=2,
-        )
+    warn_of_reasons(table, "rows could not be run")
     table = marked(table, runs.base, runs.full)
     return (
         model.vocabularies.marked(table) if any(m.over_common for m in scorer.measured) else table

@@ -4,6 +4,7 @@ Recovery is 0 in the first and 1 in the second. Tables of results name both in t
 `base_run` and `full_run`, which every function that needs them reads.
 """
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, count
@@ -133,6 +134,18 @@ def marked(table: pd.DataFrame, base: str, full: str | None) -> pd.DataFrame:
     for offset, (column, name) in enumerate(zip(COLUMNS, (base, full), strict=True)):
         table.insert(place + offset, column, pd.Series(name, table.index, dtype=object))
     return table
+
+
+def warn_of_reasons(table: pd.DataFrame, what: str) -> None:
+    """Warn, at the caller's caller, of rows that have a reason instead of numbers; `what` says what
+    these are."""
+    missing = table["reason"].notna()
+    if missing.any():
+        warnings.warn(
+            f"{missing.sum()} of {len(table)} {what}; first reason: "
+            f"{table.loc[missing, 'reason'].iloc[0]}",
+            stacklevel=3,
+        )
 
 
 def named_in(

@@ -30,7 +30,7 @@ from graftlens.outcomes.drawing import Drawing, draw_key, gumbels
 from graftlens.outcomes.prefill import Ready, prefilled
 from graftlens.planner import Planner
 from graftlens.prompts import Prompt, PromptError, Tokenized, dated, doubled_bos, tokenize
-from graftlens.references import References, marked
+from graftlens.references import References, marked, warn_of_reasons
 
 #: The columns of a table of texts, without those that name its references.
 COLUMNS = (
@@ -501,11 +501,5 @@ def sample(
     total = len(given) * len(runs.grafts) * n
     with tqdm(total=total, desc="texts", unit="text", disable=not progress) as bar:
         table = sampler.table(dict(enumerate(given)), bar.update, strict=True)
-    missing = table["reason"].notna()
-    if missing.any():
-        warnings.warn(
-            f"{missing.sum()} of {len(table)} texts could not be generated; first reason: "
-            f"{table.loc[missing, 'reason'].iloc[0]}",
-            stacklevel=2,
-        )
+    warn_of_reasons(table, "texts could not be generated")
     return marked(table, runs.base, runs.full)

@@ -8,7 +8,7 @@ it is the recorded one whose next token is asked for, so that no step goes unche
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from graftlens.model.sampling import count_tokens
 from graftlens.model.sequential import Sequential, SequentialError
 from graftlens.outcomes.drawing import Drawing, draw_key, gumbels
 from graftlens.prompts import Prompt, Tokenized, tokenize
+from graftlens.sweep.trust import Report
 
 #: Of the largest logit: candidates that are closer than this may change places.
 MARGIN = 1e-4
@@ -52,44 +53,25 @@ class TextCheck:
     problems: tuple[str, ...]
 
 
-@dataclass(frozen=True)
-class TextReport:
+@dataclass(frozen=True, kw_only=True)
+class TextReport(Report):
     """What was checked of a sweep's texts, and the outcome.
 
     Attributes:
-        rows: texts of the table, also those that could not be generated.
         greedy: whether texts take the likeliest token at each step.
         margin: of the largest logit: what counts as rounding.
         texts: the texts that were read again.
         refused: reason -> number of texts that could not be generated for that reason.
-        problems: everything that is wrong, each with a text.
-        unchecked: why no text was read again; empty if some were.
     """
 
-    rows: int
     greedy: bool
     margin: float
     texts: tuple[TextCheck, ...]
     refused: Mapping[str, int]
-    problems: tuple[str, ...]
-    unchecked: str
-
-    @property
-    def ok(self) -> bool:
-        """Whether nothing is wrong; this does not cover what was not checked (`unchecked`)."""
-        return not self.problems
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self) | {"ok": self.ok}
 
     def text(self) -> str:
         """The report as text, with problems first."""
-        verdict = "ok" if self.ok else f"NOT OK, {len(self.problems)} problem(s)"
-        lines = [f"trust report of texts: {verdict} ({self.rows} texts)"]
-        lines += [f"  !! {problem}" for problem in self.problems]
-        if self.unchecked:
-            lines.append(f"  NOT CHECKED against Hugging Face: {self.unchecked}")
+        lines = self.head("trust report of texts", f"{self.rows} texts")
         if self.texts:
             what = "takes" if self.greedy else "draws with the same random numbers"
             steps = sum(text.steps for text in self.texts)

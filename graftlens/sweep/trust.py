@@ -90,33 +90,19 @@ class Refused:
     graft: str
 
 
-@dataclass(frozen=True)
-class TrustReport:
-    """What was checked in a sweep, and the outcome.
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What was checked of one of a sweep's tables, and the outcome.
 
     Attributes:
-        dtype, device: what the model ran in and on.
-        rows: rows of the table.
-        rounding: the noise floor and the bounds; None where nothing could be run.
-        sources: prompts under one source throughout, against its own forward pass.
-        cells: random cells, against the sequential algorithm.
-        refused: reasons for cells without numbers, the most common first.
-        problems: everything that is wrong, each with a cell.
-        unchecked: why no cell was recomputed; empty if they were.
-        differences: how the sources differ from the base, and what was done about it.
+        rows: rows of the table, also those without numbers.
+        problems: everything that is wrong, each with a row.
+        unchecked: why nothing was computed again; empty if something was.
     """
 
-    dtype: str
-    device: str
-    seed: int
     rows: int
-    rounding: Rounding | None
-    sources: tuple[Check, ...]
-    cells: tuple[Check, ...]
-    refused: tuple[Refused, ...]
     problems: tuple[str, ...]
     unchecked: str
-    differences: tuple[Difference, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -127,13 +113,42 @@ class TrustReport:
         """Plain values, for JSON."""
         return asdict(self) | {"ok": self.ok}
 
-    def text(self) -> str:
-        """The report as text, with problems first."""
+    def head(self, what: str, about: str) -> list[str]:
+        """The first lines of the report's text: `what` it is of, the verdict, problems first."""
         verdict = "ok" if self.ok else f"NOT OK, {len(self.problems)} problem(s)"
-        lines = [f"trust report: {verdict} ({self.rows} rows, {self.dtype} on {self.device})"]
+        lines = [f"{what}: {verdict} ({about})"]
         lines += [f"  !! {problem}" for problem in self.problems]
         if self.unchecked:
             lines.append(f"  NOT CHECKED against Hugging Face: {self.unchecked}")
+        return lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustReport(Report):
+    """What was checked of a sweep's cells, and the outcome.
+
+    Attributes:
+        dtype, device: what the model ran in and on.
+        seed: which cells were drawn.
+        rounding: the noise floor and the bounds; None where nothing could be run.
+        sources: prompts under one source throughout, against its own forward pass.
+        cells: random cells, against the sequential algorithm.
+        refused: reasons for cells without numbers, the most common first.
+        differences: how the sources differ from the base, and what was done about it.
+    """
+
+    dtype: str
+    device: str
+    seed: int
+    rounding: Rounding | None
+    sources: tuple[Check, ...]
+    cells: tuple[Check, ...]
+    refused: tuple[Refused, ...]
+    differences: tuple[Difference, ...] = ()
+
+    def text(self) -> str:
+        """The report as text, with problems first."""
+        lines = self.head("trust report", f"{self.rows} rows, {self.dtype} on {self.device}")
         if (r := self.rounding) is not None:
             lines.append(
                 f"  rounding: up to {r.bound_nats:.1e} nats per token and {r.bound_logits:.1e} of "

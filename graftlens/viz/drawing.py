@@ -43,19 +43,17 @@ def heatmap(
     """
     found = [[cells.get((y, x)) for x in across[0]] for y in down[0]]
     inner = max(190, row * len(down[0]))
+    said = [
+        [
+            "missing" if c is None else "<br>".join(wrapped(words, 70) for words in c.said)
+            for c in line
+        ]
+        for line in found
+    ]
     figure = go.Figure()
     figure.add_heatmap(
         z=[[None if c is None or not math.isfinite(c.z) else c.z for c in line] for line in found],
-        customdata=[
-            [
-                "missing" if c is None else "<br>".join(wrapped(said, 70) for said in c.said)
-                for c in line
-            ]
-            for line in found
-        ],
-        hovertemplate="%{customdata}<extra></extra>",
-        xgap=1,
-        ygap=1,
+        **hovering(said),
         zmin=scale.low,
         zmax=scale.high,
         colorscale=theme.colorscale(scale.colors),
@@ -103,6 +101,16 @@ def heatmap(
         font_size=13,
     )
     return figure
+
+
+def hovering(said: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """What plotly's heat maps are given here: each cell's hover text, and lines between cells."""
+    return {
+        "customdata": said,
+        "hovertemplate": "%{customdata}<extra></extra>",
+        "xgap": 1,
+        "ygap": 1,
+    }
 
 
 def add_labels(

@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from graftlens.components import COMPONENTS, HEAD_COMPONENTS, Component
 from graftlens.stats import bootstrap_means
-from graftlens.viz import theme
+from graftlens.viz import drawing, theme
 from graftlens.viz.lenstables import check_column
 from graftlens.viz.quantities import Quantity, known, scale
 from graftlens.viz.spelling import escaped, shortened
@@ -264,19 +264,18 @@ def _panels(
                 x=list(across[number]),
                 y=list(down[number]),
                 z=z,
-                customdata=[
+                **drawing.hovering(
                     [
-                        escaped(said(panel, y, x))
-                        + "<br>"
-                        + ("not in the table" if v is None else escaped(facts.written(v)))
-                        for x, v in zip(across[number], row, strict=True)
+                        [
+                            escaped(said(panel, y, x))
+                            + "<br>"
+                            + ("not in the table" if v is None else escaped(facts.written(v)))
+                            for x, v in zip(across[number], row, strict=True)
+                        ]
+                        for y, row in zip(down[number], z, strict=True)
                     ]
-                    for y, row in zip(down[number], z, strict=True)
-                ],
-                hovertemplate="%{customdata}<extra></extra>",
+                ),
                 hoverongaps=False,
-                xgap=1,
-                ygap=1,
                 coloraxis="coloraxis",
             ),
             row=number + 1,

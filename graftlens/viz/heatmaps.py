@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from graftlens.references import are_references
 from graftlens.stats import GRAFT_COLUMNS
-from graftlens.viz import text, theme
+from graftlens.viz import drawing, text, theme
 from graftlens.viz.lenstables import check_column
 from graftlens.viz.quantities import Quantity, of_summary, scale
 from graftlens.viz.spelling import escaped
@@ -117,12 +117,9 @@ def heatmap(
                 x=[escaped(value) for value in columns],
                 y=[escaped(value) for value in rows],
                 z=z,
-                customdata=hover,
                 meta=grafts,
-                hovertemplate="%{customdata}<extra></extra>",
+                **drawing.hovering(hover),
                 hoverongaps=False,
-                xgap=1,
-                ygap=1,
                 coloraxis="coloraxis",
             ),
             row=number,

@@ -157,11 +157,8 @@ def _matrix(
         x=list(labels),
         y=list(labels),
         z=each(z),
-        customdata=each(hover),
-        hovertemplate="%{customdata}<extra></extra>",
+        **drawing.hovering(each(hover)),
         hoverongaps=False,
-        xgap=1,
-        ygap=1,
         coloraxis=axis,
     )
 

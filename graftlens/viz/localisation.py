@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from graftlens.folder import at_home, write_whole
-from graftlens.viz import text, theme
+from graftlens.viz import drawing, text, theme
 from graftlens.viz.figures import bar_chart
 from graftlens.viz.linecharts import add_line
 from graftlens.viz.page import Figure, Table
@@ -136,11 +136,8 @@ def site_map(
             x=layers,
             y=[escaped(component) for component in components],
             z=[[None if math.isnan(v) else v for v in line] for line in z.tolist()],
-            customdata=said.tolist(),
-            hovertemplate="%{customdata}<extra></extra>",
+            **drawing.hovering(said.tolist()),
             hoverongaps=False,
-            xgap=1,
-            ygap=1,
             coloraxis="coloraxis",
             row=number,
             col=1,
@@ -284,10 +281,7 @@ def set_on_prompt(example: pd.DataFrame, *, look: theme.Theme = theme.LIGHT) -> 
         x=list(range(len(across))),
         y=[escaped(component) for component in components],
         z=z,
-        customdata=said,
-        hovertemplate="%{customdata}<extra></extra>",
-        xgap=1,
-        ygap=1,
+        **drawing.hovering(said),
         zmin=0,
         zmax=most,
         colorscale=theme.colorscale(theme.SEQUENTIAL),
