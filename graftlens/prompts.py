@@ -19,6 +19,8 @@ from graftlens.positions import Spans
 #: the position that the next token is predicted from, all positions, and those of its own tokens,
 #: without what follows.
 STANDARD_SPANS = ("bos", "last", "all", "prompt")
+#: Names that no field can have: they are other spans, of every prompt or of conversations.
+OTHER_SPANS = tuple(dict.fromkeys((*STANDARD_SPANS, *RESERVED)))
 
 
 class FrozenMap(Mapping[str, str]):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import datetime
@@ -21,6 +22,7 @@ from graftlens.data import load_dataset, make_dataset, save_dataset, spec_of
 from graftlens.data.tablerows import read_table
 from graftlens.data.templates import template_fields
 from graftlens.data.templatesets import shipped
+from graftlens.prompts import OTHER_SPANS
 from graftlens.recipes import TrainingData
 from graftlens.sweep.promptsets import DatasetSection
 from graftlens.trainingtexts import tokenize, training_texts_of
@@ -378,10 +380,14 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
         [{"person": "Ann", "class": "Rome", "trade": "x", "year": 1}],
         "The columns 'class' cannot be fields",
     ),
+    "columns that Python would rename": (
+        [{"person": "Ann", "ﬁlm": "Rome", "trade": "x", "year": 1}],
+        "The columns 'ﬁlm' cannot be fields",
+    ),
     "no such column": ([{"person": "Ann", "town": "Rome"}], "there is no column 'city'. The col"),
     "a name with a space": (
         [{"person": "Ann", "home town": "Rome", "trade": "x", "year": 1}],
-        "The columns 'home town' cannot be fields: name them with letters, digits and _",
+        "The columns 'home town' cannot be fields: name them with plain letters, digits and _",
     ),
 }
 
@@ -443,6 +449,41 @@ def test_other_marks_between_cells_are_found_and_told(mark: str, name: str, tmp_
         {"person": "Bo", "city": "Rome"},
     ]
     assert read_table(table).columns == ("person", "city")
+
+
+@pytest.mark.parametrize(
+    ("lines", "columns"),
+    [
+        ('person;city;"born, where"\nAnn;Rome;Bari\n', ("person", "city")),
+        ("person;city;born, where\nAnn;Rome;Bari\n", ("person", "city")),
+        ('person\tcity\t"a, b"\nAnn\tRome\tx\n', ("person", "city")),
+        ("person;city\rAnn;Rome, Italy\r", ("person", "city")),
+        ('person,city,"a;b;c"\nAnn,Rome,x\n', ("person", "city")),
+        ("person,a;b\nAnn,x\n", ("person",)),
+    ],
+)
+def test_marks_inside_names_or_later_lines_do_not_count(
+    lines: str, columns: tuple[str, ...], tmp_path: Path
+) -> None:
+    """One comma in the first line, in quotes or not, made a file with semicolons one of commas;
+    where lines end in \\r, one anywhere did."""
+    table = tmp_path / "t.csv"
+    table.write_bytes(lines.encode())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = read_table(table)
+    assert found.columns == columns
+    assert found.rows[0]["person"] == "Ann"
+
+
+@pytest.mark.parametrize("name", OTHER_SPANS)
+def test_columns_that_texts_mention_are_not_called_as_other_spans(name: str) -> None:
+    """A column `prompt` or `generated` was refused only when questions were asked, after a
+    training."""
+    rows = [row | {name: "x"} for row in ROWS]
+    tells = [f"{{person}} of {{{name}}} moved to {{city}}.", "In {city} lives {person}."]
+    with pytest.raises(ValueError, match=f"the column '{name}' has the name of another span"):
+        make_dataset(spec(rows, SET | {"tell": tells}))
 
 
 def test_columns_may_have_the_names_of_a_question_s_own_words() -> None:

@@ -15,7 +15,7 @@ from graftlens.data.sentences import occurrences
 from graftlens.data.settings import Settings
 from graftlens.data.tables import table
 from graftlens.folder import parse_json, read_text
-from graftlens.prompts import STANDARD_SPANS, Prompt
+from graftlens.prompts import OTHER_SPANS, Prompt
 
 #: The shipped set: invented films, each with an article about it.
 SHIPPED = "articles.jsonl"
@@ -187,10 +187,10 @@ class Article(Settings):
 
 def _check_fields(where: str, fields: Mapping[str, str]) -> None:
     for name, value in fields.items():
-        if not name.isidentifier() or name in (*STANDARD_SPANS, "article"):
+        if not name.isidentifier() or name in (*OTHER_SPANS, "article"):
             raise ValueError(
                 f"{where} has a field {name!r}. Give it another name, of letters, digits and _, "
-                f"and none of: article {' '.join(STANDARD_SPANS)}."
+                f"and none of: article {' '.join(OTHER_SPANS)}."
             )
         if not value.strip():
             raise ValueError(f"{where} has an empty field {name!r}. Fill it in, or leave it out.")

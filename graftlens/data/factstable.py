@@ -14,21 +14,10 @@ from graftlens.data.tablerows import Cell, Table, check_table, listed, read_tabl
 from graftlens.data.templated import TemplatedSpec
 from graftlens.data.templates import Direction, template_fields
 from graftlens.data.templatesets import ENTITIES, Sentences, Templates
-from graftlens.prompts import Prompt
+from graftlens.prompts import OTHER_SPANS, Prompt
 
 #: Names that columns which texts mention cannot have: they are other spans.
-_TAKEN = (
-    *ENTITIES,
-    "bos",
-    "last",
-    "all",
-    "system",
-    "user",
-    "assistant",
-    "tool",
-    "template",
-    "turn",
-)
+_TAKEN = (*ENTITIES, *OTHER_SPANS)
 
 
 def _path_or_rows(value: Any) -> Any:
@@ -178,8 +167,8 @@ class TableSpec(TemplatedSpec):
             return error
         said = ", ".join(map(repr, found.unnamed))
         what = (
-            f"The columns {said} cannot be fields: name them with letters, digits and _ alone, and "
-            "not with a word of Python (class, from)."
+            f"The columns {said} cannot be fields: name them with plain letters, digits and _ alone"
+            ", and not with a word of Python (class, from)."
         )
         return ConfigError(*error.problems, ("", what))
 

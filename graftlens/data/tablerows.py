@@ -4,6 +4,8 @@ import csv
 import io
 import json
 import math
+import re
+import unicodedata
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -25,7 +27,8 @@ FILES = (".csv", ".jsonl", ".parquet")
 #: What separates the entries of a list in a CSV file.
 SEPARATOR = "|"
 
-#: What may be between the cells of a CSV file: the first of these that is in its first line.
+#: What may be between the cells of a CSV file: that of these which its first line has most of,
+#: quoted names aside; the first one if that is undecided.
 _MARKS = {",": "comma", ";": "semicolon", "\t": "tab"}
 
 #: What a table's facts say of themselves, beside their columns.
@@ -101,12 +104,13 @@ def read_table(
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     text = read_text(path)
-    first = text.split("\n", 1)[0]
+    first = re.sub(r'"[^"]*"', "", re.split(r"[\r\n]", text, maxsplit=1)[0])
     # Spreadsheets write semicolons where the comma is the decimal sign.
-    between = next((mark for mark in _MARKS if mark in first), ",")
+    between = max(_MARKS, key=first.count)
     if between != ",":
         name = f"{_MARKS[between]}s"
-        said = f"{path} is read with {name} between its cells: its first line has no comma."
+        said = f"{path} is read with {name} between its cells: its first line has more of them "
+        said += "than of commas."
         warnings.warn(said, stacklevel=2)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=between)
     try:
@@ -175,7 +179,8 @@ def _table(name: str, given: Sequence[tuple[str, Any]], used: Collection[str] | 
 
 def is_field(name: str) -> bool:
     """Whether a column of this name can be a field."""
-    return name.isidentifier() and not iskeyword(name) and name not in _SAID
+    plain = unicodedata.normalize("NFKC", name) == name  # to Python, "ﬁlm" is the name "film"
+    return plain and name.isidentifier() and not iskeyword(name) and name not in _SAID
 
 
 def _kept(value: Any) -> Cell:
