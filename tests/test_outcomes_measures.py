@@ -205,6 +205,23 @@ def test_rates_have_intervals_over_prompts() -> None:
         assert row["recovery"] == pytest.approx(wanted["recovery"])
 
 
+def test_texts_without_a_value_are_counted_in_their_group() -> None:
+    """Each row had those of all groups together; with members, a prompt that lacked a value under
+    one of them was counted."""
+    table = random_table(1)
+    first = table.assign(member="a", m=1.0)
+    lost = (first["prompt"] == 3) & (first["graft"] == "SFT")
+    first.loc[lost, "m"] = np.nan
+    table = pd.concat([first, first.assign(member="b", m=1.0)], ignore_index=True)
+    rates = outcomes.rate(table, ["m"], by=("member", "template"), resamples=20)
+    rows = rates.set_index(["member", "template", "graft"])
+    for key, row in rows.iterrows():
+        whole = key[:2] != ("a", "t1")
+        assert row["unread"] == (0 if whole or key[2] != "SFT" else lost.sum())
+        assert row["prompts"] == (6 if whole else 5)
+        assert row["n"] == 5 * row["prompts"]
+
+
 def test_texts_that_agree_are_no_more_evidence_than_one() -> None:
     said = [["yes"] * 5 if prompt % 2 else ["no"] * 5 for prompt in range(14)]
     table = texts_table({"PRE": said, "SFT": said})

@@ -121,7 +121,7 @@ def rate(
     ends = base in known and full in known
     parts = []
     for column, (name, label) in columns.items():
-        asked, unread = _with_values(table, column)
+        asked = _with_values(table, column)
         found = summarise(
             asked,
             by=by,
@@ -138,7 +138,7 @@ def rate(
         part = found[[*by, "graft"]].copy()
         part["measure"], part["label"] = name, pd.Series([label] * len(part), dtype=object)
         part["n"], part["prompts"] = found["n"], _prompts(asked, found, by)
-        part["unread"] = [unread.get(graft, 0) for graft in part["graft"]]
+        part["unread"] = _unread(table, column, part[[*by, "graft"]])
         for kind in ("", "_low", "_high"):
             part[kind.removeprefix("_") or "rate"] = found[f"{column}{kind}"]
         for kind in ("recovery", "recovery_low", "recovery_high", "recovery_note"):
@@ -181,7 +181,7 @@ def differences(
     parts = []
     for column, (name, label) in columns.items():
         found = compare_all(
-            _with_values(table, column)[0],
+            _with_values(table, column),
             pairs,
             against=against,
             metric=column,
@@ -245,25 +245,34 @@ def _cells(
     return table, columns
 
 
-def _with_values(table: pd.DataFrame, column: str) -> tuple[pd.DataFrame, dict[str, int]]:
-    """The table in which texts without a value did not run, and how many each graft has of them."""
-    unread = table["reason"].isna() & table[column].isna()
-    counts = table.loc[unread, "graft"].value_counts()
-    out = table.copy()
-    out.loc[unread, "reason"] = "no value"
-    return out, {str(graft): int(count) for graft, count in counts.items()}
+def _without_value(table: pd.DataFrame, column: str) -> "pd.Series[bool]":
+    """Which texts are there, but without a value."""
+    return table["reason"].isna() & table[column].isna()
+
+
+def _with_values(table: pd.DataFrame, column: str) -> pd.DataFrame:
+    """The table in which texts without a value did not run."""
+    return table.assign(reason=table["reason"].mask(_without_value(table, column), "no value"))
+
+
+def _unread(table: pd.DataFrame, column: str, rows: pd.DataFrame) -> list[int]:
+    """How many texts without a value each row, a graft in a group, has."""
+    lost = table.loc[_without_value(table, column), list(rows)].value_counts(dropna=False)
+    keys = rows.itertuples(index=False, name=None)
+    return [int(lost.get(key, 0)) for key in keys]
 
 
 def _prompts(table: pd.DataFrame, found: pd.DataFrame, by: Sequence[str]) -> list[int]:
-    """How many prompts each row of a summary is of."""
+    """How many prompts each row of a summary is of: of its group, those with a text that ran under
+    every graft."""
     grafts = set(found["graft"])
     ran = table[table["reason"].isna() & table["graft"].isin(grafts)]
-    everywhere = ran.groupby("prompt")["graft"].nunique() == len(grafts)
-    used = ran[ran["prompt"].isin(everywhere.index[everywhere])]
+    of_text = ran.groupby([*by, "prompt"], dropna=False, observed=True)["graft"]
+    used = ran[of_text.transform("nunique") == len(grafts)]
     if not by:
         return [used[_OF].nunique()] * len(found)
-    sizes = used.groupby(list(by), dropna=False)[_OF].nunique()
-    keys = found[list(by)].itertuples(index=False)
+    sizes = used.groupby(list(by), dropna=False, observed=True)[_OF].nunique()
+    keys = found[list(by)].itertuples(index=False, name=None)
     return [int(sizes.get(key if len(by) > 1 else key[0], 0)) for key in keys]
 
 
