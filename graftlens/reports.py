@@ -18,7 +18,7 @@ from graftlens.prompts import Prompt, PromptError, Tokenized
 from graftlens.references import MEMBERS
 from graftlens.stats import summarise
 from graftlens.sweep.prepared import Extent, Prepared
-from graftlens.sweep.results import Manifest, read_end, read_manifest, read_prompts, read_results
+from graftlens.sweep.results import Manifest, facts_of, read_end, read_manifest, read_results
 from graftlens.sweep.runner import SweepResult, config_of, content_of, sweep_result
 from graftlens.textreports import texts_shown
 from graftlens.viz.examples import Example, Glimpse, first_right, glimpse
@@ -169,18 +169,6 @@ def measured_in(table: pd.DataFrame, asked: Sequence[str], answers: Extent) -> l
     if table.loc[table["reason"].isna(), "logit_diff"].notna().all():
         metrics.append("logit_diff")
     return metrics + [m for m in dict.fromkeys(asked) if m not in metrics]
-
-
-def facts_of(folder: Path) -> "pd.Series[Any]":
-    """Prompt's number -> the fact it asks for: its dataset, the entity it names (or else the whole
-    prompt), the answer."""
-    prompts = read_prompts(folder, ["prompt", "dataset", "as_given"]).to_pydict()
-    names = []
-    for dataset, text in zip(prompts["dataset"], prompts["as_given"], strict=True):
-        given = json.loads(text)
-        entity = given["fields"].get("first_entity", text)
-        names.append(json.dumps([dataset, entity, given["answer"]], ensure_ascii=False))
-    return pd.Series(names, index=prompts["prompt"])
 
 
 def sweep_summary(folder: str | Path) -> pd.DataFrame:

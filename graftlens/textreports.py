@@ -9,7 +9,7 @@ from graftlens.folder import at_home
 from graftlens.outcomes.rates import rate
 from graftlens.references import MEMBERS
 from graftlens.stats import GRAFT_COLUMNS
-from graftlens.sweep.results import Manifest, read_manifest
+from graftlens.sweep.results import Manifest, facts_of, read_manifest
 from graftlens.sweep.texttables import read_texts
 from graftlens.viz.tables import write_table
 from graftlens.viz.textspage import Texts, shown_texts
@@ -102,7 +102,8 @@ def texts_shown(folder: Path, manifest: Manifest) -> tuple[Texts, pd.DataFrame, 
         "only if it ran under every graft."
         for name, n in rare.items()
     ]
-    rates = text_rates(folder, without=rare)
+    facts = facts_of(folder)
+    rates = text_rates(folder, facts=None if facts.is_unique else facts, without=rare)
     if len(rates):
         write_table(rate_table(rates), folder / RATES, caption="Rates of generated texts")
     if manifest.members and len(rates):

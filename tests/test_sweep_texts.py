@@ -554,10 +554,20 @@ def test_the_page_has_every_text_with_its_measures(swept: Path, page: Path) -> N
     assert "Prompts down, grafts across." in words
     assert "trust report of texts: ok (120 texts)" in words
     assert {path.name for path in swept.iterdir()} >= {"rates.csv", "rates.md"}
-    rates = read_table(swept / "rates.csv")
-    again = outcomes.rate(table, [*MEASURES])
+
+
+def test_rates_of_several_templates_have_intervals_over_facts(swept: Path, page: Path) -> None:
+    """All ask about the same four people: the 12 prompts were taken for 12 facts, and intervals
+    were too narrow."""
+    rates, table = read_table(swept / "rates.csv"), read_texts(swept)
+    again = outcomes.rate(table.assign(fact=table["prompt"] % 4), [*MEASURES], unit="fact")
     assert rates["rate"].tolist() == pytest.approx(again["rate"].tolist())
-    assert rates["rate_low"].tolist() == pytest.approx(again["low"].tolist(), nan_ok=True)
+    for end in ("low", "high"):
+        assert rates[f"rate_{end}"].tolist() == pytest.approx(again[end].tolist(), nan_ok=True)
+    assert set(rates["unit"]) == {"fact"}
+    apart = outcomes.rate(table, [*MEASURES])
+    assert rates["rate_low"].tolist() != pytest.approx(apart["low"].tolist(), nan_ok=True)
+    assert "prompts grouped by fact" in "".join(Page(page).words)
 
 
 @pytest.mark.parametrize("width", [700, 1400])

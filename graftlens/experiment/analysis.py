@@ -11,7 +11,7 @@ from graftlens.find.interactions import Interactions, measured_interactions
 from graftlens.metrics import always_measured
 from graftlens.references import COLUMNS as REFERENCES
 from graftlens.references import COMMON_TOKENS, MEMBERS
-from graftlens.reports import facts_of, measured_in
+from graftlens.reports import measured_in
 from graftlens.stats import GRAFT_COLUMNS, summarise
 from graftlens.stats.resampling import Draw
 from graftlens.sweep.config import Checked

@@ -383,6 +383,18 @@ def read_prompts(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
         ) from None
 
 
+def facts_of(folder: Path) -> "pd.Series[Any]":
+    """Prompt's number -> the fact it asks for: its dataset, the entity it names (or else the whole
+    prompt), the answer."""
+    prompts = read_prompts(folder, ["prompt", "dataset", "as_given"]).to_pydict()
+    names = []
+    for dataset, text in zip(prompts["dataset"], prompts["as_given"], strict=True):
+        given = json.loads(text)
+        entity = given["fields"].get("first_entity", text)
+        names.append(json.dumps([dataset, entity, given["answer"]], ensure_ascii=False))
+    return pd.Series(names, index=prompts["prompt"])
+
+
 def read_end(out: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """The content of ``done.json`` and of ``trust.json``.
 
