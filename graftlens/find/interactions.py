@@ -128,6 +128,9 @@ def interactions(
       *Journal of Pharmacokinetics and Biopharmaceutics* 15, 657-680);
     - `undecided`: none of these, the prompts are too few to say.
 
+    Of a measure that falls from nobody to all, such as `kl_full`, the call is by the interaction
+    with its sign turned: below 0, each needs the other.
+
     The calls depend on the scale: effects that add up in log-probability can be an AND in top-1.
 
     Intervals are percentile intervals of a paired bootstrap over facts: prompts of one fact are
@@ -359,7 +362,8 @@ class _Game:
         with np.errstate(divide="ignore", invalid="ignore"):
             share = np.where(joint == 0, np.nan, frame["interaction"].to_numpy() / joint)
         near = self.margin * abs(whole)
-        calls = [_call(*ends_of, near) for ends_of in zip(low, high, strict=True)]
+        towards = (-high, -low) if whole < 0 else (low, high)  # the interval, towards all
+        calls = [_call(*ends_of, near) for ends_of in zip(*towards, strict=True)]
         return frame.assign(joint=joint, share=share, call=calls)
 
     def _value(self) -> dict[int, float]:

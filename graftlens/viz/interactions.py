@@ -30,8 +30,9 @@ def interaction_matrix(
 
     A row of panels for each measure, since a pair may be an AND in one and additive in another. In
     the matrix red is an interaction above 0 (AND: each needs the other), blue one below 0 (OR:
-    either is enough); the pair's call is written in its cell, `?` where it is undecided. Bars are
-    Shapley values and, hatched, Banzhaf values, with their intervals.
+    either is enough), and the other way round of a measure that falls from nobody to all; the
+    pair's call is written in its cell, `?` where it is undecided. Bars are Shapley values and,
+    hatched, Banzhaf values, with their intervals.
 
     Args:
         table, pairs: `table` and `pairs` of `find.interactions`.
