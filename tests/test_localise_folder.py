@@ -1,5 +1,6 @@
 """`graftlens localise`: its folder is resumed bit for bit, and refused where it is another's."""
 
+import json
 import os
 import signal
 import subprocess
@@ -174,6 +175,15 @@ def test_another_search_prompt_or_weight_is_refused(
     with pytest.raises(ValueError, match=r"models\.fingerprints\.sft|sources\.sft"):
         quiet(config(checkpoints(tmp_path / "other", seed=2)), whole)
     assert tables(whole) == before
+
+
+def test_rows_per_pass_are_those_asked_for(sources: dict[str, str], tmp_path: Path) -> None:
+    """`row_budget` was read, and then the free memory decided."""
+    out = tmp_path / "out"
+    quiet(config(sources, rounds=0, random=0) | {"row_budget": 40}, out)
+    assert json.loads((out / "localise.json").read_text())["row_budget"] == 40
+    steps = [json.loads(path.read_text()) for path in (out / "steps").glob("*/sweep.json")]
+    assert {step["models"]["row_budget"] for step in steps} == {40}
 
 
 def test_what_is_somebody_else_s_is_left_alone(sources: dict[str, str], tmp_path: Path) -> None:

@@ -245,7 +245,7 @@ def localise_checked(
         model.cfg.default_prepend_bos = checked.config.prepend_bos
     measure = next((m for m in own if m.name == search.metric), search.metric)
     identity = _identity(checked, search, source, grafts, own)
-    rows = record(out, identity, loaded, say)
+    rows = record(out, identity, loaded, checked.config.row_budget, say)
     key = key_of(identity["search"] | identity["prompts"], loaded)
     rating, followed = _rating(checked, search), None
     if rating is not None:

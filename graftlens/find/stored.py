@@ -64,13 +64,16 @@ TRUSTED = "found"
 Say = Callable[[str], None]
 
 
-def record(out: Path, identity: Mapping[str, Any], loaded: Loaded, say: Say) -> int:
+def record(
+    out: Path, identity: Mapping[str, Any], loaded: Loaded, row_budget: int | None, say: Say
+) -> int:
     """Note what is asked and of which models, or check that it is what the folder was started with.
 
     Args:
         out: the folder, which is ours.
         identity: what another call must agree with.
         loaded: the models.
+        row_budget: the most rows per forward pass; None is what the free memory allows.
         say: called with what is waited for.
 
     Returns:
@@ -93,7 +96,7 @@ def record(out: Path, identity: Mapping[str, Any], loaded: Loaded, say: Say) -> 
     with lock(out, "claim", say=say):
         there = _known(path)
         if there is None:
-            rows = affordable_rows(model.arch, model.cfg.device, model.cfg.dtype)
+            rows = row_budget or affordable_rows(model.arch, model.cfg.device, model.cfg.dtype)
             content = sealed_json({"asked": given, "row_budget": rows})
             text = json.dumps(content, indent=1, ensure_ascii=False)
             write(out, path, text.encode())
