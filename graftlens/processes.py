@@ -5,7 +5,9 @@ read or made there.
 """
 
 import atexit
+import itertools
 import os
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +17,9 @@ T = TypeVar("T")
 
 # The others wait while the first one measures perplexity or writes a checkpoint.
 PATIENCE = timedelta(hours=12)
+
+# Numbers of the calls by which processes share a value, the same in all of them.
+_CALLS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -49,32 +54,47 @@ class Processes:
         """
         if self.count == 1:
             return make()
-        import torch.distributed
-
-        box: list[Any] = [None, "the first process ended"]
+        store, key = _store(), f"graftlens/{next(_CALLS)}"
         if not self.is_first:
-            torch.distributed.broadcast_object_list(box, src=0)
-            if box[1] is not None:
-                raise RuntimeError(f"process {self.rank} of {self.count} also stops: {box[1]}")
-            return box[0]
+            self.wait()  # until it is there
+            made, failed = pickle.loads(store.get(key))
+            self.wait()
+            if failed is not None:
+                raise RuntimeError(f"process {self.rank} of {self.count} also stops: {failed}")
+            return made
+        said: tuple[Any, str | None] = (None, None)
         try:
-            box = [make(), None]
-            return box[0]
+            said = (make(), None)
+            return said[0]
         except BaseException as error:
-            box = [None, f"{type(error).__name__}: {error}"]
+            said = (None, f"{type(error).__name__}: {error}")
             raise
         finally:
-            torch.distributed.broadcast_object_list(box, src=0)
+            store.set(key, pickle.dumps(said))
+            self.wait()
+            self.wait()  # until all have read it: this process may hold the store
 
     def leave_at_exit(self) -> None:
         """Leave the group before the interpreter ends, after all shared work is done.
 
-        A thread of the group that still holds tensors then aborts the process
-        (https://github.com/pytorch/pytorch/pull/179291). After a failure, leaving could wait
-        for processes that never arrive, so this is called after success only.
+        After a failure, leaving could wait for processes that never arrive, so this is called
+        after success only.
         """
         if self.count > 1:
             atexit.register(_leave)
+
+
+def _store() -> Any:
+    """Where the group's processes leave each other values.
+
+    Broadcasts would do, too, but a thread of the group keeps what it sent a moment longer, and
+    aborts the process if the interpreter ends meanwhile; DistributedDataParallel keeps the group's
+    threads for good, so leaving does not wait for them
+    (https://github.com/pytorch/pytorch/issues/190489). What a barrier leaves to them is harmless.
+    """
+    from torch.distributed.distributed_c10d import _get_default_store
+
+    return _get_default_store()
 
 
 def _leave() -> None:

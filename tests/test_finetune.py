@@ -1061,17 +1061,25 @@ def shared_recipe(folder: Path, output: Path, batch_size: int = 2) -> FinetuneCo
     return best_recipe(folder / "start", output, learning_rate=1e-3, **sizes)
 
 
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
 def two_processes(folder: Path, *overrides: str, kill: str = "-1 0", accelerate: bool = False):
     """`graftlens finetune` in two processes, on the folder's recipe."""
-    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launcher = TORCHRUN
     if accelerate:  # its --cpu starts several processes by MPI only
         launcher = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
         launcher += ["--num_machines", "1", "--mixed_precision", "fp16", "--dynamo_backend", "no"]
     program = ["-m", "graftlens"] if accelerate else [str(folder / "member.py")]
-    command = [sys.executable, "-m", *launcher, *program, "finetune"]
+    command = [*launcher, *program, "finetune", str(folder / "recipe.yaml"), *overrides]
+    return launched(*command, KILL=kill)
+
+
+def launched(*command: str, **environment: str):
+    """A launcher's module with its arguments, to its end."""
     return subprocess.run(
-        [*command, str(folder / "recipe.yaml"), *overrides],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "KILL": kill},
+        [sys.executable, "-m", *command],
+        env=os.environ | {"OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         timeout=HANG,
@@ -1094,6 +1102,31 @@ def finetuned(shared: Path, name: str) -> FinetuneResult:
     for key in ("losses", "perplexities"):
         record[key] = tuple(record[key])
     return FinetuneResult(folder=shared / name / "model", **record)
+
+
+# Processes that end as soon as the first one's values went round. No thread gets the interpreter's
+# lock before the other waits for it, as on a busy machine.
+ENDS = """
+import sys
+import torch
+from graftlens.processes import started_together
+
+processes = started_together(cpu=True)
+parallel = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+parallel(torch.ones(1, 2)).sum().backward()
+sys.setswitchinterval(100)
+for value in range(3):
+    assert processes.from_first(lambda: value if processes.is_first else None) == value
+processes.leave_at_exit()
+"""
+
+
+@pytest.mark.slow
+def test_processes_that_shared_values_end_in_order(tmp_path):
+    (tmp_path / "ends.py").write_text(ENDS)
+    for _ in range(3):  # with a thread that still held a value, every second time failed
+        done = launched(*TORCHRUN, str(tmp_path / "ends.py"))
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.slow
