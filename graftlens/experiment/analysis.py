@@ -15,7 +15,7 @@ from graftlens.reports import measured_in
 from graftlens.stats import GRAFT_COLUMNS, summarise
 from graftlens.stats.resampling import Draw
 from graftlens.sweep.config import Checked
-from graftlens.sweep.results import read_manifest, read_results
+from graftlens.sweep.results import facts_of, read_manifest, read_results
 from graftlens.sweep.texttables import read_texts
 from graftlens.textreports import rare_in, text_rates
 
