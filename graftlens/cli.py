@@ -213,6 +213,7 @@ def sweep(
         _end_of_sweep(run_sweep(path, folder, overrides=given, measures=own, device=device))
         return
     from graftlens.engines import check_submission
+    from graftlens.sweep.config import load_config
     from graftlens.sweep.devices import check_devices
     from graftlens.sweep.launch import launch_local, launch_slurm
 
@@ -222,10 +223,15 @@ def sweep(
     else:
         check_submission(tasks or 1, resources)
     prepare_sweep(path, folder, overrides=given, measures=own)
+    # The folder does not say what the command line told of judges; this does.
+    told = load_config(path, given).outcomes
     if launcher is Launcher.local:
-        launch_local(folder, names, measures=own)
+        launch_local(folder, names, measures=own, outcomes=told)
     else:
-        launch_slurm(folder, tasks=tasks or 1, resources=resources, measures=own, wait=wait)
+        tasks = tasks or 1
+        launch_slurm(
+            folder, tasks=tasks, resources=resources, measures=own, outcomes=told, wait=wait
+        )
     if wait:
         result = sweep_result(folder)
         typer.echo(result.line())

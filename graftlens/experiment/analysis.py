@@ -1,5 +1,6 @@
 """From a part's results to the tables that its figures draw."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -7,8 +8,11 @@ import pandas as pd
 
 from graftlens.configfile import ConfigError
 from graftlens.experiment.config import ExperimentConfig, PartConfig
+from graftlens.find.coalitions import Coalitions
 from graftlens.find.interactions import Interactions, measured_interactions
+from graftlens.find.rating import beside, rated_cells
 from graftlens.metrics import always_measured
+from graftlens.prompts import Tokenized
 from graftlens.references import COLUMNS as REFERENCES
 from graftlens.references import COMMON_TOKENS, MEMBERS
 from graftlens.reports import measured_in
@@ -74,10 +78,11 @@ def part_tables(
         checked: the part's sweep.
         folder: the sweep's folder.
     """
-    rates = _rates(checked, folder)
+    rates = _rates(part, checked, folder)
     if not checked.scored:
         none = pd.DataFrame()
-        return PartTables(none, none, none, none, cells=0, failed=0, **rates)
+        played = _interactions(part, checked, folder, none)
+        return PartTables(none, none, none, none, cells=0, failed=0, interactions=played, **rates)
     own = checked.config.metrics.measures
     measured = [*(m.name for m in always_measured() if m.summary == "mean"), *own]
     members = MEMBERS if checked.members else ()
@@ -91,9 +96,8 @@ def part_tables(
     asked = [metric for metric in (*own, *drawn) if metric in measured]
     metrics = measured_in(table, asked, checked.config.metrics.answers)
     table = table[~table["graft"].isin(_of_generated(checked))]
-    interactions = _interactions(part, checked, table)
-    if interactions is not None:
-        table = table[~table["graft"].isin(_coalitions_alone(part, checked))]
+    interactions = _interactions(part, checked, folder, table)
+    table = table[~table["graft"].isin(_coalitions_alone(part, checked))]
     apart = (*members, *(("dataset",) if table["dataset"].nunique() > 1 else ()))
     frames = {}
     for name, by, unit in (("template", (*apart, "template"), "prompt"), ("pooled", apart, "fact")):
@@ -113,12 +117,12 @@ def part_tables(
     )
 
 
-def _rates(checked: Checked, folder: Path) -> dict[str, pd.DataFrame]:
+def _rates(part: PartConfig, checked: Checked, folder: Path) -> dict[str, pd.DataFrame]:
     """The rates of a part's texts, by the attributes of `PartTables`."""
     if checked.config.outcomes is None:
         return {}
     texts = read_texts(folder)
-    rare = rare_in(texts, (checked.base, checked.full))
+    rare = {*rare_in(texts, (checked.base, checked.full)), *_coalitions_alone(part, checked)}
     apart = ["dataset"] if texts["dataset"].nunique() > 1 else []
     found = {"rates": text_rates(folder, by=apart, facts=facts_of(folder), without=rare)}
     if texts["template"].nunique() > 1:
@@ -146,16 +150,41 @@ def check_scored(part: PartConfig, checked: Checked) -> None:
     if checked.scored:
         return
     what = "it needs prompts with answers, and none has one: the part makes texts alone."
-    given = [key for key in ("figures", "finding", "interactions") if getattr(part, key)]
-    if given:
-        raise ConfigError(*((key, f"{what} Leave it out.") for key in given))
+    problems = [
+        (key, f"{what} Leave it out.") for key in ("figures", "finding") if getattr(part, key)
+    ]
+    if of_cells := _played(part)[0]:
+        fix = "Name measures of outcomes instead."
+        problems.append(("interactions.metrics", f"{' '.join(of_cells)}: {what} {fix}"))
+    if problems:
+        raise ConfigError(*problems)
 
 
-def _interactions(part: PartConfig, checked: Checked, table: pd.DataFrame) -> Interactions | None:
-    """How the part's players work together, if it has any."""
+def _played(part: PartConfig) -> tuple[list[str], list[str]]:
+    """The measures in which a part's players are compared: of cells, and of texts."""
+    asked = part.interactions.metrics if part.interactions is not None else ()
+    texts = part.outcomes.measures if part.outcomes is not None else {}
+    return [n for n in asked if n not in texts], [n for n in asked if n in texts]
+
+
+def _interactions(
+    part: PartConfig, checked: Checked, folder: Path, cells: pd.DataFrame
+) -> Interactions | None:
+    """How the part's players work together, if it has any.
+
+    Args:
+        part, checked, folder: as in `part_tables`.
+        cells: the sweep's, with facts; nothing is read of them where texts alone are compared.
+    """
     if part.interactions is None:
         return None
     seed = checked.config.seed
+    of_cells, of_texts = _played(part)
+    table = cells
+    if of_texts:
+        said = rated_cells(read_texts(folder), of_texts)
+        facts = facts_of(folder).reindex(said["prompt"]).to_numpy()
+        table = beside(cells, said, of_texts) if of_cells else said.assign(fact=facts)
     return measured_interactions(
         part.interactions.coalitions(seed),
         table,
@@ -168,7 +197,8 @@ def _interactions(part: PartConfig, checked: Checked, table: pd.DataFrame) -> In
 
 def _coalitions_alone(part: PartConfig, checked: Checked) -> set[str]:
     """The grafts that are only coalitions: none of the part's own, and no reference."""
-    assert part.interactions is not None
+    if part.interactions is None:
+        return set()
     kept = {*part.named_grafts(), checked.base, checked.full, *_tags(part, checked)["graft"]}
     kept |= {checked.duplicates.get(name, name) for name in part.named_grafts()}
     return {*part.interactions.coalitions(checked.config.seed).grafts} - kept
@@ -183,15 +213,29 @@ def check_players(part: PartConfig, checked: Checked) -> None:
     if part.interactions is None:
         return
     planned = part.interactions.coalitions(checked.config.seed)
-    ready, _ = checked.prepared.all(dict(enumerate(checked.prompts)))
-    tokens = {scored.number: scored.tokens for scored in ready}
+    of_cells, of_texts = _played(part)
+    if of_cells:
+        ready, _ = checked.prepared.all(dict(enumerate(checked.prompts)))
+        _can_play(planned, checked, {one.number: one.tokens for one in ready}, of_cells)
+    if of_texts:
+        generating, unread = checked.prepared.generating(checked.prompts)
+        numbers = [n for n in range(len(checked.prompts)) if n not in unread]
+        _can_play(planned, checked, dict(zip(numbers, generating, strict=True)), of_texts)
+
+
+def _can_play(
+    planned: Coalitions,
+    checked: Checked,
+    tokens: Mapping[int, Tokenized],
+    metrics: Sequence[str],
+) -> None:
+    """That some prompt can run all players, and that they do not overlap."""
     left = planned.left_out(tokens)
     try:
         if len(left) == len(tokens):
             why = next(iter(left.values()), "none can be run")
             raise ValueError(f"none of {len(tokens)} prompts can run every player: {why}")
         fit = {number: those for number, those in tokens.items() if number not in left}
-        metrics = part.interactions.metrics
         planned.refuse_overlaps(fit, checked.arch, tuple(checked.config.sources), metrics)
     except ValueError as error:
         raise ConfigError(("interactions.players", str(error))) from None

@@ -13,7 +13,7 @@ from graftlens.configfile import ConfigError, read_settings, settings_from
 from graftlens.data import AnyDataset, DatasetSpec, spec_of
 from graftlens.data.languagemodels import told_on_command_line
 from graftlens.find.coalitions import Coalitions
-from graftlens.find.config import Search
+from graftlens.find.config import Search, no_judge, text_problems
 from graftlens.finetune import FinetuneConfig
 from graftlens.folder import name_problems, read_text
 from graftlens.graft import Rule
@@ -168,7 +168,7 @@ class InteractionsConfig(Section):
     """Name -> graft, two or more, which do not overlap."""
 
     metrics: tuple[str, ...] = Field(default=("logprob", "top1"), min_length=1)
-    """The measures in which they are compared."""
+    """The measures in which they are compared; also those of the part's `outcomes`, by name."""
 
     margin: Annotated[float, Field(ge=0, lt=1)] = 0.05
     """What counts as no interaction, as a share of what all players add."""
@@ -206,7 +206,7 @@ class PartConfig(RunSettings, GraftSettings):
 
     outcomes: OutcomeSettings | None = None
     """Texts that are generated of each prompt under each graft, and what is measured of them: a
-    table and a figure of rates."""
+    table and a figure of rates. `localise.metric` and `interactions.metrics` may name these."""
 
     prompts: Annotated[
         tuple[PromptsConfig | PromptSection | PromptFile | PromptColumn, ...],
@@ -314,9 +314,9 @@ class PartConfig(RunSettings, GraftSettings):
         if self.localise is not None:
             what = "a part that localises has none: its page shows what was found. Leave it out."
             never = ("grids", "figures", "finding", "interactions", "where_possible", "paper")
-            return [
-                (key, what) for key in (*never, "base", "full", "outcomes") if getattr(self, key)
-            ]
+            found = [(key, what) for key in (*never, "base", "full") if getattr(self, key)]
+            unfit = text_problems(self.localise, self.outcomes)
+            return found + [(f"localise.{key}", what) for key, what in unfit]
         problems = []
         named, grafts = self.named_grids, self.named_grafts()
         if len(named) < len(self.grids):
@@ -499,11 +499,16 @@ class ExperimentConfig(RunSettings):
 
     def _no_game(self, name: str, part: PartConfig) -> str:
         """Why players cannot be compared in a metric; empty if they can."""
+        texts = part.outcomes.measures if part.outcomes is not None else {}
+        if part.outcomes is not None and name in texts:
+            if name in self.settings(part)["metrics"].measures:
+                return f"{name} is one of metrics.measures and of outcomes.measures. Rename one."
+            return no_judge(name, part.outcomes)
         row = known(name)
         if row is not None and row.summary == "recovery":
             return f"{name} has no value in single prompts. Write logprob."
         every_k = row is not None and row.summary == "share"
-        return "" if every_k else self._no_metric(name, part)
+        return "" if every_k else self._no_metric(name, part, texts)
 
     def _no_checkpoints(self, source: Each) -> Iterator[str]:
         """Why the checkpoints of a model of the experiment cannot be run."""
@@ -521,8 +526,8 @@ class ExperimentConfig(RunSettings):
                 "keep_checkpoints: all, or {every: 100}."
             )
 
-    def _no_metric(self, name: str, part: PartConfig) -> str:
-        """Why a part's tables will not have a metric; empty if they will."""
+    def _no_metric(self, name: str, part: PartConfig, more: Collection[str] = ()) -> str:
+        """Why a part's tables will not have a metric; empty if they will. `more` may be named."""
         settings = self.settings(part)["metrics"]
         tops = [f"top{k}" for k in self.ks]
         measured = [m.name for m in always_measured() if m.summary == "mean"]
@@ -533,8 +538,8 @@ class ExperimentConfig(RunSettings):
                 return f"{name} is not among ks ({' '.join(map(str, self.ks))}). Add it there."
             if row is not None and row.summary == "mean":
                 return f"{name} is not measured here. Add it to metrics.measures."
-            what = f"unknown metric {name!r}. Allowed: {' '.join(there)}."
-            return what + suggest(name, [*there, *averaged()])
+            what = f"unknown metric {name!r}. Allowed: {' '.join([*more, *there])}."
+            return what + suggest(name, [*more, *there, *averaged()])
         if row is not None and row.over == "answer" and settings.answers != "whole":
             return f"{name} needs metrics.answers: whole."
         lacking = not all(map(_with_distractors, part.prompts))

@@ -182,9 +182,9 @@ def searched(checked: Checked, search: Search, source: str) -> str:
     """What a search would do, as text.
 
     Raises:
-        ConfigError: prompts that cannot be cut into parts.
+        ConfigError: prompts that cannot be cut into parts, or a measure that cannot judge.
     """
-    parts = _parts(checked, search)
+    parts, rating = _parts(checked, search), rating_of(checked, search)
     lines = [
         f"search    {source} at {search.positions}, {search.goal}, recovery of {search.metric} to "
         f"{search.target:g}",
@@ -193,6 +193,8 @@ def searched(checked: Checked, search: Search, source: str) -> str:
         f"({parts.count(parts.held_out)} facts) to report on",
         f"          then {search.random} random sets, {search.resamples} resamples of the facts",
     ]
+    if rating is not None:
+        lines.append(f"          {rating.said(source, search.continuations)}")
     return "\n".join(lines)
 
 
@@ -236,7 +238,7 @@ def localise_checked(
             f"sources.{checked.config.each[0]}: each stands for several models, and a search is "
             "about one. Name one of them."
         )
-    parts = _parts(checked, search)
+    parts, rating = _parts(checked, search), rating_of(checked, search)
     claim(out, "localisation", taken=WRITTEN)
     loaded = Loaded.of(checked.config, device)
     say(loaded.said)
@@ -247,7 +249,7 @@ def localise_checked(
     identity = _identity(checked, search, source, grafts, own)
     rows = record(out, identity, loaded, checked.config.row_budget, say)
     key = key_of(identity["search"] | identity["prompts"], loaded)
-    rating, followed = _rating(checked, search), None
+    followed = None
     if rating is not None:
         measure, prompts = GRADIENT, list(checked.prompts)
         key = key_of(identity["search"] | identity["prompts"] | identity["outcomes"], loaded)
@@ -292,13 +294,20 @@ def localise_checked(
     return result
 
 
-def _rating(checked: Checked, search: Search) -> Rating | None:
-    """The measure of texts that judges, if one does."""
+def rating_of(checked: Checked, search: Search) -> Rating | None:
+    """The measure of texts that judges, if one does.
+
+    Raises:
+        ConfigError: one that cannot judge.
+    """
     outcomes = checked.config.outcomes
     if outcomes is None:
         return None
     measure = outcomes.measured_by(checked.functions)[search.metric]
-    return Rating.of([measure], outcomes.sampling.model_dump())
+    try:
+        return Rating.of([measure], outcomes.sampling.model_dump())
+    except ValueError as error:
+        raise ConfigError(("search.metric", str(error))) from None
 
 
 def _identity(

@@ -24,6 +24,7 @@ from graftlens.data.dataset import read_provenance
 from graftlens.data.settings import Settings, within
 from graftlens.experiment.analysis import check_figures, check_players, check_scored
 from graftlens.experiment.config import BASE, ExperimentConfig, PartConfig, PromptsConfig
+from graftlens.experiment.localising import rating_of
 from graftlens.find.config import LocaliseConfig
 from graftlens.finetune import FinetuneRun, TrainingData
 from graftlens.folder import (
@@ -251,11 +252,14 @@ class Plan:
         refuse_unnamed(measures, [place for one in texts for place in one.functions])
 
         def look(name: str) -> None:
+            part = self.config.parts[name]
             checked = self.checked(name, trained=False, measures=measures)
             try:
-                check_scored(self.config.parts[name], checked)
-                check_figures(self.config.parts[name], checked)
-                check_players(self.config.parts[name], checked)
+                check_scored(part, checked)
+                check_figures(part, checked)
+                check_players(part, checked)
+                if part.localise is not None:
+                    rating_of(checked, part.localise)
             except ConfigError as error:
                 raise error.under(f"parts.{name}") from None
 

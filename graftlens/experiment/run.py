@@ -159,7 +159,7 @@ def run_experiment(
                     part.grafts or None,
                     place,
                     text=named.text,
-                    own=[m for m in own if not isinstance(m, TextFunction)],
+                    own=[m for m in own if not isinstance(m, TextFunction)] + [*checked.functions],
                     device=devices[0] if devices else None,
                     progress=progress,
                     say=lambda s: say(f"  {s}"),
@@ -171,7 +171,8 @@ def run_experiment(
                 continue
             if len(devices) > 1:
                 prepare_sweep(checked, place)
-                launch_local(place, list(devices), measures=places)
+                told = checked.config.outcomes
+                launch_local(place, list(devices), measures=places, outcomes=told)
                 sweeps[name] = sweep_result(place)
                 say(f"  {sweeps[name].line()}")
             else:

@@ -13,8 +13,10 @@ from graftlens.find.asked import EACH, Outside
 from graftlens.find.judging import BASE, FULL, Goal
 from graftlens.find.localisation import compared
 from graftlens.graft import Graft
-from graftlens.metrics import known
+from graftlens.metrics import Measure, known
 from graftlens.model.made import SourceField
+from graftlens.outcomes.measures import named
+from graftlens.sweep.cells import refuse_taken
 from graftlens.sweep.config import Metrics, RunSettings, SweepConfig
 from graftlens.sweep.grid import GraftField
 from graftlens.sweep.outcomesettings import OutcomeSettings
@@ -195,7 +197,10 @@ def text_problems(search: Search, outcomes: OutcomeSettings | None) -> Iterator[
                 "these are for texts as the judge. Give outcomes, or leave it out.",
             )
         return
-    if search.metric not in outcomes.measures:
+    if search.metric in outcomes.measures:
+        if what := no_judge(search.metric, outcomes):
+            yield "metric", what
+    else:
         there = " ".join(outcomes.measures) or "none"
         hint = suggest(search.metric, outcomes.measures)
         yield (
@@ -208,6 +213,23 @@ def text_problems(search: Search, outcomes: OutcomeSettings | None) -> Iterator[
             "effects",
             "every site by itself would take too long to judge by texts. Leave it out.",
         )
+
+
+def no_judge(name: str, outcomes: OutcomeSettings) -> str:
+    """Why a measure of texts cannot judge grafts; empty if it can, or if that is seen only once its
+    function is imported."""
+    given = outcomes.measures[name]
+    made = Measure(name, over="text") if given.function else named(name, given.made())
+    try:
+        refuse_taken(made)
+    except ValueError as error:
+        return str(error)
+    if made.holds == "number":
+        return ""
+    return (
+        f"{name!r} gives labels, which have no mean. Name a measure that gives a number, such as "
+        "{contains: [...]} of what counts."
+    )
 
 
 def _measured(metric: str) -> tuple[str, ...]:

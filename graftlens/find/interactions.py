@@ -13,7 +13,7 @@ from graftlens.components import brief, suggest
 from graftlens.evaluation import evaluate
 from graftlens.find.coalitions import Coalitions
 from graftlens.find.games import Weights, dividends, members, pairs_of
-from graftlens.find.rating import Rating, of_texts
+from graftlens.find.rating import Rating, beside, of_texts
 from graftlens.graft import Graft, Grafts
 from graftlens.metrics import Measure, averaged, known, some_over_common
 from graftlens.model.grafted import GraftedTransformer
@@ -204,7 +204,7 @@ def interactions(
     results["prompt"] = results["prompt"].map(dict(enumerate(ready)))
     results = results.assign(fact=results["prompt"].map(facts_of(given)))
     if rated is not None:
-        results = results.merge(rated[["prompt", "graft", "says", *(m.name for m in said)]])
+        results = beside(results, rated, [m.name for m in said])
     return measured_interactions(planned, results, names, draw, margin=margin, not_run=not_run)
 
 

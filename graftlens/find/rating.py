@@ -53,7 +53,7 @@ class Rating:
         for one in measures:
             refuse_taken(one)
             if one.holds != "number":
-                raise _of_labels(one.name)
+                raise of_labels(one.name)
         if not isinstance(sampling, Mapping | None):
             raise ValueError(
                 f"sampling={brief(sampling)}: write the arguments of outcomes.sample, such as "
@@ -87,19 +87,8 @@ class Rating:
 
     def cells(self, texts: pd.DataFrame) -> pd.DataFrame:
         """A table of texts as `table` gives it."""
-        rated = measured(texts, {one.name: one for one in self.measures})
-        for one in self.measures:
-            if rated[one.name].dtype == object:
-                raise _of_labels(one.name)
-        cells = rated.groupby(["prompt", "graft"], sort=False)
-        first = rated[rated["sample"] == 0]
-        kept = ["prompt", "graft", "rule", "template", "prompt_text", "answer", "text", "reason"]
-        table = first[kept].rename(columns={"text": "says", "prompt_text": "text"})
-        means = cells[[one.name for one in self.measures]].mean()
-        keys = pd.MultiIndex.from_frame(table[["prompt", "graft"]])
-        for one in self.measures:
-            table[one.name] = means[one.name].reindex(keys).to_numpy(dtype=float)
-        return table.reset_index(drop=True)
+        rows = {one.name: one for one in self.measures}
+        return rated_cells(measured(texts, rows), [*rows])
 
     def continuations(
         self, model: GraftedTransformer, prompts: Sequence[Prompt], source: str, given: Any
@@ -165,7 +154,46 @@ class Rating:
         return always | self.drawing.as_given()
 
 
-def _of_labels(name: str) -> ValueError:
+def rated_cells(texts: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """A table of texts that are measured as `Rating.table` gives it.
+
+    Raises:
+        ValueError: a measure of labels.
+    """
+    for name in names:
+        if texts[name].dtype == object and texts[name].notna().any():
+            raise of_labels(name)
+    cells = texts.groupby(["prompt", "graft"], sort=False)
+    kept = ["prompt", "graft", "rule", "template", "prompt_text", "answer", "text", "reason"]
+    table = texts.loc[texts["sample"] == 0, kept]
+    table = table.rename(columns={"text": "says", "prompt_text": "text"})
+    means = cells[[*names]].mean()
+    keys = pd.MultiIndex.from_frame(table[["prompt", "graft"]])
+    for name in names:
+        table[name] = means[name].reindex(keys).to_numpy(dtype=float)
+        missing = table["reason"].isna() & table[name].isna()
+        table.loc[missing, "reason"] = f"{name} has no value of what it says."
+    return table.reset_index(drop=True)
+
+
+def beside(cells: pd.DataFrame, rated: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
+    """A table of cells with these measures of texts; rows that have either only give the reason.
+
+    Args:
+        cells: as `graftlens.evaluate` gives it.
+        rated: as `Rating.table` gives it.
+        names: the measures.
+    """
+    said = rated[["prompt", "graft", "says", *names]].assign(why=rated["reason"])
+    table = cells.astype({"graft": str}).merge(
+        said.astype({"graft": str}), on=["prompt", "graft"], validate="1:1"
+    )
+    why = table.pop("why")
+    return table.assign(reason=table["reason"].where(table["reason"].notna(), why))
+
+
+def of_labels(name: str) -> ValueError:
+    """That a measure of labels judges nothing."""
     return ValueError(
         f"metric={name!r} gives labels, which have no mean. Say which one counts: "
         f'{{"{name}": lambda text: …}} with a number or a truth value.'

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 
 from graftlens.engines import EngineError, Say, SlurmResources, Task, run_processes, submit
 from graftlens.sweep.devices import check_devices
+from graftlens.sweep.outcomesettings import OutcomeSettings
 from graftlens.sweep.results import read_manifest
 from graftlens.sweep.runner import is_done, is_finished, work
 
@@ -24,6 +25,7 @@ def launch_local(
     devices: Sequence[str],
     *,
     measures: Sequence[str] = (),
+    outcomes: OutcomeSettings | None = None,
     progress: bool = True,
     say: Say = print,
 ) -> None:
@@ -37,6 +39,7 @@ def launch_local(
         devices: as torch names them, such as ``cuda:0``; one that is named twice gets two
             processes. CPU processes share the cores, unless OMP_NUM_THREADS says otherwise.
         measures: where each process imports the user's own measures from (``module:name``).
+        outcomes: as in `work`; a judge's key itself reaches the processes by the environment alone.
         progress: whether to show a bar of shards.
         say: called with each message.
 
@@ -54,7 +57,14 @@ def launch_local(
             if devices[0] == "cpu" and "OMP_NUM_THREADS" not in os.environ:
                 environment["OMP_NUM_THREADS"] = str(max(1, _cores() // len(devices)))
             functions = {
-                name: partial(work, out, device=device, measures=[*measures], progress=False)
+                name: partial(
+                    work,
+                    out,
+                    device=device,
+                    measures=[*measures],
+                    outcomes=outcomes,
+                    progress=False,
+                )
                 for name, device in zip(names, devices, strict=True)
             }
             tasks = run_processes(functions, environment=environment, say=bar.say, watch=bar.watch)
@@ -68,6 +78,7 @@ def launch_slurm(
     tasks: int,
     resources: SlurmResources | Mapping[str, Any] | None = None,
     measures: Sequence[str] = (),
+    outcomes: OutcomeSettings | None = None,
     wait: bool = True,
     progress: bool = True,
     say: Say = print,
@@ -82,6 +93,7 @@ def launch_slurm(
         tasks: number of workers.
         resources: what each gets, as in `SlurmResources`; a worker uses its first GPU.
         measures: where each worker imports the user's own measures from (``module:name``).
+        outcomes: as in `work`; a judge's key itself reaches the workers by the job's environment.
         wait: whether to wait for the end of the sweep; otherwise the job is left running.
         progress: whether to show a bar of shards while waiting.
         say: called with each message.
@@ -97,7 +109,7 @@ def launch_slurm(
         if bar.finished():
             return
         array = submit(
-            partial(work, out, measures=[*measures], progress=False),
+            partial(work, out, measures=[*measures], outcomes=outcomes, progress=False),
             tasks=tasks,
             folder=out / "slurm",
             resources=resources,

@@ -4,6 +4,7 @@ import re
 
 import pandas as pd
 
+from graftlens.metrics import known
 from graftlens.references import are_references, named_in
 from graftlens.viz import text
 from graftlens.viz.quantities import Quantity, measured, of_summary
@@ -86,6 +87,8 @@ def nothing_learnt(summary: pd.DataFrame) -> list[str]:
             continue
         if gap == 0:
             why = f"{full} and {base} do not differ"
+        elif known(metric) is None:  # nobody says which direction is better
+            continue
         elif gap < 0:
             why = f"{full} is worse than {base}"
         elif bool(rows.loc[full:full, "recovery"].isna().all()) and _uncertain(part):
