@@ -25,6 +25,12 @@ COMMON_TOKENS = "common_tokens"
 MEMBERS = ("member", "step")
 
 
+def in_steps(table: pd.DataFrame) -> bool:
+    """Whether the models of a table with `MEMBERS` are told apart by their steps."""
+    steps = table.drop_duplicates("member")["step"]
+    return bool(steps.notna().all() and steps.is_unique)
+
+
 @dataclass(frozen=True)
 class References:
     """Named grafts, the two references among them.

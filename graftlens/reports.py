@@ -73,16 +73,12 @@ def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
         f"{count} texts could not be generated: {why}"
         for why, count in result.texts_not_run.items()
     ]
-    if manifest.members:
-        ran = f"The sweep ran {len(manifest.members)} models one after another"
-        about = "This page"
-        if manifest.scored:
-            ran, about = f"{ran}, which are compared below", "All else on this page"
-        notes.append(f"{ran}. {about} is about the last, {manifest.members[-1]['name']}.")
     texts, rates, left_out = None, pd.DataFrame(), list[str]()
     if manifest.texts:
         texts, rates, left_out = texts_shown(folder, manifest)
-        notes += left_out
+    if manifest.members:
+        notes.append(_about_members(manifest, compared=manifest.scored or len(rates) > 0))
+    notes += left_out
     if texts is not None and not manifest.scored:
         return texts_page(
             path,
@@ -234,6 +230,16 @@ def example(
             if name in rows.index
         },
     )
+
+
+def _about_members(manifest: Manifest, compared: bool) -> str:
+    """Which of several models the page is about."""
+    ran = f"The sweep ran {len(manifest.members)} models one after another"
+    if not compared:
+        return f"{ran}. The texts are those of the model that you choose."
+    about = "All else on this page" + (" but the texts" if manifest.texts else "")
+    last = manifest.members[-1]["name"]
+    return f"{ran}, which are compared below. {about} is about the last, {last}."
 
 
 def _lead(manifest: Manifest, result: SweepResult) -> str:

@@ -90,12 +90,10 @@ def rare_in(texts: pd.DataFrame, ends: Collection[str]) -> dict[str, int]:
 
 
 def texts_shown(folder: Path, manifest: Manifest) -> tuple[Texts, pd.DataFrame, list[str]]:
-    """What a sweep's page shows of its texts, their rates, and notes; of the last member where
-    there are several. The rates are written into the folder, too."""
+    """What a sweep's page shows of its texts, their rates (of the last member where there are
+    several), and notes. The rates are written into the folder, too."""
     ends = tuple(manifest.recovery.values())
     texts = read_texts(folder)
-    if manifest.members:
-        texts = texts[texts["member"] == manifest.members[-1]["name"]].drop(columns=[*MEMBERS])
     rare = rare_in(texts, ends)
     notes = [
         f"{name} has texts of {n} prompts only. It is left out of rates, in which a prompt counts "
@@ -106,9 +104,10 @@ def texts_shown(folder: Path, manifest: Manifest) -> tuple[Texts, pd.DataFrame, 
     rates = text_rates(folder, facts=None if facts.is_unique else facts, without=rare)
     if len(rates):
         write_table(rate_table(rates), folder / RATES, caption="Rates of generated texts")
+    grafts = [str(graft["name"]) for graft in manifest.grafts]
+    ordered = [*dict.fromkeys((*ends, *grafts))]
+    shown = shown_texts(texts, rates, measures_of(manifest), ordered)
     if manifest.members and len(rates):
         last = rates["member"] == manifest.members[-1]["name"]
         rates = rates[last].drop(columns=[*MEMBERS])
-    grafts = [str(graft["name"]) for graft in manifest.grafts]
-    ordered = [*dict.fromkeys((*ends, *grafts))]
-    return shown_texts(texts, rates, measures_of(manifest), ordered), rates, notes
+    return shown, rates, notes

@@ -9,17 +9,20 @@ import errno
 import importlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import psutil
 from waiting import until
 
 TEMPLATES = {
@@ -90,18 +93,28 @@ def assert_equal_tables(table: pd.DataFrame, expected: pd.DataFrame) -> None:
     pd.testing.assert_frame_equal(table, expected, check_exact=True, check_categorical=True)
 
 
-def assert_part_of(out: Path, expected: pd.DataFrame) -> int:
-    """What a reader sees now is rows of the whole, none twice; how many."""
+def assert_part_of(
+    out: Path,
+    expected: pd.DataFrame,
+    read: Callable[[Path], pd.DataFrame] = read_whole,
+    rows: Sequence[str] = ("prompt", "graft"),
+) -> int:
+    """What a reader sees now is rows of the whole, none twice; how many.
+
+    Args:
+        out: the sweep's folder.
+        expected: the whole.
+        read: reads what is there; columns that it does not have yet are not compared.
+        rows: the columns that tell rows apart.
+    """
     if not (out / "sweep.json").is_file():
         return 0
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=r".*is not finished: \d+ of \d+ shards are done")
-        table = read_whole(out)
-    assert not table.duplicated(["prompt", "graft"]).any()
-    there = expected.set_index(["prompt", "graft"]).index.isin(
-        table.set_index(["prompt", "graft"]).index
-    )
-    assert_equal_tables(table, expected[there].reset_index(drop=True))
+        table = read(out)
+    keys, known = (one.set_index([*rows]).index for one in (table, expected))
+    assert not keys.has_duplicates
+    assert_equal_tables(table, expected[known.isin(keys)].reset_index(drop=True)[[*table]])
     return len(table)
 
 
@@ -265,6 +278,63 @@ class Processes:
         self._server.stdin.close()
         self._server.wait()
         self._logs.cleanup()
+
+
+def processor_seconds(pid: int) -> float:
+    """What a process that was not yet asked for its exit code has used."""
+    used = psutil.Process(pid).cpu_times()
+    return float(used.user + used.system)
+
+
+def kill_at_random_moments(
+    processes: Processes,
+    given: Any,
+    folder: Path,
+    look: Callable[[Path], int],
+    *,
+    kills: int,
+    seed: int,
+) -> tuple[list[Path], set[int]]:
+    """kill -9 from outside, at random moments of the whole run, until the sweep is done in spite of
+    it, in folder after folder.
+
+    Args:
+        processes: start the sweeps.
+        given: the sweep's config.
+        folder: where folders of sweeps are made.
+        look: checks what a reader sees in a folder, all the time, and says how much that is.
+        kills: how many there are at least.
+        seed: of the moments.
+
+    Returns:
+        The folders, each run to its end, and what was seen.
+    """
+    whole = 0.0  # seconds of a processor, which a busy machine leaves as they are
+    for name in ("warm", "timed"):
+        pid = processes.start(given, folder / name)
+        while processes.ended(pid) is None:
+            whole = processor_seconds(pid)
+            time.sleep(0.002)
+        assert processes.wait(pid) == 0, processes.said(folder / name)
+    from graftlens.sweep.runner import is_done
+
+    rng = random.Random(seed)
+    killed, folders, seen = 0, list[Path](), set[int]()
+    while killed < kills:
+        out = folder / f"out{len(folders)}"
+        folders.append(out)
+        while not is_done(out):
+            # Some at once, most within the time that what is left may take.
+            delay = rng.choice([0.02, 0.3, 1.0]) * rng.random() * whole
+            pid = processes.start(given, out)
+            while processor_seconds(pid) < delay and processes.ended(pid) is None:
+                seen.add(look(out))
+            code = processes.kill(pid)
+            assert code in (0, -signal.SIGKILL), processes.said(out)
+            killed += code == -signal.SIGKILL
+            seen.add(look(out))
+        assert processes.run(given, out) == 0
+    return folders, seen
 
 
 def _serve() -> None:

@@ -3,16 +3,13 @@
 import errno
 import itertools
 import os
-import random
 import shutil
 import signal
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pandas as pd
-import psutil
 import pytest
 import torch
 from sweeps import (
@@ -22,6 +19,7 @@ from sweeps import (
     assert_part_of,
     checkpoints,
     config,
+    kill_at_random_moments,
     read_whole,
     unfinished_files,
 )
@@ -91,43 +89,22 @@ def _assert_whole(out: Path, undisturbed: pd.DataFrame) -> None:
     assert unfinished_files(out) == []
 
 
-def processor_seconds(pid: int) -> float:
-    """What a process that was not yet asked for its exit code has used."""
-    used = psutil.Process(pid).cpu_times()
-    return float(used.user + used.system)
-
-
 @pytest.mark.slow
 def test_killed_at_random_moments(
     processes: Processes, given: Config, undisturbed: pd.DataFrame, tmp_path: Path
 ) -> None:
-    """kill -9 from outside, at random moments of the whole run, until the sweep is done in spite
-    of it; a reader looks in all the time."""
-    whole = 0.0  # seconds of a processor, which a busy machine leaves as they are
-    for name in ("warm", "timed"):
-        pid = processes.start(given, tmp_path / name)
-        while processes.ended(pid) is None:
-            whole = processor_seconds(pid)
-            time.sleep(0.002)
-        assert processes.wait(pid) == 0
-    rng = random.Random(0)
-    kills, folders, seen = 0, 0, set()
-    while kills < KILLS:
-        out = tmp_path / f"out{folders}"
-        folders += 1
-        while not is_done(out):
-            # Some at once, most within the time that what is left may take.
-            delay = rng.choice([0.02, 0.3, 1.0]) * rng.random() * whole
-            pid = processes.start(given, out)
-            while processor_seconds(pid) < delay and processes.ended(pid) is None:
-                seen.add(assert_part_of(out, undisturbed))
-            code = processes.kill(pid)
-            assert code in (0, -signal.SIGKILL), processes.said(out)
-            kills += code == -signal.SIGKILL
-            seen.add(assert_part_of(out, undisturbed))
-        assert processes.run(given, out) == 0
+    """A reader looks in all the time."""
+    folders, seen = kill_at_random_moments(
+        processes,
+        given,
+        tmp_path,
+        lambda out: assert_part_of(out, undisturbed),
+        kills=KILLS,
+        seed=0,
+    )
+    for out in folders:
         _assert_whole(out, undisturbed)
-    assert folders >= 3
+    assert len(folders) >= 3
     assert len(seen) > 3, f"kills should leave sweeps in many states, not only {seen}"
 
 

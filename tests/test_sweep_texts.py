@@ -6,7 +6,6 @@ import re
 import shutil
 import signal
 import sys
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,17 @@ import yaml
 from browser import ask
 from families import save_checkpoint, tiny_model, tiny_pair
 from reference import sequential_graft
-from sweeps import Processes, checkpoints, config, unfinished_files
+from sweeps import (
+    Processes,
+    assert_equal_tables,
+    assert_part_of,
+    checkpoints,
+    config,
+    kill_at_random_moments,
+    read_whole,
+    unfinished_files,
+)
+from test_members import drawn
 from test_outcomes import agree, noise
 from test_report import Page
 from tinybase import tiny_base, tiny_finetuned
@@ -48,8 +57,11 @@ from graftlens.sweep.runner import is_finished, prepare_sweep
 from graftlens.sweep.texttrust import _candidates, check_texts
 from graftlens.viz.export import write_figure
 from graftlens.viz.tables import read_table
+from graftlens.viz.textspage import rate_charts
 
 NEW = 6
+KILLS = 30  # at random moments
+ROWS = ("prompt", "graft", "sample")
 SAMPLING = {"n": 2, "max_new_tokens": NEW, "seed": 3}
 MEASURES = {
     "an_a": {"contains": ["a"]},
@@ -225,22 +237,38 @@ def test_what_was_killed_and_resumed_is_the_same_bit_for_bit(
     codes, seen = [], set()
     for at in (20, 36, 41, 17, 12):
         codes.append(processes.run(given(sources), out, fault="SIGKILL", at=at, **options))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if not (out / "sweep.json").is_file():
-                continue
-            there = whole(out)
-        seen.add(len(there))
-        rows = ["prompt", "graft", "sample"]
-        known = expected.set_index(rows).index.isin(there.set_index(rows).index)
-        plain = [column for column in expected if column not in MEASURES]
-        equal(there[plain], expected.loc[known, plain].reset_index(drop=True))
+        seen.add(assert_part_of(out, expected, whole, ROWS))
     assert codes.count(-signal.SIGKILL) >= 3
     assert seen & {20, 40, 60, 80, 100}, "some texts were there, and others were not"
     assert processes.run(given(sources), out, **options) == 0, processes.said(out)
     equal(whole(out), expected)
     assert is_finished(out)
     assert not unfinished_files(out)
+
+
+@pytest.mark.slow
+def test_texts_killed_at_random_moments(
+    sources: dict[str, str], swept: Path, tmp_path: Path, processes: Processes
+) -> None:
+    """A reader looks in all the time; the trust report of what was resumed passes, and its measures
+    and rates are those of the undisturbed run."""
+    expected, cells = whole(swept), read_whole(swept)
+    folders, seen = kill_at_random_moments(
+        processes,
+        given(sources),
+        tmp_path,
+        lambda out: assert_part_of(out, expected, whole, ROWS),
+        kills=KILLS,
+        seed=1,
+    )
+    for out in folders:
+        equal(whole(out), expected)
+        assert_equal_tables(read_whole(out), cells)
+        assert is_finished(out)
+        assert not unfinished_files(out)
+        trust = json.loads((out / "trust.json").read_text())
+        assert (trust["ok"], trust["texts"]["problems"], trust["texts"]["rows"]) == (True, [], 120)
+    assert len(seen & {20, 40, 60, 80, 100}) > 1, f"some texts without the others, not only {seen}"
 
 
 def test_what_is_damaged_or_removed_is_made_again(
@@ -264,27 +292,106 @@ def test_what_is_damaged_or_removed_is_made_again(
     equal(whole(out), whole(swept))
 
 
-def test_members_have_texts_of_their_own(tmp_path: Path) -> None:
+STEPS = (5, 10)
+ALONG = {"PRE": "none", "all": "time @ all", "new": "time @ generated"}
+
+
+def of_members(folder: Path, *names: str) -> dict[str, Any]:
     tokenizer = llama3_style()
-    for name, seed in (("pre", 0), ("checkpoint-5", 1), ("checkpoint-10", 2)):
-        save_checkpoint(tiny_model("llama", seed, len(tokenizer)), tmp_path / name, tokenizer)
-    sources = {"pre": str(tmp_path / "pre"), "time": {"each": str(tmp_path / "checkpoint-*")}}
-    grafts = {"PRE": "none", "all": "time @ all", "new": "time @ generated"}
-    config = unanswered(sources, grafts=grafts)  # type: ignore[arg-type]
-    assert quiet(config, tmp_path / "out").ok
-    table = read_texts(tmp_path / "out")
+    for seed, name in enumerate(("pre", *names)):
+        save_checkpoint(tiny_model("llama", seed, len(tokenizer)), folder / name, tokenizer)
+    sources: dict[str, Any] = {"pre": str(folder / "pre")}
+    each = [str(folder / name) for name in names]
+    return unanswered(sources | {"time": {"each": each}}, grafts=ALONG)
+
+
+@pytest.fixture(scope="module")
+def along(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sweep over two checkpoints; its sources are beside it."""
+    root = tmp_path_factory.mktemp("along")
+    assert quiet(of_members(root, "checkpoint-5", "checkpoint-10"), root / "out").ok
+    return root / "out"
+
+
+def test_members_have_texts_of_their_own(along: Path, tmp_path: Path) -> None:
+    table = read_texts(along)
     assert table.groupby("step").size().to_dict() == {5: 72, 10: 72}
-    trust = json.loads((tmp_path / "out/trust.json").read_text())
+    trust = json.loads((along / "trust.json").read_text())
     assert {*trust["members"]} == {"checkpoint-5", "checkpoint-10"}
     assert all(member["texts"]["texts"] for member in trust["members"].values())
-    single = {"pre": sources["pre"], "time": str(tmp_path / "checkpoint-10")}
-    assert quiet(unanswered(single, grafts=grafts), tmp_path / "one").ok
+    single = {"pre": str(along.parent / "pre"), "time": str(along.parent / "checkpoint-10")}
+    assert quiet(unanswered(single, grafts=ALONG), tmp_path / "one").ok
     one = whole(tmp_path / "one")
-    own = whole(tmp_path / "out")
+    own = whole(along)
     own = own[own["step"] == 10].drop(columns=["member", "step"]).reset_index(drop=True)
     equal(own, one)
     rates = outcomes.rate(table, ["an_a"], by=("member", "step"), resamples=50)
     assert len(rates) == 6
+
+
+def test_the_page_compares_rates_over_members(along: Path) -> None:
+    """Lines over steps, a chart for each measure, and of labels for each of them."""
+    page = sweep_report(along)
+    table = read_texts(along)
+    labels = sorted(set(table["first"]))
+    values = {name: table[name] for name in ("an_a", "wordy")}
+    values |= {f"first: {label}": table["first"] == label for label in labels}
+    charts = drawn(page)
+    assert len(charts) == len(values)
+    for chart, (name, value) in zip(charts, values.items(), strict=True):
+        assert chart["layout"]["yaxis"]["title"]["text"] == f"{name} (% of texts)"
+        assert chart["layout"]["xaxis"]["title"]["text"].startswith("step")
+        means = value.astype(float).groupby([table["graft"], table["step"]]).mean()
+        assert {line["name"] for line in chart["data"]} == set(ALONG)
+        for line in chart["data"]:
+            assert line["x"] == [*STEPS]
+            assert line["y"] == pytest.approx(means[line["name"]].tolist())
+    said = page.read_text(encoding="utf-8")
+    assert "All else on this page but the texts is about the last, checkpoint-10." in said
+    told = held(page)
+    assert len(told["cells"]) == len(STEPS)
+
+
+def test_members_without_steps_are_bars(tmp_path: Path) -> None:
+    assert quiet(of_members(tmp_path, "early", "late"), tmp_path / "out").ok
+    for chart in drawn(sweep_report(tmp_path / "out")):
+        names = {str(trace.get("name")).removesuffix(" (n/a)") for trace in chart["data"]}
+        assert {"early", "late"} <= names
+
+
+def test_in_a_browser_the_model_is_chosen_whose_texts_are_shown(
+    along: Path, tmp_path: Path
+) -> None:
+    script = """const choice = document.getElementById("texts-member");
+      const first = () => [...document.querySelectorAll("#texts-table tbody tr")]
+        .map(row => row.cells[2].querySelector(".generated").textContent);
+      const shown = {[choice.selectedOptions[0].textContent]: first()};
+      for (const option of choice.options) {
+        choice.value = option.value; choice.dispatchEvent(new Event("change"));
+        shown[option.textContent] = first(); }
+      return shown;"""
+    found, complaints = ask(sweep_report(along), script, tmp_path)
+    assert complaints == []
+    table = read_texts(along)
+    firsts = table[(table["graft"] == "all") & (table["sample"] == 0)]
+    texts = firsts.groupby("member", sort=False)["text"].apply(list).to_dict()
+    assert [*found] == ["checkpoint-10", "checkpoint-5"], "the last is shown first"
+    assert found == {name: [t or "(nothing)" for t in those] for name, those in texts.items()}
+    assert texts["checkpoint-5"] != texts["checkpoint-10"]
+
+
+def test_of_many_grafts_those_that_differ_most_are_compared() -> None:
+    rows = [
+        {"member": f"m{step}", "step": step, "graft": f"g{i}", "measure": "m", "label": None,
+         "rate": 0.5 + (i * step if i < 3 else 0.01 * i) / 100, "low": 0.0, "high": 1.0, "n": 4,
+         "level": 0.95, "resamples": 9, "seed": 0, "unit": "prompt", "share": True,
+         "base_run": "g0", "full_run": "g3"}
+        for step in (1, 2) for i in range(20)
+    ]  # fmt: skip
+    (chart,) = rate_charts(pd.DataFrame(rows)).values()
+    names = [line.name for line in chart.figure.data]
+    assert names == ["g0", "g1", "g2", "g3", *(f"g{i}" for i in range(10, 20))]
+    assert "14 of 20 grafts: those that differ most from the base." in chart.caption
 
 
 # -- whose folder it is ------------------------------------------------------------------------
@@ -547,7 +654,8 @@ def test_the_page_has_every_text_with_its_measures(swept: Path, page: Path) -> N
     assert told["options"] == expected + [{"measure": 2, "label": label} for label in labels]
     places = {graft["name"]: i for i, graft in enumerate(told["grafts"])}
     for _, row in table.iterrows():
-        cell = told["cells"][row["prompt"]][places[row["graft"]]]
+        (cells,) = told["cells"]
+        cell = cells[row["prompt"]][places[row["graft"]]]
         values = [row[name] for name in MEASURES]
         assert cell[row["sample"]] == [row["text"], row["stop"], *values]
     words = "".join(Page(page).words)

@@ -82,7 +82,7 @@ def show_part(
         written = write_figure(drawn.figure, file, title=f"{part.title}: interactions")
         why = "".join(f" (No {kind}: {why}.)" for kind, why in written.skipped.items())
         shown.append(replace(drawn, caption=drawn.caption + why, files=written.paths))
-    rates = {} if checked.members or tables.rates.empty else rate_charts(tables.rates)
+    rates = {} if tables.rates.empty else rate_charts(tables.rates)
     for measure, drawn in rates.items():
         file = inside(out, "figures") / _unlike(plain(f"{name}-rate-{measure}"), stems)
         written = write_figure(drawn.figure, file, title=f"{part.title}: {measure}", shared=True)

@@ -82,7 +82,7 @@ def heat_map(
 def line_chart(
     frame: pd.DataFrame,
     x: str,
-    metric: str,
+    metric: str | Quantity,
     *,
     series: str | None = None,
     files: Mapping[str, Path] | None = None,
@@ -97,7 +97,7 @@ def line_chart(
     names = [None] if series is None else list(dict.fromkeys(frame[series]))
     for name in names:
         part = frame if name is None else frame[frame[series].eq(name)]
-        means = part.groupby(x, sort=True)[metric].mean()
+        means = part.groupby(x, sort=True)[facts.name].mean()
         first, last = (_value(facts, means.iloc[i]) for i in (0, -1))
         start = "" if name is None else f"{name}: "
         said.append(f"{start}from {first} at {means.index[0]} to {last} at {means.index[-1]}")

@@ -15,7 +15,7 @@ from graftlens.viz.spelling import escaped
 def lines(
     frame: pd.DataFrame,
     x: str,
-    metric: str,
+    metric: str | Quantity,
     *,
     series: str | None = None,
     look: theme.Theme = theme.LIGHT,

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from graftlens.references import MEMBERS, are_references
+from graftlens.references import MEMBERS, are_references, in_steps
 from graftlens.viz import text
 from graftlens.viz.figures import bar_chart, dose_chart, heat_map, line_chart
 from graftlens.viz.page import Figure
@@ -117,8 +117,7 @@ def member_charts(summary: pd.DataFrame) -> list[Figure]:
     """What changes from one model of a source to the next, a chart for each group of prompts: lines
     over their steps, or bars for each model where steps do not tell them apart."""
     metric = main_metric(summary)
-    steps = summary.drop_duplicates("member")["step"]
-    along = bool(steps.notna().all() and steps.is_unique)
+    along = in_steps(summary)
     last = summary[summary["member"] == summary["member"].iloc[-1]].drop(columns=list(MEMBERS))
     drawn = largest(last, LINES)["graft"]
     kept = summary[summary["graft"].isin(drawn)].drop(columns="member" if along else "step")

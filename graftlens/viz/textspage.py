@@ -1,21 +1,25 @@
 """Generated texts on a page: prompts down, grafts across, and how often texts are this or that."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from graftlens.folder import at_home, write_whole
+from graftlens.references import MEMBERS, are_references, in_steps
 from graftlens.viz import text
-from graftlens.viz.figures import bar_chart
+from graftlens.viz.figures import bar_chart, line_chart
 from graftlens.viz.page import Figure
 from graftlens.viz.quantities import Quantity
 from graftlens.viz.render import render
 
 #: Most grafts that a page has texts of, and most texts.
 GRAFTS, TEXTS = 16, 20_000
+
+#: Most grafts besides the reference runs that are compared from model to model.
+LINES = 12
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,8 @@ class Texts:
         data: the texts as the page's script reads them.
         measures: what can be filtered by: (its number, what is read, whether it cannot be chosen).
         said: which texts are there.
+        members: of a source that stands for several models, each (its number, its name, whether it
+            cannot be chosen), and the number of the one that is shown first.
     """
 
     charts: Sequence[Figure]
@@ -35,30 +41,69 @@ class Texts:
     data: Mapping[str, object]
     measures: Sequence[tuple[str, str, bool]]
     said: str
+    members: tuple[Sequence[tuple[str, str, bool]], int] = ((), 0)
+
+
+#: What a chart of rates reads of them.
+_DRAWN = ("rate", "rate_low", "rate_high", "n", "level", "resamples", "seed", "unit")
 
 
 def rate_charts(rates: pd.DataFrame) -> dict[str, Figure]:
     """Measure -> a chart: a bar for each graft (of labels, for each graft and label) with its
-    interval.
+    interval. Of models that ran one after another, the rates of each measure (of labels, of each)
+    from one to the next: lines over their steps, or bars for each model where steps do not tell
+    them apart.
 
     Args:
         rates: as `graftlens.outcomes.rate` gives it, `share` saying which measures are shares of
             texts.
     """
+    rates = rates.rename(columns={"low": "rate_low", "high": "rate_high"})
+    groups = list(rates.columns[: rates.columns.get_loc("graft")])
+    if "member" in rates:
+        return _from_model_to_model(rates, [g for g in groups if g not in MEMBERS])
     charts = {}
     for measure, part in rates.groupby("measure", sort=False):
-        facts = Quantity(
-            "rate",
-            label=str(measure),
-            unit="% of texts" if part["share"].all() else "mean",
-            bounds=(0.0, 1.0) if part["share"].all() else (None, None),
-        )
-        rows = part.rename(columns={"low": "rate_low", "high": "rate_high"})
-        groups = list(rows.columns[: rows.columns.get_loc("graft")])
-        groups += ["label"] if part["label"].notna().any() else []
-        kept = ["rate", "rate_low", "rate_high", "n", "level", "resamples", "seed", "unit"]
-        charts[str(measure)] = bar_chart(rows[[*groups, "graft", *kept]], facts)
+        labels = ["label"] if part["label"].notna().any() else []
+        rows = part[[*groups, *labels, "graft", *_DRAWN]]
+        charts[str(measure)] = bar_chart(rows, _quantity(str(measure), part))
     return charts
+
+
+def _from_model_to_model(rates: pd.DataFrame, groups: Sequence[str]) -> dict[str, Figure]:
+    along = in_steps(rates)
+    charts = {}
+    apart = ["measure", "label", *groups]
+    for (measure, label, *group), part in rates.groupby(apart, sort=False, dropna=False):
+        kind = [label] if isinstance(label, str) else []
+        name = ": ".join(map(str, [measure, *kind, *group]))
+        facts, drawn = _quantity(name, part), _furthest(part, LINES)
+        if along:
+            chart = line_chart(drawn[["step", "graft", *_DRAWN]], "step", facts, series="graft")
+        else:
+            chart = bar_chart(drawn[["member", "graft", *_DRAWN]], facts, legend_title="model")
+        if (count := drawn["graft"].nunique()) < (every := part["graft"].nunique()):
+            said = (
+                f"{chart.caption} {count} of {every} grafts: those that differ most from the base."
+            )
+            chart = replace(chart, caption=said)
+        charts[name] = chart
+    return charts
+
+
+def _furthest(part: pd.DataFrame, most: int) -> pd.DataFrame:
+    """The rows of the `most` grafts whose rates are furthest from the base's under some model, and
+    of the reference runs."""
+    base = part[part["graft"] == part["base_run"]].set_index("member")["rate"]
+    far = (part["rate"] - part["member"].map(base)).abs().where(~are_references(part))
+    order = far.groupby(part["graft"], sort=False).max().sort_values(ascending=False, kind="stable")
+    return part[part["graft"].isin(order.index[:most]) | are_references(part)]
+
+
+def _quantity(label: str, part: pd.DataFrame) -> Quantity:
+    share = bool(part["share"].all())
+    unit, bounds = ("% of texts", (0.0, 1.0)) if share else ("mean", (None, None))
+    return Quantity("rate", label=label, unit=unit, bounds=bounds)
 
 
 def shown_texts(
@@ -93,6 +138,7 @@ def shown_texts(
     for name in unread:
         lost = int(table[f"{name}_unread"].notna().sum())
         notes.append(f"{name}: {lost} replies of the judge could not be read; these have no value.")
+    members = _members(part)
     said = f"All {count:,} prompts are here."
     if len(prompts) < count:
         said = f"The first {len(prompts):,} of {count:,} prompts are here."
@@ -105,7 +151,13 @@ def shown_texts(
             for number, (name, label) in enumerate(options)
         ],
         said=said,
+        members=([(str(i), m, False) for i, m in enumerate(members)], len(members) - 1),
     )
+
+
+def _members(table: pd.DataFrame) -> list[str]:
+    """The models of a table that ran one after another; a nameless one where there is one alone."""
+    return [*map(str, dict.fromkeys(table["member"]))] if "member" in table else [""]
 
 
 def _data(
@@ -115,17 +167,20 @@ def _data(
     measures: Sequence[str],
     options: Sequence[tuple[str, str | None]],
 ) -> dict[str, object]:
-    """Texts by prompt and graft: each is a list of its words, why it ended, and the values of its
-    measures; or the reason why there is none."""
+    """Texts by model, prompt and graft: each is a list of its words, why it ended, and the values
+    of its measures; or the reason why there is none."""
     rules = dict(zip(part["graft"].astype(str), part["rule"].astype(str), strict=True))
     rows = {number: i for i, number in enumerate(prompts["prompt"].tolist())}
     columns = {graft: i for i, graft in enumerate(grafts)}
-    cells: list[list[list[object]]] = [[[] for _ in grafts] for _ in rows]
-    names = ("prompt", "graft", "text", "stop", "reason", *measures)
-    for number, graft, words, stop, reason, *values in zip(
+    models = {name: i for i, name in enumerate(_members(part))}
+    cells: list[list[list[list[object]]]] = [[[[] for _ in grafts] for _ in rows] for _ in models]
+    if "member" not in part:
+        part = part.assign(member="")
+    names = ("member", "prompt", "graft", "text", "stop", "reason", *measures)
+    for model, number, graft, words, stop, reason, *values in zip(
         *(part[name].tolist() for name in names), strict=True
     ):
-        cell = cells[rows[number]][columns[str(graft)]]
+        cell = cells[models[str(model)]][rows[number]][columns[str(graft)]]
         if isinstance(words, str):
             cell.append([words, stop, *(_value(value) for value in values)])
         elif not cell:

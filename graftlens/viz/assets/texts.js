@@ -3,7 +3,7 @@
   const told = JSON.parse(document.getElementById("texts-data").textContent);
   const find = name => document.getElementById(`texts-${name}`);
   const [table, more, count, search] = ["table", "more", "count", "search"].map(find);
-  const [measure, hits] = [find("measure"), find("hits")];
+  const [measure, hits, member] = [find("measure"), find("hits"), find("member")];
   const AT_ONCE = 25;
   let rows = [], written = 0;
 
@@ -20,6 +20,9 @@
     return head;
   }));
   for (const head of table.tHead.rows[0].cells) head.scope = "col";
+
+  // The cells of the model that is chosen, where there are several.
+  const cells = () => told.cells[member ? +member.value : 0];
 
   // What is filtered by: the number of the measure, and the label that counts.
   const chosen = () => measure && measure.value !== "" ? told.options[+measure.value] : null;
@@ -80,7 +83,7 @@
     head.scope = "row";
     head.append(prompt.text);
     if (prompt.answer !== null) head.append(made("small", "", `answer: ${prompt.answer}`));
-    return made("tr", "", head, ...told.cells[number].map(samples => cell(samples, chosen())));
+    return made("tr", "", head, ...cells()[number].map(samples => cell(samples, chosen())));
   }
 
   function next() {
@@ -95,7 +98,7 @@
     rows = told.prompts.map((_, number) => number).filter(number => {
       if (!told.prompts[number].text.toLowerCase().includes(wanted)) return false;
       if (option === null || hits.value === "") return true;
-      return told.cells[number].some(samples => samples.some(sample =>
+      return cells()[number].some(samples => samples.some(sample =>
         typeof sample !== "string" && isHit(sample, option) === (hits.value === "hit")));
     });
     count.textContent = `${rows.length} of ${told.prompts.length} prompts`;
@@ -105,7 +108,7 @@
   }
 
   search.addEventListener("input", list);
-  for (const choice of [measure, hits]) choice?.addEventListener("change", list);
+  for (const choice of [measure, hits, member]) choice?.addEventListener("change", list);
   more.addEventListener("click", next);
   list();
 }
