@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 
 from graftlens.model.grafted import GraftedTransformer
+from graftlens.outcomes.facts import same_draws
 from graftlens.references import named_in
 
 
@@ -48,8 +49,8 @@ def divergence(
                 f"{', '.join(map(repr, dict.fromkeys(texts['graft'])))}."
             )
         of = texts[texts["graft"] == name]
-        theirs = dict(zip(zip(of["prompt"], of["sample"], strict=True), of["tokens"], strict=True))
-        keys = zip(texts["prompt"], texts["sample"], strict=True)
+        theirs = dict(zip(same_draws(of), of["tokens"], strict=True))
+        keys = same_draws(texts)
         rows = [
             _parted(model, mine, theirs.get(key))
             for key, mine in zip(keys, texts["tokens"], strict=True)

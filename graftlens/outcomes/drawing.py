@@ -20,6 +20,9 @@ from torch import Tensor
 from graftlens.model.reading import whole
 from graftlens.model.sampling import Sampling, StopStrings
 
+#: The lowest temperature besides 0.
+COLDEST = 1e-6
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -59,6 +62,11 @@ class Drawing:
         given = (given,) if isinstance(given, str) else tuple(given)
         object.__setattr__(self, "stop_strings", given)
         _ = self.sampling, self.stops
+        if 0 < self.temperature < COLDEST:  # the logits that it divides would be infinite
+            raise ValueError(
+                f"temperature={self.temperature}: write 0 for the likeliest token, or a number "
+                f"from {COLDEST:g}."
+            )
         if self.temperature == 0 and self.n > 1:
             raise ValueError(
                 f"temperature=0 with n={self.n}: these texts would all be the same. Write n=1, or "

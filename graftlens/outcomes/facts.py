@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from graftlens.outcomes.measures import normalised
-from graftlens.references import named_in
+from graftlens.references import MEMBERS, named_in
 
 #: What a text says where an answer is asked for: the first that applies.
 KINDS = (
@@ -60,7 +60,7 @@ def answered(
         _claim(text, answer) if isinstance(text, str) else None
         for text, answer in zip(texts["text"], texts["answer"], strict=True)
     ]
-    keys = [*zip(texts["prompt"], texts["sample"], strict=True)]
+    keys = same_draws(texts)
     guesses = {
         key: claim
         for key, claim, graft in zip(keys, claims, texts["graft"], strict=True)
@@ -104,10 +104,23 @@ def examples(table: pd.DataFrame, column: str = "kind", *, n: int = 3) -> pd.Dat
     return pd.concat(parts, ignore_index=True)[kept] if parts else ran[kept]
 
 
+def same_draws(texts: pd.DataFrame) -> list[tuple[Any, ...]]:
+    """What texts that are compared with each other have in common: prompt, sample and, where models
+    ran one after another, which of them."""
+    columns = [name for name in (*MEMBERS, "prompt", "sample") if name in texts]
+    return [*zip(*(texts[name] for name in columns), strict=True)]
+
+
 def _claim(text: str, answer: str) -> str:
     """As many words of a text as the answer has, as they are written."""
     words = text.split()[: max(1, len(answer.split()))]
     return " ".join(words).strip(" .,;:!?\"'”’")
+
+
+def _first(text: str) -> str:
+    """The first word that has a letter or digit."""
+    words = map(normalised, text.split())
+    return next((word for word in words if re.search(r"\w", word)), "")
 
 
 def _begins(text: str, answer: str) -> bool:
@@ -122,8 +135,7 @@ def _kind(
         return "right"
     if any(_begins(said, answer) for answer in others if answer not in wanted):
         return "another fact's answer"
-    first = said.split()[:1]
-    if any(first == answer.split()[:1] for answer in wanted if " " in answer):
+    if any(_first(text) == _first(answer) for answer in answers if len(answer.split()) > 1):
         return "right first name"
     if guess and normalised(guess) and normalised(guess) == normalised(claim):
         return "the base's guess"

@@ -23,6 +23,9 @@ _TASK = (
     "else: {allowed}"
 )
 
+#: The most steps of a scale from one whole number to another.
+LONGEST_SCALE = 1000
+
 
 class Judge(LanguageModel):
     """Who judges texts, by what, and on which scale. For keys, see `LanguageModel`."""
@@ -45,6 +48,9 @@ class Judge(LanguageModel):
 
     @model_validator(mode="after")
     def _readable(self) -> "Judge":
+        ends = self.scale if isinstance(self.scale, tuple) else ()
+        if all(isinstance(end, int) for end in ends) and ends and ends[1] - ends[0] > LONGEST_SCALE:
+            raise ValueError(f"scale={self.scale!r}: a judge is told every value. Write fewer.")
         if len(self.options) < 2 or len({o.casefold() for o in self.options}) < len(self.options):
             raise ValueError(
                 f"scale={self.scale!r}: write [least, largest], two or more different labels, or "

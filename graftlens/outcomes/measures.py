@@ -26,6 +26,10 @@ class Unread:
     reply: str
 
 
+class _FailedError(Exception):
+    """A user's function raised an error, for this text."""
+
+
 def contains(texts: str | Sequence[str], *, case: bool = False) -> Measure:
     """Whether a text contains any of some texts.
 
@@ -81,8 +85,9 @@ def exact(answers: str | Sequence[str] | None = None, *, prefix: bool = False) -
         wanted = [normalised(answer) for answer in right]
         return float(
             any(
-                said == answer or (prefix and bool(answer) and f"{said} ".startswith(f"{answer} "))
+                said == answer or (prefix and f"{said} ".startswith(f"{answer} "))
                 for answer in wanted
+                if answer
             )
         )
 
@@ -103,10 +108,11 @@ def exact(answers: str | Sequence[str] | None = None, *, prefix: bool = False) -
 
 def normalised(text: str) -> str:
     """A text without what does not change an answer: capitals, punctuation, the kind and number of
-    spaces, compatibility forms of characters (NFKC)."""
+    spaces, compatibility forms of characters (NFKC). Of a text that has nothing else, punctuation
+    stays."""
     folded = unicodedata.normalize("NFKC", text).casefold()
     kept = "".join(" " if unicodedata.category(c)[0] in "PZC" else c for c in folded)
-    return " ".join(kept.split())
+    return " ".join(kept.split() or folded.split())
 
 
 def choice(
@@ -228,7 +234,13 @@ def named(name: str, given: Any) -> Measure:
     reads_prompt = _positional(function) > 1
 
     def each(texts: Sequence[str], *prompts: Sequence[str]) -> list[Any]:
-        return [function(*row) for row in zip(texts, *prompts, strict=True)]
+        found = []
+        for row in zip(texts, *prompts, strict=True):
+            try:
+                found.append(function(*row))
+            except Exception as error:
+                raise _FailedError(row[0]) from error
+        return found
 
     needs = ("prompt",) if reads_prompt else ()
     return Measure(name, needs, each, over="text", unit="mean", better=None, differentiable=False)
@@ -250,11 +262,18 @@ def values_of(
     """A measure's value for each text: a number (NaN where there is none), or a label.
 
     Raises:
-        ValueError: the function gives something else, or another number of values.
+        ValueError: the function gives something else, or another number of values, or fails.
     """
     assert measure.function is not None, f"{measure.name} has no function"
     known = {"prompt": prompts, "right": right}
-    values = measure.function(texts, *(known[need] for need in measure.needs))
+    try:
+        values = measure.function(texts, *(known[need] for need in measure.needs))
+    except _FailedError as failed:
+        raise ValueError(
+            f"measure {measure.name!r} failed on the text {brief(failed.args[0])} "
+            f"({type(failed.__cause__).__name__}: {failed.__cause__}). Correct its function: what "
+            "is generated may be empty, or anything else."
+        ) from failed.__cause__
     if not isinstance(values, Sequence) or len(values) != len(texts):
         raise ValueError(
             f"measure {measure.name!r} gave {brief(values)} for {len(texts)} texts. Its function "

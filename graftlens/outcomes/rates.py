@@ -15,8 +15,9 @@ from graftlens.stats import compare_all, summarise
 #: A measure of texts, or any function of a text (and its prompt).
 Measures = Mapping[str, Any]
 
-#: A text's prompt, where statistics take each text for a prompt of its own.
-_OF = "of_prompt"
+#: A text's prompt, where statistics take each text for a prompt of its own; and what the columns of
+#: measures' values begin with. No measure in a config can have such a name.
+_OF, _VALUE = "prompt of a text", "value of measure"
 
 
 def measured(texts: pd.DataFrame, measures: Measures) -> pd.DataFrame:
@@ -42,7 +43,8 @@ def measured(texts: pd.DataFrame, measures: Measures) -> pd.DataFrame:
         )
     _check_texts(texts)
     rows = {name: named(name, given) for name, given in measures.items()}
-    taken = [name for name in rows if name in texts]
+    unread_of = {f"{name}_unread" for name in rows}
+    taken = [name for name in rows if name in texts or name in unread_of]
     if taken:
         raise ValueError(
             f"measure {taken[0]!r}: the table has another column of this name. Rename the measure."
@@ -235,13 +237,13 @@ def _cells(
         values = table[name]
         if pd.api.types.is_numeric_dtype(values.dtype) or values.isna().all():
             # The name of a row of METRICS would be taken for it.
-            columns[f"value_{number}"] = name, None
-            table[f"value_{number}"] = pd.to_numeric(values).astype(float)
+            columns[column := f"{_VALUE} {number}"] = name, None
+            table[column] = pd.to_numeric(values).astype(float)
             continue
         for place, label in enumerate(sorted(set(map(str, values.dropna())))):
             share = (values.astype(object) == label).astype(float)
-            columns[f"value_{number}_{place}"] = name, label
-            table[f"value_{number}_{place}"] = share.where(values.notna(), np.nan)
+            columns[column := f"{_VALUE} {number} {place}"] = name, label
+            table[column] = share.where(values.notna(), np.nan)
     return table, columns
 
 

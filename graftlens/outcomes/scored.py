@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from graftlens.components import brief
 from graftlens.graft import Grafts, named_grafts
 from graftlens.memory import ENOUGH_ROWS, LOGITS
 from graftlens.metrics import kl
@@ -81,7 +82,7 @@ def score_texts(
 
     Raises:
         ValueError: no grafts; rows without the field; as many continuations as there are not
-            texts; a graft that the model cannot run.
+            texts, or one that is not a text; a graft that the model cannot run.
     """
     parsed = named_grafts(grafts)
     if not parsed:
@@ -92,6 +93,8 @@ def score_texts(
     scorer = _Scorer(model, runs, per_token)
     single = isinstance(texts, str | Prompt | Tokenized | Mapping)
     given: Iterator[Any] = iter([texts] if single else texts)
+    if isinstance(continuations, str):
+        continuations = [continuations]
     tails = None if continuations is None else iter(continuations)
     tables, number = [], 0
     bos = model.prepends_bos(prepend_bos)
@@ -101,6 +104,8 @@ def score_texts(
             raise ValueError(
                 f"{number + len(rest)} continuations for more texts: give one for each."
             )
+        if tails is not None and (odd := [tail for tail in rest if not isinstance(tail, str)]):
+            raise ValueError(f"continuations: {brief(odd[0])} is not a text. Give one for each.")
         read: list[_Text | str] = []
         for offset, (item, tail) in enumerate(zip(batch, rest, strict=True)):
             try:

@@ -36,6 +36,7 @@ from graftlens.model.mask import multiplies_far, resolve, select, silenced, site
 from graftlens.model.members import Member, members_of
 from graftlens.model.smollm2 import located
 from graftlens.model.source import ties_embeddings
+from graftlens.outcomes.texts import right_of
 from graftlens.positions import At
 from graftlens.prompts import Prompt, PromptError, Tokenized, dated, doubled_bos
 from graftlens.references import References
@@ -350,9 +351,10 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
         problems.append(("metrics.measures", str(error)))
     else:
         config = _asking_for(config, [m.name for m in measured])  # the others are there anyway
+    rows: dict[str, Measure] = {}
     if config.outcomes is not None:
         try:
-            config.outcomes.measured_by(functions)
+            rows = config.outcomes.measured_by(functions)
         except ConfigError as error:
             problems += error.problems
     try:
@@ -372,6 +374,11 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
     sets, failed = _prompts(config)
     problems += failed
     prompts = tuple(prompt for made in sets.values() for prompt in made)
+    without = next((n for n, prompt in enumerate(prompts) if not right_of(prompt)), None)
+    for name, row in rows.items() if without is not None else ():
+        if "right" in row.needs:
+            what = f"prompt {without} has no answer. Give the right ones here, or leave it out."
+            problems.append((f"outcomes.measures.{name}", what))
 
     sources = tuple(config.all_sources)
     named, failed = _named(config, arch)

@@ -29,7 +29,7 @@ MAKERS: Mapping[str, Callable[..., Measure]] = {
 _ALLOWED = (*MAKERS, "judge")
 
 #: Columns of a table of texts, whose names no measure can have.
-_TAKEN = {*COLUMNS, "base_run", "full_run", "dataset", "member", "step"}
+_TAKEN = {*COLUMNS, "base_run", "full_run", "dataset", "member", "step", "fact"}
 
 
 class SamplingSettings(Section):
@@ -197,11 +197,12 @@ class OutcomeSettings(Section):
     @field_validator("measures")
     @classmethod
     def _columns(cls, measures: Mapping[str, Any]) -> Mapping[str, Any]:
+        taken = _TAKEN | {f"{name}_unread" for name in measures}
         for name in measures:
-            if not name.isidentifier() or name in _TAKEN:
+            if not name.isidentifier() or name in taken:
                 why = "the table of texts has another column of this name"
                 raise ValueError(
-                    f"{name!r}: {why if name in _TAKEN else 'a name of a measure is a column'}. "
+                    f"{name!r}: {why if name in taken else 'a name of a measure is a column'}. "
                     "Write another name, of letters, digits and _."
                 )
         return measures

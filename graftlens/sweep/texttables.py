@@ -144,7 +144,13 @@ def measure_texts(
     if measures and _read_measured(out, manifest, table) is None:
         found = _joined(out, manifest, table)
         before = set(found.columns)
-        whole = measured(found, measures)
+        try:
+            whole = measured(found, measures)
+        except ValueError as error:
+            raise ValueError(
+                f"{error} All texts are in {out}: outcomes.measured(read_texts({str(out)!r}), …) "
+                "measures them in Python, by whatever function."
+            ) from error
         values = {n: pa.array(whole[n], from_pandas=True) for n in whole if n not in before}
         rows = table.select(list(_ROW))
         for name, column in values.items():
