@@ -211,6 +211,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         ),
         "parts.where.localise.continuations: these are for texts as the judge",
     ),
+    "several models": (
+        put("where", sources={"pre": "base", "sft": {"each": "runs/checkpoint-*"}}),
+        "parts.where.localise: of one model, but sft stands for several",
+    ),
     "figures": (
         put("where", figures={"kind": "bars"}),
         "parts.where.figures: a part that localises has none",

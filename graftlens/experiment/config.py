@@ -309,6 +309,12 @@ class PartConfig(RunSettings, GraftSettings):
                 "x: step, without panel and grids."
             )
 
+    def _of_one_model(self) -> list[tuple[str, str]]:
+        """What a part whose models are run one after another cannot have."""
+        what = f"of one model, but {self.each} stands for several. Leave it out."
+        keys = ("finding", "interactions", "localise") if self.each is not None else ()
+        return [(key, what) for key in keys if getattr(self, key) is not None]
+
     def problems(self) -> list[tuple[str, str]]:
         """(where, what) of every name here that does not exist."""
         if self.localise is not None:
@@ -316,7 +322,8 @@ class PartConfig(RunSettings, GraftSettings):
             never = ("grids", "figures", "finding", "interactions", "where_possible", "paper")
             found = [(key, what) for key in (*never, "base", "full") if getattr(self, key)]
             unfit = text_problems(self.localise, self.outcomes)
-            return found + [(f"localise.{key}", what) for key, what in unfit]
+            found += [(f"localise.{key}", what) for key, what in unfit]
+            return found + self._of_one_model()
         problems = []
         named, grafts = self.named_grids, self.named_grafts()
         if len(named) < len(self.grids):
@@ -368,10 +375,7 @@ class PartConfig(RunSettings, GraftSettings):
                 for name, graft in self.grafts.items()
                 if made.get(name, graft) != graft
             ]
-        for key in ("finding", "interactions", "localise") if self.each is not None else ():
-            if getattr(self, key) is not None:
-                what = f"of one model, but {self.each} stands for several. Leave it out."
-                problems.append((key, what))
+        problems += self._of_one_model()
         if self.finding:
             for role in ("enough", "rest"):
                 name = getattr(self.finding, role)

@@ -157,6 +157,9 @@ class InFolder:
         config = self.checked.config.model_copy(
             update={"row_budget": self.rows, "grafts": dict(grafts), "grids": ()}
         )
+        if config.outcomes is not None:  # what is measured of the texts is asked anew
+            texts = config.outcomes.model_copy(update={"measures": {}})
+            config = config.model_copy(update={"outcomes": texts})
         checked = replace(
             self.checked,
             config=config,
@@ -177,9 +180,7 @@ class InFolder:
         if self.rating is None:
             table = read_results(folder)
         else:
-            texts = read_texts(folder)
-            own = [one.name for one in self.rating.measures]  # measured where the step is finished
-            table = self.rating.cells(texts.drop(columns=own, errors="ignore"))
+            table = self.rating.cells(read_texts(folder))
         assert isinstance(table, pd.DataFrame)
         return table.assign(prompt=[numbers[n] for n in table["prompt"].tolist()])
 

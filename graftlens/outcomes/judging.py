@@ -48,8 +48,8 @@ class Judge(LanguageModel):
 
     @model_validator(mode="after")
     def _readable(self) -> "Judge":
-        ends = self.scale if isinstance(self.scale, tuple) else ()
-        if all(isinstance(end, int) for end in ends) and ends and ends[1] - ends[0] > LONGEST_SCALE:
+        steps = [int(end) for end in self.scale if isinstance(end, int)]
+        if len(steps) == 2 and steps[1] - steps[0] > LONGEST_SCALE:
             raise ValueError(f"scale={self.scale!r}: a judge is told every value. Write fewer.")
         if len(self.options) < 2 or len({o.casefold() for o in self.options}) < len(self.options):
             raise ValueError(
