@@ -296,12 +296,11 @@ STEPS = (5, 10)
 ALONG = {"PRE": "none", "all": "time @ all", "new": "time @ generated"}
 
 
-def of_members(folder: Path, *names: str) -> dict[str, Any]:
+def of_members(folder: Path, each: Any, *names: str) -> dict[str, Any]:
     tokenizer = llama3_style()
     for seed, name in enumerate(("pre", *names)):
         save_checkpoint(tiny_model("llama", seed, len(tokenizer)), folder / name, tokenizer)
     sources: dict[str, Any] = {"pre": str(folder / "pre")}
-    each = [str(folder / name) for name in names]
     return unanswered(sources | {"time": {"each": each}}, grafts=ALONG)
 
 
@@ -309,7 +308,8 @@ def of_members(folder: Path, *names: str) -> dict[str, Any]:
 def along(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A sweep over two checkpoints; its sources are beside it."""
     root = tmp_path_factory.mktemp("along")
-    assert quiet(of_members(root, "checkpoint-5", "checkpoint-10"), root / "out").ok
+    names = [f"checkpoint-{step}" for step in STEPS]
+    assert quiet(of_members(root, str(root / "checkpoint-*"), *names), root / "out").ok
     return root / "out"
 
 
@@ -353,10 +353,11 @@ def test_the_page_compares_rates_over_members(along: Path) -> None:
 
 
 def test_members_without_steps_are_bars(tmp_path: Path) -> None:
-    assert quiet(of_members(tmp_path, "early", "late"), tmp_path / "out").ok
+    each = [str(tmp_path / name) for name in ("early", "late")]
+    assert quiet(of_members(tmp_path, each, "early", "late"), tmp_path / "out").ok
     for chart in drawn(sweep_report(tmp_path / "out")):
         names = {str(trace.get("name")).removesuffix(" (n/a)") for trace in chart["data"]}
-        assert {"early", "late"} <= names
+        assert {*each} <= names
 
 
 def test_in_a_browser_the_model_is_chosen_whose_texts_are_shown(
