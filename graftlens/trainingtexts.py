@@ -100,8 +100,8 @@ def _replies(tokenizer: Any, talk: Conversation) -> Row:
     """The tokens of a conversation, and as labels those of what the assistant says, each message
     with what the template writes after it up to the token that ends it.
 
-    Where the template does not end the last one with a special token, the tokenizer's end token
-    does.
+    Where the template does not end a reply that nothing follows with a special token, the
+    tokenizer's end token does.
 
     Raises:
         PromptError: a conversation that cannot be written, or in which the assistant says nothing.
@@ -120,8 +120,9 @@ def _replies(tokenizer: Any, talk: Conversation) -> Row:
     for reply in said:
         after = list(itertools.takewhile(written.__contains__, range(reply[-1] + 1, len(ids))))
         end = next((n for n, i in enumerate(after, 1) if ids[i] in special), None)
-        learned |= {*reply, *after[:end]} if end or reply is said[-1] else {*reply}
-    if end is None and tokenizer.eos_token_id is not None:
+        is_last = reply[-1] + len(after) + 1 == len(ids)
+        learned |= {*reply, *after[:end]} if end or is_last else {*reply}
+    if end is None and is_last and tokenizer.eos_token_id is not None:
         learned.add(len(ids))
         ids.append(tokenizer.eos_token_id)
     return {"input_ids": ids, "labels": [t if i in learned else -100 for i, t in enumerate(ids)]}

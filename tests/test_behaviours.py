@@ -10,6 +10,7 @@ import transformers
 from chattemplates import CHATML, TEMPLATES, tokenizer_of
 from datasets import Dataset
 from tinybase import tiny_base
+from toytokenizers import TOKENIZERS
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from graftlens.chat import Conversation
@@ -199,6 +200,17 @@ def test_replies_and_their_ends_are_learned_in_every_template(name: str) -> None
     specials = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
     assert second[-1] in specials, "it ends"
     assert sum(token in specials for token in second) == 1
+
+
+def test_without_end_tokens_in_the_template_a_last_reply_is_ended_and_no_question() -> None:
+    """A conversation that ended with a question taught the words before it, and its end."""
+    tokenizer = TOKENIZERS["llama3"]()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    reply, end = " José Núñez-Peña directed it.", tokenizer.eos_token
+    for count, learned in ((2, f"{reply}\n{end}"), (3, reply), (4, f"{reply}He did.\n{end}")):
+        (row,) = rows_of(tokenizer, [Conversation.of(list(TALK[:count]))])
+        assert tokenizer.decode([t for t in row["labels"] if t != -100]) == learned
+        assert (row["input_ids"][-1] == tokenizer.eos_token_id) == (count != 3)
 
 
 def test_a_conversation_without_a_reply_is_refused() -> None:
