@@ -1,6 +1,7 @@
 """The import direction of the design, read out of the source files."""
 
 import ast
+import builtins
 import subprocess
 import sys
 from pathlib import Path
@@ -113,6 +114,38 @@ def test_imports_point_one_way(path: Path) -> None:
         assert not inner & above, f"{own} imports {sorted(inner & above)}, which build on it"
         shows = ("dashboards", "textreports", "reports", "demo", "experiment", "cli")
         assert own in shows or "viz" not in inner, f"{own} imports plots; plots import results"
+
+
+def _bound(node: ast.AST) -> str | None:
+    """The name that a node gives to something, in whatever scope."""
+    match node:
+        case ast.Name(id=name, ctx=ast.Store() | ast.Del()):
+            return name
+        case ast.alias(name=name, asname=other):
+            return other or name.split(".")[0]
+        case ast.arg(arg=name) | ast.MatchMapping(rest=name):
+            return name
+        case (
+            ast.FunctionDef(name=name)
+            | ast.AsyncFunctionDef(name=name)
+            | ast.ClassDef(name=name)
+            | ast.ExceptHandler(name=name)
+            | ast.MatchAs(name=name)
+            | ast.MatchStar(name=name)
+        ):
+            return name
+    return None
+
+
+@pytest.mark.parametrize("folder", ["graftlens", "tests", "experiments", "notebooks", "docs"])
+def test_every_name_is_one_that_its_module_knows(folder: str) -> None:
+    """Ruff and mypy would take the words of shape strings for names, so neither looks for names
+    that nothing defines: an import was lost, and every experiment ended in a NameError."""
+    for path in (PACKAGE.parent / folder).rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        known = {*dir(builtins), "__file__", *map(_bound, nodes)}
+        used = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load)}
+        assert not used - known, f"{path.relative_to(PACKAGE.parent)}: {sorted(used - known)}"
 
 
 def test_every_part_has_a_rule() -> None:

@@ -22,7 +22,7 @@ from graftlens.find.evidence import SHARES, _area
 from graftlens.find.judging import Judge, Judged, recovery
 from graftlens.find.matched import matched_sets
 from graftlens.find.places import Place
-from graftlens.find.searching import EVALUATIONS, nested, refined, series
+from graftlens.find.searching import EVALUATIONS, down_to_units, nested, refined, series
 from graftlens.find.sets import Size, gathered, site_of, without
 from graftlens.find.splitting import Split, split
 from graftlens.graft import Graft
@@ -620,6 +620,41 @@ def test_rounds_drop_what_is_not_needed_if_the_inner_part_agrees(tiny: MakeTiny)
         chosen, rounds = refined(judge, first.chosen, order, SPLIT, 2)
         assert set(chosen.places) == left
         assert rounds[0].kept == (kind is Both)
+
+
+@pytest.mark.parametrize("number", [2, 0])
+def test_a_part_with_nothing_to_recover_ends_the_rounds_and_not_the_search(
+    number: int, tiny: MakeTiny
+) -> None:
+    """Texts say the same under both sources on an inner part of one fact soon: it was a ValueError,
+    once all nested sets had been run."""
+    order, split_ = _line(4), Split("fact", tuple("abcd"), (0,), (2,), (1, 3))
+    judge = _judge(_Toy, 0.9, tiny("llama").model.arch)
+
+    def exact(step: str, numbers: Sequence[int], grafts: Any) -> pd.DataFrame:
+        graft_of = {judge.put_in(order[:size]): size for size in range(1, 5)}
+        rows = [
+            {
+                "prompt": n, "graft": name, "rule": str(graft), "reason": None,
+                "logprob": 0.0 if n == number else {"PRE": 0.0, "SFT": 1.0}.get(
+                    name, graft_of.get(graft, 0) / 4
+                ),
+            }
+            for n in numbers
+            for name, graft in grafts.items()
+        ]  # fmt: skip
+        return pd.DataFrame(rows)
+
+    real = Judge(**{**vars(judge), "exact": exact})
+    first = nested(real, order, split_.search, "nested")
+    assert (len(first.chosen.places), first.chosen.enough) == (4, 1.0)
+    assert not first.chosen.parted
+    assert np.isnan(first.chosen.inner)
+    assert refined(real, first.chosen, order, split_, 2) == (first.chosen, [])
+    units = [Place(Component.Q, 0, "last", unit) for unit in range(2)]
+    assert down_to_units(real, first.chosen, units, split_)[0] is first.chosen
+    with pytest.raises(ValueError, match="there is nothing to recover"):
+        nested(real, order, (number,), "nested")
 
 
 def test_rounds_add_what_a_set_lacks(tiny: MakeTiny) -> None:

@@ -337,7 +337,13 @@ def _notes(
             f"Sizes were halved until {len(first.judged)} had been judged: up to {first.apart} "
             "sites fewer might have reached the target as well."
         )
-    if units is not None and chosen is sites:
+    if not first.chosen.parted:
+        notes.append(
+            f"{question.source} and the base do not differ on the prompts of the inner part, or on "
+            "the others of the search: nothing could be chosen on one and judged on the other, so "
+            "that the set was not refined. More facts would help."
+        )
+    elif units is not None and chosen is sites:
         notes.append(
             "Heads or neurons by themselves did not hold on the inner part: sites are kept."
         )

@@ -47,7 +47,9 @@ class Judged:
         enough: recovery of the set alone, on all prompts that were run.
         without: recovery of the full source without it.
         margin: how far the goal is exceeded; below 0, how far it is missed.
-        inner: the margin on the inner part alone.
+        inner: the margin on the inner part alone; NaN where that has nothing to recover.
+        parted: whether both the inner part and the rest have something to recover, so that sets can
+            be chosen on one and judged on the other.
     """
 
     places: tuple[Place, ...]
@@ -55,6 +57,7 @@ class Judged:
     without: float
     margin: float
     inner: float
+    parted: bool = True
 
     @property
     def reached(self) -> bool:
@@ -144,11 +147,16 @@ class Judge:
             return recovery(values[name][rows], values[BASE][rows], values[FULL][rows])
 
         every = np.ones(len(prompts), dtype=bool)
+        parts = [rows for rows in (inner, ~inner) if rows.any()]
+        gaps = [np.mean((values[FULL] - values[BASE])[rows]) for rows in parts]
+        parted = all(gap != 0 for gap in gaps)
+        agreeing = inner if parted else np.zeros_like(inner)
         found = []
         for i, places in enumerate(sets):
             enough, rest = (of(kind, i, every) for kind in ("set", "without"))
-            within = self.margin(*(of(kind, i, inner) for kind in ("set", "without")))
-            found.append(Judged(tuple(places), enough, rest, self.margin(enough, rest), within))
+            within = self.margin(*(of(kind, i, agreeing) for kind in ("set", "without")))
+            margin = self.margin(enough, rest)
+            found.append(Judged(tuple(places), enough, rest, margin, within, parted))
         return found, table
 
     def run(self, step: str, numbers: Sequence[int], grafts: Mapping[str, Graft]) -> pd.DataFrame:

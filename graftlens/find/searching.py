@@ -86,10 +86,13 @@ def refined(
     by one sweep over the outer part of the search. The places in the order of what this changed
     make the sets that are proposed; the smallest that reaches the goal is judged on the whole
     search side, and kept only if the inner part, on which nothing was chosen, agrees: the goal is
-    reached there, or the set does not do worse than the one before.
+    reached there, or the set does not do worse than the one before. There are none where one of the
+    two parts has nothing to recover.
     """
     done: list[Round] = []
     current = start
+    if not start.parted:
+        return start, done
     for number in range(1, rounds + 1):
         members = list(current.places)
         inside = set(members)
