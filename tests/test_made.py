@@ -401,6 +401,14 @@ TINY = ("pre", "sft")
         ({"a": {"of": ["sft", "sft"], "strengths": [1, 2]}}, "names a source twice. Add up its"),
         ({"a": {"of": ["sft"], "strengths": [1, 2]}}, "2 strengths for 1 sources. Give one for ea"),
         ({"a": {"of": "sft", "directions": [1, 1]}}, "names a direction twice"),
+        *(
+            (
+                {"a": {key: given}},
+                rf"^source 'a': {key}: {said} is neither a text nor a list of texts\. [^.]*\.$",
+            )
+            for key in ("of", "each")
+            for given, said in (([], r"\[\]"), (5, "5"), (["sft", 5], r"\['sft', 5\]"))
+        ),
         (
             {"a": {"of": "sft", "directions": [-1]}},
             r"^source 'a': directions: \[-1\] does not list directions\. [^.]*\.$",

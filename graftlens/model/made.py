@@ -12,7 +12,6 @@ from typing import Annotated, Any
 from pydantic import (
     BeforeValidator,
     ConfigDict,
-    Field,
     field_validator,
     model_serializer,
     model_validator,
@@ -48,6 +47,19 @@ def _directions(value: Any) -> tuple[int, ...]:
             "strongest: [0, 3]."
         )
     return tuple(given)
+
+
+def _names(value: Any) -> Any:
+    """One text, or several."""
+    listed = value if isinstance(value, list | tuple) else [value]
+    if not listed or not all(isinstance(one, str) for one in listed):
+        raise ValueError(
+            f"{brief(value)} is neither a text nor a list of texts. Write one of them."
+        )
+    return value
+
+
+_Names = Annotated[str | tuple[str, ...], BeforeValidator(_names)]
 
 
 class _Described(Settings):
@@ -86,7 +98,7 @@ class Made(_Described):
     All differences are taken from the base, the first source.
     """
 
-    of: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    of: _Names
     """The source, or sources, that it is made of, by name."""
 
     strength: float | None = None
@@ -200,11 +212,11 @@ class Made(_Described):
 class Each(_Described):
     """Several models in the place of one source, which a sweep runs one after another."""
 
-    each: str | Annotated[tuple[str, ...], Field(min_length=1)]
+    each: _Names
     """Folders as a pattern (`runs/checkpoint-*`), a hub id with `revisions`, or a list of models or
     adapters."""
 
-    revisions: str | Annotated[tuple[str, ...], Field(min_length=1)] | None = None
+    revisions: _Names | None = None
     """Branches or tags of the hub's repository: a list, or a pattern (`step*`)."""
 
     steps: tuple[int, ...] | None = None
