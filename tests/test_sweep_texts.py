@@ -52,7 +52,7 @@ from graftlens.outcomes.measures import values_of
 from graftlens.outcomes.texts import Sampler
 from graftlens.sweep.config import SweepConfig, check, load_config
 from graftlens.sweep.outcomesettings import OutcomeSettings
-from graftlens.sweep.results import read_manifest
+from graftlens.sweep.results import facts_of, read_manifest
 from graftlens.sweep.runner import is_finished, prepare_sweep
 from graftlens.sweep.texttrust import _candidates, check_texts
 from graftlens.viz.export import write_figure
@@ -677,6 +677,26 @@ def test_rates_of_several_templates_have_intervals_over_facts(swept: Path, page:
     apart = outcomes.rate(table, [*MEASURES])
     assert rates["rate_low"].tolist() != pytest.approx(apart["low"].tolist(), nan_ok=True)
     assert "prompts grouped by fact" in "".join(Page(page).words)
+
+
+def test_the_field_fact_says_what_a_prompt_asks_for(
+    sources: dict[str, str], tmp_path: Path
+) -> None:
+    """As in `find`, which alone read it: prompts that name either entity of a fact, or none, were
+    different facts in sweeps' intervals."""
+    told = [("Ann", " Mara", "film 1"), ("Mara", " Ann", "film 1"), ("Ann", " Mara", None)]
+    prompts = [
+        {
+            "template": "{first_entity} met",
+            "fields": {"first_entity": entity} | ({"fact": fact} if fact else {}),
+            "answer": answer,
+        }
+        for entity, answer, fact in told
+    ]
+    asked = {"sources": sources, "prompts": prompts, "grafts": {"LT": "sft @ last"}}
+    prepare_sweep(settings_from(SweepConfig, asked), tmp_path, say=lambda _: None)
+    facts = facts_of(tmp_path)
+    assert facts[0] == facts[1] != facts[2]
 
 
 @pytest.mark.parametrize("width", [700, 1400])

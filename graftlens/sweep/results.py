@@ -384,14 +384,16 @@ def read_prompts(out: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def facts_of(folder: Path) -> "pd.Series[Any]":
-    """Prompt's number -> the fact it asks for: its dataset, the entity it names (or else the whole
-    prompt), the answer."""
+    """Prompt's number -> the fact it asks for: its dataset, and its field `fact` or, without one,
+    the entity it names (or else the whole prompt) and the answer."""
     prompts = read_prompts(folder, ["prompt", "dataset", "as_given"]).to_pydict()
     names = []
     for dataset, text in zip(prompts["dataset"], prompts["as_given"], strict=True):
         given = json.loads(text)
-        entity = given["fields"].get("first_entity", text)
-        names.append(json.dumps([dataset, entity, given["answer"]], ensure_ascii=False))
+        fields = given["fields"]
+        asked = [fields.get("first_entity", text), given["answer"]]
+        asked = [fields["fact"]] if "fact" in fields else asked
+        names.append(json.dumps([dataset, *asked], ensure_ascii=False))
     return pd.Series(names, index=prompts["prompt"])
 
 
