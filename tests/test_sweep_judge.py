@@ -17,6 +17,7 @@ from graftlens import read_texts
 from graftlens.data.languagemodels import LanguageModel
 from graftlens.engines import Task
 from graftlens.sweep.runner import is_finished
+from graftlens.viz.tables import read_table
 
 KEY = "sk-secret-of-mine-20"
 
@@ -54,12 +55,17 @@ def assert_judged_in_secret(server: Any, tmp_path: Path, said: str) -> None:  # 
     assert table["kind"].notna().all()
     assert set(table["kind"]) == {0.0, 1.0}
     assert {one["key"] for one in server.asked} == {f"Bearer {KEY}"}
+    assert_nowhere(tmp_path, said)
+    assert server.seen
+    assert not [words for seen in server.seen for words in seen if KEY in " ".join(words or ())]
+
+
+def assert_nowhere(tmp_path: Path, said: str) -> None:
+    """The key is in nothing that was said, and in no file."""
     assert KEY not in said
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
-    assert server.seen
-    assert not [words for seen in server.seen for words in seen if KEY in " ".join(words or ())]
 
 
 @pytest.mark.slow
@@ -108,6 +114,41 @@ def test_what_processes_are_given_has_the_permission_and_not_the_key(
     else:
         assert "the key in MY_KEY is not sent to" in done.stderr
         assert server.asked == []
+
+
+def test_a_judge_that_fails_costs_no_text_and_no_reply(
+    server: Any,  # noqa: F811
+    asked: list[str],
+    tmp_path: Path,
+) -> None:
+    """First errors, then rubbish about a text: what was said is kept, what is missing is shown."""
+    server.says = lambda question, turn: "yes" if turn < 4 else 400
+    words = [*asked, "outcomes.measures.kind.judge.workers=1"]
+    failed = graftlens(*words)
+    assert failed.returncode == 1
+    assert "did not answer (BadRequestError, HTTP status 400)" in failed.stderr
+    assert KEY not in failed.stderr + failed.stdout
+    kept = {p: p.read_bytes() for p in (tmp_path / "out" / "texts").iterdir()}
+    before = [one["messages"][0]["content"] for one in server.asked]
+    assert len(before) >= 4
+    odd = before[3]
+    server.says = lambda question, turn: f"maybe {KEY}" if question == odd else " “No”. "
+    done = graftlens(*words)
+    assert done.returncode == 0, done.stderr
+    after = [one["messages"][0]["content"] for one in server.asked[len(before) :]]
+    assert not {*before[:3]} & {*after}, "three replies were known"
+    assert after.count(odd) == 3
+    assert {p: p.read_bytes() for p in (tmp_path / "out" / "texts").iterdir()} == kept
+    table = read_texts(tmp_path / "out")
+    assert table["kind"].value_counts(dropna=False).sort_index().index.tolist()[:2] == [0.0, 1.0]
+    missing = table[table["kind"].isna()]
+    assert set(missing["kind_unread"]) == {""}, "a reply that holds the key is not kept"
+    assert all(f"<answer>\n{text}\n</answer>" in odd for text in missing["text"])
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert f"kind: {len(missing)} replies of the judge could not be read" in page
+    rates = read_table(tmp_path / "out" / "rates.csv")
+    assert rates["unread"].sum() == len(missing)
+    assert_nowhere(tmp_path, done.stdout + done.stderr)
 
 
 def test_permission_is_kept_where_settings_are_pickled_and_nowhere_else() -> None:

@@ -252,8 +252,12 @@ def _findings(rates: pd.DataFrame) -> list[str]:
         others = others[others["rate"].notna()]
         if len(others):
             most = others.loc[others["rate"].idxmax()]
-            said += f"; of {len(others)} other grafts most under {most['graft']}"
-            said += f" ({text.written(facts, most)})"
+            value = text.written(facts, most)
+            said += (
+                f"; of {len(others)} other grafts most under {most['graft']} ({value})"
+                if len(others) > 1
+                else f", {most['graft']} {value}"
+            )
         name = measure if not isinstance(label, str) else f"{measure}: {label}"
         found.append(f"{name}: {said}.")
     return found
