@@ -114,6 +114,7 @@ def ran(
     return result, root
 
 
+@pytest.mark.slow
 def test_a_search_is_judged_by_texts_as_localise_is(
     ran: tuple[ExperimentResult, Path], pair: dict[str, str], tmp_path: Path
 ) -> None:
@@ -136,6 +137,7 @@ def test_a_search_is_judged_by_texts_as_localise_is(
     assert alone.found.judged in (root / "plan.txt").read_text()
 
 
+@pytest.mark.slow
 def test_players_are_compared_by_the_rates_of_their_texts(
     ran: tuple[ExperimentResult, Path], pair: dict[str, str]
 ) -> None:
@@ -162,6 +164,7 @@ def test_players_are_compared_by_the_rates_of_their_texts(
     assert result.sweeps["played"].cells == 0
 
 
+@pytest.mark.slow
 def test_players_are_compared_by_cells_and_texts(
     ran: tuple[ExperimentResult, Path], pair: dict[str, str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 import pickle
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from test_sweep_texts import unanswered
 from graftlens import read_texts
 from graftlens.data.languagemodels import LanguageModel
 from graftlens.engines import Task
-from graftlens.sweep.runner import is_finished
+from graftlens.experiment.run import run_experiment
+from graftlens.sweep.runner import is_finished, work
 from graftlens.viz.tables import read_table
 
 KEY = "sk-secret-of-mine-20"
@@ -149,6 +151,44 @@ def test_a_judge_that_fails_costs_no_text_and_no_reply(
     rates = read_table(tmp_path / "out" / "rates.csv")
     assert rates["unread"].sum() == len(missing)
     assert_nowhere(tmp_path, done.stdout + done.stderr)
+
+
+@pytest.mark.slow
+def test_parts_of_an_experiment_hand_on_what_the_command_line_told(
+    server: Any,  # noqa: F811
+    asked: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given = yaml.safe_load((tmp_path / "s.yaml").read_text())
+    pre, sft = (given["sources"][name] for name in ("pre", "sft"))
+    part = {key: given[key] for key in ("prompts", "grafts", "outcomes", "limit")}
+    experiment = {"title": "T", "question": "Q?", "model": pre, "models": {"sft": {"path": sft}}}
+    experiment["datasets"] = {"films": {"n_facts": 5}}
+    cells = {"title": "C", "prompts": {"dataset": "films"}, "grafts": {"LT": "sft @ last"}}
+    experiment["parts"] = {"says": part | {"title": "S"}, "cells": cells | {"limit": 1}}
+    file = tmp_path / "e.yaml"
+    file.write_text(yaml.safe_dump(experiment))
+
+    def in_turn(out: Path, devices: Sequence[str], *, measures: Any, outcomes: Any) -> None:
+        sent = pickle.dumps(partial(work, out, outcomes=outcomes, progress=False))
+        assert KEY.encode() not in sent
+        pickle.loads(sent)()
+
+    monkeypatch.setattr("graftlens.experiment.run.launch_local", in_turn)
+    named = [f"parts.says.{words}" for words in asked[2:4]]
+    result = run_experiment(
+        file,
+        tmp_path / "run",
+        overrides=named,
+        store=tmp_path / "store",
+        devices=["cpu", "cpu"],
+        say=lambda _: None,
+    )
+    assert result.ok
+    assert read_texts(result.sweeps["says"].folder)["kind"].notna().all()
+    assert {one["key"] for one in server.asked} == {f"Bearer {KEY}"}
+    assert_nowhere(tmp_path, "")
 
 
 def test_permission_is_kept_where_settings_are_pickled_and_nowhere_else() -> None:
