@@ -186,6 +186,13 @@ def test_rows_per_pass_are_those_asked_for(sources: dict[str, str], tmp_path: Pa
     assert {step["models"]["row_budget"] for step in steps} == {40}
 
 
+def test_metrics_that_are_given_in_part_leave_the_rest_as_it_is(sources: dict[str, str]) -> None:
+    """A measure more made all answers whole."""
+    asked = {"metrics": {"measures": ["kl_base"]}}
+    metrics = settings_from(LocaliseConfig, config(sources) | asked).metrics
+    assert (metrics.top_k, metrics.answers, metrics.measures) == (5, "first", ("kl_base",))
+
+
 def test_what_is_somebody_else_s_is_left_alone(sources: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "index.html").write_text("mine")
     with pytest.raises(ValueError, match=r"index\.html in it and no \.graftlens of localisation"):

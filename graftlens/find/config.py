@@ -32,6 +32,9 @@ from graftlens.sweep.promptsets import (
 
 Count = Annotated[int, Field(ge=0)]
 
+#: What a localisation keeps of each cell by default.
+_KEPT: Mapping[str, Any] = {"top_k": 5, "answers": "first"}
+
 
 class Search(Section):
     """What a localisation searches, and how it reports (see `graftlens.find.localise`)."""
@@ -138,11 +141,17 @@ class LocaliseConfig(RunSettings):
     grafts: Mapping[str, GraftField] = {}
     """Name -> graft to report beside the found set; by default the position grafts."""
 
-    metrics: Metrics = Metrics(top_k=5, answers="first")
+    metrics: Metrics = Metrics(**_KEPT)
     """What is kept of each cell, besides what the search and its report need."""
 
     shards: Annotated[int, Field(ge=1)] = 1024
     """Cells (a prompt under a graft) per shard, about: what a kill costs."""
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _in_part(cls, given: Any) -> Any:
+        """What is not said of them is as without the key, and not as in a sweep."""
+        return {**_KEPT, **given} if isinstance(given, Mapping) else given
 
     @model_validator(mode="after")
     def _as_a_sweep(self) -> "LocaliseConfig":
