@@ -6,7 +6,7 @@ import ctypes
 import gc
 import io
 import platform
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,9 @@ class Models:
         if self._held is None or self.number != number:
             self._held = None
             gc.collect()  # a model is held by its own hooks
-            _give_back()
             members = self.manifest.members
-            loaded = Loaded.of(self._config, self._device, _place(self.manifest, number))
+            with _apart() if members else contextlib.nullcontext():
+                loaded = Loaded.of(self._config, self._device, _place(self.manifest, number))
             self._say(f"{members[number]['name']}: {loaded.said}" if members else loaded.said)
             self._hold(loaded, number)
         assert self._held is not None
@@ -129,11 +129,21 @@ class Models:
         self._held, self.number = model, number
 
 
-def _give_back() -> None:
-    """Return freed memory to the system. GNU's allocator keeps the gaps between what is still held,
-    into which the next model's weights do not fit: a hundredth of a model more each time."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Within, what takes a MiB or more is allocated apart from the heap, and goes back to the
+    system when it is freed. On the heap of GNU's allocator the weights of one model after another
+    leave gaps into which the next one's do not fit."""
+    if platform.libc_ver()[0] != "glibc":
+        yield
+        return
+    library, (apart_from, trim_from) = ctypes.CDLL(None), (-3, -1)  # numbers of malloc.h
+    library.mallopt(apart_from, 1 << 20)
+    try:
+        yield
+    finally:  # what these come to by themselves while a model runs
+        library.mallopt(apart_from, 32 << 20)
+        library.mallopt(trim_from, 64 << 20)
 
 
 def unchanged(config: SweepConfig, manifest: Manifest, number: int) -> bool:
