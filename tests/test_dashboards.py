@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from graftlens import Graft, GraftedTransformer, Prompt, dashboard, evaluate, lens, outcomes
 from graftlens.dashboards import write_dashboard
+from graftlens.lens.runs import kept_runs
 from graftlens.model.locations import location_of
 from graftlens.model.smollm2 import located
 from graftlens.model.start import load_tokenizer
@@ -98,6 +99,51 @@ def test_attribution_is_what_the_heads_moved(model: GraftedTransformer) -> None:
         assert run.direct_logit_attribution is not None
         assert run.direct_logit_attribution.shape == (len(data.tokens),)
         assert run.direct_logit_attribution.sum() == pytest.approx(heads[name], abs=1e-4)
+
+
+def test_each_graft_runs_once_for_all_that_the_page_shows(
+    model: GraftedTransformer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("graftlens.dashboards.ROWS", 5 * 4 * 8)  # layers are left out
+    ran: list[int] = []
+    counter = model.hook_embed.register_forward_hook(lambda *_: ran.append(1))
+    try:
+        data = dashboard(model, PROMPT, GRAFTS).data
+    finally:
+        counter.remove()
+    assert len(ran) == len(data.runs) == 4
+    assert data.rise is not None
+    alone = lens.logit_lens(model, PROMPT, GRAFTS)
+    last = len(data.tokens) - 1
+    pairs = (
+        (data.lens, alone[alone["layer"].isin(data.lens["layer"].unique())]),
+        (data.rise, alone[alone["position"] == last]),
+        (data.kl_divergence, lens.kl_divergence(model, PROMPT, GRAFTS)),
+    )
+    for shown, own in pairs:
+        order = [name for name in ("graft", "layer", "position") if name in own]
+        one, other = (t.sort_values(order, ignore_index=True) for t in (shown, own))
+        names = [n for n in ("logprob", "kl_base", "kl_full", "entropy") if n in own]
+        np.testing.assert_allclose(one[names], other[names].astype(float), atol=1e-4)
+        assert one[order].equals(other[order])
+
+
+def test_kept_runs_are_read_for_their_own_prompt_and_graft_alone(model: GraftedTransformer) -> None:
+    own, other = model.batch("A plain text"), model.batch("A plain fact")
+    assert own.tokens.shape == other.tokens.shape
+    _, foreign = model.run_with_cache(other)
+    expected = {
+        name: lens.logit_lens(model, batch) for name, batch in (("own", own), ("other", other))
+    }
+    with kept_runs(model, own, {Graft(): foreign}):  # not its own, to see that it is read
+        read = lens.logit_lens(model, own)
+        beside = lens.logit_lens(model, other)
+    pd.testing.assert_frame_equal(beside, expected["other"])
+    base = read["graft"] == "PRE"
+    np.testing.assert_allclose(read[base]["entropy"], beside[base]["entropy"], atol=1e-5)
+    assert not np.allclose(read[base]["entropy"], expected["own"][base]["entropy"], atol=1e-4)
+    np.testing.assert_array_equal(read[~base]["entropy"], expected["own"][~base]["entropy"])
+    pd.testing.assert_frame_equal(lens.logit_lens(model, own), expected["own"])
 
 
 def test_grafts_that_are_pre_or_sft_are_not_shown_twice(model: GraftedTransformer) -> None:

@@ -275,12 +275,18 @@ def run(page: str, names: dict[str, Any]) -> dict[str, Any]:
 
     "Adding" shows parts of modules, which `test_extending.py` puts in their places.
     """
-    apart = blocks(page, within="extending") if "<!-- extending -->" in PAGES[page] else []
-    texts = [b.text for b in apart]
+    apart = [
+        block.text
+        for name in ("extending", "new fact")
+        if f"<!-- {name} -->" in PAGES[page]
+        for block in blocks(page, within=name)
+    ]
     for block in blocks(page, "python"):
-        compile(block.text, where(block), "exec")
-        if block.text not in texts and not not_run(block):
-            exec(compile(block.text, where(block), "exec"), names)
+        if block.text in apart:
+            continue
+        compiled = compile(block.text, where(block), "exec")
+        if not not_run(block):
+            exec(compiled, names)
     return names
 
 

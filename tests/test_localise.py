@@ -393,6 +393,14 @@ def test_a_single_prompt_token_by_token_says_that_nothing_is_held_out(planted: A
     assert "nothing was held out" in found.sentence
 
 
+def test_few_possible_answers_are_told_of(planted: Any) -> None:
+    model, _, prompts = planted
+    count = len({prompt.answer for prompt in prompts})
+    found = find.localise(model, prompts, "sft", positions=["last"], target=0.5, random=0, rounds=0)
+    said = [note for note in found.notes if "possible answer" in note]
+    assert [f"have {count} possible answer" in note for note in said] == [True] * (count <= 10)
+
+
 def test_a_target_out_of_reach_gives_the_best_set_and_says_so(planted: Any) -> None:
     model, _, prompts = planted
     found = find.localise(

@@ -191,7 +191,6 @@ def test_the_page_fits_and_shows_each_map(
       const choose = document.getElementById("sites-view");
       const seen = {};
       for (const option of choose.options) {
-        if (option.disabled) { seen[option.value] = "off"; continue; }
         choose.value = option.value;
         choose.dispatchEvent(new Event("change"));
         await new Promise(done => setTimeout(done, 400));
@@ -208,8 +207,7 @@ def test_the_page_fits_and_shows_each_map(
     found, complaints = ask(written, script, tmp_path, width=width)
     assert complaints == []
     assert found["wide"] <= 0
-    if not effects:
-        assert found["seen"]["alone"] == found["seen"]["missing"] == "off"
+    assert set(found["seen"]) == ({*VIEWS} if effects else {"score", "in_set"})
     table = with_effects()
     assert list(dict.fromkeys(table["component"])).index("ln1") == 3
     (first,) = table[
@@ -254,6 +252,29 @@ def test_the_map_has_each_site_in_its_cell() -> None:
         ValueError, match=r"value='alone' is not in the table\. It has: score in_set"
     ):
         viz.site_map(table, "alone")
+
+
+@pytest.mark.parametrize(
+    ("positions", "titles"),
+    [
+        (
+            ("first_entity", "last", "~(first_entity + last)"),
+            ["first_entity", "last", "all other tokens: ~(first_entity + last)"],
+        ),
+        (("~last", "last"), ["all other tokens: ~last", "last"]),
+        (("~(bos + last)", "last"), ["~(bos + last)", "last"]),
+        (("~last",), ["~last"]),
+    ],
+)
+def test_a_panel_of_all_the_rest_says_so(positions: tuple[str, ...], titles: list[str]) -> None:
+    rows = [{"component": "q", "layer": 0, "position": at, "score": 1.0} for at in positions]
+    figure = viz.site_map(pd.DataFrame(rows).astype({"layer": "Int64"}), "score")
+    assert [note.text for note in figure.layout.annotations] == titles
+
+
+def test_notes_are_on_the_page(tmp_path: Path) -> None:
+    page = viz.localisation_page(Result(), tmp_path / "found.html", notes=["Mind <this>."])
+    assert "<li>Mind &lt;this&gt;.</li>" in page.read_text(encoding="utf-8")
 
 
 def test_figures_have_the_tables_numbers() -> None:

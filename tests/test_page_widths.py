@@ -12,6 +12,7 @@ from summaries import positions, results, site_map
 from sweeps import checkpoints, config
 from test_localise_page import Result
 from test_report import EXAMPLE, make_table
+from test_sweep_texts import given, unanswered
 from test_viz_dashboard import LONG, make
 from test_viz_interactions import tables as interaction_tables
 from test_viz_pages import experiment
@@ -68,12 +69,25 @@ def compared(folder: Path) -> Path:
 
 
 def swept(folder: Path) -> Path:
-    given = config(checkpoints(folder / "pair"))
-    given["grids"] = [
+    asked = config(checkpoints(folder / "pair"))
+    asked["grids"] = [
         {"positions": ["last", "first_entity"], "components": ["q", "mlp"], "layers": "each"}
     ]
-    run_sweep(given, folder / "sweep", progress=False, say=lambda text: None)
+    run_sweep(asked, folder / "sweep", progress=False, say=lambda text: None)
     return sweep_report(folder / "sweep")
+
+
+def with_texts(folder: Path) -> dict[str, Path]:
+    """Sweeps that make texts: beside cells, and alone; one text is long, one without a space."""
+    sources = checkpoints(folder / "pair")
+    found = {}
+    for name, asked in (("sweep with texts", given(sources)), ("texts alone", unanswered(sources))):
+        asked["outcomes"]["sampling"] = {"n": 2, "max_new_tokens": 20, "seed": 3}
+        asked["prompts"][0]["template"] += " the film of the film of the film " + "no" * 30
+        out = folder / name.replace(" ", "-")
+        run_sweep(asked, out, progress=False, say=lambda text: None)
+        found[name] = sweep_report(out)
+    return found
 
 
 def dashboards(folder: Path) -> dict[str, Path]:
@@ -117,6 +131,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "differences": differences(folder),
         "attention": attention_view(pattern, tokens).save(folder / "attention.html"),
         **dashboards(folder),
+        **with_texts(folder),
     }
 
 

@@ -1,5 +1,6 @@
 """The report, its charts and its words: structure, escaping, and numbers equal to the summary's."""
 
+import dataclasses
 import itertools
 import math
 import os
@@ -10,8 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from graftlens import stats
+from graftlens import reports, stats
 from graftlens.metrics import averaged
+from graftlens.stats.chance import few_answers
 from graftlens.viz import bars, examples, quantities, reading, report, text, theme
 
 RULES = {"PRE": "", "SFT": "sft @ all", "FE+LT": "sft @ first_entity + last"}
@@ -490,6 +492,19 @@ def test_without_a_continuation_the_likeliest_token_is_shown():
     assert "the likeliest next token" in found.note
 
 
+def test_the_whole_answer_is_shown_where_it_is_surely_said():
+    """Its probability is above one half, so each of its tokens is the likeliest one."""
+    _, _, found = first_sight(says={"FE+LT": " Lena <x>"})
+    assert [pane.said for pane in found.panes] == [" Lena <x>", " Jen"]
+    assert "by the likeliest next token, or by the whole answer where its probability" in found.note
+    example = dataclasses.replace(EXAMPLE, answer=" Lena Berg")
+    rows = pd.DataFrame(
+        {"graft": ["a", "b", "c", "d"], "answer_logprob": np.log([0.51, 0.49, np.nan, 1.0])}
+    )
+    assert reports._surely_said(example, rows) == {"a": " Lena Berg", "d": " Lena Berg"}
+    assert reports._surely_said(example, rows.drop(columns="answer_logprob")) == {}
+
+
 def test_a_glimpse_needs_both_grafts():
     table = make_table({"PRE": 0.0, "SFT": 1.0})
     assert examples.glimpse(EXAMPLE, stats.summarise(table, resamples=50), ("FE+LT", "x")) is None
@@ -546,10 +561,44 @@ def test_a_page_warns_where_finetuning_taught_nothing(tmp_path, shift, said):
         tmp_path / "r.html", title="t", summary=summary, table=table, provenance={}
     )
     source = path.read_text(encoding="utf-8")
-    assert source.count("class='warning'") == len(warnings)
+    few = few_answers(table["answer"])
+    assert len(few) == 1
+    assert source.count("class='warning'") == len(warnings) + len(few)
     if said:
         assert "headline (log-probability: PRE -10.10 [" in warnings[0]
         assert source.index("class='warning'") < source.index("class='lead'")
+
+
+@pytest.mark.parametrize(
+    ("count", "said"),
+    [
+        (1, "These prompts have 1 possible answer, so a model that only guesses among them"),
+        (5, "These prompts have 5 possible answers, so a model that only guesses among them is"),
+        (4, "is right by top-5 in 100% of the prompts."),
+        (8, "is right by top-5 in 62% of the prompts. Judge by top-1 accuracy or by recovery"),
+        (10, "is right by top-5 in 50% of the prompts."),
+        (11, ""),
+    ],
+)
+def test_pages_say_where_few_answers_are_possible(tmp_path, count, said):
+    """A uniform guess among n answers is among five of them with probability 5/n."""
+    table = make_table(SUFFICIENT, templates=("headline", "award"))
+    table["answer"] = [f" {number % count}" for number in table["prompt"]]
+    path = report.write_report(
+        tmp_path / "r.html",
+        title="t",
+        summary=stats.summarise(table, resamples=50),
+        table=table,
+        provenance={},
+    )
+    words = " ".join("".join(Page(path).words).split())
+    assert ("possible answer" in words) == bool(said)
+    assert said in words
+
+
+def test_prompts_without_answers_have_no_possible_answers():
+    assert few_answers([None, None]) == []
+    assert few_answers([None, " Ann"])[0].startswith("These prompts have 1 possible answer,")
 
 
 def test_a_difference_that_may_be_chance_is_warned_of():

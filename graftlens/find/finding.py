@@ -19,6 +19,7 @@ from graftlens.find.splitting import Split
 from graftlens.graft import Graft
 from graftlens.model.arch import Architecture
 from graftlens.prompts import Tokenized
+from graftlens.stats.chance import few_answers
 
 Say = Callable[[str], object]
 
@@ -352,6 +353,9 @@ def _notes(
             "The set has every searched site of its components at its positions, so there are no "
             "random sets like it and no p-value."
         )
+    if not question.judged:
+        prompts = (tokens.prompt for tokens in question.tokens)
+        notes += few_answers(None if prompt is None else prompt.answer for prompt in prompts)
     facts = question.split.count(question.split.held_out)
     if not question.split.nothing_held_out and facts < 20:
         notes.append(

@@ -108,7 +108,7 @@ def direct_logit_attribution(
             'Use by="component" or by="layer", which add up.',
         )
     runs = Runs.of(model.sources, grafts, full)
-    hooks = _hooks(model, by)
+    hooks = attribution_hooks(model, by)
     terms = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
     followed = needed_target_ids(model, whole.prompts, prepend_bos, "attribute", targets)
@@ -365,7 +365,8 @@ class _Attribution:
         return values.cpu().double().numpy()
 
 
-def _hooks(model: GraftedTransformer, by: By) -> list[str]:
+def attribution_hooks(model: GraftedTransformer, by: By) -> list[str]:
+    """The hooks that `direct_logit_attribution` reads."""
     arch = model.arch
     last = model.cfg.n_layers - 1
     names = ["hook_embed", "ln_final.hook_scale", f"blocks.{last}.hook_resid_post"]

@@ -92,7 +92,7 @@ def logit_lens(
     top_k = from_1("top_k", top_k)
     refuse_patched_output(model)
     runs = Runs.of(model.sources, grafts, full)
-    streams = _streams(model, incl_mid)
+    streams = streams_of(model, incl_mid)
     if layers is not None:
         streams = [stream for stream in streams if stream[0] in layers]
         if not streams or len(streams) < len(set(layers)):
@@ -218,7 +218,7 @@ def kl_divergence(
     return model.vocabularies.marked(tidy(tables, ("prompt", "graft", "rule", "position", "token")))
 
 
-def _streams(model: GraftedTransformer, incl_mid: bool) -> list[tuple[float, str, str]]:
+def streams_of(model: GraftedTransformer, incl_mid: bool = False) -> list[tuple[float, str, str]]:
     """(layers run, TransformerLens's name, hook) of every stream."""
     if incl_mid and model.arch.parallel:
         raise ValueError(

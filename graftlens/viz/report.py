@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from graftlens.folder import at_home, write_whole
+from graftlens.stats.chance import few_answers
 from graftlens.viz import page, text
 from graftlens.viz.examples import Example, Glimpse
 from graftlens.viz.figures import bar_chart, dose_chart
@@ -65,7 +66,7 @@ def write_report(
         "report.html",
         title=title,
         glimpse=glimpse,
-        warnings=nothing_learnt(summary),
+        warnings=[*nothing_learnt(summary), *few_answers(table["answer"])],
         lead=lead,
         findings=findings,
         charts=charts,

@@ -37,6 +37,12 @@ def inline(token: object) -> str:
     return isolated(visible(token))
 
 
+def headed(title: str, rest: str) -> str:
+    """A title and what follows it: after a colon, unless the title ends as a sentence does."""
+    ended = title.endswith(("?", "!", ".", "…", ":"))
+    return f"{title}{'' if ended else ':'} {rest}"
+
+
 def capital(sentence: str) -> str:
     """The sentence with a capital at its start."""
     return sentence[:1].upper() + sentence[1:]

@@ -8,6 +8,7 @@ import pandas as pd
 
 from graftlens.folder import at_home, write_whole
 from graftlens.references import are_references, named_in
+from graftlens.stats.chance import few_answers
 from graftlens.viz import text
 from graftlens.viz.examples import Example, Glimpse
 from graftlens.viz.page import table_beside
@@ -94,7 +95,7 @@ def sweep_page(path: str | Path, sweep: Sweep) -> Path:
         "sweep.html",
         title=sweep.title,
         glimpse=sweep.glimpse,
-        warnings=nothing_learnt(sweep.summary),
+        warnings=[*nothing_learnt(sweep.summary), *few_answers(sweep.table["answer"])],
         lead=sweep.lead,
         findings=[*_findings(sweep.summary), *sweep.notes, *notes],
         charts=charts,
