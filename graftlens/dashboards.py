@@ -428,17 +428,21 @@ def _shares(model: GraftedTransformer, mask: GraftMask) -> dict[str, np.ndarray]
 
 def _where(model: GraftedTransformer, mask: GraftMask) -> list[str]:
     """Per position, what does not come from the base, in words."""
-    said: list[str] = []
-    for position in range(mask.shape[1]):
-        pieces = []
-        for number, source in enumerate(model.sources):
-            if number == 0:
-                continue
-            what = _components_from(model.arch, mask, position, number)
-            if what:
-                pieces.append(f"{source}: {what}")
-        said.append("; ".join(pieces))
-    return said
+    finetuned = list(enumerate(model.sources))[1:]
+    shares = [
+        selection.share(number).reshape(mask.shape)[0]
+        for chosen in mask.sites.values()
+        for _, selection in chosen.selections()
+        for number, _ in finetuned
+    ]
+    # Many positions are alike: one of each kind is put into words.
+    table = np.array(shares).reshape(len(shares), mask.shape[1])
+    _, first, kinds = np.unique(table, axis=1, return_index=True, return_inverse=True)
+    said = []
+    for position in first.tolist():
+        found = {s: _components_from(model.arch, mask, position, n) for n, s in finetuned}
+        said.append("; ".join(f"{source}: {what}" for source, what in found.items() if what))
+    return [said[kind] for kind in kinds.reshape(-1).tolist()]
 
 
 def _components_from(arch: Architecture, mask: GraftMask, position: int, source: int) -> str:

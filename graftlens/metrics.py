@@ -379,7 +379,7 @@ def kl(p: Float[Any, "row d_vocab"], q: Float[Any, "row d_vocab"]) -> Float[Any,
     if p is q and p.isfinite().all():
         return p.new_zeros(p.shape[:-1])
     share = p.exp().clamp_min(1e-37)  # what is not 0, rounded to it, times inf is still inf
-    return (share * (p - q).masked_fill(p.isneginf(), 0.0)).sum(-1).clamp_min(0.0)
+    return (share * (p - q).masked_fill_(p.isneginf(), 0.0)).sum(-1).clamp_min(0.0)
 
 
 def js(p: Float[Any, "row d_vocab"], q: Float[Any, "row d_vocab"]) -> Float[Any, " row"]:

@@ -182,7 +182,8 @@ def test_positions_and_prompts_do_not_depend_on_one_another(oracles: OracleOf) -
 def test_many_rows_are_read_in_pieces(oracles: OracleOf, monkeypatch: pytest.MonkeyPatch) -> None:
     """Unembedding some rows at a time gives each row to its own place."""
     oracle = oracles("gpt2")
-    monkeypatch.setattr("graftlens.lens.logit.ROWS", 5)
+    logits = 4 * oracle.tiny.model.cfg.d_vocab  # bytes of a row
+    monkeypatch.setattr("graftlens.lens.logit.BYTES", 5 * logits)
     table = logit_lens(oracle.tiny.model, PROMPTS, {"mixed": parsed(MIXED)})
     spread = kl_divergence(oracle.tiny.model, PROMPTS, {"mixed": parsed(MIXED)})
     for i, asked in enumerate(oracle.asked):

@@ -82,8 +82,8 @@ def with_texts(folder: Path) -> dict[str, Path]:
     sources = checkpoints(folder / "pair")
     found = {}
     for name, asked in (("sweep with texts", given(sources)), ("texts alone", unanswered(sources))):
-        asked["outcomes"]["sampling"] = {"n": 2, "max_new_tokens": 20, "seed": 3}
-        asked["prompts"][0]["template"] += " the film of the film of the film " + "no" * 30
+        asked["outcomes"]["sampling"] = {"n": 2, "max_new_tokens": 16, "seed": 3}
+        asked["prompts"][0]["template"] += " the film of the film of the film " + "no" * 12
         out = folder / name.replace(" ", "-")
         run_sweep(asked, out, progress=False, say=lambda text: None)
         found[name] = sweep_report(out)

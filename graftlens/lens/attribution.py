@@ -9,6 +9,7 @@ weights that the graft chose at its position: W_O, norms and unembedding.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 import numpy as np
@@ -295,18 +296,26 @@ class _Attribution:
             zip(self.places.prompt, self.places.position, strict=True)
         ):
             start = batch.starts[number]
-            ids = self.places.ids[number][start:]
             about = self.about.iloc[[row] * (position + 1)]
             terms.append(
                 about.assign(
                     term="src_pos",
                     layer=layer,
                     src_pos=np.arange(position + 1),
-                    src_token=[token_text(self.model, ids[i]) for i in range(position + 1)],
+                    src_token=self.texts[number][: position + 1],
                     contribution=values[row, start : start + position + 1],
                 )
             )
         return pd.concat(terms)
+
+    @cached_property
+    def texts(self) -> list[list[str]]:
+        """Each prompt's tokens, from its first one on."""
+        starts = self.places.batch.starts
+        return [
+            [token_text(self.model, token) for token in ids[start:]]
+            for ids, start in zip(self.places.ids, starts, strict=True)
+        ]
 
     def _at(self, hook: str) -> Float[Tensor, "place *width"]:
         return self.places.pick(self.cache[hook]).float()

@@ -1,6 +1,6 @@
 """The logit lens of grafted runs, and where an answer first appears in it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import pandas as pd
@@ -26,8 +26,9 @@ from graftlens.metrics import Measure, Predictions, measure
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer, Input
 
-#: Rows that are unembedded at a time: each is as wide as the vocabulary, for every run.
-ROWS = 256
+#: Most bytes of the logits that are read at a time, of every run. Larger tensors are mapped and
+#: cleared anew by the allocator for every step, which takes half as long again.
+BYTES = 24 << 20
 
 #: What `kl_divergence` measures.
 DIVERGENCES = ("kl_base", "kl_full", "kl_from_base", "kl_from_full", "js_base", "js_full")
@@ -201,8 +202,7 @@ def kl_divergence(
     whole = model.batch(prompts, prepend_bos=prepend_bos)
     for places, caches in look_into(model, whole, runs, [hook], at):
         found: dict[str, list[pd.DataFrame]] = {name: [] for name in runs.grafts}
-        for start in range(0, len(places.rows), ROWS):
-            rows = slice(start, start + ROWS)
+        for rows in _parts(model, places):
             n_common = model.vocabularies.common
             said = {
                 name: Predictions(_read(model, places, cache, hook, rows), n_common=n_common)
@@ -234,6 +234,13 @@ def streams_of(model: GraftedTransformer, incl_mid: bool = False) -> list[tuple[
     return [*found, (float(last), "final_post", f"blocks.{last - 1}.hook_resid_post")]
 
 
+def _parts(model: GraftedTransformer, places: Places) -> Iterator[slice]:
+    """The places, as many at a time as `BYTES` allows."""
+    size = max(1, BYTES // (4 * model.cfg.d_vocab))
+    for start in range(0, len(places.rows), size):
+        yield slice(start, start + size)
+
+
 class _Reading:
     """One stream of all runs, read at all places."""
 
@@ -253,8 +260,7 @@ class _Reading:
 
     def tables(self) -> dict[str, pd.DataFrame]:
         tables: dict[str, list[pd.DataFrame]] = {name: [] for name in self.runs.grafts}
-        for start in range(0, len(self.places.rows), ROWS):
-            rows = slice(start, start + ROWS)
+        for rows in _parts(self.model, self.places):
             said = {
                 name: _read(self.model, self.places, cache, self.hook, rows)
                 for name, cache in self.caches.items()
