@@ -23,6 +23,7 @@ from graftlens.experiment.compare import compare_runs
 from graftlens.experiment.run import run_experiment
 from graftlens.folder import UnwritableError, halves, probe, writable, write_whole
 from graftlens.model.grafted import GraftedTransformer
+from graftlens.model.smollm2 import origin
 from graftlens.prompts import Prompt
 from graftlens.sweep import runner
 from graftlens.sweep.disk import DamagedError, FolderError, sealed, unsealed
@@ -589,7 +590,7 @@ def test_the_cache_s_damaged_record_is_named(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"provenance\.json is not JSON .* Remove the folder .*bas"
     ):
-        demo_module._origin(folder)
+        origin(folder)
 
 
 def test_processes_that_begin_together_do_not_take_a_new_folder_from_each_other(
