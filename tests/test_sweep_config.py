@@ -746,7 +746,7 @@ COMMANDS = {
     ],
     "good.yaml --devices cpu,cpu seed=1": [
         "prepare_sweep good.yaml graftlens-runs/sweeps/good overrides=['seed=1'] measures=[]",
-        "launch_local graftlens-runs/sweeps/good ['cpu', 'cpu'] measures=[]",
+        "launch_local graftlens-runs/sweeps/good ['cpu', 'cpu'] measures=[] outcomes=None",
         "sweep_result graftlens-runs/sweeps/good",
         "the result",
     ],
@@ -754,7 +754,7 @@ COMMANDS = {
     "--no-wait --out o": [
         "prepare_sweep good.yaml o overrides=[] measures=[]",
         "launch_slurm o tasks=3 resources={'timeout_min': 9, 'slurm_partition': 'a'} "
-        "measures=[] wait=False",
+        "measures=[] outcomes=None wait=False",
     ],
 }
 
