@@ -357,7 +357,7 @@ def test_an_interrupted_task_is_run_again(tmp_path: Path, monkeypatch: pytest.Mo
     array = submit(
         partial(toytasks.need_turns, turns, 2), tasks=1, folder=tmp_path / "job", cluster="local"
     )
-    until(turns.is_file)
+    until(lambda: turns.is_file() and turns.read_text())  # a turn is counted when it is written
     # Left by a process that was killed while it saved its turn.
     left = tmp_path / "job" / f"{array.job_id}_submitted.pkl.save_tmp"
     left.write_text("half")
