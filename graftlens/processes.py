@@ -62,15 +62,15 @@ class Processes:
             if failed is not None:
                 raise RuntimeError(f"process {self.rank} of {self.count} also stops: {failed}")
             return made
-        said: tuple[Any, str | None] = (None, None)
         try:
-            said = (make(), None)
-            return said[0]
+            made = make()
+            said = pickle.dumps((made, None))
+            return made
         except BaseException as error:
-            said = (None, f"{type(error).__name__}: {error}")
+            said = pickle.dumps((None, f"{type(error).__name__}: {error}"))
             raise
         finally:
-            store.set(key, pickle.dumps(said))
+            store.set(key, said)
             self.wait()
             self.wait()  # until all have read it: this process may hold the store
 

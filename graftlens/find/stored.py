@@ -157,7 +157,7 @@ class InFolder:
         config = self.checked.config.model_copy(
             update={"row_budget": self.rows, "grafts": dict(grafts), "grids": ()}
         )
-        if config.outcomes is not None:  # what is measured of the texts is asked anew
+        if config.outcomes is not None:  # texts are measured when they are read
             texts = config.outcomes.model_copy(update={"measures": {}})
             config = config.model_copy(update={"outcomes": texts})
         checked = replace(

@@ -26,8 +26,8 @@ from graftlens.metrics import Measure, Predictions, measure
 from graftlens.model.cache import GraftedCache
 from graftlens.model.grafted import GraftedTransformer, Input
 
-#: Most bytes of the logits that are read at a time, of every run. Larger tensors are mapped and
-#: cleared anew by the allocator for every step, which takes half as long again.
+#: Most bytes of the logits that are read at a time, of every run. The allocator maps and clears
+#: larger tensors at every step, which is slower.
 BYTES = 24 << 20
 
 #: What `kl_divergence` measures.
