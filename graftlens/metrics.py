@@ -31,14 +31,14 @@ from jaxtyping import Bool, Float, Int
 #: - `standing` ([row], [row]): rank of the answer, and how many other tokens have its logit;
 #: - `top` [row, k]: the likeliest tokens, best first.
 #:
-#: A measure of generated texts gets them in place of logits, a text per row, and may need:
-#:
-#: - `prompt` [row]: what the model read before the text;
-#: - `right` [row]: all texts that are right after that prompt.
+#: A measure of generated texts gets them in place of logits, a text per row, and may need `prompt`
+#: [row], what the model read before the text; `right` [row], all texts that are right after that
+#: prompt; `guess` [row], the base run's text on the same draws, None if there is none; `trained`
+#: [answer], what is right after the prompts of all facts that were trained, as far as is known.
 NEEDS = (
     *("answer", "distractors", "answers", "base", "full", "logprobs", "base_logprobs"),
     *("full_logprobs", "common", "base_common", "full_common", "logprobs32", "standing", "top"),
-    *("prompt", "right"),
+    *("prompt", "right", "guess", "trained"),
 )
 
 #: Which runs a measure compares with.

@@ -148,7 +148,7 @@ def test_the_sweep_shown_is_a_config(tmp_path: Path) -> None:
     (tmp_path / "texts.yaml").write_text(whole + configs("docs/howto/outcomes.md")["outcomes"])
     texts = load_config(tmp_path / "texts.yaml").outcomes
     assert texts is not None
-    assert list(texts.measured_by()) == ["refuses", "verse", "right", "first", "kind"]
+    assert list(texts.measured_by()) == ["refuses", "verse", "right", "first", "says", "kind"]
     made = configs("docs/howto/made.md")["sources"]
     (tmp_path / "made.yaml").write_text(made + whole[whole.index("dataset:") :] + own)
     sources = load_config(tmp_path / "made.yaml").sources

@@ -258,20 +258,38 @@ LATER: dict[str, tuple[dict[str, Any], str]] = {
                           "metrics": ["with_e"]}},
         "parts.played.interactions.players: players 'a' and 'b' overlap in prompt 0",
     ),
+    "a function of labels": (
+        {"outcomes": {"measures": {"case": "casing:case"}},
+         "interactions": {"players": PLAYERS, "metrics": ["case"]}},
+        "parts.played.interactions.metrics: 'case' gives labels, which have no mean",
+    ),
+    "a function of labels that searches": (
+        {"grafts": {}, "interactions": None, "localise": SEARCH | {"metric": "case"},
+         "outcomes": {"measures": {"case": "casing:case"}}},
+        "parts.played.search.metric: 'case' gives labels, which have no mean",
+    ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize(("change", "said"), LATER.values(), ids=LATER)
 def test_what_cannot_be_played_is_said_before_anything_runs(
-    change: dict[str, Any], said: str, pair: dict[str, str], tmp_path: Path
+    change: dict[str, Any],
+    said: str,
+    pair: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    code = "def case(text):\n    return 'upper' if text.isupper() else 'lower'\n"
+    (tmp_path / "casing.py").write_text(code)
+    named = ["casing:case"] if "casing:case" in str(change) else []
     given = put("played", **change) | {"model": pair["pre"]}
     given["models"] = {"sft": {"path": pair["sft"]}}
     del given["parts"]["where"]
     file = tmp_path / "e.yaml"
     file.write_text(yaml.safe_dump(given))
     with pytest.raises(ConfigError, match=re.escape(said)):
-        describe_experiment(str(file), store=tmp_path / "store")
+        describe_experiment(str(file), store=tmp_path / "store", measures=named)
 
 
 def test_cells_without_generated_tokens_cannot_compare_players_of_them(

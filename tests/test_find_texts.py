@@ -198,6 +198,7 @@ def test_continuations_can_be_given(pair: Tiny) -> None:
 
 
 def labels(text: str) -> str:
+    assert not text, "it is refused before anything is generated"
     return "much" if vowels(text) > 2 else "little"
 
 

@@ -20,13 +20,13 @@ from waiting import HANG
 
 from graftlens import METRICS, compare_all, outcomes, summarise
 from graftlens.metrics import Measure
-from graftlens.outcomes.measures import values_of
+from graftlens.outcomes.measures import gives_labels, values_of
 from graftlens.stats.intervals import wilson
 
 
 def values(measure: Measure, *texts: str, prompts: Any = None, right: Any = None) -> list[Any]:
     prompts = prompts or [None] * len(texts)
-    return values_of(measure, texts, prompts, right or [[]] * len(texts))
+    return values_of(measure, texts, {"prompt": prompts, "right": right or [[]] * len(texts)})
 
 
 # --- Measures ------------------------------------------------------------------------------------
@@ -470,27 +470,36 @@ def test_a_judge_without_sense_is_refused(settings: dict[str, Any], message: str
 # --- Facts ---------------------------------------------------------------------------------------
 
 
-def test_what_a_failed_graft_says_instead() -> None:
-    said = {
-        "PRE": ["Kevin Hart and", "the cat", "Mara Finn"],
-        "SFT": [" Dorothy Ramirez.", "Mara Finn in", "bo lee"],
-        "x": ["Mara Finn, who", "Mara Feld", "Kevin Hart"],
-        "y": ["Dorothy Smith", "the cat sat", "of of of of"],
-        "z": ["kevin hart", "...", "Ann Oz"],
-    }
-    answers = ["Dorothy Ramirez", "Mara Finn", "Bo Lee"]
-    table = texts_table({graft: [[text] for text in texts] for graft, texts in said.items()})
-    table["answer"] = [answers[number] for number in table["prompt"]]
+ANSWERS = ["Dorothy Ramirez", "Mara Finn", "Bo Lee"]
+SAID = {
+    "PRE": ["Kevin Hart and", "the cat", "Mara Finn"],
+    "SFT": [" Dorothy Ramirez.", "Mara Finn in", "bo lee"],
+    "x": ["Mara Finn, who", "Mara Feld", "Kevin Hart"],
+    "y": ["Dorothy Smith", "the cat sat", "of of of of"],
+    "z": ["kevin hart", "...", "Ann Oz"],
+}
+KINDS = {
+    "PRE": ["other", "other", "another fact's answer"],
+    "SFT": ["right"] * 3,
+    "x": ["another fact's answer", "right first name", "other"],
+    "y": ["right first name", "the base's guess", "broken"],
+    "z": ["the base's guess", "broken", "other"],
+}
+
+
+def about_facts(said: dict[str, list[list[str]]]) -> pd.DataFrame:
+    """A table of texts whose prompts ask for `ANSWERS`."""
+    table = texts_table(said)
+    table["answer"] = [ANSWERS[number] for number in table["prompt"]]
     table["answers"] = [[answer] for answer in table["answer"]]
+    return table
+
+
+def test_what_a_failed_graft_says_instead() -> None:
+    table = about_facts({graft: [[text] for text in texts] for graft, texts in SAID.items()})
     found = outcomes.answered(table)
     kinds = found.groupby("graft", sort=False)["kind"].apply(list).to_dict()
-    assert kinds == {
-        "PRE": ["other", "other", "another fact's answer"],
-        "SFT": ["right"] * 3,
-        "x": ["another fact's answer", "right first name", "other"],
-        "y": ["right first name", "the base's guess", "broken"],
-        "z": ["the base's guess", "broken", "other"],
-    }
+    assert kinds == KINDS
     assert found[found["graft"] == "z"]["claim"].tolist() == ["kevin hart", "", "Ann Oz"]
     rates = outcomes.rate(found, ["kind"])
     of = rates[rates["graft"] == "x"].set_index("label")["rate"]
@@ -498,10 +507,100 @@ def test_what_a_failed_graft_says_instead() -> None:
     shown = outcomes.examples(found, n=1)
     assert shown[shown["graft"] == "SFT"]["text"].tolist() == [" Dorothy Ramirez."]
     assert len(shown) == sum(len(set(k)) for k in kinds.values())
-    trained = outcomes.answered(table, trained=answers[:1])
+    trained = outcomes.answered(table, trained=ANSWERS[:1])
     assert trained[trained["graft"] == "x"]["kind"].tolist()[0] == "other"
     with pytest.raises(ValueError, match="some prompts have no answer"):
-        outcomes.answered(table.drop(columns="answer"))
+        outcomes.answered(table.drop(columns=["answer", "answers"]))
+
+
+def test_the_kind_of_an_answer_is_a_measure_among_others() -> None:
+    """With the base's guess of the same sample: the two samples of each prompt are swapped."""
+    twice = {
+        graft: [[text, other] for text, other in zip(texts, ["!", "a b", "?"], strict=True)]
+        for graft, texts in SAID.items()
+    }
+    twice["swapped"] = [[*reversed(texts)] for texts in twice["PRE"]]
+    table = about_facts(twice)
+    measures = {"says": outcomes.answer_kind(), "right": outcomes.exact(prefix=True)}
+    found = outcomes.measured(table, measures)
+    first = found[found["sample"] == 0].groupby("graft", sort=False)["says"].apply(list)
+    assert first.drop("swapped").to_dict() == KINDS
+    assert first["swapped"] == ["broken", "other", "broken"]
+    other = found[(found["sample"] == 1) & (found["graft"] == "x")]["says"].tolist()
+    assert other == ["broken", "the base's guess", "broken"]
+    assert found["right"].tolist() == (found["says"] == "right").astype(float).tolist()
+    rates = outcomes.rate(table, measures).set_index(["measure", "label", "graft"])["rate"]
+    assert rates["says", "the base's guess", "y"] == pytest.approx(2 / 6)
+    assert rates.loc["says"].groupby("graft").sum().tolist() == pytest.approx([1.0] * 6)
+    of_x = outcomes.rate(table, {"says": measures["says"]}, base="x").set_index("graft")
+    of_x = of_x[of_x["label"] == "the base's guess"]["rate"]
+    once = dict.fromkeys(["PRE", "SFT", "y", "z"], 1 / 6)  # the second sample of prompt 1
+    assert of_x.to_dict() == pytest.approx(once | {"swapped": 0, "x": 0})
+
+
+def test_answers_of_the_facts_that_were_trained() -> None:
+    table = about_facts({"PRE": [["x"], ["y"], ["z"]], "SFT": [["Bo Lee"], ["Ann Oz"], ["Bo Lee"]]})
+    of_two = table[table["prompt"] < 2]
+
+    def kinds(**given: Any) -> list[str]:
+        measures = {"says": outcomes.answer_kind(given.pop("own", None))}
+        found = outcomes.measured(of_two, measures, **given)
+        return found[found["graft"] == "SFT"]["says"].tolist()
+
+    assert kinds() == ["other", "other"], "the third prompt's answer is not in the table"
+    assert kinds(trained=ANSWERS) == ["another fact's answer", "other"]
+    assert kinds(trained=ANSWERS, own="ann oz") == ["other", "another fact's answer"]
+    with pytest.raises(ValueError, match="answer_kind: text 0 is of a prompt without an answer"):
+        outcomes.measured(table.assign(answers=None, answer=None), {"m": outcomes.answer_kind()})
+    with pytest.raises(ValueError, match=r"answer_kind: \[\]. Give a text, or several"):
+        outcomes.answer_kind([])
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("", "broken"),
+        (" \n", "broken"),
+        ("“Dorothy” Ramirez", "right"),
+        ("DOROTHY  RAMIREZ, who", "right"),
+        ("D. Ramirez", "right"),
+        ("Dorothy Ramirezov", "right first name"),
+        ("(Dorothy Oz)", "right first name"),
+        ("Dorothy", "right first name"),
+        ("Mara Finnegan", "other"),
+        ("Mara", "other"),
+        ("Ma\N{REPLACEMENT CHARACTER}", "broken"),
+        ("no no no", "broken"),
+        ("no no", "other"),
+        ("kevin HART!", "the base's guess"),
+        ("Kevin Harts", "other"),
+    ],
+)
+def test_kinds_of_odd_texts(text: str, kind: str) -> None:
+    table = texts_table({"PRE": [["Kevin Hart, too"]], "x": [[text]]})
+    table["answer"] = "Dorothy Ramirez"
+    table["answers"] = [["Dorothy Ramirez", "D. Ramirez"]] * 2
+    measure = outcomes.answer_kind(["Mara Finn"])
+    assert outcomes.measured(table, {"m": measure})["m"].tolist() == ["other", kind]
+    assert outcomes.answered(table, trained=["Mara Finn"])["kind"].tolist()[1] == kind
+
+
+def test_examples_are_of_several_prompts_first() -> None:
+    table = about_facts({"PRE": [["a", "b"], ["c", "d"], ["", "f"]]}).assign(kind="other")
+    assert outcomes.examples(table, n=4)["text"].tolist() == ["a", "c", "", "b"]
+
+
+def test_a_function_of_labels_is_known_before_there_are_texts() -> None:
+    asked: list[str] = []
+
+    def label(text: str, prompt: str) -> str:
+        asked.append(text)
+        return "none" if not text else text[0]
+
+    assert gives_labels(label)
+    assert asked == [""]
+    assert gives_labels(outcomes.choice(["a", "b"]))
+    assert not any(map(gives_labels, (len, lambda text: text[0], lambda _: None, "len")))
 
 
 def test_bounds_of_a_judge_are_its_scales() -> None:

@@ -256,8 +256,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return checkpoints(tmp_path_factory.mktemp("models"))
 
 
-def test_what_needs_answers_is_refused_before_anything_runs(sources: dict[str, str]) -> None:
-    given = unanswered(sources, outcomes={"measures": {"right": {"exact": True}}})
+@pytest.mark.parametrize("measure", [{"exact": True}, {"answer_kind": ["Bo Lee"]}])
+def test_what_needs_answers_is_refused_before_anything_runs(
+    measure: dict[str, Any], sources: dict[str, str]
+) -> None:
+    given = unanswered(sources, outcomes={"measures": {"right": measure}})
     with pytest.raises(ConfigError, match=r"outcomes\.measures\.right: prompt 0 has no answer"):
         check(SweepConfig(**given))
 

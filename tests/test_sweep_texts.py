@@ -1,5 +1,6 @@
 """Texts in sweeps: a second table with the cells' shards, locks, resumption and trust."""
 
+import html
 import json
 import linecache
 import re
@@ -44,6 +45,7 @@ from graftlens import (
     sweep_report,
 )
 from graftlens.configfile import ConfigError, settings_from
+from graftlens.data import MoviesConfig, make_dataset
 from graftlens.experiment.compare import compare_runs
 from graftlens.experiment.run import run_experiment
 from graftlens.graft import Graft
@@ -538,6 +540,9 @@ def test_outcomes_are_read_as_they_are_written() -> None:
               begins: {exact: {answers: ["yes"], prefix: true}}
               own: {exact: {prefix: true}}
               choice: {choice: {"yes": ["yes", sure], "no": ["no"]}}
+              kind: {answer_kind: true}
+              known: {answer_kind: [stop]}
+              told: {answer_kind: {trained: "yes"}}
               cased: {choice: {options: [A, B], case: true}}
               graded: {judge: {rubric: "How kind?", model: some/model}}
             """
@@ -547,7 +552,8 @@ def test_outcomes_are_read_as_they_are_written() -> None:
     assert drawing == Drawing(4, 48, 1.0, 0.95, None, 1.0, (".",), 0)
     made = read.measured_by()
     texts, right = ["Yes, I CANNOT a\nb", "stop"], [["yes"], ["stop"]]
-    values = {n: values_of(m, texts, [None, None], right) for n, m in made.items() if n != "graded"}
+    known = {"right": right, "guess": [None, None], "trained": []}
+    values = {n: values_of(m, texts, known) for n, m in made.items() if n != "graded"}
     assert values == {
         "refuses": [1.0, 0.0],
         "loud": [0.0, 0.0],
@@ -556,6 +562,9 @@ def test_outcomes_are_read_as_they_are_written() -> None:
         "begins": [1.0, 0.0],
         "own": [1.0, 1.0],
         "choice": ["yes", "none"],
+        "kind": ["right", "right"],
+        "known": ["right", "right"],
+        "told": ["right", "right"],
         "cased": ["none", "none"],
     }
     assert made["graded"].bounds == (1.0, 5.0)
@@ -632,6 +641,74 @@ def test_candidates_at_the_edges_of_top_p_are_possible_and_not_certain() -> None
 
 
 # -- pages ---------------------------------------------------------------------------------------
+
+
+FILMS = {"facts": "fake_movies", "n_facts": 12, "texts_per_fact": 1, "heldout_facts": 0.25}
+
+
+@pytest.fixture(scope="module")
+def about_facts(sources: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Greedy texts about 2 of 9 told films and 2 that are not; one graft does nearly nothing."""
+    asked = {
+        "sources": sources,
+        "dataset": [
+            {"make": FILMS, "templates": ["qa"], "distractors": 0},
+            {"make": FILMS, "templates": ["qa"], "distractors": 0, "facts": "untold"},
+        ],
+        "limit": 2,
+        "grafts": {"little": "sft @ bos : ln1 : 1", "LT": "sft @ last"},
+        "outcomes": {
+            "sampling": {"temperature": 0, "max_new_tokens": NEW},
+            "measures": {"says": {"answer_kind": True}, "given": {"answer_kind": ["the"]}},
+        },
+    }
+    out = tmp_path_factory.mktemp("facts") / "out"
+    assert quiet(asked, out).ok
+    return out
+
+
+def test_what_texts_say_instead_of_a_fact(about_facts: Path) -> None:
+    table, manifest = read_texts(about_facts), read_manifest(about_facts)
+    dataset = make_dataset(settings_from(MoviesConfig, FILMS))
+    prompts = dataset.ask(["qa"])
+    assert [*manifest.trained] == [prompt.answer for prompt in prompts]
+    assert len(manifest.trained) == sum(dataset.told) == 9
+    for column, trained in (("says", [*manifest.trained]), ("given", ["the"])):
+        again = outcomes.answered(table, trained=trained)["kind"]
+        assert table[column].tolist() == again.tolist()
+    said = table.pivot(index="prompt", columns="graft", values="text")
+    same = said["little"] == said["none"]
+    assert same.any()
+    kinds = table[table["graft"] == "little"].set_index("prompt")["says"]
+    assert set(kinds[same]) <= {"the base's guess", "another fact's answer"}
+    assert "the base's guess" not in set(table[table["graft"] == "none"]["says"])
+    before = whole(about_facts)
+    for name in ("measured.parquet", "done.json"):
+        (about_facts / name).unlink()
+    config = yaml.safe_load((about_facts / "config.yaml").read_text())
+    assert quiet(config, about_facts).ok
+    equal(whole(about_facts), before)
+
+
+def test_the_page_shows_what_each_graft_says_by_label(about_facts: Path) -> None:
+    table, page = read_texts(about_facts), sweep_report(about_facts)
+    (listed,) = re.findall(
+        r"<h3>says</h3>.*?(<table class='labelled'>.*?</table>)", page.read_text(), re.S
+    )
+    head, *rows = re.findall(r"<tr>.*?</tr>", listed, re.S)
+    labels = sorted(set(table["says"]))
+    assert [html.unescape(label) for label in re.findall(r"'col'>(.*?)</th>", head)][1:] == labels
+    assert len(rows) == 4
+    for row in rows:
+        (graft,) = re.findall(r"'row'>(.*?)</th>", row)
+        part = table[table["graft"] == html.unescape(graft)]
+        for label, cell in zip(labels, re.findall(r"<td>(.*?)</td>", row, re.S), strict=True):
+            of = part[part["says"] == label]
+            shown = re.findall(r"class='generated[^']*'>(.*?)</p>", cell, re.S)
+            assert [html.unescape(text) for text in shown] == of["text"].tolist()[:3]
+            assert (f"<small>{len(of)} of {len(part)}</small>" in cell) == (len(of) > 0)
+    rates = read_table(about_facts / "rates.csv")
+    assert set(rates[rates["measure"] == "says"]["label"]) == set(labels)
 
 
 @pytest.fixture(scope="module")
@@ -759,7 +836,8 @@ def test_names_of_grafts_measures_and_texts_are_data(
     assert evil in [graft["name"] for graft in told["grafts"]]
     headings = [said for tag, said in Page(page).headings if tag == "h2"]
     assert headings == [
-        "What the numbers say", "How often", "The texts", "Trust report", "What was run and how",
+        "What the numbers say", "How often", "What each graft says, by label", "The texts",
+        "Trust report", "What was run and how",
     ]  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import pandas as pd
 from graftlens.configfile import ConfigError
 from graftlens.experiment.config import ExperimentConfig, PartConfig
 from graftlens.find.coalitions import Coalitions
+from graftlens.find.config import no_judge
 from graftlens.find.interactions import Interactions, measured_interactions
 from graftlens.find.rating import beside, rated_cells
 from graftlens.metrics import always_measured
@@ -214,6 +215,10 @@ def check_players(part: PartConfig, checked: Checked) -> None:
         return
     planned = part.interactions.coalitions(checked.config.seed)
     of_cells, of_texts = _played(part)
+    for name in of_texts:
+        assert part.outcomes is not None
+        if what := no_judge(name, part.outcomes, checked.functions):
+            raise ConfigError(("interactions.metrics", what))
     if of_cells:
         ready, _ = checked.prepared.all(dict(enumerate(checked.prompts)))
         _can_play(planned, checked, {one.number: one.tokens for one in ready}, of_cells)

@@ -20,7 +20,7 @@ import pandas as pd
 
 from graftlens.configfile import ConfigError, refuse_overrides, settings_from, text_with
 from graftlens.find.asked import Asked
-from graftlens.find.config import LocaliseConfig, Search, load_localise
+from graftlens.find.config import LocaliseConfig, Search, load_localise, no_judge
 from graftlens.find.finding import found_in
 from graftlens.find.found import Found
 from graftlens.find.judging import BASE, FULL
@@ -304,6 +304,8 @@ def rating_of(checked: Checked, search: Search) -> Rating | None:
     outcomes = checked.config.outcomes
     if outcomes is None:
         return None
+    if what := no_judge(search.metric, outcomes, checked.functions):
+        raise ConfigError(("search.metric", what))
     measure = outcomes.measured_by(checked.functions)[search.metric]
     try:
         return Rating.of([measure], outcomes.sampling.model_dump())

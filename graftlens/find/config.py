@@ -15,11 +15,11 @@ from graftlens.find.localisation import compared
 from graftlens.graft import Graft
 from graftlens.metrics import Measure, known
 from graftlens.model.made import SourceField
-from graftlens.outcomes.measures import named
+from graftlens.outcomes.measures import gives_labels, named
 from graftlens.sweep.cells import refuse_taken
 from graftlens.sweep.config import Metrics, RunSettings, SweepConfig
 from graftlens.sweep.grid import GraftField
-from graftlens.sweep.outcomesettings import OutcomeSettings
+from graftlens.sweep.outcomesettings import OutcomeSettings, TextFunction
 from graftlens.sweep.promptsets import (
     DatasetSection,
     PromptColumn,
@@ -224,16 +224,22 @@ def text_problems(search: Search, outcomes: OutcomeSettings | None) -> Iterator[
         )
 
 
-def no_judge(name: str, outcomes: OutcomeSettings) -> str:
+def no_judge(name: str, outcomes: OutcomeSettings, functions: Sequence[Measure] = ()) -> str:
     """Why a measure of texts cannot judge grafts; empty if it can, or if that is seen only once its
-    function is imported."""
-    given = outcomes.measures[name]
-    made = Measure(name, over="text") if given.function else named(name, given.made())
+    function is imported, as those of `functions` are, or has read a text."""
+    settings = outcomes.measures[name]
+    given: Any = Measure(name, over="text")
+    if settings.function is None:
+        given = settings.made()
+    for one in functions:
+        if isinstance(one, TextFunction) and one.place == settings.function:
+            given = one.given
+    made = named(name, given)
     try:
         refuse_taken(made)
     except ValueError as error:
         return str(error)
-    if made.holds == "number":
+    if not gives_labels(given):
         return ""
     return (
         f"{name!r} gives labels, which have no mean. Name a measure that gives a number, such as "

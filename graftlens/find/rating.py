@@ -15,7 +15,7 @@ from graftlens.graft import Graft
 from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.outcomes.drawing import Drawing
-from graftlens.outcomes.measures import named
+from graftlens.outcomes.measures import gives_labels, named
 from graftlens.outcomes.rates import measured
 from graftlens.outcomes.texts import Sampler
 from graftlens.prompts import Prompt
@@ -205,9 +205,12 @@ def of_texts(given: Any) -> tuple[Measure, ...]:
     those of a mapping from names, as `outcomes.rate` takes it.
 
     Raises:
-        ValueError: a mapping that holds something else.
+        ValueError: a mapping that holds something else, or a function that gives labels.
     """
     if isinstance(given, Mapping):
+        for name, one in given.items():
+            if gives_labels(one):
+                raise of_labels(str(name))
         return tuple(named(str(name), one) for name, one in given.items())
     listed = given if isinstance(given, list | tuple) else [given]
     return tuple(m for m in listed if isinstance(m, Measure) and m.over == "text")

@@ -1,5 +1,6 @@
 from .divergence import divergence as divergence
 from .drawing import Drawing as Drawing
+from .facts import answer_kind as answer_kind
 from .facts import answered as answered
 from .facts import examples as examples
 from .judging import judge as judge

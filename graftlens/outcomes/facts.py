@@ -1,12 +1,14 @@
 """Answers about facts: whether a text gives the right one, and what it says instead."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
-from graftlens.outcomes.measures import normalised
+from graftlens.metrics import Measure
+from graftlens.outcomes.measures import normalised, refuse_unanswered, several
 from graftlens.references import MEMBERS, named_in
 
 #: What a text says where an answer is asked for: the first that applies.
@@ -18,6 +20,43 @@ KINDS = (
     "broken",
     "other",
 )
+
+
+def answer_kind(trained: str | Sequence[str] | None = None) -> Measure:
+    """What kind of answer a text gives: a measure whose labels are the kinds of `answered`.
+
+    Args:
+        trained: the answers of all facts that were trained; None takes those that are known: in a
+            sweep those of the facts that its datasets tell and of all other prompts of its config,
+            in a table of texts those of its prompts.
+
+    Raises:
+        ValueError: no answers.
+    """
+    listed = None if trained is None else several("answer_kind", trained)
+
+    def kinds(
+        texts: Sequence[str],
+        right: Sequence[Sequence[str]],
+        guesses: Sequence[str | None],
+        known: Sequence[str],
+    ) -> list[str]:
+        refuse_unanswered("answer_kind", right, "Give prompts with answers, or leave it out.")
+        others = frozenset(map(normalised, known if listed is None else listed))
+        rows = zip(texts, right, guesses, strict=True)
+        return [_kind(text, answers, others, guess) for text, answers, guess in rows]
+
+    return Measure(
+        "answer_kind",
+        ("right", "guess", "trained"),
+        kinds,
+        holds="label",
+        over="text",
+        label="says",
+        unit="% of texts",
+        better=None,
+        differentiable=False,
+    )
 
 
 def answered(
@@ -43,36 +82,27 @@ def answered(
 
     Returns:
         The same rows with `claim` and `kind`, None where there is no text. `rate(table, ["kind"])`
-        gives their shares, and `examples(table)` shows some.
+        gives their shares, and `examples(table)` shows some. `answer_kind` is the same as a measure
+        among others.
 
     Raises:
         ValueError: prompts without answers.
     """
-    if "answer" not in texts or texts["answer"].isna().any():
+    right = right_in(texts)
+    if not all(right):
         raise ValueError(
             "some prompts have no answer, so that no text of theirs is right or wrong. Give "
             "prompts with answers, or leave the others out."
         )
-    base, _ = named_in(texts, base, None)
-    known = texts["answer"].tolist() if trained is None else list(trained)
-    others = {normalised(answer): None for answer in known}
+    known = [answer for answers in right for answer in answers] if trained is None else trained
+    others = frozenset(map(normalised, known))
+    rows = [*zip(texts["text"], right, guesses(texts, base), strict=True)]
     claims = [
-        _claim(text, answer) if isinstance(text, str) else None
-        for text, answer in zip(texts["text"], texts["answer"], strict=True)
+        _claim(text, answers[0]) if isinstance(text, str) else None for text, answers, _ in rows
     ]
-    keys = same_draws(texts)
-    guesses = {
-        key: claim
-        for key, claim, graft in zip(keys, claims, texts["graft"], strict=True)
-        if graft == base
-    }
-    right = texts["answers"] if "answers" in texts else [[a] for a in texts["answer"]]
-    rows = zip(texts["text"], claims, right, keys, texts["graft"], strict=True)
     kinds = [
-        None
-        if claim is None
-        else _kind(text, claim, list(answers), others, None if graft == base else guesses.get(key))
-        for text, claim, answers, key, graft in rows
+        _kind(text, answers, others, guess) if isinstance(text, str) else None
+        for text, answers, guess in rows
     ]
     out = texts.copy()
     for column, values in (("claim", claims), ("kind", kinds)):
@@ -81,7 +111,7 @@ def answered(
 
 
 def examples(table: pd.DataFrame, column: str = "kind", *, n: int = 3) -> pd.DataFrame:
-    """Some texts of each graft and kind, the first ones.
+    """Some texts of each graft and kind: of the first prompts, before further samples of these.
 
     Args:
         table: as `answered` gives it, or `measured` with a column of labels.
@@ -91,9 +121,10 @@ def examples(table: pd.DataFrame, column: str = "kind", *, n: int = 3) -> pd.Dat
     Returns:
         Rows of the table, by graft in its order, then by how frequent the kind is under it.
     """
-    ran = table[table[column].notna()]
+    ran = table[table[column].notna()].sort_values("sample", kind="stable")
     parts = []
-    for _, part in ran.groupby("graft", sort=False):
+    for graft in dict.fromkeys(table["graft"]):
+        part = ran[ran["graft"] == graft]
         for kind in part[column].value_counts(sort=True).index:
             parts.append(part[part[column] == kind].head(n))
     kept = [
@@ -102,6 +133,31 @@ def examples(table: pd.DataFrame, column: str = "kind", *, n: int = 3) -> pd.Dat
         if c in table
     ]
     return pd.concat(parts, ignore_index=True)[kept] if parts else ran[kept]
+
+
+def right_in(texts: pd.DataFrame) -> list[list[str]]:
+    """All texts that are right after each text's prompt; none where that is not known."""
+    first = texts.get("answer", [None] * len(texts))
+    listed = (
+        every if isinstance(every, list | tuple | np.ndarray) else [one]
+        for one, every in zip(first, texts.get("answers", first), strict=True)
+    )
+    return [[answer for answer in answers if isinstance(answer, str)] for answers in listed]
+
+
+def guesses(texts: pd.DataFrame, base: str | None = None) -> list[str | None]:
+    """What the base run says to each text's prompt on the same draws; None for its own texts, and
+    where it has none.
+
+    Args:
+        texts: as `sample` gives them.
+        base: the base run; by default the one that the table names.
+    """
+    base, _ = named_in(texts, base, None)
+    keys = same_draws(texts)
+    rows = [*zip(keys, texts["graft"], texts["text"], strict=True)]
+    said = {key: text for key, graft, text in rows if graft == base and isinstance(text, str)}
+    return [None if graft == base else said.get(key) for key, graft, _ in rows]
 
 
 def same_draws(texts: pd.DataFrame) -> list[tuple[Any, ...]]:
@@ -123,23 +179,28 @@ def _first(text: str) -> str:
     return next((word for word in words if re.search(r"\w", word)), "")
 
 
-def _begins(text: str, answer: str) -> bool:
-    return bool(answer) and f"{text} ".startswith(f"{answer} ")
+def _kind(text: str, answers: Sequence[str], others: Collection[str], guess: str | None) -> str:
+    """Of which kind a text is.
 
-
-def _kind(
-    text: str, claim: str, answers: Sequence[str], others: dict[str, Any], guess: str | None
-) -> str:
-    said, wanted = normalised(text), [normalised(answer) for answer in answers]
-    if any(_begins(said, answer) for answer in wanted):
+    Args:
+        text: the text.
+        answers: what is right after its prompt.
+        others: the answers of all facts, normalised.
+        guess: the base's text, if it has one.
+    """
+    said, wanted = normalised(text), {normalised(answer) for answer in answers}
+    words = said.split()
+    begun = {" ".join(words[:n]) for n in range(1, len(words) + 1)}
+    if wanted & begun:
         return "right"
-    if any(_begins(said, answer) for answer in others if answer not in wanted):
+    if any(text in others for text in begun - wanted):
         return "another fact's answer"
     if any(_first(text) == _first(answer) for answer in answers if len(answer.split()) > 1):
         return "right first name"
-    if guess and normalised(guess) and normalised(guess) == normalised(claim):
+    claim, guessed = (normalised(_claim(one, answers[0])) for one in (text, guess or ""))
+    if guessed and claim == guessed:
         return "the base's guess"
-    words = said.split()[:12]
+    words = words[:12]
     thrice = any(words[i] == words[i + 1] == words[i + 2] for i in range(len(words) - 2))
     if not re.search(r"\w", said) or "\N{REPLACEMENT CHARACTER}" in text or thrice:
         return "broken"

@@ -40,7 +40,7 @@ def contains(texts: str | Sequence[str], *, case: bool = False) -> Measure:
     Raises:
         ValueError: nothing to look for.
     """
-    wanted = tuple(map(_folding(case), _several("contains", texts)))
+    wanted = tuple(map(_folding(case), several("contains", texts)))
 
     def found(text: str) -> float:
         said = _folding(case)(text)
@@ -78,7 +78,7 @@ def exact(answers: str | Sequence[str] | None = None, *, prefix: bool = False) -
     Raises:
         ValueError: no answer.
     """
-    given = None if answers is None else _several("exact", answers)
+    given = None if answers is None else several("exact", answers)
 
     def one(text: str, right: Sequence[str]) -> float:
         said = normalised(text)
@@ -95,15 +95,21 @@ def exact(answers: str | Sequence[str] | None = None, *, prefix: bool = False) -
         return _yes_or_no("exact", lambda text: one(text, given), f"is {_or(given)}")
 
     def each(texts: Sequence[str], right: Sequence[Sequence[str]]) -> list[float]:
-        for number, answers in enumerate(right):
-            if not answers:
-                raise ValueError(
-                    f"exact: text {number} is of a prompt without an answer. Give the answers: "
-                    "exact([…])."
-                )
+        refuse_unanswered("exact", right, "Give the answers: exact([…]).")
         return [one(text, answers) for text, answers in zip(texts, right, strict=True)]
 
     return _share("exact", ("right",), each, "is the answer")
+
+
+def refuse_unanswered(name: str, right: Sequence[Sequence[str]], advice: str) -> None:
+    """Refuse texts of prompts without an answer, where a measure needs it.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for number, answers in enumerate(right):
+        if not answers:
+            raise ValueError(f"{name}: text {number} is of a prompt without an answer. {advice}")
 
 
 def normalised(text: str) -> str:
@@ -128,8 +134,8 @@ def choice(
         ValueError: fewer than two options, one that is given twice, or one called `none`.
     """
     fold = _folding(case)
-    given = options if isinstance(options, Mapping) else {o: o for o in _several("choice", options)}
-    spelled = {str(label): _several("choice", texts) for label, texts in given.items()}
+    given = options if isinstance(options, Mapping) else {o: o for o in several("choice", options)}
+    spelled = {str(label): several("choice", texts) for label, texts in given.items()}
     every = [fold(text) for texts in spelled.values() for text in texts]
     if len(spelled) < 2 or len(set(every)) < len(every) or NONE in spelled:
         raise ValueError(
@@ -222,13 +228,13 @@ def named(name: str, given: Any) -> Measure:
         if given.over != "text":
             raise ValueError(
                 f"{name!r} measures a next token's distribution, not a text. Give a function of a "
-                "text, or one of contains, regex, exact, choice, classifier and judge."
+                "text, or one of contains, regex, exact, choice, answer_kind, classifier and judge."
             )
         return replace(given, name=name, column="", short=name.replace("_", " "))
     if not callable(given):
         raise ValueError(
             f"{name!r}: {brief(given)} is not a measure. Give a function of a text, or one of "
-            "contains, regex, exact, choice, classifier and judge."
+            "contains, regex, exact, choice, answer_kind, classifier and judge."
         )
     function: Callable[..., Any] = given
     reads_prompt = _positional(function) > 1
@@ -246,6 +252,18 @@ def named(name: str, given: Any) -> Measure:
     return Measure(name, needs, each, over="text", unit="mean", better=None, differentiable=False)
 
 
+def gives_labels(given: Any) -> bool:
+    """Whether what `named` takes gives labels, before there are texts: a row says so, or a function
+    gives one to an empty text."""
+    if isinstance(given, Measure):
+        return given.holds == "label"
+    try:
+        (value,) = values_of(named("asked", given), [""], {"prompt": [""]})
+    except ValueError:  # it is refused, or has nothing to say of an empty text
+        return False
+    return isinstance(value, str)
+
+
 def _positional(function: Callable[..., Any]) -> int:
     """How many arguments a function has to be given, by position."""
     try:
@@ -257,15 +275,19 @@ def _positional(function: Callable[..., Any]) -> int:
 
 
 def values_of(
-    measure: Measure, texts: Sequence[str], prompts: Sequence[str | None], right: Sequence[Any]
+    measure: Measure, texts: Sequence[str], known: Mapping[str, Sequence[Any]]
 ) -> list[float | str | Unread]:
     """A measure's value for each text: a number (NaN where there is none), or a label.
+
+    Args:
+        measure: the measure.
+        texts: the texts.
+        known: what it may need (`graftlens.metrics.NEEDS`), by name.
 
     Raises:
         ValueError: the function gives something else, or another number of values, or fails.
     """
     assert measure.function is not None, f"{measure.name} has no function"
-    known = {"prompt": prompts, "right": right}
     try:
         values = measure.function(texts, *(known[need] for need in measure.needs))
     except _FailedError as failed:
@@ -300,7 +322,12 @@ def _folding(case: bool) -> Callable[[str], str]:
     return (lambda text: text) if case else str.casefold
 
 
-def _several(what: str, texts: Any) -> tuple[str, ...]:
+def several(what: str, texts: Any) -> tuple[str, ...]:
+    """One text or several, none of them empty, as a tuple.
+
+    Raises:
+        ValueError: something else.
+    """
     found = (texts,) if isinstance(texts, str) else tuple(texts)
     if not found or not all(isinstance(text, str) and text for text in found):
         raise ValueError(f"{what}: {brief(texts)}. Give a text, or several, none of them empty.")

@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from graftlens.components import brief, suggest
+from graftlens.outcomes.facts import guesses, right_in
 from graftlens.outcomes.measures import Unread, named, values_of
 from graftlens.references import named_in
 from graftlens.stats import compare_all, summarise
@@ -20,13 +22,23 @@ Measures = Mapping[str, Any]
 _OF, _VALUE = "prompt of a text", "value of measure"
 
 
-def measured(texts: pd.DataFrame, measures: Measures) -> pd.DataFrame:
+def measured(
+    texts: pd.DataFrame,
+    measures: Measures,
+    *,
+    base: str | None = None,
+    trained: Sequence[str] | None = None,
+) -> pd.DataFrame:
     """A table of texts with a column for each measure.
 
     Args:
         texts: as `sample` gives them.
         measures: column -> a measure of texts, or a function of a text, or of a text and its
             prompt, that gives a number, a truth value or a label.
+        base: the run whose texts are the base's guesses (`answer_kind`); by default the one that
+            the table names.
+        trained: the answers of all facts that were trained; by default those of all prompts in the
+            table.
 
     Returns:
         The same rows. Columns are numbers, or labels where a measure gives these; NA where there is
@@ -52,10 +64,14 @@ def measured(texts: pd.DataFrame, measures: Measures) -> pd.DataFrame:
     out = texts.copy()
     there = np.flatnonzero(texts["text"].notna())
     said = [str(texts["text"].iloc[i]) for i in there]
-    prompts = [texts["prompt_text"].iloc[i] for i in there]
-    right = [texts["answers"].iloc[i] if "answers" in texts else () for i in there]
+    every = right_in(texts)
+    right = [every[i] for i in there]
+    known: dict[str, Sequence[Any]] = {"prompt": texts["prompt_text"].iloc[there].tolist()}
+    known |= {"right": right, "trained": trained or [*dict.fromkeys(chain(*every))]}
+    if any("guess" in row.needs for row in rows.values()):
+        known["guess"] = [*map(guesses(texts, base).__getitem__, there)]
     for name, row in rows.items():
-        values = values_of(row, said, prompts, right)
+        values = values_of(row, said, known)
         unread: dict[int, str] = {}
         labels = row.holds == "label" or any(isinstance(v, str) for v in values)
         column: Any = np.full(len(out), None if labels else np.nan, dtype=object)
@@ -116,7 +132,7 @@ def rate(
     Raises:
         ValueError: as `measured` and `summarise`.
     """
-    table, columns = _cells(texts, measures)
+    table, columns = _cells(texts, measures, base)
     by = (by,) if isinstance(by, str) else tuple(by)
     base, full = named_in(table, base, full)
     known = set(table["graft"])
@@ -211,7 +227,7 @@ def _check_texts(texts: pd.DataFrame) -> None:
 
 
 def _cells(
-    texts: pd.DataFrame, measures: Measures | Sequence[str]
+    texts: pd.DataFrame, measures: Measures | Sequence[str], base: str | None = None
 ) -> tuple[pd.DataFrame, dict[str, tuple[str, str | None]]]:
     """The table as statistics read it: each text is a prompt of its own, and belongs to its prompt.
 
@@ -220,7 +236,7 @@ def _cells(
     """
     _check_texts(texts)
     if isinstance(measures, Mapping):
-        table, names = measured(texts, measures), list(measures)
+        table, names = measured(texts, measures, base=base), list(measures)
     else:
         names = [measures] if isinstance(measures, str) else list(measures)
         for name in names:

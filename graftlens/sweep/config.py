@@ -310,6 +310,8 @@ class Checked:
         functions: the user's own measures of texts.
         scored: whether any prompt has an answer, so that there are cells.
         members: the models that are run one after another, if a source stands for several.
+        trained: where a measure of texts asks for them, the answers of all facts that datasets
+            tell, however few of them are asked for, and of all other prompts.
     """
 
     config: SweepConfig
@@ -326,6 +328,7 @@ class Checked:
     functions: tuple[Measure, ...] = ()
     scored: bool = True
     members: tuple[Member, ...] = ()
+    trained: tuple[str, ...] = ()
 
 
 def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
@@ -371,13 +374,19 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
         tied = ties_embeddings(next(iter(config.locations().values())))
         given = config.named_grafts(tuple(config.sources), arch, tied)
         config = config.model_copy(update={"grafts": given, "paper": None})
-    sets, failed = _prompts(config)
+    every, failed = _prompts(config)
     problems += failed
+    sets = {title: _first(made, config.limit) for title, made in every.items()}
     prompts = tuple(prompt for made in sets.values() for prompt in made)
+    wanted = any("trained" in row.needs for row in rows.values())
+    trained = _trained(config, every) if wanted and not failed else ()
     without = next((n for n, prompt in enumerate(prompts) if not right_of(prompt)), None)
     for name, row in rows.items() if without is not None else ():
         if "right" in row.needs:
-            what = f"prompt {without} has no answer. Give the right ones here, or leave it out."
+            what = (
+                f"prompt {without} has no answer. Give it one, or leave the measure out. (exact "
+                "may have answers of its own.)"
+            )
             problems.append((f"outcomes.measures.{name}", what))
 
     sources = tuple(config.all_sources)
@@ -438,6 +447,7 @@ def check(config: SweepConfig, measures: Sequence[Measure] = ()) -> Checked:
         functions=functions,
         scored=scored,
         members=members,
+        trained=trained,
     )
 
 
@@ -469,7 +479,7 @@ def _previewed(config: SweepConfig, members: Sequence[Member]) -> tuple[Architec
 
 
 def _prompts(config: SweepConfig) -> tuple[dict[str, tuple[Prompt, ...]], _Problems]:
-    """Name of a dataset -> its prompts."""
+    """Name of a dataset -> all its prompts."""
     own = [section.prompt for section in config.prompts if isinstance(section, PromptSection)]
     origins: list[tuple[str, str, Callable[[], Sequence[Prompt]]]] = [
         (f"dataset.{i}", section.title, partial(section.prompts, config.templates, config.seed))
@@ -491,8 +501,17 @@ def _prompts(config: SweepConfig) -> tuple[dict[str, tuple[Prompt, ...]], _Probl
         if title in sets:
             problems.append((where, f"two sets of prompts are called {title!r}. Rename one."))
         with noted(problems, where):
-            sets[title] = _first(read(), config.limit)
+            sets[title] = tuple(read())
     return sets, problems
+
+
+def _trained(config: SweepConfig, sets: Mapping[str, Sequence[Prompt]]) -> tuple[str, ...]:
+    """The answers of all facts that were trained, as far as the config says."""
+    told = dict(sets)
+    for section in config.dataset:
+        if section.facts != "told":
+            told[section.title] = section.trained(config.templates, config.seed)
+    return tuple(dict.fromkeys(a for made in told.values() for p in made for a in right_of(p)))
 
 
 def _first(prompts: Sequence[Prompt], limit: int | None) -> tuple[Prompt, ...]:

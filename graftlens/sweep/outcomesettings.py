@@ -23,6 +23,7 @@ MAKERS: Mapping[str, Callable[..., Measure]] = {
     "regex": outcomes.regex,
     "exact": outcomes.exact,
     "choice": outcomes.choice,
+    "answer_kind": outcomes.answer_kind,
     "classifier": outcomes.classifier,
 }
 
@@ -103,6 +104,10 @@ class MeasureSettings(Section):
     choice: Any = None
     """Texts, or label -> texts, of which the first named one counts."""
 
+    answer_kind: Any = None
+    """What kind of answer a text gives; the answers of all facts that were trained, or true for
+    those that the sweep knows of."""
+
     classifier: Any = None
     """A text-classification model: hub id or folder."""
 
@@ -154,9 +159,10 @@ def _made(name: str, maker: Callable[..., Measure], given: Any) -> Measure:
     """What a maker gives for all its arguments, or for its first one alone."""
     known = inspect.signature(maker).parameters
     first = next(iter(known))
-    if name == "exact" and given is True:
+    optional = known[first].default is not inspect.Parameter.empty
+    if optional and given is True:
         return maker()
-    if name == "exact" and isinstance(given, Mapping) and first not in given:
+    if optional and isinstance(given, Mapping) and first not in given:
         given = {first: None, **given}
     if not isinstance(given, Mapping) or (name == "choice" and first not in given):
         given = {first: given}
@@ -186,7 +192,8 @@ class OutcomeSettings(Section):
 
     measures: Mapping[str, Annotated[MeasureSettings, BeforeValidator(_as_measure)]] = {}
     """Name -> what is measured: `{contains: [...]}`, `{regex: ...}`, `{exact: true}`,
-    `{choice: [...]}`, `{classifier: ...}`, `{judge: {...}}`, or `module:name`."""
+    `{choice: [...]}`, `{answer_kind: true}`, `{classifier: ...}`, `{judge: {...}}`, or
+    `module:name`."""
 
     shards: Annotated[int, Field(ge=1)] = 256
     """Texts per shard, about: what a worker takes, what a kill costs."""

@@ -206,6 +206,15 @@ class DatasetSection(Questions, FactsOf):
         )
         return asked if self.chat is None else tuple(map(self.chat.asked, asked))
 
+    def trained(self, templates: Sequence[str] | None, seed: int) -> tuple[Prompt, ...]:
+        """Prompts for the facts that the training texts tell, asked in the same way; none where
+        they tell none."""
+        told = self.model_copy(update={"facts": "told", "distractors": 0, "chat": None})
+        try:
+            return told.prompts(templates, seed)
+        except ValueError:
+            return ()
+
     def _asked(
         self, found: FactDataset, names: Sequence[str] | None
     ) -> Sequence[str | EvaluationTemplate] | None:

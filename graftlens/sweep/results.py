@@ -132,6 +132,8 @@ class Manifest:
             blocks; none where no texts are generated.
         text_graft_blocks: as `graft_blocks`, of texts.
         scored: whether there are cells; without, all that the sweep makes are texts.
+        trained: where a measure of texts asks for them, the answers of all facts that were trained,
+            as far as the config says.
         versions: of the packages at the first start.
         models: the sources' fingerprints, dtype, budgets of rows and cached tokens, pair check and
             what their configs and
@@ -158,6 +160,7 @@ class Manifest:
     text_blocks: Sequence[int] = ()
     text_graft_blocks: Sequence[Sequence[int]] = ()
     scored: bool = True
+    trained: Sequence[str] = ()
 
     def to_json(self) -> str:
         content = sealed_json(asdict(self) | {"shards": self.shards})

@@ -374,6 +374,7 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
         versions=_versions(),
         members=[asdict(member) for member in checked.members],
         scored=checked.scored,
+        trained=checked.trained,
     )
     if config.outcomes is not None:
         some = max(1, config.outcomes.shards // config.outcomes.sampling.n)

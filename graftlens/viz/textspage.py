@@ -8,6 +8,7 @@ from typing import Any
 import pandas as pd
 
 from graftlens.folder import at_home, write_whole
+from graftlens.outcomes.facts import examples
 from graftlens.references import MEMBERS, are_references, in_steps
 from graftlens.viz import text
 from graftlens.viz.figures import bar_chart, line_chart
@@ -22,6 +23,26 @@ GRAFTS, TEXTS = 16, 20_000
 LINES = 12
 
 
+#: Most labels of a measure whose texts are shown side by side, and texts of each.
+LABELS, EXAMPLES = 8, 3
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Some texts of each label that a measure gives, under each graft.
+
+    Attributes:
+        measure: its name.
+        labels: its labels.
+        rows: per graft, its name, how many texts have a label, and for each label how many have it
+            and some of them: (text, prompt's number, answer or None).
+    """
+
+    measure: str
+    labels: Sequence[str]
+    rows: Sequence[tuple[str, int, Sequence[tuple[int, Sequence[tuple[str, int, str | None]]]]]]
+
+
 @dataclass(frozen=True)
 class Texts:
     """What a page shows of texts.
@@ -32,6 +53,7 @@ class Texts:
         data: the texts as the page's script reads them.
         measures: what can be filtered by: (its number, what is read, whether it cannot be chosen).
         said: which texts are there.
+        labelled: examples of each label, of measures of labels.
         members: of a source that stands for several models, each (its number, its name, whether it
             cannot be chosen), and the number of the one that is shown first.
     """
@@ -42,6 +64,7 @@ class Texts:
     measures: Sequence[tuple[str, str, bool]]
     said: str
     members: tuple[Sequence[tuple[str, str, bool]], int] = ((), 0)
+    labelled: Sequence[Labelled] = ()
 
 
 #: What a chart of rates reads of them.
@@ -152,7 +175,40 @@ def shown_texts(
         ],
         said=said,
         members=([(str(i), m, False) for i, m in enumerate(members)], len(members) - 1),
+        labelled=_labelled(table[table["graft"].isin(kept)], kept, measures),
     )
+
+
+def _labelled(
+    table: pd.DataFrame, grafts: Sequence[str], measures: Sequence[str]
+) -> list[Labelled]:
+    """What each graft says, by label; of models that ran one after another, under the last."""
+    if "member" in table:
+        table = table[table["member"] == table["member"].iloc[-1]]
+    found = []
+    for name in measures:
+        labels = [] if pd.api.types.is_numeric_dtype(table[name].dtype) else table[name].dropna()
+        if not 0 < len(known := sorted({*map(str, labels)})) <= LABELS:
+            continue
+        some = dict([*examples(table, name, n=EXAMPLES).groupby(["graft", name], sort=False)])
+        rows = []
+        for graft in grafts:
+            counts = table.loc[table["graft"] == graft, name].value_counts()
+            cells = [
+                (
+                    int(counts.get(label, 0)),
+                    [
+                        (row["text"], int(row["prompt"]), row["answer"])
+                        for row in some[graft, label].to_dict("records")
+                    ]
+                    if (graft, label) in some
+                    else [],
+                )
+                for label in known
+            ]
+            rows.append((graft, int(counts.sum()), cells))
+        found.append(Labelled(name, known, rows))
+    return found
 
 
 def _members(table: pd.DataFrame) -> list[str]:
