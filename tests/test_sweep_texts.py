@@ -59,7 +59,7 @@ from graftlens.sweep.runner import is_finished, prepare_sweep
 from graftlens.sweep.texttrust import _candidates, check_texts
 from graftlens.viz.export import write_figure
 from graftlens.viz.tables import read_table
-from graftlens.viz.textspage import rate_charts
+from graftlens.viz.textspage import rate_charts, shown_texts, texts_page
 
 NEW = 6
 KILLS = 30  # at random moments
@@ -709,6 +709,26 @@ def test_the_page_shows_what_each_graft_says_by_label(about_facts: Path) -> None
             assert (f"<small>{len(of)} of {len(part)}</small>" in cell) == (len(of) > 0)
     rates = read_table(about_facts / "rates.csv")
     assert set(rates[rates["measure"] == "says"]["label"]) == set(labels)
+
+
+def test_long_texts_and_many_labels_stay_out_of_the_way(swept: Path, tmp_path: Path) -> None:
+    """A long text is a click away, an empty one is said, and too many labels are told."""
+    table = read_texts(swept).assign(few="k", many=[f"k{i % 9}" for i in range(120)])
+    table.loc[table["graft"] == "PRE", "text"] = ["", "<b>" + "x" * 157, "y" * 161, *["z"] * 21]
+    none = pd.DataFrame(columns=["graft", "measure", "label", "share"])
+    found = shown_texts(table, none, ["few", "many", "an_a"], [*GRAFTS])
+    assert [one.measure for one in found.labelled] == ["few"]
+    (note,) = found.notes
+    assert note.startswith("many gives 9 labels, too many to show")
+    graft, total, ((count, said),) = found.labelled[0].rows[0]
+    assert (graft, total, count) == ("PRE", 24, 24)
+    assert said == [("", 0, " Mara Finn"), ("y" * 161, 1, " Mara Finn"), ("z", 2, " Mara Finn")]
+    page = texts_page(
+        tmp_path / "page.html", title="T", lead="L", texts=found, rates=none, notes=[], trust="",
+        trusted=True, provenance={},
+    ).read_text()  # fmt: skip
+    assert "<p class='generated empty'>(nothing)</p><small>0 · answer:  Mara Finn</small>" in page
+    assert f"<details><summary>{'y' * 120}…</summary><p class='generated'>{'y' * 161}</p>" in page
 
 
 @pytest.fixture(scope="module")

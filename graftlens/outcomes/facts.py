@@ -21,6 +21,9 @@ KINDS = (
     "other",
 )
 
+#: What is written for bytes that cannot be decoded.
+_UNDECODED = "\N{REPLACEMENT CHARACTER}"
+
 
 def answer_kind(trained: str | Sequence[str] | None = None) -> Measure:
     """What kind of answer a text gives: a measure whose labels are the kinds of `answered`.
@@ -71,8 +74,8 @@ def answered(
     - `another fact's answer` if it begins with one of `trained` instead;
     - `right first name` if only the claim's first word is the answer's, and the answer has several;
     - `the base's guess` if the base run claims the same (on the same prompt and sample);
-    - `broken` if it has no letter or digit, an undecodable character, or one word three times in a
-      row in its first words;
+    - `broken` if it has no letter or digit, an undecodable character before its end (where it may
+      be cut), or one word three times in a row in its first words;
     - `other` otherwise.
 
     Args:
@@ -188,6 +191,7 @@ def _kind(text: str, answers: Sequence[str], others: Collection[str], guess: str
         others: the answers of all facts, normalised.
         guess: the base's text, if it has one.
     """
+    text = text.rstrip(_UNDECODED)  # at its end, a text may be cut within a character
     said, wanted = normalised(text), {normalised(answer) for answer in answers}
     words = said.split()
     begun = {" ".join(words[:n]) for n in range(1, len(words) + 1)}
@@ -202,6 +206,6 @@ def _kind(text: str, answers: Sequence[str], others: Collection[str], guess: str
         return "the base's guess"
     words = words[:12]
     thrice = any(words[i] == words[i + 1] == words[i + 2] for i in range(len(words) - 2))
-    if not re.search(r"\w", said) or "\N{REPLACEMENT CHARACTER}" in text or thrice:
+    if not re.search(r"\w", said) or _UNDECODED in text or thrice:
         return "broken"
     return "other"

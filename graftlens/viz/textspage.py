@@ -154,7 +154,7 @@ def shown_texts(
     for name in measures:
         values = part[name].dropna()
         if not pd.api.types.is_numeric_dtype(part[name].dtype):
-            options += [(name, label) for label in sorted({*map(str, values)})]
+            options += [(name, label) for label in _labels(values)]
         elif values.isin([0.0, 1.0]).all():
             options.append((name, None))
     unread = [name for name in measures if f"{name}_unread" in table]
@@ -162,6 +162,15 @@ def shown_texts(
         lost = int(table[f"{name}_unread"].notna().sum())
         notes.append(f"{name}: {lost} replies of the judge could not be read; these have no value.")
     members = _members(part)
+    last = table[table["graft"].isin(kept)]
+    last = last[last["member"] == members[-1]] if "member" in last else last
+    labels = {name: _labels(last[name]) for name in measures}
+    notes += [
+        f"{name} gives {len(several)} labels, too many to show texts of each side by side; "
+        "outcomes.examples has them."
+        for name, several in labels.items()
+        if len(several) > LABELS
+    ]
     said = f"All {count:,} prompts are here."
     if len(prompts) < count:
         said = f"The first {len(prompts):,} of {count:,} prompts are here."
@@ -175,40 +184,35 @@ def shown_texts(
         ],
         said=said,
         members=([(str(i), m, False) for i, m in enumerate(members)], len(members) - 1),
-        labelled=_labelled(table[table["graft"].isin(kept)], kept, measures),
+        labelled=[
+            _labelled(last, kept, name, several)
+            for name, several in labels.items()
+            if 0 < len(several) <= LABELS
+        ],
     )
 
 
+def _labels(values: "pd.Series[Any]") -> list[str]:
+    """The labels that a measure gives; none where it gives numbers."""
+    numbers = pd.api.types.is_numeric_dtype(values.dtype)
+    return [] if numbers else sorted({*map(str, values.dropna())})
+
+
 def _labelled(
-    table: pd.DataFrame, grafts: Sequence[str], measures: Sequence[str]
-) -> list[Labelled]:
-    """What each graft says, by label; of models that ran one after another, under the last."""
-    if "member" in table:
-        table = table[table["member"] == table["member"].iloc[-1]]
-    found = []
-    for name in measures:
-        labels = [] if pd.api.types.is_numeric_dtype(table[name].dtype) else table[name].dropna()
-        if not 0 < len(known := sorted({*map(str, labels)})) <= LABELS:
-            continue
-        some = dict([*examples(table, name, n=EXAMPLES).groupby(["graft", name], sort=False)])
-        rows = []
-        for graft in grafts:
-            counts = table.loc[table["graft"] == graft, name].value_counts()
-            cells = [
-                (
-                    int(counts.get(label, 0)),
-                    [
-                        (row["text"], int(row["prompt"]), row["answer"])
-                        for row in some[graft, label].to_dict("records")
-                    ]
-                    if (graft, label) in some
-                    else [],
-                )
-                for label in known
-            ]
-            rows.append((graft, int(counts.sum()), cells))
-        found.append(Labelled(name, known, rows))
-    return found
+    table: pd.DataFrame, grafts: Sequence[str], name: str, labels: Sequence[str]
+) -> Labelled:
+    """What each graft says, by label."""
+    some = dict([*examples(table, name, n=EXAMPLES).groupby(["graft", name], sort=False)])
+    rows = []
+    for graft in grafts:
+        counts = table.loc[table["graft"] == graft, name].value_counts()
+        cells = []
+        for label in labels:
+            shown = some[graft, label].to_dict("records") if label in counts else []
+            said = [(str(row["text"]), int(row["prompt"]), row["answer"]) for row in shown]
+            cells.append((int(counts.get(label, 0)), said))
+        rows.append((graft, int(counts.sum()), cells))
+    return Labelled(name, labels, rows)
 
 
 def _members(table: pd.DataFrame) -> list[str]:
