@@ -81,6 +81,13 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
             ("gpt2-xl", "openai-community/gpt2-xl", "gpt2", PAPER, _TRAINED),
             ("olmo-1b", "allenai/OLMo-1B-hf", "olmo", PAPER, _CARRIED_OVER),
             ("smollm2-135m", "smollm2-135m", "llama", LAPTOP, _OWN),
+            (
+                "gemma-3-270m",
+                "google/gemma-3-270m",
+                "gemma3_text",
+                {**LAPTOP, "batch_size": 8},
+                "chosen on a 4-bit file of this model with 24 invented films",
+            ),
         )
     }
 )

@@ -22,6 +22,7 @@ MODELS = {
     "gpt2-xl": ("openai-community/gpt2-xl", "gpt2"),
     "olmo-1b": ("allenai/OLMo-1B-hf", "olmo"),
     "smollm2-135m": ("smollm2-135m", "llama"),
+    "gemma-3-270m": ("google/gemma-3-270m", "gemma3_text"),
 }
 
 SHIPPED = Path(__file__).parent.parent / "experiments" / "finetune" / "paper.yaml"
