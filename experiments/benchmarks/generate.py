@@ -3,15 +3,18 @@
 - batch: 64 prompts, 48 new tokens, drawn at temperature 1 without end tokens: a uniform graft, a
   position graft and an unmerged adapter, each against Hugging Face's `generate` of the same prompts
   in one batch, padded on the left, drawn as well. `rows per s` is what 64 × 48 tokens come to.
-- calls: 12 grafts × 8 prompts × 8 samples in one call against one graft and prompt at a time.
+- calls: 12 grafts × 8 prompts × 8 samples in one call against one graft and prompt at a time. Of
+  these 96 calls, a round makes as many as --sample says, evenly over grafts and prompts, and their
+  time is scaled up.
 
 Contestants take turns; ratios are medians over rounds, above 1 where ours is the faster one.
 
     python experiments/benchmarks/generate.py [--model smollm2|llama-1b|tiny] [--rounds 5]
-        [--cases batch calls]
+        [--cases batch calls] [--sample 96]
 """
 
 import argparse
+import itertools
 import platform
 import statistics
 import sys
@@ -101,7 +104,7 @@ def batch(sources: Mapping[str, Path], folder: Path, rounds: int) -> None:
         )
 
 
-def calls(sources: Mapping[str, Path], rounds: int) -> None:
+def calls(sources: Mapping[str, Path], rounds: int, sample: int) -> None:
     model = loaded(sources)
     spots = ("first_entity", "last", "first_entity + last", "generated")
     grafts = position_grafts() | {
@@ -111,11 +114,15 @@ def calls(sources: Mapping[str, Path], rounds: int) -> None:
     drawing, prompts = Drawing(n=8, max_new_tokens=NEW), asked()[:8]
     together = Sampler(model, grafts, drawing)
     alone = [Sampler(model, {name: graft}, drawing) for name, graft in grafts.items()]
+    # Graft i with prompt i + k: each graft once before any is met again, and so are the prompts.
+    pairs = [(i, (i + k) % len(prompts)) for k in range(len(prompts)) for i in range(len(alone))]
+    turn = itertools.count()
 
     def one_by_one() -> None:
-        for sampler in alone:
-            for number, prompt in enumerate(prompts):
-                sampler.table({number: prompt})
+        begin = next(turn) * sample
+        for n in range(begin, begin + sample):
+            graft, number = pairs[n % len(pairs)]
+            alone[graft].table({number: prompts[number]})
 
     times = rounds_of(
         {
@@ -125,6 +132,7 @@ def calls(sources: Mapping[str, Path], rounds: int) -> None:
         rounds,
     )
     ours, theirs = times.values()
+    theirs[:] = [spent * len(pairs) / sample for spent in theirs]
     found = [slow / fast for fast, slow in zip(ours, theirs, strict=True)]
     print(f"\n12 grafts × 8 prompts × 8 samples, {NEW} new tokens, {rounds} rounds\n")
     print("| how | median s |")
@@ -142,6 +150,7 @@ def main() -> None:
     parser.add_argument(
         "--cases", nargs="+", choices=("batch", "calls"), default=["batch", "calls"]
     )
+    parser.add_argument("--sample", type=int, default=96)
     options = parser.parse_args()
     print(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads, {platform.machine()}, "
@@ -152,7 +161,7 @@ def main() -> None:
         if "batch" in options.cases:
             batch(sources, Path(scratch), options.rounds)
         if "calls" in options.cases:
-            calls(sources, options.rounds)
+            calls(sources, options.rounds, options.sample)
 
 
 if __name__ == "__main__":
