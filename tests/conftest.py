@@ -55,10 +55,10 @@ def pytest_configure() -> None:
         torch.set_num_threads(int(threads))
 
 
-def pytest_collection_finish() -> None:
-    """What imports made stays: half a million objects that no search for garbage need look at.
-
-    accelerate searches after every training.
+@pytest.fixture(scope="module", autouse=True)
+def _what_stays() -> None:
+    """What imports and earlier modules' tests left stays: from half a million objects on, which no
+    search for garbage need look at. A sweep searches before it loads each of several models.
     """
     gc.collect()
     gc.freeze()
@@ -71,6 +71,14 @@ def _quiet() -> Iterator[None]:
     logging.set_verbosity_error()
     yield
     logging.set_verbosity(before)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_wait_for_the_disk() -> Iterator[None]:
+    """No test loses power, and a sweep waits for the disk at every file it writes."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda handle: None)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -349,7 +349,7 @@ def check_page(result: ExperimentResult) -> None:
     [
         ("positions", ("PRE", "SFT")),
         pytest.param("components", ("TASK", "RELATION"), marks=pytest.mark.slow),
-        ("hybrid", ("PRE", "RELATION")),
+        pytest.param("hybrid", ("PRE", "RELATION"), marks=pytest.mark.slow),
     ],
 )
 def test_the_ends_of_shipped_parts_are_pre_and_sft(name, ends, ran):
@@ -358,6 +358,7 @@ def test_the_ends_of_shipped_parts_are_pre_and_sft(name, ends, ran):
         assert (recovery["base"], recovery["full"]) == ends
 
 
+@pytest.mark.slow
 def test_pictures_are_drawn_where_there_is_a_browser(base, place, monkeypatch):
     monkeypatch.setenv("BROWSER_PATH", chromium())
     monkeypatch.setattr("graftlens.experiment.show.write_figure", write_figure)
@@ -425,7 +426,7 @@ REVERSAL: dict[str, Rules] = {
 @pytest.mark.parametrize(
     ("name", "part", "rules"),
     [
-        pytest.param("hybrid", "hybrid", HYBRID, id="hybrid"),
+        pytest.param("hybrid", "hybrid", HYBRID, id="hybrid", marks=pytest.mark.slow),
         pytest.param("directions", "reversal", REVERSAL, id="reversal", marks=pytest.mark.slow),
     ],
 )
@@ -1046,6 +1047,7 @@ def test_overrides_are_kept_with_the_config():
 # -- taking up, sharing ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_finished_experiment_is_only_shown_anew(base, place, tmp_path, monkeypatch):
     grids = [{"name": "layers", "positions": "last", "layers": "each"}]
     figures = [{"kind": "bars"}, {"kind": "lines", "grids": ["layers"], "by": "pooled"}]

@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from shown import ROOT, blocks
 
 #: The page's blocks in their order: the file, and the line that each goes before.
@@ -60,6 +61,7 @@ def extended(folder: Path, within: str, places: Sequence[tuple[str, str]], progr
     assert done.stdout.split()[-1] == str(library / "__init__.py"), "it ran the extended copy"
 
 
+@pytest.mark.slow
 def test_a_component_a_family_and_a_measure_are_added_as_the_docs_say(tmp_path: Path) -> None:
     """A list of components that somebody keeps beside the table would lack the toy."""
     extended(tmp_path, "extending", PLACES, "toyfamily.py")

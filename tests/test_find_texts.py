@@ -357,6 +357,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_a_folder_judges_by_texts_as_memory_does(folders: Any, tmp_path: Path) -> None:
     quiet: dict[str, Any] = {"progress": False, "say": lambda _: None}
     ran = run_localise(folders, tmp_path / "out", **quiet)

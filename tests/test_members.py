@@ -245,6 +245,7 @@ def test_the_record_and_the_trust_report_are_by_member(run: Path, whole: Path) -
     assert is_finished(whole)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_not_those_of_the_member_are_found(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -358,6 +359,7 @@ def test_what_the_page_cuts_of_members_is_in_files(whole: Path, tmp_path: Path) 
     assert sweep_report(tmp_path / "out") == page
 
 
+@pytest.mark.slow
 def test_the_page_draws_members_without_steps_as_bars(run: Path, tmp_path: Path) -> None:
     each = [str(run / "sft"), str(run / "lora")]
     sources = {"pre": str(run / "pre"), "time": {"each": each}}
@@ -534,6 +536,7 @@ def hub(folder: Path, run: Path, revisions: Mapping[str, int]) -> None:
             (snapshot / file.name).write_bytes(file.read_bytes())
 
 
+@pytest.mark.slow
 def test_revisions_of_a_repository(
     run: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -567,16 +570,23 @@ def test_a_sweep_of_members_says_what_it_will_do(run: Path) -> None:
     assert "48 of each member, so 144 in all" in said
 
 
-def test_other_members_are_another_sweep(run: Path, tmp_path: Path) -> None:
-    given = of_time(run, limit=1)
-    quiet(given, tmp_path / "out")
+def test_other_members_are_another_sweep(run: Path, whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "out")
+    given = of_time(run)
     pattern = str(run / "checkpoint-[14]*")
     given["sources"]["time"] = {"each": pattern}
     with pytest.raises(ValueError, match="holds another sweep"):
         quiet(given, tmp_path / "out")
 
 
-@pytest.mark.parametrize("changed", ["checkpoint-5", "checkpoint-120", "pre"])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "checkpoint-5",
+        pytest.param("checkpoint-120", marks=pytest.mark.slow),
+        pytest.param("pre", marks=pytest.mark.slow),
+    ],
+)
 def test_members_whose_weights_changed_are_not_taken_for_those_that_ran(
     run: Path, tmp_path: Path, changed: str
 ) -> None:

@@ -233,6 +233,7 @@ def test_tidying_keeps_a_picture_and_drops_what_differs_between_runs() -> None:
     assert notebook.metadata["language_info"] == {"name": "python"}
 
 
+@pytest.mark.slow
 def test_figures_and_pages_become_pictures() -> None:
     """Plotly's bundle and a page in a frame are PNGs afterwards, the same ones every time."""
     chromium()

@@ -229,6 +229,7 @@ def test_a_sweep_without_answers_makes_texts_alone(
 # -- interrupted -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_what_was_killed_and_resumed_is_the_same_bit_for_bit(
     sources: dict[str, str], swept: Path, tmp_path: Path, processes: Processes
 ) -> None:
@@ -861,6 +862,7 @@ def test_names_of_grafts_measures_and_texts_are_data(
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_part_of_an_experiment_writes_rates_and_their_figures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -836,6 +836,7 @@ def rgb(color):
     return tuple(int(color[i : i + 2], 16) for i in (1, 3, 5))
 
 
+@pytest.mark.slow
 def test_a_picture_of_the_page(written, data, tmp_path, monkeypatch):
     needs("choreographer")
     monkeypatch.setenv("BROWSER_PATH", chromium())
