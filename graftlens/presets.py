@@ -85,7 +85,7 @@ PRESETS: Mapping[str, Preset] = MappingProxyType(
                 "gemma-3-270m",
                 "google/gemma-3-270m",
                 "gemma3_text",
-                {**LAPTOP, "batch_size": 8},
+                MappingProxyType({**LAPTOP, "batch_size": 8}),
                 "chosen on a 4-bit file of this model with 24 invented films",
             ),
         )
