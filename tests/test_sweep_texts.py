@@ -696,39 +696,38 @@ def test_the_page_shows_what_each_graft_says_by_label(about_facts: Path) -> None
     (listed,) = re.findall(
         r"<h3>says</h3>.*?(<table class='labelled'>.*?</table>)", page.read_text(), re.S
     )
-    head, *rows = re.findall(r"<tr>.*?</tr>", listed, re.S)
-    labels = sorted(set(table["says"]))
-    assert [html.unescape(label) for label in re.findall(r"'col'>(.*?)</th>", head)][1:] == labels
-    assert len(rows) == 4
-    for row in rows:
-        (graft,) = re.findall(r"'row'>(.*?)</th>", row)
-        part = table[table["graft"] == html.unescape(graft)]
-        for label, cell in zip(labels, re.findall(r"<td>(.*?)</td>", row, re.S), strict=True):
-            of = part[part["says"] == label]
-            shown = re.findall(r"class='generated[^']*'>(.*?)</p>", cell, re.S)
-            assert [html.unescape(text) for text in shown] == of["text"].tolist()[:3]
-            assert (f"<small>{len(of)} of {len(part)}</small>" in cell) == (len(of) > 0)
+    shown = {}
+    for part in re.findall(r"<tbody>.*?</tbody>", listed, re.S):
+        (graft,) = re.findall(r"'rowgroup' rowspan='\d'>(.*?)</th>", part)
+        for label, count, said in re.findall(r"<td>(.*?)</td>" * 3, part, re.S):
+            texts = re.findall(r"<span class='generated[^']*'>(.*?)</span>", said, re.S)
+            key = html.unescape(graft), html.unescape(label)
+            shown[key] = count, [*map(html.unescape, texts)]
+    parts = table.groupby(["graft", "says"])["text"].apply(list).to_dict()
+    assert shown == {key: (f"{len(of)} of 4", of[:3]) for key, of in parts.items()}
+    labels = {label for _, label in parts}
     rates = read_table(about_facts / "rates.csv")
-    assert set(rates[rates["measure"] == "says"]["label"]) == set(labels)
+    assert set(rates[rates["measure"] == "says"]["label"]) == labels
 
 
 def test_long_texts_and_many_labels_stay_out_of_the_way(swept: Path, tmp_path: Path) -> None:
-    """A long text is a click away, an empty one is said, and too many labels are told."""
+    """A long text is a click away, an empty one is said, and so is what is left out."""
     table = read_texts(swept).assign(few="k", many=[f"k{i % 9}" for i in range(120)])
     table.loc[table["graft"] == "PRE", "text"] = ["", "<b>" + "x" * 157, "y" * 161, *["z"] * 21]
     none = pd.DataFrame(columns=["graft", "measure", "label", "share"])
     found = shown_texts(table, none, ["few", "many", "an_a"], [*GRAFTS])
-    assert [one.measure for one in found.labelled] == ["few"]
-    (note,) = found.notes
-    assert note.startswith("many gives 9 labels, too many to show")
-    graft, total, ((count, said),) = found.labelled[0].rows[0]
-    assert (graft, total, count) == ("PRE", 24, 24)
+    few, many = found.labelled
+    assert (few.measure, many.measure) == ("few", "many")
+    assert found.notes == ["Of each graft's labels the 8 most frequent ones have examples here."]
+    assert {len(labels) for _, _, labels in many.rows} == {8}
+    graft, total, ((label, count, said),) = few.rows[0]
+    assert (graft, total, label, count) == ("PRE", 24, "k", 24)
     assert said == [("", 0, " Mara Finn"), ("y" * 161, 1, " Mara Finn"), ("z", 2, " Mara Finn")]
     page = texts_page(
         tmp_path / "page.html", title="T", lead="L", texts=found, rates=none, notes=[], trust="",
         trusted=True, provenance={},
     ).read_text()  # fmt: skip
-    assert "<p class='generated empty'>(nothing)</p><small>0 · answer:  Mara Finn</small>" in page
+    assert "<span class='generated empty'>(nothing)</span> <small>0 · answer:  Mara" in page
     assert f"<details><summary>{'y' * 120}…</summary><p class='generated'>{'y' * 161}</p>" in page
 
 

@@ -23,7 +23,7 @@ GRAFTS, TEXTS = 16, 20_000
 LINES = 12
 
 
-#: Most labels of a measure whose texts are shown side by side, and texts of each.
+#: Most labels of a measure that are shown under each graft, and texts of each.
 LABELS, EXAMPLES = 8, 3
 
 
@@ -33,14 +33,13 @@ class Labelled:
 
     Attributes:
         measure: its name.
-        labels: its labels.
-        rows: per graft, its name, how many texts have a label, and for each label how many have it
-            and some of them: (text, prompt's number, answer or None).
+        rows: per graft, its name, how many texts have a label, and its labels, the most frequent
+            first: label, how many texts have it, and some of them: (text, prompt's number, answer
+            or None).
     """
 
     measure: str
-    labels: Sequence[str]
-    rows: Sequence[tuple[str, int, Sequence[tuple[int, Sequence[tuple[str, int, str | None]]]]]]
+    rows: Sequence[tuple[str, int, Sequence[tuple[str, int, Sequence[tuple[str, int, Any]]]]]]
 
 
 @dataclass(frozen=True)
@@ -164,13 +163,9 @@ def shown_texts(
     members = _members(part)
     last = table[table["graft"].isin(kept)]
     last = last[last["member"] == members[-1]] if "member" in last else last
-    labels = {name: _labels(last[name]) for name in measures}
-    notes += [
-        f"{name} gives {len(several)} labels, too many to show texts of each side by side; "
-        "outcomes.examples has them."
-        for name, several in labels.items()
-        if len(several) > LABELS
-    ]
+    labelled = [_labelled(last, kept, name) for name in measures if _labels(last[name])]
+    if any(last.groupby("graft")[one.measure].nunique().max() > LABELS for one in labelled):
+        notes.append(f"Of each graft's labels the {LABELS} most frequent ones have examples here.")
     said = f"All {count:,} prompts are here."
     if len(prompts) < count:
         said = f"The first {len(prompts):,} of {count:,} prompts are here."
@@ -184,11 +179,7 @@ def shown_texts(
         ],
         said=said,
         members=([(str(i), m, False) for i, m in enumerate(members)], len(members) - 1),
-        labelled=[
-            _labelled(last, kept, name, several)
-            for name, several in labels.items()
-            if 0 < len(several) <= LABELS
-        ],
+        labelled=labelled,
     )
 
 
@@ -198,21 +189,26 @@ def _labels(values: "pd.Series[Any]") -> list[str]:
     return [] if numbers else sorted({*map(str, values.dropna())})
 
 
-def _labelled(
-    table: pd.DataFrame, grafts: Sequence[str], name: str, labels: Sequence[str]
-) -> Labelled:
+def _labelled(table: pd.DataFrame, grafts: Sequence[str], name: str) -> Labelled:
     """What each graft says, by label."""
     some = dict([*examples(table, name, n=EXAMPLES).groupby(["graft", name], sort=False)])
     rows = []
     for graft in grafts:
         counts = table.loc[table["graft"] == graft, name].value_counts()
-        cells = []
-        for label in labels:
-            shown = some[graft, label].to_dict("records") if label in counts else []
-            said = [(str(row["text"]), int(row["prompt"]), row["answer"]) for row in shown]
-            cells.append((int(counts.get(label, 0)), said))
-        rows.append((graft, int(counts.sum()), cells))
-    return Labelled(name, labels, rows)
+        labels = [
+            (
+                str(label),
+                int(count),
+                [
+                    (str(row["text"]), int(row["prompt"]), row["answer"])
+                    for row in some[graft, label].to_dict("records")
+                ],
+            )
+            for label, count in counts.head(LABELS).items()
+        ]
+        if labels:
+            rows.append((graft, int(counts.sum()), labels))
+    return Labelled(name, rows)
 
 
 def _members(table: pd.DataFrame) -> list[str]:
