@@ -327,7 +327,17 @@ def started(demo_ran: Path) -> dict[str, Any]:
     return run(START, {})
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in every("python")} - {START}))
+#: The pages that take longest.
+LONG = ("docs/howto/find.md", "docs/howto/transformerlens.md")
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page in LONG else [])
+        for page in sorted({block.page for block in every("python")} - {START})
+    ],
+)
 def test_the_python_shown_runs_from_top_to_bottom(
     page: str, demo_ran: Path, started: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:

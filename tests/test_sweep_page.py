@@ -148,7 +148,10 @@ CLICK = """
           wide: document.documentElement.scrollWidth > innerWidth};"""
 
 
-@pytest.mark.parametrize(("kind", "at"), [("heatmap", "[1, 2]"), ("bar", "2")])
+@pytest.mark.parametrize(
+    ("kind", "at"),
+    [("heatmap", "[1, 2]"), pytest.param("bar", "2", marks=pytest.mark.slow)],
+)
 def test_a_click_shows_the_grafts_prompts(
     swept: Path, page: Path, tmp_path: Path, kind: str, at: str
 ) -> None:
@@ -184,6 +187,7 @@ CELL = """
   return [box.left + xaxis._offset + xaxis.c2p(2), box.top + yaxis._offset + yaxis.c2p(1)];"""
 
 
+@pytest.mark.slow
 def test_a_mouse_on_a_cell_shows_that_grafts_prompts(swept: Path, page: Path) -> None:
     """The whole way from the mouse to the table, where the others give plotly's event."""
     script = """

@@ -332,6 +332,7 @@ def test_in_a_browser_everything_is_drawn_and_tokens_are_as_they_are(answered, d
     ]
 
 
+@pytest.mark.slow
 def test_another_run_and_measure_colour_the_tokens_anew(answered, data):
     found = answered("""const seen = [];
     const look = () => seen.push({
@@ -394,6 +395,7 @@ def test_the_lens_shows_the_top_five_on_hover(answered, data):
     assert found["images"] == 0
 
 
+@pytest.mark.slow
 def test_a_view_that_is_asked_again_before_it_is_there(answered):
     """Regression: React mounts after a while on a long page; a click before that was an error."""
     found = answered("""const place = document.createElement("div");
@@ -406,6 +408,7 @@ def test_a_view_that_is_asked_again_before_it_is_there(answered):
     assert (found["text"], found["after"]) == ("two", None)
 
 
+@pytest.mark.slow
 def test_heads_layers_and_differences(answered, data):
     found = answered("""const seen = [], left = document.getElementById("left");
     const look = () => seen.push({
@@ -476,6 +479,7 @@ def test_the_overview_has_the_heads_differences_and_a_click_opens_one(answered, 
     assert found["hover"] == "L0H0: 0%"
 
 
+@pytest.mark.slow
 def test_labels_of_the_lens_can_be_read_on_every_colour(answered):
     found = answered("""const place = document.getElementById("lens-shown"), seen = [];
     for (const kind of ["logprob", "rank", "diff_base"]) {
@@ -633,6 +637,7 @@ def test_a_rule_that_is_the_name_is_said_once(named_by_rules, written):
 
 
 @pytest.mark.parametrize("width", [800, 1400])
+@pytest.mark.slow
 def test_long_names_leave_the_table_and_the_charts_room(named_by_rules, width, tmp_path):
     found, complaints = ask(
         named_by_rules,
@@ -663,6 +668,7 @@ def test_long_names_leave_the_table_and_the_charts_room(named_by_rules, width, t
         assert max(map(len, chart["named"])) <= 44
 
 
+@pytest.mark.slow
 def test_tokens_from_right_to_left_stand_in_the_order_of_the_prompt(named_by_rules, tmp_path):
     found, complaints = ask(
         named_by_rules,
@@ -690,6 +696,7 @@ def test_tokens_from_right_to_left_stand_in_the_order_of_the_prompt(named_by_rul
     assert "<br>2. <b>\u2066ום\u2069</b> 0." in found["hover"]
 
 
+@pytest.mark.slow
 def test_several_sources_have_numbers_besides_colours(data, tmp_path):
     task = np.zeros((len(COMPONENTS), N))
     task[:, 2] = 1
