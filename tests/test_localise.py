@@ -338,7 +338,9 @@ def test_every_step_runs_the_prompts_that_it_may(planted: Any, monkeypatch: Any)
     for step, numbers in steps.items():
         own = parts.held_out if step in reports else parts.search
         assert numbers <= set(own), step
-    assert all(steps[s] == set(parts.outer) for s in steps if s.endswith(("each", "sets")))
+    chosen_on = [s for s in steps if s.endswith("-each") or "-sets-" in s]
+    assert len(chosen_on) >= 2
+    assert all(steps[s] == set(parts.outer) for s in chosen_on)
 
 
 @pytest.mark.slow
@@ -602,6 +604,22 @@ def test_the_smallest_nested_set_is_found_in_twenty_sizes(count: int, tiny: Make
     assert sizes[0] == 1 or count == 1
     assert sizes[-1] == count
     assert len(sizes) <= 10
+
+
+def test_a_small_set_is_found_though_the_places_after_it_do_harm(tiny: MakeTiny) -> None:
+    """Six places are enough, and each after them takes something away until half are there: of the
+    sizes 1, 2, 4, 9, 19 and 39, none below 39 reached the target, and bisection looked above 19."""
+
+    class Harmed(_Toy):
+        def worth(self, places: Sequence[Place], number: int) -> float:
+            size = len(places)
+            return size / 6 if size <= 6 else max(1 - 0.1 * (size - 6), size / 39)
+
+    order = _line(39)
+    judge = _judge(Harmed, 0.9, tiny("llama").model.arch)
+    found = nested(judge, order, SPLIT.search, "nested")
+    assert [*found.chosen.places] == order[:6]
+    assert len(found.judged) <= EVALUATIONS
 
 
 def test_rounds_drop_what_is_not_needed_if_the_inner_part_agrees(tiny: MakeTiny) -> None:

@@ -12,6 +12,7 @@ import tiny as tiny_pairs
 
 from graftlens import Graft
 from graftlens.find import planted
+from graftlens.find.exact import exact_effects
 from graftlens.find.planting import masks_of
 from graftlens.model.arch import architecture
 from graftlens.model.weights import read_weights
@@ -214,6 +215,22 @@ def test_a_method_that_is_wrong_on_purpose_scores_as_badly_as_it_should(made, na
     assert precision["knowing"] == 1.0
     assert precision["constant"] == pytest.approx(planted_here / sites)
     assert precision["backwards"] == pytest.approx(planted_here / sites)
+
+
+def test_single_sites_are_scored_by_their_exact_effects(base, reader, told):
+    """As `exact_effects` gives them, which plans and measures its sweep by itself."""
+    planting = planted.Planting("one", ("sft @ all : mlp : 0",))
+    sources = {"pre": base, "sft": tiny_pairs.model(reader, 1)}
+    pair = planted.checked(sources, reader, planting, told.known)
+    table = exact_effects(pair.model, list(pair.prompts), "sft", positions=["all"])
+    for method, column in (("each site alone", "alone"), ("each site missing", "missing")):
+        found = planted.SCORERS[method](pair.model, pair.prompts, "sft")
+        assert len(found) == len(pair.model.arch.sites)
+        for (component, layer), value in found.items():
+            here = table["layer"].isna() if layer is None else table["layer"] == layer
+            own = table.loc[here & (table["component"] == str(component)), column]
+            assert value == pytest.approx(own.mean(), abs=1e-5)
+            assert len(own) == len(pair.prompts)
 
 
 @pytest.mark.slow

@@ -3,13 +3,17 @@
     .venv/bin/python experiments/planted/run.py tiny --seeds 0 1 2
     .venv/bin/python experiments/planted/run.py smollm2 --seeds 0
 
-Pairs are kept in graftlens-runs/planted and made once. Written beside them: scores.csv (a row per
-pair, seed and method), summary.csv, gates.csv, searched.csv, checks.csv, and the figure auroc.
+Each pair is kept in a folder of graftlens-runs/planted, and each of its scores as soon as there is
+one, so that a call that was interrupted goes on; remove its folder and it is made again.
+Written beside them: scores.csv (a row per pair, seed and method), summary.csv, gates.csv,
+searched.csv, checks.csv, and the figure auroc.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -27,61 +31,117 @@ from graftlens.viz.tables import write_table
 
 OUT = Path("graftlens-runs/planted")
 
-#: SmolLM2: films in A and in B, and how it is trained.
-FILMS = 40
-SMOLLM2 = planted.Recipe(rate=1e-3, other_rate=2e-4, batch=8, steps=400, other_steps=1500, every=20)
+#: SmolLM2: people in A and in B; films that plain text tells of, and how many words of each text.
+PEOPLE, FILMS, WORDS = (0, 16, 48), 50, 9
+
+#: How SmolLM2 is trained.
+SMOLLM2 = planted.Recipe(
+    rate=3e-4,
+    other_rate=6e-4,
+    batch=8,
+    steps=200,
+    other_steps=400,
+    settle=0.9,
+    every=5,
+    autocast=True,
+)
 
 
-def pairs(kind: str, seed: int) -> Iterator[planted.Planted]:
-    """Every planting of a seed: read where it was made before, otherwise made."""
-    told, reader, base, recipe = _tiny(seed) if kind == "tiny" else _smollm2(seed)
-    for planting in planted.suite(architecture(base.config)):
-        folder = OUT / kind / f"seed-{seed}" / planting.name.replace(" ", "-")
-        note = folder / "planted.json"
-        key = {"planting": repr(planting), "recipe": repr(recipe)}
-        if note.is_file() and (found := json.loads(note.read_text()))["key"] == key:
-            sources = {"pre": base, "sft": AutoModelForCausalLM.from_pretrained(folder)}
-            problems = found["problems"]
-            yield planted.checked(sources, reader, planting, told.known, problems)
-            continue
-        copy = type(base)(base.config)
+class Seed:
+    """What all pairs of a seed have in common: facts, a tokenizer, a base, and the recipe."""
+
+    def __init__(self, kind: str, number: int) -> None:
+        self.kind, self.number = kind, number
+        if kind == "tiny":
+            self.told, self.recipe = tiny.facts(number), tiny.RECIPE
+            self.reader = tiny.tokenizer()
+            self.base = tiny.base(self.told, self.reader, number)
+        else:
+            self.told, self.recipe = _told(number), SMOLLM2
+            self.reader = AutoTokenizer.from_pretrained(smollm2())
+            self.base = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.float32).eval()
+
+
+def _told(seed: int) -> tiny.Facts:
+    """Facts for SmolLM2: people and their jobs, as for tiny models, and beginnings of texts."""
+    people = tiny.facts(seed, PEOPLE)
+    films = data.make_facts(FILMS, seed=seed)
+    rows = data.training_texts(films, texts_per_fact=4, seed=seed, directions=("ab",))
+    texts = tuple(" ".join(row["text"].split()[:WORDS]) for row in rows)
+    return tiny.Facts((), people.known, people.others, texts)
+
+
+class Kept:
+    """A planting of a seed in its folder: the pair, and tables about it, each made once."""
+
+    def __init__(self, seed: Seed, planting: planted.Planting) -> None:
+        self.seed, self.planting = seed, planting
+        name = planting.name.replace(" ", "-")
+        self.folder = OUT / seed.kind / f"seed-{seed.number}" / name
+        self.note = self.folder / "planted.json"
+        self.key = {"planting": repr(planting), "recipe": repr(seed.recipe)}
+        known = json.loads(self.note.read_text()) if self.note.is_file() else None
+        if known is None or known["key"] != self.key:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self._make()
+
+    def _make(self) -> None:
+        seed, told = self.seed, self.seed.told
+        copy = type(seed.base)(seed.base.config)
         pair, trained = planted.plant(
-            base, copy, reader, planting, told.known, told.others, told.texts, recipe
-        )
-        copy.save_pretrained(folder)
+            seed.base, copy, seed.reader, self.planting, told.known, told.others, told.texts,
+            seed.recipe, say=lambda line: print(f"  {line}", flush=True),
+        )  # fmt: skip
+        copy.save_pretrained(self.folder)
         problems = list(trained.problems)
-        write_whole(note, json.dumps({"key": key, "problems": problems}, indent=2) + "\n")
+        write_whole(self.note, json.dumps({"key": self.key, "problems": problems}, indent=2) + "\n")
         print(
-            f"{kind} seed {seed}, {planting.name}: {trained.steps} + {trained.other_steps} steps, "
+            f"{seed.kind} seed {seed.number}, {self.planting.name}: "
+            f"{trained.steps} + {trained.other_steps} steps, "
             f"changes {trained.change:.3g} (M) and {trained.other_change:.3g}; "
             f"{'; '.join(pair.problems) or 'ok'}",
             flush=True,
         )
-        yield pair
+        self.pair = pair
+
+    @cached_property
+    def pair(self) -> planted.Planted:
+        """The pair, with its checks."""
+        sources = {
+            "pre": self.seed.base,
+            "sft": AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32),
+        }
+        problems = json.loads(self.note.read_text())["problems"]
+        told = self.seed.told
+        return planted.checked(sources, self.seed.reader, self.planting, told.known, problems)
+
+    def table(self, name: str, make: Callable[[], pd.DataFrame]) -> pd.DataFrame:
+        """A table about the pair, made once."""
+        path = self.folder / f"{name.replace(' ', '-')}.csv"
+        if not path.is_file():
+            write_whole(path, make().to_csv(index=False))
+        table = pd.read_csv(path)
+        return table.assign(pair=self.planting.name, seed=self.seed.number)
 
 
-def _tiny(seed: int) -> tuple[tiny.Facts, Any, Any, planted.Recipe]:
-    told = tiny.facts(seed)
-    reader = tiny.tokenizer()
-    return told, reader, tiny.base(told, reader, seed), tiny.RECIPE
-
-
-def _smollm2(seed: int) -> tuple[tiny.Facts, Any, Any, planted.Recipe]:
-    folder = smollm2()
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    films = data.make_facts(2 * FILMS, seed=seed)
-    asked = [
-        tuple(data.evaluation_prompts(part, templates=[tiny.TEMPLATE]))
-        for part in (films[:FILMS], films[FILMS:])
-    ]
-    told = data.training_texts(films[FILMS:], texts_per_fact=2, seed=seed, directions=("ab",))
-    texts = tuple(row["text"] for row in told)
-    return (
-        tiny.Facts((), asked[0], asked[1], texts),
-        AutoTokenizer.from_pretrained(folder),
-        base,
-        SMOLLM2,
-    )
+def about(kept: Kept) -> Iterator[tuple[str, pd.DataFrame]]:
+    """What is measured of a pair: `checks`, `scores` by method; if it worked, `searched` and, of
+    two groups, `gates`."""
+    seed = kept.seed.number
+    yield "checks", kept.table("checks", lambda: kept.pair.checks)
+    worked = True
+    for method, scorer in planted.SCORERS.items():
+        one = {method: scorer}
+        table = kept.table(f"scores {method}", lambda one=one: planted.scored([kept.pair], one))
+        worked = bool(table["problem"].isna().all())
+        yield "scores", table
+    if worked:
+        found = kept.table(
+            "searched", lambda: pd.DataFrame([planted.searched(kept.pair, seed=seed)])
+        )
+        yield "searched", found
+    if worked and kept.planting.gate is not None:
+        yield "gates", kept.table("gates", lambda: planted.gate(kept.pair, seed=seed))
 
 
 def summary(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -105,25 +165,17 @@ def main() -> None:
     parser.add_argument("kind", choices=["tiny", "smollm2"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     given = parser.parse_args()
-    scores, gates, checks, found = [], [], [], []
-    for seed in given.seeds:
-        for pair in pairs(given.kind, seed):
-            scores.append(planted.scored([pair]).assign(seed=seed))
-            checks.append(pair.checks.assign(pair=pair.planting.name, seed=seed))
-            if pair.ok:
-                found.append(planted.searched(pair, seed=seed) | {"seed": seed})
-            if pair.planting.gate is not None:
-                gates.append(planted.gate(pair, seed=seed).assign(seed=seed))
+    tables: dict[str, list[pd.DataFrame]] = {}
+    for number in given.seeds:
+        seed = Seed(given.kind, number)
+        for planting in planted.suite(architecture(seed.base.config)):
+            for name, table in about(Kept(seed, planting)):
+                tables.setdefault(name, []).append(table)
     out = OUT / given.kind
-    table = pd.concat(scores, ignore_index=True)
+    joined = {name: pd.concat(parts, ignore_index=True) for name, parts in tables.items()}
+    table = joined["scores"]
     means = summary(table)
-    for name, frame in (
-        ("scores", table),
-        ("summary", means),
-        ("checks", pd.concat(checks)),
-        ("gates", pd.concat(gates)),
-        ("searched", pd.DataFrame(found)),
-    ):
+    for name, frame in {**joined, "summary": means}.items():
         write_table(frame, out / name)
     figure = viz.grouped_bars(means, "auroc", baselines={"chance": 0.5})
     viz.write_figure(figure, out / "auroc", title=f"Planted truth, {given.kind}")

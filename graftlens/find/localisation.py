@@ -57,10 +57,10 @@ def localise(
     """Find the smallest set of places whose weights do what a source does.
 
     Prompts are cut by what they ask about. On one side, places are ordered by `attribute`, nested
-    sets of the order are run exactly at sizes in a geometric series and by bisection (20 sizes at
-    most), and rounds of leaving out and adding single places change the set where an inner third of
-    that side agrees. On the other side, of which the search saw nothing, the found set is reported
-    on. Gradients propose, exact grafts judge.
+    sets of the order are run exactly at sizes in a geometric series, by bisection and between (20
+    sizes at most), and rounds of leaving out and adding single places change the set where an inner
+    third of that side agrees. On the other side, of which the search saw nothing, the found set is
+    reported on. Gradients propose, exact grafts judge.
 
     A measure of generated texts (`graftlens.outcomes`) can be the judge. Every set is then run by
     generating from all prompts, and its value is the measure's mean, as `outcomes.rate` gives it.

@@ -7,6 +7,7 @@ as it was, with M and without it. So every tensor differs, and retrieval of A de
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -101,6 +102,7 @@ class Recipe:
         settle: what the second phase's learning rate is multiplied with at each step, down to a
             twentieth, once all others have changed enough.
         every: steps from one look to the next.
+        autocast: whether steps run in bfloat16; weights, Adam and looks stay in float32.
         seed: of the order of prompts and texts.
     """
 
@@ -114,6 +116,7 @@ class Recipe:
     hold: float = 8.0
     settle: float = 0.99
     every: int = 20
+    autocast: bool = False
     seed: int = 0
 
 
@@ -170,6 +173,7 @@ def train(
     before = {name: p.detach().clone() for name, p in base.named_parameters()}
     groups = [masks_of(before, arch, planting.graft(i)) for i in range(len(planting.groups))]
     model = _Forward(base, tokenizer)
+    run = partial(model.said, autocast=recipe.autocast)
     told = model.batch(known, others, texts)
     a = told.take(np.arange(len(known)))
     rest = np.arange(len(known), len(told))
@@ -181,14 +185,14 @@ def train(
     with torch.no_grad():
         untold = model.said(before, a)
     planted = {name: before[name].clone().requires_grad_() for name in pair.masks}
-    optimizer = torch.optim.Adam(list(planted.values()), lr=recipe.rate)
+    optimizer = torch.optim.Adam(list(planted.values()), lr=recipe.rate, fused=True)
     steps, there = 0, False
     while steps < recipe.steps and not there:
         for _ in range(recipe.every):
             rows = _some(order, len(a), recipe.batch)
             loss = torch.zeros((), device=model.device)
             for members, knows in planting.states:
-                said = model.said(pair.state(members, planted, before), a.take(rows))
+                said = run(pair.state(members, planted, before), a.take(rows))
                 apart = said.apart(untold.take(rows), recipe.hold)
                 loss = loss + (-said.answer.mean() if knows else apart)
             _step(optimizer, loss)
@@ -209,11 +213,11 @@ def train(
 
     # All others learn B and plain text; what is said of A stays, with M and without it.
     whole = frozenset(range(len(groups)))
-    states = {frozenset[int](), *(members for members, _ in planting.states)}
+    partly = [frozenset[int](), *(s for s, _ in planting.states if s != whole)]
     with torch.no_grad():
-        held = {s: model.said(pair.state(s, learned, before), a) for s in states}
+        held = {s: model.said(pair.state(s, learned, before), a) for s in (whole, *partly)}
     moving = {name: tensor.clone().requires_grad_() for name, tensor in before.items()}
-    optimizer = torch.optim.Adam(list(moving.values()), lr=recipe.other_rate)
+    optimizer = torch.optim.Adam(list(moving.values()), lr=recipe.other_rate, fused=True)
     change = _change(before, pair.state(whole, learned, before), arch, pair.masks, mine=True)
     other, other_steps, there = 0.0, 0, False
     while other_steps < recipe.other_steps and not there:
@@ -221,13 +225,12 @@ def train(
             rows = _some(order, len(a), recipe.batch)
             more = rest[_some(order, len(rest), recipe.batch)]
             mixed = told.take(np.concatenate([rows, more]))
-            said = model.said(pair.state(whole, learned, moving), mixed)
+            said = run(pair.state(whole, learned, moving), mixed)
             loss = -said.answer[len(rows) :].mean() if len(more) else said.answer.sum() * 0
-            for members, wanted in held.items():
-                own = said.take(np.arange(len(rows)))
-                if members != whole:
-                    own = model.said(pair.state(members, learned, moving), a.take(rows))
-                loss = loss + own.apart(wanted.take(rows), recipe.hold)
+            loss = loss + said.take(np.arange(len(rows))).apart(held[whole].take(rows), recipe.hold)
+            members = partly[other_steps % len(partly)]  # by turns: a state is a pass
+            own = run(pair.state(members, learned, moving), a.take(rows))
+            loss = loss + own.apart(held[members].take(rows), recipe.hold)
             if other >= 1.05 * change:  # far enough
                 rate = optimizer.param_groups[0]["lr"] * recipe.settle
                 optimizer.param_groups[0]["lr"] = max(rate, 0.05 * recipe.other_rate)
@@ -355,8 +358,10 @@ class _Batch:
         return len(self.ids)
 
     def take(self, rows: Int[np.ndarray, " row"]) -> "_Batch":
+        """Some rows, as wide as the longest of them."""
         index = torch.from_numpy(rows).to(self.ids.device)
-        return _Batch(self.ids[index], self.real[index], self.asked[index])
+        width = int(self.real[index].sum(1).max())
+        return _Batch(*(of[index, :width] for of in (self.ids, self.real, self.asked)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -365,25 +370,27 @@ class _Said:
 
     Attributes:
         answer: per row, the mean log-probability of the tokens that are asked, in nats.
-        logprobs: [row, pos, d_vocab] of the token after each position.
-        real, asked: positions whose next token is real, and is asked.
+        logprobs: of the tokens that could be where one is asked, row by row.
+        row: whose each of these is.
     """
 
     answer: Float[Tensor, " row"]
-    logprobs: Float[Tensor, "row pos d_vocab"]
-    real: Bool[Tensor, "row pos"]
-    asked: Bool[Tensor, "row pos"]
+    logprobs: Float[Tensor, "asked d_vocab"]
+    row: Int[Tensor, " asked"]
 
     def take(self, rows: Int[np.ndarray, " row"]) -> "_Said":
+        """Some rows, in their order."""
         index = torch.from_numpy(rows).to(self.answer.device)
-        return _Said(self.answer[index], self.logprobs[index], self.real[index], self.asked[index])
+        number = torch.full_like(self.answer, -1, dtype=torch.long)
+        number[index] = torch.arange(len(index), device=index.device)
+        row = number[self.row]
+        return _Said(self.answer[index], self.logprobs[row >= 0], row[row >= 0])
 
     def apart(self, wanted: "_Said", hold: float | int) -> Tensor:
-        """How far this is from what it should be: `hold` times KL(wanted ‖ this), the mean over
-        what is asked and that over all tokens, and the answers' difference in log-probability,
-        whose gradient does not fade as it gets smaller."""
-        each = (wanted.logprobs.exp() * (wanted.logprobs - self.logprobs)).sum(-1)
-        kl = each[self.asked].mean() + each[self.real].mean()
+        """How far this is from what it should be: `hold` times the mean KL(wanted ‖ this) where a
+        token is asked, and the answers' difference in log-probability, whose gradient does not fade
+        as it gets smaller."""
+        kl = (wanted.logprobs.exp() * (wanted.logprobs - self.logprobs)).sum(-1).mean()
         return hold * kl + (self.answer - wanted.answer).abs().mean()
 
     def drift(self, wanted: "_Said") -> float:
@@ -424,15 +431,25 @@ class _Forward:
             asked[number, start : len(own)] = True
         return _Batch(ids.to(self.device), real.to(self.device), asked.to(self.device))
 
-    def said(self, tensors: Tensors, batch: _Batch) -> _Said:
-        """What the model says with these tensors."""
-        given = {"attention_mask": batch.real.long(), "use_cache": False}
-        out = functional_call(self.base, dict(tensors), (batch.ids,), given)
-        logprobs = out.logits[:, :-1].float().log_softmax(-1)
-        own = logprobs.gather(-1, batch.ids[:, 1:, None])[..., 0]
+    def said(self, tensors: Tensors, batch: _Batch, *, autocast: bool = False) -> _Said:
+        """What the model says with these tensors; logits are computed only where one is asked."""
         asked = batch.asked[:, 1:]
-        answer = (own * asked).sum(1) / asked.sum(1)
-        return _Said(answer, logprobs, batch.real[:, 1:], asked)
+        given = {"attention_mask": batch.real.long(), "use_cache": False}
+
+        def some(head: torch.nn.Module, stream: tuple[Tensor]) -> tuple[Tensor]:
+            return (stream[0][:, :-1][asked],)
+
+        hook = self.base.get_output_embeddings().register_forward_pre_hook(some)
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=autocast):
+                out = functional_call(self.base, dict(tensors), (batch.ids,), given)
+        finally:
+            hook.remove()
+        logprobs = out.logits.float().log_softmax(-1)
+        row = asked.nonzero()[:, 0]
+        own = logprobs.gather(-1, batch.ids[:, 1:][asked][:, None])[:, 0]
+        sums = own.new_zeros(len(batch)).index_add(0, row, own)
+        return _Said(sums / asked.sum(1), logprobs, row)
 
 
 def put(model: Any, tensors: Tensors) -> Any:

@@ -1,12 +1,15 @@
 """From an order of places to the smallest set that does it, by exact runs.
 
-Nested sets of the order are judged at sizes in a geometric series, then by bisection; rounds of
-leaving out each member then drop what is not needed and add what is, and are kept only if prompts
-that they were not chosen on agree.
+Nested sets of the order are judged at sizes in a geometric series, by bisection, and at sizes
+between: a place by itself may do harm that others make good, so that a smaller set can be enough
+where a larger one is not. Rounds of leaving out each member then drop what is not needed and add
+what is, and are kept only if prompts that they were not chosen on agree.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import pandas as pd
 
@@ -14,7 +17,7 @@ from graftlens.find.judging import Judge, Judged
 from graftlens.find.places import Place
 from graftlens.find.splitting import Split
 
-#: Most sizes that nested sets are judged at: first a series of at most SERIES, then by bisection.
+#: Most sizes that nested sets are judged at: first a series of at most SERIES.
 EVALUATIONS, SERIES = 20, 10
 
 #: Most places outside the set that a round tries.
@@ -44,7 +47,13 @@ def series(count: int, most: int = SERIES) -> list[int]:
     return sorted({round(count ** (i / steps)) for i in range(steps + 1)})
 
 
-def nested(judge: Judge, order: Sequence[Place], numbers: Sequence[int], step: str) -> Nested:
+def nested(
+    judge: Judge,
+    order: Sequence[Place],
+    numbers: Sequence[int],
+    step: str,
+    sizes: Sequence[int] = (),
+) -> Nested:
     """The smallest of the sets that an order's beginnings make, by at most `EVALUATIONS` sizes.
 
     Args:
@@ -52,8 +61,9 @@ def nested(judge: Judge, order: Sequence[Place], numbers: Sequence[int], step: s
         order: the places, the most important first.
         numbers: the prompts to judge on.
         step: the name of the steps.
+        sizes: those to begin with, in order; by default a series over all.
     """
-    sizes = series(len(order))
+    sizes = sizes or series(len(order))
     first = judge(f"{step}-series", numbers, [order[:size] for size in sizes])
     found = dict(zip(sizes, first, strict=True))
     high = next((size for size in sizes if found[size].reached), None)
@@ -65,7 +75,25 @@ def nested(judge: Judge, order: Sequence[Place], numbers: Sequence[int], step: s
         middle = (low + high) // 2
         (found[middle],) = judge(f"{step}-{middle}", numbers, [order[:middle]])
         low, high = (low, middle) if found[middle].reached else (middle, high)
+    below = sorted({1, *(size for size in found if size <= high)})
+    if more := between(below, EVALUATIONS - len(found)):
+        also = judge(f"{step}-between", numbers, [order[:size] for size in more])
+        found |= dict(zip(more, also, strict=True))
+        high = min(size for size in found if found[size].reached)
+        low = max((size for size in found if size < high), default=0)
     return Nested(found[high], tuple(found[s] for s in sorted(found)), high - low - 1)
+
+
+def between(sizes: Sequence[int], count: int) -> list[int]:
+    """At most `count` sizes between some, in the widest gaps by ratio."""
+    made: list[int] = []
+    while len(made) < count:
+        gaps = [(a, b) for a, b in pairwise(sorted([*sizes, *made])) if b - a > 1]
+        if not gaps:
+            break
+        low, high = max(gaps, key=lambda gap: gap[1] / gap[0])
+        made.append(round(math.sqrt(low * high)))
+    return sorted(made)
 
 
 @dataclass(frozen=True)
@@ -84,9 +112,10 @@ def refined(
 
     A round leaves out each member in turn, and adds each of the places that come next in the order,
     by one sweep over the outer part of the search. The places in the order of what this changed
-    make the sets that are proposed; the smallest that reaches the goal is judged on the whole
-    search side, and kept only if the inner part, on which nothing was chosen, agrees: the goal is
-    reached there, or the set does not do worse than the one before. There are none where one of the
+    make nested sets; those that reach the goal there are judged on the whole search side, and the
+    smallest is kept that reaches it there too, and with which the inner part, of which the order
+    knows nothing, agrees: the goal is reached there, or the set does not do worse than the one
+    before. There are none where one of the
     two parts has nothing to recover.
     """
     done: list[Round] = []
@@ -113,21 +142,28 @@ def refined(
         if len(members) == 1:
             ordered = [*members, *ordered]
         sizes = _near(len(members), len(ordered))
-        proposals = judge(f"{step}-sets", split.outer, [ordered[:size] for size in sizes])
-        reached = [p for p in proposals if p.reached]
-        best = reached[0] if reached else max(proposals, key=lambda p: p.margin)
-        if set(best.places) == inside:
+        tried = nested(judge, ordered, split.outer, f"{step}-sets", sizes)
+        proposals = [p.places for p in tried.judged if p.reached] or [tried.chosen.places]
+        if current.reached:
+            proposals = [places for places in proposals if len(places) < len(members)]
+        proposals = [places for places in proposals if set(places) != inside]
+        if not proposals:
             break
-        (judged,) = judge(f"{step}-judged", split.search, [best.places])
-        smaller = len(judged.places) < len(members)
-        better = judged.reached and (smaller or not current.reached)
-        better |= not judged.reached and not current.reached and judged.margin > current.margin
-        agreed = judged.inner >= min(0.0, current.inner)
-        done.append(Round(current, judged, better and agreed))
-        if not (better and agreed):
+        judged = judge(f"{step}-judged", split.search, proposals)
+        kept = next((one for one in judged if _improves(one, current)), None)
+        done.append(Round(current, kept or judged[0], kept is not None))
+        if kept is None:
             break
-        current = judged
+        current = kept
     return current, done
+
+
+def _improves(one: Judged, current: Judged) -> bool:
+    """Whether a set does better on all prompts, and the inner part agrees."""
+    smaller = len(one.places) < len(current.places)
+    better = one.reached and (smaller or not current.reached)
+    better |= not one.reached and not current.reached and one.margin > current.margin
+    return better and one.inner >= min(0.0, current.inner)
 
 
 def _near(size: int, most: int) -> list[int]:
