@@ -29,8 +29,8 @@ PACKAGES = {
     "graftlens.model": "The parts of a grafted model.",
 }
 
-#: Searches show explanations before the reference.
-BEHIND = "---\nsearch: {boost: 0.3}\n---\n"
+#: Searches show explanations before the reference and the repository's files.
+BEHIND = {"boost": 0.3}
 
 #: A docstring's section on what is returned, up to the next one.
 RETURNS = re.compile(r"^Returns:\n((?:    .*(?:\n|\Z)|\n)+)", re.M)
@@ -66,7 +66,7 @@ def public(package: str) -> list[str]:
 def reference(package: str) -> str:
     """The Markdown of a package's page."""
     entries = [f"::: {package}.{name}\n" for name in sorted(public(package), key=str.lower)]
-    return "\n".join([BEHIND, f"# {package}\n", f"{PACKAGES[package]}\n", *entries])
+    return "\n".join([f"# {package}\n", f"{PACKAGES[package]}\n", *entries])
 
 
 def linked(page: Path, seen: set[Path]) -> Iterator[Path]:
@@ -98,6 +98,8 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Links that leave docs/ go to the site's copy of the repository."""
     here = posixpath.dirname(page.file.src_uri)
     copied = page.file.src_uri.startswith(f"{REPOSITORY}/")
+    if copied or page.file.src_uri.startswith("api/"):
+        page.meta["search"] = BEHIND
 
     def site(match: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(here, match[1]))

@@ -16,15 +16,18 @@ from graftlens.graft import Graft
 from graftlens.model.load import preview
 from graftlens.model.mask import select
 from graftlens.model.smollm2 import rounded_sources
+from graftlens.outcomes.drawing import Drawing
 from graftlens.prompts import Prompt, PromptError, Tokenized
 from graftlens.references import MEMBERS
 from graftlens.stats import summarise
 from graftlens.sweep.prepared import Extent, Prepared
 from graftlens.sweep.results import Manifest, facts_of, read_end, read_manifest, read_results
 from graftlens.sweep.runner import SweepResult, config_of, content_of, sweep_result
+from graftlens.sweep.texttables import read_texts
 from graftlens.textreports import texts_shown
 from graftlens.viz.examples import Example, Glimpse, first_right, glimpse
 from graftlens.viz.page import page_at
+from graftlens.viz.spelling import short
 from graftlens.viz.sweepcharts import effects
 from graftlens.viz.sweeppage import TOKENS, Sweep, sweep_page
 from graftlens.viz.textspage import texts_page
@@ -44,6 +47,8 @@ BATCH = 500_000
 ENOUGH = ("FE+LT", "(FE+LT)^C")
 #: Most examples, and grafts of each.
 EXAMPLES, SHOWN = 4, 8
+#: Most characters of a text that a page begins with.
+SAID = 120
 
 
 def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
@@ -423,7 +428,8 @@ def sweep_glimpse(
     metric: str = "top5",
 ) -> Glimpse | None:
     """What the page of a sweep begins with; None where the grafts did not run or the models cannot
-    be read here. A prompt is followed by the whole answer under a graft that says it for sure.
+    be read here. A prompt is followed by what the sweep generated, if that is the likeliest token
+    at each step, or else by the whole answer under a graft that says it for sure.
 
     Args:
         folder: of a finished sweep.
@@ -448,7 +454,24 @@ def sweep_glimpse(
         )
     except (ValueError, OSError, RuntimeError):
         return None
-    return glimpse(made, summary, grafts, metric=metric, says=_surely_said(made, rows))
+    says = _generated(folder, manifest, number, grafts) or _surely_said(made, rows)
+    return glimpse(made, summary, grafts, metric=metric, says=says)
+
+
+def _generated(
+    folder: Path, manifest: Manifest, number: int, grafts: Sequence[str]
+) -> dict[str, str]:
+    """Graft -> the text after a prompt, of the likeliest token at each step; nothing if a graft has
+    none."""
+    if not len(manifest.text_shards):
+        return {}
+    sampling = Drawing(**manifest.config["outcomes"]["sampling"]).sampling
+    if sampling.draws or sampling.repetition_penalty != 1:
+        return {}
+    texts = _of_last(read_texts(folder), manifest)
+    found = texts[(texts["prompt"] == number) & texts["text"].notna()].set_index("graft")["text"]
+    said = {graft: short(str(found[graft]), SAID) for graft in grafts if graft in found}
+    return said if all(map(said.get, grafts)) else {}
 
 
 def _surely_said(made: Example, rows: pd.DataFrame) -> dict[str, str]:

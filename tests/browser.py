@@ -88,13 +88,14 @@ def ask(page: Path, script: str, folder: Path, *, width: int = 1200, height: int
 
 
 def look(
-    pages: Mapping[str, Path],
+    pages: Mapping[str, Path | str],
     views: Sequence[View],
     script: str,
     *,
     click: str | None = None,
 ) -> dict[tuple[str, View], Any]:
-    """What `script` (the body of an async function) returns in every page and view, in one browser.
+    """What `script` (the body of an async function) returns in every page (a file, or an address)
+    and view, in one browser.
 
     `click` is the body of a function that returns a point of the window, [x, y], which a mouse
     moves to and clicks before the script runs.
@@ -105,7 +106,7 @@ def look(
 
 
 async def _looked(
-    pages: Mapping[str, Path], views: Sequence[View], script: str, click: str | None
+    pages: Mapping[str, Path | str], views: Sequence[View], script: str, click: str | None
 ) -> dict[tuple[str, View], Any]:
     import choreographer
 
@@ -142,7 +143,8 @@ async def _looked(
                 size = {"width": view.width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
                 await ask("Emulation.setDeviceMetricsOverride", **size)
                 if number == 0:
-                    await ask("Page.navigate", url=page.absolute().as_uri())
+                    url = page if isinstance(page, str) else page.absolute().as_uri()
+                    await ask("Page.navigate", url=url)
                 await drawn()
                 if view.print:
                     await value("dispatchEvent(new Event('beforeprint')), null")

@@ -169,7 +169,11 @@ def test_the_page_says_what_was_found_first(written: Path) -> None:
     assert "p = 0.0099" in text
     assert "recovery 0.200 (0.000 to 0.400)" in text, "what random sets do"
     assert "The found set minus others" in text
-    assert "0.0425" in text
+    assert "<td>0.0125 <small>[-0.0175, 0.0425]</small></td>" in text
+    for value in ("0.6 <small>[0.58, 0.62]</small>", "0.4 <small>[0.38, 0.42]</small>"):
+        assert f"<td>{value}</td>" in text
+    for word in ("found", "complement", "recovery"):
+        assert text.index(f"<dt>{word}</dt>") < text.index("id='curve'"), "before they are needed"
     assert "by 0.60 (0.50 to 0.70" in text
     assert "alone and missing were not measured" in text
 

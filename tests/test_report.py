@@ -611,3 +611,28 @@ def test_a_difference_that_may_be_chance_is_warned_of():
     assert ends["SFT"] > ends["PRE"] + 0.1
     (warning,) = reading.nothing_learnt(summary)
     assert "SFT is not certainly better than PRE" in warning
+
+
+def test_the_first_of_many_grafts_is_named_group_by_group():
+    table = make_table({"PRE": 0.0, "SFT": 1.0, "a": 0.2, "b": 0.9}, templates=tuple("vwxyz"))
+    rises = (table["template"] == "w") & (table["graft"] == "a")
+    table.loc[rises, "logprob"] += 20
+    summary = stats.summarise(table, resamples=50)
+    said = {}
+    for name, part in text.groups(summary).items():
+        rows = part.assign(graft=part["graft"].astype(str)).set_index("graft")
+        best = "a" if name == "w" else "b"
+        assert rows.at[best, "recovery"] == rows.loc[["a", "b"], "recovery"].max()
+        written = text.written(quantities.of_summary(summary, "recovery"), rows.loc[best])
+        said[name] = f"in {name} {best} {written}"
+    assert text.leading(summary, "recovery") == (
+        "Of 2 grafts, most recovery of log-probability: "
+        f"{said['v']}; {said['w']}; {said['x']}; and in 2 more groups of prompts, see below."
+    )
+    one = summary[summary["template"] == "w"]
+    assert text.leading(one, "recovery").endswith(f": {said['w'].removeprefix('in w ')}.")
+    # A single graft is not the first of many.
+    assert text.leading(summary[summary["graft"] != "b"], "recovery") == ""
+    models = pd.concat([one.assign(member=name) for name in ("early", "late")])
+    models = models[["member", *one.columns]]
+    assert "in late · w a " in text.leading(models, "recovery")

@@ -57,6 +57,7 @@ from graftlens.sweep.outcomesettings import OutcomeSettings
 from graftlens.sweep.results import facts_of, read_manifest
 from graftlens.sweep.runner import is_finished, prepare_sweep
 from graftlens.sweep.texttrust import _candidates, check_texts
+from graftlens.viz.examples import first_right
 from graftlens.viz.export import write_figure
 from graftlens.viz.tables import read_table
 from graftlens.viz.textspage import rate_charts, shown_texts, texts_page
@@ -916,3 +917,30 @@ def test_a_part_of_an_experiment_writes_rates_and_their_figures(
     file.write_text(yaml.safe_dump(given))
     with pytest.raises(ConfigError, match=r"parts\.says\.figures: it needs prompts with answers"):
         run_experiment(file, tmp_path / "bad", **options)
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, {"repetition_penalty": 1.3}, {}])
+def test_a_page_begins_with_greedy_texts(
+    sources: dict[str, str], tmp_path: Path, sampling: dict[str, float]
+) -> None:
+    """And with no others: what is drawn by chance, or penalised, is not what the model says."""
+    enough = ("FE+LT", "(FE+LT)^C")
+    rules = ("sft @ first_entity + last", "sft @ ~(first_entity + last)")
+    greedy = {"temperature": 0} if sampling else {}
+    outcomes = {"sampling": {"max_new_tokens": NEW, "seed": 3} | greedy | sampling}
+    grafts = {"PRE": "none", "SFT": "sft @ all"} | dict(zip(enough, rules, strict=True))
+    asked = given(sources, grafts=grafts, limit=2, outcomes=outcomes | {"measures": {}})
+    assert quiet(asked, tmp_path / "out").ok
+    source = sweep_report(tmp_path / "out").read_text(encoding="utf-8")
+    top = source[source.index("class='glimpse'") : source.index("class='lead'")]
+    said = [html.unescape(text) for text in re.findall(r"class='says'>(.*?)</strong>", top, re.S)]
+    cells = read_results(tmp_path / "out")
+    number = first_right(cells, "SFT")
+    if sampling == {"temperature": 0}:
+        texts = read_texts(tmp_path / "out").set_index(["prompt", "graft"])["text"]
+        assert said == [texts[number, graft] for graft in enough]
+        assert "followed by what the model says." in top
+    else:
+        tokens = cells.set_index(["prompt", "graft"])["top_tokens"]
+        assert said == [tokens[number, graft][0] for graft in enough]
+        assert "followed by the likeliest next token" in top

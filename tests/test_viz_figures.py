@@ -292,6 +292,19 @@ def test_fills_of_many_series_differ():
     assert len(set(styles)) == 18
 
 
+def test_lines_of_grafts_look_as_grafts_do_elsewhere():
+    names = ("PRE", "SFT", "LT", "FE+LT", "(FE+LT)^C")
+    table = pd.concat([positions(dict.fromkeys(names, 0.5)).assign(step=step) for step in (1, 2)])
+    drawn = linecharts.lines(table, "step", "top5", series="graft").data
+    looks = theme.graft_lines(names)
+    for trace, name in zip(drawn, names, strict=True):
+        look = looks[name]
+        assert trace.name == name
+        assert (trace.line.color, trace.line.dash) == (look.color, look.dash)
+        assert trace.marker.symbol == look.marker
+        assert look.color == theme.graft_fill(name).color
+
+
 # --- captions and colours --------------------------------------------------------------------
 
 

@@ -34,7 +34,7 @@ from graftlens.experiment.config import (
 )
 from graftlens.experiment.localising import localise_checked, searched
 from graftlens.experiment.plan import Plan, Store, plan
-from graftlens.experiment.show import plain, show_found, show_part
+from graftlens.experiment.show import leading, plain, show_found, show_part
 from graftlens.finetune import FinetuneResult, FinetuneRun, InUseError, finetune_run
 from graftlens.folder import RUNS, at_home, claim, inside, read_json, writable, write_whole
 from graftlens.model.smollm2 import rounded_sources
@@ -146,6 +146,7 @@ def run_experiment(
     sweeps: dict[str, SweepResult] = {}
     parts: list[Part] = []
     said: list[str] = []
+    others: list[str] = []  # what parts show that no finding is asked of
     rounded: dict[str, None] = {}
     stems: set[str] = set()
     glimpse: Glimpse | None = None
@@ -197,13 +198,14 @@ def run_experiment(
                 both = (part.finding.enough, part.finding.rest)
                 ran = [checked.duplicates.get(graft, graft) for graft in both]
                 glimpse = sweep_glimpse(place, tables.template, ran, metric=part.finding.metric)
-            if headline:
-                said.append(headline if len(config.parts) == 1 else headed(part.title, headline))
+            if found := headline or leading(tables):
+                kept = said if headline else others
+                kept.append(found if len(config.parts) == 1 else headed(part.title, found))
     record = _record(named, planned, trained, sweeps)
     write_whole(folder / "experiment.yaml", named.text)
     write_whole(folder / "experiment.json", json.dumps(record, indent=2, default=str) + "\n")
     expected = [f"The paper: {config.expected}"] if config.expected else []
-    lead = " ".join([*said, *expected, *rounded])
+    lead = " ".join([*(said or others), *expected, *rounded])
     links = {"the config": folder / "experiment.yaml", "what was run": folder / "experiment.json"}
     for name in sweeps:
         place = folder / "sweeps" / name

@@ -23,6 +23,7 @@ from graftlens.viz.localisation import found_figures
 from graftlens.viz.page import Figure, Part, Table
 from graftlens.viz.reading import glossary, nothing_learnt
 from graftlens.viz.spelling import headed
+from graftlens.viz.sweepcharts import main_metric
 from graftlens.viz.tables import write_table
 from graftlens.viz.textspage import rate_charts
 
@@ -115,6 +116,15 @@ def show_part(
             *few_answers(prompt.answer for prompt in (checked.prompts if checked.scored else ())),
         ],
     ), headline
+
+
+def leading(tables: PartTables) -> str:
+    """What a part without a finding shows, in a sentence or two; empty where it has no cells."""
+    if tables.interactions is not None:
+        return " ".join(sentences(tables.interactions.pairs)[:2])
+    if tables.pooled.empty:
+        return ""
+    return text.leading(tables.pooled, main_metric(tables.pooled))
 
 
 def show_found(name: str, part: PartConfig, found: Found, out: Path, stems: set[str]) -> Part:

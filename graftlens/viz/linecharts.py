@@ -39,11 +39,13 @@ def lines(
     figure = go.Figure()
     drawn = False
     names: list[object] = [None] if series is None else list(dict.fromkeys(frame[series]))
+    # Grafts look as they do everywhere.
+    grafts = theme.graft_lines(map(str, names)) if series == "graft" else {}
     for index, name in enumerate(names):
         chosen = pd.Series(True, index=frame.index) if name is None else frame[series].eq(name)
         part = frame[chosen].assign(**{_AT: at[chosen]}).sort_values(_AT, kind="stable")
         label = facts.label if name is None else str(name)
-        line = theme.series_line(index)
+        line = grafts.get(label) or theme.series_line(index)
         if part[_AT].duplicated().any():
             drawn = True
             _add_draws(figure, part, facts, escaped(label), line, x)

@@ -16,6 +16,7 @@ from graftlens.viz.figures import bar_chart
 from graftlens.viz.linecharts import add_line
 from graftlens.viz.page import Figure, Table
 from graftlens.viz.quantities import Quantity, Scale, scale
+from graftlens.viz.reading import glossary
 from graftlens.viz.render import render
 from graftlens.viz.spelling import escaped, visible
 
@@ -298,13 +299,15 @@ def set_on_prompt(example: pd.DataFrame, *, look: theme.Theme = theme.LIGHT) -> 
     )
     height = max(150, 24 * len(components))
     figure.update_layout(
-        **theme.layout(look), height=height + 130, margin={"l": 80, "r": 16, "t": 20, "b": 110}
+        **theme.layout(look), height=height + 110, margin={"l": 80, "r": 16, "t": 40, "b": 70}
     )
     figure.update_xaxes(
         tickvals=list(range(len(across))),
         ticktext=[escaped(visible(token)) for token in tokens["token"]],
         tickfont_size=11,
         autotickangles=[0, -45, -90],
+        automargin=True,
+        title_text="token",
         showgrid=False,
         zeroline=False,
     )
@@ -429,12 +432,19 @@ def localisation_page(
         chance=_chance(found),
         stable=_stable(found),
         tables=tables,
+        glossary=glossary(found.summary) | _NAMES,
         provenance=provenance or {},
         links=links or {},
         folder=path.parent,
     )
     return write_whole(path, html)
 
+
+#: Grafts that only this page has, and what they are.
+_NAMES = {
+    "found": "finetuned weights at the found set of sites alone",
+    "complement": "finetuned weights at all searched sites but these",
+}
 
 #: What a random set's recovery is of.
 _MEANT = {"enough": "Recoveries of", "without": "Recoveries of what is left without"}
@@ -452,9 +462,12 @@ def _judged(found: Localised) -> float:
 
 def _ordered(frame: pd.DataFrame) -> pd.DataFrame:
     """A table as the page shows it: sites in the order of their scores, differences without how
-    they were computed."""
+    they were computed, the curve's columns in words."""
     if set(_DIFFERENCES) <= set(frame):
-        return frame[_DIFFERENCES]
+        return frame[_DIFFERENCES].rename(columns={"a": "graft", "b": "minus"})
+    if {"size", "rest"} <= set(frame):
+        ends = {f"rest{end}": f"recovery of all but these{end}" for end in ("", "_low", "_high")}
+        return frame.rename(columns={"size": "sites", "share": "share of all sites"} | ends)
     return frame.sort_values("order", ignore_index=True) if "order" in frame else frame
 
 

@@ -89,12 +89,12 @@ def sweep_charts(summary: pd.DataFrame) -> tuple[list[Figure], list[str]]:
     groups = text.groups(summary)
     first = next(iter(groups.values()))
     figures: list[Figure] = []
-    notes: list[str] = []
-    layout, said = _layout(first, effects(summary))
-    notes += said
+    layout, notes = _layout(first, effects(summary))
     if layout is not None:
         figures += [
-            _titled(_map(layout, part, metric), name, groups) for name, part in groups.items()
+            _titled(_map(layout, part, metric), name, groups)
+            for name, part in groups.items()
+            if _has_any(part, metric)
         ]
     figures += list(_doses(groups, metric))
     figures += list(_ranks(groups, metric))
@@ -113,6 +113,11 @@ def sweep_charts(summary: pd.DataFrame) -> tuple[list[Figure], list[str]]:
     return figures, notes
 
 
+def _has_any(part: pd.DataFrame, metric: str) -> bool:
+    """Whether there is anything to draw. Why there is no recovery, the notes on the numbers say."""
+    return bool(part.loc[~are_references(part), metric].notna().any())
+
+
 def member_charts(summary: pd.DataFrame) -> list[Figure]:
     """What changes from one model of a source to the next, a chart for each group of prompts: lines
     over their steps, or bars for each model where steps do not tell them apart."""
@@ -127,6 +132,8 @@ def member_charts(summary: pd.DataFrame) -> list[Figure]:
     parts = text.groups(kept.drop(columns="step" if along else "member"))
     figures = []
     for name, part in parts.items():
+        if not _has_any(part, metric):
+            continue
         rows = kept.loc[part.index].drop(columns=by)
         if along:
             figure = line_chart(rows, "step", metric, series="graft")

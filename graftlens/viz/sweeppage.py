@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from graftlens.folder import at_home, write_whole
-from graftlens.references import are_references, named_in
+from graftlens.references import named_in
 from graftlens.stats.chance import few_answers
 from graftlens.viz import text
 from graftlens.viz.examples import Example, Glimpse
@@ -81,6 +81,7 @@ def sweep_page(path: str | Path, sweep: Sweep) -> Path:
     """
     path = at_home(path)
     charts, notes = sweep_charts(sweep.summary)
+    found = _found(sweep.summary)
     listed = largest(sweep.summary, LISTED)
     said = numbers(listed, sweep.table[sweep.table["graft"].isin(listed["graft"])])
     grafts = sweep.summary["graft"].nunique()
@@ -96,7 +97,7 @@ def sweep_page(path: str | Path, sweep: Sweep) -> Path:
         title=sweep.title,
         glimpse=sweep.glimpse,
         warnings=[*nothing_learnt(sweep.summary), *few_answers(sweep.table["answer"])],
-        lead=sweep.lead,
+        lead=" ".join(filter(None, [found, sweep.lead])),
         findings=[*_findings(sweep.summary), *sweep.notes, *notes],
         charts=charts,
         glossary=glossary(sweep.summary),
@@ -114,25 +115,36 @@ def sweep_page(path: str | Path, sweep: Sweep) -> Path:
     return write_whole(path, html)
 
 
+def _is_finding(summary: pd.DataFrame) -> bool:
+    """Whether it can say if FE+LT is enough."""
+    both = {"FE+LT", "(FE+LT)^C"} <= set(summary["graft"].astype(str))
+    return both and named_in(summary)[1] is not None and "top5" in summary
+
+
+def _found(summary: pd.DataFrame) -> str:
+    """What the sweep found, in a sentence or two."""
+    if not _is_finding(summary):
+        return text.leading(summary, main_metric(summary))
+    base, full = named_in(summary)
+    return text.headline(summary, base=base, full=str(full))
+
+
 def _findings(summary: pd.DataFrame) -> list[str]:
     """What each group of prompts shows: whether FE+LT is enough where it was run, or else which
     graft does most and which least."""
-    base, full = named_in(summary)
-    names = set(summary["graft"].astype(str))
-    if {"FE+LT", "(FE+LT)^C"} <= names and full is not None and "top5" in summary:
-        found = text.verdicts(summary, base=base, full=full)
+    if _is_finding(summary):
+        base, full = named_in(summary)
+        found = text.verdicts(summary, base=base, full=str(full))
         return [verdict.sentence for verdict in found]
-    metric = main_metric(summary)
-    facts = of_summary(summary, metric)
+    facts = of_summary(summary, main_metric(summary))
     said = []
     for name, part in text.groups(summary).items():
-        rows = part[~are_references(part) & part[metric].notna()]
+        rows = text.ranked(facts, part)
         if len(rows) < 2:
             continue
-        ordered = rows.sort_values(metric, ascending=facts.lower_is_better, kind="stable")
         most, least = (
             f"{row['graft']} ({text.written(facts, row)})"
-            for _, row in ordered.iloc[[0, -1]].iterrows()
+            for _, row in rows.iloc[[0, -1]].iterrows()
         )
         count = text.prompts(int(part["n"].iloc[0]))
         said.append(

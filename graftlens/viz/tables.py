@@ -28,7 +28,7 @@ _NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?%?")
 
 
 #: A value with its interval, as `text.written` makes it.
-_INTERVAL = re.compile(r"-?[0-9.]+%? \[(?:n/a|-?[0-9.]+, -?[0-9.]+)\]")
+_INTERVAL = re.compile(r"-?[0-9.e+-]+%? \[(?:n/a|-?[0-9.e+-]+, -?[0-9.e+-]+)\]")
 
 
 def write_table(
@@ -134,8 +134,9 @@ def written_columns(
 ) -> dict[str, list[str]]:
     """Heading -> cells of a table as a reader wants them.
 
-    A metric with an interval is one column. By default a summary shows what groups it, the graft,
-    `n` and the metrics; another table shows all its columns.
+    A number with its interval (of a column x, the columns x_low and x_high; of `difference`, also
+    `low` and `high`) is one column. By default a summary shows what groups it, the graft, `n` and
+    the metrics; another table shows all its columns.
 
     Raises:
         ValueError: a column that the table lacks.
@@ -144,11 +145,20 @@ def written_columns(
         return {}
     measured = _measured(frame, columns)
     found: dict[str, list[str]] = {}
-    for name in _chosen(frame, columns):
+    chosen = _chosen(frame, columns)
+    ends = {name: pair for name in chosen if (pair := _interval(name, chosen))}
+    inside = {end for pair in ends.values() for end in pair}
+    for name in chosen:
         if name in measured:
             facts = of_summary(frame, name)
             found[facts.short] = text.written_all(facts, frame)
-        else:
+        elif name in ends:
+            numbers = (frame[end].tolist() for end in (name, *ends[name]))
+            found[name.replace("_", " ")] = [
+                _plain(value) + (f" [{_plain(low)}, {_plain(high)}]" if low == low else "")
+                for value, low, high in zip(*numbers, strict=True)
+            ]
+        elif name not in inside:
             found[name.replace("_", " ")] = [_plain(value) for value in frame[name].tolist()]
     return found
 
@@ -163,6 +173,13 @@ def _chosen(frame: pd.DataFrame, columns: Sequence[str] | None) -> list[str]:
         return have
     lead = [name for name in have[: have.index("graft") + 1] if name not in GRAFT_COLUMNS]
     return [*lead, "n", *measured(frame)]
+
+
+def _interval(name: str, columns: Sequence[str]) -> tuple[str, str] | None:
+    """The columns of the ends of a column's interval, if it has one."""
+    pairs = [(f"{name}_low", f"{name}_high")]
+    pairs += [("low", "high")] if name == "difference" else []
+    return next((pair for pair in pairs if set(pair) <= set(columns)), None)
 
 
 def _measured(frame: pd.DataFrame, columns: Sequence[str] | None) -> tuple[str, ...]:

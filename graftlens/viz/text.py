@@ -14,6 +14,9 @@ from graftlens.viz.spelling import capital
 #: From what difference on, as a share of the way from base to full, two measures disagree.
 APART = 0.25
 
+#: Most groups of prompts of which one sentence says what is best there.
+NAMED = 3
+
 Outcome = Literal["reproduced", "not reproduced", "untestable", "not checked"]
 
 
@@ -180,6 +183,35 @@ def verdicts(
         sentence = " ".join(filter(None, [f"{name} ({n}): {numbers}. {why}.", otherwise]))
         found.append(Verdict(name, outcome, sentence, otherwise))
     return tuple(found)
+
+
+def ranked(facts: Quantity, part: pd.DataFrame) -> pd.DataFrame:
+    """The rows of a group whose graft has a value, without the ends of recovery, the best first."""
+    rows = part[~are_references(part) & part[facts.name].notna()]
+    return rows.sort_values(facts.name, ascending=facts.lower_is_better, kind="stable")
+
+
+def leading(summary: pd.DataFrame, metric: str) -> str:
+    """Which graft does most by a metric, group by group of up to `NAMED`, in one sentence; empty
+    where there are not several to choose from. Of models that ran one after another, it is about
+    the last."""
+    facts, several = of_summary(summary, metric), "member" in summary
+    if several:
+        summary = summary[summary["member"] == summary["member"].iloc[-1]]
+    parts = {name: ranked(facts, part) for name, part in groups(summary).items()}
+    firsts = {name: rows for name, rows in parts.items() if len(rows) > 1}
+    if not firsts:
+        return ""
+    said = [
+        f"{f'in {name} ' if several or len(firsts) > 1 else ''}{rows.iloc[0]['graft']} "
+        f"{written(facts, rows.iloc[0])}"
+        for name, rows in firsts.items()
+    ]
+    count = max(map(len, firsts.values()))
+    more = len(said) - NAMED
+    rest = f"; and in {more} more groups of prompts, see below" if more > 0 else ""
+    best = "least" if facts.lower_is_better else "most"
+    return f"Of {count} grafts, {best} {facts.label}: {'; '.join(said[:NAMED])}{rest}."
 
 
 def headline(
