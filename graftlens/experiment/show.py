@@ -122,7 +122,7 @@ def leading(tables: PartTables) -> str:
     """What a part without a finding shows, in a sentence or two; empty where it has no cells."""
     if tables.interactions is not None:
         return " ".join(sentences(tables.interactions.pairs)[:2])
-    if tables.pooled.empty:
+    if not {"recovery", "logprob"} <= {*tables.pooled}:
         return ""
     return text.leading(tables.pooled, main_metric(tables.pooled))
 
