@@ -172,6 +172,7 @@ def test_the_page_says_what_was_found_first(written: Path) -> None:
     assert "<td>0.0125 <small>[-0.0175, 0.0425]</small></td>" in text
     for value in ("0.6 <small>[0.58, 0.62]</small>", "0.4 <small>[0.38, 0.42]</small>"):
         assert f"<td>{value}</td>" in text
+    assert "how far the distribution of the next token is from that of SFT" in text
     for word in ("found", "complement", "recovery"):
         assert text.index(f"<dt>{word}</dt>") < text.index("id='curve'"), "before they are needed"
     assert "by 0.60 (0.50 to 0.70" in text

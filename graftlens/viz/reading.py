@@ -117,4 +117,9 @@ def _meaning(facts: Quantity) -> str:
     if found := re.fullmatch(r"top(\d+)", facts.name):
         most = "the likeliest" if found[1] == "1" else f"among the {found[1]} likeliest"
         return f"share of prompts in which the answer's first token is {most} as the next token"
+    if found := re.fullmatch(r"KL\(graft ‖ (.+)\)", facts.label):
+        return (
+            f"how far the distribution of the next token is from that of {found[1]} "
+            f"(Kullback–Leibler divergence, {facts.unit}); 0 is the same"
+        )
     return facts.title
