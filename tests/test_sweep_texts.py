@@ -907,7 +907,11 @@ def test_a_part_of_an_experiment_writes_rates_and_their_figures(
     assert tables >= {"says-rates.csv", "says-rates.md", "cells-rates.csv", "cells-pooled.csv"}
     figures = {path.name for path in (tmp_path / "out/figures").iterdir()}
     assert figures >= {f"says-rate-{name}.html" for name in (*MEASURES, "mine")}
-    assert "cells-rate-an_a.html" in figures
+    by_template = read_table(tmp_path / "out/tables/cells-rates-by-template.csv")
+    source = (tmp_path / "out/figures/cells-rate-an_a.html").read_text(encoding="utf-8")
+    bars = re.findall(r'"name":"([^"]+)"', source)
+    assert len(bars) > 1
+    assert bars == list(dict.fromkeys(by_template["template"]))
     pooled = read_table(tmp_path / "out/tables/cells-pooled.csv")
     assert set(pooled["graft"]) == {"none", "tuned @ all", "LT"}
     assert pooled["logprob"].notna().all()

@@ -87,8 +87,7 @@ def show_part(
         written = write_figure(drawn.figure, file, title=headed(part.title, "interactions"))
         why = "".join(f" (No {kind}: {why}.)" for kind, why in written.skipped.items())
         shown.append(replace(drawn, caption=drawn.caption + why, files=written.paths))
-    rates = {} if tables.rates.empty else rate_charts(tables.rates)
-    for measure, drawn in rates.items():
+    for measure, drawn in _rate_charts(tables).items():
         file = inside(out, "figures") / _unlike(plain(f"{name}-rate-{measure}"), stems)
         written = write_figure(drawn.figure, file, title=headed(part.title, measure), shared=True)
         shown.append(replace(drawn, files=written.paths, skipped=written.skipped))
@@ -116,6 +115,16 @@ def show_part(
             *few_answers(prompt.answer for prompt in (checked.prompts if checked.scored else ())),
         ],
     ), headline
+
+
+def _rate_charts(tables: PartTables) -> dict[str, Figure]:
+    """Measure -> its chart: template by template, as a behaviour is due after some and not after
+    others. Labels, and models that ran one after another, are shown of all templates together."""
+    charts = {} if tables.rates.empty else rate_charts(tables.rates)
+    apart = tables.rates_by_template
+    if "member" in apart or apart.empty or apart["label"].notna().all():
+        return charts
+    return charts | rate_charts(apart[apart["label"].isna()])
 
 
 def leading(tables: PartTables) -> str:
