@@ -325,8 +325,10 @@ def test_the_page_draws_members_over_steps_and_lists_them(whole: Path) -> None:
     summary = summarise(table, by=("member", "step", "template"), metrics=("logprob",))
     charts = [f for f in drawn(page) if f["layout"]["xaxis"]["title"]["text"].startswith("step")]
     templates = list(dict.fromkeys(table["template"]))
-    assert len(charts) == len(templates) > 1
-    for chart, template in zip(charts, templates, strict=True):
+    drawable = summary[summary["graft"].isin(["LT", "q"]) & summary["recovery"].notna()]
+    with_numbers = [name for name in templates if name in set(drawable["template"])]
+    assert len(charts) == len(with_numbers) > 0
+    for chart, template in zip(charts, with_numbers, strict=True):
         assert {line["name"] for line in chart["data"]} == {"LT", "q"}
         for line in chart["data"]:
             of_line = (summary["template"] == template) & (summary["graft"] == line["name"])
