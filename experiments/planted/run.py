@@ -42,7 +42,6 @@ SMOLLM2 = planted.Recipe(
     batch=8,
     steps=400,
     other_steps=400,
-    rise=1.25,
     settle=0.9,
     every=5,
     autocast=True,

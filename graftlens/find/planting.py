@@ -99,10 +99,8 @@ class Recipe:
         drift: how far the answers' log-probability may be from what it should stay at, as a share
             of what M brings.
         hold: weight of the divergence on A's prompts.
-        rise: what the second phase's learning rate is multiplied with at each look, until all
-            others have changed enough: what they learn is known long before, and then they go in
-            circles.
-        settle: what it is multiplied with at each step from then on, down to a twentieth.
+        settle: what the second phase's learning rate is multiplied with at each step, down to a
+            twentieth, once all others have changed enough.
         every: steps from one look to the next.
         autocast: whether steps run in bfloat16; weights, Adam and looks stay in float32.
         seed: of the order of prompts and texts.
@@ -116,7 +114,6 @@ class Recipe:
     known: float = 0.95
     drift: float = 0.05
     hold: float = 8.0
-    rise: float = 1.0
     settle: float = 0.99
     every: int = 20
     autocast: bool = False
@@ -242,8 +239,6 @@ def train(
         with torch.no_grad():
             now = pair.state(whole, learned, moving)
             other = _change(before, now, arch, pair.masks, mine=False)
-            if other < 1.05 * change:
-                optimizer.param_groups[0]["lr"] *= recipe.rise
             brought = float((held[whole].answer - untold.answer).mean())
             drift = max(
                 model.said(pair.state(s, learned, moving), a).drift(wanted) / brought
