@@ -60,7 +60,13 @@ from graftlens.sweep.texttrust import _candidates, check_texts
 from graftlens.viz.examples import first_right
 from graftlens.viz.export import write_figure
 from graftlens.viz.tables import read_table
-from graftlens.viz.textspage import rate_charts, shown_texts, texts_page
+from graftlens.viz.textspage import (
+    rate_charts,
+    rate_findings,
+    shown_texts,
+    texts_page,
+    told_apart,
+)
 
 NEW = 6
 KILLS = 30  # at random moments
@@ -397,6 +403,27 @@ def test_of_many_grafts_those_that_differ_most_are_compared() -> None:
     names = [line.name for line in chart.figure.data]
     assert names == ["g0", "g1", "g2", "g3", *(f"g{i}" for i in range(10, 20))]
     assert "14 of 20 grafts: those that differ most from the base." in chart.caption
+
+
+def test_what_is_said_of_rates_is_where_the_runs_differ() -> None:
+    """A behaviour is due after some prompts; that it is not seen after others is no finding."""
+    rate = {("due", "SFT"): 1.0, ("due", "LT"): 0.75, ("near", "LT"): 0.25}
+    rows = [
+        {"template": template, "graft": graft, "measure": measure, "label": None,
+         "rate": rate.get((template, graft), 0.0) if measure == "m" else 0.5,
+         "low": 0.0, "high": 1.0, "n": 4, "level": 0.95, "resamples": 9, "seed": 0,
+         "unit": "prompt", "share": True, "base_run": "PRE", "full_run": "SFT"}
+        for template in ("due", "near") for measure in ("m", "always")
+        for graft in ("PRE", "SFT", "LT", "FE")
+    ]  # fmt: skip
+    apart = told_apart(pd.DataFrame(rows))
+    assert set(zip(apart["template"], apart["measure"], strict=True)) == {("due", "m")}
+    assert rate_findings(apart) == [
+        "m (due): PRE 0.0% [0.0, 100.0], SFT 100.0% [0.0, 100.0]; of 2 other grafts most under LT "
+        "(75.0% [0.0, 100.0])."
+    ]
+    together = pd.DataFrame(rows[:4]).drop(columns="template")
+    assert rate_findings(told_apart(together)) == [rate_findings(apart)[0].replace(" (due)", "")]
 
 
 # -- whose folder it is ------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from graftlens.viz.reading import glossary, nothing_learnt
 from graftlens.viz.spelling import headed
 from graftlens.viz.sweepcharts import main_metric
 from graftlens.viz.tables import write_table
-from graftlens.viz.textspage import rate_charts
+from graftlens.viz.textspage import rate_charts, rate_findings, told_apart
 
 #: Most grafts whose rules a page lists; most grafts that a note names.
 LISTED, SHOWN = 60, 5
@@ -110,10 +110,7 @@ def show_part(
             **({"…": f"{more} more: see grafts.yaml in the sweep's folder"} if more > 0 else {}),
         },
         glossary=glossary(tables.template),
-        warnings=[
-            *nothing_learnt(tables.template),
-            *few_answers(prompt.answer for prompt in (checked.prompts if checked.scored else ())),
-        ],
+        warnings=_warnings(part, checked, tables),
     ), headline
 
 
@@ -121,16 +118,44 @@ def _rate_charts(tables: PartTables) -> dict[str, Figure]:
     """Measure -> its chart: template by template, as a behaviour is due after some and not after
     others. Labels, and models that ran one after another, are shown of all templates together."""
     charts = {} if tables.rates.empty else rate_charts(tables.rates)
-    apart = tables.rates_by_template
-    if "member" in apart or apart.empty or apart["label"].notna().all():
-        return charts
-    return charts | rate_charts(apart[apart["label"].isna()])
+    apart = _apart_rates(tables)
+    return charts if apart.empty else charts | rate_charts(apart)
+
+
+def _apart_rates(tables: PartTables) -> pd.DataFrame:
+    """The rates that are shown template by template."""
+    rates = tables.rates_by_template
+    if rates.empty or "member" in rates:
+        return rates.iloc[:0]
+    return rates[rates["label"].isna()]
+
+
+def _rates_said(tables: PartTables) -> list[str]:
+    """What tells the full source's texts from the base's, in a sentence for each measure and group
+    of prompts in which something does."""
+    apart = _apart_rates(tables)
+    rates = tables.rates if apart.empty else apart
+    return rate_findings(told_apart(rates))
+
+
+def _warnings(part: PartConfig, checked: Checked, tables: PartTables) -> list[str]:
+    """Why the part's numbers may mean less than they seem to. Of a part that is about texts alone,
+    it is what is measured of these."""
+    if len(tables.rates) and part.finding is None and not part.figures:
+        if "member" in tables.rates or _rates_said(tables):
+            return []
+        base, full = (str(tables.rates[f"{run}_run"].iloc[0]) for run in ("base", "full"))
+        return [f"No measure of texts tells {full} from {base}, so no graft can show what does."]
+    answers = [prompt.answer for prompt in (checked.prompts if checked.scored else ())]
+    return [*nothing_learnt(tables.template), *few_answers(answers)]
 
 
 def leading(tables: PartTables) -> str:
-    """What a part without a finding shows, in a sentence or two; empty where it has no cells."""
+    """What a part without a finding shows, in a sentence or two; empty where it shows nothing."""
     if tables.interactions is not None:
         return " ".join(sentences(tables.interactions.pairs)[:2])
+    if len(tables.rates) and "member" not in tables.rates:
+        return " ".join(_rates_said(tables)[:1])
     if not {"recovery", "logprob"} <= {*tables.pooled}:
         return ""
     return text.leading(tables.pooled, main_metric(tables.pooled))

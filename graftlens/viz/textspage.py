@@ -281,7 +281,7 @@ def texts_page(
         "textsweep.html",
         title=title,
         lead=lead,
-        findings=[*_findings(rates), *notes],
+        findings=[*rate_findings(rates), *notes],
         texts=texts,
         trust=trust,
         trusted=trusted,
@@ -291,10 +291,11 @@ def texts_page(
     return write_whole(path, html)
 
 
-def _findings(rates: pd.DataFrame) -> list[str]:
-    """What each measure shows between the two reference runs, in a sentence."""
+def rate_findings(rates: pd.DataFrame) -> list[str]:
+    """What each measure shows between the two reference runs, group by group of prompts, in a
+    sentence."""
     found = []
-    for (measure, label), part in rates.groupby(["measure", "label"], sort=False, dropna=False):
+    for (measure, label, *group), part in rates.groupby(_keys(rates), sort=False, dropna=False):
         base, full = (str(part[f"{run}_run"].iloc[0]) for run in ("base", "full"))
         rows = part.set_index(part["graft"].astype(str))
         if base not in rows.index or full not in rows.index:
@@ -315,5 +316,20 @@ def _findings(rates: pd.DataFrame) -> list[str]:
                 else f", {most['graft']} {value}"
             )
         name = measure if not isinstance(label, str) else f"{measure}: {label}"
-        found.append(f"{name}: {said}.")
+        where = f" ({', '.join(map(str, group))})" if group else ""
+        found.append(f"{name}{where}: {said}.")
     return found
+
+
+def told_apart(rates: pd.DataFrame) -> pd.DataFrame:
+    """The rates of those measures, labels and groups of prompts in which the two reference runs
+    differ."""
+    ends = rates["graft"].isin({*rates["base_run"], *rates["full_run"]})
+    each = rates["rate"].where(ends).groupby([rates[key] for key in _keys(rates)], dropna=False)
+    return rates[each.transform("nunique") > 1]
+
+
+def _keys(rates: pd.DataFrame) -> list[str]:
+    """The columns that name what is measured, and then the group of prompts."""
+    groups = rates.columns[: rates.columns.get_loc("graft")]
+    return ["measure", "label", *(name for name in groups if name not in ("measure", "label"))]
