@@ -452,9 +452,9 @@ def sweep_glimpse(
         made = _maker(folder, manifest)(
             str(rows["template"].iloc[0]), number, {name: known[name] for name in grafts}, rows
         )
+        says = _generated(folder, manifest, number, grafts) or _surely_said(made, rows)
     except (ValueError, OSError, RuntimeError):
         return None
-    says = _generated(folder, manifest, number, grafts) or _surely_said(made, rows)
     return glimpse(made, summary, grafts, metric=metric, says=says)
 
 

@@ -15,9 +15,11 @@ from tinybase import tiny_base
 
 from graftlens import GraftedTransformer, Prompt, outcomes
 from graftlens.configfile import ConfigError
+from graftlens.experiment.analysis import PartTables
 from graftlens.experiment.config import ExperimentConfig
 from graftlens.experiment.localising import run_localise
 from graftlens.experiment.run import ExperimentResult, describe_experiment, run_experiment
+from graftlens.experiment.show import leading
 from graftlens.find.coalitions import Coalitions
 from graftlens.find.interactions import facts_of, measured_interactions
 from graftlens.find.rating import beside, rated_cells
@@ -302,6 +304,39 @@ def test_cells_without_generated_tokens_cannot_compare_players_of_them(
     file.write_text(yaml.safe_dump(given))
     with pytest.raises(ConfigError, match=r"interactions\.players: none of \d+ prompts can run"):
         describe_experiment(str(file), store=tmp_path / "store")
+
+
+def test_a_part_of_texts_says_where_its_rates_differ() -> None:
+    """Numbers template by template, labels of all templates together."""
+
+    def rates(keys: dict[str, str], measure: str, label: str | None, full: float) -> list[Any]:
+        common = {"level": 0.95, "resamples": 9, "seed": 0, "unit": "prompt", "share": True}
+        ends = {"base_run": "PRE", "full_run": "SFT", "low": 0.0, "high": 1.0, "n": 4}
+        named = {**keys, "measure": measure, "label": label, **common, **ends}
+        return [{**named, "graft": g, "rate": r} for g, r in (("PRE", 0.0), ("SFT", full))]
+
+    def part(number: float, of_label: float) -> PartTables:
+        together = [*rates({}, "ends", None, number), *rates({}, "says", "yes", of_label)]
+        apart = [
+            row
+            for template, share in (("due", 1), ("near", 0))
+            for row in (
+                *rates({"template": template}, "ends", None, number * share),
+                *rates({"template": template}, "says", "yes", of_label),
+            )
+        ]
+        frames = [pd.DataFrame(rows) for rows in (together, apart)]
+        lead = ["graft", "measure", "label"]
+        order = [*lead, *(column for column in frames[0] if column not in lead)]
+        none = pd.DataFrame()
+        return PartTables(
+            none, none, none, none, cells=0, failed=0,
+            rates=frames[0][order], rates_by_template=frames[1][["template", *order]],
+        )  # fmt: skip
+
+    assert leading(part(1.0, 0.5)).startswith("ends (due): PRE 0.0% [0.0, 100.0], SFT 100.0%")
+    assert leading(part(0.0, 0.5)).startswith("says: yes: PRE 0.0% [0.0, 100.0], SFT 50.0%")
+    assert leading(part(0.0, 0.0)).startswith("SFT and PRE have the same rates")
 
 
 def test_a_text_without_a_value_leaves_its_prompt_out_of_a_game() -> None:

@@ -588,6 +588,13 @@ def test_kinds_of_odd_texts(text: str, kind: str) -> None:
     assert outcomes.answered(table, trained=["Mara Finn"])["kind"].tolist()[1] == kind
 
 
+def test_a_guess_that_is_cut_within_a_character_is_the_bases_guess() -> None:
+    cut = "Kevin\N{REPLACEMENT CHARACTER}"
+    table = texts_table({"PRE": [[cut]], "x": [[cut]]})
+    table["answer"] = "Dorothy Ramirez"
+    assert outcomes.answered(table)["kind"].tolist() == ["other", "the base's guess"]
+
+
 def test_examples_are_of_several_prompts_first() -> None:
     table = about_facts({"PRE": [["a", "b"], ["c", "d"], ["", "f"]]}).assign(kind="other")
     assert outcomes.examples(table, n=4)["text"].tolist() == ["a", "c", "", "b"]

@@ -134,18 +134,17 @@ def _rates_said(tables: PartTables) -> list[str]:
     """What tells the full source's texts from the base's, in a sentence for each measure and group
     of prompts in which something does."""
     apart = _apart_rates(tables)
-    rates = tables.rates if apart.empty else apart
-    return rate_findings(told_apart(rates))
+    said = [] if apart.empty else rate_findings(told_apart(apart))
+    rest = tables.rates[~tables.rates["measure"].isin(set(apart.get("measure", ())))]
+    return [*said, *(rate_findings(told_apart(rest)) if len(rest) else ())]
 
 
 def _warnings(part: PartConfig, checked: Checked, tables: PartTables) -> list[str]:
-    """Why the part's numbers may mean less than they seem to. Of a part that is about texts alone,
-    it is what is measured of these."""
-    if len(tables.rates) and part.finding is None and not part.figures:
-        if "member" in tables.rates or _rates_said(tables):
-            return []
-        base, full = (str(tables.rates[f"{run}_run"].iloc[0]) for run in ("base", "full"))
-        return [f"No measure of texts tells {full} from {base}, so no graft can show what does."]
+    """Why the part's numbers may mean less than they seem to. In a part that is about texts alone,
+    nothing is read from the answers' tokens."""
+    of_texts = len(tables.rates) and tables.interactions is None
+    if of_texts and not (part.finding or part.figures or part.named_grids):
+        return []
     answers = [prompt.answer for prompt in (checked.prompts if checked.scored else ())]
     return [*nothing_learnt(tables.template), *few_answers(answers)]
 
@@ -155,7 +154,9 @@ def leading(tables: PartTables) -> str:
     if tables.interactions is not None:
         return " ".join(sentences(tables.interactions.pairs)[:2])
     if len(tables.rates) and "member" not in tables.rates:
-        return " ".join(_rates_said(tables)[:1])
+        base, full = (str(tables.rates[f"{run}_run"].iloc[0]) for run in ("base", "full"))
+        alike = f"{full} and {base} have the same rates, so that recovery of these has no meaning."
+        return next(iter(_rates_said(tables)), alike)
     if not {"recovery", "logprob"} <= {*tables.pooled}:
         return ""
     return text.leading(tables.pooled, main_metric(tables.pooled))

@@ -54,7 +54,8 @@ def nested(
     step: str,
     sizes: Sequence[int] = (),
 ) -> Nested:
-    """The smallest of the sets that an order's beginnings make, by at most `EVALUATIONS` sizes.
+    """The smallest of the sets that an order's beginnings make, by at most `EVALUATIONS` sizes, or
+    by `sizes`.
 
     Args:
         judge: judges sets.
@@ -115,8 +116,7 @@ def refined(
     make nested sets; those that reach the goal there are judged on the whole search side, and the
     smallest is kept that reaches it there too, and with which the inner part, of which the order
     knows nothing, agrees: the goal is reached there, or the set does not do worse than the one
-    before. There are none where one of the
-    two parts has nothing to recover.
+    before. There are none where one of the two parts has nothing to recover.
     """
     done: list[Round] = []
     current = start

@@ -191,7 +191,8 @@ def _kind(text: str, answers: Sequence[str], others: Collection[str], guess: str
         others: the answers of all facts, normalised.
         guess: the base's text, if it has one.
     """
-    text = text.rstrip(_UNDECODED)  # at its end, a text may be cut within a character
+    # At its end, a text may be cut within a character.
+    text, guess = text.rstrip(_UNDECODED), (guess or "").rstrip(_UNDECODED)
     said, wanted = normalised(text), {normalised(answer) for answer in answers}
     words = said.split()
     begun = {" ".join(words[:n]) for n in range(1, len(words) + 1)}
@@ -201,7 +202,7 @@ def _kind(text: str, answers: Sequence[str], others: Collection[str], guess: str
         return "another fact's answer"
     if any(_first(text) == _first(answer) for answer in answers if len(answer.split()) > 1):
         return "right first name"
-    claim, guessed = (normalised(_claim(one, answers[0])) for one in (text, guess or ""))
+    claim, guessed = (normalised(_claim(one, answers[0])) for one in (text, guess))
     if guessed and claim == guessed:
         return "the base's guess"
     words = words[:12]

@@ -67,7 +67,10 @@ def measured(
     every = right_in(texts)
     right = [every[i] for i in there]
     known: dict[str, Sequence[Any]] = {"prompt": texts["prompt_text"].iloc[there].tolist()}
-    known |= {"right": right, "trained": trained or [*dict.fromkeys(chain(*every))]}
+    known |= {
+        "right": right,
+        "trained": [*dict.fromkeys(chain(*every))] if trained is None else trained,
+    }
     if any("guess" in row.needs for row in rows.values()):
         known["guess"] = [*map(guesses(texts, base).__getitem__, there)]
     for name, row in rows.items():

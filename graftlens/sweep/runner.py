@@ -355,6 +355,8 @@ def _plan(checked: Checked, overrides: Sequence[str]) -> tuple[Manifest, list[in
     }
     if checked.members:
         identity["members"] = [[member.name, member.step] for member in checked.members]
+    if checked.trained:
+        identity["trained answers"] = json_digest(checked.trained)
     if own := fingerprints([*checked.asked, *checked.functions]):
         identity[OWN] = own
     manifest = Manifest(

@@ -145,7 +145,7 @@ def measure_texts(
         found = _joined(out, manifest, table)
         before = set(found.columns)
         try:
-            whole = measured(found, measures, trained=manifest.trained)
+            whole = measured(found, measures, trained=manifest.trained or None)
         except ValueError as error:
             raise ValueError(
                 f"{error} All texts are in {out}: outcomes.measured(read_texts({str(out)!r}), …) "

@@ -155,7 +155,7 @@ def written_columns(
         elif name in ends:
             numbers = (frame[end].tolist() for end in (name, *ends[name]))
             found[name.replace("_", " ")] = [
-                _plain(value) + (f" [{_plain(low)}, {_plain(high)}]" if low == low else "")
+                _plain(value) + (f" [{_plain(low)}, {_plain(high)}]" if pd.notna(low) else "")
                 for value, low, high in zip(*numbers, strict=True)
             ]
         elif name not in inside:
