@@ -4,6 +4,7 @@ The oracle's base has hooks that give, at the sites of a graft, what the same mo
 model gave in its own run; under a graft as well, the sequential algorithm runs that hooked model.
 """
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -27,6 +28,7 @@ from lensoracle import (
     patched_copy,
     variants,
 )
+from pandas.testing import assert_frame_equal
 from reference import components_of, sequential_graft
 from torch import Tensor
 
@@ -573,6 +575,23 @@ def test_grafts_and_patches_side_by_side(oracles: OracleOf, variant: str) -> Non
         assert row["top_tokens"] == [tokenizer.decode([t]) for t in top.indices.tolist()]
         assert row["top_probs"] == pytest.approx(top.values.exp().tolist(), rel=1e-3)
     assert (table["reason"].isna()).all()
+    few = patching(oracle.tiny.model, PROMPTS, GRAFTS, top_k=3, patches_only=True)
+    kept = table[(table["how"] == "patch") | table["graft"].isin(["PRE", "SFT"])]
+    assert_frame_equal(few, kept.reset_index(drop=True))
+
+
+def test_many_patches_are_captured_a_few_at_a_time(
+    oracles: OracleOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The source runs once for all of them, or where memory is small for each; the numbers stay."""
+    model, runs = oracles("gpt2").tiny.model, []
+    with model.hooks(fwd_hooks=[("hook_embed", lambda value, hook: runs.append(value))]):
+        together = patching(model, PROMPTS, GRAFTS, patches_only=True)
+        counts = [len(runs)]
+        monkeypatch.setattr(sys.modules["graftlens.lens.patching"], "HELD", 1)
+        assert_frame_equal(patching(model, PROMPTS, GRAFTS, patches_only=True), together)
+        counts.append(len(runs) - counts[0])
+    assert counts == [2 + 1 + 2, 2 + 2 + 2]  # PRE and SFT; SFT again; the patched runs
 
 
 def test_the_table_goes_into_the_statistics(oracles: OracleOf) -> None:

@@ -205,7 +205,7 @@ def _patched(
     The output of `ln_final` and `unembed` is the answer itself, so that they are not patched (NaN).
     """
     grafts = _each_site(model.arch, source)
-    table = patching(model, list(prompts), list(grafts.values()))
+    table = patching(model, list(prompts), list(grafts.values()), patches_only=True)
     value = table.groupby("graft", observed=True)["logprob"].mean()
     base = value[str(table["base_run"].iloc[0])]
     return {site: float(value[f"{graft} (patched)"] - base) for site, graft in grafts.items()}

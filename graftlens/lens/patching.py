@@ -7,7 +7,7 @@ not, passes through there and originates earlier (activation patching: Vig et al
 2004.12265; across finetuned models, as CMAP: Prakash et al. 2024, arXiv 2402.14811).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
@@ -47,6 +47,9 @@ C = Component
 
 #: True while patches in force must not change what runs.
 SUSPENDED: ContextVar[bool] = ContextVar("suspended", default=False)
+
+#: How many numbers are kept at a time of the sources' own runs.
+HELD = 2**26
 
 #: The name of the run in which a graft's sites are patched.
 PATCHED = "{} (patched)"
@@ -88,23 +91,43 @@ def patched(
     """
     batch = prompts if isinstance(prompts, Batch) else model.batch(prompts, prepend_bos=prepend_bos)
     mask = model.resolve(graft, batch)
+    sites = _sites(model, batch, mask)
+    if sites:
+        _capture(model, batch, sites.values())
+    elif mask.graft:
+        raise ValueError(_of_the_base(model, mask.graft))
+    with _put_in(model, batch, sites):
+        yield model
+
+
+def _sites(model: GraftedTransformer, batch: Batch, mask: GraftMask) -> dict[Site, "_Site"]:
+    """Where a patch puts something in."""
     mask.check_numbers("a patch")
     real = batch.real.reshape(-1)
     made = {
         site: _Site(model.module_of(*site), chosen, real) for site, chosen in mask.sites.items()
     }
-    sites = {where: site for where, site in made.items() if site.sources}
-    if not sites:
-        if mask.graft:
-            raise ValueError(_of_the_base(model, mask.graft))
-        yield model
-        return
+    return {where: site for where, site in made.items() if site.sources}
+
+
+def _capture(model: GraftedTransformer, batch: Batch, sites: Collection["_Site"]) -> None:
+    """Keep what each site needs, by one run of each source."""
     _check_flags(model)
-    for source in sorted({s for site in sites.values() for s in site.sources}):
+    for source in sorted({s for site in sites for s in site.sources}):
         with ExitStack() as handles, model.active.hooking(), _suspended(), torch.no_grad():
-            for site in sites.values():
+            for site in sites:
                 handles.enter_context(_hooked(site.module, site.capture(source)))
             model(batch, graft=Graft.rule(model.sources[source]))
+
+
+@contextmanager
+def _put_in(
+    model: GraftedTransformer, batch: Batch, sites: Mapping[Site, "_Site"]
+) -> Iterator[None]:
+    """Inside, a run has what the sites have kept."""
+    if not sites:
+        yield
+        return
 
     def put(site: _Site) -> Callable[..., Tensor]:
         def hook(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
@@ -121,7 +144,7 @@ def patched(
         handles.enter_context(_checked(model, batch))
         for site in sites.values():
             handles.enter_context(_hooked(site.module, put(site)))
-        yield model
+        yield
 
 
 def _of_the_base(model: GraftedTransformer, graft: Graft) -> str:
@@ -144,6 +167,7 @@ def patching(
     top_k: int = 10,
     full: Graft | str | None = None,
     prepend_bos: bool | None = None,
+    patches_only: bool = False,
 ) -> pd.DataFrame:
     """Every graft as a graft and as a patch, side by side: does the fact originate there or pass
     through?
@@ -161,6 +185,7 @@ def patching(
         top_k: how many of the likeliest tokens to keep.
         full: the run that counts as SFT, as in `logit_lens`.
         prepend_bos: None is `model.cfg.default_prepend_bos`: the tokenizer decides, unless set.
+        patches_only: leave the grafts themselves out, except for PRE and SFT: half of the runs.
 
     Returns:
         One row per prompt and run, with `evaluate`'s columns of the answer's first token and `how`
@@ -180,33 +205,77 @@ def patching(
                 f"a graft is called {PATCHED.format(name)!r}, which is the name of the patch of "
                 f"{name!r}. Give it another name."
             )
-    tables = []
+    tables: list[pd.DataFrame] = []
     whole = model.batch(prompts, prepend_bos=prepend_bos)
     targets = needed_target_ids(model, whole.prompts, prepend_bos, "score")
     for places in chunks(model, whole, runs, "last"):
-        batch, ids = places.batch, [targets[i] for i in places.table["prompt"]]
-        for name, graft in runs.grafts.items():
-            said = runs.columns(name) | {"how": "graft"}
-            scored = _scored(model, places, model(batch, graft=graft), ids, top_k, said)
-            tables.append(scored)
-            if name in (runs.base, runs.full):
-                continue
-            said |= {"graft": PATCHED.format(name), "how": "patch"}
-            mask = model.resolve(graft, batch)
-            inside = _without_output(mask)
-            kept = _prompts_of(inside, batch)
-            if kept.any():
-                with patched(model, batch, inside):
-                    scored = _scored(model, places, model(batch, graft=Graft()), ids, top_k, said)
-            if not kept.all():
-                numbers = [m.name for m in measured_next()]
-                none = {c: scored[c].astype(object).where(kept, pd.NA) for c in numbers}
-                why = np.where(_prompts_of(mask, batch), _OUTPUT_ONLY, f"the graft {_NO_SITE}")
-                reason = [None if k else str(w) for k, w in zip(kept, why, strict=True)]
-                none["reason"] = pd.Series(reason, scored.index, dtype=object)  # None stays None
-                scored = scored.assign(**none)
-            tables.append(scored.assign(**said))
+        ids = [targets[i] for i in places.table["prompt"]]
+        tables += _side_by_side(model, places, runs, ids, top_k, patches_only)
     return marked(tidy(tables, ("prompt", "graft", "rule", "how")), runs.base, runs.full)
+
+
+def _side_by_side(
+    model: GraftedTransformer,
+    places: Places,
+    runs: Runs,
+    targets: list[int],
+    top_k: int,
+    patches_only: bool,
+) -> Iterator[pd.DataFrame]:
+    """Each run's table: PRE, SFT, then each graft and its patch."""
+    batch, references = places.batch, (runs.base, runs.full)
+
+    def scored(graft: Graft, said: Mapping[str, str]) -> pd.DataFrame:
+        return _scored(model, places, model(batch, graft=graft), targets, top_k, said)
+
+    for name in references:
+        yield scored(runs.grafts[name], runs.columns(name) | {"how": "graft"})
+    masks = {
+        name: model.resolve(graft, batch)
+        for name, graft in runs.grafts.items()
+        if name not in references
+    }
+    inside = {name: _without_output(mask) for name, mask in masks.items()}
+    for name, sites in _captured(model, batch, inside):
+        if not patches_only:
+            yield scored(runs.grafts[name], runs.columns(name) | {"how": "graft"})
+        with _put_in(model, batch, sites):
+            said = {"graft": PATCHED.format(name), "how": "patch"}
+            table = scored(Graft(), runs.columns(name) | said)
+        kept = _prompts_of(inside[name], batch)
+        if not kept.all():
+            numbers = [m.name for m in measured_next()]
+            none = {c: table[c].astype(object).where(kept, pd.NA) for c in numbers}
+            there = _prompts_of(masks[name], batch)
+            why = np.where(there, _OUTPUT_ONLY, f"the graft {_NO_SITE}")
+            reason = [None if k else str(w) for k, w in zip(kept, why, strict=True)]
+            none["reason"] = pd.Series(reason, table.index, dtype=object)  # None stays None
+            table = table.assign(**none)
+        yield table
+
+
+def _captured(
+    model: GraftedTransformer, batch: Batch, masks: Mapping[str, GraftMask]
+) -> Iterator[tuple[str, dict[Site, "_Site"]]]:
+    """Each mask's sites with what they keep: of as many masks at once as memory is meant for."""
+    arch, held = model.arch, 0
+    width = max(arch.d_model, arch.d_mlp, arch.n_heads * arch.d_head)
+    group: dict[str, dict[Site, _Site]] = {}
+    for name, mask in masks.items():
+        sites = _sites(model, batch, mask)
+        size = width * sum(len(w.rows) for site in sites.values() for w in site.wanted)
+        if group and held + size > HELD:
+            yield from _kept_by(model, batch, group)
+            group, held = {}, 0
+        group[name], held = sites, held + size
+    yield from _kept_by(model, batch, group)
+
+
+def _kept_by(
+    model: GraftedTransformer, batch: Batch, group: Mapping[str, dict[Site, "_Site"]]
+) -> Iterator[tuple[str, dict[Site, "_Site"]]]:
+    _capture(model, batch, [site for sites in group.values() for site in sites.values()])
+    yield from group.items()
 
 
 _OUTPUT_ONLY = "the graft covers only ln_final and unembed, whose output is the answer itself"
@@ -238,7 +307,7 @@ def _scored(
     logits: Tensor,
     targets: list[int],
     top_k: int,
-    said: dict[str, str],
+    said: Mapping[str, str],
 ) -> pd.DataFrame:
     last = places.pick(logits)
     found = Predictions(last, answer=torch.tensor(targets, device=last.device), top_k=top_k)
