@@ -6,6 +6,7 @@ import inspect
 import re
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
@@ -304,6 +305,17 @@ def test_what_cannot_be_asked_is_refused(model: GraftedTransformer, case: str) -
 def test_exact_effects_refuses_directions(model: GraftedTransformer) -> None:
     with pytest.raises(ValueError, match='by="direction": no graft can choose a direction, so it'):
         find.exact_effects(model, asking(), "sft", positions=POSITIONS, by="direction")
+    with pytest.raises(ValueError, match='steps=0: write a whole number from 1 to 1024, or "auto"'):
+        find.exact_effects(model, asking(), "sft", positions=POSITIONS, steps=0)
+
+
+def test_other_models_and_tables_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with pytest.raises(ValueError, match=r"model='llama' is not a GraftedTransformer. Give what"):
+        find.attribute("llama", asking(), "sft", positions=POSITIONS)  # type: ignore[arg-type]
+    for read in (find.places_of, find.ranking):
+        with pytest.raises(ValueError, match=r"table=None: give what find.attribute or find.exact"):
+            read(None)  # type: ignore[arg-type]
 
 
 def test_what_the_model_lacks_is_refused(tiny: MakeTiny) -> None:

@@ -659,6 +659,7 @@ def test_exact_effects_of_tokens_are_the_sequential_algorithms(tiny: MakeTiny) -
     table = find.exact_effects(
         t.model, torch.tensor([IDS]), "sft",
         positions=[[1], [-1]], targets=[TARGET], by="head", within="sft @ [1, -1] : o + q",
+        steps="auto",  # as attribute takes it
     )  # fmt: skip
     assert table[table["unit"] == "bias"][["alone", "missing"]].isna().all().all()
 

@@ -410,13 +410,21 @@ def test_heads_and_neurons_of_one_site_may_be_shared_out(llama: Tiny) -> None:
         ({"metrics": []}, r"metrics=\[\]: name at least one measure"),
         ({"metrics": ["top1", "top1"]}, r"name at least one measure, and each once"),
         ({"metrics": "logit_diff"}, r"'logit_diff' was not measured here"),
+        ({"metrics": None}, r"metrics=None\. Give one, or a list of them"),
+        ({"metrics": [3]}, r"metrics: 3 has no mean over prompts\. Allowed: top1"),
         ({"margin": 1.5}, r"margin=1.5: write a share of the whole effect"),
+        ({"margin": "a"}, r"margin='a': write a share of the whole effect"),
+        ({"permutations": 2.5}, r"permutations=2.5. Write 2 or more"),
+        ({"seed": -1}, r"seed=-1: write a whole number from 0"),
+        ({"seed": None}, r"seed=None: write a whole number from 0"),
+        ({"level": "95%"}, r"level='95%' is not in \(0, 1\)"),
+        ({"resamples": 1.5}, r"resamples=1.5 is not a whole number"),
         ({"permutations": 1}, r"permutations=1. Write 2 or more"),
         ({"level": 1.5}, r"level=1.5 is not in \(0, 1\)"),
         ({"resamples": 0}, r"resamples=0 is not positive"),
     ],
 )
-def test_settings_that_are_wrong(llama: Tiny, options, sentence: str) -> None:
+def test_settings_that_are_wrong(llama: Tiny, options, sentence: str, unchecked: None) -> None:
     players = {"a": "sft @ last", "b": "sft @ bos"}
     with pytest.raises(ValueError, match=sentence):
         find.interactions(llama.model, prompts()[:2], players, progress=False, **options)
@@ -426,6 +434,10 @@ def test_what_is_not_a_prompt(llama: Tiny, unchecked: None) -> None:
     players = {"a": "sft @ last", "b": "sft @ bos"}
     with pytest.raises(ValueError, match=r"number 1 is 'Ann', not a Prompt. Write Prompt\(text"):
         find.interactions(llama.model, [prompts()[0], "Ann"], players)
+    with pytest.raises(ValueError, match=r"prompts=None\. Give one, or a list of them"):
+        find.interactions(llama.model, None, players)
+    with pytest.raises(ValueError, match=r"model=None is not a GraftedTransformer\. Give what"):
+        find.interactions(None, prompts(), players)
     with pytest.raises(ValueError, match=r"found=3 is not a graft"):
         find.players_of(3)
     with pytest.raises(ValueError, match=r"found is the graft 'none', which has no parts"):

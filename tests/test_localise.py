@@ -2,12 +2,14 @@
 
 import contextlib
 import copy
+import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import numpy as np
 import pandas as pd
 import pytest
@@ -426,6 +428,10 @@ def test_a_target_out_of_reach_gives_the_best_set_and_says_so(planted: Any) -> N
         ({"random": -2}, "random=-2: write a whole number from 0"),
         ({"resamples": True}, "resamples=True: write a whole number from 0"),
         ({"held_out": 0}, "held_out=0 is not a share between 0 and 1"),
+        ({"held_out": "half"}, "held_out='half' is not a share between 0 and 1"),
+        ({"seed": -1}, "seed=-1: write a whole number from 0"),
+        ({"seed": "x"}, "seed='x': write a whole number from 0"),
+        ({"split_by": ["fact"]}, r"split_by=\['fact'\]: prompt 0, .* has no such field"),
         ({"held_out": 1.0}, "held_out=1.0 is not a share between 0 and 1"),
         ({"split_by": "film"}, "split_by='film': prompt 0, .* has no such field"),
         ({"positions": "each"}, "is for a single prompt, and 16 are given"),
@@ -444,8 +450,9 @@ def test_a_target_out_of_reach_gives_the_best_set_and_says_so(planted: Any) -> N
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_what_cannot_be_searched_is_refused_in_a_sentence(
-    planted: Any, changes: dict[str, Any], said: str
+    planted: Any, changes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     model, _, prompts = planted
     given = {"positions": POSITIONS, "random": 0, "rounds": 0} | changes
     with pytest.raises(ValueError, match=said):
@@ -454,6 +461,15 @@ def test_what_cannot_be_searched_is_refused_in_a_sentence(
 
 def test_other_sources_prompts_and_equal_pairs_are_refused(planted: Any, tiny: MakeTiny) -> None:
     model, _, prompts = planted
+    localise = inspect.unwrap(find.localise)
+    tokens = torch.tensor([[5, 9, 11]])
+    for wrong, given, said in (
+        (None, prompts, "model=None is not a GraftedTransformer"),
+        (model, tokens, "give a list of Prompts with answers"),
+        (model, None, "prompts=None: give a list of Prompts with answers"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            localise(wrong, given, "sft", positions=POSITIONS)
     for source, said in (("pre", "is the base"), ("task", "is not a source of this model")):
         with pytest.raises(ValueError, match=said):
             find.localise(model, prompts, source, positions=POSITIONS)

@@ -109,6 +109,7 @@ class Asked:
                 that overlap or select nothing, with the prompt's number.
             ValueError: any other argument that is not one of those allowed; the message lists them.
         """
+        refuse_other_models(model)
         for what, word, kind in (("by", by, By), ("outside", outside, Outside)):
             if word not in get_args(kind):
                 allowed = " ".join(map(repr, get_args(kind)))
@@ -244,6 +245,19 @@ def _union(positions: Sequence[str | int]) -> At:
         return At.parse(numbers)
     terms = tuple(map(At.parse, positions))
     return terms[0] if len(terms) == 1 else Several("+", terms)
+
+
+def refuse_other_models(model: Any) -> None:
+    """That the model has sources to graft from.
+
+    Raises:
+        ValueError: it is something else, such as one source's own model.
+    """
+    if not isinstance(model, GraftedTransformer):
+        raise ValueError(
+            f"model={brief(model)} is not a GraftedTransformer. Give what graftlens.load or "
+            "GraftedTransformer.from_pretrained made of two or more sources."
+        )
 
 
 # -- the measure -------------------------------------------------------------------------------

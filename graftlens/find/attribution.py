@@ -104,7 +104,7 @@ def attribute(
         ValueError: any other argument that is not allowed; q or k between sources whose rotary
             tables differ; hooks on the model; a model that was loaded in inference mode.
     """
-    nodes = _steps(steps)
+    nodes = quadrature_nodes(steps)
     asked = Asked.of(
         model,
         prompts,
@@ -128,8 +128,12 @@ def attribute(
     return model.vocabularies.marked(table) if asked.measure.over_common else table
 
 
-def _steps(steps: Any) -> int | None:
-    """The number of nodes; None is "auto"."""
+def quadrature_nodes(steps: Any) -> int | None:
+    """The number of nodes; None is "auto".
+
+    Raises:
+        ValueError: a number that is not allowed.
+    """
     if isinstance(steps, str) and steps == "auto":
         return None
     whole = isinstance(steps, int | np.integer) and not isinstance(steps, bool)

@@ -14,6 +14,7 @@ from graftlens.metrics import known
 from graftlens.model.arch import Architecture, Site
 from graftlens.model.mask import select, sites_of
 from graftlens.prompts import PromptError, Tokenized
+from graftlens.stats.resampling import check_seed
 
 #: What joins players' names into a coalition's, and what the coalition without players is called.
 JOINED, NOBODY = " + ", "none"
@@ -39,14 +40,15 @@ class Coalitions:
             ValueError: fewer than two players or more than 62, a graft without rules or of strength
                 0, two players of one graft, or names that would make two coalitions one.
         """
-        named = named_grafts(players)
+        named = {str(name): graft for name, graft in named_grafts(players).items()}
         if not 2 <= len(named) <= MOST:
             raise ValueError(
                 f"{len(named)} players. Give from 2 to {MOST}, each a named graft, such as "
                 '{"FE": "sft @ first_entity", "LT": "sft @ last"}.'
             )
-        if permutations < 2:
-            raise ValueError(f"permutations={permutations}. Write 2 or more, such as 100.")
+        if not isinstance(permutations, int) or permutations < 2:
+            raise ValueError(f"permutations={brief(permutations)}. Write 2 or more, such as 100.")
+        check_seed(seed)
         for name, graft in named.items():
             if not any(rule.strength != 0 for rule in graft.rules):
                 raise ValueError(

@@ -8,6 +8,7 @@ import pandas as pd
 
 from graftlens.components import Component
 from graftlens.find.asked import Asked, By, Outside
+from graftlens.find.attribution import quadrature_nodes
 from graftlens.find.places import Layout, Place
 from graftlens.graft import Graft, Where
 from graftlens.metrics import Measure
@@ -31,11 +32,14 @@ def exact_effects(
     within: Graft | str | None = None,
     outside: Outside = "base",
     targets: Any = None,
+    continuations: Sequence[str] | str | None = None,
+    steps: int | Literal["auto"] = 8,
 ) -> pd.DataFrame:
     """What each place does by itself, by exact grafts: one sweep, whose rows are shared.
 
-    Arguments are those of `attribute`. `by="direction"` is refused: no graft can choose a
-    direction. The measure need not be one that gradients pass through.
+    Arguments are those of `attribute`, so that one set of them asks both; `steps` changes nothing
+    here, where nothing is integrated. `by="direction"` is refused: no graft can choose a direction.
+    The measure need not be one that gradients pass through.
 
     Returns:
         One row per prompt and place, in the shape of `attribute`'s table: `alone`, what the place
@@ -57,6 +61,7 @@ def exact_effects(
             'by="direction": no graft can choose a direction, so it has no exact effect. '
             'Use by="site", "head" or "neuron".'
         )
+    quadrature_nodes(steps)
     asked = Asked.of(
         model,
         prompts,
@@ -67,6 +72,7 @@ def exact_effects(
         within=within,
         outside=outside,
         targets=targets,
+        continuations=continuations,
         exact=True,
     )
     layout = Layout(asked.units, asked.positions, asked.there)

@@ -122,7 +122,7 @@ class Found:
         which = f"{self.size.sites} of {self.total.sites} sites"
         if self.size.units:
             which = f"{len(self.places)} {self._unit_word()} in {which}"
-        verb = "is" if len(self.places) == 1 else "are"
+        verb, it = ("is", "it") if len(self.places) == 1 else ("are", "them")
         where = mostly(self.places)
         set_ = f"{which}, {where}," if where else which
         if self.goal == "sufficient":
@@ -130,7 +130,7 @@ class Found:
         elif self.goal == "necessary":
             said = f"without {set_} only {more} of {gain} is left, on {seen}"
         else:
-            said = f"{set_} {verb} enough for {share} of {gain}, and without them {more} is left, "
+            said = f"{set_} {verb} enough for {share} of {gain}, and without {it} {more} is left, "
             said += f"on {seen}"
         if not self.reached:
             target = f"the target of {100 * self.target:g}% was not reached in the search"

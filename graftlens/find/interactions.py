@@ -1,7 +1,7 @@
 """How places work together: exact coalitions of grafts, and what each player and pair brings."""
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 
 from graftlens.components import brief, suggest
 from graftlens.evaluation import evaluate
+from graftlens.find.asked import refuse_other_models
 from graftlens.find.coalitions import Coalitions
 from graftlens.find.games import Weights, dividends, members, pairs_of
 from graftlens.find.rating import Rating, beside, of_texts
@@ -164,6 +165,10 @@ def interactions(
             position and unit) in a prompt, or in an answer that is measured whole; fewer than two,
             or ones that change nothing; no prompt that runs under all coalitions.
     """
+    refuse_other_models(model)
+    for what, value in (("prompts", prompts), ("metrics", metrics)):
+        if not isinstance(value, Iterable | Prompt | Measure):
+            raise ValueError(f"{what}={brief(value)}. Give one, or a list of them.")
     said = of_texts(metrics)
     asked = [metrics] if isinstance(metrics, str | Measure) else list(metrics)
     asked = list(said) if isinstance(metrics, Mapping) else asked
@@ -175,9 +180,10 @@ def interactions(
         )
     rating = Rating.of(said, sampling) if said else None
     planned = Coalitions.of(players, permutations, seed)
-    given = [prompts] if isinstance(prompts, Prompt) else list(prompts)
+    given = [prompts] if isinstance(prompts, Prompt | str) else list(prompts)
     ready, not_run = _ready(model, given, planned, prepend_bos, names, generates=bool(said))
     draw = Draw("fact", level, resamples, seed)
+    _check_margin(margin)
     rest = [m for m in asked if m not in said]
     rated = None
     if rating is not None:
@@ -233,8 +239,7 @@ def measured_interactions(
         ValueError: a measure that the table lacks, or that is infinite for some prompt; a coalition
             that it lacks; no prompt that ran under all coalitions.
     """
-    if not 0 <= margin < 1:
-        raise ValueError(f"margin={margin}: write a share of the whole effect, such as 0.05.")
+    _check_margin(margin)
     check_metrics(results, metrics)
     names = list(planned.names.values())
     columns = [(ran or {}).get(name, name) for name in names]
@@ -447,6 +452,13 @@ def _call(low: float, high: float, near: float) -> str:
     return "OR" if high < 0 else "undecided"
 
 
+def _check_margin(margin: Any) -> None:
+    if isinstance(margin, bool) or not isinstance(margin, int | float) or not 0 <= margin < 1:
+        raise ValueError(
+            f"margin={brief(margin)}: write a share of the whole effect, such as 0.05."
+        )
+
+
 def facts_of(prompts: Sequence[Prompt]) -> dict[int, str]:
     """Prompt's number -> its fact: the field `fact` where all have one, else the answer."""
     told = all("fact" in prompt.fields for prompt in prompts)
@@ -464,12 +476,12 @@ def _names(asked: Sequence[str | Measure]) -> list[str]:
     """The measures' names, once it is sure that each can be averaged."""
     names = [m.name if isinstance(m, Measure) else m for m in asked]
     for given, name in zip(asked, names, strict=True):
-        row = given if isinstance(given, Measure) else known(name)
+        row = given if isinstance(given, Measure) else known(str(name))
         if row is None or row.summary not in ("mean", "share"):
             allowed = ["top1", "top5", *averaged()]
             raise ValueError(
                 f"metrics: {name!r} has no mean over prompts. Allowed: {' '.join(allowed)}, or a "
-                f"Measure of your own.{suggest(name, allowed)}"
+                f"Measure of your own.{suggest(str(name), allowed)}"
             )
     if not names or len({*names}) < len(names):
         raise ValueError(f"metrics={names}: name at least one measure, and each once.")

@@ -8,7 +8,7 @@ import pandas as pd
 
 from graftlens.components import brief
 from graftlens.evaluation import position_grafts
-from graftlens.find.asked import EACH, Asked
+from graftlens.find.asked import EACH, Asked, refuse_other_models
 from graftlens.find.attribution import attribute
 from graftlens.find.evidence import FOUND, REST, TOP
 from graftlens.find.exact import exact_effects
@@ -18,11 +18,12 @@ from graftlens.find.judging import BASE, FULL, Goal
 from graftlens.find.places import places_of
 from graftlens.find.rating import CONTINUED, GRADIENT, Rating, of_texts
 from graftlens.find.sets import without
-from graftlens.find.splitting import Split, split, unsplit
+from graftlens.find.splitting import Split, check_held_out, split, unsplit
 from graftlens.graft import Graft, Grafts, named_grafts
 from graftlens.metrics import Measure
 from graftlens.model.grafted import GraftedTransformer
 from graftlens.prompts import Prompt
+from graftlens.stats.resampling import check_seed
 from graftlens.sweep.scoring import Scorer
 
 #: What sites can be cut into; directions are a score only.
@@ -106,10 +107,15 @@ def localise(
         ValueError: any other argument that is not one of those allowed; too few facts; nothing to
             recover.
     """
+    refuse_other_models(model)
     given = [prompts] if isinstance(prompts, Prompt) else prompts
+    if not isinstance(given, Sequence) or not given:
+        raise ValueError(f"prompts={brief(prompts)}: give a list of Prompts with answers.")
     checked_numbers(
         target=target, rounds=rounds, random=random, resamples=resamples, goal=goal, by=by
     )
+    check_held_out(held_out)
+    check_seed(seed)
     rating = rating_of(metric, sampling, continuations, effects)
     followed, whence = None, continuations or CONTINUED
     if rating is not None:

@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float
 
-from graftlens.components import COMPONENTS, Component, Cut, Side
+from graftlens.components import COMPONENTS, Component, Cut, Side, brief
 from graftlens.graft import Rule
 from graftlens.model.arch import Architecture, Site
 from graftlens.positions import At
@@ -234,8 +234,8 @@ def ranking(table: pd.DataFrame) -> pd.DataFrame:
     Raises:
         ValueError: a table without these columns, or without any row.
     """
-    scores = [name for name in SCORES if name in table]
     _refuse_others(table, ("prompt", *PLACE, "value_base", "value_full"))
+    scores = [name for name in SCORES if name in table]
     if not scores or not len(table):
         raise ValueError(
             f"a table of {len(table)} rows with the scores {scores}. Give what find.attribute or "
@@ -252,6 +252,10 @@ def ranking(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def _refuse_others(table: pd.DataFrame, columns: Sequence[str]) -> None:
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(
+            f"table={brief(table)}: give what find.attribute or find.exact_effects returned."
+        )
     missing = [column for column in columns if column not in table]
     if missing:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -62,11 +63,7 @@ def split(
     Raises:
         ValueError: a share that is not between 0 and 1, an unknown `by`, too few groups.
     """
-    if isinstance(held_out, bool) or not 0 < held_out < 1:
-        raise ValueError(
-            f"held_out={held_out!r} is not a share between 0 and 1. Write 0.5 to report on half of "
-            "the facts."
-        )
+    check_held_out(held_out)
     name, groups = _groups(prompts, by)
     kinds = sorted(set(groups))
     if len(kinds) < FEWEST:
@@ -85,6 +82,19 @@ def split(
     }
     parts = [tuple(n for n, g in enumerate(groups) if side[g] == part) for part in range(3)]
     return Split(name, groups, parts[2], parts[1], parts[0])
+
+
+def check_held_out(share: Any) -> None:
+    """That a share of the facts leaves some on either side.
+
+    Raises:
+        ValueError: a share that is not between 0 and 1.
+    """
+    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share < 1:
+        raise ValueError(
+            f"held_out={brief(share)} is not a share between 0 and 1. Write 0.5 to report on half "
+            "of the facts."
+        )
 
 
 def unsplit(prompts: Sequence[Prompt]) -> Split:
@@ -112,10 +122,10 @@ def _groups(prompts: Sequence[Prompt], by: str | None) -> tuple[str, tuple[str, 
     if by == "answer":
         return by, tuple(str(prompt.answer) for prompt in prompts)
     for number, prompt in enumerate(prompts):
-        if by not in prompt.fields:
+        if not isinstance(by, str) or by not in prompt.fields:
             known = [*prompt.fields, "answer", "prompt"]
             raise ValueError(
-                f"split_by={by!r}: prompt {number}, {brief(prompt.text)}, has no such field. "
+                f"split_by={brief(by)}: prompt {number}, {brief(prompt.text)}, has no such field. "
                 f"Allowed: {' '.join(known)}.{suggest(str(by), known)}"
             )
     return by, tuple(prompt.fields[by] for prompt in prompts)

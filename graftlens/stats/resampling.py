@@ -3,10 +3,13 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
 from jaxtyping import Bool, Float, Int
+
+from graftlens.components import brief
 
 # Most numbers in one working array.
 CHUNK = 1 << 22
@@ -24,6 +27,7 @@ class Draw:
     def __post_init__(self) -> None:
         check_level(self.level)
         check_count("resamples", self.resamples)
+        check_seed(self.seed)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -146,11 +150,20 @@ def means_of(values: Float[np.ndarray, "prompt graft"]) -> Float[np.ndarray, " g
     return np.array([mean_of(column) for column in values.T])
 
 
-def check_level(level: float) -> None:
-    if not 0 < level < 1:
-        raise ValueError(f"level={level} is not in (0, 1); for a 95% interval give level=0.95")
+def check_level(level: Any) -> None:
+    if isinstance(level, bool) or not isinstance(level, int | float) or not 0 < level < 1:
+        raise ValueError(
+            f"level={brief(level)} is not in (0, 1); for a 95% interval give level=0.95"
+        )
 
 
-def check_count(name: str, count: int) -> None:
+def check_count(name: str, count: Any) -> None:
+    if isinstance(count, bool) or not isinstance(count, int | np.integer):
+        raise ValueError(f"{name}={brief(count)} is not a whole number; 10000 is usual")
     if count < 1:
         raise ValueError(f"{name}={count} is not positive; 10000 is usual")
+
+
+def check_seed(seed: Any) -> None:
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed={brief(seed)}: write a whole number from 0.")

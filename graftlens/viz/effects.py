@@ -39,7 +39,7 @@ _OF = ". Give the table of find.attribute or find.exact_effects"
 
 def effect_heatmap(
     table: pd.DataFrame,
-    value: str = "ig",
+    value: str | None = None,
     *,
     metric: str = "logprob",
     look: theme.Theme = theme.LIGHT,
@@ -52,12 +52,13 @@ def effect_heatmap(
 
     Args:
         table: of `find.attribute` or `find.exact_effects`.
-        value: the column that is drawn.
+        value: the column that is drawn; by default `ig`, of exact effects `alone`.
         metric: the measure that it was made with, for the unit.
 
     Raises:
         ValueError: a column that the table lacks, or a table without rows.
     """
+    value = value or _first(table)
     facts = _facts(table, value, metric)
     sites = _by_prompt(table, value, ["position", "component", "layer"])
     means = sites.mean()
@@ -90,7 +91,7 @@ def effect_heatmap(
 
 def effect_bars(
     table: pd.DataFrame,
-    value: str = "ig",
+    value: str | None = None,
     *,
     by: Literal["position", "component"] = "position",
     metric: str = "logprob",
@@ -104,7 +105,7 @@ def effect_bars(
 
     Args:
         table: of `find.attribute` or `find.exact_effects`.
-        value: the column that is drawn.
+        value: the column that is drawn; by default `ig`, of exact effects `alone`.
         by: what a bar is.
         metric: the measure that it was made with, for the unit.
         seed: of the resampling.
@@ -112,6 +113,7 @@ def effect_bars(
     Raises:
         ValueError: a column that the table lacks, an unknown `by`, or a table without rows.
     """
+    value = value or _first(table)
     facts = _facts(table, value, metric)
     if by not in ("position", "component"):
         raise ValueError(f"by={by!r} is unknown; choose 'position' or 'component'")
@@ -152,7 +154,7 @@ def effect_bars(
 
 def effect_head_map(
     table: pd.DataFrame,
-    value: str = "ig",
+    value: str | None = None,
     *,
     metric: str = "logprob",
     look: theme.Theme = theme.LIGHT,
@@ -164,12 +166,13 @@ def effect_head_map(
 
     Args:
         table: of `find.attribute` or `find.exact_effects` with `by="head"`.
-        value: the column that is drawn.
+        value: the column that is drawn; by default `ig`, of exact effects `alone`.
         metric: the measure that it was made with, for the unit.
 
     Raises:
         ValueError: a column that the table lacks, or a table without heads.
     """
+    value = value or _first(table)
     facts = _facts(table, value, metric)
     numbers = pd.to_numeric(table["unit"].astype(object), errors="coerce")
     heads = table[table["component"].isin([str(c) for c in HEAD_COMPONENTS]) & numbers.notna()]
@@ -196,6 +199,11 @@ def effect_head_map(
         prompts=len(sums),
         look=look,
     )
+
+
+def _first(table: pd.DataFrame) -> str:
+    """The score that a table is about."""
+    return next((name for name in EFFECTS if name in table), next(iter(EFFECTS)))
 
 
 def _facts(table: pd.DataFrame, value: str, metric: str) -> Quantity:
