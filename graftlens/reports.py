@@ -24,13 +24,13 @@ from graftlens.sweep.prepared import Extent, Prepared
 from graftlens.sweep.results import Manifest, facts_of, read_end, read_manifest, read_results
 from graftlens.sweep.runner import SweepResult, config_of, content_of, sweep_result
 from graftlens.sweep.texttables import read_texts
-from graftlens.textreports import texts_shown
+from graftlens.textreports import GROUPS, texts_shown
 from graftlens.viz.examples import Example, Glimpse, first_right, glimpse
 from graftlens.viz.page import page_at
 from graftlens.viz.spelling import short
 from graftlens.viz.sweepcharts import effects
 from graftlens.viz.sweeppage import TOKENS, Sweep, sweep_page
-from graftlens.viz.textspage import texts_page
+from graftlens.viz.textspage import Rates, texts_page
 
 #: The page in a sweep's folder.
 PAGE = "report.html"
@@ -39,8 +39,6 @@ PAGE = "report.html"
 CELLS = 100_000
 #: How many grafts a page has at least, however many prompts there are.
 GRAFTS = 12
-#: Most groups of prompts (templates of a dataset) that are shown one by one.
-GROUPS = 8
 #: How many rows are read at a time of a sweep whose cells are too many for a page.
 BATCH = 500_000
 #: The graft that should be enough and its complement, where a sweep has them.
@@ -81,11 +79,11 @@ def sweep_report(folder: str | Path, path: str | Path | None = None) -> Path:
         f"{count} texts could not be generated: {why}"
         for why, count in result.texts_not_run.items()
     ]
-    texts, rates, left_out = None, pd.DataFrame(), list[str]()
+    texts, rates, left_out = None, Rates(pd.DataFrame()), list[str]()
     if manifest.texts:
         texts, rates, left_out = texts_shown(folder, manifest)
     if manifest.members:
-        notes.append(_about_members(manifest, compared=manifest.scored or len(rates) > 0))
+        notes.append(_about_members(manifest, compared=manifest.scored or len(rates.together) > 0))
     notes += left_out
     if texts is not None and not manifest.scored:
         return texts_page(
@@ -252,11 +250,12 @@ def _about_members(manifest: Manifest, compared: bool) -> str:
 
 def _lead(manifest: Manifest, result: SweepResult) -> str:
     base, full = manifest.recovery["base"], manifest.recovery["full"]
+    recovery = f"; recovery runs from {base} (0) to {full} (1)" if manifest.scored else ""
     sources = ", ".join(manifest.config["sources"])
     trust = "passed" if result.ok else "FAILED: do not rely on these numbers before reading it"
     return (
-        f"{len(manifest.grafts):,} grafts of {sources} on {sum(manifest.prompt_blocks):,} prompts; "
-        f"recovery runs from {base} (0) to {full} (1). The trust report {trust}."
+        f"{len(manifest.grafts):,} grafts of {sources} on {sum(manifest.prompt_blocks):,} prompts"
+        f"{recovery}. The trust report {trust}."
     )
 
 

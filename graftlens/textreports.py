@@ -12,10 +12,13 @@ from graftlens.stats import GRAFT_COLUMNS
 from graftlens.sweep.results import Manifest, facts_of, read_manifest
 from graftlens.sweep.texttables import read_texts
 from graftlens.viz.tables import write_table
-from graftlens.viz.textspage import Texts, shown_texts
+from graftlens.viz.textspage import Rates, Texts, shown_texts
 
 #: The tables of rates in a sweep's folder, without the endings.
 RATES = "rates"
+
+#: Most groups of prompts (templates of a dataset) that are shown one by one.
+GROUPS = 8
 
 
 def text_rates(
@@ -89,7 +92,7 @@ def rare_in(texts: pd.DataFrame, ends: Collection[str]) -> dict[str, int]:
     return {name: n for name, n in counts.items() if n < least and name not in ends}
 
 
-def texts_shown(folder: Path, manifest: Manifest) -> tuple[Texts, pd.DataFrame, list[str]]:
+def texts_shown(folder: Path, manifest: Manifest) -> tuple[Texts, Rates, list[str]]:
     """What a sweep's page shows of its texts, their rates (of the last member where there are
     several), and notes. The rates are written into the folder, too."""
     ends = tuple(manifest.recovery.values())
@@ -102,12 +105,17 @@ def texts_shown(folder: Path, manifest: Manifest) -> tuple[Texts, pd.DataFrame, 
     ]
     facts = facts_of(folder)
     rates = text_rates(folder, facts=None if facts.is_unique else facts, without=rare)
+    apart = pd.DataFrame()
     if len(rates):
         write_table(rate_table(rates), folder / RATES, caption="Rates of generated texts")
+        by = [name for name in ("dataset", "template") if texts[name].nunique() > 1]
+        if "template" in by and len(texts[by].drop_duplicates()) <= GROUPS:
+            apart = text_rates(folder, by=by, without=rare)
     grafts = [str(graft["name"]) for graft in manifest.grafts]
     ordered = [*dict.fromkeys((*ends, *grafts))]
-    shown = shown_texts(texts, rates, measures_of(manifest), ordered)
+    found = Rates(rates, apart)
+    shown = shown_texts(texts, found, measures_of(manifest), ordered)
     if manifest.members and len(rates):
         last = rates["member"] == manifest.members[-1]["name"]
-        rates = rates[last].drop(columns=[*MEMBERS])
-    return shown, rates, notes
+        found = Rates(rates[last].drop(columns=[*MEMBERS]))
+    return shown, found, notes

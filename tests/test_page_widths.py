@@ -1,5 +1,5 @@
 """Every kind of page at the widths of half and whole screens, in both schemes and on paper: nothing
-goes beyond it, and nothing is cut off."""
+goes beyond it, nothing is cut off, and what is written and drawn can be told from its ground."""
 
 from pathlib import Path
 from typing import Any
@@ -159,13 +159,51 @@ MEASURE = """
       lost.push(key.textContent);
     frame.scrollLeft = 0;
   }
-  return {over: root.scrollWidth - wide, beyond, cut, silent, unmarked, lost};
+  // Colours, whatever their notation, as a canvas mixes them, on the grounds that lie below.
+  const pen = new OffscreenCanvas(1, 1).getContext("2d", {willReadFrequently: true});
+  const mixed = colors => {
+    pen.globalAlpha = 1;
+    for (const color of colors) { pen.fillStyle = color; pen.fillRect(0, 0, 1, 1); }
+    return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3);
+  };
+  const light = rgb => {
+    const [r, g, b] = rgb.map(v => v / 255).map(v =>
+      v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+  };
+  const above = e => e ? [e, ...above(e.parentElement)] : [];
+  const contrast = (e, color) => {
+    const around = above(e), inverted = around.some(a => getComputedStyle(a).filter !== "none");
+    const grounds = around.map(a => getComputedStyle(a).backgroundColor).reverse();
+    // What is inverted is drawn on the white that it was made for.
+    const below = inverted ? ["#fff", ...grounds.slice(-4)] : ["#fff", ...grounds];
+    const seen = [mixed(below), mixed([...below, color])].map(rgb =>
+      inverted ? rgb.map(v => 0.91 * 255 - 0.82 * v) : rgb).map(light);
+    return Math.max(...seen) / Math.min(...seen);
+  };
+  const faint = new Set();
+  const judge = (e, color, least) => {
+    if (!e.getClientRects().length || above(e).some(a =>
+      a.disabled || getComputedStyle(a).backgroundImage !== "none")) return;
+    const found = contrast(e, color);
+    if (found < least) faint.add(`${e.textContent.slice(0, 20)} ${name(e)} ${found.toFixed(1)}`);
+  };
+  for (const e of document.querySelectorAll("main *:not(svg *)"))
+    if ([...e.childNodes].some(node => node.nodeType === 3 && node.data.trim()))
+      judge(e, getComputedStyle(e).color, 4.5);
+  for (const e of document.querySelectorAll(
+    ".xtick text, .ytick text, .legendtext, .annotation-text, .xtitle, .ytitle, .cbaxis text"))
+    judge(e, getComputedStyle(e).fill, 4.5);
+  for (const e of document.querySelectorAll(".errorbar path"))
+    judge(e, getComputedStyle(e).stroke, 3);
+  return {over: root.scrollWidth - wide, beyond, cut, silent, unmarked, lost, faint: [...faint]};
 """
 
 
 @pytest.mark.slow
 def test_nothing_goes_beyond_a_page_or_is_cut_off(pages: dict[str, Path]) -> None:
-    """What is wider than a page scrolls in a frame that says so and keeps its key column."""
+    """What is wider than a page scrolls in a frame that says so and keeps its key column; what is
+    written has a contrast of 4.5 with its ground, and whiskers have one of 3."""
     wrong: dict[str, Any] = {}
     for (name, view), found in look(pages, VIEWS, MEASURE).items():
         if found.pop("over") > 0 or any(found.values()):

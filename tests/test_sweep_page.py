@@ -139,7 +139,16 @@ CLICK = """
   const at = AT;
   chart.emit("plotly_click", {points: [{data: trace, pointNumber: at}]});
   const rows = [...document.querySelectorAll("#behind tbody tr")];
-  return {name: document.getElementById("graft-shown").textContent,
+  const said = () => document.getElementById("graft-shown").textContent;
+  const name = said();
+  choose(held.first);
+  chart.focus();
+  const keyed = ["ArrowRight", "ArrowRight", "Enter"].map(key =>
+    chart.dispatchEvent(new KeyboardEvent("keydown", {key, cancelable: true})) || said()).at(-1);
+  const reached = chart.data.flatMap(t => [t.meta ?? []].flat(3)).filter(g => place.has(g))[2];
+  const at_section = document.activeElement.id;
+  choose(name);
+  return {keyed: [keyed, at_section], reached: [reached, "graft"], name: document.getElementById("graft-shown").textContent,
           wanted: [at].flat().reduce((inner, i) => inner[i], trace.meta),
           rule: document.getElementById("graft-rule").textContent,
           rows: rows.map(r => [...r.cells].map(c => c.textContent)),
@@ -163,6 +172,7 @@ def test_a_click_shows_the_grafts_prompts(
     table = read_results(swept)
     rows = table[table["graft"] == found["name"]]
     assert found["name"] == found["wanted"]
+    assert found["keyed"] == found["reached"]
     assert found["rule"] == rows["rule"].iloc[0]
     assert len(found["rows"]) == len(rows)
     for cells, row in zip(found["rows"], rows.itertuples(), strict=True):

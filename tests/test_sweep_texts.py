@@ -61,6 +61,7 @@ from graftlens.viz.examples import first_right
 from graftlens.viz.export import write_figure
 from graftlens.viz.tables import read_table
 from graftlens.viz.textspage import (
+    Rates,
     rate_charts,
     rate_findings,
     shown_texts,
@@ -228,6 +229,13 @@ def test_a_sweep_without_answers_makes_texts_alone(
     one, other = read_texts(swept), read_texts(tmp_path / "out")
     assert other["answers"].map(len).sum() == 0
     assert (one["text"] == other["text"]).mean() > 0.9
+    page = sweep_report(tmp_path / "out")
+    bars = {trace["name"] for trace in drawn(page)[0]["data"]}
+    assert bars == set(other["template"]), "template by template, as on an experiment's page"
+    words = "".join(Page(page).words)
+    assert "the pretrained model's weights everywhere" in words
+    assert "share of a graft's texts that have what is measured" in words
+    assert "recovery runs from" not in words
     assert "trust report of texts: ok (120 texts)" in (tmp_path / "out/trust.txt").read_text()
     with pytest.raises(ValueError, match="has texts and no cells"):
         compare_runs([tmp_path / "out", swept], tmp_path / "page.html")
@@ -424,6 +432,16 @@ def test_what_is_said_of_rates_is_where_the_runs_differ() -> None:
     ]
     together = pd.DataFrame(rows[:4]).drop(columns="template")
     assert rate_findings(told_apart(together)) == [rate_findings(apart)[0].replace(" (due)", "")]
+    every = Rates(together, pd.DataFrame(rows))
+    assert every.leading() == rate_findings(apart)[0]
+    bars = every.charts()["m"].figure.data
+    assert [(bar.name, list(bar.y)) for bar in bars] == [
+        ("due", [0.0, 1.0, 0.75, 0.0]), ("near", [0.0, 0.0, 0.25, 0.0])
+    ]  # fmt: skip
+    same = Rates(together.assign(rate=0.5))
+    assert (same.said(), same.leading()) == (
+        [], "SFT and PRE have the same rates, so that recovery of these has no meaning."
+    )  # fmt: skip
 
 
 # -- whose folder it is ------------------------------------------------------------------------
@@ -743,7 +761,7 @@ def test_long_texts_and_many_labels_stay_out_of_the_way(swept: Path, tmp_path: P
     table = read_texts(swept).assign(few="k", many=[f"k{i % 9}" for i in range(120)])
     table.loc[table["graft"] == "PRE", "text"] = ["", "<b>" + "x" * 157, "y" * 161, *["z"] * 21]
     none = pd.DataFrame(columns=["graft", "measure", "label", "share"])
-    found = shown_texts(table, none, ["few", "many", "an_a"], [*GRAFTS])
+    found = shown_texts(table, Rates(none), ["few", "many", "an_a"], [*GRAFTS])
     few, many = found.labelled
     assert (few.measure, many.measure) == ("few", "many")
     assert found.notes == ["Of each graft's labels the 8 most frequent ones have examples here."]
@@ -752,7 +770,7 @@ def test_long_texts_and_many_labels_stay_out_of_the_way(swept: Path, tmp_path: P
     assert (graft, total, label, count) == ("PRE", 24, "k", 24)
     assert said == [("", 0, " Mara Finn"), ("y" * 161, 1, " Mara Finn"), ("z", 2, " Mara Finn")]
     page = texts_page(
-        tmp_path / "page.html", title="T", lead="L", texts=found, rates=none, notes=[], trust="",
+        tmp_path / "page.html", title="T", lead="L", texts=found, rates=Rates(none), notes=[], trust="",
         trusted=True, provenance={},
     ).read_text()  # fmt: skip
     assert "<span class='generated empty'>(nothing)</span> <small>0 · answer:  Mara" in page

@@ -463,8 +463,13 @@ def test_the_overview_has_the_heads_differences_and_a_click_opens_one(answered, 
     place.emit("plotly_click", {points: [{x: 3, y: 1}]}); await rest();
     const opened = [words("#left .shown-name"), words("#right .shown-name"),
       document.getElementById("layer").value];
+    place.focus();
+    for (const key of ["ArrowRight", "ArrowUp", "ArrowUp", "ArrowUp", "Enter"])
+      place.dispatchEvent(new KeyboardEvent("keydown", {key}));
+    await rest();
+    const keyed = [words("#left .shown-name"), document.activeElement.id, place.tabIndex];
     await set("apart-b", "3"); look();
-    return {seen, opened, hover: place.data[0].hovertext[0][0]};""")
+    return {seen, opened, keyed, hover: place.data[0].hovertext[0][0]};""")
     pre, sft, graft, mine = (np.tril(data.runs[name].pattern) for name in NAMES)
 
     def moved(one, other):
@@ -476,6 +481,7 @@ def test_the_overview_has_the_heads_differences_and_a_click_opens_one(answered, 
     np.testing.assert_allclose(others, moved(mine, sft)[:, :, -1], rtol=1e-4)
     assert not np.any(same)
     assert found["opened"] == ["L1H3: mine <x>", "L1H3: mine <x> − SFT", "1"]
+    assert found["keyed"] == [f"L{LAYERS - 1}H1: mine <x>", "heads", 0]
     assert found["hover"] == "L0H0: 0%"
 
 
@@ -741,7 +747,11 @@ def test_the_attention_view_runs_in_a_notebooks_frame(tmp_path):
         const before = [names(), large()];
         [...inside.querySelectorAll("h4")][2].closest("div[style*=padding]").click();
         await rest();
-        return {before, after: [names(), large()],
+        const after = [names(), large()], small = [...inside.querySelectorAll("[role=button]")];
+        small[1].focus();
+        small[1].dispatchEvent(new KeyboardEvent("keydown", {key: "Enter", bubbles: true}));
+        await rest();
+        return {before, after, keyed: names(), reached: small.map(head => head.tabIndex),
           heads: [...inside.querySelectorAll("h4")].map(h => h.textContent)};""",
         tmp_path,
     )
@@ -750,6 +760,8 @@ def test_the_attention_view_runs_in_a_notebooks_frame(tmp_path):
     assert found["before"][0][1:] == ["L0H0 Zoomed", "L0H0"]
     assert found["after"][0][1:] == ["L0H2 Zoomed", "L0H2"]
     assert found["after"][1] != found["before"][1]
+    assert found["keyed"][1:] == ["L0H1 Zoomed", "L0H1"]
+    assert found["reached"] == [0] * HEADS
 
 
 def test_the_attention_view_has_the_numbers_and_a_fitting_scale():

@@ -25,7 +25,7 @@ from graftlens.viz.reading import glossary, nothing_learnt
 from graftlens.viz.spelling import headed
 from graftlens.viz.sweepcharts import main_metric
 from graftlens.viz.tables import write_table
-from graftlens.viz.textspage import rate_charts, rate_findings, told_apart
+from graftlens.viz.textspage import Rates
 
 #: Most grafts whose rules a page lists; most grafts that a note names.
 LISTED, SHOWN = 60, 5
@@ -87,7 +87,7 @@ def show_part(
         written = write_figure(drawn.figure, file, title=headed(part.title, "interactions"))
         why = "".join(f" (No {kind}: {why}.)" for kind, why in written.skipped.items())
         shown.append(replace(drawn, caption=drawn.caption + why, files=written.paths))
-    for measure, drawn in _rate_charts(tables).items():
+    for measure, drawn in _rates(tables).charts().items():
         file = inside(out, "figures") / _unlike(plain(f"{name}-rate-{measure}"), stems)
         written = write_figure(drawn.figure, file, title=headed(part.title, measure), shared=True)
         shown.append(replace(drawn, files=written.paths, skipped=written.skipped))
@@ -114,29 +114,8 @@ def show_part(
     ), headline
 
 
-def _rate_charts(tables: PartTables) -> dict[str, Figure]:
-    """Measure -> its chart: template by template, as a behaviour is due after some and not after
-    others. Labels, and models that ran one after another, are shown of all templates together."""
-    charts = {} if tables.rates.empty else rate_charts(tables.rates)
-    apart = _apart_rates(tables)
-    return charts if apart.empty else charts | rate_charts(apart)
-
-
-def _apart_rates(tables: PartTables) -> pd.DataFrame:
-    """The rates that are shown template by template."""
-    rates = tables.rates_by_template
-    if rates.empty or "member" in rates:
-        return rates.iloc[:0]
-    return rates[rates["label"].isna()]
-
-
-def _rates_said(tables: PartTables) -> list[str]:
-    """What tells the full source's texts from the base's, in a sentence for each measure and group
-    of prompts in which something does."""
-    apart = _apart_rates(tables)
-    said = [] if apart.empty else rate_findings(told_apart(apart))
-    rest = tables.rates[~tables.rates["measure"].isin(set(apart.get("measure", ())))]
-    return [*said, *(rate_findings(told_apart(rest)) if len(rest) else ())]
+def _rates(tables: PartTables) -> Rates:
+    return Rates(tables.rates, tables.rates_by_template)
 
 
 def _warnings(part: PartConfig, checked: Checked, tables: PartTables) -> list[str]:
@@ -153,10 +132,8 @@ def leading(tables: PartTables) -> str:
     """What a part without a finding shows, in a sentence or two; empty where it shows nothing."""
     if tables.interactions is not None:
         return " ".join(sentences(tables.interactions.pairs)[:2])
-    if len(tables.rates) and "member" not in tables.rates:
-        base, full = (str(tables.rates[f"{run}_run"].iloc[0]) for run in ("base", "full"))
-        alike = f"{full} and {base} have the same rates, so that recovery of these has no meaning."
-        return next(iter(_rates_said(tables)), alike)
+    if said := _rates(tables).leading():
+        return said
     if not {"recovery", "logprob"} <= {*tables.pooled}:
         return ""
     return text.leading(tables.pooled, main_metric(tables.pooled))

@@ -50,7 +50,8 @@ def glossary(summary: pd.DataFrame) -> dict[str, str]:
     for name in told:
         if name != "recovery":
             facts = of_summary(summary, name)
-            found[facts.short or facts.label] = _meaning(facts)
+            word = "% of texts" if name == "rate" else facts.short or facts.label
+            found[word] = _meaning(facts)
     if "recovery" in told and full is not None:
         label = of_summary(summary, str(summary["recovery_of"].iloc[0])).label
         found["recovery"] = (
@@ -122,4 +123,6 @@ def _meaning(facts: Quantity) -> str:
             f"how far the distribution of the next token is from that of {found[1]} "
             f"(Kullback–Leibler divergence, {facts.unit}); 0 is the same"
         )
+    if facts.name == "rate":
+        return "share of a graft's texts that have what is measured, or the label"
     return facts.title

@@ -1,7 +1,7 @@
 """Generated texts on a page: prompts down, grafts across, and how often texts are this or that."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from graftlens.viz import text
 from graftlens.viz.figures import bar_chart, line_chart
 from graftlens.viz.page import Figure
 from graftlens.viz.quantities import Quantity
+from graftlens.viz.reading import glossary
 from graftlens.viz.render import render
 
 #: Most grafts that a page has texts of, and most texts.
@@ -80,7 +81,7 @@ def rate_charts(rates: pd.DataFrame) -> dict[str, Figure]:
         rates: as `graftlens.outcomes.rate` gives it, `share` saying which measures are shares of
             texts.
     """
-    rates = rates.rename(columns={"low": "rate_low", "high": "rate_high"})
+    rates = _summary(rates)
     groups = list(rates.columns[: rates.columns.get_loc("graft")])
     if "member" in rates:
         return _from_model_to_model(rates, [g for g in groups if g not in MEMBERS])
@@ -90,6 +91,11 @@ def rate_charts(rates: pd.DataFrame) -> dict[str, Figure]:
         rows = part[[*groups, *labels, "graft", *_DRAWN]]
         charts[str(measure)] = bar_chart(rows, _quantity(str(measure), part))
     return charts
+
+
+def _summary(rates: pd.DataFrame) -> pd.DataFrame:
+    """Rates with the columns of a summary."""
+    return rates.rename(columns={"low": "rate_low", "high": "rate_high"})
 
 
 def _from_model_to_model(rates: pd.DataFrame, groups: Sequence[str]) -> dict[str, Figure]:
@@ -128,14 +134,62 @@ def _quantity(label: str, part: pd.DataFrame) -> Quantity:
     return Quantity("rate", label=label, unit=unit, bounds=bounds)
 
 
+@dataclass(frozen=True)
+class Rates:
+    """How often texts are what is measured of them: template by template, as a behaviour is due
+    after some prompts and not after others. Labels, and models that ran one after another, are
+    shown of all templates together.
+
+    Attributes:
+        together: as in `rate_charts`, of all templates.
+        by_template: the same, of each template; without rows where that is not told.
+    """
+
+    together: pd.DataFrame
+    by_template: pd.DataFrame = field(default_factory=pd.DataFrame)
+
+    @property
+    def apart(self) -> pd.DataFrame:
+        """Those that are shown template by template."""
+        rates = self.by_template
+        return rates.iloc[:0] if "member" in rates or rates.empty else rates[rates["label"].isna()]
+
+    def charts(self) -> dict[str, Figure]:
+        """Measure -> its chart."""
+        charts = {} if self.together.empty else rate_charts(self.together)
+        return charts if self.apart.empty else charts | rate_charts(self.apart)
+
+    def said(self) -> list[str]:
+        """Of each measure, label and group of prompts in which the reference runs differ, a
+        sentence."""
+        apart = self.apart
+        rest = self.together
+        if len(apart):
+            rest = rest[~rest["measure"].isin(set(apart["measure"]))]
+        return [
+            sentence
+            for rates in (apart, rest)
+            if len(rates)
+            for sentence in rate_findings(told_apart(rates))
+        ]
+
+    def leading(self) -> str:
+        """What a page that is about texts alone begins with; empty where nothing is measured."""
+        if self.together.empty or "member" in self.together:
+            return ""
+        base, full = (str(self.together[f"{run}_run"].iloc[0]) for run in ("base", "full"))
+        alike = f"{full} and {base} have the same rates, so that recovery of these has no meaning."
+        return next(iter(self.said()), alike)
+
+
 def shown_texts(
-    table: pd.DataFrame, rates: pd.DataFrame, measures: Sequence[str], grafts: Sequence[str]
+    table: pd.DataFrame, rates: Rates, measures: Sequence[str], grafts: Sequence[str]
 ) -> Texts:
     """What a page shows of a table of texts.
 
     Args:
         table: as `graftlens.read_texts` gives it.
-        rates: as in `rate_charts`; without rows, there are no charts.
+        rates: of its measures; where there are none, there are no charts.
         measures: the columns of its measures.
         grafts: the grafts, those to show first in front.
     """
@@ -170,7 +224,7 @@ def shown_texts(
     if len(prompts) < count:
         said = f"The first {len(prompts):,} of {count:,} prompts are here."
     return Texts(
-        charts=[*rate_charts(rates).values()] if len(rates) else [],
+        charts=[*rates.charts().values()],
         notes=notes,
         data=_data(part, prompts, kept, measures, options),
         measures=[
@@ -268,7 +322,7 @@ def texts_page(
     title: str,
     lead: str,
     texts: Texts,
-    rates: pd.DataFrame,
+    rates: Rates,
     notes: Sequence[str],
     trust: str,
     trusted: bool,
@@ -280,8 +334,9 @@ def texts_page(
     html = render(
         "textsweep.html",
         title=title,
-        lead=lead,
-        findings=[*rate_findings(rates), *notes],
+        lead=" ".join(filter(None, [rates.leading(), lead])),
+        findings=[*rates.said(), *notes],
+        glossary=glossary(_summary(rates.together)),
         texts=texts,
         trust=trust,
         trusted=trusted,
@@ -303,7 +358,7 @@ def rate_findings(rates: pd.DataFrame) -> list[str]:
         facts = Quantity(
             "rate", str(measure), "", bounds=(0.0, 1.0) if part["share"].all() else (None, None)
         )
-        rows = rows.rename(columns={"low": "rate_low", "high": "rate_high"})
+        rows = _summary(rows)
         said = ", ".join(f"{name} {text.written(facts, rows.loc[name])}" for name in (base, full))
         others = rows.drop([base, full])
         others = others[others["rate"].notna()]

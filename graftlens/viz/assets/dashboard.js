@@ -333,7 +333,10 @@ function drawApart() {
   place.style.width = Math.max(280, wide) + "px";
   place.style.height = 80 + 15 * Math.max(6, places.length) + "px";
   Plotly.react(place, [trace], layout, {...settings, displayModeBar: false}).then(() => {
-    if (!drawn.has(place)) place.on("plotly_click", ({points: [{x, y}]}) => openHead(y, x));
+    if (!drawn.has(place)) {
+      place.on("plotly_click", ({points: [{x, y}]}) => openHead(y, x));
+      byKeys(place);
+    }
     drawn.add(place);
     dress(place, false);
     done(place);
@@ -345,7 +348,7 @@ function openHead(l, h) {
   [at("left-a").value, at("left-b").value] = [a, ""];
   [at("right-a").value, at("right-b").value] = [a, a === b ? "" : b];
   drawAttention();
-  at("heads").scrollIntoView({block: "start"});
+  goTo("heads");
 }
 
 const tasks = [drawTokens, drawLens, drawApart, drawAttention, drawGrid];

@@ -15,7 +15,8 @@ function dress(chart, printing) {
     layout[axis + ".linecolor"] = layout[axis + ".zerolinecolor"] = look.muted;
   }
   const bars = chart.data.map((trace, i) => trace.type === "bar" ? i : -1).filter(i => i >= 0);
-  const outlines = {"error_y.color": look.text, "marker.line.color": look.text,
+  const outlines = {"error_x.color": look.text, "error_y.color": look.text,
+    "marker.line.color": look.text,
     "marker.opacity": look.bar_opacity,
     // A hatch that replaces the fill has the bar's colour, one over it that of the page.
     "marker.pattern.fgcolor": bars.map(i => chart.data[i].marker.pattern?.fillmode === "replace"
@@ -40,6 +41,59 @@ function drawNext() {
 }
 drawNext();
 wantsDark.addEventListener("change", () => drawn.forEach(chart => dress(chart, false)));
+// What a click on a cell or bar of a chart opens, keys open, too: arrows choose one, Enter or Space
+// opens it. `opens(trace, number)`: whether a point of a trace is one of them.
+function byKeys(chart, opens = () => true) {
+  let chosen = 0;
+  const named = chart.getAttribute("aria-label");
+  chart.tabIndex = 0;
+  chart.setAttribute("role", "application");
+  chart.setAttribute("aria-label", `${named} Arrow keys choose a cell or bar, Enter opens it.`);
+  const targets = () => chart._fullData.flatMap((full, curveNumber) => {
+    if (full.visible !== true) return [];
+    const numbers = full.type !== "heatmap" ? Array.from(full.x, (_, i) => i)
+      : Array.from(full.z).flatMap((row, r) => Array.from(row, (_, c) => [r, c]));
+    return numbers.filter(number => opens(chart.data[curveNumber], number))
+      .map(pointNumber => ({full, curveNumber, pointNumber}));
+  });
+  const show = () => {
+    const at = targets()[chosen];
+    if (at) Plotly.Fx.hover(chart, [at], (at.full.xaxis ?? "x") + (at.full.yaxis ?? "y"));
+  };
+  // The next one of the same column, or the same one where there is none.
+  const above = (all, {full, curveNumber, pointNumber: [row, column]}, up) => {
+    const [low, high] = chart._fullLayout[full.yaxis.replace("y", "yaxis")].range;
+    const away = ({pointNumber: [r]}) => (r - row) * (low < high ? up : -up);
+    const next = all.filter(one => one.curveNumber === curveNumber &&
+      one.pointNumber[1] === column && away(one) > 0).sort((a, b) => away(a) - away(b))[0];
+    return next ? all.indexOf(next) : chosen;
+  };
+  chart.addEventListener("keydown", event => {
+    const all = targets(), at = all[chosen], to = {ArrowRight: 1, ArrowLeft: -1}[event.key];
+    const up = {ArrowUp: 1, ArrowDown: -1}[event.key];
+    if (event.target !== chart || !at) return;
+    if (event.key === "Enter" || event.key === " ") {
+      const [row, column] = [at.pointNumber].flat();
+      chart.emit("plotly_click", {points: [{data: chart.data[at.curveNumber], ...at,
+        x: at.full.x[column ?? row], y: at.full.y[row]}]});
+    } else if (to || (up && at.full.type !== "heatmap")) {
+      chosen = (chosen + (to ?? -up) + all.length) % all.length;
+    } else if (up) {
+      chosen = above(all, at, up);
+    } else return;
+    event.preventDefault();
+    show();
+  });
+  chart.addEventListener("focus", show);
+  chart.addEventListener("blur", () => Plotly.Fx.unhover(chart));
+}
+// Shows a section that something was opened in, and reads on from there.
+function goTo(id) {
+  const head = document.getElementById(id);
+  head.tabIndex = -1;
+  head.focus({preventScroll: true});
+  head.scrollIntoView({block: "start"});
+}
 // A frame that has more than it shows is marked.
 const frames = [...document.querySelectorAll(".scroll")];
 const marking = new ResizeObserver(() => requestAnimationFrame(() => frames.forEach(frame =>

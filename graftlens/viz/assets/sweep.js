@@ -114,16 +114,20 @@ function choose(name) {
   return true;
 }
 
+// The graft of a bar or a cell.
+const grafted = (trace, number) => [number].flat().reduce((inner, i) => inner?.[i], trace.meta);
+
 function clicked(event) {
   const point = event.points.find(one => one.data.meta);
-  if (!point) return;
-  const at = [point.pointNumber].flat();
-  const name = at.reduce((inner, i) => inner[i], point.data.meta);
-  if (choose(name)) document.getElementById("graft").scrollIntoView({block: "start"});
+  if (point && choose(grafted(point.data, point.pointNumber))) goTo("graft");
 }
 
 for (const chart of charts) {
-  const listen = () => chart.on("plotly_click", clicked);
+  const listen = () => {
+    chart.on("plotly_click", clicked);
+    if (chart.data.some(trace => trace.meta))
+      byKeys(chart, (trace, number) => place.has(grafted(trace, number)));
+  };
   if (chart.on) listen();
   else chart.addEventListener("drawn", listen, {once: true});
 }
@@ -135,6 +139,5 @@ field.addEventListener("change", () => {
 order.addEventListener("change", list);
 more.addEventListener("click", next);
 document.querySelectorAll("[data-graft]").forEach(button =>
-  button.addEventListener("click", () => clicked({points: [
-    {data: {meta: [button.dataset.graft]}, pointNumber: 0}]})));
+  button.addEventListener("click", () => { if (choose(button.dataset.graft)) goTo("graft"); }));
 choose(held.first);
