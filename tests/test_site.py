@@ -50,6 +50,8 @@ def test_workflows_publish_the_site() -> None:
     site = yaml.safe_load((ROOT / ".github/workflows/site.yml").read_text())
     steps = [step.get("run", "") for step in site["jobs"]["build"]["steps"]]
     assert "python -m mkdocs build --strict" in steps
+    assert {"push", "pull_request"} == {*site[True]}, "YAML reads `on` as true"
+    assert site["jobs"]["publish"]["if"] == "github.event_name == 'push'"
 
 
 @pytest.fixture(scope="module")

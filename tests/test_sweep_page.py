@@ -148,7 +148,7 @@ CLICK = """
   const reached = chart.data.flatMap(t => [t.meta ?? []].flat(3)).filter(g => place.has(g))[2];
   const at_section = document.activeElement.id;
   choose(name);
-  return {keyed: [keyed, at_section], reached: [reached, "graft"], name: document.getElementById("graft-shown").textContent,
+  return {keyed: [keyed, at_section], reached: [reached, "graft"], name: said(),
           wanted: [at].flat().reduce((inner, i) => inner[i], trace.meta),
           rule: document.getElementById("graft-rule").textContent,
           rows: rows.map(r => [...r.cells].map(c => c.textContent)),

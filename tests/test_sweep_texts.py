@@ -770,8 +770,8 @@ def test_long_texts_and_many_labels_stay_out_of_the_way(swept: Path, tmp_path: P
     assert (graft, total, label, count) == ("PRE", 24, "k", 24)
     assert said == [("", 0, " Mara Finn"), ("y" * 161, 1, " Mara Finn"), ("z", 2, " Mara Finn")]
     page = texts_page(
-        tmp_path / "page.html", title="T", lead="L", texts=found, rates=Rates(none), notes=[], trust="",
-        trusted=True, provenance={},
+        tmp_path / "page.html", title="T", lead="L", texts=found, rates=Rates(none), notes=[],
+        trust="", trusted=True, provenance={},
     ).read_text()  # fmt: skip
     assert "<span class='generated empty'>(nothing)</span> <small>0 · answer:  Mara" in page
     assert f"<details><summary>{'y' * 120}…</summary><p class='generated'>{'y' * 161}</p>" in page

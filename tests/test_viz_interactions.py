@@ -83,6 +83,11 @@ def test_sentences_name_what_is_an_and_or_an_or():
         "LT MLP and rest: OR in log-probability (-0.30 [-0.35, -0.25]), undecided in top-1 "
         "accuracy (-31.0% [-36.0%, -26.0%]).",
     ]
+    pairs = tables()[1]
+    pairs.loc[pairs["call"] == "OR", "interaction"] = -0.6
+    assert [said.split(":")[0] for said in sentences(pairs)] == [
+        "LT MLP and rest", "FE <attn> and LT MLP"
+    ], "the largest first"  # fmt: skip
 
 
 def test_the_chart_of_a_page_has_both_measures_and_a_description():

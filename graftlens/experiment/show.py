@@ -18,7 +18,7 @@ from graftlens.textreports import rate_table
 from graftlens.viz import text
 from graftlens.viz.export import write_figure
 from graftlens.viz.figures import bar_chart, dose_chart, heat_map, interaction_chart, line_chart
-from graftlens.viz.interactions import sentences
+from graftlens.viz.interactions import WORDS, sentences
 from graftlens.viz.localisation import found_figures
 from graftlens.viz.page import Figure, Part, Table
 from graftlens.viz.reading import glossary, nothing_learnt
@@ -109,7 +109,7 @@ def show_part(
             **dict(list(rules.items())[:LISTED]),
             **({"…": f"{more} more: see grafts.yaml in the sweep's folder"} if more > 0 else {}),
         },
-        glossary=glossary(tables.template),
+        glossary=glossary(tables.template) | (WORDS if players is not None else {}),
         warnings=_warnings(part, checked, tables),
     ), headline
 
@@ -230,7 +230,8 @@ def _tables(name: str, tables: PartTables, out: Path) -> Iterator[Table]:
         frame = getattr(tables.interactions, kind)
         if len(frame):
             stem = inside(out, "tables") / f"{name}-interactions-{kind}"
-            yield Table(caption, frame, write_table(frame, stem, caption=caption))
+            files = write_table(frame, stem, caption=caption)
+            yield Table(caption, frame.dropna(axis=1, how="all"), files)
 
 
 def _finding(part: PartConfig, tables: PartTables) -> tuple[str, list[str]]:

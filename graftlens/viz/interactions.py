@@ -16,6 +16,17 @@ from graftlens.viz.spelling import escaped, shortened
 #: Pixels: a player's row, the room above a measure's panels, the room below them.
 _ROW, _HEAD, _FOOT = 34, 80, 60
 
+#: What the words of a page about players mean.
+WORDS = {
+    "player": "a graft that is there or not; coalitions of players are run",
+    "AND": "a pair of players that brings more together than the two bring one by one: each needs "
+    "the other",
+    "OR": "a pair that brings less together than the two bring one by one: either is enough",
+    "Shapley value": "what a player adds when it joins, averaged over all orders of joining; over "
+    "players these add up to what all bring",
+    "Banzhaf value": "what a player adds, averaged over all coalitions of the others",
+}
+
 _OF = ". Give the tables of find.interactions: found.table and found.pairs"
 
 
@@ -234,7 +245,8 @@ def _number(fact: Quantity, value: float) -> str:
 
 
 def sentences(pairs: pd.DataFrame) -> list[str]:
-    """What pairs are called, a sentence for each that is an AND or an OR in some measure.
+    """What pairs are called, a sentence for each that is an AND or an OR in some measure; of the
+    first measure, the largest interactions come first.
 
     Raises:
         ValueError: a column that the table lacks.
@@ -242,6 +254,11 @@ def sentences(pairs: pd.DataFrame) -> list[str]:
     for column in ("metric", "a", "b", "interaction", "call"):
         check_column(pairs, column, _OF)
     said = []
+    far = pairs["interaction"].astype(float).abs()
+    first = pairs["metric"].eq(pairs["metric"].iloc[0]) if len(pairs) else far.astype(bool)
+    pairs = pairs.loc[
+        [*far[first].sort_values(ascending=False, kind="stable").index, *far[~first].index]
+    ]
     for (a, b), rows in pairs.groupby(["a", "b"], sort=False):
         if not rows["call"].isin(["AND", "OR"]).any():
             continue

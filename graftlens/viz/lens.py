@@ -216,7 +216,9 @@ def answer_by_layer(
     figure.update_layout(**theme.layout(look), **drawing.legend_above(names, 430))
     last = float(kept["layer"].max())
     figure.update_xaxes(
-        title_text=f"layers that have run (0: embeddings, {last:g}: output)", zeroline=False
+        title_text=f"layers that have run (0: embeddings, {last:g}: output)",
+        zeroline=False,
+        dtick=1 if last <= 12 else None,
     )
     said = drawing.wrapped(facts.title, 32)
     if count > 1:

@@ -114,7 +114,7 @@ def numbers(summary: pd.DataFrame, table: pd.DataFrame) -> dict[str, object]:
         ["graft", "reason"], sort=False, observed=True
     ):
         notes.append(f"{graft} was not run for {len(rows_left)} prompts: {reason}")
-    head = [(fact.name.replace("_", " "), fact.unit) for fact in facts]
+    head = [(fact.short or fact.label, fact.unit) for fact in facts]
     return {"head": head, "groups": groups, "notes": notes}
 
 

@@ -19,7 +19,7 @@ from graftlens.folder import at_home, read_text, write_whole
 from graftlens.stats import GRAFT_COLUMNS
 from graftlens.viz import text
 from graftlens.viz.lenstables import check_column
-from graftlens.viz.quantities import measured, of_summary
+from graftlens.viz.quantities import Quantity, measured, of_summary
 
 #: Texts that spreadsheets read as formulas, also behind white space; with apostrophes before
 #: them, so that the one that is added is the one that is taken off.
@@ -158,6 +158,8 @@ def written_columns(
                 _plain(value) + (f" [{_plain(low)}, {_plain(high)}]" if pd.notna(low) else "")
                 for value, low, high in zip(*numbers, strict=True)
             ]
+        elif name == "metric":
+            found[name] = [Quantity.of(str(value)).short for value in frame[name].tolist()]
         elif name not in inside:
             found[name.replace("_", " ")] = [_plain(value) for value in frame[name].tolist()]
     return found
