@@ -113,6 +113,8 @@ def texts_shown(folder: Path, manifest: Manifest) -> tuple[Texts, Rates, list[st
             apart = text_rates(folder, by=by, without=rare)
     grafts = [str(graft["name"]) for graft in manifest.grafts]
     ordered = [*dict.fromkeys((*ends, *grafts))]
+    spans = {str(graft["name"]): graft["span"] for graft in manifest.grafts}
+    rates = rates.assign(span=rates["graft"].map(spans))
     found = Rates(rates, apart)
     shown = shown_texts(texts, found, measures_of(manifest), ordered)
     if manifest.members and len(rates):

@@ -235,7 +235,8 @@ def test_a_sweep_without_answers_makes_texts_alone(
     words = "".join(Page(page).words)
     assert "the pretrained model's weights everywhere" in words
     assert "share of a graft's texts that have what is measured" in words
-    assert "recovery runs from" not in words
+    assert "what comes next is predicted" in words, "LT is explained"
+    assert "recovery" not in words
     assert "trust report of texts: ok (120 texts)" in (tmp_path / "out/trust.txt").read_text()
     with pytest.raises(ValueError, match="has texts and no cells"):
         compare_runs([tmp_path / "out", swept], tmp_path / "page.html")
@@ -434,7 +435,9 @@ def test_what_is_said_of_rates_is_where_the_runs_differ() -> None:
     assert rate_findings(told_apart(together)) == [rate_findings(apart)[0].replace(" (due)", "")]
     every = Rates(together, pd.DataFrame(rows))
     assert every.leading() == rate_findings(apart)[0]
-    bars = every.charts()["m"].figure.data
+    chart = every.charts()["m"]
+    assert chart.caption.startswith("m (% of texts); "), "the measure keeps its name"
+    bars = chart.figure.data
     assert [(bar.name, list(bar.y)) for bar in bars] == [
         ("due", [0.0, 1.0, 0.75, 0.0]), ("near", [0.0, 0.0, 0.25, 0.0])
     ]  # fmt: skip
@@ -902,7 +905,7 @@ def test_names_of_grafts_measures_and_texts_are_data(
     assert evil in [graft["name"] for graft in told["grafts"]]
     headings = [said for tag, said in Page(page).headings if tag == "h2"]
     assert headings == [
-        "What the numbers say", "How often", "What each graft says, by label", "The texts",
+        "What the numbers say", "What the names and numbers mean", "How often", "What each graft says, by label", "The texts",
         "Trust report", "What was run and how",
     ]  # fmt: skip
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from graftlens.metrics import known
 from graftlens.viz import text
 from graftlens.viz.bars import grouped_bars
 from graftlens.viz.heatmaps import cells, heatmap
@@ -30,7 +31,7 @@ def bar_chart(
 ) -> Figure:
     """`grouped_bars(summary, metric, **options)` with its caption and description."""
     facts = of_summary(summary, metric)
-    caption = f"{capital(facts.title)}; {text.whiskers(summary, facts)}"
+    caption = f"{_beginning(facts)}; {text.whiskers(summary, facts)}"
     if text.has_intervals(summary, facts):
         caption += f"s over {text.resampled(summary)}"
     caption += "."
@@ -60,7 +61,7 @@ def heat_map(
     found = cells(summary, x=x, y=y, panel=panel)
     rows = summary.reset_index(drop=True)
     each = f", one panel for each {panel}" if panel is not None else ""
-    caption = f"{capital(facts.title)} by {y} and {x}{each}."
+    caption = f"{_beginning(facts)} by {y} and {x}{each}."
     if facts.signed:
         caption += (
             f" The scale is symmetric around 0. A dot: the {text.level(summary)} interval over "
@@ -91,7 +92,7 @@ def line_chart(
     facts = of_summary(frame, metric)
     figure = lines(frame, x, metric, series=series)
     along = x.replace("_", " ")
-    caption = f"{capital(facts.title)} along {along}"
+    caption = f"{_beginning(facts)} along {along}"
     caption += f", one line for each {series.replace('_', ' ')}." if series is not None else "."
     said = []
     names = [None] if series is None else list(dict.fromkeys(frame[series]))
@@ -116,7 +117,7 @@ def dose_chart(
     facts = of_summary(summary, metric)
     figure = dose_response(summary, metric, series=series)
     each = "graft" if series is None else series.replace("_", " ")
-    caption = f"{capital(facts.title)} against the strength of a graft, one line for each {each}."
+    caption = f"{_beginning(facts)} against the strength of a graft, one line for each {each}."
     said = []
     for line in figure.data:
         first, last = (_value(facts, line.y[at]) for at in (0, -1))
@@ -139,6 +140,12 @@ def interaction_chart(
     found = sentences(pairs) or ["No pair is an AND or an OR."]
     alt = f"Matrix of pairs and bars of players. {' '.join(found[:LISTED])}"
     return Figure(caption, alt, interaction_matrix(table, pairs), dict(files or {}))
+
+
+def _beginning(facts: Quantity) -> str:
+    """A measure's title at the start of a sentence; one of the user's own keeps its name."""
+    own = known(facts.name) is None and facts.name != "recovery"
+    return facts.title if own else capital(facts.title)
 
 
 def _ends(facts: Quantity, rows: pd.DataFrame, names: Sequence[str]) -> str:

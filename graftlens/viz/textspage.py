@@ -336,7 +336,8 @@ def texts_page(
         title=title,
         lead=" ".join(filter(None, [rates.leading(), lead])),
         findings=[*rates.said(), *notes],
-        glossary=glossary(_summary(rates.together)),
+        # Of rates no page shows a recovery.
+        glossary=glossary(_summary(rates.together).drop(columns="recovery_low", errors="ignore")),
         texts=texts,
         trust=trust,
         trusted=trusted,
