@@ -905,8 +905,8 @@ def test_names_of_grafts_measures_and_texts_are_data(
     assert evil in [graft["name"] for graft in told["grafts"]]
     headings = [said for tag, said in Page(page).headings if tag == "h2"]
     assert headings == [
-        "What the numbers say", "What the names and numbers mean", "How often", "What each graft says, by label", "The texts",
-        "Trust report", "What was run and how",
+        "What the numbers say", "What the names and numbers mean", "How often",
+        "What each graft says, by label", "The texts", "Trust report", "What was run and how",
     ]  # fmt: skip
 
 
