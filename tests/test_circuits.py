@@ -291,10 +291,14 @@ def test_the_logit_lens_of_transformerlens_reads_the_weights_in_force(
     torch.testing.assert_close(found.values[-1], logits, atol=1e-4, rtol=1e-4)
     with t.model.grafted("sft @ all"):
         found = logit_lens(t.model, TOKENS, positions=None, targets=TOKENS)
-        ranks = (wanted > wanted.gather(-1, TOKENS.expand(len(wanted), -1, -1)[..., None])).sum(-1)
-        assert torch.equal(found.rank_trajectory(), ranks)
         read = logit_readout(t.model, cache["resid_post", -1], top_k=3)
-    assert torch.equal(read.top_ids, logits.topk(3).indices)
+    # Two ways to the same logits differ by rounding, and so may ranks of tokens that nearly tie.
+    own = wanted.gather(-1, TOKENS.expand(len(wanted), -1, -1)[..., None])
+    least, most = (wanted > own + 1e-5).sum(-1), (wanted > own - 1e-5).sum(-1) - 1
+    ranks = found.rank_trajectory()
+    assert bool(((least <= ranks) & (ranks <= most)).all())
+    assert int((least < most).sum()) <= 2
+    torch.testing.assert_close(logits.gather(-1, read.top_ids), logits.topk(3).values)
     base = logit_readout(t.model, cache["resid_post", -1]).values
     assert (base - logits).abs().max() > 0.1  # without a graft, the base's
     # By position: right where what it reads is one source's, else refused.
