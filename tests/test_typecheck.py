@@ -20,6 +20,14 @@ def joined(a: Float[Tensor, "pos d"], b: Float[Tensor, "d"]) -> Float[Tensor, "p
     return a @ b if a.shape[0] != 5 else b
 
 
+def spread(a: Float[Tensor, "*rows d"], b: Float[Tensor, "*rows 2"]) -> Float[Tensor, "..."]:
+    return a
+
+
+def square(a: Float[Tensor, "d d"], b: Float[Tensor, "_ d"] | None = None) -> Float[Tensor, "d d"]:
+    return joined(a, a[0])[None].expand(len(a), -1)  # with axes of its own
+
+
 def doubled(number: int) -> int:
     return 2 * number if number else "nought"
 
@@ -104,12 +112,21 @@ def test_named_axes_have_one_size_in_a_call(module) -> None:
 
     assert module.joined(torch.ones(3, 2), torch.ones(2)).tolist() == [2, 2, 2]
     assert module.joined(torch.ones(4, 1), torch.ones(1)).tolist() == [1, 1, 1, 1]
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"shape \(3,\) does not go with .*'pos': 3, 'd': 2"):
         module.joined(torch.ones(3, 2), torch.ones(3))
     with pytest.raises(TypeError):
         module.joined(torch.ones(5, 2), torch.ones(2))  # what it returns is not as long
     with pytest.raises(TypeError):
         module.joined(torch.ones(3, 2).int(), torch.ones(2))
+    for shape in ((), (4,), (4, 5)):
+        assert module.spread(torch.ones(*shape, 3), torch.ones(*shape, 2)).shape == (*shape, 3)
+        for wrong in ((*shape, 3), (9, *shape, 2)):
+            with pytest.raises(TypeError):
+                module.spread(torch.ones(*shape, 3), torch.ones(wrong))
+    assert module.square(torch.ones(2, 2), torch.ones(7, 2)).tolist() == [[2, 2], [2, 2]]
+    for wrong in ((torch.ones(2, 3),), (torch.ones(2, 2), torch.ones(2, 3)), (torch.ones(2),)):
+        with pytest.raises(TypeError):
+            module.square(*wrong)
 
 
 def test_functions_made_anew_keep_what_they_close_over(module) -> None:

@@ -1,14 +1,16 @@
 """graftlens as the tests import it: annotations are held against values, by beartype.
 
 jaxtyping's own import hook binds the arguments of every call to a signature and has them checked
-twice, which was more than half of the suite's time. Here beartype wraps the function itself, and
-jaxtyping keeps the sizes of named axes only for functions that name axes.
+twice, which was more than half of the suite's time. Here beartype wraps the function itself, when
+it is first called, and what jaxtyping says of an annotation and a shape is asked once: after that,
+an array is looked at for the sizes of its named axes only.
 """
 
 import ast
 import dataclasses
 import functools
 import sys
+import threading
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -16,7 +18,7 @@ from types import CellType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 from beartype import BeartypeConf, beartype
-from jaxtyping import config, jaxtyped
+from jaxtyping import AbstractArray, config
 
 PACKAGE = "graftlens"
 
@@ -36,20 +38,30 @@ def checked(function: Any) -> Any:
         return function
     if not function.__annotations__:
         return function
-    strict, names_axes = _strict(function)
-    switch, own_axes = config, jaxtyped
-    if names_axes:
+    switch, here, bound, strict = config, _here, _strict, None
+    if any("jaxtyping." in repr(hint) for hint in function.__annotations__.values()):
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal strict
             if switch.jaxtyping_disable:
                 return function(*args, **kwargs)
-            with own_axes("context"):
+            if strict is None:
+                strict = bound(function)
+            outside, here.axes = here.axes, {}
+            try:
                 return strict(*args, **kwargs)
+            finally:
+                here.axes = outside
 
     else:
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            return (function if switch.jaxtyping_disable else strict)(*args, **kwargs)
+            nonlocal strict
+            if switch.jaxtyping_disable:
+                return function(*args, **kwargs)
+            if strict is None:
+                strict = bound(function)
+            return strict(*args, **kwargs)
 
     # In the function's own module, so that a warning finds the line outside that it is about.
     made = FunctionType(
@@ -61,11 +73,11 @@ def checked(function: Any) -> Any:
     return made
 
 
-_made: dict[tuple[Any, ...], tuple[FunctionType, bool]] = {}
+_made: dict[tuple[Any, ...], FunctionType] = {}
 
 
-def _strict(function: FunctionType) -> tuple[FunctionType, bool]:
-    """What beartype makes of a function, and whether its annotations name axes.
+def _strict(function: FunctionType) -> FunctionType:
+    """What beartype makes of a function.
 
     A function inside another is made at each call of the outer one; beartype is asked once, and
     what it made then is pointed at the function of now.
@@ -79,13 +91,12 @@ def _strict(function: FunctionType) -> tuple[FunctionType, bool]:
         return _new(function)
     if known is None:
         known = _made[key] = _new(_hollow(function))
-    strict, names_axes = known
-    defaults = strict.__kwdefaults__ or {}
+    defaults = known.__kwdefaults__ or {}
     if "__beartype_func" not in defaults:
         return _new(function)
-    twin = FunctionType(strict.__code__, strict.__globals__, strict.__name__)
+    twin = FunctionType(known.__code__, known.__globals__, known.__name__)
     twin.__kwdefaults__ = {**defaults, "__beartype_func": function}
-    return twin, names_axes
+    return twin
 
 
 def _hollow(function: FunctionType) -> FunctionType:
@@ -97,7 +108,7 @@ def _hollow(function: FunctionType) -> FunctionType:
     return found
 
 
-def _new(function: FunctionType) -> tuple[FunctionType, bool]:
+def _new(function: FunctionType) -> FunctionType:
     written = function.__annotations__
     function.__annotations__ = {
         name: _by_class(hint) if getattr(hint, "_is_protocol", False) else hint
@@ -105,10 +116,64 @@ def _new(function: FunctionType) -> tuple[FunctionType, bool]:
         if not isinstance(hint, str)
     }
     try:
-        strict = _check(function)
+        return _check(function)
     finally:
         function.__annotations__ = written
-    return strict, any("jaxtyping." in repr(hint) for hint in written.values())
+
+
+class _Here(threading.local):
+    """The sizes of the named axes of the call that is being checked; None outside one."""
+
+    axes: dict[str, Any] | None = None
+
+
+_here = _Here()
+
+#: By annotation, type, dtype and shape: the sizes of the named axes, or None where it does not fit.
+_sizes: dict[tuple[Any, ...], dict[str, Any] | None] = {}
+
+_Annotation: Any = type(AbstractArray)  # whose instances are annotations such as Float[Tensor, "d"]
+_jaxtypings_word = _Annotation.__instancecheck_str__
+
+
+def _fits(annotation: Any, thing: Any) -> bool:
+    """What jaxtyping says, which is asked once, and whether the axes are as long as others."""
+    try:
+        key = (annotation, type(thing), thing.dtype, thing.shape)
+    except AttributeError:
+        return False
+    if key not in _sizes:
+        fits = _jaxtypings_word(annotation, thing) == ""
+        _sizes[key] = _named(annotation.dim_str, tuple(thing.shape)) if fits else None
+    sizes, known = _sizes[key], _here.axes
+    if sizes is None:
+        return False
+    if known is not None and sizes:
+        for name, size in sizes.items():
+            if known.get(name, size) != size:
+                return False
+        known.update(sizes)
+    return True
+
+
+def _named(axes: str, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The sizes of a shape's named axes; of `*axes`, several."""
+    assert not set(axes) & set("#?={}()+-/"), f"axes {axes!r}: this check knows names and numbers"
+    names, sizes = axes.split(), list[Any](shape)
+    for i, name in enumerate(names):
+        if name == "..." or name.startswith("*"):
+            end = len(shape) - (len(names) - i - 1)
+            sizes[i:end] = [shape[i:end]]
+    found = zip(names, sizes, strict=True)
+    return {n: size for n, size in found if n != "..." and n[0] != "_" and not n.isdigit()}
+
+
+def _word(annotation: Any, thing: Any) -> str:
+    """Why it does not fit, for an error."""
+    said = str(_jaxtypings_word(annotation, thing))
+    if said or _fits(annotation, thing):
+        return said
+    return f"its shape {tuple(thing.shape)} does not go with the axes of the call, {_here.axes}"
 
 
 @functools.cache
@@ -170,3 +235,4 @@ class _Finder(MetaPathFinder):
 # A plugin of pytest's: graftlens is checked wherever it is imported from now on.
 assert PACKAGE not in sys.modules, f"{PACKAGE} was imported before it could be checked"
 sys.meta_path.insert(0, _Finder())
+_Annotation.__instancecheck__, _Annotation.__instancecheck_str__ = _fits, _word
