@@ -321,12 +321,14 @@ def batch() -> Batch:
 
 
 def places(mask: GraftMask) -> dict[tuple[str, int | None, int], list[int]]:
-    """Source numbers by site and head, for comparison."""
-    return {
-        (str(component), layer, head): mask.source_index(component, layer, head)[0].tolist()
-        for component, layer in mask.sites
-        for head in range(ARCH.n_units_of(component))
-    }
+    """Source numbers by site and head or neuron, for comparison."""
+    found = {}
+    for component, layer in mask.sites:
+        for units, _ in mask[component, layer].selections():
+            alike = range(ARCH.n_units_of(component)) if units is None else list(units)
+            sources = mask.source_index(component, layer, alike[0])[0].tolist()
+            found.update({(str(component), layer, unit): sources for unit in alike})
+    return found
 
 
 @st.composite

@@ -199,11 +199,11 @@ def test_a_tree_is_the_grafts_one_by_one_and_no_row_too_many(
     peak = data.draw(st.sampled_from([None, 25]))
     found = tree_logits(model, planner, [(p, b) for p, _, b in prompts], peak)
     for (prompt, tails, branches), logits in zip(prompts, found, strict=True):
+        batch = collate([prompt] * len(tails), continuations=[tail[:-1] for tail in tails])
+        columns = [range(len(prompt) - 1, len(prompt) - 1 + len(tail)) for tail in tails]
         for index, graft in enumerate(grafts):
-            for tail, path in zip(tails, branches.paths, strict=True):
-                batch = collate([prompt], continuations=[tail[:-1]])
-                columns = range(len(prompt) - 1, len(prompt) - 1 + len(tail))
-                (alone,) = model.logits_at(batch, [columns], graft)
+            each = model.logits_at(batch, columns, graft)
+            for alone, path in zip(each, branches.paths, strict=True):
                 ours = torch.stack([logits[index, node] for node in path])
                 assert float((ours - alone).abs().max() / alone.abs().max()) < 1e-4
         structure, _ = planner.structure(prompt, branches)
