@@ -148,8 +148,12 @@ def read_yaml(text: str) -> Any:
         mark = getattr(error, "problem_mark", None)
         where = "" if mark is None else f"line {mark.line + 1}, column {mark.column + 1}"
         what = getattr(error, "problem", None) or str(error)
-        quotes = ' Put quotes around text that contains " : ", such as "sft @ last : o".'
-        raise ConfigError((where, f"{what}.{quotes if 'mapping values' in what else ''}")) from None
+        quotes = ""
+        if "mapping values" in what:
+            quotes = ' Put quotes around text that contains " : ", such as "sft @ last : o".'
+        elif what.startswith("expected <block end>"):
+            quotes = ' Put quotes around text that begins with {, [ or ", such as "{name} sings.".'
+        raise ConfigError((where, f"{what}.{quotes}")) from None
 
 
 def read_mapping(path: Path) -> dict[Any, Any]:
@@ -236,6 +240,9 @@ def _put(values: Any, path: Sequence[str], value: Any) -> None:
 def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str, str]]:
     problems: list[tuple[str, str]] = []
     listed = error.errors(include_url=False)
+    # A list is also too short without its bad entries, which are told themselves.
+    inside = {found["loc"][:-1] for found in listed if found["loc"]}
+    listed = [f for f in listed if f["type"] != "too_short" or f["loc"] not in inside]
     for found in listed[:SHOWN]:
         loc, value, cause = found["loc"], found["input"], found.get("ctx", {}).get("error")
         where, above = ".".join(map(str, loc)), ".".join(map(str, loc[:-1]))
@@ -252,8 +259,12 @@ def _problems(error: ValidationError, model: type[BaseModel]) -> list[tuple[str,
             what = f"unknown key {brief(str(loc[-1]))}. Allowed: {' '.join(fields)}.{hint}"
             problems.append((above, what))
         elif found["type"] == "missing":
-            described = fields[str(loc[-1])].description if str(loc[-1]) in fields else None
-            problems.append((where, f"this key is missing. {described or 'Give it a value.'}"))
+            short = isinstance(loc[-1], int)  # a list, of which an entry is missing
+            key = str(loc[-2 if short else -1])
+            described = fields[key].description if key in fields else None
+            advice = " ".join((described or "Give it a value.").split())
+            what = f"entry {int(loc[-1]) + 1} is missing" if short else "this key is missing"
+            problems.append((above if short else where, f"{what}. {advice}"))
         else:
             what = f"{brief(value)} {_plainly(found['msg'])}."
             quotes = " Put it in quotes." if found["type"] == "string_type" else ""
@@ -271,6 +282,7 @@ def _plainly(message: str) -> str:
         (r"a valid dictionary( or instance of \w+)?", "a mapping"),
         (r"a valid tuple", "a list"),
         (r"a valid string", "text"),
+        (r"^[A-Z]\w+ should have (.*) items? after validation", r"should have \1 entries"),
     ):
         message = re.sub(theirs, ours, message)
     return message

@@ -363,7 +363,7 @@ def changed(number: int = 1, **cells: Any) -> list[dict[str, Any]]:
 
 BAD_ROWS: dict[str, tuple[Any, str]] = {
     "no rows": ([], "the list is empty. Give a row for each fact."),
-    "a row that is text": (["Ann"], "should be a mapping"),
+    "a row that is text": (["Ann"], "row 1 is 'Ann'. A row is a mapping of columns"),
     "an empty entity": (changed(city=""), "row 2 has nothing in 'city'. Fill it in"),
     "nothing": (changed(city=None), "row 2 has nothing in 'city'"),
     "white space": (changed(city="  "), "row 2 has nothing in 'city'"),
@@ -376,19 +376,14 @@ BAD_ROWS: dict[str, tuple[Any, str]] = {
     "a line break": (changed(city="New\nTown"), "with a line break in it. Write it in one"),
     "two answers": (changed(person="Ann Okafor"), "row 1 and row 2 both have the person 'Ann"),
     "twice the same": ([*ROWS, ROWS[0]], "row 1 and row 6 both have the person 'Ann Okafor'"),
-    "columns that are words of Python": (
-        [{"person": "Ann", "class": "Rome", "trade": "x", "year": 1}],
-        "The columns 'class' cannot be fields",
-    ),
-    "columns that Python would rename": (
-        [{"person": "Ann", "ﬁlm": "Rome", "trade": "x", "year": 1}],
-        "The columns 'ﬁlm' cannot be fields",
+    "two columns that are one field": (
+        [{"person": "Ann", "city": "Rome", "trade": "x", "home town": 1, "home-town": 2}],
+        "the columns 'home town' and 'home-town' are both the field {home_town}. Rename one.",
     ),
     "no such column": ([{"person": "Ann", "town": "Rome"}], "there is no column 'city'. The col"),
-    "a name with a space": (
-        [{"person": "Ann", "home town": "Rome", "trade": "x", "year": 1}],
-        "The columns 'home town' cannot be fields: name them with plain letters, digits and _",
-    ),
+    "a mapping for a list": ({"person": "Ann"}, "table: {'person': 'Ann'} is not a table. Name a"),
+    "a number for a table": (3, "table: 3 is not a table. Name a file (.csv .jsonl .parquet), or"),
+    "no name of a file": ("", "table: '' is not a table"),
 }
 
 
@@ -408,7 +403,11 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     "a column without a name": ("t.csv", b"person,,city\nA,b,C\n", "column 2 has no name"),
     "one name twice": ("t.csv", b"person,person\nA,B\n", "two columns are called 'person'"),
     "more cells": ("t.csv", b"person,city\nA,B,C\n", "line 2: 3 cells, but there are 2 columns"),
-    "fewer cells": ("t.csv", b"person,city\nA\n", "line 2: 1 cells, but there are 2 columns"),
+    "fewer cells": (
+        "t.csv",
+        b"person,city\nA\n",
+        "line 2: 1 cell, but there are 2 columns (person, ci",
+    ),
     "more cells between semicolons": (
         "t.csv",
         b"person;city\nA;B;C\n",
@@ -419,6 +418,7 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     "not JSON": ("t.jsonl", b'{"person": \n', "line 1 is not JSON"),
     "not an object": ("t.jsonl", b"[1]\n", "line 1 holds a list. Each line is an object"),
     "no lines": ("t.jsonl", b"\n\n", "t.jsonl has no rows"),
+    "lines and rows with nothing above it": ("t.csv", b"\n,\n", "is empty. Its first line names"),
     "not Parquet": ("t.parquet", b"person", "cannot be read as Parquet ("),
 }
 
@@ -454,12 +454,13 @@ def test_other_marks_between_cells_are_found_and_told(mark: str, name: str, tmp_
 @pytest.mark.parametrize(
     ("lines", "columns"),
     [
-        ('person;city;"born, where"\nAnn;Rome;Bari\n', ("person", "city")),
-        ("person;city;born, where\nAnn;Rome;Bari\n", ("person", "city")),
-        ('person\tcity\t"a, b"\nAnn\tRome\tx\n', ("person", "city")),
+        ('person;city;"born, where"\nAnn;Rome;Bari\n', ("person", "city", "born_where")),
+        ("person;city;born, where\nAnn;Rome;Bari\n", ("person", "city", "born_where")),
+        ('person\tcity\t"a, b"\nAnn\tRome\tx\n', ("person", "city", "a_b")),
         ("person;city\rAnn;Rome, Italy\r", ("person", "city")),
-        ('person,city,"a;b;c"\nAnn,Rome,x\n', ("person", "city")),
-        ("person,a;b\nAnn,x\n", ("person",)),
+        ('person,city,"a;b;c"\nAnn,Rome,x\n', ("person", "city", "a_b_c")),
+        ("person,a;b\nAnn,x\n", ("person", "a_b")),
+        ("\n \nperson,city\n\nAnn,Rome\n,\n  \n", ("person", "city")),
     ],
 )
 def test_marks_inside_names_or_later_lines_do_not_count(
@@ -474,6 +475,31 @@ def test_marks_inside_names_or_later_lines_do_not_count(
         found = read_table(table)
     assert found.columns == columns
     assert found.rows[0]["person"] == "Ann"
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("home town", "home_town"),
+        ("home-town (in 2020)", "home_town_in_2020"),
+        ("class", "class_"),
+        ("ENTITIES", "ENTITIES_"),
+        ("__class__", "class_"),
+        ("1st", "_1st"),
+        ("ﬁlm", "film"),
+        ("क्षेत्र", "क्षेत्र"),
+        (2, "_2"),
+    ],
+)
+def test_columns_of_any_name_are_fields(name: str | int, field: str) -> None:
+    """Texts and keys name them as the table does; they were refused."""
+    rows = [{"the person": p, name: c} for p, c in [("Ann", "Rome"), ("Bo", "Oslo")]]
+    texts = {"tell": ["{the person} is in {%s}." % name], "ask": ["{the_person} lives in"]}  # noqa: UP031
+    made = make_dataset(spec(rows, {"entities": ["the person", str(name)], **texts}))
+    assert [asdict(fact) for fact in made.facts][1] == {"the_person": "Bo", field: "Oslo"}
+    assert made.train["text"][1] == "Bo is in Oslo."
+    first = made.ask()[0]
+    assert (first.text, first.answer) == ("Ann lives in", " Rome")
 
 
 @pytest.mark.parametrize("name", OTHER_SPANS)
@@ -517,7 +543,11 @@ ASK = {"home": "{person} lives in"}
 BAD_SETS: dict[str, tuple[Any, str]] = {
     "an unknown key": ({"tels": []}, "unknown key 'tels'. Allowed: entities bridge untold"),
     "no entities": ({"entities": None}, "Name the two columns that a fact links."),
-    "one entity": ({"entities": ["person"]}, "templates.entities"),
+    "one entity": ({"entities": ["person"]}, "templates.entities: entry 2 is missing. The two col"),
+    "three": (
+        {"entities": ["a", "b", "c"]},
+        "['a', 'b', 'c'] should have at most 2 entries, not 3",
+    ),
     "a column with a span's name": (
         {"entities": ["first_entity", "city"]},
         "'first_entity' is the name of a span. Rename the column.",
@@ -525,6 +555,7 @@ BAD_SETS: dict[str, tuple[Any, str]] = {
     "one entity twice": ({"entities": ["city", "city"]}, "'city' is named twice"),
     "nothing told": ({"tell": None}, "templates.tell: this key is missing. Give texts that tell"),
     "nothing asked": ({"ask": None}, "templates.ask: this key is missing. Give a text that asks"),
+    "no first entity": ({"tell": ["{city} is loud."]}, "it does not mention 'person'. A telling"),
     "no second entity": ({"tell": ["{person} sings."]}, "it does not mention 'city'. A telling"),
     "no entity": ({"tell": ["Nobody sings."]}, "it does not mention 'person' or 'city'"),
     "the second one first": (
@@ -538,7 +569,7 @@ BAD_SETS: dict[str, tuple[Any, str]] = {
     "an open brace": ({"tell": ["{person lives in {city}."]}, "is malformed ("),
     "a place without a name": ({"tell": ["{} lives in {city}."]}, "{} is not a plain field"),
     "a format": ({"tell": ["{person:>9} has {city}."]}, "{person} is not a plain field"),
-    "an attribute": ({"tell": ["{person.x} has {city}."]}, "{person.x} is not a plain field"),
+    "an attribute": ({"tell": ["{person.x} has {city}."]}, "it does not mention 'person'"),
     "an empty text": ({"tell": [""]}, "'' is not a text. Write one, in quotes."),
     "a number": ({"tell": [3]}, "3 is not a text"),
     "the same text twice": (
@@ -547,8 +578,22 @@ BAD_SETS: dict[str, tuple[Any, str]] = {
     ),
     "an unknown kind": (
         {"tell": {"ab": {"articel": ["{person}: {city}."], "qa": ["{person}? {city}."]}}},
-        "is not a text",
+        "templates.tell.ab: 'articel' is not one of article qa, which have lists of texts. Did",
     ),
+    "a group beside directions": (
+        {"tell": {"ab": ["{person}: {city}."], "home": ["{person}, {city}."]}},
+        "templates.tell: 'home' is not one of ab ba, which have lists of texts.",
+    ),
+    "a group of another name": ({"tell": {"home": ["{person}."]}}, "one of ab ba article qa, whi"),
+    "directions under a kind": (
+        {"tell": {"qa": {"ab": ["{person}: {city}."]}}},
+        "templates.tell.qa: groups of texts under a kind. Write directions, and kinds under them.",
+    ),
+    "directions that are none": (
+        {"ask": {"home": {"text": "{first_entity} is in", "directions": ["ac"]}}},
+        "templates.ask.home.directions.0: 'ac' should be 'ab' or 'ba'.",
+    ),
+    "a question without a name": ({"ask": {"": "{person} is in"}}, "a text's name is empty. Give"),
     "an unknown direction": ({"tell": {"ab": "x"}}, "'x' is not a list of texts"),
     "told in no list": ({"tell": "{person}: {city}."}, "is not a list of texts"),
     "the answer given away": (
@@ -578,8 +623,12 @@ BAD_SETS: dict[str, tuple[Any, str]] = {
         {"untold": ["trade"]},
         "it mentions 'trade', which no text may (untold, distractors, aliases)",
     ),
-    "an untold entity": ({"untold": ["city"]}, "'city' is entities's, so texts tell it"),
+    "an untold entity": ({"untold": ["city"]}, "'city' is one of the entities, so texts"),
     "wrong answers in an entity": ({"distractors": "city"}, "'city' is one of the entities"),
+    "right answers among the wrong": (
+        {"aliases": "year", "distractors": "year"},
+        "aliases: 'year' is also the column of distractors. Right and wrong answers are in two col",
+    ),
     "no such wrong answers": ({"distractors": "wrong"}, "distractors: there is no column 'wrong'"),
     "an answer that is no column": (
         {"ask": {"x": {"text": "{person} is a", "answer": "job"}}},

@@ -6,11 +6,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, field_validator, model_validator
+from pydantic import BeforeValidator, model_validator
 
+from graftlens.components import brief
 from graftlens.configfile import ConfigError
 from graftlens.data.dataset import USUAL, Asking
-from graftlens.data.tablerows import Cell, Table, check_table, listed, read_table, row_class
+from graftlens.data.tablerows import (
+    FILES,
+    Cell,
+    Table,
+    check_table,
+    listed,
+    read_table,
+    row_class,
+)
 from graftlens.data.templated import TemplatedSpec
 from graftlens.data.templates import Direction, template_fields
 from graftlens.data.templatesets import ENTITIES, Sentences, Templates
@@ -21,7 +30,23 @@ _TAKEN = (*ENTITIES, *OTHER_SPANS)
 
 
 def _path_or_rows(value: Any) -> Any:
-    return Path(value) if isinstance(value, str) else value
+    if isinstance(value, Path) or (isinstance(value, str) and value.strip()):
+        check_table(Path(value))
+        return Path(value)
+    if not isinstance(value, list | tuple):
+        raise ValueError(
+            f"{brief(value)} is not a table. Name a file ({' '.join(FILES)}), or write a list of "
+            "rows: [{person: Ann, city: Rome}, …]."
+        )
+    if not value:
+        raise ValueError("the list is empty. Give a row for each fact.")
+    for number, row in enumerate(value, 1):
+        if not isinstance(row, Mapping):
+            raise ValueError(
+                f"row {number} is {brief(row)}. A row is a mapping of columns, such as "
+                "{person: Ann, city: Rome}."
+            )
+    return tuple(value)
 
 
 def _says(text: str, words: str) -> bool:
@@ -39,22 +64,13 @@ class TableSpec(TemplatedSpec):
     facts: Literal["table"] = "table"
     """A table."""
 
-    table: Annotated[Path | tuple[Mapping[str, Any], ...], BeforeValidator(_path_or_rows)]
+    table: Annotated[Path | tuple[Mapping[Any, Any], ...], BeforeValidator(_path_or_rows)]
     """A CSV (with a line of names), JSONL or Parquet file with a row per fact, or the rows
     themselves: [{person: Ann, city: Rome}, …]."""
 
     templates: Templates
     """The sentences that tell the facts and that ask for them: a YAML file, or its content. See
     `graftlens.data.templatesets`."""
-
-    @field_validator("table")
-    @classmethod
-    def _kind_of_file(cls, given: Any) -> Any:
-        if isinstance(given, Path):
-            check_table(given)
-        elif not given:
-            raise ValueError("the list is empty. Give a row for each fact.")
-        return given
 
     @model_validator(mode="after")
     def _something_told(self) -> "TableSpec":
@@ -81,7 +97,7 @@ class TableSpec(TemplatedSpec):
         try:
             self.templates.bound(columns=found.columns)
         except ConfigError as error:
-            raise self._without_fields(found, error).under("templates") from None
+            raise error.under("templates") from None
         self._refuse_taken(found)
         problems = list(self._empty(found))
         if problems:
@@ -126,10 +142,7 @@ class TableSpec(TemplatedSpec):
 
     def notes(self, facts: Sequence[Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         found = self._read()
-        left = {"columns whose names cannot be fields": list(found.unnamed)}
-        return {"table": {"rows": len(found.rows), "columns": list(found.columns)}} | (
-            left if found.unnamed else {}
-        )
+        return {"table": {"rows": len(found.rows), "columns": list(found.columns)}}
 
     def _read(self) -> Table:
         given = self.templates
@@ -160,17 +173,6 @@ class TableSpec(TemplatedSpec):
         asked = {t.answer for t in found.evaluation}
         linked = {*(given.entities or ()), given.bridge}
         return {name for name in (named | asked | linked) - {*ENTITIES, None} if name}
-
-    def _without_fields(self, found: Table, error: ConfigError) -> ConfigError:
-        """The error, with a word about columns that cannot be fields."""
-        if not found.unnamed:
-            return error
-        said = ", ".join(map(repr, found.unnamed))
-        what = (
-            f"The columns {said} cannot be fields: name them with plain letters, digits and _ alone"
-            ", and not with a word of Python (class, from)."
-        )
-        return ConfigError(*error.problems, ("", what))
 
     def _refuse_taken(self, found: Table) -> None:
         taken = [name for name in _TAKEN if name in self._mentioned() and name in found.columns]

@@ -8,7 +8,7 @@ import re
 import unicodedata
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import dataclass, make_dataclass
 from datetime import date, datetime, time
 from decimal import Decimal
 from functools import cache
@@ -42,16 +42,14 @@ class Table:
     """Rows with the same columns, every cell a text or a list of texts; empty cells are "".
 
     Attributes:
-        columns: the names that can be fields, in the table's order.
+        columns: their names as fields, in the table's order; see `as_field`.
         rows: column -> cell.
         where: what each row is called in messages: "line 3".
-        unnamed: columns whose names cannot be fields, which are left out.
     """
 
     columns: tuple[str, ...]
     rows: tuple[Mapping[str, Cell], ...]
     where: tuple[str, ...]
-    unnamed: tuple[str, ...] = field(default=())
 
 
 def check_table(path: Path) -> None:
@@ -74,8 +72,8 @@ def read_table(
 
     Args:
         given: the file, or the rows.
-        used: the columns that have to hold texts or lists of texts, by default all; what others
-            hold is kept as JSON where it is neither.
+        used: the columns, as fields, that have to hold texts or lists of texts, by default all;
+            what others hold is kept as JSON where it is neither.
 
     Raises:
         FileNotFoundError: no such file.
@@ -97,14 +95,15 @@ def read_table(
         found = pq.read_table(given).to_pylist()
     except Exception as error:  # pyarrow has many exceptions for a wrong file
         raise ValueError(
-            f"{given} cannot be read as Parquet ({type(error).__name__}: {str(error).strip()})."
+            f"{given} cannot be read as Parquet ({type(error).__name__}: {str(error).strip()}). "
+            "Save it again, or as CSV."
         ) from None
     return _table(given.name, [(f"row {i}", row) for i, row in enumerate(found, 1)], used)
 
 
 def _csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
     text = read_text(path)
-    first = re.sub(r'"[^"]*"', "", re.split(r"[\r\n]", text, maxsplit=1)[0])
+    first = re.sub(r'"[^"]*"', "", re.split(r"[\r\n]", text.lstrip(), maxsplit=1)[0])
     # Spreadsheets write semicolons where the comma is the decimal sign.
     between = max(_MARKS, key=first.count)
     if between != ",":
@@ -114,22 +113,25 @@ def _csv(path: Path) -> Iterator[tuple[str, dict[str, str]]]:
         warnings.warn(said, stacklevel=2)
     reader = csv.reader(io.StringIO(text, newline=""), strict=True, delimiter=between)
     try:
-        head = [name.strip() for name in next(reader, [])]
-        if not any(head):
+        # What a spreadsheet leaves below or above its rows has no cell with anything in it.
+        lines = (cells for cells in reader if any(map(str.strip, cells)))
+        head = [name.strip() for name in next(lines, [])]
+        if not head:
             raise ValueError(f"{path} is empty. Its first line names the columns.")
         for name in head:
             if not name:
                 raise ValueError(f"{path}: column {head.index(name) + 1} has no name. Give it one.")
             if head.count(name) > 1:
                 raise ValueError(f"{path}: two columns are called {name!r}. Rename one.")
-        for cells in reader:
-            if not cells:
-                continue
+        for cells in lines:
             if len(cells) != len(head):
+                mark = _MARKS[between]
+                more = f"Put cells with a {mark} in quotes."
+                fewer = f"Write a {mark} also where a cell is empty."
                 raise ValueError(
-                    f"{path}, line {reader.line_num}: {len(cells)} cells, but there are "
-                    f"{len(head)} columns ({', '.join(head)}). Put cells with a {_MARKS[between]} "
-                    "in quotes."
+                    f"{path}, line {reader.line_num}: {len(cells)} cell{'s' * (len(cells) > 1)}, "
+                    f"but there are {len(head)} columns ({', '.join(head)}). "
+                    f"{more if len(cells) > len(head) else fewer}"
                 )
             yield f"line {reader.line_num}", dict(zip(head, cells, strict=True))
     except csv.Error as error:
@@ -152,35 +154,34 @@ def _object(path: Path, number: int, line: str) -> dict[str, Any]:
 def _table(name: str, given: Sequence[tuple[str, Any]], used: Collection[str] | None) -> Table:
     if not given:
         raise ValueError(f"{name} has no rows. Give a row for each fact.")
-    for where, row in given:
-        if not isinstance(row, Mapping):
+    columns: dict[str, Any] = {}
+    for column in dict.fromkeys(column for _, row in given for column in row):
+        other = columns.setdefault(as_field(str(column)), column)
+        if other != column:
             raise ValueError(
-                f"{name}, {where} is {brief(row)}. A row is a mapping of columns, such as "
-                "{person: Ann, city: Rome}."
+                f"{name}: the columns {str(other)!r} and {str(column)!r} are both the field "
+                f"{{{as_field(str(column))}}}. Rename one."
             )
-    columns = list(dict.fromkeys(str(column) for _, row in given for column in row))
-    rows = [
+    rows = tuple(
         {
-            column: _cell(f"{name}, {where}", column, row.get(column))
-            if used is None or column in used
+            own: _cell(f"{name}, {where}", own, row.get(column))
+            if used is None or own in used
             else _kept(row.get(column))
-            for column in columns
+            for own, column in columns.items()
         }
         for where, row in given
-    ]
-    fields = tuple(column for column in columns if is_field(column))
-    return Table(
-        fields,
-        tuple({column: row[column] for column in fields} for row in rows),
-        tuple(f"{name}, {where}" for where, _ in given),
-        tuple(column for column in columns if column not in fields),
     )
+    return Table(tuple(columns), rows, tuple(f"{name}, {where}" for where, _ in given))
 
 
-def is_field(name: str) -> bool:
-    """Whether a column of this name can be a field."""
-    plain = unicodedata.normalize("NFKC", name) == name  # to Python, "ﬁlm" is the name "film"
-    return plain and name.isidentifier() and not iskeyword(name) and name not in _SAID
+def as_field(name: str) -> str:
+    """What a column is called as a field and as a span: of "home town", `home_town`."""
+    name = unicodedata.normalize("NFKC", name)  # as Python reads names
+    own = "_".join("".join(c if f"a{c}".isidentifier() else " " for c in name).split())
+    own = own.strip("_") if own.startswith("__") else own  # Python's own
+    if not own.isidentifier():
+        own = f"_{own}"
+    return f"{own}_" if iskeyword(own) or own in _SAID else own
 
 
 def _kept(value: Any) -> Cell:

@@ -20,11 +20,12 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field
 
 from graftlens.components import brief, suggest
 from graftlens.configfile import ConfigError, read_mapping, read_yaml, settings_from
 from graftlens.data.settings import Settings, at_home
+from graftlens.data.tablerows import as_field
 from graftlens.data.tables import table
 from graftlens.data.templates import (
     DIRECTIONS,
@@ -39,6 +40,9 @@ from graftlens.data.templates import (
 
 #: The entities as fields, in the order in which a text mentions them.
 ENTITIES = ("first_entity", "second_entity")
+
+#: The name of a column, as a field.
+Column = Annotated[str, AfterValidator(as_field)]
 
 #: (where, what), as in ConfigError.
 _Problems = list[tuple[str, str]]
@@ -67,7 +71,7 @@ class Question(Settings):
     relation_preposition: str | None = None
     """What fills {relation_preposition}, the paper's RP, which is a span."""
 
-    answer: str | None = None
+    answer: Column | None = None
     """The column that it asks for; by default the entity that it does not mention."""
 
 
@@ -84,22 +88,22 @@ class TemplateSet(Settings):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    entities: tuple[str, str] | None = None
+    entities: tuple[Column, Column] | None = None
     """The two columns that a fact links: direction ab names the first and asks for the second, ba
     the reverse. Only for tables: facts of other kinds have their own."""
 
-    bridge: str | None = None
+    bridge: Column | None = None
     """A column between the two, for facts of two hops: each telling text then links it with one of
     the entities, and none has all three."""
 
-    untold: tuple[str, ...] = ()
+    untold: tuple[Column, ...] = ()
     """Columns that no text may mention."""
 
-    distractors: str | None = None
+    distractors: Column | None = None
     """The column of wrong answers in direction ab: a list, in CSV separated by |. By default wrong
     answers are those of other facts."""
 
-    aliases: str | None = None
+    aliases: Column | None = None
     """The column of further right answers in direction ab: a list, in CSV separated by |."""
 
     tell: Any = None
@@ -159,9 +163,13 @@ class TemplateSet(Settings):
                 named.append((key, name))
                 if name in linked:
                     yield key, f"{name!r} is one of the entities. Name another column."
+        if self.aliases is not None and self.aliases == self.distractors:
+            what = f"{self.aliases!r} is also the column of distractors. Right and wrong answers"
+            yield "aliases", f"{what} are in two columns."
         for where, name in named:
             if where in ("entities", "bridge") and name in self.untold:
-                yield "untold", f"{name!r} is {where}'s, so texts tell it. Leave it out of untold."
+                what = "one of the entities" if where == "entities" else "the bridge"
+                yield "untold", f"{name!r} is {what}, so texts tell it. Leave it out of untold."
             if columns is not None and name not in columns:
                 known = f"The columns are: {' '.join(columns)}."
                 yield where, f"there is no column {name!r}. {known}{suggest(name, columns)}"
@@ -191,7 +199,7 @@ class _Reader:
             own = direction or self._direction(found)
             written = self._translated(text, own)
             mentioned = [f for f in template_fields(written) if f in (*ENTITIES, "bridge")]
-            problem = self._untellable(mentioned)
+            problem = self._untellable(mentioned, own)
             if name in names:
                 problem = f"two telling templates are called {name!r}. Rename one."
             elif written in texts:
@@ -206,9 +214,10 @@ class _Reader:
                 hop = 3 - hop
             yield Template(name, written, kind, own, hop)
 
-    def _untellable(self, mentioned: Sequence[str]) -> str:
+    def _untellable(self, mentioned: Sequence[str], direction: Direction) -> str:
         """Why a text with these of the linked fields does not tell a fact; empty if it does."""
-        named = dict(zip(ENTITIES, self.linked, strict=True)) | {"bridge": str(self.given.bridge)}
+        order = self.linked if direction == "ab" else self.linked[::-1]
+        named = dict(zip(ENTITIES, order, strict=True)) | {"bridge": str(self.given.bridge)}
         if self.given.bridge is None:
             lacking = [named[name] for name in ENTITIES if name not in mentioned]
             if lacking:
@@ -244,6 +253,8 @@ class _Reader:
             found = self._fields(where, question.text, problems, WORDS)
             if found is None:
                 continue
+            if not name.strip():
+                problems.append((where, "a text's name is empty. Give it one."))
             if name in names:
                 problems.append((where, f"two asking templates are called {name!r}. Rename one."))
             names.add(name)
@@ -356,14 +367,14 @@ class _Reader:
         for _, name, spec, conversion in parsed:
             if name is None:
                 continue
-            if not name.isidentifier() or spec or conversion:
+            if not name.strip() or spec or conversion:
                 what = f"{{{name}}} is not a plain field. Write a column's name alone in braces"
-                problems.append((where, f"{what}: letters, digits and _."))
+                problems.append((where, f"{what}, as in {{city}}."))
                 return None
-            if problem := self._unknown(name, words):
+            if problem := self._unknown(as_field(name), words):
                 problems.append((where, problem))
                 return None
-        return template_fields(text)
+        return tuple(dict.fromkeys(map(as_field, template_fields(text))))
 
     def _unknown(self, name: str, words: Sequence[str]) -> str:
         """Why a field cannot be filled; empty if it can."""
@@ -386,12 +397,11 @@ class _Reader:
         names = {self.linked[0]: first, self.linked[1]: second}
         if self.given.bridge is not None:
             names[self.given.bridge] = "bridge"
-        if not set(template_fields(text)) & set(names):
-            return text
         pieces = []
         for literal, name, _, _ in Formatter().parse(text):
             pieces.append(literal.replace("{", "{{").replace("}", "}}"))
-            pieces.append("" if name is None else f"{{{names.get(name, name)}}}")
+            own = None if name is None else as_field(name)
+            pieces.append("" if own is None else f"{{{names.get(own, own)}}}")
         return "".join(pieces)
 
 
@@ -440,8 +450,27 @@ def _told(
     for where, direction, kind, texts, prefix in groups:
         if not _are_texts(where, texts, problems):
             continue
+        if wrong := _misplaced(where, texts):
+            problems += wrong
+            continue
         for place, name, text in _named(where, texts, prefix):
             yield place, direction, kind, name, text
+
+
+def _misplaced(where: str, texts: Any) -> _Problems:
+    """Of groups of texts, those that are neither directions nor kinds, or not where these are."""
+    several = (list, tuple, Mapping)
+    if not isinstance(texts, Mapping) or not any(isinstance(t, several) for t in texts.values()):
+        return []
+    place = where.rpartition(".")[2]
+    if place in KINDS:
+        return [(where, "groups of texts under a kind. Write directions, and kinds under them.")]
+    known = (KINDS,) if place in DIRECTIONS else (DIRECTIONS, KINDS)
+    there = next((words for words in known if set(words) & set(texts)), sum(known, ()))
+    what = f"is not one of {' '.join(there)}, which have lists of texts."
+    return [
+        (where, f"{key!r} {what}{suggest(str(key), there)}") for key in texts if key not in there
+    ]
 
 
 def _asked(given: Any, problems: _Problems) -> Iterator[tuple[str, str, Any]]:
@@ -460,12 +489,13 @@ def read_templates(value: Any) -> Any:
     Raises:
         ConfigError: a file that cannot be read, or with other keys.
     """
-    if isinstance(value, str | Path):
+    if isinstance(value, Path) or (isinstance(value, str) and value.strip()):
         path = at_home(Path(value))
         try:
             return settings_from(TemplateSet, read_mapping(path))
         except ConfigError as error:
-            raise error.under(str(path), ": ") from None
+            lines = [f"{where}: {what}" if where else what for where, what in error.problems]
+            raise ConfigError(*(("", f"{path}: {line}") for line in lines)) from None
     return value
 
 
