@@ -533,7 +533,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="RUN…",
-            help="Folders of experiments, sweeps and localisations, or one sweep.",
+            help="Folders of experiments, sweeps and localisations, in any mixture.",
         ),
     ],
     out: Annotated[
@@ -549,8 +549,8 @@ def report(
 ) -> None:
     """Compare finished experiments, sweeps and localisations on one page.
 
-    They may be of other models or other datasets. Of one sweep alone, it writes that sweep's page
-    again.
+    They may be of other models or other datasets. Of one run alone, it says where its page is;
+    a sweep's is written again.
     """
     from graftlens.experiment.compare import report_of
 

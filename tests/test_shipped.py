@@ -153,13 +153,15 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *("graftlens-runs", "tests", "figures", "benchmarks"),
     )
     shutil.copytree(ROOT, place / "source", ignore=ignored, symlinks=True)
-    subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", place / "dist", "."],
         cwd=place / "source",
         check=True,
         capture_output=True,
+        text=True,
         timeout=HANG,
     )
+    (place / "dist" / "log").write_text(done.stdout + done.stderr)
     return place / "dist"
 
 
@@ -227,6 +229,7 @@ def test_a_release_is_whole_and_accepted(built: Path) -> None:
     check = [sys.executable, "-m", "twine", "check", "--strict", wheel, sdist]
     done = subprocess.run(check, capture_output=True, text=True, timeout=HANG)
     assert done.returncode == 0, done.stdout
+    assert "absent from the `packages`" not in (built / "log").read_text()
     assert done.stdout.count("PASSED") == 2
 
 

@@ -450,3 +450,13 @@ def test_what_is_neither_is_named(swept: Path, tmp_path: Path) -> None:
         compare_runs([swept, tmp_path], tmp_path / "r.html")
     with pytest.raises(ValueError, match="a folder is named twice"):
         compare_runs([swept, swept], tmp_path / "r.html")
+    with pytest.raises(FileNotFoundError, match=r"nope does not exist. Name one of a finished run"):
+        report_of([tmp_path / "nope"])
+
+
+def test_of_one_run_it_is_said_where_its_page_is(swept: Path, tmp_path: Path) -> None:
+    run = experiment(tmp_path / "run", swept)
+    (run / "index.html").write_text("its page")
+    assert report_of([run]) == run / "index.html"
+    with pytest.raises(ValueError, match=r"1 given: name two or more .* own page is .*index\.html"):
+        report_of([run], tmp_path / "r.html")

@@ -72,8 +72,8 @@ def _objects(file: Path, column: str) -> list[str]:
         except ValueError as error:
             raise ValueError(f'{error} Each line is an object such as {{"text": "…"}}.') from None
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            there = " ".join(row) if isinstance(row, dict) and column != "text" else ""
-            keys = f" Its keys are: {there}." if there else ""
+            there = " ".join(row) if isinstance(row, dict) else ""
+            keys = f" Its keys are: {there}. Name that of the texts: column." if there else ""
             raise ValueError(
                 f"{where} has no {column}. Each line is an object such as "
                 f'{{"{column}": "…"}}; other keys are ignored.{keys}'

@@ -46,9 +46,13 @@ class Compared:
 
 
 def report_of(runs: Sequence[Path], out: Path | None = None, *, metric: str = "top5") -> Path:
-    """The page of one sweep, or one that compares several runs; see `compare_runs`."""
+    """The page of one run, of a sweep written again; or one that compares several runs, as
+    `compare_runs` writes it."""
     if len(runs) == 1 and (at_home(runs[0]) / "sweep.json").is_file():
         return sweep_report(runs[0], out)
+    if len(runs) == 1 and out is None and _index(runs[0]).is_file():
+        _read_run(at_home(runs[0]))  # that it is one, and finished
+        return _index(runs[0])
     return compare_runs(runs, PAGE if out is None else out, metric=metric)
 
 
@@ -72,13 +76,13 @@ def compare_runs(runs: Sequence[Path], out: Path, *, metric: str = "top5") -> Pa
         OSError: a page that cannot be written.
     """
     out = page_at(at_home(out), "Name another file with --out.")
+    found = {run: _read_run(run) for run in map(at_home, runs)}
     if len(runs) < 2:
         own = [f" {run}'s own page is {index}." for run in runs if (index := _index(run)).is_file()]
         raise ValueError(
             f"{len(runs)} given: name two or more folders that graftlens run, sweep or localise "
             f"wrote.{''.join(own)}"
         )
-    found = {run: _read_run(run) for run in map(at_home, runs)}
     if len({run.resolve() for run in found}) < len(runs):
         raise ValueError("a folder is named twice. Name each run once.")
     labels = _labels(found)
@@ -107,6 +111,8 @@ def _read_run(run: Path) -> Compared:
         if (run / marker).is_file():
             return read(run)
     named = " or ".join(KINDS)
+    if not run.is_dir():
+        raise FileNotFoundError(f"the folder {run} does not exist. Name one of a finished run.")
     raise ValueError(
         f"{run} holds no finished experiment, sweep or localisation: there is no {named} in it. "
         "Name a folder that graftlens run, sweep or localise wrote, and finish it first."
