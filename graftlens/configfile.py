@@ -282,7 +282,8 @@ def _plainly(message: str) -> str:
         (r"a valid dictionary( or instance of \w+)?", "a mapping"),
         (r"a valid tuple", "a list"),
         (r"a valid string", "text"),
-        (r"^[A-Z]\w+ should have (.*) items? after validation", r"should have \1 entries"),
+        (r"^[A-Z]\w+ should have (.*) 1 item after validation", r"should have \1 1 entry"),
+        (r"^[A-Z]\w+ should have (.*) items after validation", r"should have \1 entries"),
     ):
         message = re.sub(theirs, ours, message)
     return message

@@ -181,7 +181,7 @@ BAD_VALUES = {
     "{dataset: {movies: {n_facts: 9}}, templates: [q]}": r"templates: unknown evaluation template "
     r"'q'. Allowed: headline qa .*Did you mean 'qa'\?",
     "{dataset: {movies: {n_facts: 9}}, templates: [qa, qa]}": r"templates: .*name each template on",
-    "{dataset: {movies: {n_facts: 9}}, templates: []}": r"templates: .*at least 1 item",
+    "{dataset: {movies: {n_facts: 9}}, templates: []}": r"templates: \[\] .*at least 1 entry, not",
     # grafts
     "grafts: OUT": r"no grafts: give grafts or grids",
     "{grafts: {}, grids: []}": r"no grafts: give grafts or grids",

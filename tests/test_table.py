@@ -270,6 +270,8 @@ def test_own_templates_over_shipped_facts() -> None:
         make_dataset(spec_of({"facts": "battles", "templates": SET}))
     with pytest.raises(ConfigError, match=r"it has \{true_year\}, but there is no such column"):
         spec_of({"facts": "battles", "templates": {"ask": ["{battle}, not of {true_year}, was"]}})
+    with pytest.raises(ConfigError, match=r"no such column. Columns: battle year first_.* war pre"):
+        spec_of({"facts": "battles", "templates": {"ask": ["{battle} {UNTOLD} was"]}})
 
 
 # --- two hops --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ first) and `second_entity`, and may be written so; every other column is a span 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from string import Formatter
@@ -532,7 +532,7 @@ def bound_to(templates: TemplateSet, facts: Any, hidden: Sequence[str] = ()) -> 
     ]
     if own:
         raise ConfigError(*own)
-    known = [name for name in facts.__dataclass_fields__ if name not in hidden]
+    known = [field.name for field in fields(facts) if field.name not in hidden]
     with_bridge = templates
     if (bridge := getattr(facts, "BRIDGE", None)) is not None:
         with_bridge = templates.model_copy(update={"bridge": bridge})
