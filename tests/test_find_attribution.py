@@ -5,6 +5,7 @@ import copy
 import random
 import warnings
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -614,6 +615,7 @@ def _one_by_one(
 ) -> Callable[[Graft], float]:
     names = [metric] if metric.startswith("kl") else []
 
+    @cache
     def value(graft: Graft) -> float:
         table = evaluate(llama.model, prompt, {"x": graft}, measures=names, progress=False)
         return float(table.set_index("graft").loc["x", metric])
