@@ -177,6 +177,15 @@ def test_another_search_prompt_or_weight_is_refused(
     assert tables(whole) == before
 
 
+def test_a_search_that_cannot_be_asked_leaves_the_folder_to_another(
+    sources: dict[str, str], tmp_path: Path
+) -> None:
+    """A mistyped span was what the folder was about from then on."""
+    with pytest.raises(ValueError, match="no span 'titel' here"):
+        quiet(config(sources, positions=["titel"]), tmp_path / "out")
+    assert not (tmp_path / "out" / "localise.json").exists()
+
+
 def test_rows_per_pass_are_those_asked_for(sources: dict[str, str], tmp_path: Path) -> None:
     """`row_budget` was read, and then the free memory decided."""
     out = tmp_path / "out"

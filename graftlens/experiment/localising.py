@@ -248,25 +248,25 @@ def localise_checked(
         model.cfg.default_prepend_bos = checked.config.prepend_bos
     measure = next((m for m in own if m.name == search.metric), search.metric)
     identity = _identity(checked, search, source, grafts, own)
+
+    def ask(**more: Any) -> Asked:
+        asked = Asked.of(model, list(checked.prompts), source, by=search.by, **options, **more)
+        refuse_equal(asked)
+        return asked
+
+    options = {**search.options(), "metric": measure if rating is None else GRADIENT}
+    if rating is None:  # what cannot be asked is refused before the folder is about it
+        asked = ask()
     rows = record(out, identity, loaded, checked.config.row_budget, say)
     key = key_of(identity["search"] | identity["prompts"], loaded)
     followed = None
     if rating is not None:
-        measure, prompts = GRADIENT, list(checked.prompts)
+        prompts = list(checked.prompts)
         key = key_of(identity["search"] | identity["prompts"] | identity["outcomes"], loaded)
         followed = continuations(
             out, loaded, rating, prompts, source, search.continuations, key, say
         )
-    options = {**search.options(), "metric": measure}
-    asked = Asked.of(
-        model,
-        list(checked.prompts),
-        source,
-        by=search.by,
-        continuations=None if followed is None else list(followed),
-        **options,
-    )
-    refuse_equal(asked)
+        asked = ask(continuations=list(followed))
     attributions = Attributions(out, loaded, asked, options, key, say, followed)
     attributed = attributions(parts.search, steps=search.steps)
     effects = attributions.effects(parts.search) if search.effects else None

@@ -10,6 +10,7 @@ from graftlens.components import suggest
 from graftlens.configfile import ConfigError, read_settings
 from graftlens.data.languagemodels import told_on_command_line
 from graftlens.find.asked import EACH, Outside
+from graftlens.find.attribution import ALLOWED
 from graftlens.find.judging import BASE, FULL, Goal
 from graftlens.find.localisation import compared
 from graftlens.graft import Graft
@@ -63,7 +64,7 @@ class Search(Section):
     by: Literal["site", "head", "neuron"] = "site"
     """Whole sites, or down to heads or neurons inside the found ones."""
 
-    steps: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    steps: Annotated[int, Field(ge=1, le=ALLOWED)] | Literal["auto"] = "auto"
     """Steps of each attribution; `auto` doubles them until the scores add up."""
 
     within: GraftField | None = None

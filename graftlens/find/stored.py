@@ -105,7 +105,7 @@ def record(
             f"{out} holds another localisation",
             there["asked"],
             given,
-            f"Choose another folder, use the settings that are there ({out / 'config.yaml'}), or "
+            f"Choose another folder, use the settings that are there ({path}), or "
             "remove the folder.",
         )
         return int(there["row_budget"])
