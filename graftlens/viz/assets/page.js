@@ -58,7 +58,12 @@ function byKeys(chart, opens = () => true) {
   });
   const show = () => {
     const at = targets()[chosen];
-    if (at) Plotly.Fx.hover(chart, [at], (at.full.xaxis ?? "x") + (at.full.yaxis ?? "y"));
+    if (!at) return;
+    const {type, x, y, xaxis, yaxis} = at.full, [row, column] = [at.pointNumber].flat();
+    const axis = name => chart._fullLayout[name.replace(/^[xy]/, "$&axis")];
+    // A cell is found by where it is; plotly finds bars alone by their number.
+    Plotly.Fx.hover(chart, type !== "heatmap" ? [at]
+      : {xpx: axis(xaxis).d2p(x[column]), ypx: axis(yaxis).d2p(y[row])}, xaxis + yaxis);
   };
   // The next one of the same column, or the same one where there is none.
   const above = (all, {full, curveNumber, pointNumber: [row, column]}, up) => {
