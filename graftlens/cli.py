@@ -568,7 +568,7 @@ def _end_of_sweep(result: Any) -> None:
 
 @app.command("list")
 def list_configs() -> None:
-    """Show the configs that come with graftlens: experiments, sweeps, finetuning, data."""
+    """Show the configs of experiments, sweeps, localisations, finetuning and data, by name."""
     from graftlens.shipped import listing
 
     typer.echo(listing())

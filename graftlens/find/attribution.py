@@ -240,7 +240,8 @@ def _warn(completeness: Float[np.ndarray, " prompt"], steps: int | str) -> None:
             else 'Take more steps, or steps="auto".'
         )
         warnings.warn(
-            f"the scores of {len(far)} of {len(completeness)} prompts do not add up to 1 % (worst "
-            f"is prompt {worst}: {completeness[worst]:.1%} of the difference is missing). {advice}",
+            f"for {len(far)} of {len(completeness)} prompts the scores' sum misses the whole "
+            f"effect by more than 1 % (worst is prompt {worst}: by {completeness[worst]:.1%}). "
+            f"{advice}",
             stacklevel=3,
         )

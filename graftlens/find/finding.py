@@ -320,8 +320,9 @@ def _notes(
     far = attributed.drop_duplicates("prompt")["completeness"] > CLOSED
     if far.any():
         notes.append(
-            f"The scores of {int(far.sum())} of {len(far)} searched prompts do not add up to 1 %: "
-            "the order rests on rough scores, though what is reported does not. Take more steps."
+            f"For {int(far.sum())} of {len(far)} searched prompts the scores' sum misses the whole "
+            "effect by more than 1 %: the order rests on rough scores, though what is reported "
+            'does not. Take more steps, or steps="auto".'
         )
     if question.split.nothing_held_out:
         notes.append(
