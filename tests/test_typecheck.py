@@ -6,6 +6,7 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import typecheck
 
 MODULE = '''
 from collections.abc import Iterator
@@ -164,6 +165,17 @@ def test_the_check_can_be_left_out(module, monkeypatch: pytest.MonkeyPatch) -> N
     assert module.doubled("2") == "22"
     assert module.adder(1.5)(1.5) == 3
     assert module.Pair("2").left == "2"
+
+
+@pytest.mark.parametrize("again", [1, 2])
+def test_the_first_calls_of_each_test_are_checked(module, again: int) -> None:
+    for _ in range(typecheck.OFTEN):
+        with pytest.raises(TypeError):
+            module.doubled("2")
+        with pytest.raises(TypeError):
+            module.adder(1)("1")
+    assert module.doubled("2") == "22"
+    assert module.adder(1.5)(1.5) == 3
 
 
 def test_every_module_of_the_package_is_checked() -> None:

@@ -2,8 +2,8 @@
 
 jaxtyping's own import hook binds the arguments of every call to a signature and has them checked
 twice, which was more than half of the suite's time. Here beartype wraps the function itself, when
-it is first called, and what jaxtyping says of an annotation and a shape is asked once: after that,
-an array is looked at for the sizes of its named axes only.
+it is first called; the first calls of a test are checked; and what jaxtyping says of an annotation
+and a shape is asked once: after that, an array is looked at for the sizes of its named axes only.
 """
 
 import ast
@@ -22,11 +22,16 @@ from jaxtyping import AbstractArray, config
 
 PACKAGE = "graftlens"
 
+#: How many calls of a function are checked in each test: what is called a thousand times in one
+#: test is called with the same kinds of things.
+OFTEN = 20
+
 _check = beartype(conf=BeartypeConf(violation_type=TypeError))
 
 
 def checked(function: Any) -> Any:
-    """A function, or a dataclass's `__init__`, that checks its annotations at each call.
+    """A function, or a dataclass's `__init__`, that checks its annotations when it is called: the
+    first `OFTEN` times in each test.
 
     As with jaxtyping's own hook, annotations that are text are not checked, and nothing is while
     `jaxtyping.config.jaxtyping_disable` is set.
@@ -38,12 +43,18 @@ def checked(function: Any) -> Any:
         return function
     if not function.__annotations__:
         return function
+    now, often, seen = _test, OFTEN, _seen.setdefault(function.__code__, [0, 0])
+    if "<locals>" in function.__qualname__ and seen[0] == now[0] and seen[1] >= OFTEN:
+        return function
     switch, here, bound, strict = config, _here, _strict, None
     if any("jaxtyping." in repr(hint) for hint in function.__annotations__.values()):
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal strict
-            if switch.jaxtyping_disable:
+            if seen[0] != now[0]:
+                seen[:] = now[0], 0
+            seen[1] += 1
+            if seen[1] > often or switch.jaxtyping_disable:
                 return function(*args, **kwargs)
             if strict is None:
                 strict = bound(function)
@@ -57,7 +68,10 @@ def checked(function: Any) -> Any:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal strict
-            if switch.jaxtyping_disable:
+            if seen[0] != now[0]:
+                seen[:] = now[0], 0
+            seen[1] += 1
+            if seen[1] > often or switch.jaxtyping_disable:
                 return function(*args, **kwargs)
             if strict is None:
                 strict = bound(function)
@@ -71,6 +85,16 @@ def checked(function: Any) -> Any:
         return functools.update_wrapper(made, function)
     made.__qualname__, made.__wrapped__ = function.__qualname__, function  # type: ignore[attr-defined]
     return made
+
+
+#: How many tests began, and in which a function's code was last called, and how often.
+_test = [0]
+_seen: dict[CodeType, list[int]] = {}
+
+
+def pytest_runtest_logstart() -> None:
+    """Each test has all functions checked anew."""
+    _test[0] += 1
 
 
 _made: dict[tuple[Any, ...], FunctionType] = {}
