@@ -179,7 +179,7 @@ def test_players_are_compared_by_cells_and_texts(
     for player in ("attention", "MLP"):
         assert rows.at[player, "alone"] == pytest.approx(means[player] - means["none"])
     page = result.page.read_text(encoding="utf-8")
-    assert "logprob" in page
+    assert "in log-probability" in page
     assert "long" in page
 
 

@@ -682,6 +682,7 @@ def test_equal_grafts_each_have_their_row(base, place):
         ]
     page = result.page.read_text(encoding="utf-8")
     assert "recall" in page
+    assert "possible answer" in page
     assert "95% intervals over prompts grouped by fact" in page
     assert "grouped by all" not in page
     names = {path.name for path in (result.folder / "figures").iterdir()}
@@ -721,7 +722,9 @@ def test_a_cell_that_cannot_be_run_is_no_prompt_without_distractors(base, place)
     failed = 3 * sum(not there for there in without.values())
     assert failed == 3
     assert record["parts"]["one"]["cells that could not be run"] == failed
-    assert f"{failed} of 18 cells could not be run" in result.page.read_text(encoding="utf-8")
+    page = result.page.read_text(encoding="utf-8")
+    assert f"{failed} of 18 cells could not be run" in page
+    assert "possible answer" not in page, "a warning about top-5, which nothing here shows"
 
 
 # -- errors --------------------------------------------------------------------------------------

@@ -125,7 +125,10 @@ def _warnings(part: PartConfig, checked: Checked, tables: PartTables) -> list[st
     if of_texts and not (part.finding or part.figures or part.named_grids):
         return []
     answers = [prompt.answer for prompt in (checked.prompts if checked.scored else ())]
-    return [*nothing_learnt(tables.template), *few_answers(answers)]
+    shown = {metric for figure in part.figures for metric in figure.metrics}
+    shown |= {part.finding.metric} if part.finding else set()
+    few = few_answers(answers) if "top5" in shown or not shown else []
+    return [*nothing_learnt(tables.template), *few]
 
 
 def leading(tables: PartTables) -> str:
