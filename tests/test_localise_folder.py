@@ -242,13 +242,17 @@ def test_a_config_that_cannot_be_run_is_refused_before_anything(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_describes_and_runs(sources: dict[str, str], tmp_path: Path) -> None:
+def test_the_command_describes_and_runs(
+    whole: Path, sources: dict[str, str], tmp_path: Path
+) -> None:
     path = tmp_path / "where.yaml"
     path.write_text(yaml.safe_dump(config(sources)))
     said = graftlens("localise", path, "--dry-run", "search.target=0.6", cwd=tmp_path)
     assert said.returncode == 0, said.stderr
     assert "sufficient, recovery of logprob to 0.6" in said.stdout
     assert "3 prompts (3 facts) to search on" in said.stdout
+    count = len(read_table(whole / "tables" / "table.csv"))
+    assert f"          {count} sites (components of layers at positions)" in said.stdout
     assert [path.name for path in tmp_path.iterdir()] == ["where.yaml"]
     assert "3 facts) to report on" in describe_localise(path)
     said = graftlens("localise", path, "limit=3", cwd=tmp_path)

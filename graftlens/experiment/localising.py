@@ -19,13 +19,14 @@ from typing import Any
 import pandas as pd
 
 from graftlens.configfile import ConfigError, refuse_overrides, settings_from, text_with
-from graftlens.find.asked import Asked
+from graftlens.find.asked import EACH, Asked
 from graftlens.find.config import LocaliseConfig, Search, load_localise, no_judge
 from graftlens.find.finding import found_in
 from graftlens.find.found import Found
 from graftlens.find.judging import BASE, FULL
 from graftlens.find.localisation import compared, parted, question_of, refuse_equal
 from graftlens.find.rating import GRADIENT, Rating
+from graftlens.find.searching import EVALUATIONS
 from graftlens.find.stored import (
     TRUSTED,
     Attributions,
@@ -186,9 +187,17 @@ def searched(checked: Checked, search: Search, source: str) -> str:
         ConfigError: prompts that cannot be cut into parts, or a measure that cannot judge.
     """
     parts, rating = _parts(checked, search), rating_of(checked, search)
+    each = search.positions == EACH
+    where = "each token" if each else ", ".join(search.positions)
+    count = len(checked.arch.sites) * (1 if each else len(search.positions))
+    steps = "as many as each prompt needs, up to 64" if search.steps == "auto" else search.steps
     lines = [
-        f"search    {source} at {search.positions}, {search.goal}, recovery of {search.metric} to "
+        f"search    {source} at {where}, {search.goal}, recovery of {search.metric} to "
         f"{search.target:g}",
+        f"          {'up to ' if search.within else ''}{count} sites{' of each token' * each} "
+        f"(components of layers at positions); steps of the gradients: {steps}",
+        f"          at most {EVALUATIONS} sets judged, then up to {search.rounds} rounds of "
+        "refinement",
         f"          {len(parts.search)} prompts ({parts.count(parts.search)} facts) to search on, "
         f"{len(parts.inner)} of them the inner part; {len(parts.held_out)} "
         f"({parts.count(parts.held_out)} facts) to report on",
