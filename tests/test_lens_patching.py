@@ -685,6 +685,16 @@ def test_names_of_patched_runs_are_their_own(oracles: OracleOf) -> None:
         patching(model, PROMPTS[0], grafts)
 
 
+def test_where_nothing_is_patched_a_flag_is_no_hindrance(oracles: OracleOf) -> None:
+    model = oracles("gpt2").tiny.model
+    model.set_use_attn_result(True)
+    try:
+        table = patching(model, PROMPTS[0], {"SFT": "sft @ all"})
+    finally:
+        model.set_use_attn_result(False)
+    assert table["graft"].tolist() == ["PRE", "SFT"]
+
+
 def test_prompts_that_cannot_be_scored(oracles: OracleOf) -> None:
     model, graft = oracles("gpt2").tiny.model, GRAFTS["LT"]
     bare = Prompt("Ann met")

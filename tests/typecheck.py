@@ -93,7 +93,7 @@ _seen: dict[CodeType, list[int]] = {}
 
 
 def pytest_runtest_logstart() -> None:
-    """Each test has all functions checked anew."""
+    """Each test begins to count again."""
     _test[0] += 1
 
 

@@ -46,7 +46,7 @@ class Coalitions:
                 f"{len(named)} players. Give from 2 to {MOST}, each a named graft, such as "
                 '{"FE": "sft @ first_entity", "LT": "sft @ last"}.'
             )
-        if not isinstance(permutations, int) or permutations < 2:
+        if not isinstance(permutations, int | np.integer) or permutations < 2:
             raise ValueError(f"permutations={brief(permutations)}. Write 2 or more, such as 100.")
         check_seed(seed)
         for name, graft in named.items():

@@ -112,7 +112,8 @@ def _sites(model: GraftedTransformer, batch: Batch, mask: GraftMask) -> dict[Sit
 
 def _capture(model: GraftedTransformer, batch: Batch, sites: Collection["_Site"]) -> None:
     """Keep what each site needs, by one run of each source."""
-    _check_flags(model)
+    if sites:
+        _check_flags(model)
     for source in sorted({s for site in sites for s in site.sources}):
         with ExitStack() as handles, model.active.hooking(), _suspended(), torch.no_grad():
             for site in sites:
